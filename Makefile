@@ -1,0 +1,27 @@
+# Two commands do everything: `make demo` and `make test`.
+PYTHON ?= python3
+BIN = .venv/bin
+
+.PHONY: demo test test-slow test-online
+
+demo: .venv/run.done  ## demo data, a small CRIS that learns to read, its scores and overlays
+	$(BIN)/python prepare.py demo --out data/demo
+	$(BIN)/python benchmarks/demo.py --data data/demo --out runs/demo
+
+test: .venv/dev.done  ## every test that is quick and needs no connection
+	$(BIN)/python -m pytest tests -q -m "not slow and not online"
+
+test-slow: .venv/dev.done  ## minutes each
+	$(BIN)/python -m pytest tests -q -m slow
+
+test-online: .venv/dev.done  ## real weights from the hub, published numbers
+	$(BIN)/python -m pytest tests -q -rs -m online
+
+.venv/run.done: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q -r requirements.txt
+	touch $@
+
+.venv/dev.done: .venv/run.done requirements-dev.txt
+	$(BIN)/python -m pip install -q -r requirements-dev.txt
+	touch $@

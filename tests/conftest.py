@@ -1,0 +1,23 @@
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """Small real data sets that lie beside the repository on some machines."""
+    folder = Path(os.environ.get("SEGMENTATION_DATA", ROOT.parent / "shared" / "data"))
+    if not (folder / "kvasir_polyp").is_dir():
+        pytest.skip(f"no real data sets at {folder}; SEGMENTATION_DATA may name a folder that has them")
+    return folder
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: minutes; run by `make test-slow`")
+    config.addinivalue_line("markers", "online: needs the hub; run by `make test-online`")

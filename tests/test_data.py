@@ -1,0 +1,317 @@
+"""Reading rules, annotation errors, the cache, and the order of batches."""
+
+import json
+import os
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from PIL import ExifTags, Image
+
+import data
+
+RNG = np.random.default_rng(0)
+BLOB = np.zeros((40, 60), dtype=bool)
+BLOB[5:20, 10:30] = True
+
+
+def write_set(
+    root, masks: dict[str, Image.Image], images: dict[str, Image.Image] | None = None, split="train"
+):
+    """A prompted data set with one entry a mask; images are noise unless given."""
+    for folder in ("images", "masks", "anns"):
+        (root / folder).mkdir(parents=True, exist_ok=True)
+    items = []
+    for name, mask in masks.items():
+        image = (images or {}).get(name)
+        if image is None:
+            image = Image.fromarray(
+                RNG.integers(0, 255, (mask.height, mask.width, 3), dtype=np.uint8)
+            )
+        stem = os.path.splitext(name)[0]
+        image.save(root / "images" / f"{stem}.png", exif=image.getexif())
+        mask.save(root / "masks" / name, **({"quality": 90} if name.endswith("jpg") else {}))
+        prompts = {"p0": "", "p1": "polyp", "p7": ["a growth", "a lump"]}
+        items.append({"img_name": f"{stem}.png", "mask_name": name, "prompts": prompts})
+    (root / "anns" / f"{split}.json").write_text(json.dumps(items))
+    return root
+
+
+def opened(root, tmp_path, split="train"):
+    return data.open_dataset(data.annotations(root, split), tmp_path / "cache")
+
+
+def palette_mask():
+    mask = Image.fromarray(BLOB.astype(np.uint8), mode="P")
+    mask.putpalette([0, 0, 0, 128, 0, 0] + [0] * 762)  # as VOC colours its class 1
+    return mask
+
+
+def as_image(array, mode=None):
+    image = Image.fromarray(array)
+    return image.convert(mode) if mode else image
+
+
+MASKS = {
+    "0/1": ("a.png", as_image(BLOB.astype(np.uint8))),
+    "0/255": ("a.png", as_image(BLOB.astype(np.uint8) * 255)),
+    "1 bit": ("a.png", as_image(BLOB)),
+    "palette": ("a.png", palette_mask()),
+    "jpeg": ("a.jpg", as_image(BLOB.astype(np.uint8) * 255)),
+    "green": ("a.png", as_image(np.stack([BLOB * 0, BLOB * 255, BLOB * 0], -1).astype(np.uint8))),
+    "grey + alpha": ("a.png", as_image(BLOB.astype(np.uint8) * 255, "LA")),
+    "16 bit": ("a.png", as_image(BLOB.astype(np.uint16) * 65535)),
+}
+
+
+@pytest.mark.parametrize("kind", MASKS)
+def test_every_kind_of_mask_is_read_as_the_same_foreground(kind, tmp_path):
+    name, mask = MASKS[kind]
+    dataset = opened(write_set(tmp_path / "set", {name: mask}), tmp_path)
+    assert np.array_equal(dataset.pixels(0)[1], BLOB)
+    sample = dataset.sample(0, "p1")
+    assert sample["mask"].dtype == torch.int64 and sample["mask"].sum() == BLOB.sum()
+    assert sample["image"].shape == (3, 40, 60) and sample["image"].dtype == torch.uint8
+
+
+def test_a_nearly_black_jpeg_mask_beside_a_full_one_stays_empty(tmp_path):
+    faint = as_image((BLOB * 40).astype(np.uint8))  # what compression can leave of nothing
+    full = as_image(BLOB.astype(np.uint8) * 255)
+    dataset = opened(write_set(tmp_path / "set", {"a.png": full, "b.png": faint}), tmp_path)
+    assert dataset.pixels(0)[1].sum() == BLOB.sum() and dataset.pixels(1)[1].sum() == 0
+    assert "read > 127, 1 of them empty" in dataset.describe()
+
+
+def test_all_masks_empty_is_an_error(tmp_path):
+    empty = as_image(np.zeros((8, 8), np.uint8))
+    with pytest.raises(ValueError, match="all 1 masks are empty"):
+        opened(write_set(tmp_path / "set", {"a.png": empty}), tmp_path)
+
+
+def test_pooled_sets_keep_their_own_mask_rule(tmp_path):
+    ones = write_set(tmp_path / "ones", {"a.png": as_image(BLOB.astype(np.uint8))})
+    full = write_set(tmp_path / "full", {"a.png": as_image(BLOB.astype(np.uint8) * 255)})
+    entries, _ = data.annotations(ones, "train") + data.annotations(full, "train"), None
+    dataset = data.open_dataset(entries, tmp_path / "cache")
+    assert [dataset.pixels(i)[1].sum() for i in (0, 1)] == [BLOB.sum()] * 2
+    assert [dataset.sample(i, "p1")["dataset"] for i in (0, 1)] == ["ones", "full"]
+
+
+def test_label_takes_one_class_of_a_class_map(tmp_path):
+    classes = np.zeros((10, 10), np.uint8)
+    classes[:3], classes[5:] = 1, 2
+    root = write_set(tmp_path / "set", {"a.png": as_image(classes)})
+    item = json.loads((root / "anns/train.json").read_text())[0]
+    (root / "anns/train.json").write_text(json.dumps([item | {"label": k} for k in (1, 2)]))
+    dataset = opened(root, tmp_path)
+    assert [entry.name for entry in dataset.entries] == ["a-1", "a-2"]
+    assert [dataset.pixels(i)[1].sum() for i in (0, 1)] == [30, 50]
+    assert len({int(row[0]) for row in dataset.rows}) == 1  # the image is kept once
+
+
+def test_images_of_every_kind(tmp_path):
+    ramp = np.linspace(0, 1, 256)[None].repeat(4, 0)
+    grey = (ramp * 255).astype(np.uint8)
+    colour = np.stack([grey, 255 - grey, grey // 2], -1)
+    wanted = np.repeat(grey[..., None], 3, 2)
+    cases = {
+        "grey": (Image.fromarray(grey), wanted),
+        "rgba": (Image.fromarray(np.dstack([colour, grey])), colour),
+        "1 bit": (Image.fromarray(grey > 127), np.repeat((grey > 127)[..., None] * 255, 3, 2)),
+        "16 bit": (Image.fromarray((1000 + ramp * 3000).astype(np.uint16)), wanted),
+    }
+    for kind, (image, expected) in cases.items():
+        image.save(tmp_path / "x.png")
+        read = data.read_image(tmp_path / "x.png")
+        assert read.dtype == np.uint8 and read.shape == (4, 256, 3), kind
+        assert np.abs(read.astype(int) - expected).max() <= 1, kind
+    Image.fromarray((ramp * 7 - 3).astype(np.float32)).save(tmp_path / "x.tif")
+    assert np.abs(data.read_image(tmp_path / "x.tif").astype(int) - wanted).max() <= 1
+    Image.fromarray(np.full((4, 4), 700, np.uint16)).save(tmp_path / "flat.png")
+    assert not data.read_image(tmp_path / "flat.png").any()
+
+
+def with_orientation(image, number):
+    image.getexif()[ExifTags.Base.Orientation] = number
+    return image
+
+
+def test_exif_orientation_turns_image_and_mask_alike(tmp_path):
+    pixels = RNG.integers(0, 255, (40, 60, 3), dtype=np.uint8)
+    turned = np.rot90(pixels, -1)  # orientation 6: turn a quarter clockwise to see it upright
+    full = BLOB.astype(np.uint8) * 255
+    masks = {
+        "stored like the image": as_image(full),
+        "with its own tag": with_orientation(as_image(full), 6),
+        "drawn upright": as_image(np.rot90(full, -1).copy()),
+    }
+    for k, (kind, mask) in enumerate(masks.items()):
+        root = tmp_path / str(k)
+        write_set(root, {"a.png": mask}, {"a.png": with_orientation(as_image(pixels), 6)})
+        if kind == "with its own tag":
+            mask.save(root / "masks/a.png", exif=mask.getexif())
+        dataset = opened(root, tmp_path)
+        assert np.array_equal(dataset.pixels(0)[0], turned), kind
+        assert np.array_equal(dataset.pixels(0)[1], np.rot90(BLOB, -1)), kind
+
+
+def good_set(tmp_path):
+    mask = as_image(BLOB.astype(np.uint8) * 255)
+    return write_set(tmp_path / "set", {"a.png": mask, "b.png": mask})
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-200])
+
+
+def rewrite(root, change):
+    items = json.loads((root / "anns/train.json").read_text())
+    (root / "anns/train.json").write_text(json.dumps(change(items)))
+
+
+BROKEN = {
+    "missing image": (
+        lambda root: (root / "images/a.png").unlink(),
+        FileNotFoundError,
+        "images/a.png",
+    ),
+    "missing mask": (
+        lambda root: (root / "masks/b.png").unlink(),
+        FileNotFoundError,
+        "masks/b.png",
+    ),
+    "truncated image": (lambda root: truncate(root / "images/a.png"), ValueError, "images/a.png"),
+    "not an image": (
+        lambda root: (root / "masks/a.png").write_text("<html>"),
+        ValueError,
+        "masks/a.png",
+    ),
+    "other size": (
+        lambda root: as_image(np.ones((8, 8), np.uint8) * 255).save(root / "masks/a.png"),
+        ValueError,
+        "masks/a.png: 8x8, but",
+    ),
+    "not JSON": (lambda root: (root / "anns/train.json").write_text("{"), ValueError, "train.json"),
+    "no list": (lambda root: (root / "anns/train.json").write_text("3"), ValueError, "train.json"),
+    "no mask_name": (
+        lambda root: rewrite(root, lambda x: [{"img_name": "a.png"}]),
+        ValueError,
+        "mask_name",
+    ),
+    "numbers as prompts": (
+        lambda root: rewrite(root, lambda x: [x[0] | {"prompts": {"p1": [3]}}]),
+        ValueError,
+        "entry 0",
+    ),
+    "one name twice": (
+        lambda root: rewrite(root, lambda x: [x[0], x[0] | {"prompts": {"p1": "b"}}]),
+        ValueError,
+        "a second mask named a",
+    ),
+    "no entries": (lambda root: rewrite(root, lambda x: []), ValueError, "no entries"),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_broken_sets_are_refused_with_the_file_s_name(kind, tmp_path):
+    root = good_set(tmp_path)
+    breaking, error, words = BROKEN[kind]
+    breaking(root)
+    with pytest.raises(error) as caught:
+        opened(root, tmp_path)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+    assert not list((tmp_path / "cache").glob("*")) if (tmp_path / "cache").exists() else True
+
+
+def test_folders_that_are_no_data_set(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        data.annotations(tmp_path / "nowhere", "train")
+    with pytest.raises(ValueError, match="no data set; it needs"):
+        data.annotations(tmp_path, "train")
+    with pytest.raises(FileNotFoundError, match="splits here: train"):
+        data.annotations(good_set(tmp_path), "testA")
+
+
+def test_prompt_choice(tmp_path):
+    entry = data.annotations(good_set(tmp_path), "train")[0]
+    assert data.choose_prompt(entry, "p0") == "" and data.choose_prompt(entry, "p7") == "a growth"
+    assert data.choose_prompt(entry, "a red polyp") == "a red polyp"
+    drawn = {data.choose_prompt(entry, "random", np.random.default_rng(k)) for k in range(40)}
+    assert drawn == {"polyp", "a growth", "a lump"}  # never p0
+    with pytest.raises(ValueError, match="no prompt of type p9, only p0, p1, p7"):
+        data.choose_prompt(entry, "p9")
+
+
+def test_the_cache_is_made_once_and_notices_a_changed_file(tmp_path, capsys):
+    root = good_set(tmp_path)
+    first = opened(root, tmp_path)
+    assert "decoding 2 images once" in capsys.readouterr().out
+    assert opened(root, tmp_path).path == first.path
+    assert "decoding" not in capsys.readouterr().out
+    as_image(np.zeros((40, 60, 3), np.uint8)).save(root / "images/a.png")
+    changed = opened(root, tmp_path)
+    assert changed.path != first.path and not changed.pixels(0)[0].any()
+
+
+def test_no_room_for_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(data.shutil, "disk_usage", lambda folder: type("U", (), {"free": 10})())
+    with pytest.raises(OSError, match="choose another folder with --cache"):
+        opened(good_set(tmp_path), tmp_path)
+
+
+def test_a_dataset_travels_to_workers_without_its_pixels(tmp_path):
+    dataset = opened(good_set(tmp_path), tmp_path)
+    dataset.pixels(0)
+    packed = pickle.dumps(dataset)
+    assert len(packed) < 4000
+    assert np.array_equal(pickle.loads(packed).pixels(1)[0], dataset.pixels(1)[0])
+
+
+def test_validation_is_split_off_by_patient(tmp_path, capsys):
+    mask = as_image(BLOB.astype(np.uint8) * 255)
+    names = [f"patient{p}_{k}.png" for p in range(10) for k in range(3)]
+    root = write_set(tmp_path / "set", dict.fromkeys(names, mask))
+    train, val = data.train_and_val([root], seed=1, group_regex=r"patient\d+")
+    assert len(val) == 3 and len({entry.group for entry in val}) == 1 and len(train) == 27
+    assert not {e.group for e in train} & {e.group for e in val}
+    assert "no validation split" in capsys.readouterr().out
+    assert [e.name for e in data.train_and_val([root], 1, r"patient\d+")[1]] == [
+        e.name for e in val
+    ]
+    assert data.train_and_val([root], 1, r"patient(\d+)")[1][0].group.isdigit()
+
+
+def test_batches_are_the_same_from_anywhere():
+    whole = list(data.train_batches(10, 3, epochs=4, seed=7, start=0))
+    assert len(whole) == 4 * 3 and [len(b) for b in whole[:3]] == [
+        3,
+        3,
+        3,
+    ]  # a last one of 1 is left out
+    for start in (1, 5, 11):
+        assert list(data.train_batches(10, 3, 4, 7, start)) == whole[start:]
+    for epoch in range(4):
+        seen = [i for batch in whole for e, i in batch if e == epoch]
+        assert len(seen) == len(set(seen)) == 9
+    assert whole[0] != [(0, i) for _, i in whole[3]]  # another order in another epoch
+    assert data.batches_per_epoch(10, 1) == 10 and data.batches_per_epoch(11, 3) == 4
+
+
+def test_loader_gives_the_same_with_any_number_of_workers(tmp_path):
+    dataset = opened(good_set(tmp_path), tmp_path)
+    results = []
+    for workers in (0, 2):
+        items = data.Items(dataset, "p7", drawn, train=True, seed=3)
+        before = torch.get_rng_state()
+        batches = data.loader(
+            items, data.train_batches(2, 2, 5, 3, 0), workers, torch.device("cpu")
+        )
+        results.append(torch.cat([batch["x"] for batch in batches]))
+        assert torch.equal(before, torch.get_rng_state())
+    assert torch.equal(*results) and len(results[0].unique()) == 10
+
+
+def drawn(sample, train, rng):
+    """A recipe's inputs for the test above: one number that the item's generator draws."""
+    return {"x": torch.tensor(rng.random())}
