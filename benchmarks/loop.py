@@ -1,0 +1,100 @@
+"""What the training loop costs on top of the bare model: decoding, augmentation, transfer, logging.
+
+    python benchmarks/loop.py --data data/kvasir_polyp --batch-size 4 --steps 5 --rounds 5
+
+Bare: forward, loss, backward, clipping and optimiser on one batch that is already there. Loop: the same
+steps as train.py takes them. Both alternate in one process; medians are compared. Then validation of
+100 images against the bare forward passes on their ready inputs.
+"""
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import data  # noqa: E402
+import report  # noqa: E402
+from common import machine  # noqa: E402
+from evaluate import evaluate, pick_device  # noqa: E402
+from recipes import FAMILIES  # noqa: E402
+from train import Options, Run, resolve  # noqa: E402
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="cris")
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--size", type=int)
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=5, help="steps a round")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--images", type=int, default=100, help="images validated")
+    args = parser.parse_args()
+    options = Options(
+        model=args.model, data=[args.data], weights="none", size=args.size, batch_size=args.batch_size
+    )
+    options, settings = resolve(replace(options, out=tempfile.mkdtemp(), workers=2))
+    family, device = FAMILIES[args.model], pick_device("auto")
+    train_set, val_set = map(data.open_dataset, data.train_and_val([args.data], seed=0))
+    config = settings.config | ({"image_size": args.size} if args.size else {})
+    model = family.load("none", None, settings, config, train_set).to(device)
+    recipe = family.recipe(model, settings)
+    run = Run(options, settings, model, recipe, train_set, val_set)
+    items = data.Items(train_set, options.prompt, recipe.inputs, train=True, seed=0)
+    order = data.train_batches(len(train_set), options.batch_size, 1000, 0, 0)
+    batches = iter(data.loader(items, order, options.workers, device))
+    batch = {key: value.to(device) for key, value in next(batches).items()}
+    run.train_mode()
+
+    def synchronised() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def bare():
+        run.optimizer_step(iter([batch]))
+
+    def loop():
+        run.optimizer_step(batches)
+        run.mean_loss()
+
+    times = {bare: [], loop: []}
+    for i in range(args.rounds + 1):
+        for step, seconds in times.items():
+            run.batch, run.sums = 0, {}
+            begun = synchronised()
+            for _ in range(args.steps):
+                step()
+            if i:  # the first round warms up
+                seconds.append((synchronised() - begun) / args.steps)
+    b, l = statistics.median(times[bare]), statistics.median(times[loop])
+    print(f"{machine()}, batch {options.batch_size} at {model.config.image_size} px")
+    print("\n| | bare | in the loop | ratio |\n| --- | --- | --- | --- |")
+    print(f"| training step | {b:.3f} s | {l:.3f} s ({options.batch_size / l:.2f} images/s) | {l / b:.3f} |")
+
+    part = val_set.subset(list(range(min(args.images, len(val_set)))))
+    items = data.Items(part, options.prompt, recipe.inputs, train=False, seed=0)
+    ready = [items[0, i] for i in range(len(part))]
+    model.eval()
+    begun = synchronised()
+    with torch.no_grad():
+        for item in ready:
+            recipe.forward(model, {k: item[k][None].to(device) for k in ("image", "tokens")})
+    middle = synchronised()
+    evaluate(model, recipe, part, options, False, "validate")
+    ended = synchronised()
+    b, l = (middle - begun) / len(part), (ended - middle) / len(part)
+    print(f"| validation, an image | {b:.3f} s | {l:.3f} s | {l / b:.3f} |")
+    return 0
+
+
+if __name__ == "__main__":
+    report.command(main)

@@ -1,0 +1,133 @@
+"""Model, recipe and data set -> scores of every image, and the test folder of a run."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+import data
+import metrics
+import report
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is the GPU if there is one. A device that is named and missing: ValueError."""
+    have = {
+        "cuda": torch.cuda.device_count(),
+        "mps": int(torch.backends.mps.is_available()),
+        "cpu": 1,
+    }
+    if name == "auto":
+        return torch.device(next(kind for kind, count in have.items() if count))
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device {name}: unknown; take auto, cpu, cuda, cuda:1 or mps") from None
+    if (device.index or 0) >= have.get(device.type, 0):
+        raise ValueError(f"--device {name}: not on this machine; take --device auto")
+    return device
+
+
+def run_config(weights: str | None) -> dict:
+    """config.json of a run folder; {} for all other weights (a hub folder's is of another kind)."""
+    path = Path(str(weights)) / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return config if "format" in config else {}
+
+
+def predictions(model, recipe, dataset, options, title: str):
+    """Yields for every entry its item, its masks bool (K,H,W), and its loss (or None).
+
+    One image at a time, nothing is kept: memory does not grow with the data set.
+    """
+    device = next(model.parameters()).device
+    items = data.Items(dataset, options.prompt, recipe.inputs, train=False, seed=options.seed)
+    loader = data.loader(items, [[(0, i)] for i in range(len(dataset))], options.workers, device)
+    model.eval()
+    for item in tqdm(loader, title, len(dataset), unit="image", disable=None, leave=False):
+        if options.score_size == "network":
+            item |= {"size": item["mask"].shape[-2:], "truth": item["mask"] > 0.5}
+        with torch.no_grad():
+            probabilities, output = recipe.predict(model, item)
+            masks = (probabilities > model.config.threshold).cpu().numpy()
+            loss = None
+            if output is not None:
+                loss = float(recipe.loss(output, {"mask": item["mask"][None].to(device)})[0])
+        yield item, masks, loss
+
+
+def evaluate(model, recipe, dataset, options, distances: bool, title: str) -> list[dict]:
+    """Scores of every entry and class, a dict each. `distances`: also HD95, ASSD and NSD."""
+    rows = []
+    for item, masks, loss in predictions(model, recipe, dataset, options, title):
+        scores = metrics.score_image(masks, item["truth"].numpy(), with_distances=distances)
+        for name, score in zip(dataset.classes, scores, strict=True):
+            where = {key: item[key] for key in ("dataset", "name", "group", "prompt")}
+            rows.append(where | {"class": name} | score | {"loss": loss})
+    return rows
+
+
+def draw(model, recipe, dataset, rows: list[dict], options, folder: Path) -> None:
+    """Overlays of the worst, median and best cases by Dice, and one sheet of them all."""
+    n = min(options.overlays, len(rows))
+    if n == 0:
+        return
+    order, middle = np.argsort([row["dice"] for row in rows], kind="stable"), (len(rows) - n) // 2
+    chosen = {"worst": order[:n], "median": order[middle : middle + n], "best": order[::-1][:n]}
+    cases = [
+        (f"{kind}{k + 1}", i) for kind, indices in chosen.items() for k, i in enumerate(indices)
+    ]
+    part, cards = dataset.subset([i for _, i in cases]), []
+    for k, (item, masks, _) in enumerate(predictions(model, recipe, part, options, "draw")):
+        case, i = cases[k]
+        h, w = masks.shape[1:]
+        image = np.asarray(
+            Image.fromarray(part.pixels(k)[0]).resize((w, h))
+        )  # --score-size network
+        picture = report.overlay(image, item["truth"][0].numpy(), masks[0])
+        report.save_picture(folder / f"{case}_{Path(item['name']).name}.png", picture)
+        caption = f"{case}: Dice {rows[i]['dice']:.3f}  “{item['prompt']}”"
+        cards.append(report.captioned(picture, caption))
+    report.save_picture(folder / "sheet.png", report.sheet(cards, n))
+
+
+def test(model, recipe, tests: dict, options) -> dict:
+    """Scores of every test set, printed and written to `test/` of the run; returns the summary."""
+    folder, summaries, every = Path(options.out) / "test", {}, []
+    for name, dataset in tests.items():
+        rows = evaluate(model, recipe, dataset, options, True, f"test {name}")
+        summaries[name] = metrics.summarise(rows, dataset.classes)
+        every += [{"test": name} | row for row in rows]
+        print(f"test {name}, prompt {options.prompt}:\n{report.table(summaries[name])}")
+        where = folder / "overlays" / (name.replace(":", "-") if len(tests) > 1 else "")
+        draw(model, recipe, dataset, rows, options, where)
+        print(f"  overlays (green: truth, magenta: prediction): {where / 'sheet.png'}")
+    kept = ("model", "weights", "recipe", "prompt", "score_size")
+    summary = {key: getattr(options, key) for key in kept}
+    summary |= {"threshold": model.config.threshold, "tests": summaries}
+    report.write_json(folder / "summary.json", summary)
+    report.write_csv(folder / "per_image.csv", every)
+    return summary
+
+
+def open_tests(options) -> dict[str, data.Dataset]:
+    """Test sets by name: those of --test, else the test splits of --data. ValueError, one line."""
+    tests = {}
+    for place in options.test or options.data:
+        path, _, split = place.rpartition(":")
+        if not path or Path(place).is_dir():
+            path, split = place, "test"
+        if not options.test and not options.eval and "test" not in data.splits(path):
+            print(f"{path}: no test split, so it is not tested on; name another with --test")
+            continue
+        name = Path(path).resolve().name + ("" if split == "test" else f":{split}")
+        if name in tests:
+            raise ValueError(f"two test sets are called {name}; rename a folder")
+        tests[name] = data.open_dataset(
+            data.annotations(path, split, options.group_regex), options.cache
+        )
+        print(f"test {name}: {tests[name].describe()}")
+    return tests

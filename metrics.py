@@ -1,0 +1,211 @@
+"""Scores of segmentations: per image and class, then means with confidence intervals. 2-D and 3-D.
+
+Definitions follow Metrics Reloaded (Maier-Hein, Reinke et al., Nature Methods 2024), surface Dice
+Nikolov et al. (arXiv 1809.04430); for masks that are not empty all equal monai.metrics.
+
+    dice          2 TP / (2 TP + FP + FN)        iou         TP / (TP + FP + FN)
+    sensitivity   TP / (TP + FN)                 precision   TP / (TP + FP)
+    specificity   TN / (TN + FP)
+    hd95          the larger of the two directed 95th percentiles of boundary distances (medpy
+                  takes one percentile of both directions pooled: a smaller number)
+    assd          mean of the distances of both directions, pooled
+    nsd           share of both boundaries that lies within `tolerance` of the other one
+
+A boundary pixel belongs to the mask and has a direct neighbour (4 in 2-D, 6 in 3-D) that does not;
+outside the image counts as background. A distance goes from the centre of a boundary pixel to that
+of the other mask's nearest one; it is in pixels, or in mm where `spacing` says how large they are.
+
+Empty masks. Both empty: Dice, IoU and NSD are 1, distances 0. One empty (a miss or a false alarm):
+Dice, IoU and NSD are 0, distances the image's diagonal. Leaving such images out would reward a
+model for finding less: they count, and are counted as `misses`. 0/0 elsewhere is nan, left out.
+
+Means run over images, over patients where images name one, and last over classes. In class maps an
+image counts for a class if its truth or its prediction has it. `dice_pooled` adds up TP, FP and FN
+of all images first, which large objects dominate: never compare it with `dice`.
+"""
+import functools
+
+import numpy as np
+from scipy.ndimage import binary_erosion, find_objects
+from scipy.sparse import csr_array
+from scipy.spatial import KDTree
+
+METRICS = ("dice", "iou", "sensitivity", "specificity", "precision", "hd95", "assd", "nsd")
+
+
+# --- one image ------------------------------------------------------------------------------------
+
+
+def _check(pred, truth):
+    if pred.dtype != bool or truth.dtype != bool or pred.shape != truth.shape:
+        raise ValueError(
+            f"masks must be bool arrays of one shape, got {pred.dtype} {pred.shape} as prediction "
+            f"and {truth.dtype} {truth.shape} as truth"
+        )
+
+
+def overlap(pred, truth, valid=None):
+    """Scores that count pixels, of one class in one image.
+
+    pred, truth: bool arrays of one shape, any number of dimensions. valid: bool array, the pixels
+    that count. Returns tp, fp, fn in pixels; dice, iou, sensitivity, specificity, precision in 0-1.
+    """
+    _check(pred, truth)
+    if valid is not None:
+        pred, truth = pred[valid], truth[valid]
+    tp = int(np.count_nonzero(pred & truth))
+    fp = int(np.count_nonzero(pred)) - tp
+    fn = int(np.count_nonzero(truth)) - tp
+    tn = pred.size - tp - fp - fn
+
+    def share(part, rest, undefined=np.nan):
+        return part / (part + rest) if part + rest else undefined
+
+    return {
+        "dice": share(2 * tp, fp + fn, undefined=1.0),
+        "iou": share(tp, fp + fn, undefined=1.0),
+        "sensitivity": share(tp, fn),
+        "specificity": share(tn, fp),
+        "precision": share(tp, fp),
+        "tp": tp,
+        "fp": fp,
+        "fn": fn,
+    }
+
+
+def _boundary(mask):
+    """Index of every boundary pixel of a bool mask, (n, dims)."""
+    return np.argwhere(mask & ~binary_erosion(mask))
+
+
+def _to_nearest(here, there, spacing):
+    """Distance of every pixel of `here` (n, dims) to the nearest one of `there` (m, dims): (n,)."""
+    nearest = KDTree(there * spacing).query(here * spacing)[1]  # (n,)
+    # From whole pixels: one step of 0.8 mm is 0.8 exactly, so `<= tolerance` holds at 0.8.
+    return np.linalg.norm((here - there[nearest]) * spacing, axis=1)
+
+
+def distances(pred, truth, spacing=None, tolerance=1.0):
+    """Scores of the boundaries, of one class in one image.
+
+    pred, truth: bool arrays of one shape. spacing: mm a pixel along each axis, in the array's
+    order; None counts in pixels. tolerance: in the same unit, for nsd. Returns hd95 and assd in px
+    or mm, nsd in 0-1, and miss: whether just one of the masks is empty.
+    """
+    _check(pred, truth)
+    spacing = np.ones(pred.ndim) if spacing is None else np.asarray(spacing, float)
+    if not (pred.any() and truth.any()):
+        miss = bool(pred.any() or truth.any())
+        worst = float(np.linalg.norm(spacing * pred.shape)) if miss else 0.0
+        return {"hd95": worst, "assd": worst, "nsd": float(not miss), "miss": miss}
+    box = find_objects((pred | truth).view(np.uint8))[0]  # no boundary lies outside: less to erode
+    a, b = _boundary(pred[box]), _boundary(truth[box])
+    to_truth, to_pred = _to_nearest(a, b, spacing), _to_nearest(b, a, spacing)
+    both = np.concatenate([to_truth, to_pred])
+    return {
+        "hd95": float(max(np.percentile(to_truth, 95), np.percentile(to_pred, 95))),
+        "assd": float(both.mean()),
+        "nsd": float(np.mean(both <= tolerance)),
+        "miss": False,
+    }
+
+
+def score_image(pred, truth, valid=None, spacing=None, tolerance=1.0, with_distances=True):
+    """Every score of an image, a dict a class.
+
+    pred, truth: bool (K, *size). valid: bool (*size), the pixels that count; outside it there is
+    neither prediction nor truth. Adds in_truth and in_pred: whether a mask has the class at all.
+    """
+    rows = []
+    for p, t in zip(pred, truth, strict=True):
+        row = overlap(p, t, valid)
+        row["in_truth"] = row["tp"] + row["fn"] > 0
+        row["in_pred"] = row["tp"] + row["fp"] > 0
+        if with_distances:
+            if valid is not None:
+                p, t = p & valid, t & valid
+            row |= distances(p, t, spacing, tolerance)
+        rows.append(row)
+    return rows
+
+
+# --- many images ----------------------------------------------------------------------------------
+
+
+def _means(weights, values):
+    """Weights (R, n), values (n, K) -> weighted means (R, K); nan has no weight."""
+    known = ~np.isnan(values)
+    with np.errstate(invalid="ignore"):  # 0/0 is nan: nothing known of this class
+        return (weights @ np.where(known, values, 0.0)) / (weights @ known.astype(float))
+
+
+@functools.lru_cache(maxsize=1)  # all metrics of a summary use the same draws
+def _draws(n, resamples, seed):
+    """How often each of n cases is drawn in each resample, float (R, n)."""
+    rng = np.random.default_rng(seed)
+    return rng.multinomial(n, np.full(n, 1 / n), resamples).astype(float)
+
+
+def mean_ci(values, groups=None, resamples=2000, seed=0):
+    """Mean with its 95 % interval (percentile bootstrap): {"mean", "low", "high", "n"}.
+
+    values: n numbers, or (n, K) for the mean over K classes of each one's mean; nan is left out.
+    groups: n labels (patients). A group is then one case, worth its mean; n counts cases. All are
+    nan if no value is known. The order of the values has no influence.
+    """
+    values = np.asarray(values, float)
+    values = values[:, None] if values.ndim == 1 else values  # (n, K)
+    known = ~np.isnan(values).all(axis=1)
+    values, n = values[known], int(known.sum())
+    if n == 0:
+        return {"mean": np.nan, "low": np.nan, "high": np.nan, "n": 0}
+    if groups is not None:
+        number = {}
+        labels = [number.setdefault(g, len(number)) for g, k in zip(groups, known) if k]
+        values = _means(csr_array((np.ones(n), (labels, np.arange(n)))), values)  # (G, K)
+        n = len(values)
+    values = values[np.lexsort(values.T)]
+    resampled = np.nanmean(_means(_draws(n, resamples, seed), values), axis=1)  # (R,)
+    low, high = np.percentile(resampled, [2.5, 97.5])
+    mean = np.nanmean(_means(np.ones((1, n)), values))
+    return {"mean": float(mean), "low": float(low), "high": float(high), "n": n}
+
+
+def _summary(rows, class_names, metrics):
+    classes = [class_names.index(row["class"]) for row in rows]
+    cases = [row["name"] if row["group"] is None else row["group"] for row in rows]
+    summary = {"images": len({row["name"] for row in rows}), "n": len(set(cases))}
+    if summary["n"] < 50:
+        summary["warning"] = f"n = {summary['n']}: below 50 the 95 % intervals are too narrow"
+    summary["misses"] = sum(row["in_truth"] != row["in_pred"] for row in rows)
+    for metric in metrics:
+        values = np.full((len(rows), len(class_names)), np.nan)  # a row knows its own class only
+        values[np.arange(len(rows)), classes] = [row[metric] for row in rows]
+        summary[metric] = mean_ci(values, cases)
+    counts = np.zeros((3, len(class_names)))
+    for c, row in zip(classes, rows):
+        counts[:, c] += row["tp"], row["fp"], row["fn"]
+    tp, fp, fn = counts[:, counts.any(axis=0)]  # of the classes that are anywhere
+    summary["dice_pooled"] = float(np.mean(2 * tp / (2 * tp + fp + fn))) if tp.size else np.nan
+    return summary
+
+
+def summarise(rows, class_names):
+    """The rows of a test set -> its summary.
+
+    rows: dicts of `score_image` with "name" (of the image), "group" (the patient, or None) and
+    "class". class_names: without the background; a single one means binary or prompted masks.
+    Returns images, n (patients where known, else images), misses, dice_pooled, a warning if n < 50,
+    and `mean_ci` of every metric. With several classes these are means over the classes, and
+    "classes" holds the same for each class, over the images that have it.
+    """
+    metrics = [metric for metric in METRICS if metric in rows[0]]
+    if len(class_names) == 1:
+        return _summary(rows, class_names, metrics)
+    rows = [row for row in rows if row["in_truth"] or row["in_pred"]]
+    summary = _summary(rows, class_names, metrics)
+    summary["classes"] = {
+        name: _summary([row for row in rows if row["class"] == name], [name], metrics)
+        for name in class_names
+    }
+    return summary

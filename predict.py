@@ -1,0 +1,133 @@
+"""Masks for new images from a fine-tuned run or from official weights.
+
+    python predict.py --weights runs/cris-kvasir_polyp --prompt "one small pink polyp" --out masks
+    a.jpg folder/ python predict.py --weights runs/cris-kvasir_polyp --out masks --split test
+    data/kvasir_polyp
+
+Images, folders of images and data sets become PNG masks (0 and 255) at each image's own size, named
+like the image (of a data set: like the mask). Nothing is written over.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+import data
+import report
+from evaluate import pick_device, run_config
+from recipes import FAMILIES
+
+ENDINGS = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
+
+
+def parse() -> argparse.Namespace:
+    parser = report.Parser(__doc__)
+    parser.add_argument("inputs", nargs="+", help="images, folders of images, data sets")
+    parser.add_argument("--weights", required=True, help="run folder, file, or hub id")
+    parser.add_argument(
+        "--model", choices=sorted(FAMILIES), help="which model; a run folder says it itself"
+    )
+    parser.add_argument(
+        "--prompt", help="the text; for a data set also p0…p9, else what the run was trained on"
+    )
+    parser.add_argument("--split", default="test", help="which part of a data set")
+    parser.add_argument("--out", required=True, help="folder for the masks")
+    parser.add_argument(
+        "--threshold", type=float, help="probability above which a pixel is foreground"
+    )
+    parser.add_argument(
+        "--probabilities", action="store_true", help="also NAME_probability.png, 16 bit, / 65535"
+    )
+    parser.add_argument("--overlays", action="store_true", help="also NAME_overlay.png")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    return parser.parse_args()
+
+
+def list_cases(args, trained_prompt: str | None) -> list[tuple[str, Path, str]]:
+    """(name, image file, text) of everything that is to be predicted."""
+    cases = []
+    for place in map(Path, args.inputs):
+        if (place / "anns").is_dir():
+            kind = args.prompt or trained_prompt
+            if kind is None:
+                raise ValueError(f"{place}: --prompt is missing: a prompt type (p0…p9) or a text")
+            for entry in data.annotations(place, args.split):
+                cases.append((entry.name, entry.image, data.choose_prompt(entry, kind)))
+            continue
+        if not place.exists():
+            raise FileNotFoundError(f"{place}: no such image or folder")
+        files = (
+            sorted(f for f in place.iterdir() if f.suffix.lower() in ENDINGS)
+            if place.is_dir()
+            else [place]
+        )
+        if not files:
+            raise ValueError(f"{place}: no images in this folder ({', '.join(sorted(ENDINGS))})")
+        if args.prompt is None or data.is_prompt_type(args.prompt):
+            raise ValueError(
+                f'{place}: images need --prompt "a text"; prompt types belong to data sets'
+            )
+        cases += [(file.stem, file, args.prompt) for file in files]
+    return cases
+
+
+def outputs(name: str, args) -> dict[str, Path]:
+    """The files that one case becomes."""
+    kinds = {"mask": "", "probability": "_probability", "overlay": "_overlay"}
+    wanted = {"mask": True, "probability": args.probabilities, "overlay": args.overlays}
+    return {
+        kind: Path(args.out) / f"{name}{end}.png" for kind, end in kinds.items() if wanted[kind]
+    }
+
+
+def main() -> int:
+    args = parse()
+    run = run_config(args.weights)
+    if args.model is None and not run:
+        raise ValueError(f"--model is missing: {args.weights} is not a run folder that says it")
+    cases = list_cases(args, run.get("options", {}).get("prompt"))
+    files = [path for name, _, _ in cases for path in outputs(name, args).values()]
+    if len(set(files)) < len(files):
+        twice = next(path for path in files if files.count(path) > 1)
+        raise ValueError(f"{twice} would be written twice: two inputs have the same name")
+    there = next((path for path in files if path.exists()), None)
+    if there is not None:
+        raise ValueError(f"{there} exists already; choose another --out")
+
+    family = FAMILIES[args.model or run["model"]]
+    settings = family.settings["default"]
+    overrides = {} if args.threshold is None else {"threshold": args.threshold}
+    model = (
+        family.load(args.weights, None, settings, overrides, None)
+        .to(pick_device(args.device))
+        .eval()
+    )
+    recipe = family.recipe(model, settings)
+    for name, file, prompt in tqdm(cases, desc="predict", unit="image", disable=None):
+        image = data.read_image(file)  # (H,W,3)
+        sample = {"image": torch.from_numpy(image.transpose(2, 0, 1).copy()), "prompt": prompt}
+        sample |= {"name": name, "size": image.shape[:2], "group": None, "dataset": ""}
+        with torch.no_grad():
+            probability = (
+                recipe.predict(model, recipe.inputs(sample, False, None))[0][0].cpu().numpy()
+            )  # (H,W)
+        mask = probability > model.config.threshold
+        pictures = {"mask": Image.fromarray(mask.astype(np.uint8) * 255)}
+        if args.probabilities:
+            pictures["probability"] = Image.fromarray(
+                (probability * 65535).round().astype(np.uint16)
+            )
+        if args.overlays:
+            pictures["overlay"] = report.overlay(image, None, mask)
+        for kind, path in outputs(name, args).items():
+            report.save_picture(path, pictures[kind])
+    print(f"{len(cases)} masks in {args.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    report.command(main)

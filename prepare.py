@@ -1,0 +1,605 @@
+"""Make and check data sets of text-prompted segmentation.
+
+    python prepare.py demo                      writes data/demo: synthetic endoscopy with prompts
+    python prepare.py check data/demo [DATA]    reads whole data sets and reports what is wrong
+
+Both speak one layout, that of the medvlsm study (arXiv 2308.07706):
+
+    images/  masks/  anns/{train,val,test}.json: [{"img_name", "mask_name", "prompts": {...}}, ...]
+
+`check` only reads. Exit status: 0 fine, 1 findings, 2 could not run (one line on stderr).
+"""
+
+import argparse
+import hashlib
+import io
+import json
+import math
+import os
+import re
+import shutil
+import sys
+import textwrap
+from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter
+from tqdm import tqdm
+
+# data.py is imported where `check` needs it: it brings torch along, for which `demo` need not wait.
+
+# --- demo ----------------------------------------------------------------------------------------
+#
+# Every image holds two to four blobs of different colours, all drawn from one distribution; one of
+# them, drawn uniformly, is the target. Nothing but the text tells which one it is.
+
+COLOURS = {  # what a person calls these on pink mucosa, sRGB
+    "white": (240, 238, 228),
+    "yellow": (232, 200, 52),
+    "pink": (255, 160, 208),
+    "red": (190, 14, 30),
+    "brown": (104, 58, 22),
+    "purple": (126, 54, 158),
+}
+SIZES = {  # mean radius as a share of the image's side; the gaps keep the words apart
+    "small": (0.055, 0.070),  # 1.0 to 1.5 % of the area
+    "medium": (0.095, 0.115),  # 2.8 to 4.2 %
+    "large": (0.140, 0.165),  # 6.2 to 8.6 %
+}
+SHAPES = {"round": (1.0, 1.1), "oval": (1.6, 1.9)}  # long axis : short axis
+PLACES = (  # medvlsm's words for the cells of a 3x3 grid, row by row
+    "top left", "top", "top right", "left", "center", "right",
+    "bottom left", "bottom", "bottom right",
+)  # fmt: skip
+GAP = 0.03  # least distance between two blobs, and half of it to the border, in image sides
+
+
+@dataclass
+class Blob:
+    """One blob: its words, and its outline as a field over the image."""
+
+    colour: str
+    size: str
+    shape: str
+    place: str
+    centre: tuple[float, float]  # x, y in image sides
+    radius: float  # mean radius in image sides
+    window: tuple[slice, slice]  # rows and columns that the blob and its shadow may touch
+    field: np.ndarray  # (H, W) float32: 0 at the centre, 1 on the outline, growing outwards
+
+    @property
+    def mask(self):
+        """(H, W) uint8, 0 or 255."""
+        return np.where(self.field < 1, 255, 0).astype(np.uint8)
+
+    @property
+    def prompts(self):
+        """p0 to p6 in the words of medvlsm's polyp sets, each more precise than the one before."""
+        p2 = f"{self.shape} polyp"
+        p3 = f"{self.colour} {p2}"
+        p4 = f"{self.size} {p3}"
+        p6 = f"one {p4}, located in {self.place} of the image"
+        return dict(p0="", p1="polyp", p2=p2, p3=p3, p4=p4, p5=f"one {p4}", p6=p6)
+
+
+def unit_grid(size):
+    """x and y of the pixel centres in image sides, each (size, size) float32."""
+    axis = (np.arange(size, dtype=np.float32) + 0.5) / size
+    return np.meshgrid(axis, axis)
+
+
+def draw_blob(rng, grid, colour, cell):
+    """A blob of random size, shape and outline, its centre well inside `cell` of the 3x3 grid."""
+    size, shape = list(SIZES)[rng.integers(3)], list(SHAPES)[rng.integers(2)]
+    radius, ratio = rng.uniform(*SIZES[size]), rng.uniform(*SHAPES[shape])
+    a, b = radius * ratio**0.5, radius / ratio**0.5  # the area stays that of the radius
+    angle = rng.uniform(0, math.pi)
+    c, s = math.cos(angle), math.sin(angle)
+    extents = math.hypot(a * c, b * s), math.hypot(a * s, b * c)  # of the ellipse along x and y
+    centre, window, side = [], [], len(grid[0])
+    for third, extent in zip((cell % 3, cell // 3), extents, strict=True):
+        reach = 1.1 * extent + GAP / 2  # 1.1 for the waves of the outline
+        low, high = third / 3 + 0.04, (third + 1) / 3 - 0.04  # no centre between two words
+        at = rng.uniform(max(low, reach), min(high, 1 - reach))
+        ends = (at - reach - 0.05) * side, (at + reach + 0.05) * side
+        centre.append(at)
+        window.insert(0, slice(max(0, int(ends[0])), int(ends[1]) + 1))  # rows come first
+    window = tuple(window)
+    x, y = grid[0][window] - centre[0], grid[1][window] - centre[1]
+    u, v = (x * c + y * s) / a, (y * c - x * s) / b
+    theta = np.arctan2(v, u)
+    near = np.hypot(u, v)
+    for k in 2, 3, 4:
+        near *= 1 + rng.normal(0, 0.06 / k) * np.cos(k * theta + rng.uniform(0, 2 * math.pi))
+    field = np.full_like(grid[0], np.inf)
+    field[window] = near
+    return Blob(colour, size, shape, PLACES[cell], tuple(centre), radius, window, field)
+
+
+def draw_blobs(rng, grid, count):
+    """`count` blobs in different colours and cells that keep apart; drawn again until they do."""
+    while True:
+        blobs, taken = [], np.zeros(grid[0].shape, bool)
+        for colour, cell in zip(rng.permutation(list(COLOURS))[:count], rng.permutation(9)):
+            blob = draw_blob(rng, grid, str(colour), int(cell))
+            if (taken & ((blob.field - 1) * blob.radius < GAP)).any():
+                break
+            taken |= blob.field < 1
+            blobs.append(blob)
+        if len(blobs) == count:
+            return blobs
+
+
+def smooth_noise(rng, size, cells):
+    """(size, size) float32 around 0, about -1 to 1, with features of 1/cells of the image."""
+    coarse = rng.normal(0, 0.5, (cells + 1, cells + 1)).astype(np.float32)
+    return np.asarray(Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC))
+
+
+def draw_vessels(rng, size):
+    """(size, size) float32 in 0 to 1: thin winding lines, drawn twice as large and halved."""
+    canvas = Image.new("L", (2 * size, 2 * size))
+    pen = ImageDraw.Draw(canvas)
+    for _ in range(rng.integers(4, 9)):
+        steps = rng.integers(8, 24)
+        heading = rng.uniform(0, 2 * math.pi) + np.cumsum(rng.normal(0, 0.35, steps))
+        stride = np.stack([np.cos(heading), np.sin(heading)], 1) * 0.03  # (steps, 2)
+        path = (rng.uniform(0, 1, 2) + np.cumsum(stride, 0)) * 2 * size
+        width = max(1, round(rng.uniform(0.006, 0.014) * 2 * size))
+        pen.line(path.ravel().tolist(), fill=int(rng.integers(90, 256)), width=width)
+    soft = canvas.reduce(2).filter(ImageFilter.GaussianBlur(0.004 * size))
+    return np.asarray(soft, np.float32) / 255
+
+
+def draw_mucosa(rng, grid):
+    """The background, (H, W, 3) float32 in 0 to 1: tone, folds round a lumen, vessels."""
+    size = len(grid[0])
+    pink, orange = np.float32([[214, 130, 118], [208, 116, 86]]) / 255
+    tone = (pink + (orange - pink) * rng.uniform()) * rng.uniform(0.92, 1.0)  # (3,)
+    light = 1 + 0.07 * smooth_noise(rng, size, 3) + 0.04 * smooth_noise(rng, size, 8)
+    light += 0.025 * smooth_noise(rng, size, 32)
+    x, y = rng.uniform(-0.1, 1.1, 2).tolist()  # of the lumen
+    distance = np.hypot(grid[0] - x, grid[1] - y) + 0.05 * smooth_noise(rng, size, 4)
+    phase = 2 * math.pi * (rng.uniform(2.5, 4) * distance + rng.uniform())
+    light += 0.06 * np.sin(phase) + 0.03 * np.cos(2 * phase)  # folds: one flank lit, one dark
+    light *= 1 - 0.38 * np.exp(-((distance / 0.16) ** 2))
+    blush = 0.05 * smooth_noise(rng, size, 5)[..., None]  # patches of redder and paler mucosa
+    vessels = 0.4 * draw_vessels(rng, size)[..., None]
+    image = tone * light[..., None] * (1 + blush * np.float32([0.3, -1, -1]))  # (H, W, 3)
+    return image * (1 - vessels * np.float32([0.35, 0.75, 0.7]))
+
+
+def paint_blob(rng, image, texture, blob, lamp, grid):
+    """Paints one blob over `image` in place: contact shadow, domed body, highlight."""
+    field, image = blob.field[blob.window], image[blob.window]  # views
+    beyond = np.maximum(field - 1, 0) * blob.radius  # from the outline outwards, in image sides
+    image *= 1 - 0.25 * np.exp(-((beyond / 0.018) ** 2))[..., None]
+    body = np.float32(COLOURS[blob.colour]) / 255 + rng.normal(0, 0.012, 3).astype(np.float32)
+    dome = np.sqrt(np.maximum(1 - field**2, 0))  # height of a half ball
+    down, across = np.gradient(dome, 1 / (len(grid[0]) * blob.radius))
+    shade = 0.82 + 0.18 * dome - 0.06 * np.clip(across * lamp[0] + down * lamp[1], -2, 2)
+    shade += texture[blob.window]
+    inside = np.clip(0.5 + (1 - field) * blob.radius / 0.02, 0, 1)[..., None]  # a half on it
+    image += inside * (body * shade[..., None] - image)
+    x, y = (at + 0.35 * blob.radius * d for at, d in zip(blob.centre, lamp))
+    squared = (grid[0][blob.window] - x) ** 2 + (grid[1][blob.window] - y) ** 2
+    image += 0.45 * np.exp(squared / -((0.18 * blob.radius) ** 2))[..., None] * (1 - image)
+
+
+def draw_image(rng, grid, blobs):
+    """The picture of `blobs`, (H, W, 3) uint8."""
+    size, image = len(grid[0]), draw_mucosa(rng, grid)
+    angle = rng.uniform(0, 2 * math.pi)
+    lamp = math.cos(angle), math.sin(angle)  # where the light comes from, for the whole image
+    texture = 0.05 * smooth_noise(rng, size, 16) + 0.04 * smooth_noise(rng, size, 40)
+    for blob in blobs:
+        paint_blob(rng, image, texture, blob, lamp, grid)
+    glare = np.zeros_like(grid[0])
+    for _ in range(rng.integers(3, 9)):  # wet spots: far smaller than a small blob
+        x, y = rng.uniform(0.05, 0.95, 2).tolist()
+        wide, high = rng.uniform(0.006, 0.013, 2).tolist()
+        glare += np.exp(-(((grid[0] - x) / wide) ** 2) - ((grid[1] - y) / high) ** 2)
+    image += np.minimum(0.7 * glare, 1)[..., None] * (1 - image)
+    corner = np.hypot(grid[0] - 0.5, grid[1] - 0.5)  # 0.71 in the corners, which the tube shades
+    image *= (1 - 0.9 * np.clip((corner - 0.42) / 0.29, 0, 1) ** 2)[..., None]
+    return (np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8)
+
+
+def png(pixels):
+    """uint8 (H, W) or (H, W, 3) -> the bytes of a PNG file."""
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG", compress_level=4)  # 6: 3 % smaller, twice the time
+    return file.getvalue()
+
+
+def annotation(image, mask, blob):
+    """An entry of an annotation file; bbox is [x0, y0, x1, y1], the ends excluded."""
+    rows, columns = np.nonzero(blob.mask)
+    bbox = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+    bbox = [int(edge) for edge in bbox]
+    return {"img_name": image, "mask_name": mask, "bbox": bbox, "prompts": blob.prompts}
+
+
+def wrong_prompts(entries, rng):
+    """The entries, each with the prompts of one whose target has another colour: all untrue."""
+    colours = [entry["prompts"]["p3"].split()[0] for entry in entries]
+    swapped = []
+    for entry, colour in zip(entries, colours):
+        others = [other for other, c in zip(entries, colours) if c != colour]
+        swapped.append({**entry, "prompts": others[rng.integers(len(others))]["prompts"]})
+    return swapped
+
+
+def demo_files(images, size, objects, seed):
+    """Yields (path in the data set, bytes) of every file of a demo set, the annotations last.
+
+    An image depends on size, objects, seed and its number only. ValueError for a set too small.
+    """
+    if images < 30 or size < 64 or seed < 0:
+        given = f"--images {images} --size {size} --seed {seed}"
+        raise ValueError(f"{given}: at least 30 images, 64 pixels a side and seed 0")
+    test = min(max(100, images * 12 // 100), images // 3)  # 100 make an interval worth reading
+    train = images - test - images * 8 // 100
+    entries = {"train": [], "val": [], "test": [], "other_blob": []}
+    grid = unit_grid(size)
+    for i in tqdm(range(images), desc="demo", unit="image", disable=None, leave=False):
+        rng = np.random.default_rng((seed, i))
+        blobs = draw_blobs(rng, grid, rng.integers(objects[0], objects[1] + 1))
+        target, *others = (blobs[k] for k in rng.permutation(len(blobs)))
+        split = "train" if i < train else "val" if i < images - test else "test"
+        yield f"images/{i:05}.png", png(draw_image(rng, grid, blobs))
+        yield f"masks/{i:05}.png", png(target.mask)
+        entries[split].append(annotation(f"{i:05}.png", f"{i:05}.png", target))
+        if split == "test" and others:  # asked for in `other_blob`
+            yield f"masks/{i:05}_other.png", png(others[0].mask)
+            entries["other_blob"].append(annotation(f"{i:05}.png", f"{i:05}_other.png", others[0]))
+    entries["other_prompts"] = wrong_prompts(entries["test"], np.random.default_rng((seed, images)))
+    for name, listed in entries.items():
+        if listed:
+            yield f"anns/{name}.json", json.dumps(listed, indent=1).encode()
+
+
+def compare_files(folder, files):
+    """Raises ValueError with the first file by which `folder` differs from exactly these files."""
+    left = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    wrong = None
+    for name, content in files:
+        if name not in left or (folder / name).read_bytes() != content:
+            wrong = f"{name} is missing or differs"
+            break
+        left.remove(name)
+    if wrong or left:
+        wrong = wrong or f"it also holds {min(left)}"
+        raise ValueError(
+            f"{folder}: not empty and not this demo set ({wrong}); nothing was written: "
+            "choose another --out, or remove that folder"
+        )
+
+
+def demo(args):
+    """Writes a demo set whole or not at all; a folder with other content is left alone."""
+    files = demo_files(args.images, args.size, args.objects, args.seed)
+    if args.out.exists() and any(args.out.iterdir()):
+        compare_files(args.out, files)
+        print(f"{args.out}: this demo set is there already")
+        return 0
+    part = args.out.with_name(f".{args.out.name}.{os.getpid()}")
+    shutil.rmtree(part, ignore_errors=True)  # of a killed run whose number has come round again
+    try:
+        for name, content in files:
+            (part / name).parent.mkdir(parents=True, exist_ok=True)
+            (part / name).write_bytes(content)
+        os.replace(part, args.out)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    splits = ", ".join(sorted(path.stem for path in (args.out / "anns").iterdir()))
+    print(f"{args.out}: {args.images} images of {args.size}x{args.size}, splits {splits}")
+    return 0
+
+
+# --- check ---------------------------------------------------------------------------------------
+#
+# How a file is read is decided in data.py; here is only counted what came out. `findings` maps a
+# kind of finding to its lines, each of which begins with the file it is about.
+
+MOST_LINES = 10  # printed of one kind; the rest are counted
+SPLIT_ORDER = ("train", "val", "valid", "test")
+
+
+@dataclass
+class ImageFacts:
+    size: tuple[int, int]  # H, W
+    mode: str  # PIL's, as stored
+    digest: bytes  # of the decoded pixels, so that a copy saved in another format is found
+
+
+@dataclass
+class MaskFacts:
+    size: tuple[int, int]
+    mode: str
+    counts: np.ndarray  # (256,) pixels of each value
+
+    @property
+    def largest(self):
+        return int(np.flatnonzero(self.counts).max())
+
+
+def image_facts(path):
+    """What an image file holds, or the error that says why it cannot be read."""
+    import data
+
+    try:
+        pixels = data.read_image(path)
+        digest = hashlib.blake2b(str(pixels.shape).encode() + pixels.tobytes()).digest()
+        return ImageFacts(pixels.shape[:2], data.open_image(path, decode=False).mode, digest)
+    except (ValueError, OSError) as error:
+        return error
+
+
+def mask_facts(entry, image):
+    """The same for an entry's mask; `image` is what image_facts found for the entry's image."""
+    import data
+
+    try:
+        upright_as = entry.image if isinstance(image, ImageFacts) else None
+        mask = data.read_mask(entry.mask, upright_as, numbers=entry.label is not None)
+        counts = np.bincount(mask.ravel(), minlength=256)
+        return MaskFacts(mask.shape, data.open_image(entry.mask, decode=False).mode, counts)
+    except (ValueError, OSError) as error:
+        return error
+
+
+def read_splits(root, findings):
+    """{split: its entries} of a data set; an annotation file that cannot be used is a finding."""
+    import data
+
+    names = data.splits(root)
+    if not names:
+        raise FileNotFoundError(f"{root}: no anns/*.json here; expected images/, masks/ and anns/")
+    names.sort(key=lambda n: (SPLIT_ORDER.index(n) if n in SPLIT_ORDER else len(SPLIT_ORDER), n))
+    splits = {}
+    for name in names:
+        try:
+            with redirect_stdout(io.StringIO()) as said:  # entries listed twice are only said
+                splits[name] = data.read_annotations(root, name)
+            for line in said.getvalue().splitlines():
+                findings["entries listed twice"].append(line)
+        except (ValueError, OSError) as error:
+            findings["annotation files that cannot be used"].append(str(error))
+    return splits
+
+
+def read_files(splits, findings):
+    """{path: ImageFacts} and {path: MaskFacts} of what can be read; the rest are findings."""
+    by_mask = {entry.mask: entry for entries in splits.values() for entry in entries}
+    paths = list(dict.fromkeys(entry.image for entries in splits.values() for entry in entries))
+    total = len(paths) + len(by_mask)
+    with ThreadPoolExecutor() as pool, tqdm(total=total, disable=None, leave=False) as bar:
+        images, masks = {}, {}
+        for path, fact in zip(paths, pool.map(image_facts, paths)):
+            images[path] = fact
+            bar.update()
+        of_entries = [images[entry.image] for entry in by_mask.values()]
+        for path, fact in zip(by_mask, pool.map(mask_facts, by_mask.values(), of_entries)):
+            masks[path] = fact
+            bar.update()
+    for found in images, masks:
+        for path in [path for path, fact in found.items() if isinstance(fact, Exception)]:
+            error = found.pop(path)
+            missing = isinstance(error, FileNotFoundError)
+            findings["missing files" if missing else "unreadable files"].append(str(error))
+    return images, masks
+
+
+def check_sizes(splits, images, masks, findings):
+    for split, entries in splits.items():
+        for entry in entries:
+            image, mask = images.get(entry.image), masks.get(entry.mask)
+            if image and mask and image.size != mask.size:
+                line = f"{entry.mask}: {wide(mask.size)}, its image {wide(image.size)} ({split})"
+                findings["masks and images of different sizes"].append(line)
+
+
+def check_masks(root, splits, masks, findings):
+    """Foreground shares {(split, name): share} and how the masks were read {split: "> 127"}."""
+    import data
+
+    shares, rules, values = {}, {}, np.arange(256, dtype=np.uint8)
+    for split, entries in splits.items():
+        entries = [entry for entry in entries if entry.mask in masks]
+        binary = [masks[entry.mask].largest for entry in entries if entry.label is None]
+        above = data.binarise(values, max(binary, default=0))  # (256,) which values are foreground
+        rule = f"> {np.flatnonzero(~above).max()}"
+        if any(binary):
+            rules[split] = rule
+        for entry in entries:
+            fact = masks[entry.mask]
+            wanted = rule if entry.label is None else f"== {entry.label}"
+            inside = fact.counts[above if entry.label is None else values == entry.label].sum()
+            shares[split, entry.name] = inside / fact.counts.sum()
+            texts = [text for texts in entry.prompts.values() for text in texts]
+            denial = next((text for text in texts if text.lower().startswith("no ")), None)
+            if not inside and not denial:
+                line = f"{entry.mask}: no pixel {wanted}, the largest is {fact.largest} ({split})"
+                findings["empty masks whose prompts ask for something"].append(line)
+            if inside and denial:
+                line = f"{entry.mask}: {inside} pixels, yet {denial!r} ({split})"
+                findings["prompts that deny what the mask shows"].append(line)
+    if len(set(rules.values())) > 1:
+        line = ", ".join(f"{rule} in {split}" for split, rule in rules.items())
+        findings["splits whose masks are read differently"].append(f"{root}/anns: {line}")
+    return shares, rules
+
+
+def check_prompts(root, splits, findings):
+    """{prompt type: how often each of its texts occurs} over all splits, p0 first."""
+    import data
+
+    texts = defaultdict(Counter)
+    for entry in (entry for entries in splits.values() for entry in entries):
+        for kind, listed in entry.prompts.items():
+            texts[kind].update(listed)
+    known = sorted(filter(data.is_prompt_type, texts), key=lambda kind: (len(kind), kind))
+    for split, entries in splits.items():
+        for kind in texts:
+            lacking = [entry.name for entry in entries if not entry.prompts.get(kind)]
+            having = [entry.name for entry in entries if kind in entry.prompts]
+            if kind in known and lacking:
+                line = f"{split}.json: {kind} is missing in {some(lacking)}"
+                findings["prompt types that entries lack"].append(f"{root}/anns/{line}")
+            if kind not in known and having:
+                line = f"{split}.json: {kind!r} in {some(having)}; the types are p0, p1, ..."
+                findings["unknown prompt types"].append(f"{root}/anns/{line}")
+    return {kind: texts[kind] for kind in known}
+
+
+def check_overlap(seen, findings):
+    """Images in more than one of training, validation and test; `seen` lists (path, split, digest).
+
+    Test files may share images with each other: they ask the same images for other things.
+    """
+    by_digest, by_stem = {}, {}
+    for path, split, digest in seen:
+        role = split if split in ("train", "val", "valid") else "test"
+        stem = str(path.with_suffix("")).lower()  # a.png and A.jpg: one picture, saved again?
+        same_role, same_split, same = by_digest.setdefault(digest, (role, split, path))
+        near_role, near_split, near = by_stem.setdefault(stem, (role, split, path))
+        if same_role != role:
+            line = f"{path} ({split}): also in {same_split}" + f" as {same}" * (same != path)
+            findings["images in several splits"].append(line)
+        elif near_role != role:
+            line = f"{path} ({split}): named like {near} ({near_split})"
+            findings["images named alike in several splits"].append(line)
+
+
+def wide(size):
+    """(H, W) -> "WxH"."""
+    return f"{size[1]}x{size[0]}"
+
+
+def some(names):
+    """How many names there are and the first of them."""
+    return f"{len(names)} ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})"
+
+
+def modes(facts):
+    """ "RGB" or "RGB 12, L 3"."""
+    counts = Counter(fact.mode for fact in facts).most_common()
+    return counts[0][0] if len(counts) == 1 else ", ".join(f"{mode} {n}" for mode, n in counts)
+
+
+def describe(splits, images, masks, shares, rules, texts):
+    """What a data set holds, as (heading, text) lines."""
+    paths = {split: {entry.image for entry in entries} for split, entries in splits.items()}
+    earlier = {}
+    for split, entries in splits.items():
+        within = next((name for name in earlier if paths[split] <= earlier[name]), None)
+        text = f"{len(entries)} entries, {len(paths[split])} images"
+        yield split, text + (f", all of them in {within}" if within and entries else "")
+        earlier[split] = paths[split]
+    if images:
+        sizes = sorted((fact.size for fact in images.values()), key=math.prod)
+        low, middle, high = wide(sizes[0]), wide(sizes[len(sizes) // 2]), wide(sizes[-1])
+        yield "images", f"{len(images)}, {modes(images.values())}; {low} to {high}, median {middle}"
+    if masks:
+        values = np.flatnonzero(sum(fact.counts for fact in masks.values()))
+        found = ", ".join(map(str, values))
+        if len(values) > 8:
+            found = f"{len(values)} values from {values[0]} to {values[-1]}"
+        read = " or ".join(sorted(set(rules.values()))) or "by label"
+        yield "masks", f"{len(masks)}, {modes(masks.values())}; {found}; read {read}"
+        share = np.array(list(shares.values()))
+        text = f"{share.mean():.1%} of an image in the mean, {share.min():.1%} to {share.max():.1%}"
+        yield "foreground", text
+        empty = [name for (split, name), value in shares.items() if value == 0]
+        yield "empty masks", some(empty) if empty else "none"
+    for kind, counter in texts.items():
+        example = f'"{textwrap.shorten(next(iter(counter), ""), 70)}"'
+        yield kind, f"{len(counter)} text{'s' * (len(counter) > 1)}: {example}"
+
+
+def check(args):
+    """Reports on whole data sets; 1 if there are findings."""
+    findings, seen = defaultdict(list), []
+    for root in args.data:
+        splits = read_splits(root, findings)
+        images, masks = read_files(splits, findings)
+        check_sizes(splits, images, masks, findings)
+        shares, rules = check_masks(root, splits, masks, findings)
+        texts = check_prompts(root, splits, findings)
+        for split, entries in splits.items():
+            for image in dict.fromkeys(entry.image for entry in entries if entry.image in images):
+                seen.append((image, split, images[image].digest))
+        print(root)
+        for heading, text in describe(splits, images, masks, shares, rules, texts):
+            print(f"  {heading:13} {text}")
+    check_overlap(seen, findings)
+    total = sum(map(len, findings.values()))
+    print(f"findings: {total or 'none'}")
+    for kind, lines in findings.items():
+        print(f"  {kind}: {len(lines)}")
+        for line in lines[:MOST_LINES]:
+            print(f"    {line}")
+        if len(lines) > MOST_LINES:
+            print(f"    and {len(lines) - MOST_LINES} more")
+    return 1 if total else 0
+
+
+# --- command line --------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):  # argparse would print its usage, several lines of it, first
+        self.exit(2, f"{self.prog}: {message}; --help lists what there is\n")
+
+
+def object_counts(text):
+    """ "2-4" -> (2, 4), "1" -> (1, 1)."""
+    match = re.fullmatch(r"([1-4])(?:-([1-4]))?", text)
+    low, high = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+    if low > high:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither 1 to 4 nor a range such as 2-4")
+    return low, high
+
+
+def parser():
+    top = Parser(prog="prepare.py", description="Make and check prompted data sets.")
+    commands = top.add_subparsers(metavar="COMMAND", required=True)
+
+    def command(run, help):
+        p = commands.add_parser(
+            run.__name__,
+            help=help,
+            description=run.__doc__,
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        )
+        p.set_defaults(run=run)
+        return p.add_argument
+
+    add = command(demo, "write a small synthetic data set")
+    add("--out", type=Path, default="data/demo", metavar="DIR", help="folder to make")
+    add("--images", type=int, default=1000, metavar="N", help="images in all splits together")
+    add("--size", type=int, default=128, metavar="PX", help="their height and width")
+    add("--objects", type=object_counts, default="2-4", metavar="A-B", help="blobs in an image")
+    add("--seed", type=int, default=0, metavar="N", help="same seed, same bytes")
+
+    add = command(check, "read data sets and report what is wrong")
+    add("data", type=Path, nargs="+", metavar="DATA", help="folder with images/, masks/, anns/")
+    return top
+
+
+def main(argv=None):
+    args = parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except (ValueError, OSError) as error:
+        print(f"prepare.py: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

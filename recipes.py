@@ -1,0 +1,321 @@
+"""Recipes: what connects a model to the training loop, every number of a protocol, its source.
+
+The loop knows nothing of prompts, boxes or windows. A `Recipe` gives it five functions
+
+    inputs(sample, train, rng) -> dict of tensors     made in the workers: pixels, tokens, the
+    target forward(model, batch)      -> output              a training batch through the model
+    loss(output, batch)        -> scalar, its parts   output is what the model gave for the batch
+    predict(model, item)       -> probabilities (K,H,W) at the image's own size, and the output for
+    `loss` groups(model, settings)    -> parameter groups for the optimiser
+
+and a table of settings. `default` is what we recommend, `origin` the study that a model comes from
+to the letter, quirks named. The command line overrides any setting of the same name.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+import cris
+from augment import Augment
+from data import Dataset
+from losses import dice_bce, dice_loss
+from tokenizer import CLIPTokenizer
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Every number of a protocol."""
+
+    weights: dict[str, str]  # variant -> hub id that training starts from
+    config: dict = field(
+        default_factory=dict
+    )  # fields of the model's Config that the protocol sets
+    prompt: str = "p6"  # prompt type
+    augment: Augment | None = None  # None: the model's own preprocessing
+    loss: Callable = None  # (output, batch) -> scalar, parts
+    optimizer: str = "adamw"  # adam | adamw
+    lr: float = 1e-4
+    backbone_lr: float = 1e-5  # of the pretrained towers,
+    backbone: Callable = None  # which are the parameters for whose name this is true
+    weight_decay: float = 1e-2
+    decay_all: bool = False  # also of biases and norms
+    batch_size: int = 16
+    epochs: int = 50
+    schedule: str = "cosine"  # cosine | poly | constant | multistep | plateau
+    warmup: float = 0.05  # share of all steps in which the rate rises from 0
+    milestones: tuple[int, ...] = ()  # epochs after which `multistep` divides the rate by ten
+    clip_grad: float | None = 1.0  # largest norm of all gradients together
+    dtype: str = "bfloat16"  # of the forward pass on a GPU in training; evaluation is float32
+    patience: int | None = None  # epochs without a better validation Dice before training stops
+    min_epochs: int = 0
+    min_delta: float = 0.0  # what counts as better
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What the loop needs of a model; see the top of the file."""
+
+    inputs: Callable
+    forward: Callable
+    loss: Callable
+    predict: Callable
+    groups: Callable
+
+
+# --- text-prompted binary masks in 2-D ------------------------------------------------------------
+
+
+def prompted_inputs(
+    sample, train, rng, config, tokenizer, augment, preprocess, preprocess_mask
+) -> dict:
+    """image (3,S,S) float32, tokens (T,) int64, mask (1,S,S) float32 in 0..1, the loss's target.
+
+    In evaluation also what scoring needs: truth (1,H,W) bool, size, name, prompt, group, dataset; a
+    sample without a mask gives an item without mask and truth.
+    """
+    prompt, mask = sample["prompt"], sample.get("mask")
+    if train and augment is not None:
+        image, mask, prompt = augment(sample["image"], mask, prompt, config.image_size, rng)
+        mean, std = (torch.tensor(x)[:, None, None] for x in (config.mean, config.std))  # (3,1,1)
+        item = {"image": (image / 255 - mean) / std, "mask": mask[None].float()}  # (3,S,S), (1,S,S)
+    else:
+        item = {
+            "image": preprocess(Image.fromarray(sample["image"].permute(1, 2, 0).numpy()), config)
+        }
+        if mask is not None:
+            item["mask"] = preprocess_mask(mask, config)
+    item["tokens"] = tokenizer(prompt)[0]  # (T,)
+    if not train:
+        item |= {key: sample[key] for key in ("name", "prompt", "size", "group", "dataset")}
+        if mask is not None:
+            item["truth"] = mask[None] == 1  # (1,H,W)
+    return item
+
+
+def prompted_forward(model: nn.Module, batch: dict) -> Tensor:
+    """Logits (B,1,h,w) of a training batch."""
+    return model(batch["image"], batch["tokens"])
+
+
+def prompted_predict(model: nn.Module, item: dict) -> tuple[Tensor, Tensor]:
+    """Probabilities (1,H,W) at the image's own size, and the logits (1,1,h,w)."""
+    device = next(model.parameters()).device
+    logits = model(item["image"][None].to(device), item["tokens"][None].to(device))
+    return model.postprocess(logits[0], item["size"]), logits
+
+
+def dice_bce_at_mask_size(logits: Tensor, batch: dict) -> tuple[Tensor, dict]:
+    """Dice + BCE on logits brought bilinearly to the size of the target."""
+    size = batch["mask"].shape[-2:]
+    return dice_bce(
+        F.interpolate(logits.float(), size, mode="bilinear", align_corners=False), batch["mask"]
+    )
+
+
+def texts_per_batch(dataset: Dataset, kind: str, batch_size: int) -> float:
+    """How many different texts a training batch holds on average."""
+    share = {}  # text -> its share of all draws
+    for entry in dataset.entries:
+        kinds = [k for k in entry.prompts if k != "p0"] if kind == "random" else [kind]
+        for k in kinds:
+            texts = entry.prompts.get(k, [kind])  # a literal text stands for itself
+            for text in texts:
+                share[text] = share.get(text, 0) + 1 / (len(dataset) * len(kinds) * len(texts))
+    return sum(1 - (1 - p) ** batch_size for p in share.values())
+
+
+def parameter_groups(model: nn.Module, settings: Settings) -> list[dict]:
+    """Up to four groups: backbone or not, decayed or not (biases and norms, unless `decay_all`)."""
+    groups = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            decayed = settings.decay_all or p.ndim > 1
+            groups.setdefault((settings.backbone(name), decayed), []).append(p)
+    return [
+        {
+            "params": params,
+            "lr": settings.backbone_lr if backbone else settings.lr,
+            "weight_decay": settings.weight_decay if decayed else 0.0,
+        }
+        for (backbone, decayed), params in groups.items()
+    ]
+
+
+# --- CRIS -----------------------------------------------------------------------------------------
+
+
+def medvlsm_dice(logits: Tensor, batch: dict) -> tuple[Tensor, dict]:
+    """What the study's loss computed.
+
+    quirk: it asked for Dice + 0.2 cross entropy (monai 1.1.0 DiceCELoss on sigmoid outputs), but
+    the log softmax over a single channel is 0, so that only soft Dice with smooth 1e-5 remained.
+    """
+    logits = F.interpolate(
+        logits.float(), batch["mask"].shape[-2:], mode="bicubic", align_corners=True
+    )
+    loss = dice_loss(logits.sigmoid(), batch["mask"], smooth=1e-5).mean()
+    return loss, {"dice_loss": loss}
+
+
+def refcoco_bce(logits: Tensor, batch: dict) -> tuple[Tensor, dict]:
+    """BCE at stride 4 with the mask brought there by nearest neighbour (model/segmenter.py)."""
+    mask = F.interpolate(batch["mask"], logits.shape[-2:], mode="nearest")
+    loss = F.binary_cross_entropy_with_logits(logits.float(), mask)
+    return loss, {"bce": loss}
+
+
+def clip_towers(name: str) -> bool:
+    """What comes from CLIP: all of `backbone` but the new branch in its attention pool."""
+    return name.startswith("backbone.") and ".connect." not in name
+
+
+def refcoco_backbone(name: str) -> bool:
+    """What CRIS trains at the lower rate: `backbone` but its position tables (build_segmenter)."""
+    return name.startswith("backbone.") and "positional_embedding" not in name
+
+
+CLIP = {"rn50": "timm/resnet50_clip.openai", "rn101": "timm/resnet101_clip.openai"}
+
+CRIS = {
+    # What we recommend: one clear prompt type, pixels used whole, everything trained, CLIP gently.
+    "default": Settings(
+        weights=CLIP,
+        config={"pixels": "stretch", "threshold": 0.5},
+        augment=Augment(),
+        loss=dice_bce_at_mask_size,
+        backbone=clip_towers,
+    ),
+    # medvlsm (arXiv 2308.07706; github.com/naamiinepal/medvlsm, configs/experiment/cris.yaml),
+    # which started from a CRIS trained on RefCOCO: give that file as --weights. Quirks: every
+    # prompt is padded with 49407 to 77, so that the decoder attends to the padding too; masks are
+    # stretched with nearest neighbour. Left out: JPEG masks served there as soft targets and
+    # prompts were drawn anew in validation and test.
+    "origin": Settings(
+        weights=CLIP,
+        config={
+            "pixels": "medvlsm",
+            "text_length": 77,
+            "pad_token": 49407,
+            "threshold": 0.35,
+            "dropout": 0.2,
+        },
+        loss=medvlsm_dice,
+        lr=2e-5,
+        backbone_lr=2e-5,
+        backbone=clip_towers,
+        weight_decay=1e-3,
+        decay_all=True,
+        batch_size=32,
+        epochs=1000,
+        schedule="plateau",
+        warmup=0.0,
+        clip_grad=0.5,
+        dtype="float16",
+        patience=20,
+        min_epochs=10,
+        min_delta=1e-4,
+    ),
+    # CRIS itself (arXiv 2111.15174; github.com/DerrickWang005/CRIS.pytorch,
+    # config/refcoco/cris_r50.yaml). Left out: its first epoch trained the backbone at the full
+    # rate, because the groups named only `initial_lr`; the last, smaller batch was dropped.
+    "refcoco": Settings(
+        weights=CLIP,
+        config={
+            "pixels": "letterbox",
+            "text_length": 17,
+            "pad_token": 0,
+            "threshold": 0.35,
+            "dropout": 0.1,
+        },
+        loss=refcoco_bce,
+        backbone=refcoco_backbone,
+        optimizer="adam",
+        lr=1e-4,
+        backbone_lr=1e-5,
+        weight_decay=0.0,
+        batch_size=64,
+        epochs=50,
+        schedule="multistep",
+        milestones=(35,),
+        warmup=0.0,
+        clip_grad=None,
+        dtype="float16",
+    ),
+}
+
+
+def load_cris(
+    weights, variant, settings: Settings, overrides: dict, train_set: Dataset | None
+) -> cris.CRIS:
+    """CRIS from `weights`; from CLIP of the hub if None, and that is said; from scratch if "none".
+
+    Its batch norm over the sentence vectors sees no variance where all texts of a batch are the
+    same, and ruins evaluation: it then stays in evaluation mode.
+    """
+    if train_set is not None:
+        texts = texts_per_batch(train_set, settings.prompt, settings.batch_size)
+        if texts < 2:
+            print(
+                f"a batch holds {texts:.1f} different texts on average: the batch norm over texts, "
+                "neck.txt_proj.1, stays in evaluation mode"
+            )
+            overrides = {"freeze_text_norm": True} | overrides
+    if weights == "none":
+        config = {
+            "text_length": 77
+        } | overrides  # long enough for every prompt; short ones are trimmed
+        return cris.CRIS(replace(cris.VARIANTS[variant or "rn50"], **config))
+    if weights is None:
+        weights = settings.weights.get(variant or "rn50")
+        if weights is None:
+            raise ValueError(
+                f"--variant {variant} has no pretrained weights; pass --weights none or a file"
+            )
+        print(
+            f"starting from CLIP ({weights}): no CRIS checkpoint is on the hub. The known one, "
+            "trained on RefCOCO, is linked in the README of github.com/naamiinepal/medvlsm and in "
+            "issue 3 of github.com/DerrickWang005/CRIS.pytorch; pass it as --weights cris_best.pth"
+        )
+    return cris.CRIS.from_pretrained(weights, **overrides)
+
+
+def cris_recipe(model: cris.CRIS, settings: Settings) -> Recipe:
+    config = model.config
+    tokenizer = CLIPTokenizer(config.text_length, config.pad_token)
+    return Recipe(
+        inputs=partial(
+            prompted_inputs,
+            config=config,
+            tokenizer=tokenizer,
+            augment=settings.augment,
+            preprocess=cris.preprocess,
+            preprocess_mask=cris.preprocess_mask,
+        ),
+        forward=prompted_forward,
+        loss=settings.loss,
+        predict=prompted_predict,
+        groups=parameter_groups,
+    )
+
+
+# --- every model by its name on the command line --------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Family:
+    """What belongs to one --model."""
+
+    settings: dict[str, Settings]  # --recipe -> its numbers
+    variants: dict  # --variant -> Config
+    load: Callable  # (weights, variant, settings, Config overrides, train set) -> model
+    recipe: Callable  # (model, settings) -> Recipe
+    backbone: Callable  # parameters, by name, that `--train decoder` leaves as they are
+
+
+FAMILIES = {"cris": Family(CRIS, cris.VARIANTS, load_cris, cris_recipe, clip_towers)}

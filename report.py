@@ -1,0 +1,197 @@
+"""What a run leaves for people: overlays, curves, tables; files written whole or not at all."""
+
+import argparse
+import csv
+import json
+import os
+import sys
+import time
+import traceback
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from scipy import ndimage
+
+TRUTH, PREDICTION = (
+    (0, 230, 90),
+    (255, 0, 200),
+)  # green and magenta: apart on tissue, also for the colour-blind
+
+
+# --- files and errors -----------------------------------------------------------------------------
+
+
+@contextmanager
+def whole_file(path: Path):
+    """Yields a temporary name beside `path`; what is written there then takes the path's place.
+
+    Whoever looks at `path`, also after a kill at any moment, sees the old file or the new one.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield part
+        with open(part, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content) -> None:
+    with whole_file(path) as part:
+        part.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
+
+
+def write_csv(path: Path, rows: list[dict]) -> None:
+    """One column for every key that occurs, in the order of first occurrence."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    with whole_file(path) as part, open(part, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with whole option names only, whose complaints are one line."""
+
+    def __init__(self, description: str, **more):
+        raw = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=description, formatter_class=raw, allow_abbrev=False, **more)
+
+    def error(self, message: str):
+        self.exit(2, f"error: {message}; --help lists the options\n")
+
+
+def command(main) -> None:
+    """Runs a program's `main`; what the user did wrong becomes one line on stderr and status 2."""
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except torch.OutOfMemoryError:
+        message = "out of memory on the device: take a smaller --batch-size or --size"
+    except (ValueError, OSError) as error:
+        if os.environ.get("TRACEBACK"):  # for whoever looks for the place in the code
+            traceback.print_exc()
+        # Data-loader workers wrap an error in their traceback; its last line is the message.
+        message = (str(error).strip().splitlines() or [repr(error)])[-1].removeprefix(
+            "ValueError: "
+        )
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+class Log:
+    """Standard output that is kept, with the time, in log.txt."""
+
+    def __init__(self, screen, file):
+        self.screen, self.file = screen, file
+
+    def write(self, text: str) -> None:
+        self.screen.write(text)
+        self.file.write(text.replace("\n", time.strftime("    %Y-%m-%d %H:%M:%S\n")))
+
+    def flush(self) -> None:
+        self.screen.flush()
+        self.file.flush()
+
+
+# --- pictures -------------------------------------------------------------------------------------
+
+
+def outline(mask: np.ndarray, width: int) -> np.ndarray:
+    """Bool (H,W) -> the rim of its foreground, `width` pixels wide and inside of it."""
+    return mask & ~ndimage.binary_erosion(mask, iterations=width)
+
+
+def overlay(image: np.ndarray, truth: np.ndarray | None, prediction: np.ndarray) -> Image.Image:
+    """Image uint8 (H,W,3), masks bool (H,W) -> prediction in magenta, rim of the truth in green."""
+    width = max(1, min(image.shape[:2]) // 150)
+    shown = image.astype(np.float32)
+    shown[prediction] = 0.7 * shown[prediction] + 0.3 * np.array(PREDICTION)
+    shown[outline(prediction, width)] = PREDICTION
+    if truth is not None:
+        shown[outline(truth, width)] = TRUTH
+    return Image.fromarray(shown.astype(np.uint8))
+
+
+def captioned(picture: Image.Image, caption: str, width: int = 320) -> Image.Image:
+    """The picture at a common width, with its caption below in as many lines as it needs."""
+    picture = picture.resize((width, round(picture.height * width / picture.width)))
+    font, lines = ImageFont.load_default(size=13), []
+    for word in caption.split():
+        if lines and font.getlength(f"{lines[-1]} {word}") < width - 8:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(word)
+    card = Image.new("RGB", (width, picture.height + 17 * len(lines) + 8), "white")
+    card.paste(picture)
+    draw = ImageDraw.Draw(card)
+    for i, line in enumerate(lines):
+        draw.text((4, picture.height + 3 + 17 * i), line, "black", font)
+    return card
+
+
+def sheet(cards: list[Image.Image], columns: int = 3, gap: int = 6) -> Image.Image:
+    """Cards of one width, row by row, on white."""
+    rows = [cards[i : i + columns] for i in range(0, len(cards), columns)]
+    heights = [max(card.height for card in row) + gap for row in rows]
+    width = min(columns, len(cards)) * (cards[0].width + gap) - gap
+    page = Image.new("RGB", (width, sum(heights) - gap), "white")
+    for i, row in enumerate(rows):
+        for k, card in enumerate(row):
+            page.paste(card, (k * (card.width + gap), sum(heights[:i])))
+    return page
+
+
+def save_picture(path: Path, picture: Image.Image) -> None:
+    with whole_file(path) as part:
+        picture.save(part, format="PNG")
+
+
+def curves(path: Path, history: list[dict]) -> None:
+    """Losses, and validation scores, over the epochs."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    epochs = [row["epoch"] for row in history]
+    for axes, names in (left, ("train_loss", "val_loss")), (right, ("val_dice", "val_iou")):
+        for name in names:
+            if name in history[0]:
+                axes.plot(
+                    epochs, [row[name] for row in history], ".-", label=name.replace("_", " ")
+                )
+        axes.set_xlabel("epoch")
+        axes.grid(alpha=0.3)
+        axes.legend()
+    left.set_ylim(bottom=0)
+    right.set_ylim(0, 1)
+    with whole_file(path) as part:
+        figure.savefig(part, format="png", dpi=110)
+    plt.close(figure)
+
+
+# --- words ----------------------------------------------------------------------------------------
+
+
+def table(summary: dict) -> str:
+    """A summary of scores (metrics.summarise) as lines of text: mean [95 % interval]."""
+    scores = {
+        name: score
+        for name, score in summary.items()
+        if isinstance(score, dict) and "mean" in score
+    }
+    lines = []
+    for name, score in scores.items():
+        interval = f"[{score['low']:.4f}, {score['high']:.4f}]  n={score['n']}"
+        lines.append(f"  {name:12} {score['mean']:8.4f}  {interval}")
+    lines.append(f"  misses and false alarms: {summary['misses']} of {summary['images']} images")
+    return "\n".join(lines + [f"  {summary['warning']}"] * ("warning" in summary))

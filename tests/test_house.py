@@ -1,0 +1,118 @@
+"""The rules of the house, for every file there is: floors, lone files, shared blocks, sizes."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+# Files by floor; a file imports only from floors below its own.
+MODELS = {
+    # file: (lines without shared blocks, code that runs a random forward of the smallest variant)
+    "cris": (
+        450,
+        "model = cris.CRIS(cris.VARIANTS['mini']).eval()\n"
+        "out = model(torch.randn(2, 3, 64, 96), torch.tensor([[49406, 320, 49407, 0]] * 2))\n"
+        "assert out.shape == (2, 1, 16, 24) and out.isfinite().all(), out.shape",
+    ),
+}
+FLOORS = [
+    [*MODELS, "tokenizer", "losses", "metrics", "data", "augment", "report"],
+    ["recipes", "evaluate"],
+    ["train", "predict", "prepare"],
+]
+PROGRAMS = {"train": 450, "data": 450}  # lines
+OURS = {name: floor for floor, names in enumerate(FLOORS) for name in names}
+
+
+def source(name: str) -> str:
+    return (ROOT / f"{name}.py").read_text(encoding="utf-8")
+
+
+def imports(tree) -> set[str]:
+    """Top-level module names imported anywhere below `tree`."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add((node.module or ".").split(".")[0])
+    return names
+
+
+def shared_blocks(text: str) -> dict[str, str]:
+    return dict(re.findall(r"^# shared: (\w+)\n(.*?)^# end shared", text, re.M | re.S))
+
+
+def test_every_file_has_its_floor():
+    assert {path.stem for path in ROOT.glob("*.py")} == set(OURS)
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_imports_go_down_only(name):
+    ours = imports(ast.parse(source(name))) & set(OURS)
+    allowed = {other for other in OURS if OURS[other] < OURS[name]}
+    assert ours <= allowed, f"{name}.py must not import {ours - allowed}"
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_file_starts_from_torch_and_the_standard_library(name):
+    top = ast.Module(
+        [
+            n
+            for n in ast.parse(source(name)).body
+            if not isinstance(n, ast.FunctionDef | ast.ClassDef)
+        ],
+        [],
+    )
+    assert imports(top) <= set(sys.stdlib_module_names) | {"torch"}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_file_works_alone(name, tmp_path):
+    (tmp_path / f"{name}.py").write_text(source(name))
+    code = f"import torch, {name}\ntorch.manual_seed(0)\n{MODELS[name][1]}"
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_shared_blocks_are_the_same_code_everywhere():
+    blocks = {}
+    for name in OURS:
+        for block, text in shared_blocks(source(name)).items():
+            assert text.count("\n") <= 80, f"{name}.py, shared {block}: {text.count(chr(10))} lines"
+            blocks.setdefault(block, {})[name] = ast.dump(ast.parse(text))
+    assert blocks
+    for block, copies in blocks.items():
+        assert len(set(copies.values())) == 1, (
+            f"shared block {block} differs between {list(copies)}"
+        )
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_functions_are_short(name):
+    for node in ast.walk(ast.parse(source(name))):
+        if isinstance(node, ast.FunctionDef):
+            limit = 60 if node.name in ("from_pretrained", "convert") else 40
+            lines = node.end_lineno - node.lineno + 1
+            assert lines <= limit, f"{name}.py: {node.name} has {lines} lines, more than {limit}"
+
+
+@pytest.mark.parametrize("name", [*MODELS, *PROGRAMS])
+def test_files_are_short(name):
+    lines = len(source(name).splitlines())
+    shared = sum(text.count("\n") + 2 for text in shared_blocks(source(name)).values())
+    assert lines - shared <= (PROGRAMS.get(name) or MODELS[name][0])
+    assert name != "cris" or lines <= 500
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_lines_are_at_most_100_wide(name):
+    wide = [i + 1 for i, line in enumerate(source(name).splitlines()) if len(line) > 100]
+    assert not wide, f"{name}.py: lines {wide}"

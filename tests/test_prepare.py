@@ -1,0 +1,709 @@
+"""prepare.py: what the demo promises, and what `check` finds in spoilt data sets."""
+
+import colorsys
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from PIL import Image
+from scipy import ndimage
+
+import prepare
+
+IMAGES, SIZE = 300, 96
+
+
+def contents(root):
+    """{path: bytes} of every file."""
+    return {p.relative_to(root).as_posix(): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+
+
+def stamps(root):
+    return {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in root.rglob("*")}
+
+
+def annotations(root, split):
+    return json.loads((root / "anns" / f"{split}.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """A demo set written by the command, and the blobs that were drawn into each of its images."""
+    out, drawn, draw = tmp_path_factory.mktemp("prepare") / "demo", [], prepare.draw_blobs
+
+    def recorded(*args):
+        drawn.append(draw(*args))
+        return drawn[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare, "draw_blobs", recorded)
+        args = ["--out", str(out), "--images", str(IMAGES), "--size", str(SIZE)]
+        assert prepare.main(["demo", *args]) == 0
+    return out, drawn
+
+
+@pytest.fixture(scope="module")
+def entries(demo):
+    """Every entry whose prompts are meant to be true, with image (H,W,3) and mask (H,W) bool."""
+    root, listed = demo[0], []
+    for split in "train", "val", "test", "other_blob":
+        for entry in annotations(root, split):
+            image = np.asarray(Image.open(root / "images" / entry["img_name"]))
+            mask = np.asarray(Image.open(root / "masks" / entry["mask_name"]))
+            assert image.shape == (SIZE, SIZE, 3) and mask.shape == (SIZE, SIZE)
+            assert set(np.unique(mask)) == {0, 255}
+            listed.append((entry, image, mask > 0))
+    return listed
+
+
+# --- demo: files ---------------------------------------------------------------------------------
+
+
+def test_layout(demo):
+    root = demo[0]
+    sizes = {s: len(annotations(root, s)) for s in ("train", "val", "test", "other_prompts")}
+    assert sizes == {"train": 176, "val": 24, "test": 100, "other_prompts": 100}
+    used = {s: {e["img_name"] for e in annotations(root, s)} for s in ("train", "val", "test")}
+    assert (
+        len(used["train"] | used["val"] | used["test"])
+        == IMAGES
+        == len(list((root / "images").iterdir()))
+    )
+    masks = {e["mask_name"] for s in [*used, "other_blob"] for e in annotations(root, s)}
+    assert masks == {path.name for path in (root / "masks").iterdir()}
+
+
+def test_default_test_split_has_120_images():
+    def names(split):
+        return sum(name.startswith("images") for name in split)
+
+    with pytest.MonkeyPatch.context() as patch:  # the pictures do not matter here
+        patch.setattr(
+            prepare, "draw_image", lambda rng, grid, blobs: np.zeros((64, 64, 3), np.uint8)
+        )
+        files = dict(prepare.demo_files(1000, 64, (1, 1), 0))
+    assert names(files) == 1000
+    assert [len(json.loads(files[f"anns/{s}.json"])) for s in ("train", "val", "test")] == [
+        800,
+        80,
+        120,
+    ]
+
+
+def test_same_seed_same_bytes(tmp_path, capsys):
+    for out, seed in ("a", 3), ("b", 3), ("c", 4):
+        args = ["--out", str(tmp_path / out), "--images", "30", "--size", "64", "--seed", str(seed)]
+        assert prepare.main(["demo", *args]) == 0
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    a, c = contents(tmp_path / "a"), contents(tmp_path / "c")
+    assert not any(a[f"images/{i:05}.png"] == c[f"images/{i:05}.png"] for i in range(30))
+
+
+def test_one_object(tmp_path):
+    out = tmp_path / "one"
+    assert prepare.main(f"demo --out {out} --images 30 --size 64 --objects 1".split()) == 0
+    assert not (out / "anns" / "other_blob.json").exists()
+    assert not list(out.glob("masks/*_other.png"))
+    assert prepare.main(["check", str(out)]) == 0
+
+
+# --- demo: words and pixels ----------------------------------------------------------------------
+
+
+def test_prompts_read_like_medvlsm(entries):
+    for entry, _, _ in entries:
+        p = entry["prompts"]
+        colour, shape = p["p3"].split()[:2]
+        size = p["p4"].split()[0]
+        assert list(p) == ["p0", "p1", "p2", "p3", "p4", "p5", "p6"]
+        assert p["p0"] == "" and p["p1"] == "polyp" and p["p2"] == f"{shape} polyp"
+        assert p["p3"] == f"{colour} {shape} polyp" and p["p4"] == f"{size} {p['p3']}"
+        assert p["p5"] == f"one {p['p4']}" and p["p6"].startswith(f"{p['p5']}, located in ")
+
+
+def call_colour(rgb):
+    """The word a person has for a colour, by hue and strength (not by the demo's own table)."""
+    h, s, v = colorsys.rgb_to_hsv(*(np.asarray(rgb) / 255))
+    h *= 360
+    if s < 0.2 and v > 0.5:
+        return "white"
+    if 40 < h < 70 and v > 0.5:
+        return "yellow"
+    if 260 < h < 305:
+        return "purple"
+    if 305 <= h < 350 and v > 0.65 and s < 0.6:
+        return "pink"
+    if 15 < h < 45 and v < 0.55:
+        return "brown"
+    if (h >= 340 or h < 12) and s > 0.75:
+        return "red"
+    return f"no word for h {h:.0f} s {s:.2f} v {v:.2f}"
+
+
+def test_colour_is_the_one_a_person_names(entries):
+    wrong = [
+        (entry["mask_name"], entry["prompts"]["p3"], said)
+        for entry, image, mask in entries
+        if (said := call_colour(np.median(image[mask], 0))) != entry["prompts"]["p3"].split()[0]
+    ]
+    assert not wrong
+
+
+def test_masks_follow_the_blobs(entries):
+    """Who cuts the picture halfway between the colours of body and surroundings finds the mask."""
+    overlap, shifted = [], []
+    for entry, image, mask in entries:
+        near = ndimage.binary_dilation(mask, iterations=5)
+        around = near & ~ndimage.binary_dilation(mask, iterations=2)
+        body, outside = np.median(image[mask], 0), np.median(image[around], 0)
+        assert np.abs(body - outside).sum() > 70, (entry["mask_name"], entry["prompts"]["p3"])
+        axis = body - outside
+        cut = near & ((image - outside) @ axis > axis @ axis / 2)
+        moved = np.roll(mask, 2, 1)
+        overlap.append((cut & mask).sum() / (cut | mask).sum())
+        shifted.append((cut & moved).sum() / (cut | moved).sum())
+    assert min(overlap) > 0.5 and np.mean(overlap) > 0.85
+    assert np.mean(shifted) < np.mean(overlap) - 0.1  # the measure notices two pixels
+
+
+def test_size_words_follow_the_area(entries):
+    for entry, _, mask in entries:
+        share = mask.mean()
+        word = "small" if share < 0.02 else "medium" if share < 0.05 else "large"
+        assert word == entry["prompts"]["p4"].split()[0], (entry["mask_name"], share)
+        assert not 0.017 < share < 0.025 and not 0.045 < share < 0.055  # no doubtful ones
+
+
+def test_shape_words_follow_the_moments(entries):
+    for entry, _, mask in entries:
+        low, high = np.linalg.eigvalsh(np.cov(np.nonzero(mask)))
+        word = "round" if (high / low) ** 0.5 < 1.33 else "oval"
+        assert word == entry["prompts"]["p2"].split()[0], (entry["mask_name"], (high / low) ** 0.5)
+
+
+def test_place_words_follow_the_centre(entries):
+    rows, columns = ("top", "", "bottom"), ("left", "", "right")
+    for entry, _, mask in entries:
+        y, x = ndimage.center_of_mass(mask)
+        word = f"{rows[int(3 * y / SIZE)]} {columns[int(3 * x / SIZE)]}".strip() or "center"
+        assert entry["prompts"]["p6"].endswith(f", located in {word} of the image")
+
+
+def test_box_holds_the_mask(entries):
+    for entry, _, mask in entries:
+        x0, y0, x1, y1 = entry["bbox"]
+        assert mask[y0:y1, x0:x1].sum() == mask.sum()
+        assert mask[y0].any() and mask[y1 - 1].any() and mask[:, x0].any() and mask[:, x1 - 1].any()
+
+
+# --- demo: only the text tells -------------------------------------------------------------------
+
+
+def targets(demo):
+    """[(the blobs of an image, the index of its target)], the target found by its mask."""
+    root, drawn = demo
+    listed = [entry for s in ("train", "val", "test") for entry in annotations(root, s)]
+    pairs = []
+    for entry in listed:
+        blobs = drawn[int(Path(entry["img_name"]).stem)]
+        mask = np.asarray(Image.open(root / "masks" / entry["mask_name"]))
+        (index,) = [k for k, blob in enumerate(blobs) if np.array_equal(blob.mask, mask)]
+        assert blobs[index].prompts == entry["prompts"]
+        pairs.append((blobs, index))
+    return pairs
+
+
+def test_prompts_identify_one_blob(demo):
+    for blobs, index in targets(demo):
+        for kind in "p3", "p4", "p5", "p6":
+            texts = [blob.prompts[kind] for blob in blobs]
+            assert texts.count(texts[index]) == 1
+        assert len({blob.colour for blob in blobs}) == len(blobs)
+        assert len({blob.prompts["p1"] for blob in blobs}) == 1
+
+
+def test_two_to_four_blobs_apart(demo):
+    counts = np.bincount([len(blobs) for blobs, _ in targets(demo)])
+    assert counts[:2].sum() == 0 and len(counts) == 5 and counts[2:].min() > IMAGES / 5
+    for blobs, _ in targets(demo):
+        thick = [ndimage.binary_dilation(blob.mask > 0) for blob in blobs]
+        assert np.sum(thick, 0).max() == 1
+
+
+@pytest.mark.parametrize("trait", ["colour", "size", "shape", "place"])
+def test_target_is_drawn_like_the_others(demo, trait):
+    """Given an image's blobs, each is the target with one chance in their number."""
+    pairs = targets(demo)
+    chi, freedom = 0, 0
+    for word in {getattr(blob, trait) for blobs, _ in pairs for blob in blobs}:
+        share = np.array(
+            [np.mean([getattr(b, trait) == word for b in blobs]) for blobs, _ in pairs]
+        )
+        seen = sum(getattr(blobs[index], trait) == word for blobs, index in pairs)
+        chi += (seen - share.sum()) ** 2 / (share * (1 - share)).sum()
+        freedom += 1
+    assert chi < freedom + 4 * (2 * freedom) ** 0.5
+
+
+def test_target_is_no_matter_of_order(demo):
+    for count in 2, 3, 4:
+        places = [index for blobs, index in targets(demo) if len(blobs) == count]
+        seen = np.bincount(places, minlength=count) / len(places)
+        assert np.abs(seen - 1 / count).max() < 4 * (1 / len(places)) ** 0.5 / 2
+
+
+def test_picture_does_not_depend_on_the_target(monkeypatch):
+    """The pictures stay the same to the bit when another blob of the same images is chosen."""
+
+    class Reversed:
+        """A generator whose choice of the target comes out the other way round."""
+
+        def __init__(self, seed):
+            self.rng = real(seed)
+
+        def __getattr__(self, name):
+            return getattr(self.rng, name)
+
+        def permutation(self, x):
+            order = self.rng.permutation(x)
+            return order[::-1] if isinstance(x, int) and x < 9 else order
+
+    real = np.random.default_rng
+    plain = dict(prepare.demo_files(30, 64, (2, 4), 0))
+    monkeypatch.setattr(np.random, "default_rng", Reversed)
+    other = dict(prepare.demo_files(30, 64, (2, 4), 0))
+    pictures = [f"images/{i:05}.png" for i in range(30)]
+    assert all(plain[name] == other[name] for name in pictures)
+    assert not any(plain[f"masks/{i:05}.png"] == other[f"masks/{i:05}.png"] for i in range(18))
+
+
+def test_other_prompts_are_untrue(demo):
+    test, other = annotations(demo[0], "test"), annotations(demo[0], "other_prompts")
+    texts = [entry["prompts"] for entry in test]
+    for entry, swapped in zip(test, other, strict=True):
+        assert {**swapped, "prompts": 0} == {**entry, "prompts": 0}
+        assert swapped["prompts"] in texts
+        assert swapped["prompts"]["p3"].split()[0] != entry["prompts"]["p3"].split()[0]
+
+
+def test_other_blob_is_another_blob_of_the_image(demo):
+    root = demo[0]
+    test, other = annotations(root, "test"), annotations(root, "other_blob")
+    for entry, swapped in zip(test, other, strict=True):
+        masks = [
+            np.asarray(Image.open(root / "masks" / e["mask_name"])) > 0 for e in (entry, swapped)
+        ]
+        assert entry["img_name"] == swapped["img_name"]
+        assert masks[1].any() and not (masks[0] & masks[1]).any()
+        assert entry["prompts"]["p3"] != swapped["prompts"]["p3"]
+
+
+# --- demo: never harms a folder ------------------------------------------------------------------
+
+SMALL = ["--images", "30", "--size", "64"]
+
+
+def test_again_is_fine_and_writes_nothing(tmp_path, capsys):
+    args = ["demo", "--out", str(tmp_path / "d"), *SMALL]
+    assert prepare.main(args) == 0
+    before = stamps(tmp_path)
+    assert prepare.main(args) == 0
+    assert stamps(tmp_path) == before
+    assert "already" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("case", ["foreign", "more", "changed", "other options", "a file"])
+def test_refuses_what_is_not_its_own(tmp_path, capsys, case):
+    out, args = tmp_path / "d", ["--out", str(tmp_path / "d"), *SMALL]
+    if case == "a file":
+        out.write_text("mine")
+    elif case == "foreign":
+        (out / "images").mkdir(parents=True)
+        (out / "images" / "mine.png").write_bytes(b"mine")
+    else:
+        assert prepare.main(["demo", *args]) == 0
+        if case == "more":
+            (out / "notes.txt").write_text("mine")
+        elif case == "changed":
+            (out / "anns" / "val.json").write_text("[]")
+        else:
+            args += ["--seed", "1"]
+    before = stamps(tmp_path)
+    capsys.readouterr()
+    assert prepare.main(["demo", *args]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and str(out) in error
+    assert stamps(tmp_path) == before
+
+
+def test_empty_folder_is_used(tmp_path):
+    (tmp_path / "d").mkdir()
+    assert prepare.main(["demo", "--out", str(tmp_path / "d"), *SMALL]) == 0
+    assert (tmp_path / "d" / "anns" / "train.json").is_file()
+
+
+def test_failure_leaves_nothing(tmp_path, monkeypatch, capsys):
+    left = iter(range(5))
+
+    def full(rng, grid, blobs):
+        if next(left) == 4:
+            raise OSError("no space left on device")
+        return np.zeros((64, 64, 3), np.uint8)
+
+    monkeypatch.setattr(prepare, "draw_image", full)
+    assert prepare.main(["demo", "--out", str(tmp_path / "d"), *SMALL]) == 2
+    assert "no space left" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_folder_appears_whole_or_not_at_all(tmp_path, monkeypatch, good):
+    """The last thing that happens is one rename of a folder that holds everything."""
+    moved = []
+
+    def stop(source, target):
+        moved.append((contents(Path(source)), Path(target)))
+        assert not (tmp_path / "d").exists()
+        raise OSError("stopped at the rename")
+
+    monkeypatch.setattr(os, "replace", stop)
+    assert prepare.main(["demo", "--out", str(tmp_path / "d"), *SMALL]) == 2
+    assert moved == [(contents(good), tmp_path / "d")]
+    assert not list(tmp_path.iterdir())
+
+
+def test_leavings_of_a_killed_run_do_not_get_in(tmp_path, good):
+    stale = tmp_path / f".d.{os.getpid()}" / "images" / "99999.png"
+    stale.parent.mkdir(parents=True)
+    stale.write_bytes(b"stale")
+    assert prepare.main(["demo", "--out", str(tmp_path / "d"), *SMALL]) == 0
+    assert contents(tmp_path / "d") == contents(good)
+    assert [path.name for path in tmp_path.iterdir()] == ["d"]
+
+
+def test_kill_leaves_nothing_half(tmp_path):
+    command = [sys.executable, str(ROOT / "prepare.py"), "demo", "--out", str(tmp_path / "d")]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not list(tmp_path.glob(".d.*/images/*")):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (tmp_path / "d").exists()
+
+
+# --- check ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    """A sound set of 30 images at 64 pixels: 18 train, 2 val, 10 test."""
+    out = tmp_path_factory.mktemp("good") / "good"
+    assert prepare.main(["demo", "--out", str(out), *SMALL]) == 0
+    return out
+
+
+@pytest.fixture
+def copy(good, tmp_path):
+    return Path(shutil.copytree(good, tmp_path / "set"))
+
+
+def check(capsys, *roots):
+    """Exit status and printed text of `check`, which must leave every file as it was."""
+    before = [stamps(root) for root in roots]
+    capsys.readouterr()
+    status = prepare.main(["check", *map(str, roots)])
+    assert [stamps(root) for root in roots] == before
+    return status, capsys.readouterr().out
+
+
+def edit(root, split, change):
+    path = root / "anns" / f"{split}.json"
+    listed = json.loads(path.read_text())
+    change(listed)
+    path.write_text(json.dumps(listed))
+
+
+def change_masks(root, change, names="*.png"):
+    for path in (root / "masks").glob(names):
+        change(np.asarray(Image.open(path))).save(path)
+
+
+def test_good_set(good, capsys):
+    status, text = check(capsys, good)
+    assert status == 0 and text.endswith("findings: none\n")
+    lines = dict(line.split(maxsplit=1) for line in text.splitlines()[1:-1])
+    assert lines["train"] == "18 entries, 18 images"
+    assert lines["other_blob"] == "10 entries, 10 images, all of them in test"
+    assert lines["images"] == "30, RGB; 64x64 to 64x64, median 64x64"
+    assert lines["masks"] == "40, L; 0, 255; read > 127"
+    assert lines["p1"] == '1 text: "polyp"'
+    shares = [np.asarray(Image.open(path)).mean() / 255 for path in (good / "masks").iterdir()]
+    assert f"{min(shares):.1%} to {max(shares):.1%}" in lines["foreground"]
+
+
+def truncated_image(root):
+    path = root / "images" / "00003.png"
+    path.write_bytes(path.read_bytes()[:2000])
+    return "images/00003.png: "
+
+
+def truncated_mask(root):
+    path = root / "masks" / "00003.png"
+    path.write_bytes(path.read_bytes()[:60])
+    return "masks/00003.png: "
+
+
+def missing_mask(root):
+    (root / "masks" / "00004.png").unlink()
+    return "masks/00004.png: "
+
+
+def missing_image(root):
+    (root / "images" / "00005.png").unlink()
+    return "images/00005.png: "
+
+
+def size_mismatch(root):
+    path = root / "masks" / "00006.png"
+    Image.open(path).resize((32, 48), 0).save(path)
+    return "masks/00006.png: 32x48, its image 64x64 (train)"
+
+
+def empty_mask(root):
+    Image.new("L", (64, 64)).save(root / "masks" / "00019.png")
+    return "masks/00019.png: no pixel > 127, the largest is 0 (val)"
+
+
+def denied_mask(root):
+    edit(root, "train", lambda e: e[7]["prompts"].update(p1="No polyp"))
+    return "masks/00007.png: "
+
+
+def same_picture(root):
+    """Saved anew with an alpha channel: other bytes, same content."""
+    Image.open(root / "images" / "00001.png").convert("RGBA").save(root / "images" / "00018.png")
+    return f"images/00018.png (val): also in train as {root.resolve()}/images/00001.png"
+
+
+def same_file(root):
+    edit(root, "val", lambda e: e[0].update(img_name="00001.png"))
+    return "images/00001.png (val): also in train"
+
+
+def same_stem(root):
+    """The same picture under the same name but for the ending is one finding, not two."""
+    Image.open(root / "images" / "00001.png").save(root / "images" / "00001.bmp")
+    edit(root, "val", lambda e: e[0].update(img_name="00001.bmp"))
+    return "images/00001.bmp (val): also in train as "
+
+
+def near_name(root):
+    """The same picture after JPEG: other pixels, same name."""
+    Image.open(root / "images" / "00001.png").save(root / "images" / "00001.JPG")
+    edit(root, "val", lambda e: e[0].update(img_name="00001.JPG"))
+    return "images/00001.JPG (val): named like"
+
+
+def missing_type(root):
+    edit(root, "train", lambda e: e[2]["prompts"].pop("p3"))
+    return "anns/train.json: p3 is missing in 1 (00002)"
+
+
+def empty_list(root):
+    edit(root, "train", lambda e: e[2]["prompts"].update(p3=[]))
+    return "anns/train.json: p3 is missing in 1 (00002)"
+
+
+def unknown_type(root):
+    edit(root, "val", lambda e: e[1]["prompts"].update(P1="polyp"))
+    return "anns/val.json: 'P1' in 1 (00019)"
+
+
+def not_json(root):
+    (root / "anns" / "val.json").write_text('[{"img_name": ')
+    return "anns/val.json"
+
+
+def no_list(root):
+    (root / "anns" / "val.json").write_text('[{"image": "a.png"}]')
+    return "anns/val.json"
+
+
+def name_twice(root):
+    edit(root, "val", lambda e: e.append({**e[0], "prompts": {"p0": ""}}))
+    return "anns/val.json"
+
+
+def entry_twice(root):
+    edit(root, "val", lambda e: e.append(e[0]))
+    return "anns/val.json"
+
+
+def mixed_rules(root):
+    change_masks(root, lambda mask: Image.fromarray(mask // 255), "0001[89].png")
+    return "/anns: > 127 in train, > 0 in val"
+
+
+DEFECTS = [
+    *(truncated_image, truncated_mask, missing_mask, missing_image, size_mismatch, empty_mask),
+    *(denied_mask, same_picture, same_file, same_stem, near_name, missing_type, empty_list),
+    *(unknown_type, not_json, no_list, name_twice, entry_twice, mixed_rules),
+]
+
+
+@pytest.mark.parametrize("defect", DEFECTS, ids=lambda defect: defect.__name__)
+def test_every_defect_is_found(copy, capsys, defect):
+    expected = defect(copy)
+    status, text = check(capsys, copy)
+    findings = text[text.index("findings: ") :].splitlines()
+    assert status == 1 and findings[0] == "findings: 1"
+    assert len(findings) == 3 and expected in findings[2], findings
+
+
+def test_a_type_without_any_text(copy, capsys):
+    for path in (copy / "anns").iterdir():
+        edit(copy, path.stem, lambda e: [entry["prompts"].update(p7=[]) for entry in e])
+    status, text = check(capsys, copy)
+    assert status == 1 and "findings: 5" in text
+    assert "anns/train.json: p7 is missing in 18 (00000, 00001, 00002, 00003, 00004, ...)" in text
+
+
+def test_all_masks_missing_stays_short(copy, capsys):
+    shutil.rmtree(copy / "masks")
+    status, text = check(capsys, copy)
+    assert status == 1 and "findings: 40" in text and "and 30 more" in text
+    assert text.count("/masks/0") == 10
+
+
+def test_empty_mask_that_the_prompt_denies_is_fine(copy, capsys):
+    Image.new("L", (64, 64)).save(copy / "masks" / "00002.png")
+    edit(copy, "train", lambda e: e[2].update(prompts={f"p{k}": "no polyp" for k in range(7)}))
+    status, text = check(capsys, copy)
+    assert status == 0 and "empty masks   1 (00002)" in text
+
+
+@pytest.mark.parametrize("kind", ["0/1", "1 bit", "palette", "JPEG"])
+def test_mask_formats(copy, good, capsys, kind):
+    def palette(mask):
+        image = Image.fromarray(mask // 255).convert("P")
+        image.putpalette([0, 0, 0, 0, 200, 0])
+        return image
+
+    change = {
+        "0/1": lambda mask: Image.fromarray(mask // 255),
+        "1 bit": lambda mask: Image.fromarray(mask > 0),
+        "palette": palette,
+    }
+    if kind == "JPEG":
+        for path in (copy / "masks").iterdir():
+            Image.open(path).save(path, "JPEG")  # by content, whatever the name says
+    else:
+        change_masks(copy, change[kind])
+    share = [text for text in check(capsys, good)[1].splitlines() if "foreground" in text]
+    status, text = check(capsys, copy)
+    assert status == 0 and ("read > 0" if kind == "0/1" else "read > 127") in text
+    assert share[0] in text or kind == "JPEG"
+
+
+def test_class_map_with_labels(copy, capsys):
+    """Two blobs of one image as numbers 1 and 2 of one mask, asked for by `label`."""
+    test, other = annotations(copy, "test"), annotations(copy, "other_blob")
+    for a, b in zip(test, other, strict=True):
+        masks = [np.asarray(Image.open(copy / "masks" / e["mask_name"])) // 255 for e in (a, b)]
+        Image.fromarray(masks[0] + 2 * masks[1]).save(copy / "masks" / a["mask_name"])
+    edit(copy, "test", lambda e: [entry.update(label=1) for entry in e])
+    edit(
+        copy,
+        "other_blob",
+        lambda e: [x.update(label=2, mask_name=y["mask_name"]) for x, y in zip(e, test)],
+    )
+    edit(copy, "other_prompts", lambda e: [entry.update(label=1) for entry in e])
+    assert check(capsys, copy)[0] == 0
+    edit(copy, "other_blob", lambda e: e[0].update(label=3))
+    status, text = check(capsys, copy)
+    assert (
+        status == 1
+        and f"{test[0]['mask_name']}: no pixel == 3, the largest is 2 (other_blob)" in text
+    )
+
+
+def test_split_without_entries(copy, capsys):
+    (copy / "anns" / "val.json").write_text("[]")
+    status, text = check(capsys, copy)
+    assert status == 0 and "val           0 entries, 0 images" in text
+
+
+def test_overlap_across_data_sets(good, tmp_path, capsys):
+    """A test set whose pictures another set trains on."""
+    other = Path(shutil.copytree(good, tmp_path / "other"))
+    for path in (other / "anns").glob("*.json"):
+        path.unlink()
+    (other / "anns" / "test.json").write_text(json.dumps(annotations(good, "train")[:3]))
+    assert check(capsys, other)[0] == 0
+    status, text = check(capsys, good, other)
+    assert status == 1 and "findings: 3" in text
+    assert f"{other.resolve()}/images/00000.png (test): also in train as {good.resolve()}" in text
+
+
+# --- command line --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "command, said",
+    [
+        ("check nowhere", "nowhere"),
+        ("check .", "anns"),
+        ("check", "DATA"),
+        ("demo --images 5", "--images 5"),
+        ("demo --seed -1", "--seed -1"),
+        ("demo --objects 4-2", "4-2"),
+        ("demo --objects 9", "9"),
+        ("demo --colour red", "--colour"),
+        ("", "COMMAND"),
+    ],
+)
+def test_user_errors_are_one_line(tmp_path, monkeypatch, capsys, command, said):
+    monkeypatch.chdir(tmp_path)
+    try:
+        status = prepare.main(command.split())
+    except SystemExit as stop:  # argparse's own
+        status = stop.code
+    out, error = capsys.readouterr()
+    assert status == 2 and out == "" and error.count("\n") == 1 and said in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_exit_status_of_the_program(copy):
+    def run(root):
+        command = [sys.executable, str(ROOT / "prepare.py"), "check", str(root)]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    missing_mask(copy)
+    assert run(copy).returncode == 1
+    gone = run(copy / "gone")
+    assert gone.returncode == 2 and gone.stdout == "" and gone.stderr.count("\n") == 1
+
+
+# --- real data -----------------------------------------------------------------------------------
+
+
+def test_busi(capsys, real_data):
+    status, text = check(capsys, real_data / "busi")
+    assert status == 0
+    assert "train         18 entries, 18 images" in text
+    assert "22, 1; 0, 255; read > 127" in text  # 1-bit masks
+
+
+@pytest.mark.slow
+def test_kvasir(capsys, real_data):
+    status, text = check(capsys, real_data / "kvasir_polyp")
+    assert status == 0
+    assert "train         800 entries, 800 images" in text and "332x487 to 1920x1072" in text
+    assert 'p7            5 texts: "polyp which is a projecting growth of tissue"' in text

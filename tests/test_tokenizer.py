@@ -1,0 +1,109 @@
+"""CLIPTokenizer against official ids (tests/golden/clip_bpe.json), open_clip and transformers."""
+import gzip
+import json
+import lzma
+import pickle
+import unicodedata
+from pathlib import Path
+
+import ftfy
+import open_clip
+import pytest
+import torch
+from open_clip.tokenizer import SimpleTokenizer
+from torch.utils.data import DataLoader
+from transformers import CLIPTokenizer as TransformersTokenizer
+
+import tokenizer
+from conftest import ROOT
+from tokenizer import CLIPTokenizer
+
+GOLDEN = json.loads((ROOT / "tests/golden/clip_bpe.json").read_text(encoding="utf-8"))
+
+
+def ids(text):
+    """The ids alone: no start, no end, nothing cut off."""
+    row = CLIPTokenizer(length=2000)(text)[0].tolist()
+    used = [i for i, token in enumerate(row) if token][-1]
+    assert row[0] == 49406 and row[used] == 49407
+    return row[1:used]
+
+
+def test_official_ids_of_every_golden_string_that_needs_no_ftfy():
+    needs_ftfy = {case["text"] for case in GOLDEN["cases"] if "needs ftfy" in case["tags"]}
+    wrong = {case["text"] for case in GOLDEN["cases"] if ids(case["text"]) != case["ids"]}
+    assert len(GOLDEN["cases"]) == 258 and len(needs_ftfy) == 6
+    assert wrong == needs_ftfy
+    repaired = [c for c in GOLDEN["cases"] if ids(ftfy.fix_text(c["text"])) != c["ids"]]
+    assert not repaired  # ftfy is the whole difference
+
+
+@pytest.mark.parametrize("pad_token, key", [(0, "zero_padded"), (49407, "endoftext_padded")])
+def test_official_rows(pad_token, key):
+    assert {row["length"] for row in GOLDEN["rows"]} == {17, 22, 77}
+    for row in GOLDEN["rows"]:
+        ours = CLIPTokenizer(row["length"], pad_token)(row["text"])
+        assert ours.dtype == torch.int64 and ours.tolist() == [row[key]]
+
+
+def test_merge_table_is_the_one_in_open_clip():
+    official = Path(open_clip.__file__).with_name("bpe_simple_vocab_16e6.txt.gz")
+    lines = gzip.open(official, "rt", encoding="utf-8").read().split("\n")[1:48895]
+    ours = lzma.open(ROOT / "clip_merges.txt.xz", "rt", encoding="utf-8").read().split("\n")
+    assert ours == lines + [""]
+
+
+def test_every_character_as_open_clip():
+    """Each character of Unicode 3.2, in a word, after an apostrophe and before a digit."""
+    official, known = SimpleTokenizer(), unicodedata.ucd_3_2_0.name
+    texts = [f"a{chr(c)}b'{chr(c)}1" for c in range(0x3100) if known(chr(c), "")]
+    texts = [text for text in texts if ftfy.fix_text(text) == text]
+    assert len(texts) > 7500
+    assert [t for t in texts if ids(t) != official.encode(t)] == []
+
+
+def test_every_prompt_of_kvasir_as_open_clip_and_transformers(real_data):
+    splits = (real_data / "kvasir_polyp/anns").glob("*.json")
+    entries = [entry for split in splits for entry in json.loads(split.read_text())]
+    prompts = [p for entry in entries for p in entry["prompts"].values()]
+    texts = sorted({t for p in prompts for t in ([p] if isinstance(p, str) else p)})
+    assert len(texts) > 1000
+    official = SimpleTokenizer()
+    vocabulary = {token: i for token, i in official.encoder.items() if i < 49406}
+    vocabulary |= {"<|startoftext|>": 49406, "<|endoftext|>": 49407}
+    transformers = TransformersTokenizer(vocabulary, list(official.bpe_ranks))
+    for length in (17, 77):
+        zeros = CLIPTokenizer(length)(texts)
+        assert torch.equal(zeros, official(texts, context_length=length))
+        reference = transformers(texts, padding="max_length", truncation=True, max_length=length,
+                                 return_tensors="pt")["input_ids"]
+        assert torch.equal(CLIPTokenizer(length, pad_token=49407)(texts), reference)
+
+
+def test_batches():
+    tokenize = CLIPTokenizer(9)
+    polyp = [49406, 6833, 335, 49407, 0, 0, 0, 0, 0]  # GOLDEN["rows"][0]
+    assert tokenize("polyp").tolist() == [polyp]
+    assert tokenize(["", "polyp"]).tolist() == [[49406, 49407] + 7 * [0], polyp]
+    assert tokenize([]).shape == (0, 9)
+
+
+class Texts(list):
+    def __getitem__(self, i):
+        return CLIPTokenizer(17)(super().__getitem__(i))[0]
+
+
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+def test_works_in_loader_workers(start):
+    texts = [row["text"] for row in GOLDEN["rows"]]
+    expected = CLIPTokenizer(17)(texts)
+    loader = DataLoader(Texts(texts), 5, num_workers=1, multiprocessing_context=start)
+    assert torch.equal(torch.cat(list(loader)), expected)
+
+
+def test_small_to_pickle_and_built_once():
+    copy = pickle.loads(pickle.dumps(CLIPTokenizer(22, 49407)))
+    assert (copy.length, copy.pad_token) == (22, 49407)
+    assert len(pickle.dumps(copy)) < 200  # not the merge table
+    copy("polyp"), CLIPTokenizer()("polyp")
+    assert tokenizer._byte_pair_encoder.cache_info().currsize == 1

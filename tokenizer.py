@@ -1,0 +1,74 @@
+"""CLIP's byte-pair tokenisation: prompts -> the token ids that CLIP text towers were trained on.
+
+Radford et al. 2021 (arXiv 2103.00020); official code openai/CLIP, clip/simple_tokenizer.py (CRIS
+carries a copy as utils/simple_tokenizer.py). The stages, for "2 Polyps &amp; a fold":
+
+    unescape HTML, lower-case                      "2 polyps & a fold"
+    split into words, single digits, other signs   "2" "polyps" "&" "a" "fold"
+    UTF-8 bytes as printable characters, last +    p o l y p s</w>
+      "</w>"; join pairs in the merges' order      poly ps</w>
+    look up, add start and end, cut, pad           49406 273 6833 814 261 320 11021 49407 0 ...
+
+Left out: `ftfy`, which repairs broken encodings first. Only texts with mojibake, ligatures, curly
+quotes, full-width or decomposed characters differ; write such prompts in plain characters.
+
+`clip_merges.txt.xz` holds OpenAI's merge table (MIT licence, Copyright (c) 2021 OpenAI): lines 2 to
+48,895 of bpe_simple_vocab_16e6.txt.gz (the rest is not used), which openai/CLIP and the wheel of
+`open_clip_torch` both contain. To build it anew:
+
+    python -c "import open_clip, os; print(os.path.dirname(open_clip.__file__))"    # -> DIR
+    zcat DIR/bpe_simple_vocab_16e6.txt.gz | sed -n 2,48895p | xz -9e > clip_merges.txt.xz
+"""
+import functools
+import html
+import lzma
+from pathlib import Path
+
+import torch
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+
+START, END = 49406, 49407
+WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
+
+
+@functools.cache
+def _byte_pair_encoder():
+    """The vocabulary follows from the merges: 256 bytes, the same with </w>, one token a merge."""
+    with lzma.open(Path(__file__).with_name("clip_merges.txt.xz"), "rt", encoding="utf-8") as file:
+        merges = [tuple(line.split()) for line in file]
+    # Sorted by code point is OpenAI's order: 188 bytes that stand for themselves, then the others.
+    characters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = characters + [c + "</w>" for c in characters] + [a + b for a, b in merges]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    encoder = Tokenizer(models.BPE(vocabulary, merges, end_of_word_suffix="</w>"))
+    encoder.add_special_tokens(["<|startoftext|>", "<|endoftext|>"])  # START and END
+    encoder.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex("(?i)" + WORDS), "removed", invert=True),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ])
+    return encoder
+
+
+class CLIPTokenizer:
+    """Texts -> ids. Any CLIP text tower: 49,408 tokens, 49406 at the start, 49407 at the end.
+
+    length: ids a text, 77 in CLIP; 17 or 22 in CRIS. pad_token: 0 in OpenAI's code and CRIS, 49407
+    in transformers' CLIP and CLIPSeg.
+    """
+
+    def __init__(self, length=77, pad_token=0):
+        self.length = length
+        self.pad_token = pad_token
+
+    def __call__(self, texts):
+        """str or list of B str -> ids (B, length) int64; a text that is too long loses its tail."""
+        texts = [texts] if isinstance(texts, str) else texts
+        rows = torch.full((len(texts), self.length), self.pad_token)  # (B, T)
+        for row, text in zip(rows, texts):
+            text = html.unescape(html.unescape(text)).lower()  # twice: the web holds "&amp;lt;"
+            # One by one: `encode_batch` starts threads, which forked data-loader workers lose.
+            ids = [START, *_byte_pair_encoder().encode(text).ids, END][: self.length]
+            row[: len(ids)] = torch.tensor(ids)
+            if len(ids) == self.length:
+                row[-1] = END
+        return rows
