@@ -23,6 +23,7 @@ Means run over images, over patients where images name one, and last over classe
 image counts for a class if its truth or its prediction has it. `dice_pooled` adds up TP, FP and FN
 of all images first, which large objects dominate: never compare it with `dice`.
 """
+
 import functools
 
 import numpy as np

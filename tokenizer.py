@@ -19,6 +19,7 @@ quotes, full-width or decomposed characters differ; write such prompts in plain 
     python -c "import open_clip, os; print(os.path.dirname(open_clip.__file__))"    # -> DIR
     zcat DIR/bpe_simple_vocab_16e6.txt.gz | sed -n 2,48895p | xz -9e > clip_merges.txt.xz
 """
+
 import functools
 import html
 import lzma
@@ -42,10 +43,9 @@ def _byte_pair_encoder():
     vocabulary = {token: i for i, token in enumerate(tokens)}
     encoder = Tokenizer(models.BPE(vocabulary, merges, end_of_word_suffix="</w>"))
     encoder.add_special_tokens(["<|startoftext|>", "<|endoftext|>"])  # START and END
-    encoder.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex("(?i)" + WORDS), "removed", invert=True),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])
+    words = pre_tokenizers.Split(Regex("(?i)" + WORDS), "removed", invert=True)
+    as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    encoder.pre_tokenizer = pre_tokenizers.Sequence([words, as_bytes])
     return encoder
 
 

@@ -1,4 +1,5 @@
 """metrics.py against monai, scipy and numbers computed by hand."""
+
 import json
 
 import numpy as np
@@ -77,13 +78,20 @@ def test_counts_by_hand():
     truth = np.array([[1, 1, 1, 0], [0, 0, 0, 0]], bool)
     pred = np.array([[1, 1, 0, 1], [1, 0, 0, 0]], bool)
     assert metrics.overlap(pred, truth) == {
-        "tp": 2, "fp": 2, "fn": 1, "dice": 4 / 7, "iou": 2 / 5,
-        "sensitivity": 2 / 3, "specificity": 3 / 5, "precision": 2 / 4,
+        "tp": 2,
+        "fp": 2,
+        "fn": 1,
+        "dice": 4 / 7,
+        "iou": 2 / 5,
+        "sensitivity": 2 / 3,
+        "specificity": 3 / 5,
+        "precision": 2 / 4,
     }
 
 
-@pytest.mark.parametrize("radius, dice", [(2, 0.615), (4, 0.816), (8, 0.914), (16, 0.959),
-                                          (32, 0.980), (64, 0.990)])
+@pytest.mark.parametrize(
+    "radius, dice", [(2, 0.615), (4, 0.816), (8, 0.914), (16, 0.959), (32, 0.980), (64, 0.990)]
+)
 def test_disc_shifted_by_one_pixel(radius, dice):
     y, x = np.ogrid[-70:71, -70:71]
     disc = y**2 + x**2 <= radius**2
@@ -125,19 +133,24 @@ def test_tolerance_of_one_pixel_holds_in_mm(step):
     assert metrics.distances(SQUARE, shifted, (step, step), tolerance=step)["nsd"] == 1
 
 
-@pytest.mark.parametrize("pred, truth, overlaps, worst", [
-    (EMPTY, EMPTY, {"dice": 1, "iou": 1, "sensitivity": None, "precision": None}, 0),
-    (EMPTY, SQUARE, {"dice": 0, "iou": 0, "sensitivity": 0, "precision": None}, 1),
-    (SQUARE, EMPTY, {"dice": 0, "iou": 0, "sensitivity": None, "precision": 0}, 1),
-])
+@pytest.mark.parametrize(
+    "pred, truth, overlaps, worst",
+    [
+        (EMPTY, EMPTY, {"dice": 1, "iou": 1, "sensitivity": None, "precision": None}, 0),
+        (EMPTY, SQUARE, {"dice": 0, "iou": 0, "sensitivity": 0, "precision": None}, 1),
+        (SQUARE, EMPTY, {"dice": 0, "iou": 0, "sensitivity": None, "precision": 0}, 1),
+    ],
+)
 def test_empty_masks(pred, truth, overlaps, worst):
     scores = metrics.overlap(pred, truth)
     for name, value in overlaps.items():
         assert np.isnan(scores[name]) if value is None else scores[name] == value
     diagonal = worst * 40 * (2**2 + 3**2) ** 0.5
     assert metrics.distances(pred, truth, spacing=(2, 3)) == {
-        "hd95": pytest.approx(diagonal), "assd": pytest.approx(diagonal),
-        "nsd": 1 - worst, "miss": bool(worst),
+        "hd95": pytest.approx(diagonal),
+        "assd": pytest.approx(diagonal),
+        "nsd": 1 - worst,
+        "miss": bool(worst),
     }
 
 
@@ -151,13 +164,18 @@ def test_invariants():
         assert scores["dice"] == pytest.approx(2 * scores["iou"] / (1 + scores["iou"]))
         assert scores["sensitivity"] == swapped["precision"]
         assert metrics.overlap(~pred, ~truth)["sensitivity"] == pytest.approx(
-            scores["specificity"], nan_ok=True)
+            scores["specificity"], nan_ok=True
+        )
         spacing = spacing or (1, 1, 1)
         near = metrics.distances(pred, truth, spacing, tolerance)
         assert metrics.distances(truth, pred, spacing, tolerance) == pytest.approx(near)
         # axes in another order; everything twice as large; more background around
-        turned = metrics.distances(pred.transpose(2, 0, 1), truth.transpose(2, 0, 1),
-                                   np.array(spacing)[[2, 0, 1]], tolerance)
+        turned = metrics.distances(
+            pred.transpose(2, 0, 1),
+            truth.transpose(2, 0, 1),
+            np.array(spacing)[[2, 0, 1]],
+            tolerance,
+        )
         assert turned == pytest.approx(near)
         large = metrics.distances(pred, truth, 2 * np.array(spacing), 2 * tolerance)
         assert large["hd95"] == pytest.approx(2 * near["hd95"]) and large["nsd"] == near["nsd"]
@@ -246,6 +264,7 @@ def hits(draw, rng, repeats=1000):
 @pytest.mark.slow
 def test_interval_covers_the_true_mean():
     """Dice-like: a tenth of total misses, else Beta(8, 2), mean 0.8; together 0.72."""
+
     def draw(rng):
         return (rng.beta(8, 2, 100) * (rng.random(100) > 0.1),)
 
@@ -255,6 +274,7 @@ def test_interval_covers_the_true_mean():
 @pytest.mark.slow
 def test_interval_by_patient_covers_where_that_by_image_does_not():
     """60 patients, each with 8 images that share their score's deviation."""
+
     def draw(rng, grouped=True):
         patients = np.repeat(np.arange(60), 8)
         values = 0.72 + 0.1 * rng.standard_normal(60)[patients] + 0.05 * rng.standard_normal(480)
@@ -279,8 +299,13 @@ HALF = square((5, 5), 10) & square((5, 0), 10)  # half of SQUARE: Dice 2/3
 
 
 def test_summary_of_binary_masks():
-    cases = {"hit": [(SQUARE, SQUARE)], "half": [(HALF, SQUARE)], "missed": [(EMPTY, SQUARE)],
-             "alarm": [(SQUARE, EMPTY)], "nothing": [(EMPTY, EMPTY)]}
+    cases = {
+        "hit": [(SQUARE, SQUARE)],
+        "half": [(HALF, SQUARE)],
+        "missed": [(EMPTY, SQUARE)],
+        "alarm": [(SQUARE, EMPTY)],
+        "nothing": [(EMPTY, EMPTY)],
+    }
     summary = metrics.summarise(rows_of(cases, ["polyp"]), ["polyp"])
     assert (summary["images"], summary["n"], summary["misses"]) == (5, 5, 2)
     assert summary["dice"]["mean"] == pytest.approx((1 + 2 / 3 + 0 + 0 + 1) / 5)
@@ -300,9 +325,14 @@ def test_no_warning_from_50_cases_on():
 
 
 def test_summary_by_patient():
-    cases = {("1", "anna"): [(SQUARE, SQUARE)], ("2", "anna"): [(SQUARE, SQUARE)],
-             ("3", "anna"): [(SQUARE, SQUARE)], ("4", "bob"): [(HALF, SQUARE)],
-             "5": [(EMPTY, SQUARE)], "6": [(EMPTY, SQUARE)]}  # without a patient: for themselves
+    cases = {
+        ("1", "anna"): [(SQUARE, SQUARE)],
+        ("2", "anna"): [(SQUARE, SQUARE)],
+        ("3", "anna"): [(SQUARE, SQUARE)],
+        ("4", "bob"): [(HALF, SQUARE)],
+        "5": [(EMPTY, SQUARE)],
+        "6": [(EMPTY, SQUARE)],
+    }  # without a patient: for themselves
     summary = metrics.summarise(rows_of(cases, ["polyp"]), ["polyp"])
     assert (summary["images"], summary["n"]) == (6, 4)
     assert summary["dice"]["mean"] == pytest.approx((1 + 2 / 3 + 0 + 0) / 4)
@@ -311,10 +341,12 @@ def test_summary_by_patient():
 def test_summary_of_class_maps():
     names = ["liver", "spleen", "uterus"]
     nothing = (EMPTY, EMPTY)
-    cases = {"a": [(SQUARE, SQUARE), (HALF, SQUARE), nothing],
-             "b": [(SQUARE, SQUARE), nothing, nothing],
-             "c": [nothing, (SQUARE, EMPTY), nothing],
-             "d": [nothing, nothing, nothing]}
+    cases = {
+        "a": [(SQUARE, SQUARE), (HALF, SQUARE), nothing],
+        "b": [(SQUARE, SQUARE), nothing, nothing],
+        "c": [nothing, (SQUARE, EMPTY), nothing],
+        "d": [nothing, nothing, nothing],
+    }
     rows = rows_of(cases, names)
     summary = metrics.summarise(rows, names)
     classes = summary["classes"]

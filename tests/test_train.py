@@ -92,7 +92,9 @@ def test_a_run_leaves_everything_that_the_design_names(options, demo, capsys):
     assert len(per_image) == len(data.annotations(demo, "test"))
     mean = np.mean([float(row["dice"]) for row in per_image])
     assert summary["tests"]["demo"]["dice"]["mean"] == pytest.approx(mean, abs=1e-6)
-    assert json.loads((out / "test/summary.json").read_text())["tests"]["demo"]["dice"]["n"] == len(per_image)
+    assert json.loads((out / "test/summary.json").read_text())["tests"]["demo"]["dice"]["n"] == len(
+        per_image
+    )
     pictures = sorted(path.name for path in (out / "test/overlays").iterdir())
     assert len(pictures) == 7 and "sheet.png" in pictures
     for picture in [out / "curves.png", *(out / "test/overlays").iterdir()]:
@@ -132,10 +134,16 @@ def test_what_is_tested_is_the_best_epoch_and_predict_gives_its_masks(
 def test_evaluation_only_repeats_the_test_and_takes_other_prompts(options, demo, tmp_path):
     trained = train.run(options)
     again = train.Options(
-        weights=options.out, eval=True, data=[str(demo)], out=str(tmp_path / "again"), cache=options.cache
+        weights=options.out,
+        eval=True,
+        data=[str(demo)],
+        out=str(tmp_path / "again"),
+        cache=options.cache,
     )
     assert train.run(again)["tests"] == trained["tests"]  # prompt and size are the run's
-    other = replace(again, prompt="p0", out=str(tmp_path / "p0"), test=[f"{demo}:val", f"{demo}:other_blob"])
+    other = replace(
+        again, prompt="p0", out=str(tmp_path / "p0"), test=[f"{demo}:val", f"{demo}:other_blob"]
+    )
     summary = train.run(other)
     assert set(summary["tests"]) == {"demo:val", "demo:other_blob"} and summary["prompt"] == "p0"
     assert (tmp_path / "p0/test/overlays/demo-val/sheet.png").is_file()
@@ -148,7 +156,10 @@ def test_network_size_scores_are_those_of_the_network_s_grid(options, demo, tmp_
         out = str(tmp_path / size)
         train.run(train.Options(weights=options.out, eval=True, data=[str(demo)], out=out,
                                 cache=options.cache, score_size=size))  # fmt: skip
-        at[size] = {row["name"]: int(row["tp"]) + int(row["fn"]) for row in rows(f"{out}/test/per_image.csv")}
+        at[size] = {
+            row["name"]: int(row["tp"]) + int(row["fn"])
+            for row in rows(f"{out}/test/per_image.csv")
+        }
     ratio = np.mean([at["network"][name] / at["image"][name] for name in at["image"]])
     assert 0.2 < ratio < 0.3  # a quarter of the pixels
 
@@ -197,9 +208,14 @@ def test_killed_at_five_random_moments_and_resumed_ends_the_same(options, tmp_pa
     moments, kills = random.Random(0), 0
     while kills < 5:
         process = subprocess.Popen(
-            [sys.executable, ROOT / "train.py", *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            [sys.executable, ROOT / "train.py", *words],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
         )
-        while not (killed / "log.txt").is_file() or b"parameters on" not in (killed / "log.txt").read_bytes():
+        while (
+            not (killed / "log.txt").is_file()
+            or b"parameters on" not in (killed / "log.txt").read_bytes()
+        ):
             time.sleep(0.05)
             assert process.poll() is None, process.stdout.read().decode()
         time.sleep(moments.uniform(0, 2.5))
@@ -214,7 +230,9 @@ def test_resuming_refuses_other_options_and_other_runs_are_not_written_over(
     options, monkeypatch, capsys
 ):
     train.run(options)
-    before = {path: path.read_bytes() for path in train.Path(options.out).rglob("*") if path.is_file()}
+    before = {
+        path: path.read_bytes() for path in train.Path(options.out).rglob("*") if path.is_file()
+    }
     code, _, err = command(monkeypatch, capsys, train, *arguments(options))
     assert code == 2 and "holds a run already" in err and err.count("\n") == 1
     code, _, err = command(
@@ -230,18 +248,30 @@ REFUSED = {
     "no data": (lambda o, d: replace(o, data=[]), "--data is missing"),
     "no such folder": (lambda o, d: replace(o, data=["nowhere"]), "nowhere: no such folder"),
     "no such prompt type": (lambda o, d: replace(o, prompt="p9"), "no prompt of type p9"),
-    "no such recipe": (lambda o, d: replace(o, recipe="mine"), "--recipe mine: cris has default, origin"),
+    "no such recipe": (
+        lambda o, d: replace(o, recipe="mine"),
+        "--recipe mine: cris has default, origin",
+    ),
     "no such variant": (lambda o, d: replace(o, variant="rn5"), "--variant rn5: cris has rn50"),
-    "no such split": (lambda o, d: replace(o, test=[f"{d}:testB"]), "testB.json: no such annotation file"),
+    "no such split": (
+        lambda o, d: replace(o, test=[f"{d}:testB"]),
+        "testB.json: no such annotation file",
+    ),
     "no such weights": (
         lambda o, d: replace(o, weights="missing.pth", variant=None),
         "missing.pth",
     ),
-    "no such device": (lambda o, d: replace(o, device="cuda:7"), "--device cuda:7: not on this machine"),
+    "no such device": (
+        lambda o, d: replace(o, device="cuda:7"),
+        "--device cuda:7: not on this machine",
+    ),
     "not a device": (lambda o, d: replace(o, device="tpu9"), "--device tpu9: unknown"),
     "batch of none": (lambda o, d: replace(o, batch_size=0), "--batch-size must be at least 1"),
     "size": (lambda o, d: replace(o, size=50), "32"),
-    "a loss that is no number": (lambda o, d: replace(o, lr=1e38, clip_grad=0.0), "the loss became"),
+    "a loss that is no number": (
+        lambda o, d: replace(o, lr=1e38, clip_grad=0.0),
+        "the loss became",
+    ),
 }
 
 
@@ -271,7 +301,9 @@ def test_a_disk_that_is_full_leaves_the_last_good_state(options, monkeypatch, ca
     torn = replace(options, out=options.out + "2")
     code, _, err = command(monkeypatch, capsys, train, *arguments(torn))
     assert code == 2 and "No space left on device" in err and err.count("\n") == 1
-    assert not list(train.Path(torn.out).glob("last.pt")) and not list(train.Path(torn.out).glob(".*"))
+    assert not list(train.Path(torn.out).glob("last.pt")) and not list(
+        train.Path(torn.out).glob(".*")
+    )
     assert train.Path(options.out, "last.pt").read_bytes() == good
 
 
@@ -283,7 +315,12 @@ def test_decoder_only_leaves_the_towers_as_they_are(options):
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     towers = {name for name in before if recipes.clip_towers(name)}
     assert towers and not moved & towers
-    assert {name.split(".")[0] for name in moved} == {"backbone", "neck", "decoder", "proj"}  # connect is new
+    assert {name.split(".")[0] for name in moved} == {
+        "backbone",
+        "neck",
+        "decoder",
+        "proj",
+    }  # connect is new
 
 
 def test_accumulated_gradients_are_the_mean_of_their_batches(options, demo):
@@ -298,9 +335,13 @@ def test_accumulated_gradients_are_the_mean_of_their_batches(options, demo):
         run = train.Run(o, s, model, recipes.cris_recipe(model, s), dataset, dataset)
         model.eval()  # batch statistics would differ
         seen = []
-        run.optimizer.step = lambda: seen.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+        run.optimizer.step = lambda: seen.append(
+            [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        )
         items = data.Items(dataset, "p6", run.recipe.inputs, train=True, seed=0)
-        batches = iter(data.loader(items, data.train_batches(len(dataset), 4, 1, 0, 0), 0, run.device))
+        batches = iter(
+            data.loader(items, data.train_batches(len(dataset), 4, 1, 0, 0), 0, run.device)
+        )
         for _ in range(2 // count):
             run.optimizer_step(batches)
         return seen
@@ -317,7 +358,9 @@ def test_learning_rates_over_time():
         return [train.lr_factor(step, 100, 10, s) for step in range(101)]
 
     cosine = curve(schedule="cosine", warmup=0.1)
-    assert cosine[0] == 0.1 and cosine[9] == 1 and cosine[10] == 1 and cosine[100] == pytest.approx(0)
+    assert (
+        cosine[0] == 0.1 and cosine[9] == 1 and cosine[10] == 1 and cosine[100] == pytest.approx(0)
+    )
     assert cosine[55] == pytest.approx(0.5)
     assert curve(schedule="poly", warmup=0.0)[50] == pytest.approx(0.5**0.9)
     steps = curve(schedule="multistep", warmup=0.0, milestones=(3, 6))
@@ -358,7 +401,9 @@ def test_a_constant_prompt_keeps_the_text_norm_in_evaluation_mode(options, capsy
     assert "neck.txt_proj.1, stays in evaluation mode" in capsys.readouterr().out
     weights = load_file(f"{options.out}/best.safetensors")
     assert not weights["neck.txt_proj.1.running_mean"].any()  # never updated
-    assert json.loads((train.Path(options.out) / "config.json").read_text())["config"]["freeze_text_norm"]
+    assert json.loads((train.Path(options.out) / "config.json").read_text())["config"][
+        "freeze_text_norm"
+    ]
 
 
 def test_pooled_sets_train_together(options, demo, tmp_path):
