@@ -450,9 +450,9 @@ def postprocess(logits: Tensor, size: tuple[int, int], config: Config) -> Tensor
     if config.pixels == "medvlsm":
         x = F.interpolate(logits, square, mode="bicubic", align_corners=True).sigmoid()
         return F.interpolate(x, size, mode="nearest-exact")[0]
-    # quirk: cubic and of probabilities, so that some leave 0..1 (engine/engine.py, validate)
+    # quirk: cubic and of probabilities (engine/engine.py, validate), so that some leave 0..1
     x = F.interpolate(logits.sigmoid(), square, mode="bicubic", align_corners=True)[0]
-    return letterbox(x, size, "bicubic", back=True)
+    return letterbox(x, size, "bicubic", back=True).clamp(0, 1)
 
 
 # shared: read_checkpoint

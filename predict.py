@@ -97,36 +97,34 @@ def main() -> int:
     there = next((path for path in files if path.exists()), None)
     if there is not None:
         raise ValueError(f"{there} exists already; choose another --out")
+    predict(cases, FAMILIES[args.model or run["model"]], args)
+    print(f"{len(cases)} masks in {args.out}")
+    return 0
 
-    family = FAMILIES[args.model or run["model"]]
+
+def predict(cases: list[tuple[str, Path, str]], family, args) -> None:
+    """Writes the files of all cases."""
     settings = family.settings["default"]
     overrides = {} if args.threshold is None else {"threshold": args.threshold}
-    model = (
-        family.load(args.weights, None, settings, overrides, None)
-        .to(pick_device(args.device))
-        .eval()
-    )
+    model = family.load(args.weights, None, settings, overrides, None).eval()
+    model.to(pick_device(args.device))
     recipe = family.recipe(model, settings)
     for name, file, prompt in tqdm(cases, desc="predict", unit="image", disable=None):
         image = data.read_image(file)  # (H,W,3)
         sample = {"image": torch.from_numpy(image.transpose(2, 0, 1).copy()), "prompt": prompt}
         sample |= {"name": name, "size": image.shape[:2], "group": None, "dataset": ""}
+        item = recipe.inputs(sample, train=False, rng=None)
         with torch.no_grad():
-            probability = (
-                recipe.predict(model, recipe.inputs(sample, False, None))[0][0].cpu().numpy()
-            )  # (H,W)
+            probability = recipe.predict(model, item)[0][0].cpu().numpy()  # (H,W)
         mask = probability > model.config.threshold
         pictures = {"mask": Image.fromarray(mask.astype(np.uint8) * 255)}
         if args.probabilities:
-            pictures["probability"] = Image.fromarray(
-                (probability * 65535).round().astype(np.uint16)
-            )
+            sixteen_bits = (probability * 65535).round().astype(np.uint16)
+            pictures["probability"] = Image.fromarray(sixteen_bits)
         if args.overlays:
             pictures["overlay"] = report.overlay(image, None, mask)
         for kind, path in outputs(name, args).items():
             report.save_picture(path, pictures[kind])
-    print(f"{len(cases)} masks in {args.out}")
-    return 0
 
 
 if __name__ == "__main__":

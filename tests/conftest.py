@@ -9,12 +9,38 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
 
 
+def command(monkeypatch, capsys, module, *arguments) -> tuple[int, str, str]:
+    """Runs a program as from the command line: exit status, stdout, stderr."""
+    import report
+
+    monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        report.command(module.main)
+    out, err = capsys.readouterr()
+    return ended.value.code, out, err
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory):
+    """A small demo set."""
+    folder = tmp_path_factory.mktemp("demo") / "demo"
+    arguments = ["prepare.py", "demo", "--out", str(folder), "--images", "60", "--size", "64"]
+    import prepare
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", arguments)
+        assert prepare.main() == 0
+    return folder
+
+
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     """Small real data sets that lie beside the repository on some machines."""
     folder = Path(os.environ.get("SEGMENTATION_DATA", ROOT.parent / "shared" / "data"))
     if not (folder / "kvasir_polyp").is_dir():
-        pytest.skip(f"no real data sets at {folder}; SEGMENTATION_DATA may name a folder that has them")
+        pytest.skip(
+            f"no real data sets at {folder}; SEGMENTATION_DATA may name a folder that has them"
+        )
     return folder
 
 

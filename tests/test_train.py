@@ -12,37 +12,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, command
 from PIL import Image
 from safetensors.torch import load_file
 
 import cris
 import data
 import predict
-import prepare
 import recipes
-import report
 import train
-
-
-def command(monkeypatch, capsys, module, *arguments) -> tuple[int, str, str]:
-    """Runs a program as from the command line: exit status, stdout, stderr."""
-    monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
-    with pytest.raises(SystemExit) as ended:
-        report.command(module.main)
-    out, err = capsys.readouterr()
-    return ended.value.code, out, err
-
-
-@pytest.fixture(scope="session")
-def demo(tmp_path_factory):
-    """A small demo set."""
-    folder = tmp_path_factory.mktemp("demo") / "demo"
-    arguments = ["prepare.py", "demo", "--out", str(folder), "--images", "60", "--size", "64"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", arguments)
-        assert prepare.main() == 0
-    return folder
 
 
 @pytest.fixture
@@ -380,8 +358,10 @@ def test_published_protocols_run(recipe, options):
 
 def test_patience_ends_a_run_that_gets_no_better(options, capsys):
     train.run(replace(options, lr=0.0, epochs=9, patience=2))
-    assert len(rows(f"{options.out}/metrics.csv")) == 3
-    assert "since epoch 1" in capsys.readouterr().out
+    dice = [float(row["val_dice"]) for row in rows(f"{options.out}/metrics.csv")]
+    best = dice.index(max(dice))  # statistics of the norms still move, so it need not be the first
+    assert len(dice) == best + 1 + 2 < 9
+    assert f"since epoch {best + 1}" in capsys.readouterr().out
 
 
 def test_texts_per_batch(demo):
