@@ -1,9 +1,9 @@
 """CRIS, CLIP-driven referring image segmentation: an image and a phrase in, the mask of it out.
 
-Paper: Wang et al., CVPR 2022, arXiv 2111.15174. Official code (MIT), whose parameter names are kept:
-github.com/DerrickWang005/CRIS.pytorch at e596332, model/{clip,layers,segmenter}.py. Weights: CLIP to
-start from is OpenAI's RN50.pt or RN101.pt, on the hub timm/resnet50_clip.openai or resnet101 (MIT).
-CRIS itself: none was released; the file in use was trained on RefCOCO by a user (issue 3, no licence).
+Paper: Wang et al., CVPR 2022, arXiv 2111.15174. Official code (MIT), whose names are kept:
+github.com/DerrickWang005/CRIS.pytorch at e596332, model/{clip,layers,segmenter}.py. Weights of CLIP
+to start from: OpenAI's RN50.pt, RN101.pt; on the hub timm/resnet50_clip.openai, resnet101 (MIT). Of
+CRIS none were released; those in use were trained on RefCOCO by a user (issue 3, no licence).
 
     image (B,3,416,416)                tokens (B,T): 49406 ... 49407 and padding
       ResNet, attention pool             text transformer
@@ -363,7 +363,7 @@ class CRIS(nn.Module):
         if "format" in settings:  # a run folder of ours
             kind = settings["class"], settings["format"]
             if kind != ("CRIS", 1):
-                raise ValueError(f"{source}: holds {kind[0]} in format {kind[1]}, not CRIS in format 1")
+                raise ValueError(f"{source}: holds {kind[0]} in format {kind[1]}, not CRIS in 1")
             values = settings["config"].items()
             config = Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in values})
         else:
@@ -396,7 +396,7 @@ def to_official(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def closest_variant(weights: dict[str, Tensor]) -> Config:
-    """The one most of whose names and shapes agree; the number of heads, which none tells, follows."""
+    """The one most of whose names and shapes agree; the number of heads follows from it."""
     shapes = {(name, t.shape) for name, t in weights.items()}
     with torch.device("meta"):
         models = [CRIS(config).state_dict().items() for config in VARIANTS.values()]
@@ -528,13 +528,15 @@ def download(source: str, files: tuple[str, ...]) -> Path:
     except RevisionNotFoundError:
         raise FileNotFoundError(f"{source}: the repository has no such revision") from None
     except RepositoryNotFoundError:
-        raise FileNotFoundError(f"{source}: no such file, and no such repository on the hub") from None
+        raise FileNotFoundError(f"{source}: neither a file nor a repository on the hub") from None
     except Exception as error:  # whose class depends on the version of the client
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         hint = "check the connection, or fetch the file elsewhere and name it"
         raise OSError(f"{source}: not to be had from the hub ({reason}); {hint}") from None
+# end shared
 
 
+# shared: check_complete
 def check_complete(found: dict[str, Tensor], expected: dict[str, Tensor], source) -> None:
     """Raise a ValueError that names the first tensors in which two state dicts differ."""
     found, expected = ({n: tuple(t.shape) for n, t in x.items()} for x in (found, expected))

@@ -4,25 +4,26 @@ import json
 import subprocess
 import sys
 
-import cris
 import pytest
 import torch
 from hub import Hub
 from safetensors.torch import load_file, save_file
 
+import cris
+
 ID = "timm/resnet50_clip.openai"
 FILE = "open_clip_model.safetensors"
-# What a program does with a user's error. The last line is for the test to read.
+# Loads from each source, as a program does that shows its user errors, and prints what came of it.
 PROGRAM = """
 import json, sys, traceback
-import torch
+from pathlib import Path
 from safetensors.torch import save_file
 from cris import CRIS
-for source in sys.argv[2:]:
+for i, source in enumerate(sys.argv[2:]):
     try:
         model = CRIS.from_pretrained(source)
-        save_file(model.backbone.state_dict(), sys.argv[1])
-        told = {}
+        told = {"saved": str(Path(sys.argv[1], f"{i}.safetensors"))}
+        save_file(model.backbone.state_dict(), told["saved"])
     except (OSError, ValueError) as error:
         shown = "".join(traceback.format_exception(error))
         told = {
@@ -65,23 +66,24 @@ def hub(repositories):
 
 
 def load(hub, home, *sources, **environment):
-    """Loads one after the other -> what each printed or raised, and the last one's tensors' file."""
-    saved = home / "loaded.safetensors"
-    saved.unlink(missing_ok=True)
+    """Loads one after the other in a process -> what became of each, and all that was printed."""
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(saved), *sources],
+        [sys.executable, "-c", PROGRAM, str(home), *sources],
         env=hub.environment(home) | environment,
+        check=False,
         capture_output=True,
         text=True,
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
     told = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    return told, done.stdout, saved
+    assert len(told) == len(sources)
+    return told, done.stdout
 
 
-def assert_holds(saved, official):
-    loaded = load_file(saved)
+def assert_loaded(told: dict, official):
+    assert "error" not in told, told
+    loaded = load_file(told["saved"])
     for name, tensor in load_file(official).items():
         assert torch.equal(loaded[name], tensor), name
 
@@ -94,54 +96,29 @@ def assert_is_one_plain_line(told: dict, kind: str, *words: str):
         assert word.lower() in told["error"].lower(), told["error"]
 
 
-def test_fetches_the_first_time_and_never_again(hub, repositories, tmp_path):
-    told, printed, saved = load(hub, tmp_path, ID)
-    assert told == [{}]
-    assert_holds(saved, repositories / ID / "main" / FILE)
-    size = (repositories / ID / "main" / FILE).stat().st_size
-    line = next(line for line in printed.splitlines() if line.startswith("downloading"))
-    for part in (FILE, ID, hub.url, f"{size / 1e6:.1f} MB"):
-        assert part in line
-
-    asked = len(hub.requests)
-    told, printed, saved = load(hub, tmp_path, ID)
-    assert told == [{}] and "downloading" not in printed
-    assert len(hub.requests) == asked, hub.requests[asked:]
-    assert_holds(saved, repositories / ID / "main" / FILE)
-
-
-def test_a_revision_is_a_version_of_its_own(hub, repositories, tmp_path):
-    told, _, saved = load(hub, tmp_path, ID, f"{ID}@v1")
-    assert told == [{}, {}]
-    assert_holds(saved, repositories / ID / "v1" / FILE)
-    told, _, saved = load(hub, tmp_path, f"{ID}@v1", ID)  # from the cache, in the other order
-    assert_holds(saved, repositories / ID / "main" / FILE)
-    told, _, saved = load(hub, tmp_path, f"{ID}@{hub.commit(ID, 'v1')}")
-    assert told == [{}]
-    assert_holds(saved, repositories / ID / "v1" / FILE)
-
-
-def test_says_what_from_where_and_how_large_before_it_downloads(hub, tmp_path):
-    hub.cut = 0
-    told, printed, _ = load(hub, tmp_path, ID)
-    announced, failed = printed.index("downloading"), printed.index(told[0]["error"][:20])
-    assert announced < failed
-
-
-def test_works_without_a_network_once_cached(repositories, tmp_path):
+def test_fetches_once_and_then_needs_no_network(repositories, tmp_path):
+    main, v1 = (repositories / ID / revision / FILE for revision in ("main", "v1"))
     with Hub(repositories) as hub:
-        load(hub, tmp_path, ID, f"{ID}@v1")
-    told, _, saved = load(hub, tmp_path, ID, f"{ID}@v1")  # the port is closed now
-    assert told == [{}, {}]
-    assert_holds(saved, repositories / ID / "v1" / FILE)
-    told, _, saved = load(hub, tmp_path, f"{ID}@v1", ID, HF_HUB_OFFLINE="1")
-    assert told == [{}, {}]
-    assert_holds(saved, repositories / ID / "main" / FILE)
+        told, printed = load(hub, tmp_path, ID, f"{ID}@v1", ID, f"{ID}@v1")
+    for one, official in zip(told, (main, v1, main, v1), strict=True):
+        assert_loaded(one, official)
+    lines = [line for line in printed.splitlines() if line.startswith("downloading")]
+    assert len(lines) == 2 and "v1" in lines[1]
+    for part in (FILE, ID, hub.url, f"{main.stat().st_size / 1e6:.1f} MB"):
+        assert part in lines[0]
+    assert len([asked for asked in hub.requests if asked.startswith("GET /cdn/")]) == 2
+
+    sources = [f"{ID}@v1", ID, f"{ID}@{hub.commit(ID, 'v1')}"]
+    for environment in ({}, {"HF_HUB_OFFLINE": "1"}):  # the port is closed now
+        told, printed = load(hub, tmp_path, *sources, **environment)
+        for one, official in zip(told, (v1, main, v1), strict=True):
+            assert_loaded(one, official)
+        assert "downloading" not in printed
 
 
 def test_what_the_hub_does_not_have_is_named(hub, tmp_path):
     sources = ["timm/resnet_50", f"{ID}@v9", "someone/else", "resnet50"]
-    told, printed, _ = load(hub, tmp_path, *sources)
+    told, printed = load(hub, tmp_path, *sources)
     repository, revision, file, name = told
     assert_is_one_plain_line(repository, "FileNotFoundError", "timm/resnet_50", "repository")
     assert_is_one_plain_line(revision, "FileNotFoundError", ID, "v9", "revision")
@@ -151,21 +128,23 @@ def test_what_the_hub_does_not_have_is_named(hub, tmp_path):
     assert "downloading" not in printed
 
 
-def test_a_broken_download_is_told_and_leaves_nothing_behind(hub, repositories, tmp_path):
+def test_a_broken_download_was_announced_is_told_and_leaves_nothing_behind(
+    hub, repositories, tmp_path
+):
     hub.cut = 100_000
-    told, _, _ = load(hub, tmp_path, ID)
+    told, printed = load(hub, tmp_path, ID)
     assert_is_one_plain_line(told[0], "OSError", ID, "connection")
+    assert "downloading" in printed  # so it is said before it is done
     hub.cut = None
-    told, _, saved = load(hub, tmp_path, ID)
-    assert told == [{}]
-    assert_holds(saved, repositories / ID / "main" / FILE)
+    told, _ = load(hub, tmp_path, ID)
+    assert_loaded(told[0], repositories / ID / "main" / FILE)
 
 
 @pytest.mark.parametrize("environment", [{}, {"HF_HUB_OFFLINE": "1"}])
 def test_no_network_and_nothing_cached(repositories, tmp_path, environment):
     with Hub(repositories) as hub:
         pass
-    told, printed, _ = load(hub, tmp_path, ID, f"{ID}@v1", **environment)
+    told, printed = load(hub, tmp_path, ID, f"{ID}@v1", **environment)
     for one, source in zip(told, (ID, f"{ID}@v1"), strict=True):
         assert_is_one_plain_line(one, "OSError", source, "hub", "file")
     assert "downloading" not in printed
