@@ -59,6 +59,6 @@ class Augment:
         steps.append(v2.RandomAffine(self.rotate, shift, scale, interpolation=bilinear))
         steps.append(v2.ColorJitter(self.brightness, self.contrast))
         with torch.random.fork_rng(devices=[]):  # torchvision draws from torch's global generator
-            torch.manual_seed(int(rng.integers(2**63)))
+            torch.default_generator.manual_seed(int(rng.integers(2**63)))  # the CPU's alone
             image, mask = v2.Compose(steps)(image, mask)
         return image.as_subclass(torch.Tensor), mask[0].as_subclass(torch.Tensor).long(), prompt

@@ -106,21 +106,25 @@ class Entry:
 
 
 def is_prompt_type(text: str) -> bool:
-    """Whether a prompt option names a type (p0…p9, random) rather than being a text itself."""
-    return text == "random" or re.fullmatch(r"p\d+", text) is not None
+    """Whether a prompt option names types (p6, "p6,p3", random) rather than being a text itself."""
+    return re.fullmatch(r"random|p\d+(,p\d+)*", text) is not None
+
+
+def prompt_types(entry: Entry, kind: str) -> list[str]:
+    """The types that an option draws from: those it lists, or for `random` all but the empty p0."""
+    return [k for k in entry.prompts if k != "p0"] if kind == "random" else kind.split(",")
 
 
 def choose_prompt(entry: Entry, kind: str, rng: np.random.Generator | None = None) -> str:
-    """A text of the type `kind`, of a random type other than p0, or `kind` itself if it is a text.
+    """A text of one of the types of `kind`, or `kind` itself if it is a text.
 
-    Where there are several, `rng` draws one; without it the first is taken. ValueError if the entry
-    has none of that type.
+    Where there are several, `rng` draws type and text; without it the first is taken. ValueError if
+    the entry has none of that type.
     """
     if not is_prompt_type(kind):
         return kind
-    if kind == "random":
-        kinds = [k for k in entry.prompts if k != "p0"]
-        kind = kinds[rng.integers(len(kinds))] if rng is not None else kinds[0]
+    kinds = prompt_types(entry, kind)
+    kind = kinds[rng.integers(len(kinds))] if rng is not None else kinds[0]
     texts = entry.prompts.get(kind)
     if not texts:
         where, have = f"{entry.root.name}, {entry.name}", ", ".join(entry.prompts)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import cris
 from augment import Augment
-from data import Dataset
+from data import Dataset, is_prompt_type, prompt_types
 from losses import dice_bce, dice_loss
 from tokenizer import CLIPTokenizer
 
@@ -122,7 +122,7 @@ def texts_per_batch(dataset: Dataset, kind: str, batch_size: int) -> float:
     """How many different texts a training batch holds on average."""
     share = {}  # text -> its share of all draws
     for entry in dataset.entries:
-        kinds = [k for k in entry.prompts if k != "p0"] if kind == "random" else [kind]
+        kinds = prompt_types(entry, kind) if is_prompt_type(kind) else [kind]
         for k in kinds:
             texts = entry.prompts.get(k, [kind])  # a literal text stands for itself
             for text in texts:

@@ -194,4 +194,6 @@ def table(summary: dict) -> str:
         interval = f"[{score['low']:.4f}, {score['high']:.4f}]  n={score['n']}"
         lines.append(f"  {name:12} {score['mean']:8.4f}  {interval}")
     lines.append(f"  misses and false alarms: {summary['misses']} of {summary['images']} images")
-    return "\n".join(lines + [f"  {summary['warning']}"] * ("warning" in summary))
+    if "warning" in summary:
+        lines.append(f"  {summary['warning']}")
+    return "\n".join(lines)

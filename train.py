@@ -65,7 +65,7 @@ class Options:
     test: list[str] = option(
         [], "data sets to test on, PATH[:split]; else the test splits of --data"
     )
-    prompt: str | None = option(None, 'prompt type p0…p9, random, or a literal "text"')
+    prompt: str | None = option(None, 'prompt types (p6; p6,p3; random), or a literal "text"')
     train: str = option("all", "all, or only what is not pretrained", choices=["all", "decoder"])
     out: str | None = option(None, "run folder; else runs/MODEL-DATA[-RECIPE]")
     resume: bool = option(False, "go on where the run in --out stopped")

@@ -1,6 +1,8 @@
 """What every comparison with an official implementation needs: turns, memory, a table, the machine."""
 
+import ctypes
 import datetime
+import gc
 import json
 import platform
 import statistics
@@ -58,6 +60,8 @@ def peak_memory(step: Callable) -> float:
         lines = Path("/proc/self/status").read_text().splitlines()
         return int(next(x.split()[1] for x in lines if x.startswith(field)))  # KiB
 
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # freed memory that is kept would hide what the step takes
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from here
     before = status("VmRSS")
     step()

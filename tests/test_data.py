@@ -239,6 +239,8 @@ def test_prompt_choice(tmp_path):
     assert data.choose_prompt(entry, "a red polyp") == "a red polyp"
     drawn = {data.choose_prompt(entry, "random", np.random.default_rng(k)) for k in range(40)}
     assert drawn == {"polyp", "a growth", "a lump"}  # never p0
+    both = {data.choose_prompt(entry, "p7,p0", np.random.default_rng(k)) for k in range(40)}
+    assert both == {"", "a growth", "a lump"} and data.choose_prompt(entry, "p7,p0") == "a growth"
     with pytest.raises(ValueError, match="no prompt of type p9, only p0, p1, p7"):
         data.choose_prompt(entry, "p9")
 

@@ -1,4 +1,4 @@
-"""Weights from the hub, in processes of their own whose hub is tests/hub.py: fetched, kept, refused."""
+"""Weights from the hub, in processes whose only hub is tests/hub.py: fetched, kept, refused."""
 
 import json
 import subprocess
