@@ -517,22 +517,21 @@ def download(source: str, files: tuple[str, ...]) -> Path:
     try:
         there = hub.HfApi().model_info(**where, files_metadata=True).siblings
         sizes = {file.rfilename: file.size or 0 for file in there}
-        name = next((name for name in files if name in sizes), None)
-        if name is None:
-            raise LookupError(f"it has none of {', '.join(files)}")
-        size = f"{sizes[name] / 1e6:,.1f} MB"
-        print(f"downloading {name}, {size}, of {source} from {hub.constants.ENDPOINT}", flush=True)
-        if "config.json" in sizes:
-            hub.hf_hub_download(filename="config.json", **where)
-        return Path(hub.hf_hub_download(filename=name, **where))
+        if name := next((name for name in files if name in sizes), None):
+            size = f"{sizes[name] / 1e6:,.1f} MB"
+            print(f"downloading {name}, {size}, of {source} from {hub.constants.ENDPOINT}")
+            if "config.json" in sizes:
+                hub.hf_hub_download(filename="config.json", **where)
+            return Path(hub.hf_hub_download(filename=name, **where))
     except RevisionNotFoundError:
         raise FileNotFoundError(f"{source}: the repository has no such revision") from None
     except RepositoryNotFoundError:
-        raise FileNotFoundError(f"{source}: neither a file nor a repository on the hub") from None
+        raise FileNotFoundError(f"{source}: neither file nor repository on the hub") from None
     except Exception as error:  # whose class depends on the version of the client
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         hint = "check the connection, or fetch the file elsewhere and name it"
         raise OSError(f"{source}: not to be had from the hub ({reason}); {hint}") from None
+    raise FileNotFoundError(f"{source}: the repository has none of {', '.join(files)}")
 # end shared
 
 

@@ -113,7 +113,7 @@ def overlay(image: np.ndarray, truth: np.ndarray | None, prediction: np.ndarray)
     """Image uint8 (H,W,3), masks bool (H,W) -> prediction in magenta, rim of the truth in green."""
     width = max(1, min(image.shape[:2]) // 150)
     shown = image.astype(np.float32)
-    shown[prediction] = 0.7 * shown[prediction] + 0.3 * np.array(PREDICTION)
+    shown[prediction] = 0.85 * shown[prediction] + 0.15 * np.array(PREDICTION)
     shown[outline(prediction, width)] = PREDICTION
     if truth is not None:
         shown[outline(truth, width)] = TRUTH
