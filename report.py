@@ -15,10 +15,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
-TRUTH, PREDICTION = (
-    (0, 230, 90),
-    (255, 0, 200),
-)  # green and magenta: apart on tissue, also for the colour-blind
+# green and magenta: apart on tissue, also for the colour-blind
+TRUTH, PREDICTION = (0, 230, 90), (255, 0, 200)
 
 
 # --- files and errors -----------------------------------------------------------------------------

@@ -110,9 +110,7 @@ def parse(arguments: list[str] | None = None) -> dict:
     """The options that were given, by name."""
     parser = report.Parser(__doc__)
     for spec in fields(Options):
-        kind = (get_args(spec.type) or [spec.type])[
-            0
-        ]  # of `int | None` and of `list[str]` the first
+        kind, *_ = get_args(spec.type) or [spec.type]  # of `int | None`, `list[str]` the first
         how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
         flag = "--" + spec.name.replace("_", "-")
         parser.add_argument(flag, default=argparse.SUPPRESS, **how, **spec.metadata)

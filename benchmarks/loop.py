@@ -11,7 +11,6 @@ import argparse
 import statistics
 import sys
 import tempfile
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 
 import data  # noqa: E402
 import report  # noqa: E402
-from common import machine  # noqa: E402
+from common import in_turns, machine, now  # noqa: E402
 from evaluate import evaluate, pick_device  # noqa: E402
 from recipes import FAMILIES  # noqa: E402
 from train import Options, Run, resolve  # noqa: E402
@@ -54,28 +53,19 @@ def main() -> int:
     batch = {key: value.to(device) for key, value in next(batches).items()}
     run.train_mode()
 
-    def synchronised() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
     def bare():
-        run.optimizer_step(iter([batch]))
+        run.batch, run.sums = 0, {}
+        for _ in range(args.steps):
+            run.optimizer_step(iter([batch]))
 
     def loop():
-        run.optimizer_step(batches)
-        run.mean_loss()
+        run.batch, run.sums = 0, {}
+        for _ in range(args.steps):
+            run.optimizer_step(batches)
+            run.mean_loss()
 
-    times = {bare: [], loop: []}
-    for i in range(args.rounds + 1):
-        for step, seconds in times.items():
-            run.batch, run.sums = 0, {}
-            begun = synchronised()
-            for _ in range(args.steps):
-                step()
-            if i:  # the first round warms up
-                seconds.append((synchronised() - begun) / args.steps)
-    b, l = statistics.median(times[bare]), statistics.median(times[loop])
+    seconds = in_turns({"bare": bare, "loop": loop}, args.rounds)
+    b, l = (statistics.median(seconds[name]) / args.steps for name in ("bare", "loop"))
     print(f"{machine()}, batch {options.batch_size} at {model.config.image_size} px")
     print("\n| | bare | in the loop | ratio |\n| --- | --- | --- | --- |")
     print(f"| training step | {b:.3f} s | {l:.3f} s ({options.batch_size / l:.2f} images/s) | {l / b:.3f} |")
@@ -84,13 +74,13 @@ def main() -> int:
     items = data.Items(part, options.prompt, recipe.inputs, train=False, seed=0)
     ready = [items[0, i] for i in range(len(part))]
     model.eval()
-    begun = synchronised()
+    begun = now()
     with torch.no_grad():
         for item in ready:
             recipe.forward(model, {k: item[k][None].to(device) for k in ("image", "tokens")})
-    middle = synchronised()
+    middle = now()
     evaluate(model, recipe, part, options, False, "validate")
-    ended = synchronised()
+    ended = now()
     b, l = (middle - begun) / len(part), (ended - middle) / len(part)
     print(f"| validation, an image | {b:.3f} s | {l:.3f} s | {l / b:.3f} |")
     return 0
