@@ -288,14 +288,15 @@ def upsampled_conv3x3(x: Tensor, weight: Tensor) -> Tensor:
     """
 
     def taps(n: int) -> Tensor:
-        """(n,3,2n): how much of position i each tap sees when it makes position j."""
+        """(3n,2n): how much of position i each tap sees when it makes position j."""
         eye = torch.eye(n, device=x.device, dtype=x.dtype)[None]
         up = F.interpolate(eye, scale_factor=2, mode="linear", align_corners=False)[0]  # (n,2n)
-        return F.pad(up, (1, 1)).unfold(1, 2 * n, 1)
+        return F.pad(up, (1, 1)).unfold(1, 2 * n, 1).transpose(0, 1).flatten(0, 1)
 
-    y = torch.einsum("ockl,bchw->bolkhw", weight, x)
-    y = torch.einsum("bolkhw,hku->boluw", y, taps(x.shape[2]))
-    return torch.einsum("boluw,wlv->bouv", y, taps(x.shape[3]))
+    (B, C, H, W), O = x.shape, len(weight)
+    y = weight.permute(0, 3, 2, 1).reshape(-1, C) @ x.flatten(2)  # (B,O*3*3,H*W), column tap first
+    y = taps(H).T @ y.view(B, O, 3, 3 * H, W)  # (B,O,3,2H,W)
+    return y.transpose(2, 3).flatten(3) @ taps(W)  # (B,O,2H,2W)
 
 
 class Projector(nn.Module):
