@@ -509,9 +509,10 @@ def download(source: str, files: tuple[str, ...]) -> Path:
     import huggingface_hub as hub
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
-    if source.count("/") != 1 or Path(source).suffix in (".pt", ".pth", ".bin", ".safetensors"):
-        raise FileNotFoundError(f"{source}: no such file or folder; a hub id is owner/name")
     where = dict(zip(("repo_id", "revision"), source.split("@"), strict=False))
+    is_file = Path(source).suffix in (".pt", ".pth", ".bin", ".safetensors")
+    if is_file or where["repo_id"].count("/") != 1:
+        raise FileNotFoundError(f"{source}: no such file or folder; a hub id is owner/name")
     for name in files:
         if isinstance(path := hub.try_to_load_from_cache(filename=name, **where), str):
             return Path(path)

@@ -18,7 +18,6 @@ import math
 import os
 import re
 import shutil
-import sys
 import textwrap
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
@@ -30,7 +29,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 from tqdm import tqdm
 
-# data.py is imported where `check` needs it: it brings torch along, for which `demo` need not wait.
+import data
+import report
 
 # --- demo ----------------------------------------------------------------------------------------
 #
@@ -330,8 +330,6 @@ class MaskFacts:
 
 def image_facts(path):
     """What an image file holds, or the error that says why it cannot be read."""
-    import data
-
     try:
         pixels = data.read_image(path)
         digest = hashlib.blake2b(str(pixels.shape).encode() + pixels.tobytes()).digest()
@@ -342,8 +340,6 @@ def image_facts(path):
 
 def mask_facts(entry, image):
     """The same for an entry's mask; `image` is what image_facts found for the entry's image."""
-    import data
-
     try:
         upright_as = entry.image if isinstance(image, ImageFacts) else None
         mask = data.read_mask(entry.mask, upright_as, numbers=entry.label is not None)
@@ -355,8 +351,6 @@ def mask_facts(entry, image):
 
 def read_splits(root, findings):
     """{split: its entries} of a data set; an annotation file that cannot be used is a finding."""
-    import data
-
     names = data.splits(root)
     if not names:
         raise FileNotFoundError(f"{root}: no anns/*.json here; expected images/, masks/ and anns/")
@@ -406,8 +400,6 @@ def check_sizes(splits, images, masks, findings):
 
 def check_masks(root, splits, masks, findings):
     """Foreground shares {(split, name): share} and how the masks were read {split: "> 127"}."""
-    import data
-
     shares, rules, values = {}, {}, np.arange(256, dtype=np.uint8)
     for split, entries in splits.items():
         entries = [entry for entry in entries if entry.mask in masks]
@@ -437,8 +429,6 @@ def check_masks(root, splits, masks, findings):
 
 def check_prompts(root, splits, findings):
     """{prompt type: how often each of its texts occurs} over all splits, p0 first."""
-    import data
-
     texts = defaultdict(Counter)
     for entry in (entry for entries in splits.values() for entry in entries):
         for kind, listed in entry.prompts.items():
@@ -552,11 +542,6 @@ def check(args):
 # --- command line --------------------------------------------------------------------------------
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):  # argparse would print its usage, several lines of it, first
-        self.exit(2, f"{self.prog}: {message}; --help lists what there is\n")
-
-
 def object_counts(text):
     """ "2-4" -> (2, 4), "1" -> (1, 1)."""
     match = re.fullmatch(r"([1-4])(?:-([1-4]))?", text)
@@ -567,7 +552,7 @@ def object_counts(text):
 
 
 def parser():
-    top = Parser(prog="prepare.py", description="Make and check prompted data sets.")
+    top = report.Parser(__doc__)
     commands = top.add_subparsers(metavar="COMMAND", required=True)
 
     def command(run, help):
@@ -575,17 +560,16 @@ def parser():
             run.__name__,
             help=help,
             description=run.__doc__,
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         )
         p.set_defaults(run=run)
         return p.add_argument
 
     add = command(demo, "write a small synthetic data set")
-    add("--out", type=Path, default="data/demo", metavar="DIR", help="folder to make")
-    add("--images", type=int, default=1000, metavar="N", help="images in all splits together")
-    add("--size", type=int, default=128, metavar="PX", help="their height and width")
-    add("--objects", type=object_counts, default="2-4", metavar="A-B", help="blobs in an image")
-    add("--seed", type=int, default=0, metavar="N", help="same seed, same bytes")
+    add("--out", type=Path, default="data/demo", metavar="DIR", help="folder to make (%(default)s)")
+    add("--images", type=int, default=1000, metavar="N", help="images in all (%(default)s)")
+    add("--size", type=int, default=128, metavar="PX", help="their height and width (%(default)s)")
+    add("--objects", type=object_counts, default="2-4", metavar="A-B", help="blobs (%(default)s)")
+    add("--seed", type=int, default=0, metavar="N", help="same seed, same bytes (%(default)s)")
 
     add = command(check, "read data sets and report what is wrong")
     add("data", type=Path, nargs="+", metavar="DATA", help="folder with images/, masks/, anns/")
@@ -594,12 +578,8 @@ def parser():
 
 def main(argv=None):
     args = parser().parse_args(argv)
-    try:
-        return args.run(args)
-    except (ValueError, OSError) as error:
-        print(f"prepare.py: {error}", file=sys.stderr)
-        return 2
+    return args.run(args)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    report.command(main)

@@ -41,8 +41,10 @@ def whole_file(path: Path):
 
 
 def write_json(path: Path, content) -> None:
+    """NaN and infinities, which JSON does not know, become null."""
+    content = json.loads(json.dumps(content, default=str), parse_constant=lambda _: None)
     with whole_file(path) as part:
-        part.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
+        part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def write_csv(path: Path, rows: list[dict]) -> None:

@@ -17,8 +17,16 @@ from PIL import Image
 from scipy import ndimage
 
 import prepare
+import report
 
 IMAGES, SIZE = 300, 96
+
+
+def program(arguments) -> int:
+    """The exit status of the program."""
+    with pytest.raises(SystemExit) as ended:
+        report.command(lambda: prepare.main(arguments))
+    return ended.value.code
 
 
 def contents(root):
@@ -338,7 +346,7 @@ def test_refuses_what_is_not_its_own(tmp_path, capsys, case):
             args += ["--seed", "1"]
     before = stamps(tmp_path)
     capsys.readouterr()
-    assert prepare.main(["demo", *args]) == 2
+    assert program(["demo", *args]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and str(out) in error
     assert stamps(tmp_path) == before
@@ -359,7 +367,7 @@ def test_failure_leaves_nothing(tmp_path, monkeypatch, capsys):
         return np.zeros((64, 64, 3), np.uint8)
 
     monkeypatch.setattr(prepare, "draw_image", full)
-    assert prepare.main(["demo", "--out", str(tmp_path / "d"), *SMALL]) == 2
+    assert program(["demo", "--out", str(tmp_path / "d"), *SMALL]) == 2
     assert "no space left" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
@@ -374,7 +382,7 @@ def test_folder_appears_whole_or_not_at_all(tmp_path, monkeypatch, good):
         raise OSError("stopped at the rename")
 
     monkeypatch.setattr(os, "replace", stop)
-    assert prepare.main(["demo", "--out", str(tmp_path / "d"), *SMALL]) == 2
+    assert program(["demo", "--out", str(tmp_path / "d"), *SMALL]) == 2
     assert moved == [(contents(good), tmp_path / "d")]
     assert not list(tmp_path.iterdir())
 
@@ -671,10 +679,7 @@ def test_overlap_across_data_sets(good, tmp_path, capsys):
 )
 def test_user_errors_are_one_line(tmp_path, monkeypatch, capsys, command, said):
     monkeypatch.chdir(tmp_path)
-    try:
-        status = prepare.main(command.split())
-    except SystemExit as stop:  # argparse's own
-        status = stop.code
+    status = program(command.split())
     out, error = capsys.readouterr()
     assert status == 2 and out == "" and error.count("\n") == 1 and said in error
     assert not list(tmp_path.iterdir())
