@@ -27,6 +27,7 @@ import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -94,9 +95,7 @@ def binarise(mask: np.ndarray, maximum: int) -> np.ndarray:
 class Entry:
     """One image with one binary mask and the texts that ask for it."""
 
-    name: (
-        str  # the mask's path under masks/ without its ending (with a label: -k); unique in a split
-    )
+    name: str  # the mask's path in masks/ without its ending (with a label: -k); unique in a split
     image: Path
     mask: Path
     prompts: dict[str, list[str]]  # prompt type -> its texts
@@ -113,6 +112,13 @@ def is_prompt_type(text: str) -> bool:
 def prompt_types(entry: Entry, kind: str) -> list[str]:
     """The types that an option draws from: those it lists, or for `random` all but the empty p0."""
     return [k for k in entry.prompts if k != "p0"] if kind == "random" else kind.split(",")
+
+
+def all_texts(entry: Entry, kind: str) -> list[str]:
+    """Every text that `choose_prompt` can give."""
+    if not is_prompt_type(kind):
+        return [kind]
+    return [text for k in prompt_types(entry, kind) for text in entry.prompts.get(k, [])]
 
 
 def choose_prompt(entry: Entry, kind: str, rng: np.random.Generator | None = None) -> str:
@@ -174,9 +180,8 @@ def read_annotations(root: Path, split: str, group_regex: str | None = None) -> 
             entry = _entry(root, split, item, group_regex)
             if entries.setdefault(entry.name, entry) == entry:
                 continue
-            raise ValueError(
-                f"a second mask named {entry.name}; rename it, or join the prompts in a list"
-            )
+            hint = "rename it, or join the prompts in a list"
+            raise ValueError(f"a second mask named {entry.name}; {hint}")
     except (KeyError, TypeError, AttributeError) as error:
         hint = "expected a list of objects with img_name, mask_name, prompts"
         raise ValueError(f"{path}, entry {number}: {error!r}; {hint}") from None
@@ -197,9 +202,7 @@ def _read_pair(entry: Entry) -> tuple[np.ndarray, np.ndarray]:
     mask = read_mask(entry.mask, entry.image, numbers=entry.label is not None)
     if image.shape[:2] != mask.shape:
         (h, w), (H, W) = mask.shape, image.shape[:2]
-        raise ValueError(
-            f"{entry.mask}: {w}x{h}, but its image {entry.image} is {W}x{H}; must be equal"
-        )
+        raise ValueError(f"{entry.mask}: {w}x{h}, but its image {entry.image} is {W}x{H}")
     return image, mask
 
 
@@ -250,9 +253,8 @@ def _cache(entries: list[Entry], folder: Path) -> tuple[Path, np.ndarray]:
     if index.is_file():  # it is written last: where it is, the pixels are whole
         return pixels, np.load(index)
     folder.mkdir(parents=True, exist_ok=True)
-    areas = {
-        path: np.prod(open_image(path, decode=False).size) for path in {e.image for e in entries}
-    }
+    images = {entry.image for entry in entries}
+    areas = {path: np.prod(open_image(path, decode=False).size) for path in images}
     need = 3 * sum(areas.values()) + sum(areas[entry.image] for entry in entries)
     free = shutil.disk_usage(folder).free
     print(f"decoding {len(areas)} images once into {pixels} ({need / 1e6:,.0f} MB)", flush=True)
@@ -309,16 +311,23 @@ class Dataset:
     def sample(self, i: int, kind: str, rng: np.random.Generator | None = None) -> dict:
         """The sample dict of the module's docstring; kind and rng as for `choose_prompt`."""
         entry, (image, mask) = self.entries[i], self.pixels(i)
-        return {
-            "image": torch.from_numpy(image.transpose(2, 0, 1).copy()),  # (3,H,W)
-            "mask": torch.from_numpy(mask.astype(np.int64)),  # (H,W)
-            "prompt": choose_prompt(entry, kind, rng),
-            "name": entry.name,
-            "size": mask.shape,
-            "classes": self.classes,
-            "group": entry.group,
-            "dataset": entry.root.name,
-        }
+        sample = {"image": torch.from_numpy(image.transpose(2, 0, 1).copy())}  # (3,H,W)
+        sample |= {"mask": torch.from_numpy(mask.astype(np.int64)), "size": mask.shape}  # (H,W)
+        sample |= {"prompt": choose_prompt(entry, kind, rng), "classes": self.classes}
+        return sample | {"name": entry.name, "group": entry.group, "dataset": entry.root.name}
+
+    def absent_prompt(self, i: int, kind: str, rng: np.random.Generator) -> str:
+        """A prompt of another image of the same data set, whose text entry i does not have: all
+        that tells that its target is not in image i. ValueError if all are alike."""
+        mine = self.entries[i]
+        texts = {text for texts in mine.prompts.values() for text in texts}
+        for j in rng.permutation(len(self)):
+            other = self.entries[j]
+            if other.root == mine.root and other.image != mine.image:
+                prompt = choose_prompt(other, kind, rng)
+                if prompt not in texts:
+                    return prompt
+        raise ValueError(f"{mine.root.name}: --negatives needs prompts that differ; {kind} do not")
 
     def describe(self) -> str:
         """What was found, in a line."""
@@ -336,15 +345,12 @@ def annotations(root: Path, split: str, group_regex: str | None = None) -> list[
     if not Path(root).is_dir():
         raise FileNotFoundError(f"{root}: no such folder")
     if not (Path(root) / "anns").is_dir():
-        raise ValueError(
-            f"{root}: no data set; it needs images/, masks/, anns/{{train,val,test}}.json"
-        )
+        need = "images/, masks/, anns/{train,val,test}.json"
+        raise ValueError(f"{root}: no data set; it needs {need}")
     return read_annotations(root, split, group_regex)
 
 
-def train_and_val(
-    roots, seed: int, group_regex: str | None = None
-) -> tuple[list[Entry], list[Entry]]:
+def train_and_val(roots, seed: int, group_regex=None) -> tuple[list[Entry], list[Entry]]:
     """Entries to train and to validate on, of one or several data sets.
 
     A missing or empty `val` is replaced by a seeded tenth of train, by patient if known, else by
@@ -356,15 +362,12 @@ def train_and_val(
         if "val" in splits(root):
             theirs = annotations(root, "val", group_regex)
         if not theirs:
-            groups = sorted({entry.group or str(entry.image) for entry in ours})
-            tenth = np.random.default_rng(seed).permutation(groups)[
-                : max(1, round(len(groups) / 10))
-            ]
-            theirs = [entry for entry in ours if (entry.group or str(entry.image)) in tenth]
-            ours = [entry for entry in ours if (entry.group or str(entry.image)) not in tenth]
-            print(
-                f"{root}: no validation split; {len(theirs)} training entries serve (seed {seed})"
-            )
+            group = [entry.group or str(entry.image) for entry in ours]
+            groups = np.random.default_rng(seed).permutation(sorted({*group}))
+            tenth = groups[: max(1, round(len(groups) / 10))]
+            theirs = [entry for entry, g in zip(ours, group) if g in tenth]
+            ours = [entry for entry, g in zip(ours, group) if g not in tenth]
+            print(f"{root}: no validation split; {len(theirs)} of train serve (seed {seed})")
         train, val = train + ours, val + theirs
     return train, val
 
@@ -386,9 +389,8 @@ def open_dataset(entries: list[Entry], cache: Path = ".cache") -> Dataset:
     for root in {entry.root for entry in entries}:
         ours = [i for i, entry in enumerate(entries) if entry.root == root]
         if not rows[ours, 5].any():
-            raise ValueError(
-                f"{root}: all {len(ours)} masks are empty, {entries[ours[0]].mask} for one"
-            )
+            one = entries[ours[0]].mask
+            raise ValueError(f"{root}: all {len(ours)} masks are empty, {one} for one")
     return Dataset(entries, rows, path)
 
 
@@ -404,11 +406,15 @@ class Items(torch.utils.data.Dataset):
     inputs: callable  # (sample, train, rng) -> dict
     train: bool
     seed: int
+    negatives: float = 0.0  # share of training items that ask for what is not there
 
     def __getitem__(self, where: tuple[int, int]) -> dict:
         epoch, i = where
         rng = np.random.default_rng((self.seed, epoch, i))
         sample = self.dataset.sample(i, self.prompt, rng if self.train else None)
+        if self.train and self.negatives and rng.random() < self.negatives:
+            sample["prompt"] = self.dataset.absent_prompt(i, self.prompt, rng)
+            sample["mask"] = torch.zeros_like(sample["mask"])
         return self.inputs(sample, self.train, rng)
 
 
@@ -428,17 +434,12 @@ def train_batches(n: int, size: int, epochs: int, seed: int, start: int):
         yield [(epoch, int(i)) for i in order[k * size : (k + 1) * size]]
 
 
-def first(batch: list):
-    """The one item of an evaluation batch, as it is."""
-    return batch[0]
-
-
 def loader(items: Items, batches, workers: int, device: torch.device):
     """A DataLoader over batches of (epoch, i): stacked in training, single items in evaluation."""
     return torch.utils.data.DataLoader(
         items,
         batch_sampler=batches,
-        collate_fn=None if items.train else first,
+        collate_fn=None if items.train else itemgetter(0),
         num_workers=workers,
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # its own: opening a loader must not move torch's random state

@@ -1,6 +1,7 @@
 """Model, recipe and data set -> scores of every image, and the test folder of a run."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +40,7 @@ def run_config(weights: str | None) -> dict:
 
 
 def predictions(model, recipe, dataset, options, title: str):
-    """Yields for every entry its item, its masks bool (K,H,W), and its loss (or None).
+    """Yields for every entry its item, its probabilities (K,H,W), and its loss (or None).
 
     One image at a time, nothing is kept: memory does not grow with the data set.
     """
@@ -52,17 +53,31 @@ def predictions(model, recipe, dataset, options, title: str):
             item |= {"size": item["mask"].shape[-2:], "truth": item["mask"] > 0.5}
         with torch.no_grad():
             probabilities, output = recipe.predict(model, item)
-            masks = (probabilities > model.config.threshold).cpu().numpy()
             loss = None
             if output is not None:
                 loss = float(recipe.loss(output, {"mask": item["mask"][None].to(device)})[0])
-        yield item, masks, loss
+        yield item, probabilities.cpu().numpy(), loss
+
+
+def best_threshold(model, recipe, dataset, options) -> float:
+    """The one of 0.05, 0.10, ..., 0.95 with the highest mean Dice."""
+    thresholds, dice = np.arange(1, 20) / 20, []
+    for item, probabilities, _ in predictions(model, recipe, dataset, options, "threshold"):
+        truth = item["truth"].numpy()
+        masks = [probabilities > threshold for threshold in thresholds]
+        scores = [metrics.score_image(mask, truth, with_distances=False) for mask in masks]
+        dice.append([np.mean([score["dice"] for score in classes]) for classes in scores])
+    mean = np.mean(dice, axis=0)
+    best = float(thresholds[mean.argmax()])
+    print(f"threshold {best}: validation Dice {mean.max():.4f}, {mean[9]:.4f} at 0.5")
+    return best
 
 
 def evaluate(model, recipe, dataset, options, distances: bool, title: str) -> list[dict]:
     """Scores of every entry and class, a dict each. `distances`: also HD95, ASSD and NSD."""
     rows = []
-    for item, masks, loss in predictions(model, recipe, dataset, options, title):
+    for item, probabilities, loss in predictions(model, recipe, dataset, options, title):
+        masks = probabilities > model.config.threshold
         scores = metrics.score_image(masks, item["truth"].numpy(), with_distances=distances)
         for name, score in zip(dataset.classes, scores, strict=True):
             where = {key: item[key] for key in ("dataset", "name", "group", "prompt")}
@@ -81,12 +96,13 @@ def draw(model, recipe, dataset, rows: list[dict], options, folder: Path) -> Non
         (f"{kind}{k + 1}", i) for kind, indices in chosen.items() for k, i in enumerate(indices)
     ]
     part, cards = dataset.subset([i for _, i in cases]), []
-    for k, (item, masks, _) in enumerate(predictions(model, recipe, part, options, "draw")):
+    for k, (item, probabilities, _) in enumerate(
+        predictions(model, recipe, part, options, "draw")
+    ):
         case, i = cases[k]
-        h, w = masks.shape[1:]
-        image = np.asarray(
-            Image.fromarray(part.pixels(k)[0]).resize((w, h))
-        )  # --score-size network
+        masks = probabilities > model.config.threshold
+        h, w = masks.shape[1:]  # not the image's with --score-size network
+        image = np.asarray(Image.fromarray(part.pixels(k)[0]).resize((w, h)))
         picture = report.overlay(image, item["truth"][0].numpy(), masks[0])
         report.save_picture(folder / f"{case}_{Path(item['name']).name}.png", picture)
         caption = f"{case}: Dice {rows[i]['dice']:.3f}  “{item['prompt']}”"
@@ -104,13 +120,74 @@ def test(model, recipe, tests: dict, options) -> dict:
         print(f"test {name}, prompt {options.prompt}:\n{report.table(summaries[name])}")
         where = folder / "overlays" / (name.replace(":", "-") if len(tests) > 1 else "")
         draw(model, recipe, dataset, rows, options, where)
-        print(f"  overlays (green: truth, magenta: prediction): {where / 'sheet.png'}")
+        if options.overlays:
+            print(f"  overlays (green: truth, magenta: prediction): {where / 'sheet.png'}")
+    return write_summary(folder, model, options, summaries, every)
+
+
+def write_summary(folder: Path, model, options, summaries: dict, rows: list[dict]) -> dict:
+    """summary.json and per_image.csv; returns what is in the former."""
     kept = ("model", "weights", "recipe", "prompt", "score_size")
     summary = {key: getattr(options, key) for key in kept}
     summary |= {"threshold": model.config.threshold, "tests": summaries}
     report.write_json(folder / "summary.json", summary)
-    report.write_csv(folder / "per_image.csv", every)
+    report.write_csv(folder / "per_image.csv", rows)
     return summary
+
+
+@dataclass
+class EveryPrompt(torch.utils.data.Dataset):
+    """What a worker makes of entry i: its inputs with a prompt of every type."""
+
+    dataset: data.Dataset
+    recipe: object
+    kinds: list[str]
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, i: int) -> dict[str, dict]:
+        inputs = self.recipe.inputs
+        samples = {kind: self.dataset.sample(i, kind) for kind in self.kinds}
+        return {kind: inputs(sample, train=False, rng=None) for kind, sample in samples.items()}
+
+
+def score_every_prompt(model, recipe, dataset, options, title: str) -> dict[str, list[dict]]:
+    """Scores of every entry by prompt type, for the types that all entries have.
+
+    Where the model has `encode_image`, an image passes through its encoder once for all prompts.
+    """
+    kinds = [k for k in dataset.entries[0].prompts if all(k in e.prompts for e in dataset.entries)]
+    rows, device = {kind: [] for kind in kinds}, next(model.parameters()).device
+    study = EveryPrompt(dataset, recipe, kinds)
+    loader = torch.utils.data.DataLoader(study, None, num_workers=options.workers)
+    for items in tqdm(loader, title, unit="image", disable=None, leave=False):
+        kept = {}
+        with torch.no_grad():
+            if hasattr(model, "encode_image"):
+                image = items[kinds[0]]["image"][None].to(device)
+                kept = {"features": model.encode_image(image)[0]}
+            for kind, item in items.items():
+                probabilities, _ = recipe.predict(model, item | kept)
+                masks = (probabilities > model.config.threshold).cpu().numpy()
+                (score,) = metrics.score_image(masks, item["truth"].numpy(), with_distances=False)
+                where = {key: item[key] for key in ("dataset", "name", "group", "prompt")}
+                rows[kind].append(where | {"class": dataset.classes[0]} | score)
+    return rows
+
+
+def prompt_study(model, recipe, tests: dict, options) -> dict:
+    """Scores of every test set with every prompt type, in one table; returns the summary."""
+    summaries, every = {}, []
+    model.eval()
+    for name, dataset in tests.items():
+        rows = score_every_prompt(model, recipe, dataset, options, f"study {name}")
+        summaries[name] = {k: metrics.summarise(r, dataset.classes) for k, r in rows.items()}
+        every += [{"test": name, "type": kind} | row for kind in rows for row in rows[kind]]
+        examples = {kind: cases[0]["prompt"] for kind, cases in rows.items()}
+        print(f"test {name}, every type of prompt:")
+        print(report.study_table(summaries[name], examples))
+    return write_summary(Path(options.out) / "test", model, options, summaries, every)
 
 
 def open_tests(options) -> dict[str, data.Dataset]:

@@ -2,11 +2,11 @@
 
 The loop knows nothing of prompts, boxes or windows. A `Recipe` gives it five functions
 
-    inputs(sample, train, rng) -> dict of tensors     made in the workers: pixels, tokens, the
-    target forward(model, batch)      -> output              a training batch through the model
-    loss(output, batch)        -> scalar, its parts   output is what the model gave for the batch
-    predict(model, item)       -> probabilities (K,H,W) at the image's own size, and the output for
-    `loss` groups(model, settings)    -> parameter groups for the optimiser
+    inputs(sample, train, rng) -> dict of tensors    made in the workers: pixels, tokens, the target
+    forward(model, batch)      -> output             a training batch through the model
+    loss(output, batch)        -> scalar, its parts  output is what the model gave for the batch
+    predict(model, item)       -> probabilities (K,H,W) at the image's own size, output for `loss`
+    groups(model, settings)    -> parameter groups for the optimiser
 
 and a table of settings. `default` is what we recommend, `origin` the study that a model comes from
 to the letter, quirks named. The command line overrides any setting of the same name.
@@ -15,17 +15,22 @@ to the letter, quirks named. The command line overrides any setting of the same 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+import biomedclipseg
+import clipseg
 import cris
+from adapters import add_lora
 from augment import Augment
-from data import Dataset, is_prompt_type, prompt_types
+from data import Dataset, Items, all_texts, is_prompt_type, loader, prompt_types
+from features import Rows, fingerprint, keep
 from losses import dice_bce, dice_loss
-from tokenizer import CLIPTokenizer
+from tokenizer import CHARACTERS, CLIPTokenizer, WordPieceTokenizer
 
 
 @dataclass(frozen=True)
@@ -33,10 +38,13 @@ class Settings:
     """Every number of a protocol."""
 
     weights: dict[str, str]  # variant -> hub id that training starts from
-    config: dict = field(
-        default_factory=dict
-    )  # fields of the model's Config that the protocol sets
+    config: dict = field(default_factory=dict)  # what the protocol sets of the model's Config
+    decoder: str | None = None  # BiomedCLIPSeg: hub id of the CLIPSeg whose decoder it starts from
     prompt: str = "p6"  # prompt type
+    negatives: float = 0.0  # share of training samples with another image's prompt, an empty mask
+    train: str = "all"  # all | decoder | lora: see `choose_trained`
+    lora_rank: int = 8
+    keep_features: bool = False  # of frozen towers: computed once, on files; no augmentation then
     augment: Augment | None = None  # None: the model's own preprocessing
     loss: Callable = None  # (output, batch) -> scalar, parts
     optimizer: str = "adamw"  # adam | adamw
@@ -71,10 +79,18 @@ class Recipe:
 # --- text-prompted binary masks in 2-D ------------------------------------------------------------
 
 
-def prompted_inputs(
-    sample, train, rng, config, tokenizer, augment, preprocess, preprocess_mask
-) -> dict:
-    """image (3,S,S) float32, tokens (T,) int64, mask (1,S,S) float32 in 0..1, the loss's target.
+def pixels(sample, config, preprocess) -> dict:
+    """image (3,S,S) float32."""
+    return {"image": preprocess(Image.fromarray(sample["image"].permute(1, 2, 0).numpy()), config)}
+
+
+def tokens(prompt: str, tokenizer) -> dict:
+    """tokens (T,) int64."""
+    return {"tokens": tokenizer(prompt)[0]}
+
+
+def prompted_inputs(sample, train, rng, config, look, read, augment, preprocess_mask) -> dict:
+    """What `look` makes of the image and `read` of the prompt; mask (1,S,S) float32 in 0..1.
 
     In evaluation also what scoring needs: truth (1,H,W) bool, size, name, prompt, group, dataset; a
     sample without a mask gives an item without mask and truth.
@@ -85,12 +101,10 @@ def prompted_inputs(
         mean, std = (torch.tensor(x)[:, None, None] for x in (config.mean, config.std))  # (3,1,1)
         item = {"image": (image / 255 - mean) / std, "mask": mask[None].float()}  # (3,S,S), (1,S,S)
     else:
-        item = {
-            "image": preprocess(Image.fromarray(sample["image"].permute(1, 2, 0).numpy()), config)
-        }
+        item = look(sample)
         if mask is not None:
             item["mask"] = preprocess_mask(mask, config)
-    item["tokens"] = tokenizer(prompt)[0]  # (T,)
+    item |= read(prompt)
     if not train:
         item |= {key: sample[key] for key in ("name", "prompt", "size", "group", "dataset")}
         if mask is not None:
@@ -99,23 +113,29 @@ def prompted_inputs(
 
 
 def prompted_forward(model: nn.Module, batch: dict) -> Tensor:
-    """Logits (B,1,h,w) of a training batch."""
-    return model(batch["image"], batch["tokens"])
+    """Logits (B,1,h,w) of a batch: of pixels or kept features, of tokens or kept embeddings."""
+    if "features" not in batch:
+        return model(batch["image"], batch["tokens"])
+    condition = batch.get("condition")
+    if condition is None:
+        condition = model.encode_text(batch["tokens"])
+    return model.decode(batch["features"].float(), condition=condition.float())
 
 
 def prompted_predict(model: nn.Module, item: dict) -> tuple[Tensor, Tensor]:
     """Probabilities (1,H,W) at the image's own size, and the logits (1,1,h,w)."""
     device = next(model.parameters()).device
-    logits = model(item["image"][None].to(device), item["tokens"][None].to(device))
+    names = ("image", "features", "tokens", "condition")
+    batch = {name: item[name][None].to(device) for name in names if name in item}
+    logits = prompted_forward(model, batch)
     return model.postprocess(logits[0], item["size"]), logits
 
 
 def dice_bce_at_mask_size(logits: Tensor, batch: dict) -> tuple[Tensor, dict]:
     """Dice + BCE on logits brought bilinearly to the size of the target."""
     size = batch["mask"].shape[-2:]
-    return dice_bce(
-        F.interpolate(logits.float(), size, mode="bilinear", align_corners=False), batch["mask"]
-    )
+    logits = F.interpolate(logits.float(), size, mode="bilinear", align_corners=False)
+    return dice_bce(logits, batch["mask"])
 
 
 def texts_per_batch(dataset: Dataset, kind: str, batch_size: int) -> float:
@@ -145,6 +165,100 @@ def parameter_groups(model: nn.Module, settings: Settings) -> list[dict]:
         }
         for (backbone, decayed), params in groups.items()
     ]
+
+
+def prompted_recipe(file, model: nn.Module, settings: Settings, tokenizer) -> Recipe:
+    """For the model of `file`, which has preprocess and preprocess_mask."""
+    inputs = partial(
+        prompted_inputs,
+        config=model.config,
+        look=partial(pixels, config=model.config, preprocess=file.preprocess),
+        read=partial(tokens, tokenizer=tokenizer),
+        augment=settings.augment,
+        preprocess_mask=file.preprocess_mask,
+    )
+    return Recipe(inputs, prompted_forward, settings.loss, prompted_predict, parameter_groups)
+
+
+def hub_id(settings: Settings, variant: str) -> str:
+    """Where training of a variant starts. ValueError if it has no pretrained weights."""
+    if variant not in settings.weights:
+        raise ValueError(f"{variant} has no pretrained weights; pass --weights none or a file")
+    return settings.weights[variant]
+
+
+# --- kept features of frozen towers ---------------------------------------------------------------
+
+
+@dataclass
+class Kept:
+    """What frozen towers gave for images and texts, in files of features.py."""
+
+    images: dict[tuple[str, str], tuple[Rows, int]]  # data set and name of an entry -> where
+    texts: dict[str, tuple[Rows, int]]
+
+    def look(self, sample) -> dict:
+        rows, i = self.images[sample["dataset"], sample["name"]]
+        return {"features": rows[i]}
+
+    def read(self, prompt: str) -> dict:
+        rows, i = self.texts[prompt]
+        return {"condition": rows[i]}
+
+
+def keep_features(recipe: Recipe, model, frozen: Callable, sets: list[Dataset], options) -> Recipe:
+    """The recipe on kept features, hence without augmentation; computes what no file holds yet.
+    frozen: tells by name which weights make them."""
+    if options.train != "decoder" or not hasattr(model, "encode_image"):
+        raise ValueError("--keep-features needs --train decoder and a CLIPSeg; --no-keep-features")
+    plain, kept, device = recipe.inputs, Kept({}, {}), next(model.parameters()).device
+    weights = {name: t for name, t in model.state_dict().items() if frozen(name)}
+    config = replace(model.config, threshold=0.5)  # which comes after them
+
+    @torch.no_grad()
+    def rows(what: str, content: list, compute: Callable) -> Rows:
+        path = Path(options.cache) / f"{fingerprint(weights, config, what, content)}.npy"
+        keep(path, len(content), compute, f"{len(content)} {what}")
+        return Rows(path)
+
+    model.eval()
+    for dataset in sets:
+        first = {entry.image: i for i, entry in reversed(list(enumerate(dataset.entries)))}
+        order = sorted(first.values())  # an entry of each image
+        items = Items(dataset, options.prompt, plain, train=False, seed=0)
+
+        def images(start, items=items, order=order):
+            for item in loader(items, [[(0, i)] for i in order[start:]], options.workers, device):
+                yield model.encode_image(item["image"][None].to(device))[0]
+
+        found = rows("image features", [(dataset.path.stem, i) for i in order], images)
+        for entry in dataset.entries:
+            where = found, order.index(first[entry.image])
+            if kept.images.setdefault((entry.root.name, entry.name), where) != where:
+                raise ValueError(f"{entry.root.name}, {entry.name} is there twice; rename a folder")
+    texts = sorted({t for d in sets for e in d.entries for t in all_texts(e, options.prompt)})
+
+    def embeddings(start):
+        for text in texts[start:]:
+            yield model.encode_text(plain.keywords["read"](text)["tokens"][None].to(device))[0]
+
+    found = rows("text embeddings", texts, embeddings)
+    kept.texts |= {text: (found, i) for i, text in enumerate(texts)}
+    return replace(recipe, inputs=partial(plain, look=kept.look, read=kept.read, augment=None))
+
+
+def choose_trained(model: nn.Module, family: "Family", settings: Settings) -> None:
+    """Freezes what `settings.train` leaves as it is.
+
+    all: nothing is frozen; decoder: the towers are; lora: the towers are, with a low-rank update of
+    `lora_rank` on each of their linear layers (adapters.py), which is trained with the decoder.
+    """
+    if settings.train == "decoder":
+        for name, parameter in model.named_parameters():
+            if family.backbone(name):
+                parameter.requires_grad_(False)
+    if settings.train == "lora":
+        add_lora(model, settings.lora_rank, family.backbone)
 
 
 # --- CRIS -----------------------------------------------------------------------------------------
@@ -286,22 +400,92 @@ def load_cris(
 
 
 def cris_recipe(model: cris.CRIS, settings: Settings) -> Recipe:
-    config = model.config
-    tokenizer = CLIPTokenizer(config.text_length, config.pad_token)
-    return Recipe(
-        inputs=partial(
-            prompted_inputs,
-            config=config,
-            tokenizer=tokenizer,
-            augment=settings.augment,
-            preprocess=cris.preprocess,
-            preprocess_mask=cris.preprocess_mask,
-        ),
-        forward=prompted_forward,
-        loss=settings.loss,
-        predict=prompted_predict,
-        groups=parameter_groups,
-    )
+    tokenizer = CLIPTokenizer(model.config.text_length, model.config.pad_token)
+    return prompted_recipe(cris, model, settings, tokenizer)
+
+
+# --- CLIPSeg and BiomedCLIPSeg --------------------------------------------------------------------
+
+RD64 = "CIDAS/clipseg-rd64-refined"
+BIOMEDCLIP = "microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224"
+
+
+def clipseg_towers(name: str) -> bool:
+    return not name.startswith("decoder.")
+
+
+CLIPSEG = {
+    # What we recommend: gradients through both towers, the decoder at a hundred times their rate.
+    "default": Settings(
+        weights={f"rd{name}": f"CIDAS/clipseg-rd{name}" for name in ("64-refined", "64", "16")},
+        config={"threshold": 0.5},
+        augment=Augment(),
+        loss=dice_bce_at_mask_size,
+        lr=1e-3,
+        backbone_lr=1e-5,
+        backbone=clipseg_towers,
+    ),
+}
+# medvlsm (arXiv 2308.07706; github.com/naamiinepal/medvlsm, scripts/default_configs.py). Quirks:
+# "freeze_encoder: false" changed nothing, both towers ran without gradients; the loss was
+# soft Dice alone. Left out: as for CRIS; the yaml files alone say 2e-4 and batch 16.
+CLIPSEG["origin"] = replace(
+    CLIPSEG["default"],
+    augment=None,
+    loss=medvlsm_dice,
+    lr=2e-3,
+    weight_decay=1e-3,
+    decay_all=True,
+    batch_size=128,
+    epochs=1000,
+    schedule="plateau",
+    warmup=0.0,
+    clip_grad=0.5,
+    dtype="float16",
+    patience=20,
+    min_epochs=10,
+    min_delta=1e-4,
+    train="decoder",
+    keep_features=True,
+)
+BIOMEDCLIPSEG = {
+    "default": replace(CLIPSEG["default"], weights={"biomedclipseg": BIOMEDCLIP}, decoder=RD64),
+    # As CLIPSeg's. Left out: BERT's dropout, active in the frozen text tower, moved the embeddings.
+    "origin": replace(CLIPSEG["origin"], weights={"biomedclipseg": BIOMEDCLIP}),
+    "origin-d": replace(CLIPSEG["origin"], weights={"biomedclipseg": BIOMEDCLIP}, decoder=RD64),
+}
+
+
+def load_clipseg(weights, variant, settings: Settings, overrides: dict, train_set):
+    """CLIPSeg from `weights`; from the hub if None; from scratch if "none"."""
+    if weights == "none":
+        return clipseg.CLIPSeg(replace(clipseg.VARIANTS[variant or "rd64-refined"], **overrides))
+    weights = weights or hub_id(settings, variant or "rd64-refined")
+    return clipseg.CLIPSeg.from_pretrained(weights, **overrides)
+
+
+def load_biomedclipseg(weights, variant, settings: Settings, overrides: dict, train_set):
+    """BiomedCLIPSeg from `weights`; from scratch if "none"; if None from BiomedCLIP of the hub and,
+    where the recipe has one, a CLIPSeg's decoder.
+    """
+    variant, decoder = variant or "biomedclipseg", None
+    if weights == "none":
+        return biomedclipseg.BiomedCLIPSeg(replace(biomedclipseg.VARIANTS[variant], **overrides))
+    if weights is None:
+        weights, decoder = hub_id(settings, variant), settings.decoder
+    return biomedclipseg.BiomedCLIPSeg.from_pretrained(weights, decoder, **overrides)
+
+
+def clipseg_recipe(model: clipseg.CLIPSeg, settings: Settings) -> Recipe:
+    tokenizer = CLIPTokenizer(model.config.text_length, model.config.pad_token)
+    return prompted_recipe(clipseg, model, settings, tokenizer)
+
+
+def biomedclipseg_recipe(model: biomedclipseg.BiomedCLIPSeg, settings: Settings) -> Recipe:
+    c = model.config
+    vocabulary = biomedclipseg.find_vocabulary(c.vocabulary) if c.vocabulary else CHARACTERS
+    tokenizer = WordPieceTokenizer(vocabulary, c.text_length, c.pad_token)
+    return prompted_recipe(biomedclipseg, model, settings, tokenizer)
 
 
 # --- every model by its name on the command line --------------------------------------------------
@@ -318,4 +502,14 @@ class Family:
     backbone: Callable  # parameters, by name, that `--train decoder` leaves as they are
 
 
-FAMILIES = {"cris": Family(CRIS, cris.VARIANTS, load_cris, cris_recipe, clip_towers)}
+FAMILIES = {
+    "cris": Family(CRIS, cris.VARIANTS, load_cris, cris_recipe, clip_towers),
+    "clipseg": Family(CLIPSEG, clipseg.VARIANTS, load_clipseg, clipseg_recipe, clipseg_towers),
+    "biomedclipseg": Family(
+        BIOMEDCLIPSEG,
+        biomedclipseg.VARIANTS,
+        load_biomedclipseg,
+        biomedclipseg_recipe,
+        clipseg_towers,
+    ),
+}

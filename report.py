@@ -197,3 +197,14 @@ def table(summary: dict) -> str:
     if "warning" in summary:
         lines.append(f"  {summary['warning']}")
     return "\n".join(lines)
+
+
+def study_table(summaries: dict[str, dict], examples: dict[str, str]) -> str:
+    """Dice and IoU of every prompt type as lines of text, with one of its prompts."""
+    lines = []
+    for kind, summary in summaries.items():
+        dice, iou = summary["dice"], summary["iou"]
+        interval = f"[{dice['low']:.4f}, {dice['high']:.4f}]  n={dice['n']}"
+        score = f"Dice {dice['mean']:.4f} {interval}  IoU {iou['mean']:.4f}"
+        lines.append(f"  {kind:4} {score}  “{examples[kind]}”")
+    return "\n".join(lines)

@@ -1,7 +1,7 @@
-"""CLIP's byte-pair tokenisation: prompts -> the token ids that CLIP text towers were trained on.
+"""Prompts -> the token ids that text towers were trained on: CLIP's byte pairs, BERT's WordPiece.
 
-Radford et al. 2021 (arXiv 2103.00020); official code openai/CLIP, clip/simple_tokenizer.py (CRIS
-carries a copy as utils/simple_tokenizer.py). The stages, for "2 Polyps &amp; a fold":
+CLIP: Radford et al. 2021 (arXiv 2103.00020); official code openai/CLIP, clip/simple_tokenizer.py
+(CRIS carries a copy as utils/simple_tokenizer.py). The stages, for "2 Polyps &amp; a fold":
 
     unescape HTML, lower-case                      "2 polyps & a fold"
     split into words, single digits, other signs   "2" "polyps" "&" "a" "fold"
@@ -18,15 +18,24 @@ quotes, full-width or decomposed characters differ; write such prompts in plain 
 
     python -c "import open_clip, os; print(os.path.dirname(open_clip.__file__))"    # -> DIR
     zcat DIR/bpe_simple_vocab_16e6.txt.gz | sed -n 2,48895p | xz -9e > clip_merges.txt.xz
+
+BERT: Devlin et al. 2019 (arXiv 1810.04805); official code google-research/bert, tokenization.py.
+The vocabulary is a file of the weights, vocab.txt. The stages, for "2 Pólyps, benign":
+
+    drop control characters, lower-case, no accents      "2 polyps, benign"
+    split into words, punctuation, Chinese characters    "2" "polyps" "," "benign"
+    longest pieces from the left, "##" inside a word     2 polyp ##s , benign
+    add start and end, cut, pad; ids are line numbers    [CLS] 2 polyp ##s , benign [SEP] [PAD]
 """
 
 import functools
 import html
 import lzma
+import string
 from pathlib import Path
 
 import torch
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
 START, END = 49406, 49407
 WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
@@ -63,12 +72,54 @@ class CLIPTokenizer:
     def __call__(self, texts):
         """str or list of B str -> ids (B, length) int64; a text that is too long loses its tail."""
         texts = [texts] if isinstance(texts, str) else texts
-        rows = torch.full((len(texts), self.length), self.pad_token)  # (B, T)
-        for row, text in zip(rows, texts):
-            text = html.unescape(html.unescape(text)).lower()  # twice: the web holds "&amp;lt;"
-            # One by one: `encode_batch` starts threads, which forked data-loader workers lose.
-            ids = [START, *_byte_pair_encoder().encode(text).ids, END][: self.length]
-            row[: len(ids)] = torch.tensor(ids)
-            if len(ids) == self.length:
-                row[-1] = END
-        return rows
+        # Unescaped twice: the web holds "&amp;lt;".
+        texts = [html.unescape(html.unescape(text)).lower() for text in texts]
+        return _rows(_byte_pair_encoder(), texts, START, END, self.length, self.pad_token)
+
+
+# PubMedBERT's order. In a text they stand for themselves, as in every BERT tokenizer.
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+_WORD = [*string.ascii_lowercase, *string.digits]
+# The vocabulary of models that come without one, `mini`: single characters, 109 tokens.
+CHARACTERS = [*SPECIAL, *_WORD, *string.punctuation, *("##" + c for c in _WORD)]
+
+
+class WordPieceTokenizer:
+    """Texts -> ids. BERT towers with a lower-case vocabulary, as PubMedBERT in BiomedCLIP.
+
+    vocabulary: the tokens in the order of their ids, or the vocab.txt that holds one a line.
+    length: ids a text, 256 in BiomedCLIP. pad_token: the id of [PAD], 0 there.
+    A vocabulary without the five special tokens is a ValueError.
+    """
+
+    def __init__(self, vocabulary, length=256, pad_token=0):
+        tokens = vocabulary
+        if isinstance(vocabulary, str | Path):
+            tokens = Path(vocabulary).read_text(encoding="utf-8").rstrip("\n").split("\n")
+        ids = {token: i for i, token in enumerate(tokens)}
+        if missing := [token for token in SPECIAL if token not in ids]:
+            where = vocabulary if isinstance(vocabulary, str | Path) else "vocabulary"
+            raise ValueError(f"{where}: has no {missing[0]}; it takes BERT's vocab.txt, one a line")
+        self.length, self.pad_token = length, pad_token
+        self.start, self.end = ids["[CLS]"], ids["[SEP]"]
+        self.encoder = Tokenizer(models.WordPiece(ids, unk_token="[UNK]"))
+        self.encoder.add_special_tokens(SPECIAL)
+        self.encoder.normalizer = normalizers.BertNormalizer()
+        self.encoder.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+
+    def __call__(self, texts):
+        """str or list of B str -> ids (B, length) int64; a text that is too long loses its tail."""
+        texts = [texts] if isinstance(texts, str) else texts
+        return _rows(self.encoder, texts, self.start, self.end, self.length, self.pad_token)
+
+
+def _rows(encoder, texts, start, end, length, pad_token):
+    """B texts -> ids (B, length): start, the text's, end, padding; the end is never cut off."""
+    rows = torch.full((len(texts), length), pad_token)  # (B, T)
+    for row, text in zip(rows, texts):
+        # One by one: `encode_batch` starts threads, which forked data-loader workers lose.
+        ids = [start, *encoder.encode(text).ids, end][:length]
+        row[: len(ids)] = torch.tensor(ids)
+        if len(ids) == length:
+            row[-1] = end
+    return rows

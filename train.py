@@ -32,9 +32,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 import data
+import evaluate
 import report
-from evaluate import evaluate, open_tests, pick_device, run_config, test
-from recipes import FAMILIES, Settings
+from adapters import merge_lora, merged_state_dict
+from recipes import FAMILIES, Settings, choose_trained, keep_features
 
 # --- options -------------------------------------------------------------------------------------
 
@@ -47,8 +48,14 @@ def option(default, help: str, **argparse_too):
     return field(default=default, metadata=metadata)
 
 
+def probability(text: str) -> float | str:
+    return text if text == "auto" else float(text)
+
+
 SCHEDULES = ["cosine", "poly", "constant", "multistep", "plateau"]
 DTYPES = ["float32", "bfloat16", "float16"]
+TRAINED = ["all", "decoder", "lora"]
+SIZES = ["image", "network"]
 
 
 @dataclass
@@ -57,16 +64,16 @@ class Options:
 
     model: str = option("cris", "which model", choices=sorted(FAMILIES))
     variant: str | None = option(None, "which size of it, a key of the model's VARIANTS")
-    weights: str | None = option(
-        None, "hub id (id@revision), file, run folder, or none: from scratch"
-    )
+    weights: str | None = option(None, "hub id (id@revision), file, run folder; none: from scratch")
     recipe: str | None = option(None, "default, or a published protocol: see recipes.py")
     data: list[str] = option([], "data sets to train and validate on; several are pooled")
-    test: list[str] = option(
-        [], "data sets to test on, PATH[:split]; else the test splits of --data"
-    )
+    test: list[str] = option([], "data sets to test on, PATH[:split]; else --data's test splits")
     prompt: str | None = option(None, 'prompt types (p6; p6,p3; random), or a literal "text"')
-    train: str = option("all", "all, or only what is not pretrained", choices=["all", "decoder"])
+    train: str | None = option(None, "all, the new parts, or LoRA on the rest too", choices=TRAINED)
+    lora_rank: int | None = option(None, "of the updates that --train lora puts on linear layers")
+    keep_features: bool | None = option(None, "of frozen towers, on files; turns augmentation off")
+    negatives: float | None = option(None, "share of samples that ask for another image's target")
+    prompt_study: bool = option(False, "test every prompt type, in one table")
     out: str | None = option(None, "run folder; else runs/MODEL-DATA[-RECIPE]")
     resume: bool = option(False, "go on where the run in --out stopped")
     eval: bool = option(False, "no training: test --weights")
@@ -83,7 +90,9 @@ class Options:
     ema: float | None = option(None, "decay of an average of the weights, to be tested and kept")
     patience: int | None = option(None, "epochs without a better validation Dice before it stops")
     size: int | None = option(None, "side of the model's input in pixels")
-    threshold: float | None = option(None, "probability above which a pixel is foreground")
+    threshold: float | str | None = option(
+        None, "a foreground pixel's probability; auto: the best in validation", type=probability
+    )
     dtype: str | None = option(None, "of training on a GPU; all else is float32", choices=DTYPES)
     compile: bool = option(False, "torch.compile")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
@@ -92,12 +101,8 @@ class Options:
     deterministic: bool = option(False, "only deterministic operations, slower on a GPU")
     cache: str = option(".cache", "folder of the decoded images")
     group_regex: str | None = option(None, "what in an image's name names the patient")
-    score_size: str = option(
-        "image", "score at the image's own or the network's size", choices=["image", "network"]
-    )
-    val_distances: bool = option(
-        False, "HD95, ASSD and NSD also in validation, not only in the test"
-    )
+    score_size: str = option("image", "score at its own or the network's size", choices=SIZES)
+    val_distances: bool = option(False, "HD95, ASSD and NSD also in validation, not only in tests")
     overlays: int = option(3, "how many of the worst, median and best cases to draw")
     save_every: float = option(10.0, "minutes between saved states within an epoch")
 
@@ -113,7 +118,7 @@ def parse(arguments: list[str] | None = None) -> dict:
         kind, *_ = get_args(spec.type) or [spec.type]  # of `int | None`, `list[str]` the first
         how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
         flag = "--" + spec.name.replace("_", "-")
-        parser.add_argument(flag, default=argparse.SUPPRESS, **how, **spec.metadata)
+        parser.add_argument(flag, default=argparse.SUPPRESS, **how | spec.metadata)
     return vars(parser.parse_args(arguments))
 
 
@@ -121,7 +126,7 @@ def resolve(options: Options) -> tuple[Options, Settings]:
     """Fills what is open from the tested run folder and from the recipe; checks the rest."""
     if options.eval or options.epochs == 0:
         options = replace(options, eval=True, epochs=0)
-        tested = run_config(options.weights)
+        tested = evaluate.run_config(options.weights)
         if tested:
             prompt = options.prompt or tested["options"]["prompt"]
             options = replace(options, model=tested["model"], prompt=prompt)
@@ -129,14 +134,11 @@ def resolve(options: Options) -> tuple[Options, Settings]:
     if name not in family.settings:
         raise ValueError(f"--recipe {name}: {options.model} has {', '.join(family.settings)}")
     if options.variant is not None and options.variant not in family.variants:
-        raise ValueError(
-            f"--variant {options.variant}: {options.model} has {', '.join(family.variants)}"
-        )
+        have = ", ".join(family.variants)
+        raise ValueError(f"--variant {options.variant}: {options.model} has {have}")
     if options.variant is not None and options.weights not in (None, "none"):
-        raise ValueError(
-            "--variant: leave it out with --weights, which say themselves what they are"
-        )
-    if not options.data and not (options.eval and options.test):
+        raise ValueError("--variant: leave it out, --weights say themselves what they are")
+    if not options.data and (not options.test or not options.eval or options.threshold == "auto"):
         raise ValueError("--data is missing: which data set?")
     settings = family.settings[name]
     shared = {spec.name for spec in fields(Settings)} & {spec.name for spec in fields(Options)}
@@ -150,9 +152,8 @@ def resolve(options: Options) -> tuple[Options, Settings]:
         if getattr(options, key) < 1:
             raise ValueError(f"--{key.replace('_', '-')} must be at least 1")
     if options.out is None:
-        sets = [
-            Path(place.rpartition(":")[0] or place).name for place in options.data or options.test
-        ]
+        places = options.data or options.test
+        sets = [Path(place.rpartition(":")[0] or place).name for place in places]
         words = [options.model, "+".join(sets), options.recipe, "eval" if options.eval else None]
         options = replace(options, out=str(Path("runs") / "-".join(filter(None, words))))
     return options, settings
@@ -211,9 +212,7 @@ class Run:
     def save(self) -> None:
         """Everything that going on needs, to last.pt. Data and augmentation need only seeds."""
         state = {name: getattr(self, name) for name in self.PLACE}
-        state |= {
-            name: getattr(self, name).state_dict() for name in self.PARTS if getattr(self, name)
-        }
+        state |= {k: getattr(self, k).state_dict() for k in self.PARTS if getattr(self, k)}
         cuda = torch.cuda.get_rng_state_all() if self.device.type == "cuda" else []
         state |= {"random": torch.get_rng_state(), "random_cuda": cuda}
         with report.whole_file(self.out / "last.pt") as part:
@@ -274,11 +273,8 @@ class Run:
     def train_epoch(self, batches) -> None:
         """From where it stands to the epoch's end."""
         self.train_mode()
-        title, said, saved = (
-            f"epoch {self.epoch + 1}/{self.options.epochs}",
-            time.time(),
-            time.time(),
-        )
+        title, said = f"epoch {self.epoch + 1}/{self.options.epochs}", time.time()
+        saved = said
         bar = tqdm(None, title, self.batches, False, initial=self.batch, unit="batch", disable=None)
         while self.batch < self.batches and self.step < self.total_steps:
             before = self.batch
@@ -298,38 +294,38 @@ class Run:
     def end_epoch(self) -> None:
         """Validates; writes the row of metrics.csv, the best weights, the state to go on from."""
         self.mean_loss()
-        model, distances = self.ema.module if self.ema else self.model, self.options.val_distances
-        rows = evaluate(model, self.recipe, self.val_set, self.options, distances, "validate")
+        model, o = self.ema.module if self.ema else self.model, self.options
+        rows = evaluate.evaluate(model, self.recipe, self.val_set, o, o.val_distances, "validate")
         rate = max(group["lr"] for group in self.optimizer.param_groups)
         row = {"epoch": self.epoch + 1, "step": self.step, "lr": rate}
         row |= {f"train_{name}": float(value) / self.batch for name, value in self.sums.items()}
-        for name in ["loss", "dice", "iou"] + ["hd95", "assd", "nsd"] * distances:
+        for name in ["loss", "dice", "iou"] + ["hd95", "assd", "nsd"] * o.val_distances:
             row[f"val_{name}"] = float(np.mean([scores[name] for scores in rows]))
         if self.settings.schedule == "plateau":
             self.scheduler.step(row["val_loss"])
         shown = {k: v for k, v in row.items() if k == "train_loss" or k.startswith("val_")}
         words = "  ".join(f"{k} {v:.4f}" for k, v in shown.items())
-        print(f"epoch {self.epoch + 1}/{self.options.epochs}  step {self.step}  {words}")
+        print(f"epoch {self.epoch + 1}/{o.epochs}  step {self.step}  {words}")
         self.history.append(row)
         self.epoch, self.batch, self.sums = self.epoch + 1, 0, {}
         if row["val_dice"] > self.best + self.settings.min_delta:
             self.best, self.best_epoch = row["val_dice"], self.epoch
             with report.whole_file(self.out / "best.safetensors") as part:
-                save_file({k: v.contiguous() for k, v in model.state_dict().items()}, part)
+                save_file({k: v.contiguous() for k, v in merged_state_dict(model).items()}, part)
         report.write_csv(self.out / "metrics.csv", self.history)
         report.curves(self.out / "curves.png", self.history)
         self.save()  # last: a kill before it means that the epoch's end is done again
 
     def patience_lost(self) -> bool:
         waited, least = self.epoch - self.best_epoch, self.settings.min_epochs
-        return (
-            bool(self.options.patience) and waited >= self.options.patience and self.epoch >= least
-        )
+        patience = self.options.patience
+        return bool(patience) and waited >= patience and self.epoch >= least
 
     def fit(self) -> None:
         """From where it stands to the end."""
         o = self.options
-        items = data.Items(self.train_set, o.prompt, self.recipe.inputs, train=True, seed=o.seed)
+        inputs = self.recipe.inputs
+        items = data.Items(self.train_set, o.prompt, inputs, True, o.seed, o.negatives)
         start = self.epoch * self.batches + self.batch
         order = data.train_batches(len(self.train_set), o.batch_size, o.epochs, o.seed, start)
         batches = iter(data.loader(items, order, o.workers, self.device))
@@ -347,20 +343,16 @@ def can_resume(options: Options) -> bool:
     """True if --out holds a state to go on from. Refuses to write over another run."""
     out, mine = Path(options.out), json.loads(json.dumps(asdict(options)))
     if not options.resume and ((out / "config.json").exists() or (out / "test").exists()):
-        raise ValueError(
-            f"{out} holds a run already; add --resume to go on, or choose another --out"
-        )
+        raise ValueError(f"{out} holds a run already; --resume goes on, --out is another folder")
     if not (out / "last.pt").is_file():
         if options.resume:
             print(f"{out} holds nothing to go on from; starting at the beginning")
         return False
-    theirs = json.loads((out / "config.json").read_text())["options"]
+    theirs = asdict(Options()) | json.loads((out / "config.json").read_text())["options"]
     changed = [key for key in mine if key not in FREE and mine[key] != theirs.get(key)]
     if changed:
         words = [f"--{key.replace('_', '-')} {theirs.get(key)} -> {mine[key]}" for key in changed]
-        raise ValueError(
-            f"{out} was begun with other options ({', '.join(words)}); keep to the old ones"
-        )
+        raise ValueError(f"{out} was begun with other options ({', '.join(words)}); keep those")
     return True
 
 
@@ -380,45 +372,65 @@ def write_config(options: Options, model, train_set, val_set) -> None:
     report.write_json(Path(options.out) / "config.json", content)
 
 
+def load_model(options: Options, settings: Settings, train_set, device: torch.device):
+    # Weights that are only tested keep what they came with, unless a recipe is named.
+    overrides = dict(settings.config) if options.recipe or not options.eval else {}
+    overrides |= {"image_size": options.size} if options.size else {}
+    if options.threshold not in (None, "auto"):
+        overrides |= {"threshold": options.threshold}
+    load = FAMILIES[options.model].load
+    return load(options.weights, options.variant, settings, overrides, train_set).to(device)
+
+
+def fit(options: Options, settings: Settings, model, recipe, sets, resume: bool) -> None:
+    """Trains what is to be trained; the model then is the best one."""
+    family = FAMILIES[options.model]
+    choose_trained(model, family, settings)
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    trained, total = sum(n for n, learns in sizes if learns), sum(n for n, _ in sizes)
+    device = next(model.parameters()).device
+    print(f"training {trained:,} of {total:,} parameters on {device}")
+    if settings.keep_features:
+        recipe = keep_features(recipe, model, family.backbone, sets, options)
+    run = Run(options, settings, model, recipe, *sets)
+    if resume:
+        run.load()
+        print(f"resumed in epoch {run.epoch + 1}, at step {run.step}")
+    else:
+        write_config(options, model, *sets)
+    run.fit()
+    merge_lora(model)
+    model.load_state_dict(load_file(run.out / "best.safetensors", device=str(device)))
+
+
 def fit_and_test(options: Options, settings: Settings, device: torch.device, resume: bool) -> dict:
     given = {key: value for key, value in asdict(options).items() if value not in (None, [])}
     print("  ".join(f"{key}={value}" for key, value in given.items()))
     torch.manual_seed(options.seed)
     torch.use_deterministic_algorithms(options.deterministic)
-    family, tests, train_set = FAMILIES[options.model], open_tests(options), None
-    if not options.eval:
+    tests, sets = evaluate.open_tests(options), {}
+    if not options.eval or options.threshold == "auto":
         parts = data.train_and_val(options.data, options.seed, options.group_regex)
-        train_set, val_set = (data.open_dataset(part, options.cache) for part in parts)
-        print(f"train: {train_set.describe()}\nval: {val_set.describe()}")
-    # Weights that are only tested keep what they came with, unless a recipe is named.
-    overrides = dict(settings.config) if options.recipe or not options.eval else {}
-    overrides |= {"image_size": options.size} if options.size else {}
-    overrides |= {"threshold": options.threshold} if options.threshold is not None else {}
-    model = family.load(options.weights, options.variant, settings, overrides, train_set).to(device)
-    recipe = family.recipe(model, settings)
+        for name, part in list(zip(("train", "val"), parts, strict=True))[int(options.eval) :]:
+            sets[name] = data.open_dataset(part, options.cache)
+            print(f"{name}: {sets[name].describe()}")
+    model = load_model(options, settings, sets.get("train"), device)
+    recipe = FAMILIES[options.model].recipe(model, settings)
     if not options.eval:
-        for name, p in model.named_parameters():
-            p.requires_grad_(options.train == "all" or not family.backbone(name))
-        counts = [
-            sum(p.numel() for p in model.parameters() if p.requires_grad or every)
-            for every in (0, 1)
-        ]
-        print(f"training {counts[0]:,} of {counts[1]:,} parameters on {device}")
-        run = Run(options, settings, model, recipe, train_set, val_set)
-        if resume:
-            run.load()
-            print(f"resumed in epoch {run.epoch + 1}, at step {run.step}")
-        else:
-            write_config(options, model, train_set, val_set)
-        run.fit()
-        model.load_state_dict(load_file(run.out / "best.safetensors", device=str(device)))
-    return test(model, recipe, tests, options) if tests else {}
+        fit(options, settings, model, recipe, sets.values(), resume)
+    if options.threshold == "auto":
+        threshold = evaluate.best_threshold(model, recipe, sets["val"], options)
+        model.config = replace(model.config, threshold=threshold)
+        if not options.eval:
+            write_config(options, model, *sets.values())
+    ask = evaluate.prompt_study if options.prompt_study else evaluate.test
+    return ask(model, recipe, tests, options) if tests else {}
 
 
 def run(options: Options) -> dict:
     """All that the command line does. Returns the summary of the test, {} without one."""
     options, settings = resolve(options)
-    device, resume = pick_device(options.device), can_resume(options)
+    device, resume = evaluate.pick_device(options.device), can_resume(options)
     Path(options.out).mkdir(parents=True, exist_ok=True)
     with open(Path(options.out) / "log.txt", "a", 1, encoding="utf-8") as file:
         with contextlib.redirect_stdout(report.Log(sys.stdout, file)):

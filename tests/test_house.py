@@ -18,9 +18,21 @@ MODELS = {
         "out = model(torch.randn(2, 3, 64, 96), torch.tensor([[49406, 320, 49407, 0]] * 2))\n"
         "assert out.shape == (2, 1, 16, 24) and out.isfinite().all(), out.shape",
     ),
+    "biomedclipseg": (
+        400,
+        "model = biomedclipseg.BiomedCLIPSeg(biomedclipseg.VARIANTS['mini']).eval()\n"
+        "out = model(torch.randn(2, 3, 64, 96), torch.tensor([[2, 30, 3, 0]] * 2))\n"
+        "assert out.shape == (2, 1, 64, 96) and out.isfinite().all(), out.shape",
+    ),
+    "clipseg": (
+        450,
+        "model = clipseg.CLIPSeg(clipseg.VARIANTS['mini']).eval()\n"
+        "out = model(torch.randn(2, 3, 64, 96), torch.tensor([[49406, 320, 49407, 0]] * 2))\n"
+        "assert out.shape == (2, 1, 64, 96) and out.isfinite().all(), out.shape",
+    ),
 }
 FLOORS = [
-    [*MODELS, "tokenizer", "losses", "metrics", "data", "augment", "report"],
+    [*MODELS, *"tokenizer losses metrics data augment features adapters report".split()],
     ["recipes", "evaluate"],
     ["train", "predict", "prepare"],
 ]

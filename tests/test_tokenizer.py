@@ -1,4 +1,4 @@
-"""CLIPTokenizer against official ids (tests/golden/clip_bpe.json), open_clip and transformers."""
+"""Both tokenizers against official ids (tests/golden), open_clip and transformers."""
 
 import gzip
 import json
@@ -15,9 +15,10 @@ from conftest import ROOT
 from open_clip.tokenizer import SimpleTokenizer
 from torch.utils.data import DataLoader
 from transformers import CLIPTokenizer as TransformersTokenizer
+from transformers.models.bert.tokenization_bert_legacy import BertTokenizerLegacy
 
 import tokenizer
-from tokenizer import CLIPTokenizer
+from tokenizer import CHARACTERS, SPECIAL, CLIPTokenizer, WordPieceTokenizer
 
 GOLDEN = json.loads((ROOT / "tests/golden/clip_bpe.json").read_text(encoding="utf-8"))
 
@@ -109,3 +110,98 @@ def test_small_to_pickle_and_built_once():
     assert len(pickle.dumps(copy)) < 200  # not the merge table
     copy("polyp"), CLIPTokenizer()("polyp")
     assert tokenizer._byte_pair_encoder.cache_info().currsize == 1
+
+
+# --- WordPiece ------------------------------------------------------------------------------------
+
+TOY = json.loads((ROOT / "tests/golden/wordpiece_toy.json").read_text(encoding="utf-8"))
+
+
+def write_vocabulary(path, tokens=TOY["vocab"]):
+    path.write_text("\n".join(tokens) + "\n", encoding="utf-8")
+    return path
+
+
+def pieces(tokens, text):
+    """The ids of a text without its padding."""
+    return [i for i in WordPieceTokenizer(tokens, length=2000)(text)[0].tolist() if i]
+
+
+def test_official_word_pieces(tmp_path):
+    assert len(TOY["cases"]) == 23
+    for vocabulary in (TOY["vocab"], write_vocabulary(tmp_path / "vocab.txt")):
+        wrong = [c["text"] for c in TOY["cases"] if pieces(vocabulary, c["text"]) != c["ids"]]
+        assert not wrong
+
+
+def test_word_pieces_of_every_character_as_python_transformers(tmp_path):
+    """The original algorithm in Python, on each character of Unicode 3.2 between letters."""
+    known = [c for c in range(0x3100) if unicodedata.ucd_3_2_0.name(chr(c), "") or c < 0xA0]
+    texts = [f"a{chr(c)}b {chr(c)}1" for c in known] + [f"A{chr(c)}" for c in (0x4E00, 0x1F44D)]
+    letters = sorted({c for text in texts for c in unicodedata.normalize("NFD", text.lower())})
+    words = [c for c in letters if c.strip() and unicodedata.category(c)[0] != "C"]
+    tokens = [*SPECIAL, *words, *("##" + c for c in words)]
+    assert len(texts) > 7500 and len(set(tokens)) == len(tokens)
+    official = BertTokenizerLegacy(str(write_vocabulary(tmp_path / "vocab.txt", tokens)))
+    ours = WordPieceTokenizer(tokens, 20)
+    wrong = {t[1] for t in texts if ours(t)[0].tolist() != official_row(official, t, 20)}
+    # Whether these four are letters, accents or punctuation depends on the version of Unicode.
+    assert wrong <= set("\u166d\u1734\u1885\u1886")
+
+
+def official_row(official, text, length):
+    return official(text, padding="max_length", truncation=True, max_length=length)["input_ids"]
+
+
+def test_word_pieces_of_every_prompt_of_kvasir_as_transformers(real_data, tmp_path):
+    splits = (real_data / "kvasir_polyp/anns").glob("*.json")
+    entries = [entry for split in splits for entry in json.loads(split.read_text())]
+    prompts = [p for entry in entries for p in entry["prompts"].values()]
+    texts = sorted({t for p in prompts for t in ([p] if isinstance(p, str) else p)})
+    assert len(texts) > 1000
+    official = BertTokenizerLegacy(str(write_vocabulary(tmp_path / "vocab.txt")))
+    for length in (12, 256):  # the shorter cuts most of them
+        reference = [official_row(official, text, length) for text in texts]
+        assert WordPieceTokenizer(TOY["vocab"], length)(texts).tolist() == reference
+
+
+def test_batches_of_word_pieces():
+    tokenize = WordPieceTokenizer(TOY["vocab"], 5)
+    assert tokenize("polyp").dtype == torch.int64
+    assert tokenize("polyp").tolist() == [[2, 70, 3, 0, 0]]
+    assert tokenize(["", "polyp polyp polyp polyp"]).tolist() == [
+        [2, 3, 0, 0, 0],
+        [2, 70, 70, 70, 3],
+    ]
+    assert tokenize([]).shape == (0, 5)
+
+
+def test_the_vocabulary_of_single_characters():
+    ids = WordPieceTokenizer(CHARACTERS, 8)("Re-d é")[0].tolist()
+    assert [CHARACTERS[i] for i in ids] == ["[CLS]", "r", "##e", "-", "d", "e", "[SEP]", "[PAD]"]
+    assert len(set(CHARACTERS)) == len(CHARACTERS) == 109
+    printable = "".join(map(chr, range(32, 127)))
+    assert CHARACTERS.index("[UNK]") not in pieces(CHARACTERS, printable)
+
+
+def test_what_is_no_vocabulary_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"merges.txt: has no \[PAD\]") as caught:
+        WordPieceTokenizer(write_vocabulary(tmp_path / "merges.txt", ["a b", "c d"]))
+    assert "\n" not in str(caught.value)
+
+
+class Prompts(list):
+    tokenize = WordPieceTokenizer(TOY["vocab"], 40)
+
+    def __getitem__(self, i):
+        return self.tokenize(super().__getitem__(i))[0]
+
+
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+def test_word_pieces_work_in_loader_workers(start):
+    texts = [c["text"] for c in TOY["cases"]]
+    expected = WordPieceTokenizer(TOY["vocab"], 40)(texts)
+    loader = DataLoader(Prompts(texts), 5, num_workers=1, multiprocessing_context=start)
+    assert torch.equal(torch.cat(list(loader)), expected)
+    copy = pickle.loads(pickle.dumps(WordPieceTokenizer(TOY["vocab"], 40)))
+    assert torch.equal(copy(texts), expected)

@@ -1,0 +1,504 @@
+"""BiomedCLIPSeg: CLIPSeg's decoder on BiomedCLIP's towers; an image and a phrase in, its mask out.
+
+Papers: Poudel et al., MIDL 2024, arXiv 2308.07706; Zhang et al. 2023, 2303.00915 (BiomedCLIP);
+Lüddecke & Ecker, CVPR 2022, 2112.10003 (CLIPSeg). Official code (MIT), whose names are kept:
+github.com/naamiinepal/medvlsm at dc36a3a, src/models/biomedclipseg.py, on open_clip, timm and
+transformers. Weights on the hub: microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224 (MIT) for
+the towers; the decoder starts untrained or, as BiomedCLIPSeg-D, from CIDAS/clipseg-rd64-refined
+(Apache 2.0 by its card). Both must be trained before they segment anything; none were released.
+
+    image (B,3,224,224)                tokens (B,T): [CLS] ... [SEP] and padding
+      ViT-B/16                           PubMedBERT, at [CLS] (B,768)
+    blocks 4, 7, 10: (B,3,197,768)       MLP
+      |                                condition (B,512)
+    decoder, from the deepest:           |
+      768 -> 64, plus the one before     |
+      times and plus the condition  <----'
+      attention, MLP
+      (B,197,64) -> (B,64,14,14)
+    3x3, 4x up, 4x up
+    logits (B,1,224,224)
+
+Tokens: copy `tokenizer.py` too, or use any BERT tokenizer with the vocab.txt of the weights. Left
+out: the data and loss of the study.
+"""
+
+import json
+import math
+import zipfile
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Config:
+    dim: int = 768  # of both towers, in heads of 64
+    layers: int = 12  # of the image tower
+    text_layers: int = 12
+    vocab_size: int = 30522
+    embed_dim: int = 512  # of the space that texts and images share
+    # Blocks that the decoder sees, counted from 0. quirk: the study meant CLIPSeg's (3, 6, 9), but
+    # its list of them began without the embeddings (src/models/biomedclipseg.py).
+    taps: tuple[int, ...] = (4, 7, 10)
+    reduce_dim: int = 64  # channels of the decoder
+    ffn_dim: int = 2048  # in the decoder's MLPs
+    image_size: int = 224  # side of the square that `preprocess` makes
+    mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)  # RGB in 0..1, CLIP's
+    std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
+    vocabulary: str = "microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224"  # has a vocab.txt
+    text_length: int = 256  # tokens that a phrase is cut or padded to, 512 at most
+    pad_token: int = 0  # masked, hence trimmed at no loss
+    threshold: float = 0.5
+    dropout: float = 0.0  # in the text tower, while training; the study left BERT's 0.1 on
+
+
+VARIANTS = {
+    "biomedclipseg": Config(),  # 197,029,730 parameters
+    "mini": Config(  # 1,492,658; for tests and demos, with tokenizer.CHARACTERS as vocabulary
+        dim=128, layers=4, text_layers=2, vocab_size=109, embed_dim=64, taps=(0, 1, 2),
+        reduce_dim=32, ffn_dim=128, image_size=128, vocabulary="", text_length=128,
+    ),
+}  # fmt: skip
+
+
+class ImageBlock(nn.Module):
+    """A layer of timm's ViT: norms before the attention and before the MLP."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.norm1, self.norm2 = (nn.LayerNorm(dim, eps=1e-6) for _ in range(2))
+        self.attn = nn.ModuleDict({"qkv": nn.Linear(dim, 3 * dim), "proj": nn.Linear(dim, dim)})
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(dim, 4 * dim), "fc2": nn.Linear(4 * dim, dim)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        qkv = self.attn["qkv"](self.norm1(x)).unflatten(2, (3, -1, 64))  # (B,N,3,h,d)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B,h,N,d) each
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # (B,N,C)
+        x = x + self.attn["proj"](y)
+        return x + self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x))))
+
+
+class ViT(nn.Module):
+    def __init__(self, dim: int, layers: int):
+        super().__init__()
+        self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, dim))
+        # BiomedCLIP saw 224 px: a row for the class token, then 14x14 patches.
+        self.pos_embed = nn.Parameter(0.02 * torch.randn(1, 1 + 14 * 14, dim))
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, dim, 16, stride=16)})
+        self.blocks = nn.ModuleList(ImageBlock(dim) for _ in range(layers))
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+
+    def forward(self, image: Tensor, taps: tuple[int, ...]) -> list[Tensor]:
+        """image (B,3,H,W) -> what the blocks in `taps` give, (B,1+H/16*W/16,C) each.
+
+        No block after the last of them runs.
+        """
+        x = self.patch_embed["proj"](image)  # (B,C,H/16,W/16)
+        table = self.pos_embed[:, 1:].transpose(1, 2).unflatten(2, (14, 14))  # (1,C,14,14)
+        # Other sizes than 224 are timm's way, with antialiasing; the study had none.
+        table = F.interpolate(table, x.shape[2:], mode="bicubic", antialias=True)
+        x = (x + table).flatten(2).transpose(1, 2)  # (B,N-1,C)
+        first = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)  # (B,1,C)
+        x, outputs = torch.cat([first, x], 1), []  # (B,N,C)
+        for i, block in enumerate(self.blocks[: max(taps) + 1]):
+            x = block(x)
+            if i in taps:
+                outputs.append(x)
+        return outputs
+
+
+class TextBlock(nn.Module):
+    """A layer of BERT: norms after the attention and after the MLP, over what they are added to."""
+
+    def __init__(self, dim: int, dropout: float):
+        super().__init__()
+        qkv = {name: nn.Linear(dim, dim) for name in ("query", "key", "value")}
+        norm1, norm2 = (nn.LayerNorm(dim, eps=1e-12) for _ in range(2))
+        out = nn.ModuleDict({"dense": nn.Linear(dim, dim), "LayerNorm": norm1})
+        self.attention = nn.ModuleDict({"self": nn.ModuleDict(qkv), "output": out})
+        self.intermediate = nn.ModuleDict({"dense": nn.Linear(dim, 4 * dim)})
+        self.output = nn.ModuleDict({"dense": nn.Linear(4 * dim, dim), "LayerNorm": norm2})
+        self.dropout = dropout
+
+    def forward(self, x: Tensor, seen: Tensor) -> Tensor:
+        """x (B,T,C), seen (B,1,1,T) True where attended to -> (B,T,C)."""
+        p, out = self.dropout if self.training else 0.0, self.attention["output"]
+        qkv = (f(x).unflatten(2, (-1, 64)) for f in self.attention["self"].values())  # (B,T,h,d)
+        q, k, v = (y.transpose(1, 2) for y in qkv)  # (B,h,T,d)
+        y = F.scaled_dot_product_attention(q, k, v, seen, p).transpose(1, 2).flatten(2)  # (B,T,C)
+        x = out["LayerNorm"](x + F.dropout(out["dense"](y), p))
+        y = self.output["dense"](F.gelu(self.intermediate["dense"](x)))
+        return self.output["LayerNorm"](x + F.dropout(y, p))
+
+
+class BERT(nn.Module):
+    def __init__(self, dim: int, layers: int, vocab_size: int, dropout: float):
+        super().__init__()
+        sizes = {"word": vocab_size, "position": 512, "token_type": 2}
+        tables = {f"{name}_embeddings": nn.Embedding(n, dim) for name, n in sizes.items()}
+        for table in tables.values():
+            nn.init.normal_(table.weight, std=0.02)
+        self.embeddings = nn.ModuleDict(tables | {"LayerNorm": nn.LayerNorm(dim, eps=1e-12)})
+        blocks = nn.ModuleList(TextBlock(dim, dropout) for _ in range(layers))
+        self.encoder, self.dropout = nn.ModuleDict({"layer": blocks}), dropout
+
+    def forward(self, tokens: Tensor, seen: Tensor) -> Tensor:
+        """tokens (B,T), seen (B,1,1,T) True where no padding is -> (B,T,C)."""
+        words, positions, kinds, norm = self.embeddings.values()
+        x = words(tokens) + positions.weight[: tokens.shape[1]] + kinds.weight[0]  # (B,T,C)
+        x = F.dropout(norm(x), self.dropout, self.training)
+        for block in self.encoder["layer"]:
+            x = block(x, seen)
+        return x
+
+
+class BiomedCLIP(nn.Module):
+    """Both towers, under open_clip's names."""
+
+    def __init__(self, c: Config):
+        super().__init__()
+        # CLIP's temperature: unused, kept so that a file can be written back whole.
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)), requires_grad=False)
+        head = nn.ModuleDict({"proj": nn.Linear(c.dim, c.embed_dim, bias=False)})
+        self.visual = nn.ModuleDict({"trunk": ViT(c.dim, c.layers), "head": head})
+        hidden, linear = (c.dim + c.embed_dim) // 2, partial(nn.Linear, bias=False)
+        proj = nn.Sequential(linear(c.dim, hidden), nn.GELU(), linear(hidden, c.embed_dim))
+        bert = BERT(c.dim, c.text_layers, c.vocab_size, c.dropout)
+        self.text = nn.ModuleDict({"transformer": bert, "proj": proj})
+
+
+# shared: clipseg_decoder
+class DecoderLayer(nn.Module):
+    """All tokens of an image attend to each other, then an MLP; each is normalised behind it."""
+
+    def __init__(self, dim: int, heads: int, ffn_dim: int):
+        super().__init__()
+        self.heads = heads
+        projections = ("k_proj", "v_proj", "q_proj", "out_proj")
+        self.self_attn = nn.ModuleDict({name: nn.Linear(dim, dim) for name in projections})
+        self.layer_norm1 = nn.LayerNorm(dim)
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(dim, ffn_dim), "fc2": nn.Linear(ffn_dim, dim)})
+        self.layer_norm2 = nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B,N,D) -> (B,N,D)."""
+        attn = self.self_attn
+        projections = attn["q_proj"], attn["k_proj"], attn["v_proj"]
+        q, k, v = (f(x).unflatten(2, (self.heads, -1)).transpose(1, 2) for f in projections)
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # (B,N,D)
+        x = self.layer_norm1(x + attn["out_proj"](y))
+        # quirk: ReLU; transformers' config says quick_gelu, its decoder does not read that
+        return self.layer_norm2(x + self.mlp["fc2"](F.relu(self.mlp["fc1"](x))))
+
+
+class Decoder(nn.Module):
+    """From the deepest tap to the shallowest, the prompt scaling and shifting what the first saw.
+
+    dim: channels of the taps; condition_dim: of the prompt's embedding; reduce_dim (D): inside.
+    refined: a head of three convolutions; else one, which paints squares of 16 pixels.
+    """
+
+    def __init__(
+        self, dim: int, condition_dim: int, reduce_dim: int, heads: int, ffn_dim: int,
+        taps: int, refined: bool,
+    ):  # fmt: skip
+        super().__init__()
+        D, up = reduce_dim, nn.ConvTranspose2d
+        self.film_mul, self.film_add = nn.Linear(condition_dim, D), nn.Linear(condition_dim, D)
+        self.reduces = nn.ModuleList(nn.Linear(dim, D) for _ in range(taps))
+        self.layers = nn.ModuleList(DecoderLayer(D, heads, ffn_dim) for _ in range(taps))
+        if refined:
+            mix, up4, up16 = nn.Conv2d(D, D, 3, padding=1), up(D, D // 2, 4, 4), up(D // 2, 1, 4, 4)
+            self.transposed_convolution = nn.Sequential(mix, nn.ReLU(), up4, nn.ReLU(), up16)
+        else:
+            self.transposed_convolution = up(D, 1, 16, 16)
+
+    def forward(self, features: Tensor, condition: Tensor) -> Tensor:
+        """features (B,taps,1+H,W,C) as from `with_grid`, condition (B,C') -> logits (B,1,16H,16W).
+
+        One image and B prompts, or B images and one prompt, are welcome too.
+        """
+        H, W = features.shape[2] - 1, features.shape[3]
+        taps = features.flatten(2, 3)[:, :, W - 1 :].unbind(1)[::-1]  # (B,1+HW,C) each
+        mul, add = self.film_mul(condition)[:, None], self.film_add(condition)[:, None]  # (B,1,D)
+        x = self.layers[0](mul * self.reduces[0](taps[0]) + add)  # (B,1+HW,D)
+        for reduce, layer, tap in zip(self.reduces[1:], self.layers[1:], taps[1:], strict=True):
+            x = layer(reduce(tap) + x)
+        x = x[:, 1:].transpose(1, 2).unflatten(2, (H, W))  # (B,D,H,W), without the class token
+        return self.transposed_convolution(x)
+
+
+def with_grid(tokens: Tensor, H: int, W: int) -> Tensor:
+    """tokens (B,taps,1+HW,C) -> (B,taps,1+H,W,C): one tensor whose shape tells the grid.
+
+    The class token ends a row of its own before the grid, zeros fill the rest of that row.
+    """
+    return F.pad(tokens, (0, 0, W - 1, 0)).unflatten(2, (1 + H, W))
+# end shared
+
+
+class BiomedCLIPSeg(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config, c = config, config
+        if not 0 <= min(c.taps) <= max(c.taps) < c.layers or sorted({*c.taps}) != list(c.taps):
+            raise ValueError(f"taps={c.taps}: name blocks of 0 to {c.layers - 1}, rising")
+        self.preprocess = partial(preprocess, config=config)  # image -> (3,S,S)
+        self.postprocess = partial(postprocess, config=config)  # logits, size -> (1,H,W)
+        self.biomedclip = BiomedCLIP(c)
+        self.decoder = Decoder(c.dim, c.embed_dim, c.reduce_dim, 4, c.ffn_dim, len(c.taps), True)
+        self.init_decoder()
+        trunk, head = self.biomedclip.visual.values()
+        # Of use to pictures as prompts only. What is left always gets a gradient.
+        for module in (*trunk.blocks[max(c.taps) + 1 :], trunk.norm, head):
+            module.requires_grad_(False)
+
+    def init_decoder(self) -> None:
+        """As transformers 4.35, the study's; from version 5 on it draws far larger numbers."""
+        D, layers = self.config.reduce_dim, self.config.layers
+        inner = (2 * layers * D) ** -0.5  # quirk: layers of the image tower, not of the decoder
+        stds = {"q_proj": inner, "k_proj": inner, "v_proj": inner, "out_proj": D**-0.5}
+        stds |= {"fc1": (2 * D) ** -0.5, "fc2": inner}
+        for name, module in self.decoder.named_modules():
+            if isinstance(module, nn.Linear):
+                nn.init.zeros_(module.bias)
+                if std := stds.get(name.split(".")[-1]):
+                    nn.init.normal_(module.weight, std=std)
+
+    def forward(self, image: Tensor, tokens=None, condition=None) -> Tensor:
+        """image (B,3,H,W) normalised, H and W in 16s, tokens (B,T) -> logits (B,1,H,W).
+
+        Or, in place of tokens, condition (B,E): from `encode_text` or `encode_visual_prompt`.
+        Where B of the image or of the prompt is 1, it serves all of the other.
+        """
+        return self.decode(self.encode_image(image), tokens, condition)
+
+    def encode_image(self, image: Tensor) -> Tensor:
+        """image (B,3,H,W) -> features (B,taps,1+H/16,W/16,C), to keep; see `with_grid`."""
+        if any(side % 16 for side in image.shape[2:]):
+            raise ValueError(f"image sides must be multiples of 16, not {tuple(image.shape[2:])}")
+        taps = self.biomedclip.visual["trunk"](image, self.config.taps)
+        return with_grid(torch.stack(taps, 1), *(side // 16 for side in image.shape[2:]))
+
+    def decode(self, features: Tensor, tokens=None, condition=None) -> Tensor:
+        """features from `encode_image`, the rest as for `forward` -> logits (B,1,H,W)."""
+        if (tokens is None) == (condition is None):
+            raise ValueError("a prompt is either tokens or condition: give one of the two")
+        return self.decoder(features, self.encode_text(tokens) if condition is None else condition)
+
+    def encode_text(self, tokens: Tensor) -> Tensor:
+        """tokens (B,T), T at most 512 -> condition (B,E), not normalised."""
+        seen = tokens != self.config.pad_token  # (B,T)
+        if not torch.compiler.is_compiling():  # which wants shapes that depend on no value
+            # Columns of padding at the end change nothing: nobody attends to them.
+            T = int(seen.any(0).nonzero().max()) + 1
+            tokens, seen = tokens[:, :T], seen[:, :T]
+        text = self.biomedclip.text
+        states = text["transformer"](tokens, seen[:, None, None])  # (B,T,C)
+        return text["proj"](states[:, 0])
+
+    def encode_visual_prompt(self, image: Tensor) -> Tensor:
+        """image (B,3,H,W) -> condition (B,E), not normalised: a picture as the prompt.
+
+        The study had texts only. A decoder must be trained with these, as CLIPSeg's was.
+        """
+        trunk, head = self.biomedclip.visual.values()
+        last = trunk(image, (len(trunk.blocks) - 1,))[0]  # (B,N,C)
+        return head["proj"](trunk.norm(last[:, 0]))
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, decoder=None, **overrides) -> "BiomedCLIPSeg":
+        """From a file, a folder, a run folder or a hub id; `overrides` are fields of Config.
+
+        BiomedCLIP, then FRESH is untrained unless `decoder` names a CLIPSeg to take it from; or
+        BiomedCLIPSeg whole. In evaluation mode.
+        """
+        weights, settings = read_checkpoint(source, FILES)
+        weights = convert(weights)
+        if "format" in settings:  # a run folder of ours
+            kind = settings["class"], settings["format"]
+            if kind != (cls.__name__, 1):
+                raise ValueError(f"{source}: class and format are {kind}, not {cls.__name__} and 1")
+            values = settings["config"].items()
+            config = Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in values})
+        else:
+            config = closest_variant(weights)
+            if "taps" not in overrides:
+                print(f"{source}: no tensor tells taps; took {config.taps}, the study's")
+        path = Path(source)
+        beside = (path if path.is_dir() else path.parent) / "vocab.txt"
+        if path.exists() and beside.exists():
+            config = replace(config, vocabulary=str(beside.resolve()))
+        model = cls(replace(config, **overrides))
+        expected = model.state_dict()
+        (towers, head), (our_towers, our_head) = split(weights), split(expected)
+        if decoder is not None:
+            head = split(read_checkpoint(decoder, CLIPSEG_FILES)[0])[1]  # its towers are CLIP's
+        check_complete(towers, our_towers, source)
+        if head or decoder is not None:
+            check_complete(head, our_head, source if decoder is None else decoder)
+        else:
+            print(f"{source}: BiomedCLIP alone; untrained is {FRESH[:-1]}")
+        model.load_state_dict(expected | towers | head)
+        return model.eval()
+
+
+FILES = ("best.safetensors", "open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+CLIPSEG_FILES = ("best.safetensors", "model.safetensors", "pytorch_model.bin")
+FRESH = "decoder."  # in no file of BiomedCLIP
+# A table of 0, 1, 2, ... that transformers saved until 4.30.
+IGNORED = ("biomedclip.text.transformer.embeddings.position_ids",)
+
+
+def convert(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Names of the study stay, those of BiomedCLIP alone go below `biomedclip.`."""
+    prefix = "" if any(name.startswith("biomedclip.") for name in state_dict) else "biomedclip."
+    return {prefix + name: t for name, t in state_dict.items() if prefix + name not in IGNORED}
+
+
+def to_official(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """For the study's class; without "biomedclip." and the decoder also for open_clip's."""
+    return dict(state_dict)
+
+
+def split(state_dict: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """-> the towers' tensors, the decoder's."""
+    head = {name: t for name, t in state_dict.items() if name.startswith(FRESH)}
+    return {name: t for name, t in state_dict.items() if name not in head}, head
+
+
+def closest_variant(weights: dict[str, Tensor]) -> Config:
+    """The one that is as wide; `check_complete` tells what else does not fit."""
+    width = len(weights.get("biomedclip.visual.trunk.norm.weight", ()))
+    return next((config for config in VARIANTS.values() if config.dim == width), Config())
+
+
+def find_vocabulary(source: str | Path) -> Path:
+    """The vocab.txt of a folder or a hub id, for `tokenizer.WordPieceTokenizer`; or such a file."""
+    path = Path(source)
+    if path.is_dir():
+        path = path / "vocab.txt"
+    return path if path.exists() else download(str(source), ("vocab.txt",))
+
+
+def preprocess(image, config: Config) -> Tensor:
+    """PIL image -> (3,S,S) float32, normalised."""
+    import numpy as np
+    from PIL import Image
+
+    size = (config.image_size, config.image_size)
+    image = image.convert("RGB").resize(size, Image.Resampling.BILINEAR)
+    mean, std = (torch.tensor(x)[:, None, None] for x in (config.mean, config.std))  # (3,1,1)
+    return (torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255 - mean) / std  # (3,S,S)
+
+
+def preprocess_mask(mask: Tensor, config: Config) -> Tensor:
+    """mask (H,W) in 0..1 -> (1,S,S) float32 in the geometry of `preprocess`, to train with."""
+    size = (config.image_size, config.image_size)
+    return F.interpolate(mask[None, None].float(), size, mode="nearest-exact")[0]  # PIL's nearest
+
+
+def postprocess(logits: Tensor, size: tuple[int, int], config: Config) -> Tensor:
+    """logits (1,h,w) -> probabilities (1,H,W) at the image's own size."""
+    logits = logits[None].float()
+    return F.interpolate(logits, size, mode="bilinear", align_corners=False)[0].sigmoid()
+
+
+# shared: read_checkpoint
+def read_checkpoint(source: str | Path, files: tuple[str, ...]) -> tuple[dict[str, Tensor], dict]:
+    """Weights and settings from a file, a folder or the hub (`owner/name`, `owner/name@revision`).
+
+    Of a folder or repository the first of `files` that is there. -> state dict without the wrappers
+    and prefixes of training programs, and the config.json beside it ({} if there is none). What is
+    missing, damaged or of another kind is a FileNotFoundError or ValueError of one line.
+    """
+    path = Path(source)
+    if path.is_dir():
+        path = next((path / name for name in files if (path / name).exists()), None)
+        if path is None:
+            raise FileNotFoundError(f"{source}: has none of {', '.join(files)}; name the file")
+    elif not path.exists():
+        path = download(str(source), files)
+    config, weights = path.parent / "config.json", read_file(path)
+    settings = read_file(config) if config.exists() else {}
+    for key in ("state_dict", "model"):
+        weights = weights[key] if isinstance(weights.get(key), dict) else weights
+    for prefix in ("module.", "net."):  # a name that would then be there twice keeps its prefix
+        bare = {name: name.removeprefix(prefix) for name in weights}
+        weights = {n if bare[n] in weights else bare[n]: t for n, t in weights.items()}
+    if other := [name for name, t in weights.items() if not isinstance(t, Tensor)]:
+        raise ValueError(f"{path}: no state dict, its {other[0]!r} is not a tensor")
+    return weights, settings
+
+
+def read_file(path: Path) -> dict:
+    """What is in a .json or .safetensors file, a TorchScript archive, a pickle without code."""
+    try:
+        with open(path, "rb") as file:
+            if file.read(64).lstrip().startswith((b"<", b"version https://git-lfs")):
+                raise ValueError("a web page or Git LFS pointer")
+        if path.suffix == ".json":
+            return json.loads(path.read_text())
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        if zipfile.is_zipfile(path) and "/constants.pkl" in str(zipfile.ZipFile(path).namelist()):
+            return torch.jit.load(path, map_location="cpu").state_dict()
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as error:
+        if "Unsupported global" in str(error):
+            error = "it has code in it; where it was made, torch.save(model.state_dict(), path)"
+        raise ValueError(f"{path}: cannot be read, get the whole file: {error!r:.150}") from None
+
+
+def download(source: str, files: tuple[str, ...]) -> Path:
+    """The first of `files` in a repository of the hub, config.json beside it; cached or fetched."""
+    import huggingface_hub as hub
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+    where = dict(zip(("repo_id", "revision"), source.split("@"), strict=False))
+    is_file = Path(source).suffix in (".pt", ".pth", ".bin", ".safetensors")
+    if is_file or where["repo_id"].count("/") != 1:
+        raise FileNotFoundError(f"{source}: no such file or folder; a hub id is owner/name")
+    for name in files:
+        if isinstance(path := hub.try_to_load_from_cache(filename=name, **where), str):
+            return Path(path)
+    try:
+        there = hub.HfApi().model_info(**where, files_metadata=True).siblings
+        sizes = {file.rfilename: file.size or 0 for file in there}
+        if name := next((name for name in files if name in sizes), None):
+            size = f"{sizes[name] / 1e6:,.1f} MB"
+            print(f"downloading {name}, {size}, of {source} from {hub.constants.ENDPOINT}")
+            if "config.json" in sizes:
+                hub.hf_hub_download(filename="config.json", **where)
+            return Path(hub.hf_hub_download(filename=name, **where))
+    except RevisionNotFoundError:
+        raise FileNotFoundError(f"{source}: the repository has no such revision") from None
+    except RepositoryNotFoundError:
+        raise FileNotFoundError(f"{source}: neither file nor repository on the hub") from None
+    except Exception as error:  # whose class depends on the version of the client
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        hint = "check the connection, or fetch the file elsewhere and name it"
+        raise OSError(f"{source}: not to be had from the hub ({reason}); {hint}") from None
+    raise FileNotFoundError(f"{source}: the repository has none of {', '.join(files)}")
+# end shared
+
+
+# shared: check_complete
+def check_complete(found: dict[str, Tensor], expected: dict[str, Tensor], source) -> None:
+    """Raise a ValueError that names the first tensors in which two state dicts differ."""
+    found, expected = ({n: tuple(t.shape) for n, t in x.items()} for x in (found, expected))
+    wrong = [
+        f"{n} is {found.get(n, 'missing')}, expected {expected.get(n, 'no such tensor')}"
+        for n in expected | found
+        if found.get(n) != expected.get(n)
+    ]
+    if wrong:
+        raise ValueError(f"{source}: {len(wrong)} tensors do not fit: {'; '.join(wrong[:5])}")
+# end shared

@@ -1,0 +1,544 @@
+"""CLIPSeg: an image and a prompt in, the mask of it out. A prompt is a phrase or another image.
+
+Paper: Lueddecke & Ecker, CVPR 2022, arXiv 2112.10003. Code: github.com/timojl/clipseg at 77c4e2d,
+models/clipseg.py (MIT); its port to transformers 5.23, modeling_clipseg.py, whose names are kept.
+Weights on the hub: CIDAS/clipseg-rd64-refined, clipseg-rd64, clipseg-rd16. Their cards say Apache
+2.0, the original README says that its MIT licence does not cover them. The original release is
+rd64-uni-refined.pth, rd64-uni.pth, rd16-uni.pth, without CLIP: add OpenAI's ViT-B-16.pt (MIT).
+
+    image (B,3,352,352)                 tokens (B,T)       or an image with its mask,
+      CLIP's ViT-B/16                     CLIP's text        made one by `visual_prompt`
+      tokens (B,1+22*22,768)              transformer        (B,3,352,352)
+      blocks 0..9, and kept of them         |                the same ViT-B/16, 12 blocks
+      3, 6, 9: features                   condition (B,512), <---'
+      (B,3,1+22,22,768)                     |
+    decoder: 9 in 64 channels, scaled and shifted by the condition, a transformer layer,
+      + 6, a layer, + 3, a layer: (B,64,22,22)
+      transposed convolutions
+    logits (B,1,352,352)
+
+Any sides in 16s will do. Tokens: copy `tokenizer.py` too, or use any CLIP tokenizer, padded with
+anything behind 49407. Nothing is frozen here: wrap what shall not learn in `torch.no_grad()`.
+Left out: masks within CLIP's attention and ViT-B/32, for which no weights were released.
+"""
+
+import json
+import re
+import zipfile
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Config:
+    taps: tuple[int, ...] = (3, 6, 9)  # vision blocks that the decoder sees, counted from 0
+    reduce_dim: int = 64  # channels of the decoder
+    refined: bool = True  # its head: three convolutions, or one that paints squares of 16 pixels
+    heads: int = 4  # of the decoder; the heads of CLIP are 64 wide
+    ffn_dim: int = 2048  # of the decoder
+    vision_dim: int = 768
+    vision_layers: int = 12  # those behind the last tap serve prompt images only
+    text_dim: int = 512
+    text_layers: int = 12
+    embed_dim: int = 512  # in which phrases and prompt images meet
+    image_size: int = 352  # side of the square that `preprocess` makes
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # RGB in 0..1, ImageNet's, not CLIP's
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    text_length: int = 77  # tokens that a phrase is cut or padded to
+    pad_token: int = 49407  # transformers'; changes nothing, the end is the first 49407
+    threshold: float = 0.5  # zero-shot, the authors took 0.3 and 0.5, for Pascal 0.24 to 0.28
+
+
+VARIANTS = {
+    "rd64-refined": Config(),  # 150,747,746 parameters, 1,127,009 of them in the decoder
+    "rd64": Config(refined=False),  # 150,693,890, 1,073,153
+    "rd16": Config(reduce_dim=16, refined=False),  # 149,884,418, 263,681
+    "mini": Config(  # most of them token embeddings; for tests and demos
+        taps=(0, 1, 2), reduce_dim=32, ffn_dim=128, vision_dim=128, vision_layers=4,
+        text_dim=64, text_layers=2, embed_dim=64, image_size=128,
+    ),
+}  # fmt: skip
+
+
+# shared: clip_text
+class TextBlock(nn.Module):
+    """A layer of CLIP's text transformer: attention to earlier tokens, then an MLP."""
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.attn = nn.MultiheadAttention(dim, heads, batch_first=True)
+        self.ln_1 = nn.LayerNorm(dim)
+        mlp = {"c_fc": nn.Linear(dim, 4 * dim), "c_proj": nn.Linear(4 * dim, dim)}
+        self.mlp = nn.ModuleDict(mlp)
+        self.ln_2 = nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        T = x.shape[1]
+        later = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)  # (T,T)
+        y = self.ln_1(x)
+        x = x + self.attn(y, y, y, attn_mask=later, need_weights=False)[0]  # (B,T,C)
+        y = self.mlp["c_fc"](self.ln_2(x))  # (B,T,4C)
+        return x + self.mlp["c_proj"](y * torch.sigmoid(1.702 * y))  # quirk: CLIP's QuickGELU
+# end shared
+
+
+class VisionEmbeddings(nn.Module):
+    def __init__(self, dim: int):
+        super().__init__()
+        self.class_embedding = nn.Parameter(torch.randn(dim) / dim**0.5)
+        self.patch_embedding = nn.Conv2d(3, dim, 16, stride=16, bias=False)
+        self.position_embedding = nn.Embedding(1 + 14 * 14, dim)  # CLIP saw 224 px
+        nn.init.normal_(self.position_embedding.weight, std=dim**-0.5)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """image (B,3,H,W) -> tokens (B,1+H/16*W/16,C), the class token first."""
+        x = self.patch_embedding(image)  # (B,C,H/16,W/16)
+        first, table = self.position_embedding.weight.split((1, 14 * 14))
+        table = table.T.unflatten(1, (14, 14))[None]  # (1,C,14,14)
+        x = x + F.interpolate(table, x.shape[2:], mode="bicubic", align_corners=False)
+        first = (first + self.class_embedding).expand(len(x), -1, -1)  # (B,1,C)
+        return torch.cat([first, x.flatten(2).transpose(1, 2)], 1)  # (B,N,C)
+
+
+class VisionBlock(TextBlock):
+    """The same in the vision transformer, where all tokens attend to each other."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        attn = self.attn
+        qkv = F.linear(self.ln_1(x), attn.in_proj_weight, attn.in_proj_bias)  # (B,N,3C)
+        q, k, v = qkv.unflatten(2, (3, -1, 64)).permute(2, 0, 3, 1, 4)  # (B,h,N,64) each
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # (B,N,C)
+        x = x + attn.out_proj(y)
+        y = self.mlp["c_fc"](self.ln_2(x))  # (B,N,4C)
+        return x + self.mlp["c_proj"](y * torch.sigmoid(1.702 * y))
+
+
+class VisionModel(nn.Module):
+    def __init__(self, dim: int, layers: int):
+        super().__init__()
+        self.embeddings = VisionEmbeddings(dim)
+        self.pre_layrnorm = nn.LayerNorm(dim)  # the hub's spelling
+        blocks = (VisionBlock(dim, dim // 64) for _ in range(layers))
+        self.encoder = nn.ModuleDict({"layers": nn.ModuleList(blocks)})
+        self.post_layernorm = nn.LayerNorm(dim)
+
+    def forward(self, image: Tensor, taps: tuple[int, ...]) -> list[Tensor]:
+        """image (B,3,H,W) -> what the blocks in `taps` give, (B,N,C) each; no later one runs."""
+        if any(side % 16 for side in image.shape[2:]):
+            raise ValueError(f"image sides must be multiples of 16, not {tuple(image.shape[2:])}")
+        x, outputs = self.pre_layrnorm(self.embeddings(image)), []  # (B,N,C)
+        for i, block in enumerate(self.encoder["layers"][: max(taps) + 1]):
+            x = block(x)
+            if i in taps:
+                outputs.append(x)
+        return outputs
+
+
+class TextModel(nn.Module):
+    def __init__(self, dim: int, layers: int):
+        super().__init__()
+        tables = {"token_embedding": nn.Embedding(49408, dim)}
+        tables["position_embedding"] = nn.Embedding(77, dim)
+        for table in tables.values():
+            nn.init.normal_(table.weight, std=0.02)
+        self.embeddings = nn.ModuleDict(tables)
+        blocks = nn.Sequential(*(TextBlock(dim, dim // 64) for _ in range(layers)))
+        self.encoder = nn.ModuleDict({"layers": blocks})
+        self.final_layer_norm = nn.LayerNorm(dim)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """tokens (B,T) -> (B,C), the state at the end of each phrase."""
+        end = tokens.argmax(1)  # the first 49407, the largest of all tokens
+        if not torch.compiler.is_compiling():  # which wants shapes that depend on no value
+            tokens = tokens[:, : int(end.max()) + 1]  # no token looks at those behind it
+        position = self.embeddings["position_embedding"].weight[: tokens.shape[1]]  # (T,C)
+        x = self.encoder["layers"](self.embeddings["token_embedding"](tokens) + position)  # (B,T,C)
+        return self.final_layer_norm(x[torch.arange(len(x), device=x.device), end])  # (B,C)
+
+
+class CLIP(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        # CLIP's temperature: unused, kept so that a file can be written back whole.
+        self.logit_scale = nn.Parameter(torch.tensor(2.6592), requires_grad=False)
+        self.text_model = TextModel(config.text_dim, config.text_layers)
+        self.vision_model = VisionModel(config.vision_dim, config.vision_layers)
+        self.visual_projection = nn.Linear(config.vision_dim, config.embed_dim, bias=False)
+        self.text_projection = nn.Linear(config.text_dim, config.embed_dim, bias=False)
+
+
+# shared: clipseg_decoder
+class DecoderLayer(nn.Module):
+    """All tokens of an image attend to each other, then an MLP; each is normalised behind it."""
+
+    def __init__(self, dim: int, heads: int, ffn_dim: int):
+        super().__init__()
+        self.heads = heads
+        projections = ("k_proj", "v_proj", "q_proj", "out_proj")
+        self.self_attn = nn.ModuleDict({name: nn.Linear(dim, dim) for name in projections})
+        self.layer_norm1 = nn.LayerNorm(dim)
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(dim, ffn_dim), "fc2": nn.Linear(ffn_dim, dim)})
+        self.layer_norm2 = nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B,N,D) -> (B,N,D)."""
+        attn = self.self_attn
+        projections = attn["q_proj"], attn["k_proj"], attn["v_proj"]
+        q, k, v = (f(x).unflatten(2, (self.heads, -1)).transpose(1, 2) for f in projections)
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # (B,N,D)
+        x = self.layer_norm1(x + attn["out_proj"](y))
+        # quirk: ReLU; transformers' config says quick_gelu, its decoder does not read that
+        return self.layer_norm2(x + self.mlp["fc2"](F.relu(self.mlp["fc1"](x))))
+
+
+class Decoder(nn.Module):
+    """From the deepest tap to the shallowest, the prompt scaling and shifting what the first saw.
+
+    dim: channels of the taps; condition_dim: of the prompt's embedding; reduce_dim (D): inside.
+    refined: a head of three convolutions; else one, which paints squares of 16 pixels.
+    """
+
+    def __init__(
+        self, dim: int, condition_dim: int, reduce_dim: int, heads: int, ffn_dim: int,
+        taps: int, refined: bool,
+    ):  # fmt: skip
+        super().__init__()
+        D, up = reduce_dim, nn.ConvTranspose2d
+        self.film_mul, self.film_add = nn.Linear(condition_dim, D), nn.Linear(condition_dim, D)
+        self.reduces = nn.ModuleList(nn.Linear(dim, D) for _ in range(taps))
+        self.layers = nn.ModuleList(DecoderLayer(D, heads, ffn_dim) for _ in range(taps))
+        if refined:
+            mix, up4, up16 = nn.Conv2d(D, D, 3, padding=1), up(D, D // 2, 4, 4), up(D // 2, 1, 4, 4)
+            self.transposed_convolution = nn.Sequential(mix, nn.ReLU(), up4, nn.ReLU(), up16)
+        else:
+            self.transposed_convolution = up(D, 1, 16, 16)
+
+    def forward(self, features: Tensor, condition: Tensor) -> Tensor:
+        """features (B,taps,1+H,W,C) as from `with_grid`, condition (B,C') -> logits (B,1,16H,16W).
+
+        One image and B prompts, or B images and one prompt, are welcome too.
+        """
+        H, W = features.shape[2] - 1, features.shape[3]
+        taps = features.flatten(2, 3)[:, :, W - 1 :].unbind(1)[::-1]  # (B,1+HW,C) each
+        mul, add = self.film_mul(condition)[:, None], self.film_add(condition)[:, None]  # (B,1,D)
+        x = self.layers[0](mul * self.reduces[0](taps[0]) + add)  # (B,1+HW,D)
+        for reduce, layer, tap in zip(self.reduces[1:], self.layers[1:], taps[1:], strict=True):
+            x = layer(reduce(tap) + x)
+        x = x[:, 1:].transpose(1, 2).unflatten(2, (H, W))  # (B,D,H,W), without the class token
+        return self.transposed_convolution(x)
+
+
+def with_grid(tokens: Tensor, H: int, W: int) -> Tensor:
+    """tokens (B,taps,1+HW,C) -> (B,taps,1+H,W,C): one tensor whose shape tells the grid.
+
+    The class token ends a row of its own before the grid, zeros fill the rest of that row.
+    """
+    return F.pad(tokens, (0, 0, W - 1, 0)).unflatten(2, (1 + H, W))
+# end shared
+
+
+class CLIPSeg(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config, c = config, config
+        self.preprocess = partial(preprocess, config=config)  # image -> (3,S,S)
+        self.visual_prompt = partial(visual_prompt, config=config)  # image and mask -> (3,S,S)
+        self.postprocess = partial(postprocess, config=config)  # logits, size -> (1,H,W)
+        self.clip = CLIP(c)
+        self.decoder = Decoder(
+            c.vision_dim, c.embed_dim, c.reduce_dim, c.heads, c.ffn_dim, len(c.taps), c.refined
+        )
+
+    def forward(self, image: Tensor, tokens=None, condition=None) -> Tensor:
+        """image (B,3,H,W) normalised, H and W in 16s, tokens (B,T) -> logits (B,1,H,W).
+
+        Or, in place of tokens, condition (B,embed_dim): from `encode_text`, from
+        `encode_visual_prompt`, or a mixture w * text + (1 - w) * picture, as in its training.
+        Where B of the image or of the prompt is 1, it serves all of the other.
+        """
+        return self.decode(self.encode_image(image), tokens, condition)
+
+    def encode_image(self, image: Tensor) -> Tensor:
+        """image (B,3,H,W) -> features (B,taps,1+H/16,W/16,C), to keep; see `with_grid`."""
+        H, W = (side // 16 for side in image.shape[2:])
+        outputs = self.clip.vision_model(image, self.config.taps)
+        return with_grid(torch.stack(outputs, 1), H, W)
+
+    def decode(self, features: Tensor, tokens=None, condition=None) -> Tensor:
+        """features from `encode_image`, the rest as for `forward` -> logits (B,1,H,W)."""
+        if (tokens is None) == (condition is None):
+            raise ValueError("a prompt is either tokens or condition: give one of the two")
+        return self.decoder(features, self.encode_text(tokens) if condition is None else condition)
+
+    def encode_text(self, tokens: Tensor) -> Tensor:
+        """tokens (B,T) -> condition (B,embed_dim), not normalised."""
+        return self.clip.text_projection(self.clip.text_model(tokens))
+
+    def encode_visual_prompt(self, image: Tensor) -> Tensor:
+        """image (B,3,H,W), as `visual_prompt` makes it -> condition (B,embed_dim)."""
+        (x,) = self.clip.vision_model(image, (self.config.vision_layers - 1,))  # (B,N,C)
+        return self.clip.visual_projection(self.clip.vision_model.post_layernorm(x[:, 0]))
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, clip=None, **overrides) -> "CLIPSeg":
+        """From a file, a folder, a run folder or a hub id; `overrides` are fields of Config.
+
+        clip: a second file or hub id, CLIP under OpenAI's names, where `source` is of the original
+        release and holds the decoder alone. In evaluation mode.
+        """
+        weights, settings = read_checkpoint(source, FILES)
+        if clip is not None:
+            added = read_checkpoint(clip, CLIP_FILES)[0]
+            weights |= {f"clip_model.{name}": t for name, t in added.items()}
+        weights = to_official(weights)
+        if not any(name.startswith("clip.") for name in weights):
+            raise ValueError(f"{source}: no tensor of CLIP; add it: clip='ViT-B-16.pt', OpenAI's")
+        if "format" in settings:  # a run folder of ours
+            kind = settings["class"], settings["format"]
+            if kind != ("CLIPSeg", 1):
+                raise ValueError(f"{source}: holds {kind[0]} in format {kind[1]}, not CLIPSeg in 1")
+            config, told = Config(), settings["config"]
+        else:
+            config = closest_variant(weights)
+            told = {ours: settings[hub] for hub, ours in SETTINGS.items() if hub in settings}
+            if "taps" not in told:  # quirk: (3, 7, 9) in experiments/*.yaml, all else has (3, 6, 9)
+                print(f"{source}: no config.json tells taps; took {config.taps}, of the demo")
+        told = {k: tuple(v) if isinstance(v, list) else v for k, v in told.items()}
+        model = cls(replace(config, **told | overrides))
+        check_complete(weights, to_official(model.state_dict()), source)  # in the hub's names
+        model.load_state_dict(convert(weights))
+        return model.eval()
+
+
+FILES = ("best.safetensors", "model.safetensors", "pytorch_model.bin")
+SETTINGS = {"extract_layers": "taps", "decoder_num_attention_heads": "heads"}  # in its config.json
+CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+IGNORED = {
+    r"clip\.(text|vision)_model\.embeddings\.position_ids": "0, 1, 2, ... of old transformers",
+    r"clip_model\.(input_resolution|context_length|vocab_size)": "OpenAI's; the tables tell them",
+    r"model\.(class_|positional_|proj|conv1|ln_p|transformer).*": "the original's visual, again",
+    r"reduce\.(weight|bias)": "of the original, which does not use it",
+}
+# The original release's, OpenAI's and our names -> the hub's, in this order.
+RENAMES = (
+    (r"^clip_model\.(logit_scale)", r"clip.\1"),
+    (r"^clip_model\.visual\.proj$", "clip.visual_projection.weight"),
+    (r"^clip_model\.text_projection$", "clip.text_projection.weight"),
+    (r"^clip_model\.visual\.", "clip.vision_model."),
+    (r"^clip_model\.", "clip.text_model."),
+    (r"_model\.(token_embedding|class_embedding)", r"_model.embeddings.\1"),
+    (r"_model\.positional_embedding", "_model.embeddings.position_embedding.weight"),
+    (r"_model\.conv1", "_model.embeddings.patch_embedding"),
+    (r"ln_pre", "pre_layrnorm"),
+    (r"ln_post", "post_layernorm"),
+    (r"ln_final", "final_layer_norm"),
+    (r"transformer\.resblocks", "encoder.layers"),
+    (r"\.attn\.", ".self_attn."),
+    (r"\.(?:ln_|norm)([12])\.", r".layer_norm\1."),
+    (r"\.(?:mlp\.c_fc|linear1)\.", ".mlp.fc1."),
+    (r"\.(?:mlp\.c_proj|linear2)\.", ".mlp.fc2."),
+    (r"^trans_conv\.", "decoder.transposed_convolution."),
+    (r"^blocks\.", "decoder.layers."),
+    (r"^(film_|reduces\.)", r"decoder.\1"),
+)
+# The hub's names within a layer of CLIP -> ours, those of the shared block and OpenAI.
+LAYER = (
+    ("self_attn", "attn"), ("q_proj.", "in_proj_"), ("layer_norm", "ln_"), ("fc1", "c_fc"),
+    ("fc2", "c_proj"),
+)  # fmt: skip
+
+
+def to_official(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Any naming -> the hub's, for `load_state_dict` of transformers' class; q, k and v apart."""
+    weights = {}
+    for old, t in state_dict.items():
+        old = old.removeprefix("clipseg.")  # medvlsm's
+        if any(re.fullmatch(pattern, old) for pattern in IGNORED):
+            continue
+        name = old
+        for pattern, new in RENAMES:
+            name = re.sub(pattern, new, name)
+        if old in ("clip_model.visual.proj", "clip_model.text_projection"):
+            t = t.T.contiguous()  # (in,out) there, (out,in) in a linear layer
+        if match := re.fullmatch(r"(.*\.)in_proj_(weight|bias)", name):
+            for x, part in zip("qkv", t.chunk(3), strict=False):  # a wrong shape is told later
+                weights[f"{match[1]}{x}_proj.{match[2]}"] = part.clone()
+        elif name in weights:
+            raise ValueError(f"{name} is there twice, under two names; of CLIP give one file only")
+        else:
+            weights[name] = t
+    return weights
+
+
+def convert(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Any naming -> ours: the hub's but for the layers of CLIP, where q, k and v are one matrix."""
+    official, weights = to_official(state_dict), {}
+    for name, t in official.items():
+        if name.startswith("clip.") and ".encoder.layers." in name:
+            if ".k_proj." in name or ".v_proj." in name:
+                continue  # come with q
+            if ".q_proj." in name:
+                t = torch.cat([official[name.replace("q_proj", f"{x}_proj")] for x in "qkv"])
+            for hub, ours in LAYER:
+                name = name.replace(hub, ours)
+        weights[name] = t
+    return weights
+
+
+def closest_variant(weights: dict[str, Tensor]) -> Config:
+    """The one most of whose names and shapes agree."""
+    shapes = {(name, t.shape) for name, t in weights.items()}
+    with torch.device("meta"):
+        models = [to_official(CLIPSeg(config).state_dict()) for config in VARIANTS.values()]
+    agree = [len(shapes & {(name, t.shape) for name, t in model.items()}) for model in models]
+    return list(VARIANTS.values())[agree.index(max(agree))]
+
+
+def preprocess(image, config: Config) -> Tensor:
+    """PIL image -> (3,S,S) float32, stretched and normalised."""
+    import numpy as np
+    from PIL import Image
+
+    size = (config.image_size, config.image_size)
+    image = image.convert("RGB").resize(size, Image.Resampling.BILINEAR)
+    mean, std = (torch.tensor(x)[:, None, None] for x in (config.mean, config.std))  # (3,1,1)
+    return (torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255 - mean) / std  # (3,S,S)
+
+
+def preprocess_mask(mask: Tensor, config: Config) -> Tensor:
+    """mask (H,W) in 0..1 -> (1,S,S) float32 in the geometry of `preprocess`, to train with."""
+    size = (config.image_size, config.image_size)
+    return F.interpolate(mask[None, None].float(), size, mode="nearest-exact")[0]  # PIL's nearest
+
+
+def postprocess(logits: Tensor, size: tuple[int, int], config: Config) -> Tensor:
+    """logits (1,h,w) -> probabilities (1,H,W) at the image's own size, for any `config`."""
+    logits = logits[None].float()
+    return F.interpolate(logits, size, mode="bilinear", align_corners=False)[0].sigmoid()
+
+
+def visual_prompt(image: Tensor, mask: Tensor, config: Config) -> Tensor:
+    """image (3,H,W) normalised, mask (1,H,W) of 0 and 1 -> (3,S,S) for `encode_visual_prompt`.
+
+    All but the masked is blurred and darkened to a tenth, then cropped a tenth of the mask's size
+    around it: the authors' best way (crop_blur_highlight352 in their datasets/utils.py).
+    """
+    mask = mask[0] > 0.5  # (H,W)
+    if not mask.any():
+        raise ValueError("the mask of a prompt image is empty: mark there what is to be found")
+    x = torch.arange(-7, 8, device=image.device, dtype=image.dtype)
+    kernel = torch.softmax(-(x**2) / (2 * 3.0**2), 0)  # (15,), Gaussian of 3 pixels
+    blurred = F.pad(image, (7, 7, 7, 7), mode="reflect")[:, None]  # (3,1,H+14,W+14)
+    blurred = F.conv2d(F.conv2d(blurred, kernel.view(1, 1, 15, 1)), kernel.view(1, 1, 1, 15))
+    image = torch.where(mask, image, 0.1 * blurred[:, 0])  # (3,H,W)
+    for axis, side in enumerate(mask.shape, 1):
+        inside = mask.any(2 - axis).nonzero()
+        first, end = int(inside[0]), int(inside[-1]) + 1
+        margin = 0.1 * (end - first)
+        first, end = int(max(0, first - margin)), int(min(side, end + margin))
+        image = image.narrow(axis, first, end - first)  # (3,h,w) in the end
+    h, w = image.shape[1:]
+    rows, columns = max(w - h, 0), max(h - w, 0)  # of zeros that make it a square
+    sides = columns // 2, columns - columns // 2, rows // 2, rows - rows // 2
+    size = (config.image_size, config.image_size)
+    return F.interpolate(F.pad(image, sides)[None], size)[0]  # (3,S,S), nearest
+
+
+# shared: read_checkpoint
+def read_checkpoint(source: str | Path, files: tuple[str, ...]) -> tuple[dict[str, Tensor], dict]:
+    """Weights and settings from a file, a folder or the hub (`owner/name`, `owner/name@revision`).
+
+    Of a folder or repository the first of `files` that is there. -> state dict without the wrappers
+    and prefixes of training programs, and the config.json beside it ({} if there is none). What is
+    missing, damaged or of another kind is a FileNotFoundError or ValueError of one line.
+    """
+    path = Path(source)
+    if path.is_dir():
+        path = next((path / name for name in files if (path / name).exists()), None)
+        if path is None:
+            raise FileNotFoundError(f"{source}: has none of {', '.join(files)}; name the file")
+    elif not path.exists():
+        path = download(str(source), files)
+    config, weights = path.parent / "config.json", read_file(path)
+    settings = read_file(config) if config.exists() else {}
+    for key in ("state_dict", "model"):
+        weights = weights[key] if isinstance(weights.get(key), dict) else weights
+    for prefix in ("module.", "net."):  # a name that would then be there twice keeps its prefix
+        bare = {name: name.removeprefix(prefix) for name in weights}
+        weights = {n if bare[n] in weights else bare[n]: t for n, t in weights.items()}
+    if other := [name for name, t in weights.items() if not isinstance(t, Tensor)]:
+        raise ValueError(f"{path}: no state dict, its {other[0]!r} is not a tensor")
+    return weights, settings
+
+
+def read_file(path: Path) -> dict:
+    """What is in a .json or .safetensors file, a TorchScript archive, a pickle without code."""
+    try:
+        with open(path, "rb") as file:
+            if file.read(64).lstrip().startswith((b"<", b"version https://git-lfs")):
+                raise ValueError("a web page or Git LFS pointer")
+        if path.suffix == ".json":
+            return json.loads(path.read_text())
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        if zipfile.is_zipfile(path) and "/constants.pkl" in str(zipfile.ZipFile(path).namelist()):
+            return torch.jit.load(path, map_location="cpu").state_dict()
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as error:
+        if "Unsupported global" in str(error):
+            error = "it has code in it; where it was made, torch.save(model.state_dict(), path)"
+        raise ValueError(f"{path}: cannot be read, get the whole file: {error!r:.150}") from None
+
+
+def download(source: str, files: tuple[str, ...]) -> Path:
+    """The first of `files` in a repository of the hub, config.json beside it; cached or fetched."""
+    import huggingface_hub as hub
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+    where = dict(zip(("repo_id", "revision"), source.split("@"), strict=False))
+    is_file = Path(source).suffix in (".pt", ".pth", ".bin", ".safetensors")
+    if is_file or where["repo_id"].count("/") != 1:
+        raise FileNotFoundError(f"{source}: no such file or folder; a hub id is owner/name")
+    for name in files:
+        if isinstance(path := hub.try_to_load_from_cache(filename=name, **where), str):
+            return Path(path)
+    try:
+        there = hub.HfApi().model_info(**where, files_metadata=True).siblings
+        sizes = {file.rfilename: file.size or 0 for file in there}
+        if name := next((name for name in files if name in sizes), None):
+            size = f"{sizes[name] / 1e6:,.1f} MB"
+            print(f"downloading {name}, {size}, of {source} from {hub.constants.ENDPOINT}")
+            if "config.json" in sizes:
+                hub.hf_hub_download(filename="config.json", **where)
+            return Path(hub.hf_hub_download(filename=name, **where))
+    except RevisionNotFoundError:
+        raise FileNotFoundError(f"{source}: the repository has no such revision") from None
+    except RepositoryNotFoundError:
+        raise FileNotFoundError(f"{source}: neither file nor repository on the hub") from None
+    except Exception as error:  # whose class depends on the version of the client
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        hint = "check the connection, or fetch the file elsewhere and name it"
+        raise OSError(f"{source}: not to be had from the hub ({reason}); {hint}") from None
+    raise FileNotFoundError(f"{source}: the repository has none of {', '.join(files)}")
+# end shared
+
+
+# shared: check_complete
+def check_complete(found: dict[str, Tensor], expected: dict[str, Tensor], source) -> None:
+    """Raise a ValueError that names the first tensors in which two state dicts differ."""
+    found, expected = ({n: tuple(t.shape) for n, t in x.items()} for x in (found, expected))
+    wrong = [
+        f"{n} is {found.get(n, 'missing')}, expected {expected.get(n, 'no such tensor')}"
+        for n in expected | found
+        if found.get(n) != expected.get(n)
+    ]
+    if wrong:
+        raise ValueError(f"{source}: {len(wrong)} tensors do not fit: {'; '.join(wrong[:5])}")
+# end shared

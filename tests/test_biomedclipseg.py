@@ -1,0 +1,594 @@
+"""BiomedCLIPSeg against the study's own numbers and against timm, open_clip and transformers."""
+
+import json
+import subprocess
+import sys
+import zlib
+from dataclasses import asdict, replace
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from conftest import ROOT
+from hub import Hub
+from open_clip.hf_model import HFTextEncoder
+from PIL import Image
+from recipe import fill
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torchvision.transforms import v2
+from transformers import BertConfig, CLIPSegConfig
+from transformers.models.clipseg.modeling_clipseg import CLIPSegDecoder
+
+import biomedclipseg
+from biomedclipseg import VARIANTS, BiomedCLIPSeg
+from tokenizer import CHARACTERS, WordPieceTokenizer
+
+FILE = np.load(ROOT / "tests/golden/biomedclipseg.npz")
+NAMES = json.loads(str(FILE["keys"]))
+MINI = VARIANTS["mini"]
+
+
+def golden(name: str) -> torch.Tensor:
+    return torch.from_numpy(FILE[name])
+
+
+def golden_weights() -> dict[str, torch.Tensor]:
+    """The study's state dict, the legacy table of positions included."""
+    stored = {n.removeprefix("buffers/"): FILE[n] for n in FILE.files if n.startswith("buffers/")}
+    return {n: torch.from_numpy(stored[n] if n in stored else fill(n, s)) for n, s, _ in NAMES}
+
+
+def golden_image() -> torch.Tensor:
+    meta = json.loads(str(FILE["meta"]))
+    rng = np.random.Generator(np.random.PCG64(zlib.crc32(meta["pixels"][0].encode())))
+    coarse = rng.standard_normal((2, 3, 14, 14), dtype=np.float32)
+    fine = rng.standard_normal((2, 3, 224, 224), dtype=np.float32)
+    image = coarse.repeat(16, 2).repeat(16, 3) + np.float32(0.25) * fine
+    assert zlib.crc32(image.tobytes()) == meta["pixels_crc32"]
+    return torch.from_numpy(image)
+
+
+def write_hub_files(state, folder) -> dict:
+    """The study's state dict as the two files of the hub -> arguments of from_pretrained."""
+    towers = {n.removeprefix("biomedclip."): t for n, t in state.items() if "decoder." not in n}
+    towers["text.transformer.embeddings.position_ids"] = torch.arange(512)[None]  # as on the hub
+    decoder = {n: t for n, t in state.items() if n.startswith("decoder.")}
+    for name in ("biomedclip", "clipseg"):
+        (folder / name).mkdir(parents=True)
+    torch.save(towers, folder / "biomedclip/open_clip_pytorch_model.bin")
+    clip = {"clip.logit_scale": torch.ones(())}  # and its towers, which are not wanted
+    torch.save(clip | decoder, folder / "clipseg/pytorch_model.bin")
+    return {"source": folder / "biomedclip", "decoder": folder / "clipseg"}
+
+
+# --- the study's own numbers ----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def official(tmp_path_factory):
+    """The full model with the golden weights, out of the two files."""
+    folder = tmp_path_factory.mktemp("golden")
+    files = write_hub_files(golden_weights(), folder)
+    model = BiomedCLIPSeg.from_pretrained(**files)
+    for path in folder.rglob("*.bin"):  # 790 MB
+        path.unlink()
+    return model
+
+
+def test_every_official_name_and_shape():
+    with torch.device("meta"):
+        ours = BiomedCLIPSeg(VARIANTS["biomedclipseg"]).state_dict()
+    legacy = "biomedclip.text.transformer.embeddings.position_ids"
+    theirs = {name: tuple(shape) for name, shape, _ in NAMES if name != legacy}
+    assert {name: tuple(t.shape) for name, t in ours.items()} == theirs
+    assert sum(t.numel() for t in ours.values()) == 197_029_730
+    assert sum(p.numel() for p in BiomedCLIPSeg(MINI).parameters()) == 1_492_658
+
+
+def intermediate_results(model) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """name -> ours and the study's, in the order in which data meets them."""
+    trunk, text = model.biomedclip.visual["trunk"], model.biomedclip.text["transformer"]
+    modules = {f"block{i}": trunk.blocks[i] for i in (3, 4, 7, 10)} | {"bert_last_hidden": text}
+    modules |= {f"dec{i}": layer for i, layer in enumerate(model.decoder.layers)}
+    seen, hooks = {}, []
+    for name, module in modules.items():
+
+        def hook(module, inputs, output, name=name):
+            if name.startswith("dec"):
+                seen[f"{name}_in"], seen[f"{name}_out"] = inputs[0][:, ::14], output[:, ::14]
+            else:
+                seen[name] = output[:, ::49] if name.startswith("block") else output[:, :4]
+
+        hooks.append(module.register_forward_hook(hook))
+    dtype = next(model.parameters()).dtype
+    with torch.no_grad():
+        seen["logits"] = model(golden_image().to(dtype), golden("in/input_ids"))
+        seen["embedding"] = model.encode_text(golden("in/input_ids"))
+    for hook in hooks:
+        hook.remove()
+    return {name: (x, golden(f"out/{name}")) for name, x in seen.items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_outputs_equal_the_study_s(official, dtype):
+    try:
+        for name, (ours, theirs) in intermediate_results(official.to(dtype)).items():
+            error = (ours - theirs).abs().max().item()
+            print(f"{name}: {error:.1e}")
+            limit = 1e-4 if name in ("block7", "block10") else 2e-5
+            assert error < limit, f"the first that differs is {name}, by {error:.1e}"
+    finally:
+        official.float()
+
+
+def test_the_taps_that_the_study_meant_and_pictures_as_prompts(official):
+    image, tokens = golden_image(), golden("in/input_ids")
+    config, official.config = official.config, replace(official.config, taps=(3, 6, 9))
+    try:
+        with torch.no_grad():
+            logits = official(image, tokens)
+            prompt = official.encode_visual_prompt(image)
+    finally:
+        official.config = config
+    error = (logits - golden("out/logits_layers_3_6_9")).abs().max()
+    assert error < 2e-5
+    assert (prompt - golden("out/openclip_image_features")).abs().max() < 2e-5
+    assert (logits - golden("out/logits")).abs().max() > 0.5
+
+
+# --- timm, open_clip and transformers, live at mini -----------------------------------------------
+
+
+class Reference(nn.Module):
+    """The study's network of the packages' own modules: mini, under the study's names."""
+
+    def __init__(self, taps):
+        super().__init__()
+        c, self.taps = MINI, taps
+        self.biomedclip = nn.Module()
+        self.biomedclip.logit_scale = nn.Parameter(torch.tensor(2.6))
+        self.biomedclip.visual = nn.Module()
+        self.biomedclip.visual.trunk = timm.models.VisionTransformer(
+            embed_dim=c.dim, depth=c.layers, num_heads=2, num_classes=0, dynamic_img_size=True
+        )
+        self.biomedclip.visual.head = nn.Sequential()
+        self.biomedclip.visual.head.proj = nn.Linear(c.dim, c.embed_dim, bias=False)
+        bert = BertConfig(
+            vocab_size=c.vocab_size,
+            hidden_size=c.dim,
+            num_hidden_layers=c.text_layers,
+            num_attention_heads=2,
+            intermediate_size=4 * c.dim,
+        )
+        pooler, mlp = "cls_last_hidden_state_pooler", "mlp"
+        self.biomedclip.text = HFTextEncoder("", c.embed_dim, bert, pooler, mlp, pretrained=False)
+        self.biomedclip.text.transformer.pooler = None
+        clipseg = CLIPSegConfig(
+            vision_config={"hidden_size": c.dim, "num_attention_heads": 2, "patch_size": 16},
+            projection_dim=c.embed_dim,
+            reduce_dim=c.reduce_dim,
+            decoder_intermediate_size=c.ffn_dim,
+            extract_layers=list(taps),
+            use_complex_transposed_convolution=True,
+        )
+        self.decoder = CLIPSegDecoder(clipseg)
+        for layer in self.decoder.layers:  # its default takes the softmax in float32
+            layer.self_attn.config._attn_implementation = "sdpa"
+        self.double().eval()
+        with torch.no_grad():
+            for name, p in self.named_parameters():
+                p.copy_(torch.from_numpy(fill(name, tuple(p.shape))))
+
+    def encode_image(self, image):
+        """Outputs of the blocks in `taps`, shallow to deep: (B,N,C) each."""
+        tokens = self.biomedclip.visual.trunk.forward_intermediates(
+            image,
+            indices=list(self.taps),
+            output_fmt="NLC",
+            return_prefix_tokens=True,
+            intermediates_only=True,
+        )
+        return [torch.cat([first, patches], 1) for patches, first in tokens]
+
+    def forward(self, image, tokens):
+        condition = self.biomedclip.text(tokens)
+        return self.decoder(tuple(self.encode_image(image)), condition).logits[:, None]
+
+    def encode_visual_prompt(self, image):
+        return self.biomedclip.visual.head.proj(self.biomedclip.visual.trunk(image))
+
+
+def prompts(*lengths) -> torch.Tensor:
+    torch.manual_seed(3)
+    tokens = torch.zeros(len(lengths), 128, dtype=torch.int64)
+    for row, length in zip(tokens, lengths, strict=True):
+        row[:length] = torch.cat([torch.tensor([2]), torch.randint(5, 109, (length - 1,))])
+    return tokens
+
+
+@pytest.fixture(scope="module", params=[(0, 1, 2), (1, 2, 3)])
+def pair(request, tmp_path_factory):
+    """The packages' network and ours, loaded from the files of it."""
+    reference = Reference(request.param)
+    files = write_hub_files(reference.state_dict(), tmp_path_factory.mktemp("mini"))
+    return reference, BiomedCLIPSeg.from_pretrained(**files, taps=request.param).double()
+
+
+def test_outputs_and_all_gradients_equal_the_packages(pair):
+    torch.manual_seed(1)
+    image, tokens = torch.randn(3, 3, 224, 224).double(), prompts(5, 17, 9)
+    gradients = []
+    for model in pair:
+        model.zero_grad()
+        logits = model(image, tokens)
+        target = torch.arange(logits.numel()).reshape(logits.shape) % 7 < 3
+        F.binary_cross_entropy_with_logits(logits, target.double()).backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+        gradients[-1]["logits"] = logits.detach()
+    theirs, ours = gradients
+    assert theirs.keys() == ours.keys()
+    assert len(ours) > 120
+    for name, reference in theirs.items():
+        # Of the keys' biases they are 0 but for rounding: softmax does not see a shift of all keys.
+        error = (ours[name] - reference).abs().max() / reference.abs().max().clamp_min(1e-8)
+        assert error < 1e-6, f"{name}: {error:.1e}"
+
+
+def test_float32_and_other_sizes_equal_the_packages(pair):
+    reference, model = pair
+    tokens = prompts(4, 11)
+    for size in (224, 128, 288):
+        image = torch.randn(2, 3, size, size).double()
+        with torch.no_grad():
+            theirs = reference(image, tokens)
+            assert (model(image, tokens) - theirs).abs().max() < 1e-6 * theirs.std()
+            ours = model.float()(image.float(), tokens)
+            prompt = reference.encode_visual_prompt(image)
+            model.double()
+            assert (model.encode_visual_prompt(image) - prompt).abs().max() < 1e-6
+        assert (ours - theirs).abs().max() < 2e-5
+
+
+def test_images_that_are_not_square(pair):
+    reference, model = pair
+    image = torch.randn(1, 3, 64, 176).double()
+    with torch.no_grad():
+        features = model.encode_image(image)
+        theirs = torch.stack(reference.encode_image(image), 1)  # (1,taps,1+HW,C)
+        assert features.shape == (1, 3, 5, 11, 128)
+        torch.testing.assert_close(features[:, :, 1:].flatten(2, 3), theirs[:, :, 1:])
+        torch.testing.assert_close(features[:, :, 0, -1], theirs[:, :, 0])
+        assert model(image, prompts(5)).shape == (1, 1, 64, 176)
+    with pytest.raises(ValueError, match="multiples of 16"):
+        model(torch.zeros(1, 3, 72, 64).double(), prompts(5))
+
+
+# --- less work, same numbers ----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def mini():
+    torch.manual_seed(1)
+    return BiomedCLIPSeg(MINI).eval().double()
+
+
+def test_padding_changes_nothing(mini):
+    tokens = prompts(5, 9)
+    with torch.no_grad():
+        padded = mini.biomedclip.text["transformer"](tokens, (tokens != 0)[:, None, None])
+        padded = mini.biomedclip.text["proj"](padded[:, 0])  # all 128 columns computed
+        torch.testing.assert_close(mini.encode_text(tokens), padded, rtol=0, atol=1e-12)
+        torch.testing.assert_close(mini.encode_text(tokens[:1, :5]), padded[:1], rtol=0, atol=1e-12)
+        ours, short = mini.float().encode_text(tokens), mini.encode_text(tokens[:, :9])
+        assert torch.equal(ours, short) and (ours - padded).abs().max() < 1e-6
+        mini.double()
+        full = mini.encode_text(tokens.where(tokens != 0, 7))
+        assert (full - padded).abs().max() > 1e-3  # these are seen
+
+
+def test_blocks_after_the_last_tap_do_not_run(mini):
+    image, tokens = torch.randn(1, 3, 64, 64).double(), prompts(5)
+    with torch.no_grad():
+        expected = mini(image, tokens)
+        dead = mini.biomedclip.visual["trunk"].blocks[3]
+        hook = dead.register_forward_hook(lambda *_: pytest.fail("ran"))
+        assert torch.equal(mini(image, tokens), expected)
+        hook.remove()
+
+
+def test_features_and_embeddings_can_be_kept_and_shared(mini):
+    image, tokens = torch.randn(2, 3, 64, 96).double(), prompts(5, 9)
+    with torch.no_grad():
+        features, condition = mini.encode_image(image), mini.encode_text(tokens)
+        expected = mini(image, tokens)
+        assert torch.equal(mini.decode(features, tokens), expected)
+        assert torch.equal(mini.decode(features, condition=condition), expected)
+        assert torch.equal(mini(image, condition=condition), expected)
+        for both in ({}, {"tokens": tokens, "condition": condition}):
+            with pytest.raises(ValueError, match="one of the two"):
+                mini(image, **both)
+        one = mini(image[:1], tokens)  # one image, two prompts
+        torch.testing.assert_close(one, mini(image[[0, 0]], tokens))
+        assert (one[0] - one[1]).abs().max() > 1e-3
+
+
+# --- training -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("part", ["all", "decoder"])
+def test_trains_in_float32_and_whatever_may_train_does(part):
+    torch.manual_seed(0)
+    model = BiomedCLIPSeg(MINI).train()
+    names = {n for n, p in model.named_parameters() if not p.requires_grad}
+    visual = "biomedclip.visual."
+    unreached = (f"{visual}trunk.blocks.3.", f"{visual}trunk.norm.", f"{visual}head.")
+    unreached = {n for n in model.state_dict() if n.startswith(unreached)}
+    assert names == unreached | {"biomedclip.logit_scale"}
+    if part == "decoder":
+        model.biomedclip.requires_grad_(False)
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(trained.values(), 1e-3)
+    image, tokens = torch.randn(2, 3, 64, 64), prompts(5, 9)
+    target, losses = (torch.arange(64) < 40).float().expand(2, 1, 64, 64), []
+    for _ in range(12):
+        loss = F.binary_cross_entropy_with_logits(model(image, tokens), target)
+        optimizer.zero_grad()
+        loss.backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in trained.values())
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.015
+    assert {n.split(".")[0] for n in trained} == {
+        "all": {"biomedclip", "decoder"},
+        "decoder": {"decoder"},
+    }[part]
+
+
+def test_the_text_tower_s_dropout_is_the_study_s_only_if_asked_for():
+    torch.manual_seed(0)
+    model, tokens = BiomedCLIPSeg(MINI).train(), prompts(9)
+    noisy = BiomedCLIPSeg(replace(MINI, dropout=0.1)).train()
+    noisy.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        plain = model.encode_text(tokens)
+        assert torch.equal(model.encode_text(tokens), plain)
+        many = tokens[:, :9].expand(1000, -1)
+        noise = noisy.encode_text(many).std(0).mean()
+        assert torch.equal(noisy.eval().encode_text(tokens), plain)
+        reference = Reference((0, 1, 2)).biomedclip.text.float().train()  # BERT's own 0.1
+        reference.load_state_dict(model.biomedclip.text.state_dict())
+        theirs = reference(many).std(0).mean()
+    assert 0.95 < noise / theirs < 1.05
+
+
+def test_an_untrained_decoder_is_drawn_as_the_study_s():
+    torch.manual_seed(0)
+    # The decoder of the full size below a small text tower.
+    decoder = BiomedCLIPSeg(replace(VARIANTS["biomedclipseg"], text_layers=1, vocab_size=9)).decoder
+    # As in transformers 4.35.2; what its rules leave out is as torch draws it.
+    stds = {"q_proj": 0.0255, "k_proj": 0.0255, "v_proj": 0.0255, "out_proj": 0.125}
+    stds |= {"fc1": 0.0884, "fc2": 0.0255, "film_mul": 0.0255, "film_add": 0.0255}
+    stds |= {name: 0.0208 for name in ("reduces.0", "reduces.1", "reduces.2")}
+    for name, module in decoder.named_modules():
+        if isinstance(module, nn.Linear):
+            std = stds[name if name in stds else name.split(".")[-1]]
+            assert module.weight.std().item() == pytest.approx(std, rel=0.05), name
+            assert not module.bias.any(), name
+
+
+# --- loading is total -----------------------------------------------------------------------------
+
+
+def mini_state():
+    torch.manual_seed(0)
+    return {k: v.clone() for k, v in BiomedCLIPSeg(MINI).state_dict().items()}
+
+
+def write_run(folder, state, **more):
+    folder.mkdir()
+    save_file(state, folder / "best.safetensors")
+    config = {"format": 1, "model": "biomedclipseg", "class": "BiomedCLIPSeg"}
+    (folder / "config.json").write_text(json.dumps(config | {"config": asdict(MINI)} | more))
+    return {"source": folder}
+
+
+def write_checkpoint(path, content):
+    torch.save(content, path)
+    return {"source": path}
+
+
+def write_safetensors(path, state):
+    save_file(state, path)
+    return {"source": path}
+
+
+FORMS = {
+    "two files": lambda state, path: write_hub_files(state, path / "two"),
+    "whole": lambda state, path: write_checkpoint(path / "x.pth", state),
+    "lightning": lambda state, path: write_checkpoint(
+        path / "x.ckpt", {"state_dict": {f"net.{k}": v for k, v in state.items()}, "epoch": 3}
+    ),
+    "safetensors": lambda state, path: write_safetensors(path / "x.safetensors", state),
+    "run": lambda state, path: write_run(path / "run", state),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_all_forms_of_a_checkpoint_are_the_same_model(form, tmp_path):
+    state = mini_state()
+    files = FORMS[form](state, tmp_path)
+    overrides = {} if form == "run" else {"taps": (1, 2, 3)}
+    model = BiomedCLIPSeg.from_pretrained(**files, **overrides)
+    assert not model.training
+    assert model.config == replace(MINI, taps=MINI.taps if form == "run" else (1, 2, 3))
+    loaded = model.state_dict()
+    assert loaded.keys() == state.keys()
+    assert all(torch.equal(t, state[name]) for name, t in loaded.items())
+    official = biomedclipseg.to_official(loaded)
+    again = biomedclipseg.convert(official)
+    assert again.keys() == state.keys()
+    assert all(torch.equal(t, state[name]) for name, t in again.items())
+
+
+def test_what_no_file_tells_is_said(tmp_path, capsys):
+    state = mini_state()
+    files = write_hub_files(state, tmp_path)
+    model = BiomedCLIPSeg.from_pretrained(files["source"])
+    out = capsys.readouterr().out
+    assert "untrained is decoder" in out and "took (0, 1, 2)" in out and out.count("\n") == 2
+    towers = [n for n in state if n.startswith("biomedclip.")]
+    assert all(torch.equal(model.state_dict()[n], state[n]) for n in towers)
+    BiomedCLIPSeg.from_pretrained(**files, taps=(1, 2, 3))
+    assert capsys.readouterr().out == ""
+    BiomedCLIPSeg.from_pretrained(**write_run(tmp_path / "run", state))
+    assert capsys.readouterr().out == ""
+
+
+def test_a_decoder_can_be_exchanged(tmp_path):
+    state, other = mini_state(), mini_state()
+    other = {n: t + 1 if n.startswith("decoder.") else t for n, t in other.items()}
+    first, second = (write_run(tmp_path / n, s) for n, s in (("a", state), ("b", other)))
+    model = BiomedCLIPSeg.from_pretrained(first["source"], decoder=second["source"])
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, (other if name.startswith("decoder.") else state)[name])
+
+
+TOWERS = (
+    "biomedclip.visual.trunk.blocks.2.attn.qkv.weight",
+    "biomedclip.text.transformer.encoder.layer.1.attention.self.key.weight",
+)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("fault", ["renamed", "dropped", "added", "reshaped"])
+@pytest.mark.parametrize("name", [*TOWERS, "decoder.layers.1.self_attn.k_proj.weight"])
+def test_one_tensor_that_does_not_fit_is_named(form, fault, name, tmp_path):
+    state, changed = mini_state(), name
+    if fault == "reshaped":
+        state[name] = state[name][:, :-1].contiguous()
+    elif fault == "added":
+        changed = name.replace("weight", "scale")
+        state[changed] = torch.zeros(3)
+    else:
+        x = state.pop(name)
+        if fault == "renamed":
+            state[name + "_"] = x
+    files = FORMS[form](state, tmp_path)
+    with pytest.raises(ValueError) as caught:
+        BiomedCLIPSeg.from_pretrained(**files)
+    message = str(caught.value)
+    assert changed in message and "\n" not in message
+    if fault == "renamed":
+        assert name + "_" in message
+    file = files["decoder" if "decoder" in files and name.startswith("decoder.") else "source"]
+    assert message.startswith(str(file))
+
+
+def test_what_is_something_else_is_refused(tmp_path):
+    torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "linear.pth")
+    with pytest.raises(ValueError, match=r"biomedclip\."):
+        BiomedCLIPSeg.from_pretrained(tmp_path / "linear.pth")
+    run = write_run(tmp_path / "run", mini_state())
+    with pytest.raises(ValueError, match="linear.pth.*decoder.film_mul.weight is missing"):
+        BiomedCLIPSeg.from_pretrained(**run, decoder=tmp_path / "linear.pth")
+    with pytest.raises(ValueError, match="'CRIS', 1.*not BiomedCLIPSeg"):
+        BiomedCLIPSeg.from_pretrained(
+            **write_run(tmp_path / "cris", mini_state(), **{"class": "CRIS"})
+        )
+    for taps in ((2, 1, 3), (1, 1, 2), (1, 2, 4), (-1, 0, 1)):
+        with pytest.raises(ValueError, match="blocks of 0 to 3"):
+            BiomedCLIPSeg(replace(MINI, taps=taps))
+
+
+# --- the hub --------------------------------------------------------------------------------------
+
+PROGRAM = """
+import sys
+from safetensors.torch import save_file
+from biomedclipseg import BiomedCLIPSeg, find_vocabulary
+from tokenizer import WordPieceTokenizer
+home, towers, decoder = sys.argv[1:]
+model = BiomedCLIPSeg.from_pretrained(towers, decoder=decoder, vocabulary=towers)
+vocabulary = find_vocabulary(model.config.vocabulary)
+tokens = WordPieceTokenizer(vocabulary, 8, model.config.pad_token)("red 2")
+print(tokens.tolist())
+save_file(model.state_dict(), home + "/saved.safetensors")
+"""
+
+
+def test_towers_decoder_and_vocabulary_from_the_hub(tmp_path):
+    towers, decoder = VARIANTS["biomedclipseg"].vocabulary, "CIDAS/clipseg-rd64-refined"
+    state, folder = mini_state(), tmp_path / "repositories"
+    files = write_hub_files(state, tmp_path / "files")
+    (folder / towers).mkdir(parents=True), (folder / decoder).mkdir(parents=True)
+    files["source"].rename(folder / towers / "main")
+    files["decoder"].rename(folder / decoder / "main")
+    write_vocabulary(folder / towers / "main/vocab.txt")
+    with Hub(folder) as hub:
+        environment = hub.environment(tmp_path / "home")
+        printed = [run(environment, tmp_path, towers, decoder)]
+    # The port is closed now: all is kept.
+    printed.append(run(environment, tmp_path, towers, decoder))
+    for out in printed:
+        assert out.splitlines()[-1] == str(expected_tokens())
+    downloads = [line for line in printed[0].splitlines() if line.startswith("downloading")]
+    names = ("open_clip_pytorch_model.bin", "pytorch_model.bin", "vocab.txt")
+    assert [line.split()[1].rstrip(",") for line in downloads] == list(names)
+    assert "downloading" not in printed[1]
+    saved = load_file(tmp_path / "saved.safetensors")
+    assert all(torch.equal(t, saved[name]) for name, t in state.items())
+
+
+def run(environment, home, *arguments) -> str:
+    command = [sys.executable, "-c", PROGRAM, str(home), *arguments]
+    done = subprocess.run(
+        command, env=environment, check=False, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def write_vocabulary(path):
+    path.write_text("\n".join(CHARACTERS) + "\n", encoding="utf-8")
+
+
+def expected_tokens():
+    pieces = ["[CLS]", "r", "##e", "##d", "2", "[SEP]", "[PAD]", "[PAD]"]
+    return [[CHARACTERS.index(piece) for piece in pieces]]
+
+
+def test_a_vocabulary_beside_the_weights_is_the_one(tmp_path):
+    run = write_run(tmp_path / "run", mini_state())
+    write_vocabulary(tmp_path / "run/vocab.txt")
+    for source in (tmp_path / "run", tmp_path / "run/best.safetensors"):
+        config = BiomedCLIPSeg.from_pretrained(source).config
+        tokenize = WordPieceTokenizer(biomedclipseg.find_vocabulary(config.vocabulary), 8)
+        assert tokenize("Red 2").tolist() == expected_tokens()
+    assert biomedclipseg.find_vocabulary(run["source"]) == tmp_path / "run/vocab.txt"
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        biomedclipseg.find_vocabulary(tmp_path / "gone/vocab.txt")
+
+
+# --- pixels ---------------------------------------------------------------------------------------
+
+
+def test_pixels_are_torchvision_s_resize_of_pil_images():
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 255, (9, 9, 3), dtype=np.uint8)).resize((301, 147))
+    config = VARIANTS["biomedclipseg"]
+    steps = [v2.Resize((224, 224)), v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
+    official = v2.Compose([*steps, v2.Normalize(config.mean, config.std)])(image)
+    torch.testing.assert_close(biomedclipseg.preprocess(image, config), official, rtol=0, atol=1e-6)
+    mask = Image.fromarray(np.asarray(image.convert("L")) > 127)
+    nearest = np.asarray(mask.resize((224, 224), Image.Resampling.NEAREST))
+    ours = biomedclipseg.preprocess_mask(torch.from_numpy(np.array(mask)), config)
+    assert np.array_equal(ours[0].numpy() > 0.5, nearest)
+
+
+def test_the_way_back_is_bilinear_logits(mini):
+    logits = torch.tensor([[[-4.0, 4.0], [-4.0, 4.0]]])
+    back = mini.postprocess(logits, (2, 4))
+    torch.testing.assert_close(back[0, 0], torch.tensor([-4.0, -2.0, 2.0, 4.0]).sigmoid())

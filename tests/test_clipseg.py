@@ -1,0 +1,600 @@
+"""CLIPSeg against what the official code computed and computes, through the real loading code."""
+
+import contextlib
+import json
+import zlib
+from dataclasses import asdict, replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT
+from PIL import Image
+from recipe import fill
+from safetensors.torch import save_file
+from scipy.ndimage import correlate1d
+from torch import nn
+from transformers import CLIPSegConfig, CLIPSegForImageSegmentation
+
+import clipseg
+from clipseg import CLIPSeg
+
+OFFICIAL = ("rd64-refined", "rd64", "rd16")
+MINI = clipseg.VARIANTS["mini"]
+TOKENS = torch.tensor([[49406, 736, 17, 49407, 0, 0], [49406, 1, 2, 3, 4, 49407]])
+
+# --- the official size: recorded outputs of transformers ---------------------------------------------
+
+
+class Golden:
+    """tests/golden/clipseg_rd64_refined.npz."""
+
+    file = np.load(ROOT / "tests/golden/clipseg_rd64_refined.npz")
+    meta = json.loads(str(file["meta"]))
+    names = json.loads(str(file["keys"]))
+
+    def get(self, name: str) -> torch.Tensor:
+        return torch.from_numpy(self.file[name])
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The state dict of 2022, with its two buffers of position numbers."""
+        state = {}
+        for name, shape, _ in self.names:
+            stored = f"buffers/{name}"
+            array = self.file[stored] if stored in self.file else fill(name, shape)
+            state[name] = torch.from_numpy(array)
+        return state
+
+    def pixels(self, case: str, which: str) -> torch.Tensor:
+        name, (b, c, h, w) = self.meta["cases"][case][which]
+        rng = np.random.Generator(np.random.PCG64(zlib.crc32(name.encode())))
+        coarse = rng.standard_normal((b, c, h // 16, w // 16), dtype=np.float32)
+        fine = rng.standard_normal((b, c, h, w), dtype=np.float32)
+        x = coarse.repeat(16, 2).repeat(16, 3) + np.float32(0.25) * fine
+        assert zlib.crc32(x.tobytes()) == self.meta["cases"][case][f"{which}_crc32"]
+        return torch.from_numpy(x)
+
+
+@pytest.fixture(scope="module")
+def golden():
+    return Golden()
+
+
+@pytest.fixture(scope="module")
+def official(golden, tmp_path_factory):
+    """The model of official size, from a folder like the hub's of 2022."""
+    folder = tmp_path_factory.mktemp("hub")
+    torch.save(golden.weights(), folder / "pytorch_model.bin")
+    settings = {k: v for k, v in golden.meta["config"].items() if k not in ("vision", "text")}
+    (folder / "config.json").write_text(json.dumps(settings))
+    model = CLIPSeg.from_pretrained(folder)
+    (folder / "pytorch_model.bin").unlink()
+    assert model.config == clipseg.VARIANTS["rd64-refined"] and not model.training
+    return model
+
+
+def close(ours, theirs, atol=2e-5):
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=atol)
+
+
+@torch.no_grad()
+def test_text_and_picture_prompts_at_official_size(golden, official):
+    """One vision pass for both; intermediate results first, so that a failure names the layer."""
+    stride, seen = golden.meta["cases"]["text"]["token_stride"], {}
+    for i, layer in enumerate(official.decoder.layers):
+        layer.register_forward_hook(
+            lambda _, x, y, i=i: seen.update({f"in{i}": x[0], f"out{i}": y})
+        )
+    features = official.encode_image(golden.pixels("text", "pixels"))
+    assert features.shape == (2, 3, 1 + 22, 22, 768)
+    tokens = features.flatten(2, 3)[:, :, 21:]  # (B,taps,1+HW,C)
+    for i, block in enumerate((3, 6, 9)):
+        close(tokens[:, i, :: stride["vision"]], golden.get(f"out/text/block{block}"), atol=1e-4)
+    prompts = {
+        "text": official.encode_text(golden.get("in/text/input_ids")),
+        "image": official.encode_visual_prompt(golden.pixels("image", "conditional_pixels")),
+    }
+    for case, condition in prompts.items():
+        close(condition, golden.get(f"out/{case}/embedding"))
+        logits = official.decode(features, condition=condition)
+        for i in range(3):
+            for where in ("in", "out"):
+                want = golden.get(f"out/{case}/dec{i}_{where}")
+                close(seen[f"{where}{i}"][:, :: stride["decoder"]], want)
+        assert logits.shape == (2, 1, 352, 352)
+        error = (logits[:, 0] - golden.get(f"out/{case}/logits")).abs().max().item()
+        print(f"{case}: logits differ by {error:.1e}")
+        assert error <= 2e-5
+    close(official.encode_text(golden.get("in/texts/input_ids")), golden.get("out/texts/embedding"))
+
+
+def test_preprocessing_is_the_official_one(golden):
+    name, h, w = golden.meta["cases"]["preprocess"]["photo"]
+    rng = np.random.Generator(np.random.PCG64(zlib.crc32(name.encode())))
+    coarse = rng.random((-(-h // 20), -(-w // 20), 3), dtype=np.float32)
+    coarse = coarse.repeat(20, 0).repeat(20, 1)[:h, :w]
+    fine = rng.random((h, w, 3), dtype=np.float32)
+    photo = np.floor(256 * (0.8 * coarse + 0.2 * fine)).clip(0, 255).astype(np.uint8)
+    assert zlib.crc32(photo.tobytes()) == golden.meta["cases"]["preprocess"]["photo_crc32"]
+    x = clipseg.preprocess(Image.fromarray(photo), clipseg.VARIANTS["rd64-refined"])
+    assert x.shape == (3, 352, 352) and x.dtype == torch.float32
+    close(x[:, ::22, ::22], golden.get("out/preprocess/pixel_values"), atol=1e-6)
+
+
+# --- every size: transformers, live --------------------------------------------------------------------
+
+
+def theirs(c: clipseg.Config, **more) -> CLIPSegForImageSegmentation:
+    """transformers' class in the sizes of `c`."""
+    text = {"hidden_size": c.text_dim, "num_hidden_layers": c.text_layers}
+    vision = {"hidden_size": c.vision_dim, "num_hidden_layers": c.vision_layers, "patch_size": 16}
+    for tower in (text, vision):
+        tower["num_attention_heads"] = tower["hidden_size"] // 64
+        tower["intermediate_size"] = 4 * tower["hidden_size"]
+    config = CLIPSegConfig(
+        text_config=text,
+        vision_config=vision,
+        projection_dim=c.embed_dim,
+        extract_layers=list(c.taps),
+        reduce_dim=c.reduce_dim,
+        decoder_num_attention_heads=c.heads,
+        decoder_intermediate_size=c.ffn_dim,
+        use_complex_transposed_convolution=c.refined,
+        **more,
+    )
+    return CLIPSegForImageSegmentation(config).eval()
+
+
+def randomised(model: nn.Module) -> nn.Module:
+    """Weights that all do something: norms and biases too."""
+    generator = torch.Generator().manual_seed(0)
+    for p in model.parameters():
+        noise = torch.randn(p.shape, generator=generator)
+        p.data = 1 + 0.1 * noise if p.ndim < 2 else noise / p[0].numel() ** 0.5
+    return model
+
+
+@pytest.fixture(scope="module")
+def mini():
+    return randomised(CLIPSeg(MINI)).eval()
+
+
+@pytest.mark.parametrize("variant", OFFICIAL)
+def test_every_official_name_and_shape(variant):
+    with torch.device("meta"):
+        ours = CLIPSeg(clipseg.VARIANTS[variant])
+        official = theirs(clipseg.VARIANTS[variant]).state_dict()
+    shapes = {name: t.shape for name, t in clipseg.to_official(ours.state_dict()).items()}
+    assert shapes == {name: t.shape for name, t in official.items()}
+    there = clipseg.convert(official)
+    assert {n: t.shape for n, t in there.items()} == {
+        n: t.shape for n, t in ours.state_dict().items()
+    }
+    count = {"rd64-refined": 150_747_746, "rd64": 150_693_890, "rd16": 149_884_418}[variant]
+    assert sum(p.numel() for p in ours.parameters()) == count
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("refined", [True, False])
+def test_outputs_and_all_gradients_equal_transformers(refined, dtype, monkeypatch):
+    config = replace(MINI, refined=refined)
+    ours, official = randomised(CLIPSeg(config)).eval().to(dtype), theirs(config).to(dtype)
+    official.load_state_dict(clipseg.to_official(ours.state_dict()))  # strict
+    image, prompt = torch.randn(2, 2, 3, 96, 96, dtype=dtype)
+    weight = torch.randn(2, 2, 1, 96, 96, dtype=dtype)
+    by_text = ours(image, TOKENS)
+    by_picture = ours(image, condition=ours.encode_visual_prompt(prompt))
+    ((by_text * weight[0]).sum() + (by_picture * weight[1]).sum()).backward()
+
+    monkeypatch.setattr(torch, "no_grad", contextlib.nullcontext)  # it would stop at the towers
+    text = official(input_ids=TOKENS, pixel_values=image).logits[:, None]
+    picture = official(conditional_pixel_values=prompt, pixel_values=image).logits[:, None]
+    ((text * weight[0]).sum() + (picture * weight[1]).sum()).backward()
+    monkeypatch.undo()
+
+    tolerance = 2e-5 if dtype == torch.float32 else 1e-6 * text.abs().max().item()
+    close(by_text, text, tolerance)
+    close(by_picture, picture, tolerance)
+    gradients = {n: p.grad for n, p in ours.named_parameters() if p.grad is not None}
+    assert set(dict(ours.named_parameters())) - set(gradients) == {"clip.logit_scale"}
+    gradients, compared = clipseg.to_official(gradients), 0
+    worst = 0.0
+    for name, p in official.named_parameters():
+        if name != "clip.logit_scale":
+            # The gradients of k's biases are zero but for rounding.
+            scale = max(p.grad.abs().max().item(), 1 if dtype == torch.float32 else 1e-2)
+            error = (gradients[name] - p.grad).abs().max().item() / scale
+            assert error <= (2e-5 if dtype == torch.float32 else 1e-6), name
+            worst = max(worst, error)
+            compared += 1
+    assert compared == len(gradients) == len(official.state_dict()) - 1
+    print(f"{dtype}: logits {(by_text - text).abs().max():.1e}, gradients {worst:.1e}")
+
+
+def original_formula(state, image, condition, config):
+    """The mask as the original code computes it, but for any grid; state in the hub's names."""
+
+    def linear(x, name):
+        return F.linear(x, state[f"{name}.weight"], state.get(f"{name}.bias"))
+
+    def norm(x, name):
+        return F.layer_norm(x, x.shape[-1:], state[f"{name}.weight"], state[f"{name}.bias"], 1e-5)
+
+    def attention(x, name, heads):
+        b, n, c = x.shape
+        q, k, v = (
+            linear(x, f"{name}.self_attn.{p}_proj").view(b, n, heads, -1).permute(0, 2, 1, 3)
+            for p in "qkv"
+        )
+        scores = q @ k.permute(0, 1, 3, 2) * (c // heads) ** -0.5
+        x = (scores.softmax(-1) @ v).permute(0, 2, 1, 3).reshape(b, n, c)
+        return linear(x, f"{name}.self_attn.out_proj")
+
+    b, _, height, width = image.shape
+    h, w, tower = height // 16, width // 16, "clip.vision_model"
+    kernel = state[f"{tower}.embeddings.patch_embedding.weight"]
+    patches = image.view(b, 3, h, 16, w, 16).permute(0, 2, 4, 1, 3, 5).reshape(b, h * w, -1)
+    x = patches @ kernel.flatten(1).T
+    positions = state[f"{tower}.embeddings.position_embedding.weight"]
+    grid = positions[1:].view(1, 14, 14, -1).permute(0, 3, 1, 2)
+    if (h, w) != (14, 14):
+        grid = F.interpolate(grid, size=(h, w), mode="bicubic", align_corners=False)
+    first = state[f"{tower}.embeddings.class_embedding"].expand(b, 1, -1)
+    x = torch.cat([first, x], 1)
+    x = x + torch.cat([positions[:1], grid[0].flatten(1).T])
+    x, taps = norm(x, f"{tower}.pre_layrnorm"), []
+    for i in range(config.vision_layers):
+        name = f"{tower}.encoder.layers.{i}"
+        x = x + attention(norm(x, f"{name}.layer_norm1"), name, config.vision_dim // 64)
+        y = linear(norm(x, f"{name}.layer_norm2"), f"{name}.mlp.fc1")
+        x = x + linear(y * torch.sigmoid(1.702 * y), f"{name}.mlp.fc2")
+        taps.append(x)
+    y = 0
+    for i, tap in enumerate(reversed(config.taps)):
+        y = y + linear(taps[tap], f"decoder.reduces.{i}")
+        if i == 0:
+            scale, shift = (
+                linear(condition, "decoder.film_mul"),
+                linear(condition, "decoder.film_add"),
+            )
+            y = scale[:, None] * y + shift[:, None]
+        name = f"decoder.layers.{i}"
+        y = norm(y + attention(y, name, config.heads), f"{name}.layer_norm1")
+        z = linear(linear(y, f"{name}.mlp.fc1").relu(), f"{name}.mlp.fc2")
+        y = norm(y + z, f"{name}.layer_norm2")
+    y = y[:, 1:].permute(0, 2, 1).reshape(b, -1, h, w)
+    head = "decoder.transposed_convolution"
+    if config.refined:
+        y = F.conv2d(y, state[f"{head}.0.weight"], state[f"{head}.0.bias"], padding=1).relu()
+        y = F.conv_transpose2d(y, state[f"{head}.2.weight"], state[f"{head}.2.bias"], 4).relu()
+        return F.conv_transpose2d(y, state[f"{head}.4.weight"], state[f"{head}.4.bias"], 4)
+    return F.conv_transpose2d(y, state[f"{head}.weight"], state[f"{head}.bias"], 16)
+
+
+@pytest.mark.parametrize("size", [(224, 224), (352, 352), (416, 416), (176, 704), (96, 160)])
+@torch.no_grad()
+def test_any_size_follows_the_original_formula(mini, size):
+    image, prompt = torch.randn(1, 3, *size), torch.randn(1, 3, 160, 96)
+    condition = mini.encode_visual_prompt(prompt)  # of another size than the image
+    ours, state = mini(image, condition=condition), clipseg.to_official(mini.state_dict())
+    formula = original_formula(state, image, condition, MINI)
+    assert ours.shape == (1, 1, *size)
+    close(ours, formula)
+    official = theirs(MINI)
+    official.load_state_dict(state)
+    if size[0] == size[1]:
+        logits = official(pixel_values=image, conditional_embeddings=condition).logits
+        close(ours[:, 0], logits)
+        close(formula[:, 0], logits)
+    pooled = official.clip.get_image_features(prompt).pooler_output
+    close(condition, pooled)
+
+
+@torch.no_grad()
+def test_blocks_behind_the_last_tap_are_for_picture_prompts_alone(mini):
+    image = torch.randn(2, 3, 64, 64)
+    whole = mini(image, TOKENS)
+    cut = CLIPSeg(MINI).eval()
+    cut.load_state_dict(mini.state_dict())
+    last = cut.clip.vision_model.encoder["layers"][3]
+    nn.init.constant_(last.mlp["c_proj"].bias, float("nan"))
+    assert torch.equal(cut(image, TOKENS), whole)
+    assert cut.encode_visual_prompt(image).isnan().all()
+    calls = []
+    last.register_forward_hook(lambda *_: calls.append(1))
+    cut(image, TOKENS)
+    assert not calls
+    every = mini.clip.vision_model(image, (0, 1, 2, 3))
+    expected = clipseg.with_grid(torch.stack(every[:3], 1), 4, 4)
+    assert torch.equal(mini.encode_image(image), expected)
+
+
+@torch.no_grad()
+def test_features_of_one_image_serve_many_prompts(mini):
+    images, tokens = torch.randn(3, 3, 64, 96), TOKENS[[0, 1, 0]]
+    features, texts = mini.encode_image(images), mini.encode_text(tokens)
+    for features_of, prompts in ((slice(0, 1), slice(None)), (slice(None), slice(0, 1))):
+        ours = mini.decode(features[features_of], tokens[prompts])
+        pairs = zip(images[features_of].expand(3, -1, -1, -1), texts[prompts].expand(3, -1))
+        one_by_one = [mini(image[None], condition=text[None]) for image, text in pairs]
+        close(ours, torch.cat(one_by_one), 5e-6)
+    mixture = 0.7 * texts + 0.3 * mini.encode_visual_prompt(images)
+    assert torch.equal(mini(images, condition=mixture), mini.decode(features, condition=mixture))
+    assert torch.equal(mini(images, tokens), mini.decode(features, tokens))
+
+
+@torch.no_grad()
+def test_what_is_behind_the_end_of_a_phrase_changes_nothing(mini):
+    texts = mini.encode_text(TOKENS)
+    for filler in (0, 49407, 5):
+        close(mini.encode_text(F.pad(TOKENS, (0, 71), value=filler)), texts, 2e-6)
+    close(mini.encode_text(TOKENS[:1, :4]), texts[:1], 2e-6)
+
+
+def test_wrong_calls_are_told(mini):
+    image = torch.zeros(1, 3, 64, 64)
+    with pytest.raises(ValueError, match="multiples of 16"):
+        mini(torch.zeros(1, 3, 64, 72), TOKENS[:1])
+    for prompt in ({}, {"tokens": TOKENS[:1], "condition": torch.zeros(1, 64)}):
+        with pytest.raises(ValueError, match="either tokens or condition"):
+            mini(image, **prompt)
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+def hub_state(model) -> dict[str, torch.Tensor]:
+    """In numbers of which OpenAI's half precision loses nothing."""
+    state = clipseg.to_official(model.state_dict())
+    return {name: t.half().float() for name, t in state.items()}
+
+
+OPENAI = {
+    "clip.visual_projection.weight": "visual.proj",
+    "clip.text_projection.weight": "text_projection",
+    "clip.vision_model.": "visual.",
+    "clip.text_model.": "",
+    "clip.": "",
+    "embeddings.patch_embedding": "conv1",
+    "embeddings.position_embedding.weight": "positional_embedding",
+    "embeddings.": "",
+    "encoder.layers": "transformer.resblocks",
+    "pre_layrnorm": "ln_pre",
+    "post_layernorm": "ln_post",
+    "final_layer_norm": "ln_final",
+    "self_attn": "attn",
+    "layer_norm": "ln_",
+    "fc1": "c_fc",
+    "fc2": "c_proj",
+}
+DECODER = {
+    "decoder.": "",
+    "transposed_convolution": "trans_conv",
+    "layers": "blocks",
+    "layer_norm": "norm",
+    "mlp.fc": "linear",
+}
+
+
+def as_original(state):
+    """The hub's names -> the original release: its decoder and OpenAI's CLIP."""
+    decoder, clip = {"reduce.weight": torch.ones(32, 128), "reduce.bias": torch.ones(32)}, {}
+    for name, t in state.items():
+        if "k_proj" in name or "v_proj" in name:
+            continue
+        if "q_proj" in name:
+            t = torch.cat([state[name.replace("q_proj", f"{x}_proj")] for x in "qkv"])
+            name = name.replace("q_proj.", "in_proj_")
+        if name.endswith("_projection.weight"):
+            t = t.T.contiguous()
+        into, table = (decoder, DECODER) if name.startswith("decoder.") else (clip, OPENAI)
+        for old, new in table.items():
+            name = name.replace(old, new)
+        into[name] = t
+    return decoder | {f"clip_model.{name}": t for name, t in clip.items()}
+
+
+def save_archive(state, path):
+    """A TorchScript archive like OpenAI's: half precision, three numbers more."""
+    root = nn.Module()
+    numbers = {"input_resolution": 224, "context_length": 77, "vocab_size": 49408}
+    for name, x in ({k: torch.tensor(v) for k, v in numbers.items()} | state).items():
+        *parents, leaf = name.split(".")
+        module = root
+        for parent in parents:
+            if not hasattr(module, parent):
+                module.add_module(parent, nn.Module())
+            module = getattr(module, parent)
+        module.register_buffer(leaf, x.half() if x.is_floating_point() else x)
+    torch.jit.save(torch.jit.script(root), path)
+
+
+# A form of a checkpoint: how its names come from the hub's, and how it is written into a folder.
+
+
+def hub_2022(state, folder):
+    for tower, n in (("text", 77), ("vision", 197)):
+        name = f"clip.{tower}_model.embeddings.position_ids"
+        state = state | {name: torch.arange(n)[None]}
+    torch.save(state, folder / "pytorch_model.bin")
+    (folder / "config.json").write_text('{"extract_layers": [0, 1, 2], "reduce_dim": 32}')
+    return {"source": folder}
+
+
+def hub_today(state, folder):
+    """As `save_pretrained` writes it."""
+    model = theirs(MINI)
+    model.load_state_dict(state)
+    model.save_pretrained(folder)
+    return {"source": folder}
+
+
+def original(state, folder, save_clip=save_archive, clip="ViT-B-16.pt"):
+    parts = {"decoder": {}, "clip": {}}
+    for name, t in state.items():
+        part = "clip" if name.startswith("clip_model.") else "decoder"
+        parts[part][name.removeprefix("clip_model.")] = t
+    torch.save(parts["decoder"], folder / "rd64-uni-refined.pth")
+    save_clip(parts["clip"], folder / clip)
+    return {"source": folder / "rd64-uni-refined.pth", "clip": folder / clip}
+
+
+def original_beside_open_clip(state, folder):
+    arguments = original(state, folder, save_file, "open_clip_model.safetensors")
+    return arguments | {"clip": folder}  # as a repository of the hub
+
+
+def original_module(state, folder):
+    """`state_dict()` of the original class, which holds the vision tower twice."""
+    old = "clip_model.visual."
+    twice = {n.replace(old, "model."): t for n, t in state.items() if n.startswith(old)}
+    torch.save(twice | state, folder / "module.pth")
+    return {"source": folder / "module.pth"}
+
+
+def medvlsm(state, folder):
+    state = {f"net.clipseg.{name}": t for name, t in state.items()}
+    torch.save({"epoch": 3, "state_dict": state}, folder / "last.ckpt")
+    return {"source": folder / "last.ckpt"}
+
+
+def run_folder(state, folder, **more):
+    config = {"format": 1, "model": "clipseg", "class": "CLIPSeg", "config": asdict(MINI)} | more
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(state, folder / "best.safetensors")
+    return {"source": folder}
+
+
+FORMS = {
+    hub_2022: dict,
+    hub_today: dict,
+    original: as_original,
+    original_beside_open_clip: as_original,
+    original_module: as_original,
+    medvlsm: dict,
+    run_folder: clipseg.convert,
+}
+UNTOLD = (original, original_beside_open_clip, original_module, medvlsm)  # no config.json
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
+def test_all_forms_of_a_checkpoint_are_the_same_model(mini, form, tmp_path, capsys):
+    state = hub_state(mini)
+    model = CLIPSeg.from_pretrained(**form(FORMS[form](state), tmp_path))
+    assert model.config == MINI and not model.training
+    assert ("no config.json tells taps" in capsys.readouterr().out) == (form in UNTOLD)
+    loaded = clipseg.to_official(model.state_dict())
+    assert set(loaded) == set(state)
+    for name, t in loaded.items():
+        assert t.dtype == torch.float32 and torch.equal(t, state[name]), name
+
+
+VISION = "clip.vision_model.encoder.layers.2.self_attn.k_proj.weight"
+TEXT = "clip.text_model.encoder.layers.1.self_attn.k_proj.weight"
+FILM = "decoder.film_mul.weight"
+PLACES = [  # form, a name in its file, the hub's name of that, in which an error speaks
+    (hub_2022, VISION, VISION),
+    (hub_2022, TEXT, TEXT),
+    (original, "film_mul.weight", FILM),
+    (original, "blocks.1.linear1.weight", "decoder.layers.1.mlp.fc1.weight"),
+    (original, "clip_model.visual.ln_pre.bias", "clip.vision_model.pre_layrnorm.bias"),
+    (original_module, "clip_model.transformer.resblocks.1.attn.in_proj_weight", TEXT),
+    (medvlsm, FILM, FILM),
+    (run_folder, VISION.replace("self_attn.k_proj.", "attn.in_proj_"), VISION),
+    (run_folder, FILM, FILM),
+]
+
+
+@pytest.mark.parametrize("form, name, told", PLACES, ids=lambda x: getattr(x, "__name__", x))
+@pytest.mark.parametrize("fault", ["renamed", "dropped", "added", "reshaped"])
+def test_one_tensor_that_does_not_fit_is_named(mini, form, name, told, fault, tmp_path):
+    state = FORMS[form](hub_state(mini))
+    t = state[name] if fault in ("added", "reshaped") else state.pop(name)
+    if fault == "reshaped":
+        state[name] = t[..., :-1].contiguous()
+    elif fault in ("renamed", "added"):
+        state[f"{name}_extra"] = t.clone()
+    with pytest.raises(ValueError) as caught:
+        CLIPSeg.from_pretrained(**form(state, tmp_path))
+    message = str(caught.value)
+    assert "do not fit" in message and "\n" not in message
+    assert fault == "added" or f"{told} is " in message
+    assert ("_extra is " in message) == (fault in ("renamed", "added"))
+
+
+def test_a_decoder_alone_and_other_classes_are_refused(mini, tmp_path):
+    source = original(as_original(hub_state(mini)), tmp_path)["source"]
+    with pytest.raises(ValueError, match="clip='ViT-B-16.pt'"):
+        CLIPSeg.from_pretrained(source)
+    (tmp_path / "whole").mkdir()
+    whole = medvlsm(hub_state(mini), tmp_path / "whole")["source"]
+    with pytest.raises(ValueError, match="is there twice"):
+        CLIPSeg.from_pretrained(whole, clip=tmp_path / "ViT-B-16.pt")
+    run_folder(hub_state(mini), tmp_path, **{"class": "CRIS"})
+    with pytest.raises(ValueError, match="holds CRIS in format 1, not CLIPSeg"):
+        CLIPSeg.from_pretrained(tmp_path)
+
+
+def test_settings_that_no_tensor_tells_come_from_config_json(mini, tmp_path):
+    official = theirs(replace(MINI, taps=(1, 2, 3), heads=8))
+    official.load_state_dict(hub_state(mini))
+    official.save_pretrained(tmp_path)
+    model = CLIPSeg.from_pretrained(tmp_path, threshold=0.3)
+    assert model.config == replace(MINI, taps=(1, 2, 3), heads=8, threshold=0.3)
+    image = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        close(model(image, TOKENS)[:, 0], official(input_ids=TOKENS, pixel_values=image).logits)
+
+
+# --- pixels ----------------------------------------------------------------------------------------------
+
+
+def test_masks_there_and_back():
+    rng = np.random.default_rng(0)
+    mask = rng.random((147, 301)) > 0.5
+    nearest = Image.fromarray(mask).resize((128, 128), Image.Resampling.NEAREST)
+    ours = clipseg.preprocess_mask(torch.from_numpy(mask), MINI)
+    assert ours.shape == (1, 128, 128) and np.array_equal(ours[0].numpy(), np.asarray(nearest))
+    logits = torch.randn(1, 128, 128)
+    ours = CLIPSeg(MINI).postprocess(logits, (147, 301))
+    expected = F.interpolate(logits[None], (147, 301), mode="bilinear", align_corners=False)
+    close(ours, expected[0].sigmoid(), 1e-6)
+
+
+def official_prompt_engineering(image, mask, size):
+    """crop_blur_highlight of the original: image (3,h,w), mask (h,w), in numpy and float64."""
+    image, side = image.astype(np.float64), mask.shape[0]
+    kernel = np.exp(-(np.arange(-7.0, 8.0) ** 2) / 18)
+    kernel /= kernel.sum()
+    blurred = correlate1d(correlate1d(image, kernel, 1, mode="mirror"), kernel, 2, mode="mirror")
+    image = image * mask + 0.1 * blurred * (1 - mask)
+    ys, xs = np.nonzero(mask)
+    (y0, y1), (x0, x1) = (ys.min(), ys.max() + 1), (xs.min(), xs.max() + 1)
+    dy, dx = 0.1 * (y1 - y0), 0.1 * (x1 - x0)
+    y0, y1 = int(max(0, y0 - dy)), int(min(side, y1 + dy))
+    x0, x1 = int(max(0, x0 - dx)), int(min(side, x1 + dx))
+    crop = image[:, y0:y1, x0:x1]
+    n = max(crop.shape[1:])
+    square = np.zeros((3, n, n))
+    top, left = (n - crop.shape[1]) // 2, (n - crop.shape[2]) // 2
+    square[:, top : top + crop.shape[1], left : left + crop.shape[2]] = crop
+    index = np.floor(np.arange(size) * n / size).astype(int)
+    return square[:, index][:, :, index]
+
+
+@pytest.mark.parametrize(
+    "box", [(20, 50, 30, 90), (0, 128, 5, 9), (60, 63, 100, 128), (9, 10, 9, 10)]
+)
+def test_a_picture_prompt_is_blurred_darkened_and_cropped(mini, box):
+    image, mask = torch.randn(3, 128, 128), torch.zeros(1, 128, 128)
+    mask[:, box[0] : box[1], box[2] : box[3]] = torch.rand(box[1] - box[0], box[3] - box[2]) > 0.3
+    mask[:, box[0], box[2]] = mask[:, box[1] - 1, box[3] - 1] = 1
+    ours = mini.visual_prompt(image, mask)
+    expected = official_prompt_engineering(image.numpy(), mask[0].numpy(), 128)
+    close(ours.double(), torch.from_numpy(expected), 1e-6)
+
+
+def test_an_empty_picture_prompt_is_refused(mini):
+    with pytest.raises(ValueError, match="is empty"):
+        mini.visual_prompt(torch.randn(3, 128, 128), torch.zeros(1, 128, 128))

@@ -1,0 +1,219 @@
+"""CLIPSeg and BiomedCLIPSeg in the loop: what trains, kept features, negatives, prompt study."""
+
+import csv
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import command
+from safetensors.torch import load_file
+
+import biomedclipseg
+import clipseg
+import data
+import evaluate
+import recipes
+import train
+
+MODELS = {"clipseg": clipseg.CLIPSeg, "biomedclipseg": biomedclipseg.BiomedCLIPSeg}
+
+
+@pytest.fixture
+def options(demo, tmp_path):
+    """A training of seconds."""
+    return train.Options(
+        model="clipseg",
+        variant="mini",
+        weights="none",
+        data=[str(demo)],
+        out=str(tmp_path / "run"),
+        cache=str(tmp_path / "cache"),
+        size=64,
+        epochs=2,
+        batch_size=16,
+        lr=1e-3,
+        workers=0,
+        overlays=0,
+    )
+
+
+def rows(path) -> list[dict]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def start(options) -> dict[str, torch.Tensor]:
+    """The weights that a run with these options begins with."""
+    settings = recipes.FAMILIES[options.model].settings["default"]
+    torch.manual_seed(options.seed)
+    model = recipes.FAMILIES[options.model].load("none", "mini", settings, {"image_size": 64}, None)
+    return {name: t.clone() for name, t in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("what", ["all", "decoder", "lora"])
+def test_what_trains(model, what, options, capsys):
+    options = replace(options, model=model, train=what, lora_rank=2)
+    before = start(options)
+    summary = train.run(options)
+    said = capsys.readouterr().out
+    after = load_file(f"{options.out}/best.safetensors")
+    assert set(after) == set(before)  # plain names, also after LoRA
+    changed = {name for name in after if not torch.equal(after[name], before[name])}
+    decoder = {name for name in before if name.startswith("decoder.")}
+    assert decoder <= changed
+    towers = changed - decoder
+    if what == "decoder":
+        assert not towers
+        assert f"training {sum(before[name].numel() for name in decoder):,} of " in said
+    elif what == "lora":
+        assert towers and all(after[name].ndim == 2 for name in towers)
+        for name in towers:
+            assert torch.linalg.matrix_rank((after[name] - before[name]).double(), 1e-3) <= 2
+    else:
+        assert any("embed" in name for name in towers) and any("norm" in name for name in towers)
+    loaded = MODELS[model].from_pretrained(options.out)
+    assert torch.equal(
+        loaded.state_dict()["decoder.film_mul.weight"], after["decoder.film_mul.weight"]
+    )
+    again = train.Options(
+        weights=options.out, eval=True, test=options.data, out=options.out + "-again",
+        cache=options.cache, workers=0, overlays=0,
+    )  # fmt: skip
+    assert train.run(again)["tests"] == summary["tests"]
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_all_that_is_said_to_train_gets_a_gradient(model, demo, options):
+    settings = recipes.FAMILIES[model].settings["default"]
+    net = recipes.FAMILIES[model].load("none", "mini", settings, {"image_size": 64}, None)
+    recipe = recipes.FAMILIES[model].recipe(net, settings)
+    dataset = data.open_dataset(data.annotations(demo, "train"), options.cache)
+    items = data.Items(dataset, "p6", recipe.inputs, train=True, seed=0)
+    batch = torch.utils.data.default_collate([items[0, i] for i in range(4)])
+    recipe.loss(recipe.forward(net, batch), batch)[0].backward()
+    for name, parameter in net.named_parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad, name
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_kept_features_train_as_their_images_do(model, options, capsys):
+    """Same losses to 1e-3; a second run computes nothing; other weights compute anew."""
+    plain = replace(options, model=model, recipe="origin", batch_size=16, train="decoder", epochs=2)
+    plain = replace(plain, schedule="constant")
+    train.run(replace(plain, keep_features=False, out=options.out + "-plain"))
+    train.run(replace(plain, keep_features=True))
+    assert "keeping 36 image features" in capsys.readouterr().out
+    pair = [rows(f"{options.out}{end}/metrics.csv") for end in ("-plain", "")]
+    for a, b in zip(*pair, strict=True):
+        for key in ("train_loss", "val_loss"):
+            assert float(a[key]) == pytest.approx(float(b[key]), abs=1e-3)
+    train.run(replace(plain, keep_features=True, out=options.out + "-2"))
+    assert "image features" not in capsys.readouterr().out
+    assert rows(f"{options.out}-2/metrics.csv") == rows(f"{options.out}/metrics.csv")
+    train.run(replace(plain, keep_features=True, seed=1, out=options.out + "-3"))
+    assert "keeping 36 image features" in capsys.readouterr().out
+
+
+def test_kept_features_are_those_of_the_image_and_the_text(demo, options):
+    """Row by row what the encoders give, for entries that share an image too."""
+    entries = data.annotations(demo, "train")[:4]
+    entries.append(replace(entries[1], name="again", prompts={"p6": ["another text"]}))
+    dataset = data.open_dataset(entries, options.cache)
+    settings = recipes.CLIPSEG["origin"]
+    net = recipes.load_clipseg("none", "mini", settings, {"image_size": 64}, None).eval()
+    recipe = recipes.clipseg_recipe(net, settings)
+    asked = replace(options, prompt="p6", train="decoder")
+    kept = recipes.keep_features(recipe, net, recipes.clipseg_towers, [dataset], asked)
+    for i in range(5):
+        plain, short = (
+            data.Items(dataset, "p6", r.inputs, train=True, seed=0)[0, i] for r in (recipe, kept)
+        )
+        assert torch.equal(plain["mask"], short["mask"])
+        with torch.no_grad():
+            expected = net(plain["image"][None], plain["tokens"][None])
+            found = net.decode(
+                short["features"][None].float(), condition=short["condition"][None].float()
+            )
+        torch.testing.assert_close(found, expected, rtol=0, atol=5e-3)  # float16 on the way
+
+
+@pytest.mark.parametrize(
+    "options_too, said",
+    [
+        (["--keep-features", "--train", "all"], "--keep-features needs --train decoder"),
+        (["--model", "cris", "--keep-features", "--train", "decoder"], "--keep-features needs"),
+        (["--train", "lora", "--lora-rank", "0"], "at least 1"),
+        (["--negatives", "0.5", "--prompt", "p1"], "--negatives needs prompts that differ"),
+        (["--threshold", "half"], "half"),
+    ],
+)
+def test_what_cannot_be_is_one_line(options_too, said, demo, tmp_path, monkeypatch, capsys):
+    words = ["--model", "clipseg", "--variant", "mini", "--weights", "none", "--data", demo]
+    words += [
+        "--out",
+        tmp_path / "run",
+        "--cache",
+        tmp_path / "cache",
+        "--workers",
+        0,
+        "--size",
+        64,
+    ]
+    code, _, err = command(monkeypatch, capsys, train, *words, *options_too)
+    assert code == 2 and said in err and err.strip().count("\n") == 0, err
+
+
+def test_negatives_ask_for_what_is_not_there(demo, options):
+    dataset = data.open_dataset(data.annotations(demo, "train"), options.cache)
+
+    def inputs(sample, train, rng):
+        return sample
+
+    n, found = len(dataset), 0
+    own = [{text for texts in e.prompts.values() for text in texts} for e in dataset.entries]
+    items = data.Items(dataset, "p6", inputs, train=True, seed=0, negatives=0.3)
+    for epoch in range(10):
+        for i in range(n):
+            sample = items[epoch, i]
+            asked_for_another = sample["prompt"] not in own[i]
+            assert asked_for_another == (not sample["mask"].any())
+            found += asked_for_another
+    assert abs(found / (10 * n) - 0.3) < 4 * (0.3 * 0.7 / (10 * n)) ** 0.5
+    never = data.Items(dataset, "p6", inputs, train=False, seed=0, negatives=1.0)
+    assert all(never[0, i]["mask"].any() for i in range(n))
+
+
+def test_the_prompt_study_scores_as_a_test_of_each_type_does(options, capsys):
+    run = replace(options, epochs=1)
+    train.run(run)
+    asked = replace(
+        run, weights=run.out, variant=None, eval=True, epochs=0, data=[], test=options.data
+    )
+    study = train.run(replace(asked, prompt_study=True, out=run.out + "-study"))["tests"]["demo"]
+    table = capsys.readouterr().out
+    assert list(study) == ["p0", "p1", "p2", "p3", "p4", "p5", "p6"]
+    for kind in ("p0", "p3", "p6"):
+        (one,) = train.run(replace(asked, prompt=kind, out=f"{run.out}-{kind}"))["tests"].values()
+        assert study[kind]["dice"]["mean"] == pytest.approx(one["dice"]["mean"], abs=1e-6)
+        assert f"{kind}   Dice {one['dice']['mean']:.4f}" in table
+    saved = json.loads((train.Path(run.out + "-study") / "test/summary.json").read_text())
+    assert saved["tests"]["demo"] == json.loads(json.dumps(study))
+
+
+def test_a_threshold_is_found_in_validation(options, demo):
+    options = replace(options, threshold="auto", epochs=1)
+    train.run(options)
+    model = clipseg.CLIPSeg.from_pretrained(options.out)
+    recipe = recipes.clipseg_recipe(model, recipes.CLIPSEG["default"])
+    val = data.open_dataset(data.annotations(demo, "val"), options.cache)
+    options = replace(options, prompt="p6")
+    dice = {}
+    for threshold in np.arange(1, 20) / 20:
+        model.config = replace(model.config, threshold=float(threshold))
+        scores = evaluate.evaluate(model, recipe, val, options, False, "")
+        dice[float(threshold)] = np.mean([row["dice"] for row in scores])
+    saved = json.loads((train.Path(options.out) / "config.json").read_text())
+    assert dice[saved["config"]["threshold"]] == max(dice.values())
