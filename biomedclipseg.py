@@ -53,6 +53,7 @@ class Config:
     vocabulary: str = "microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224"  # has a vocab.txt
     text_length: int = 256  # tokens that a phrase is cut or padded to, 512 at most
     pad_token: int = 0  # masked, hence trimmed at no loss
+    adapter_dim: int = 0  # width of adapters in both towers, to train alone; VLSM-Adapter: 64
     threshold: float = 0.5
     dropout: float = 0.0  # in the text tower, while training; the study left BERT's 0.1 on
 
@@ -74,13 +75,14 @@ class ImageBlock(nn.Module):
         self.norm1, self.norm2 = (nn.LayerNorm(dim, eps=1e-6) for _ in range(2))
         self.attn = nn.ModuleDict({"qkv": nn.Linear(dim, 3 * dim), "proj": nn.Linear(dim, dim)})
         self.mlp = nn.ModuleDict({"fc1": nn.Linear(dim, 4 * dim), "fc2": nn.Linear(4 * dim, dim)})
+        self.adapters = nn.ModuleList([nn.Identity(), nn.Identity()])  # places for such
 
     def forward(self, x: Tensor) -> Tensor:
         qkv = self.attn["qkv"](self.norm1(x)).unflatten(2, (3, -1, 64))  # (B,N,3,h,d)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B,h,N,d) each
         y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # (B,N,C)
-        x = x + self.attn["proj"](y)
-        return x + self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x))))
+        x = x + self.adapters[0](self.attn["proj"](y))
+        return x + self.adapters[1](self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x)))))
 
 
 class ViT(nn.Module):
@@ -123,6 +125,7 @@ class TextBlock(nn.Module):
         self.attention = nn.ModuleDict({"self": nn.ModuleDict(qkv), "output": out})
         self.intermediate = nn.ModuleDict({"dense": nn.Linear(dim, 4 * dim)})
         self.output = nn.ModuleDict({"dense": nn.Linear(4 * dim, dim), "LayerNorm": norm2})
+        self.adapters = nn.ModuleList([nn.Identity(), nn.Identity()])  # places for such
         self.dropout = dropout
 
     def forward(self, x: Tensor, seen: Tensor) -> Tensor:
@@ -131,9 +134,9 @@ class TextBlock(nn.Module):
         qkv = (f(x).unflatten(2, (-1, 64)) for f in self.attention["self"].values())  # (B,T,h,d)
         q, k, v = (y.transpose(1, 2) for y in qkv)  # (B,h,T,d)
         y = F.scaled_dot_product_attention(q, k, v, seen, p).transpose(1, 2).flatten(2)  # (B,T,C)
-        x = out["LayerNorm"](x + F.dropout(out["dense"](y), p))
+        x = out["LayerNorm"](x + F.dropout(self.adapters[0](out["dense"](y)), p))
         y = self.output["dense"](F.gelu(self.intermediate["dense"](x)))
-        return self.output["LayerNorm"](x + F.dropout(y, p))
+        return self.output["LayerNorm"](x + F.dropout(self.adapters[1](y), p))
 
 
 class BERT(nn.Module):
@@ -170,6 +173,19 @@ class BiomedCLIP(nn.Module):
         proj = nn.Sequential(linear(c.dim, hidden), nn.GELU(), linear(hidden, c.embed_dim))
         bert = BERT(c.dim, c.text_layers, c.vocab_size, c.dropout)
         self.text = nn.ModuleDict({"transformer": bert, "proj": proj})
+
+
+# shared: adapter
+class Adapter(nn.Module):
+    """A small MLP behind a frozen layer: the dense ones of VLSM-Adapter, arXiv 2405.06196."""
+
+    def __init__(self, dim: int, width: int):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(dim, width), nn.Linear(width, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + F.relu(self.fc2(F.relu(self.fc1(x))))
+# end shared
 
 
 # shared: clipseg_decoder
@@ -257,6 +273,12 @@ class BiomedCLIPSeg(nn.Module):
         # Of use to pictures as prompts only. What is left always gets a gradient.
         for module in (*trunk.blocks[max(c.taps) + 1 :], trunk.norm, head):
             module.requires_grad_(False)
+        self.adapter = nn.Identity()
+        if c.adapter_dim:
+            self.adapter = Adapter(c.embed_dim, 4 * c.adapter_dim)  # of the condition
+            layers = self.biomedclip.text["transformer"].encoder["layer"]
+            for block in (*trunk.blocks[: max(c.taps)], *layers[: max(c.taps)]):
+                block.adapters = nn.ModuleList(Adapter(c.dim, c.adapter_dim) for _ in range(2))
 
     def init_decoder(self) -> None:
         """As transformers 4.35, the study's; from version 5 on it draws far larger numbers."""
@@ -289,7 +311,8 @@ class BiomedCLIPSeg(nn.Module):
         """features from `encode_image`, the rest as for `forward` -> logits (B,1,H,W)."""
         if (tokens is None) == (condition is None):
             raise ValueError("a prompt is either tokens or condition: give one of the two")
-        return self.decoder(features, self.encode_text(tokens) if condition is None else condition)
+        condition = self.encode_text(tokens) if condition is None else condition
+        return self.decoder(features, self.adapter(condition))
 
     def encode_text(self, tokens: Tensor) -> Tensor:
         """tokens (B,T), T at most 512 -> condition (B,E), not normalised."""
@@ -336,6 +359,10 @@ class BiomedCLIPSeg(nn.Module):
             config = replace(config, vocabulary=str(beside.resolve()))
         model = cls(replace(config, **overrides))
         expected = model.state_dict()
+        fresh = [name for name in expected if "adapter" in name]
+        if fresh and not any("adapter" in name for name in weights):
+            print(f"{source}: without adapters; they are untrained")
+            expected = {name: t for name, t in expected.items() if name not in fresh}
         (towers, head), (our_towers, our_head) = split(weights), split(expected)
         if decoder is not None:
             head = split(read_checkpoint(decoder, CLIPSEG_FILES)[0])[1]  # its towers are CLIP's
@@ -344,7 +371,7 @@ class BiomedCLIPSeg(nn.Module):
             check_complete(head, our_head, source if decoder is None else decoder)
         else:
             print(f"{source}: BiomedCLIP alone; untrained is {FRESH[:-1]}")
-        model.load_state_dict(expected | towers | head)
+        model.load_state_dict(model.state_dict() | towers | head)
         return model.eval()
 
 

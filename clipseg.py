@@ -51,6 +51,7 @@ class Config:
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     text_length: int = 77  # tokens that a phrase is cut or padded to
     pad_token: int = 49407  # transformers'; changes nothing, the end is the first 49407
+    adapter_dim: int = 0  # width of adapters in both towers, to train alone; VLSM-Adapter: 64
     threshold: float = 0.5  # zero-shot, the authors took 0.3 and 0.5, for Pascal 0.24 to 0.28
 
 
@@ -76,14 +77,17 @@ class TextBlock(nn.Module):
         mlp = {"c_fc": nn.Linear(dim, 4 * dim), "c_proj": nn.Linear(4 * dim, dim)}
         self.mlp = nn.ModuleDict(mlp)
         self.ln_2 = nn.LayerNorm(dim)
+        self.adapters = nn.ModuleList([nn.Identity(), nn.Identity()])  # places for such
 
     def forward(self, x: Tensor) -> Tensor:
         T = x.shape[1]
         later = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)  # (T,T)
         y = self.ln_1(x)
-        x = x + self.attn(y, y, y, attn_mask=later, need_weights=False)[0]  # (B,T,C)
+        y = self.attn(y, y, y, attn_mask=later, need_weights=False)[0]  # (B,T,C)
+        x = x + self.adapters[0](y)
         y = self.mlp["c_fc"](self.ln_2(x))  # (B,T,4C)
-        return x + self.mlp["c_proj"](y * torch.sigmoid(1.702 * y))  # quirk: CLIP's QuickGELU
+        y = self.mlp["c_proj"](y * torch.sigmoid(1.702 * y))  # quirk: CLIP's QuickGELU
+        return x + self.adapters[1](y)
 # end shared
 
 
@@ -113,9 +117,9 @@ class VisionBlock(TextBlock):
         qkv = F.linear(self.ln_1(x), attn.in_proj_weight, attn.in_proj_bias)  # (B,N,3C)
         q, k, v = qkv.unflatten(2, (3, -1, 64)).permute(2, 0, 3, 1, 4)  # (B,h,N,64) each
         y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # (B,N,C)
-        x = x + attn.out_proj(y)
+        x = x + self.adapters[0](attn.out_proj(y))
         y = self.mlp["c_fc"](self.ln_2(x))  # (B,N,4C)
-        return x + self.mlp["c_proj"](y * torch.sigmoid(1.702 * y))
+        return x + self.adapters[1](self.mlp["c_proj"](y * torch.sigmoid(1.702 * y)))
 
 
 class VisionModel(nn.Module):
@@ -170,6 +174,19 @@ class CLIP(nn.Module):
         self.vision_model = VisionModel(config.vision_dim, config.vision_layers)
         self.visual_projection = nn.Linear(config.vision_dim, config.embed_dim, bias=False)
         self.text_projection = nn.Linear(config.text_dim, config.embed_dim, bias=False)
+
+
+# shared: adapter
+class Adapter(nn.Module):
+    """A small MLP behind a frozen layer: the dense ones of VLSM-Adapter, arXiv 2405.06196."""
+
+    def __init__(self, dim: int, width: int):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(dim, width), nn.Linear(width, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + F.relu(self.fc2(F.relu(self.fc1(x))))
+# end shared
 
 
 # shared: clipseg_decoder
@@ -253,6 +270,17 @@ class CLIPSeg(nn.Module):
         self.decoder = Decoder(
             c.vision_dim, c.embed_dim, c.reduce_dim, c.heads, c.ffn_dim, len(c.taps), c.refined
         )
+        vision, text = self.clip.vision_model, self.clip.text_model
+        # Only pictures as prompts pass here. What may train always gets a gradient.
+        late = vision.encoder["layers"][max(c.taps) + 1 :]
+        for module in (late, vision.post_layernorm, self.clip.visual_projection):
+            module.requires_grad_(False)
+        self.adapter = nn.Identity()
+        if c.adapter_dim:
+            self.adapter = Adapter(c.embed_dim, 4 * c.adapter_dim)  # of the condition
+            for tower, dim in ((vision, c.vision_dim), (text, c.text_dim)):
+                for block in tower.encoder["layers"][: max(c.taps)]:
+                    block.adapters = nn.ModuleList(Adapter(dim, c.adapter_dim) for _ in range(2))
 
     def forward(self, image: Tensor, tokens=None, condition=None) -> Tensor:
         """image (B,3,H,W) normalised, H and W in 16s, tokens (B,T) -> logits (B,1,H,W).
@@ -273,7 +301,8 @@ class CLIPSeg(nn.Module):
         """features from `encode_image`, the rest as for `forward` -> logits (B,1,H,W)."""
         if (tokens is None) == (condition is None):
             raise ValueError("a prompt is either tokens or condition: give one of the two")
-        return self.decoder(features, self.encode_text(tokens) if condition is None else condition)
+        condition = self.encode_text(tokens) if condition is None else condition
+        return self.decoder(features, self.adapter(condition))
 
     def encode_text(self, tokens: Tensor) -> Tensor:
         """tokens (B,T) -> condition (B,embed_dim), not normalised."""
@@ -310,8 +339,13 @@ class CLIPSeg(nn.Module):
                 print(f"{source}: no config.json tells taps; took {config.taps}, of the demo")
         told = {k: tuple(v) if isinstance(v, list) else v for k, v in told.items()}
         model = cls(replace(config, **told | overrides))
-        check_complete(weights, to_official(model.state_dict()), source)  # in the hub's names
-        model.load_state_dict(convert(weights))
+        expected = to_official(model.state_dict())
+        fresh = [name for name in expected if "adapter" in name]
+        if fresh and not any("adapter" in name for name in weights):
+            print(f"{source}: without adapters; they are untrained")
+            expected = {name: t for name, t in expected.items() if name not in fresh}
+        check_complete(weights, expected, source)  # in the hub's names
+        model.load_state_dict(model.state_dict() | convert(weights))
         return model.eval()
 
 

@@ -151,14 +151,17 @@ class TextBlock(nn.Module):
         mlp = {"c_fc": nn.Linear(dim, 4 * dim), "c_proj": nn.Linear(4 * dim, dim)}
         self.mlp = nn.ModuleDict(mlp)
         self.ln_2 = nn.LayerNorm(dim)
+        self.adapters = nn.ModuleList([nn.Identity(), nn.Identity()])  # places for such
 
     def forward(self, x: Tensor) -> Tensor:
         T = x.shape[1]
         later = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)  # (T,T)
         y = self.ln_1(x)
-        x = x + self.attn(y, y, y, attn_mask=later, need_weights=False)[0]  # (B,T,C)
+        y = self.attn(y, y, y, attn_mask=later, need_weights=False)[0]  # (B,T,C)
+        x = x + self.adapters[0](y)
         y = self.mlp["c_fc"](self.ln_2(x))  # (B,T,4C)
-        return x + self.mlp["c_proj"](y * torch.sigmoid(1.702 * y))  # quirk: CLIP's QuickGELU
+        y = self.mlp["c_proj"](y * torch.sigmoid(1.702 * y))  # quirk: CLIP's QuickGELU
+        return x + self.adapters[1](y)
 # end shared
 
 

@@ -42,8 +42,9 @@ class Settings:
     decoder: str | None = None  # BiomedCLIPSeg: hub id of the CLIPSeg whose decoder it starts from
     prompt: str = "p6"  # prompt type
     negatives: float = 0.0  # share of training samples with another image's prompt, an empty mask
-    train: str = "all"  # all | decoder | lora: see `choose_trained`
+    train: str = "all"  # all | decoder | adapters | lora: see `choose_trained`
     lora_rank: int = 8
+    adapter_dim: int = 64
     keep_features: bool = False  # of frozen towers: computed once, on files; no augmentation then
     augment: Augment | None = None  # None: the model's own preprocessing
     loss: Callable = None  # (output, batch) -> scalar, parts
@@ -251,12 +252,16 @@ def choose_trained(model: nn.Module, family: "Family", settings: Settings) -> No
     """Freezes what `settings.train` leaves as it is.
 
     all: nothing is frozen; decoder: the towers are; lora: the towers are, with a low-rank update of
-    `lora_rank` on each of their linear layers (adapters.py), which is trained with the decoder.
+    `lora_rank` on each of their linear layers (adapters.py), which is trained with the decoder;
+    adapters: everything but the adapters of `adapter_dim` in both towers.
     """
-    if settings.train == "decoder":
-        for name, parameter in model.named_parameters():
-            if family.backbone(name):
-                parameter.requires_grad_(False)
+    adapters = [name for name, _ in model.named_parameters() if "adapter" in name]
+    if settings.train == "adapters" and not adapters:
+        raise ValueError(f"--train adapters: {type(model).__name__} has no place for them")
+    for name, parameter in model.named_parameters():
+        frozen = {"decoder": family.backbone(name), "adapters": name not in adapters}
+        if frozen.get(settings.train):
+            parameter.requires_grad_(False)
     if settings.train == "lora":
         add_lora(model, settings.lora_rank, family.backbone)
 
@@ -456,8 +461,14 @@ BIOMEDCLIPSEG = {
 }
 
 
+def with_adapters(settings: Settings) -> dict:
+    """Fields of Config."""
+    return {"adapter_dim": settings.adapter_dim} if settings.train == "adapters" else {}
+
+
 def load_clipseg(weights, variant, settings: Settings, overrides: dict, train_set):
     """CLIPSeg from `weights`; from the hub if None; from scratch if "none"."""
+    overrides = with_adapters(settings) | overrides
     if weights == "none":
         return clipseg.CLIPSeg(replace(clipseg.VARIANTS[variant or "rd64-refined"], **overrides))
     weights = weights or hub_id(settings, variant or "rd64-refined")
@@ -469,6 +480,7 @@ def load_biomedclipseg(weights, variant, settings: Settings, overrides: dict, tr
     where the recipe has one, a CLIPSeg's decoder.
     """
     variant, decoder = variant or "biomedclipseg", None
+    overrides = with_adapters(settings) | overrides
     if weights == "none":
         return biomedclipseg.BiomedCLIPSeg(replace(biomedclipseg.VARIANTS[variant], **overrides))
     if weights is None:

@@ -54,7 +54,7 @@ def probability(text: str) -> float | str:
 
 SCHEDULES = ["cosine", "poly", "constant", "multistep", "plateau"]
 DTYPES = ["float32", "bfloat16", "float16"]
-TRAINED = ["all", "decoder", "lora"]
+TRAINED = ["all", "decoder", "adapters", "lora"]
 SIZES = ["image", "network"]
 
 
@@ -69,8 +69,9 @@ class Options:
     data: list[str] = option([], "data sets to train and validate on; several are pooled")
     test: list[str] = option([], "data sets to test on, PATH[:split]; else --data's test splits")
     prompt: str | None = option(None, 'prompt types (p6; p6,p3; random), or a literal "text"')
-    train: str | None = option(None, "all, the new parts, or LoRA on the rest too", choices=TRAINED)
+    train: str | None = option(None, "all, or some parts only: see recipes.py", choices=TRAINED)
     lora_rank: int | None = option(None, "of the updates that --train lora puts on linear layers")
+    adapter_dim: int | None = option(None, "width of the adapters of --train adapters")
     keep_features: bool | None = option(None, "of frozen towers, on files; turns augmentation off")
     negatives: float | None = option(None, "share of samples that ask for another image's target")
     prompt_study: bool = option(False, "test every prompt type, in one table")
@@ -273,8 +274,7 @@ class Run:
     def train_epoch(self, batches) -> None:
         """From where it stands to the epoch's end."""
         self.train_mode()
-        title, said = f"epoch {self.epoch + 1}/{self.options.epochs}", time.time()
-        saved = said
+        title, said = f"epoch {self.epoch + 1}/{self.options.epochs}", (saved := time.time())
         bar = tqdm(None, title, self.batches, False, initial=self.batch, unit="batch", disable=None)
         while self.batch < self.batches and self.step < self.total_steps:
             before = self.batch

@@ -53,15 +53,19 @@ def start(options) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("what", ["all", "decoder", "lora"])
+@pytest.mark.parametrize("what", ["all", "decoder", "adapters", "lora"])
 def test_what_trains(model, what, options, capsys):
     options = replace(options, model=model, train=what, lora_rank=2)
     before = start(options)
     summary = train.run(options)
     said = capsys.readouterr().out
     after = load_file(f"{options.out}/best.safetensors")
-    assert set(after) == set(before)  # plain names, also after LoRA
-    changed = {name for name in after if not torch.equal(after[name], before[name])}
+    new = {name for name in after if "adapter" in name}
+    assert set(after) - new == set(before)  # plain names, also after LoRA
+    changed = {name for name in before if not torch.equal(after[name], before[name])}
+    if what == "adapters":  # fc1, fc2 with biases behind attention and MLP, and of the condition
+        assert not changed and len(new) == 4 * (2 * (2 + 2) + 1)
+        return
     decoder = {name for name in before if name.startswith("decoder.")}
     assert decoder <= changed
     towers = changed - decoder
@@ -146,6 +150,7 @@ def test_kept_features_are_those_of_the_image_and_the_text(demo, options):
         (["--keep-features", "--train", "all"], "--keep-features needs --train decoder"),
         (["--model", "cris", "--keep-features", "--train", "decoder"], "--keep-features needs"),
         (["--train", "lora", "--lora-rank", "0"], "at least 1"),
+        (["--model", "cris", "--train", "adapters"], "CRIS has no place"),
         (["--negatives", "0.5", "--prompt", "p1"], "--negatives needs prompts that differ"),
         (["--threshold", "half"], "half"),
     ],
