@@ -6,7 +6,7 @@
 Forward: evaluation mode, no gradients; transformers pads a prompt to 77 tokens and repeats the image for
 every prompt, as its processor and its interface ask for. Training step: the decoder alone, from kept
 features (features.py) against transformers' whole model, whose towers run without gradients too. Epoch:
-a pass over --images images with loading and all, the features being on file.
+a later one over --images images, with loading and all, the features being on file.
 """
 
 import argparse
@@ -41,7 +41,8 @@ def official_model(ours: clipseg.CLIPSeg):
     """transformers' class with our weights."""
     from transformers import CLIPSegConfig, CLIPSegForImageSegmentation
 
-    config = CLIPSegConfig(use_complex_transposed_convolution=True)
+    vision = {"patch_size": 16}  # the hub's; the class alone would take 32
+    config = CLIPSegConfig(vision_config=vision, use_complex_transposed_convolution=True)
     model = CLIPSegForImageSegmentation(config)
     model.load_state_dict(clipseg.to_official(ours.state_dict()))
     return model.eval()
@@ -120,12 +121,13 @@ def epochs(models: dict, args) -> dict:
     functions = {}
     for name, recipe in (("official", plain), ("ours", kept)):
         step = steps(models, example(args))["step"][name]
+        items = data.Items(dataset, "p6", recipe.inputs, train=True, seed=0)
+        order = data.train_batches(len(dataset), args.batch_size, 1000, 0, 0)
+        batches = iter(data.loader(items, order, args.workers, torch.device("cpu")))
 
-        def epoch(recipe=recipe, step=step):
-            items = data.Items(dataset, "p6", recipe.inputs, train=True, seed=0)
-            order = data.train_batches(len(dataset), args.batch_size, 1, 0, 0)
-            for batch in data.loader(items, order, args.workers, torch.device("cpu")):
-                step(batch)
+        def epoch(batches=batches, step=step):
+            for _ in range(data.batches_per_epoch(len(dataset), args.batch_size)):
+                step(next(batches))
 
         functions[name] = epoch
     return functions
@@ -145,7 +147,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--data", help="a prompted data set, for whole epochs")
-    parser.add_argument("--images", type=int, default=32, help="of it")
+    parser.add_argument("--images", type=int, default=64, help="of it")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--memory", nargs=2, help=argparse.SUPPRESS)  # whose, of what: a child of ours
     args = parser.parse_args()

@@ -24,7 +24,7 @@ OFFICIAL = ("rd64-refined", "rd64", "rd16")
 MINI = clipseg.VARIANTS["mini"]
 TOKENS = torch.tensor([[49406, 736, 17, 49407, 0, 0], [49406, 1, 2, 3, 4, 49407]])
 
-# --- the official size: recorded outputs of transformers ---------------------------------------------
+# --- the official size: recorded outputs of transformers -----------------------------------------
 
 
 class Golden:
@@ -122,7 +122,7 @@ def test_preprocessing_is_the_official_one(golden):
     close(x[:, ::22, ::22], golden.get("out/preprocess/pixel_values"), atol=1e-6)
 
 
-# --- every size: transformers, live --------------------------------------------------------------------
+# --- every size: transformers, live --------------------------------------------------------------
 
 
 def theirs(c: clipseg.Config, **more) -> CLIPSegForImageSegmentation:
@@ -180,6 +180,7 @@ def test_every_official_name_and_shape(variant):
 def test_outputs_and_all_gradients_equal_transformers(refined, dtype, monkeypatch):
     config = replace(MINI, refined=refined)
     ours, official = randomised(CLIPSeg(config)).eval().to(dtype), theirs(config).to(dtype)
+    ours.requires_grad_()  # what serves picture prompts alone too
     official.load_state_dict(clipseg.to_official(ours.state_dict()))  # strict
     image, prompt = torch.randn(2, 2, 3, 96, 96, dtype=dtype)
     weight = torch.randn(2, 2, 1, 96, 96, dtype=dtype)
@@ -341,7 +342,7 @@ def test_wrong_calls_are_told(mini):
             mini(image, **prompt)
 
 
-# --- files ----------------------------------------------------------------------------------------
+# --- files ---------------------------------------------------------------------------------------
 
 
 def hub_state(model) -> dict[str, torch.Tensor]:
@@ -547,7 +548,7 @@ def test_settings_that_no_tensor_tells_come_from_config_json(mini, tmp_path):
         close(model(image, TOKENS)[:, 0], official(input_ids=TOKENS, pixel_values=image).logits)
 
 
-# --- pixels ----------------------------------------------------------------------------------------------
+# --- pixels --------------------------------------------------------------------------------------
 
 
 def test_masks_there_and_back():
@@ -598,3 +599,36 @@ def test_a_picture_prompt_is_blurred_darkened_and_cropped(mini, box):
 def test_an_empty_picture_prompt_is_refused(mini):
     with pytest.raises(ValueError, match="is empty"):
         mini.visual_prompt(torch.randn(3, 128, 128), torch.zeros(1, 128, 128))
+
+
+# --- real weights --------------------------------------------------------------------------------
+
+
+@pytest.mark.online
+@torch.no_grad()
+def test_published_numbers_of_the_real_weights(tmp_path):
+    """transformers, tests/models/clipseg/test_modeling_clipseg.py, the integration test."""
+    import urllib.request
+
+    from huggingface_hub import constants
+    from test_online import reach
+    from tokenizer import CLIPTokenizer
+
+    url = "http://images.cocodataset.org/val2017/000000039769.jpg"
+    reach(constants.ENDPOINT)
+    reach(url)
+    urllib.request.urlretrieve(url, tmp_path / "cats.jpg")
+    model = CLIPSeg.from_pretrained("CIDAS/clipseg-rd64-refined")
+    assert model.config == clipseg.VARIANTS["rd64-refined"]
+    image = model.preprocess(Image.open(tmp_path / "cats.jpg"))[None]
+    condition = model.encode_text(CLIPTokenizer()(["a cat", "a remote", "a blanket"]))
+    logits = model(image, condition=condition)[0, 0, :3, :3]
+    expected = [
+        [-7.4613, -7.4785, -7.3628],
+        [-7.3268, -7.0899, -7.1333],
+        [-6.9838, -6.7900, -6.8913],
+    ]
+    close(logits, torch.tensor(expected), 1e-3)
+    close(condition[0, :3], torch.tensor([0.5601, -0.0314, 0.1980]), 1e-3)
+    pooled = model.encode_visual_prompt(image)[0, :3]
+    close(pooled, torch.tensor([0.5036, -0.2681, -0.2644]), 1e-3)

@@ -12,8 +12,10 @@ import torch
 from conftest import ROOT
 from huggingface_hub import constants, hf_hub_download
 
+import biomedclipseg
 import cris
 import train
+from tokenizer import WordPieceTokenizer
 
 pytestmark = pytest.mark.online
 
@@ -56,6 +58,17 @@ def test_the_merges_are_the_hub_s():
     theirs = Path(hf_hub_download("openai/clip-vit-base-patch32", "merges.txt")).read_text("utf-8")
     ours = lzma.open(ROOT / "clip_merges.txt.xz", "rt", encoding="utf-8").read()
     assert theirs.splitlines()[1:] == ours.splitlines()
+
+
+@pytest.mark.parametrize("decoder", [None, "CIDAS/clipseg-rd64-refined"])
+def test_biomedclipseg_loads_from_the_hub(decoder):
+    reach(constants.ENDPOINT)
+    hub_id = "microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224"
+    model = biomedclipseg.BiomedCLIPSeg.from_pretrained(hub_id, decoder)
+    tokens = WordPieceTokenizer(biomedclipseg.find_vocabulary(hub_id))("one small polyp")
+    assert tokens[0, :2].tolist() != [1, 1] and 1 not in tokens[0]  # no [UNK]
+    logits = model(torch.zeros(1, 3, 224, 224), tokens)
+    assert logits.shape == (1, 1, 224, 224) and logits.isfinite().all()
 
 
 @pytest.mark.parametrize("prompt, published", [("p1", 0.3112), ("p4", 0.4994), ("p6", 0.4530)])
