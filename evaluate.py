@@ -105,7 +105,8 @@ def draw(model, recipe, dataset, rows: list[dict], options, folder: Path) -> Non
         image = np.asarray(Image.fromarray(part.pixels(k)[0]).resize((w, h)))
         picture = report.overlay(image, item["truth"][0].numpy(), masks[0])
         report.save_picture(folder / f"{case}_{Path(item['name']).name}.png", picture)
-        caption = f"{case}: Dice {rows[i]['dice']:.3f}  “{item['prompt']}”"
+        words = f"“{item['prompt']}”" if item["prompt"] else "no text"
+        caption = f"{case}: Dice {rows[i]['dice']:.3f}  {words}"
         cards.append(report.captioned(picture, caption))
     report.save_picture(folder / "sheet.png", report.sheet(cards, n))
 
