@@ -185,6 +185,15 @@ class Adapter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x + F.relu(self.fc2(F.relu(self.fc1(x))))
+
+
+def without_fresh(expected: dict[str, Tensor], found: dict[str, Tensor], source) -> dict:
+    """What must be in a file: adapters only if one is there; that they stay untrained is said."""
+    base = {name: t for name, t in expected.items() if "adapter" not in name}
+    if len(base) == len(expected) or any("adapter" in name for name in found):
+        return expected
+    print(f"{source}: without adapters; they are untrained")
+    return base
 # end shared
 
 
@@ -358,11 +367,7 @@ class BiomedCLIPSeg(nn.Module):
         if path.exists() and beside.exists():
             config = replace(config, vocabulary=str(beside.resolve()))
         model = cls(replace(config, **overrides))
-        expected = model.state_dict()
-        fresh = [name for name in expected if "adapter" in name]
-        if fresh and not any("adapter" in name for name in weights):
-            print(f"{source}: without adapters; they are untrained")
-            expected = {name: t for name, t in expected.items() if name not in fresh}
+        expected = without_fresh(model.state_dict(), weights, source)
         (towers, head), (our_towers, our_head) = split(weights), split(expected)
         if decoder is not None:
             head = split(read_checkpoint(decoder, CLIPSEG_FILES)[0])[1]  # its towers are CLIP's
@@ -413,8 +418,9 @@ def find_vocabulary(source: str | Path) -> Path:
     return path if path.exists() else download(str(source), ("vocab.txt",))
 
 
+# shared: stretch
 def preprocess(image, config: Config) -> Tensor:
-    """PIL image -> (3,S,S) float32, normalised."""
+    """PIL image -> (3,S,S) float32, stretched and normalised."""
     import numpy as np
     from PIL import Image
 
@@ -431,9 +437,10 @@ def preprocess_mask(mask: Tensor, config: Config) -> Tensor:
 
 
 def postprocess(logits: Tensor, size: tuple[int, int], config: Config) -> Tensor:
-    """logits (1,h,w) -> probabilities (1,H,W) at the image's own size."""
+    """logits (1,h,w) -> probabilities (1,H,W) at the image's own size, for any `config`."""
     logits = logits[None].float()
     return F.interpolate(logits, size, mode="bilinear", align_corners=False)[0].sigmoid()
+# end shared
 
 
 # shared: read_checkpoint

@@ -186,6 +186,15 @@ class Adapter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x + F.relu(self.fc2(F.relu(self.fc1(x))))
+
+
+def without_fresh(expected: dict[str, Tensor], found: dict[str, Tensor], source) -> dict:
+    """What must be in a file: adapters only if one is there; that they stay untrained is said."""
+    base = {name: t for name, t in expected.items() if "adapter" not in name}
+    if len(base) == len(expected) or any("adapter" in name for name in found):
+        return expected
+    print(f"{source}: without adapters; they are untrained")
+    return base
 # end shared
 
 
@@ -339,11 +348,7 @@ class CLIPSeg(nn.Module):
                 print(f"{source}: no config.json tells taps; took {config.taps}, of the demo")
         told = {k: tuple(v) if isinstance(v, list) else v for k, v in told.items()}
         model = cls(replace(config, **told | overrides))
-        expected = to_official(model.state_dict())
-        fresh = [name for name in expected if "adapter" in name]
-        if fresh and not any("adapter" in name for name in weights):
-            print(f"{source}: without adapters; they are untrained")
-            expected = {name: t for name, t in expected.items() if name not in fresh}
+        expected = without_fresh(to_official(model.state_dict()), weights, source)
         check_complete(weights, expected, source)  # in the hub's names
         model.load_state_dict(model.state_dict() | convert(weights))
         return model.eval()
@@ -433,6 +438,7 @@ def closest_variant(weights: dict[str, Tensor]) -> Config:
     return list(VARIANTS.values())[agree.index(max(agree))]
 
 
+# shared: stretch
 def preprocess(image, config: Config) -> Tensor:
     """PIL image -> (3,S,S) float32, stretched and normalised."""
     import numpy as np
@@ -454,6 +460,7 @@ def postprocess(logits: Tensor, size: tuple[int, int], config: Config) -> Tensor
     """logits (1,h,w) -> probabilities (1,H,W) at the image's own size, for any `config`."""
     logits = logits[None].float()
     return F.interpolate(logits, size, mode="bilinear", align_corners=False)[0].sigmoid()
+# end shared
 
 
 def visual_prompt(image: Tensor, mask: Tensor, config: Config) -> Tensor:

@@ -78,11 +78,15 @@ def evaluate(model, recipe, dataset, options, distances: bool, title: str) -> li
     rows = []
     for item, probabilities, loss in predictions(model, recipe, dataset, options, title):
         masks = probabilities > model.config.threshold
-        scores = metrics.score_image(masks, item["truth"].numpy(), with_distances=distances)
-        for name, score in zip(dataset.classes, scores, strict=True):
-            where = {key: item[key] for key in ("dataset", "name", "group", "prompt")}
-            rows.append(where | {"class": name} | score | {"loss": loss})
+        rows += [row | {"loss": loss} for row in score(item, masks, dataset.classes, distances)]
     return rows
+
+
+def score(item: dict, masks: np.ndarray, classes, distances: bool) -> list[dict]:
+    """Scores of one entry, a dict a class, with what tells whose they are."""
+    where = {key: item[key] for key in ("dataset", "name", "group", "prompt")}
+    scores = metrics.score_image(masks, item["truth"].numpy(), with_distances=distances)
+    return [where | {"class": k} | row for k, row in zip(classes, scores, strict=True)]
 
 
 def draw(model, recipe, dataset, rows: list[dict], options, folder: Path) -> None:
@@ -148,9 +152,10 @@ class EveryPrompt(torch.utils.data.Dataset):
         return len(self.dataset)
 
     def __getitem__(self, i: int) -> dict[str, dict]:
-        inputs = self.recipe.inputs
-        samples = {kind: self.dataset.sample(i, kind) for kind in self.kinds}
-        return {kind: inputs(sample, train=False, rng=None) for kind, sample in samples.items()}
+        item = self.recipe.inputs(self.dataset.sample(i, self.kinds[0]), train=False, rng=None)
+        entry = self.dataset.entries[i]
+        texts = {kind: data.choose_prompt(entry, kind) for kind in self.kinds}
+        return {k: item | self.recipe.read(text) | {"prompt": text} for k, text in texts.items()}
 
 
 def score_every_prompt(model, recipe, dataset, options, title: str) -> dict[str, list[dict]]:
@@ -171,9 +176,7 @@ def score_every_prompt(model, recipe, dataset, options, title: str) -> dict[str,
             for kind, item in items.items():
                 probabilities, _ = recipe.predict(model, item | kept)
                 masks = (probabilities > model.config.threshold).cpu().numpy()
-                (score,) = metrics.score_image(masks, item["truth"].numpy(), with_distances=False)
-                where = {key: item[key] for key in ("dataset", "name", "group", "prompt")}
-                rows[kind].append(where | {"class": dataset.classes[0]} | score)
+                rows[kind] += score(item, masks, dataset.classes, distances=False)
     return rows
 
 

@@ -75,6 +75,7 @@ class Recipe:
     loss: Callable
     predict: Callable
     groups: Callable
+    read: Callable | None = None  # prompt -> the tensors that `inputs` makes of it, of text models
 
 
 # --- text-prompted binary masks in 2-D ------------------------------------------------------------
@@ -170,21 +171,23 @@ def parameter_groups(model: nn.Module, settings: Settings) -> list[dict]:
 
 def prompted_recipe(file, model: nn.Module, settings: Settings, tokenizer) -> Recipe:
     """For the model of `file`, which has preprocess and preprocess_mask."""
+    read = partial(tokens, tokenizer=tokenizer)
     inputs = partial(
         prompted_inputs,
         config=model.config,
         look=partial(pixels, config=model.config, preprocess=file.preprocess),
-        read=partial(tokens, tokenizer=tokenizer),
+        read=read,
         augment=settings.augment,
         preprocess_mask=file.preprocess_mask,
     )
-    return Recipe(inputs, prompted_forward, settings.loss, prompted_predict, parameter_groups)
+    return Recipe(inputs, prompted_forward, settings.loss, prompted_predict, parameter_groups, read)
 
 
 def hub_id(settings: Settings, variant: str) -> str:
     """Where training of a variant starts. ValueError if it has no pretrained weights."""
     if variant not in settings.weights:
-        raise ValueError(f"{variant} has no pretrained weights; pass --weights none or a file")
+        message = "has no pretrained weights; pass --weights none or a file"
+        raise ValueError(f"--variant {variant} {message}")
     return settings.weights[variant]
 
 
@@ -241,7 +244,7 @@ def keep_features(recipe: Recipe, model, frozen: Callable, sets: list[Dataset], 
 
     def embeddings(start):
         for text in texts[start:]:
-            yield model.encode_text(plain.keywords["read"](text)["tokens"][None].to(device))[0]
+            yield model.encode_text(recipe.read(text)["tokens"][None].to(device))[0]
 
     found = rows("text embeddings", texts, embeddings)
     kept.texts |= {text: (found, i) for i, text in enumerate(texts)}
@@ -280,6 +283,22 @@ def medvlsm_dice(logits: Tensor, batch: dict) -> tuple[Tensor, dict]:
     )
     loss = dice_loss(logits.sigmoid(), batch["mask"], smooth=1e-5).mean()
     return loss, {"dice_loss": loss}
+
+
+# What medvlsm's recipes have in common.
+MEDVLSM = dict(
+    loss=medvlsm_dice,
+    weight_decay=1e-3,
+    decay_all=True,
+    epochs=1000,
+    schedule="plateau",
+    warmup=0.0,
+    clip_grad=0.5,
+    dtype="float16",
+    patience=20,
+    min_epochs=10,
+    min_delta=1e-4,
+)
 
 
 def refcoco_bce(logits: Tensor, batch: dict) -> tuple[Tensor, dict]:
@@ -324,21 +343,11 @@ CRIS = {
             "threshold": 0.35,
             "dropout": 0.2,
         },
-        loss=medvlsm_dice,
         lr=2e-5,
         backbone_lr=2e-5,
         backbone=clip_towers,
-        weight_decay=1e-3,
-        decay_all=True,
         batch_size=32,
-        epochs=1000,
-        schedule="plateau",
-        warmup=0.0,
-        clip_grad=0.5,
-        dtype="float16",
-        patience=20,
-        min_epochs=10,
-        min_delta=1e-4,
+        **MEDVLSM,
     ),
     # CRIS itself (arXiv 2111.15174; github.com/DerrickWang005/CRIS.pytorch,
     # config/refcoco/cris_r50.yaml). Left out: its first epoch trained the backbone at the full
@@ -391,11 +400,7 @@ def load_cris(
         } | overrides  # long enough for every prompt; short ones are trimmed
         return cris.CRIS(replace(cris.VARIANTS[variant or "rn50"], **config))
     if weights is None:
-        weights = settings.weights.get(variant or "rn50")
-        if weights is None:
-            raise ValueError(
-                f"--variant {variant} has no pretrained weights; pass --weights none or a file"
-            )
+        weights = hub_id(settings, variant or "rn50")
         print(
             f"starting from CLIP ({weights}): no CRIS checkpoint is on the hub. The known one, "
             "trained on RefCOCO, is linked in the README of github.com/naamiinepal/medvlsm and in "
@@ -437,21 +442,11 @@ CLIPSEG = {
 CLIPSEG["origin"] = replace(
     CLIPSEG["default"],
     augment=None,
-    loss=medvlsm_dice,
     lr=2e-3,
-    weight_decay=1e-3,
-    decay_all=True,
     batch_size=128,
-    epochs=1000,
-    schedule="plateau",
-    warmup=0.0,
-    clip_grad=0.5,
-    dtype="float16",
-    patience=20,
-    min_epochs=10,
-    min_delta=1e-4,
     train="decoder",
     keep_features=True,
+    **MEDVLSM,
 )
 BIOMEDCLIPSEG = {
     "default": replace(CLIPSEG["default"], weights={"biomedclipseg": BIOMEDCLIP}, decoder=RD64),

@@ -182,6 +182,10 @@ def curves(path: Path, history: list[dict]) -> None:
 # --- words ----------------------------------------------------------------------------------------
 
 
+def interval(score: dict) -> str:
+    return f"[{score['low']:.4f}, {score['high']:.4f}]  n={score['n']}"
+
+
 def table(summary: dict) -> str:
     """A summary of scores (metrics.summarise) as lines of text: mean [95 % interval]."""
     scores = {
@@ -191,8 +195,7 @@ def table(summary: dict) -> str:
     }
     lines = []
     for name, score in scores.items():
-        interval = f"[{score['low']:.4f}, {score['high']:.4f}]  n={score['n']}"
-        lines.append(f"  {name:12} {score['mean']:8.4f}  {interval}")
+        lines.append(f"  {name:12} {score['mean']:8.4f}  {interval(score)}")
     lines.append(f"  misses and false alarms: {summary['misses']} of {summary['images']} images")
     if "warning" in summary:
         lines.append(f"  {summary['warning']}")
@@ -204,7 +207,6 @@ def study_table(summaries: dict[str, dict], examples: dict[str, str]) -> str:
     lines = []
     for kind, summary in summaries.items():
         dice, iou = summary["dice"], summary["iou"]
-        interval = f"[{dice['low']:.4f}, {dice['high']:.4f}]  n={dice['n']}"
-        score = f"Dice {dice['mean']:.4f} {interval}  IoU {iou['mean']:.4f}"
+        score = f"Dice {dice['mean']:.4f} {interval(dice)}  IoU {iou['mean']:.4f}"
         lines.append(f"  {kind:4} {score}  “{examples[kind]}”")
     return "\n".join(lines)

@@ -376,8 +376,7 @@ def load_model(options: Options, settings: Settings, train_set, device: torch.de
     # Weights that are only tested keep what they came with, unless a recipe is named.
     overrides = dict(settings.config) if options.recipe or not options.eval else {}
     overrides |= {"image_size": options.size} if options.size else {}
-    if options.threshold not in (None, "auto"):
-        overrides |= {"threshold": options.threshold}
+    overrides |= {} if options.threshold in (None, "auto") else {"threshold": options.threshold}
     load = FAMILIES[options.model].load
     return load(options.weights, options.variant, settings, overrides, train_set).to(device)
 
@@ -411,8 +410,9 @@ def fit_and_test(options: Options, settings: Settings, device: torch.device, res
     tests, sets = evaluate.open_tests(options), {}
     if not options.eval or options.threshold == "auto":
         parts = data.train_and_val(options.data, options.seed, options.group_regex)
-        for name, part in list(zip(("train", "val"), parts, strict=True))[int(options.eval) :]:
-            sets[name] = data.open_dataset(part, options.cache)
+        parts = dict(zip(("train", "val"), parts, strict=True))
+        for name in ("val",) if options.eval else parts:
+            sets[name] = data.open_dataset(parts[name], options.cache)
             print(f"{name}: {sets[name].describe()}")
     model = load_model(options, settings, sets.get("train"), device)
     recipe = FAMILIES[options.model].recipe(model, settings)

@@ -15,13 +15,14 @@ import tempfile
 from types import SimpleNamespace
 
 import torch
-from common import HEADER, ROOT, in_fresh_process, in_turns, machine, peak_memory, row
+from common import HEADER, ROOT, in_turns, machine, memory_rows, peak_memory, row
 
 sys.path.insert(0, str(ROOT))
 
 import clipseg  # noqa: E402
 import data  # noqa: E402
 import recipes  # noqa: E402
+import report  # noqa: E402
 from losses import dice_bce  # noqa: E402
 from tokenizer import CLIPTokenizer  # noqa: E402
 
@@ -107,7 +108,7 @@ def steps(models: dict, batch: dict) -> dict[str, dict]:
     return kinds
 
 
-def epochs(models: dict, args) -> dict:
+def epochs(models: dict, kinds: dict, args) -> dict:
     """Whose -> a pass over the data set, with loading."""
     options = SimpleNamespace(
         prompt="p6", train="decoder", cache=tempfile.mkdtemp(), workers=args.workers
@@ -120,7 +121,7 @@ def epochs(models: dict, args) -> dict:
     kept = recipes.keep_features(plain, models["ours"], towers, [dataset], options)
     functions = {}
     for name, recipe in (("official", plain), ("ours", kept)):
-        step = steps(models, example(args))["step"][name]
+        step = kinds["step"][name]
         items = data.Items(dataset, "p6", recipe.inputs, train=True, seed=0)
         order = data.train_batches(len(dataset), args.batch_size, 1000, 0, 0)
         batches = iter(data.loader(items, order, args.workers, torch.device("cpu")))
@@ -170,16 +171,11 @@ def main() -> int:
         times = in_turns(step, args.rounds)
         print(row(kind, times["official"], times["ours"], "s"), flush=True)
     if args.data:
-        times = in_turns(epochs(models, args), 1)
+        times = in_turns(epochs(models, kinds, args), 1)
         print(row(f"epoch of {args.images} images", times["official"], times["ours"], "s"), flush=True)
-    for kind in kinds:
-        peak = {name: [in_fresh_process("--memory", name, kind)] for name in ("official", "ours")}
-        print(row(f"peak memory, {kind}", peak["official"], peak["ours"], "MB"), flush=True)
+    memory_rows(kinds)
     return 0
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    report.command(main)

@@ -86,4 +86,11 @@ def row(what: str, official: list[float], ours: list[float], unit: str) -> str:
     return f"| {what}, {unit} | {show(official)} | {show(ours)} | {ratio:.2f} |"
 
 
+def memory_rows(kinds) -> None:
+    """Prints the peak memory of each kind of step, each in a fresh process that gets --memory."""
+    for kind in kinds:
+        peak = {name: [in_fresh_process("--memory", name, kind)] for name in ("official", "ours")}
+        print(row(f"peak memory, {kind}", peak["official"], peak["ours"], "MB"), flush=True)
+
+
 HEADER = "| | official | ours | ratio |\n| --- | --- | --- | --- |"

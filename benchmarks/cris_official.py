@@ -15,12 +15,13 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from common import HEADER, ROOT, in_fresh_process, in_turns, machine, peak_memory, row
+from common import HEADER, ROOT, in_turns, machine, memory_rows, peak_memory, row
 from torch import nn
 
 sys.path.insert(0, str(ROOT))
 
 import cris  # noqa: E402
+import report  # noqa: E402
 
 
 def our_model(variant: str) -> cris.CRIS:
@@ -120,14 +121,9 @@ def main() -> int:
         times = in_turns({name: build(models[name]) for name in models}, args.rounds)
         print(row(kind, times["official"], times["ours"], "s"), flush=True)
     models.clear()
-    for kind in kinds:
-        peak = {name: [in_fresh_process("--memory", name, kind)] for name in ("official", "ours")}
-        print(row(f"peak memory, {kind}", peak["official"], peak["ours"], "MB"), flush=True)
+    memory_rows(kinds)
     return 0
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    report.command(main)

@@ -1,3 +1,4 @@
+import csv
 import os
 import sys
 from pathlib import Path
@@ -18,6 +19,12 @@ def command(monkeypatch, capsys, module, *arguments) -> tuple[int, str, str]:
         report.command(module.main)
     out, err = capsys.readouterr()
     return ended.value.code, out, err
+
+
+def rows(path) -> list[dict]:
+    """A CSV file."""
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
 
 
 @pytest.fixture(scope="session")
@@ -47,3 +54,23 @@ def real_data() -> Path:
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: minutes; run by `make test-slow`")
     config.addinivalue_line("markers", "online: needs the hub; run by `make test-online`")
+
+
+@pytest.fixture
+def options(demo, tmp_path):
+    """A training of seconds."""
+    import train
+
+    return train.Options(
+        variant="mini",
+        weights="none",
+        data=[str(demo)],
+        out=str(tmp_path / "run"),
+        cache=str(demo.parent / "cache"),
+        size=64,
+        epochs=2,
+        batch_size=16,
+        lr=1e-3,
+        workers=0,
+        overlays=2,
+    )

@@ -1,8 +1,7 @@
 """A small CLIPSeg learns to read on the demo set, where nothing but the text names the target."""
 
-import csv
-
 import pytest
+from conftest import rows
 
 import prepare
 import train
@@ -43,9 +42,9 @@ def study(demo, out, **how):
         weights=out, eval=True, test=tests, prompt_study=True, out=out + "-study", cache=cache
     )
     right, wrong = train.run(asked)["tests"].values()
-    with open(f"{out}-study/test/per_image.csv", newline="") as file:
-        rows = [r for r in csv.DictReader(file) if "other" in r["test"] and r["type"] == "p6"]
-    absent = [r for r in rows if not colours[int(r["name"])] & set(r["prompt"].split())]
+    cases = rows(f"{out}-study/test/per_image.csv")
+    cases = [r for r in cases if "other" in r["test"] and r["type"] == "p6"]
+    absent = [r for r in cases if not colours[int(r["name"])] & set(r["prompt"].split())]
     assert len(absent) >= 50
     empty = sum(r["in_pred"] == "False" for r in absent) / len(absent)
     dice = [{kind: s["dice"]["mean"] for kind, s in scores.items()} for scores in (right, wrong)]

@@ -1,13 +1,12 @@
 """CLIPSeg and BiomedCLIPSeg in the loop: what trains, kept features, negatives, prompt study."""
 
-import csv
 import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from conftest import command
+from conftest import command, rows
 from safetensors.torch import load_file
 
 import biomedclipseg
@@ -21,27 +20,9 @@ MODELS = {"clipseg": clipseg.CLIPSeg, "biomedclipseg": biomedclipseg.BiomedCLIPS
 
 
 @pytest.fixture
-def options(demo, tmp_path):
-    """A training of seconds."""
-    return train.Options(
-        model="clipseg",
-        variant="mini",
-        weights="none",
-        data=[str(demo)],
-        out=str(tmp_path / "run"),
-        cache=str(tmp_path / "cache"),
-        size=64,
-        epochs=2,
-        batch_size=16,
-        lr=1e-3,
-        workers=0,
-        overlays=0,
-    )
-
-
-def rows(path) -> list[dict]:
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
+def options(options, tmp_path):
+    """A CLIPSeg, with nothing kept from other tests."""
+    return replace(options, model="clipseg", overlays=0, cache=str(tmp_path / "cache"))
 
 
 def start(options) -> dict[str, torch.Tensor]:

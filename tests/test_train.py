@@ -1,6 +1,5 @@
 """The training program: what it leaves behind, what resuming gives, what it refuses."""
 
-import csv
 import json
 import random
 import signal
@@ -12,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, command
+from conftest import ROOT, command, rows
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -21,24 +20,6 @@ import data
 import predict
 import recipes
 import train
-
-
-@pytest.fixture
-def options(demo, tmp_path):
-    """A training of seconds."""
-    return train.Options(
-        variant="mini",
-        weights="none",
-        data=[str(demo)],
-        out=str(tmp_path / "run"),
-        cache=str(demo.parent / "cache"),
-        size=64,
-        epochs=2,
-        batch_size=16,
-        lr=1e-3,
-        workers=0,
-        overlays=2,
-    )
 
 
 def arguments(options: train.Options) -> list[str]:
@@ -51,11 +32,6 @@ def arguments(options: train.Options) -> list[str]:
         elif value not in (None, []):
             words += [flag, *map(str, value if isinstance(value, list) else [value])]
     return words
-
-
-def rows(path) -> list[dict]:
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def test_a_run_leaves_everything_that_the_design_names(options, demo, capsys):
