@@ -75,7 +75,7 @@ class ImageBlock(nn.Module):
         self.norm1, self.norm2 = (nn.LayerNorm(dim, eps=1e-6) for _ in range(2))
         self.attn = nn.ModuleDict({"qkv": nn.Linear(dim, 3 * dim), "proj": nn.Linear(dim, dim)})
         self.mlp = nn.ModuleDict({"fc1": nn.Linear(dim, 4 * dim), "fc2": nn.Linear(4 * dim, dim)})
-        self.adapters = nn.ModuleList([nn.Identity(), nn.Identity()])  # places for such
+        self.adapters = nn.ModuleList([nn.Identity(), nn.Identity()])  # empty places
 
     def forward(self, x: Tensor) -> Tensor:
         qkv = self.attn["qkv"](self.norm1(x)).unflatten(2, (3, -1, 64))  # (B,N,3,h,d)
@@ -125,7 +125,7 @@ class TextBlock(nn.Module):
         self.attention = nn.ModuleDict({"self": nn.ModuleDict(qkv), "output": out})
         self.intermediate = nn.ModuleDict({"dense": nn.Linear(dim, 4 * dim)})
         self.output = nn.ModuleDict({"dense": nn.Linear(4 * dim, dim), "LayerNorm": norm2})
-        self.adapters = nn.ModuleList([nn.Identity(), nn.Identity()])  # places for such
+        self.adapters = nn.ModuleList([nn.Identity(), nn.Identity()])  # empty places
         self.dropout = dropout
 
     def forward(self, x: Tensor, seen: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ rd64-uni-refined.pth, rd64-uni.pth, rd16-uni.pth, without CLIP: add OpenAI's ViT
     logits (B,1,352,352)
 
 Any sides in 16s will do. Tokens: copy `tokenizer.py` too, or use any CLIP tokenizer, padded with
-anything behind 49407. Nothing is frozen here: wrap what shall not learn in `torch.no_grad()`.
+anything behind 49407. Frozen is only what text prompts do not pass: the last vision blocks.
 Left out: masks within CLIP's attention and ViT-B/32, for which no weights were released.
 """
 
@@ -59,7 +59,7 @@ VARIANTS = {
     "rd64-refined": Config(),  # 150,747,746 parameters, 1,127,009 of them in the decoder
     "rd64": Config(refined=False),  # 150,693,890, 1,073,153
     "rd16": Config(reduce_dim=16, refined=False),  # 149,884,418, 263,681
-    "mini": Config(  # most of them token embeddings; for tests and demos
+    "mini": Config(  # 4,269,042, most of them token embeddings; for tests and demos
         taps=(0, 1, 2), reduce_dim=32, ffn_dim=128, vision_dim=128, vision_layers=4,
         text_dim=64, text_layers=2, embed_dim=64, image_size=128,
     ),
@@ -77,7 +77,7 @@ class TextBlock(nn.Module):
         mlp = {"c_fc": nn.Linear(dim, 4 * dim), "c_proj": nn.Linear(4 * dim, dim)}
         self.mlp = nn.ModuleDict(mlp)
         self.ln_2 = nn.LayerNorm(dim)
-        self.adapters = nn.ModuleList([nn.Identity(), nn.Identity()])  # places for such
+        self.adapters = nn.ModuleList([nn.Identity(), nn.Identity()])  # empty places
 
     def forward(self, x: Tensor) -> Tensor:
         T = x.shape[1]

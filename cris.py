@@ -151,7 +151,7 @@ class TextBlock(nn.Module):
         mlp = {"c_fc": nn.Linear(dim, 4 * dim), "c_proj": nn.Linear(4 * dim, dim)}
         self.mlp = nn.ModuleDict(mlp)
         self.ln_2 = nn.LayerNorm(dim)
-        self.adapters = nn.ModuleList([nn.Identity(), nn.Identity()])  # places for such
+        self.adapters = nn.ModuleList([nn.Identity(), nn.Identity()])  # empty places
 
     def forward(self, x: Tensor) -> Tensor:
         T = x.shape[1]

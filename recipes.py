@@ -8,6 +8,8 @@ The loop knows nothing of prompts, boxes or windows. A `Recipe` gives it five fu
     predict(model, item)       -> probabilities (K,H,W) at the image's own size, output for `loss`
     groups(model, settings)    -> parameter groups for the optimiser
 
+(a text model's also `read`, what makes tensors of a prompt)
+
 and a table of settings. `default` is what we recommend, `origin` the study that a model comes from
 to the letter, quirks named. The command line overrides any setting of the same name.
 """
