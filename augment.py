@@ -1,10 +1,12 @@
 """Joint augmentation of an image, its mask and its prompt, on torchvision.transforms.v2."""
 
+import math
 import re
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
@@ -58,7 +60,61 @@ class Augment:
         bilinear = v2.InterpolationMode.BILINEAR
         steps.append(v2.RandomAffine(self.rotate, shift, scale, interpolation=bilinear))
         steps.append(v2.ColorJitter(self.brightness, self.contrast))
-        with torch.random.fork_rng(devices=[]):  # torchvision draws from torch's global generator
-            torch.default_generator.manual_seed(int(rng.integers(2**63)))  # the CPU's alone
-            image, mask = v2.Compose(steps)(image, mask)
-        return image.as_subclass(torch.Tensor), mask[0].as_subclass(torch.Tensor).long(), prompt
+        return *apply(v2.Compose(steps), image, mask, rng), prompt
+
+
+def apply(transform, image, mask, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """A transform of torchvision, whose chance comes from rng -> (3,S,S) uint8, (S,S) int64."""
+    with torch.random.fork_rng(devices=[]):  # torchvision draws from torch's global generator
+        torch.default_generator.manual_seed(int(rng.integers(2**63)))  # the CPU's alone
+        image, mask = transform(image, mask)
+    return image.as_subclass(torch.Tensor), mask[0].as_subclass(torch.Tensor).long()
+
+
+@dataclass(frozen=True)
+class GITractAugment:
+    """That of the GI-tract study (github.com/JaeL17/Medical-Image-Segmentation, utils.py), whose
+    library was albumentations 1.3.1. Each step has a chance of one half."""
+
+    rotate: float = 0.15  # quirk: degrees, where a share of the half turn was probably meant
+    shift: float = 0.12  # share of the side
+    scale: float = 0.12
+    light: float = 0.2  # contrast, and brightness as a share of 255
+    holes: tuple[int, int] = (5, 8)  # of side // 20 pixels, where image and mask become 0
+
+    def __call__(self, image, mask, prompt: str, size: int, rng: np.random.Generator):
+        """uint8 (3,H,W), int64 (H,W), str -> uint8 (3,size,size), int64 (size,size), str."""
+        both = image, mask[None].to(torch.uint8)
+        both = [F.interpolate(x[None], (size, size))[0] for x in both]  # nearest, as cv2 finds it
+        for axis in (2, 1):
+            if rng.random() < 0.5:
+                both = [x.flip(axis) for x in both]
+        if rng.random() < 0.5:
+            both = self.move(*both, size, rng)
+        image, mask = both
+        if rng.random() < 0.5:
+            contrast, brightness = rng.uniform(-self.light, self.light, 2)
+            image = (image * (1 + contrast) + 255 * brightness).clamp(0, 255).to(torch.uint8)
+        if rng.random() < 0.5:
+            hole = size // 20
+            count = rng.integers(*self.holes, endpoint=True)
+            for y, x in rng.integers(0, size - hole + 1, (count, 2)):
+                image[:, y : y + hole, x : x + hole] = mask[:, y : y + hole, x : x + hole] = 0
+        return image, mask[0].long(), prompt
+
+    def move(self, image, mask, size: int, rng: np.random.Generator) -> list[torch.Tensor]:
+        """Shifted, scaled and turned, mirrored beyond the border."""
+        angle, (dx, dy) = rng.uniform(-self.rotate, self.rotate), rng.uniform(-1, 1, 2) * self.shift
+        margin = min(size - 1, math.ceil(size * (self.shift + self.scale)))  # enough for all of it
+        how = dict(
+            angle=angle,
+            translate=[dx * size, dy * size],
+            scale=1 + rng.uniform(-self.scale, self.scale),
+            shear=[0.0, 0.0],
+        )
+        moved = []
+        for x, mode in ((image, "bilinear"), (mask, "nearest")):
+            x = v2.functional.pad(x, [margin], padding_mode="reflect")
+            x = v2.functional.affine(x, **how, interpolation=v2.InterpolationMode(mode))
+            moved.append(x[:, margin : margin + size, margin : margin + size])
+        return moved

@@ -353,11 +353,7 @@ class BiomedCLIPSeg(nn.Module):
         weights, settings = read_checkpoint(source, FILES)
         weights = convert(weights)
         if "format" in settings:  # a run folder of ours
-            kind = settings["class"], settings["format"]
-            if kind != (cls.__name__, 1):
-                raise ValueError(f"{source}: class and format are {kind}, not {cls.__name__} and 1")
-            values = settings["config"].items()
-            config = Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in values})
+            config = Config(**run_config(settings, "BiomedCLIPSeg", source))
         else:
             config = closest_variant(weights)
             if "taps" not in overrides:
@@ -440,6 +436,16 @@ def postprocess(logits: Tensor, size: tuple[int, int], config: Config) -> Tensor
     """logits (1,h,w) -> probabilities (1,H,W) at the image's own size, for any `config`."""
     logits = logits[None].float()
     return F.interpolate(logits, size, mode="bilinear", align_corners=False)[0].sigmoid()
+# end shared
+
+
+# shared: run_folder
+def run_config(settings: dict, kind: str, source) -> dict:
+    """Config fields from the config.json of a run folder of ours; ValueError: another model's."""
+    found = settings["class"], settings["format"]
+    if found != (kind, 1):
+        raise ValueError(f"{source}: holds {found[0]} in format {found[1]}, not {kind} in 1")
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in settings["config"].items()}
 # end shared
 
 

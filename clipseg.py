@@ -337,10 +337,7 @@ class CLIPSeg(nn.Module):
         if not any(name.startswith("clip.") for name in weights):
             raise ValueError(f"{source}: no tensor of CLIP; add it: clip='ViT-B-16.pt', OpenAI's")
         if "format" in settings:  # a run folder of ours
-            kind = settings["class"], settings["format"]
-            if kind != ("CLIPSeg", 1):
-                raise ValueError(f"{source}: holds {kind[0]} in format {kind[1]}, not CLIPSeg in 1")
-            config, told = Config(), settings["config"]
+            config, told = Config(), run_config(settings, "CLIPSeg", source)
         else:
             config = closest_variant(weights)
             told = {ours: settings[hub] for hub, ours in SETTINGS.items() if hub in settings}
@@ -488,6 +485,16 @@ def visual_prompt(image: Tensor, mask: Tensor, config: Config) -> Tensor:
     sides = columns // 2, columns - columns // 2, rows // 2, rows - rows // 2
     size = (config.image_size, config.image_size)
     return F.interpolate(F.pad(image, sides)[None], size)[0]  # (3,S,S), nearest
+
+
+# shared: run_folder
+def run_config(settings: dict, kind: str, source) -> dict:
+    """Config fields from the config.json of a run folder of ours; ValueError: another model's."""
+    found = settings["class"], settings["format"]
+    if found != (kind, 1):
+        raise ValueError(f"{source}: holds {found[0]} in format {found[1]}, not {kind} in 1")
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in settings["config"].items()}
+# end shared
 
 
 # shared: read_checkpoint

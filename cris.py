@@ -365,11 +365,7 @@ class CRIS(nn.Module):
         weights = convert(weights)
         fresh = () if any(name.startswith(FRESH) for name in weights) else FRESH
         if "format" in settings:  # a run folder of ours
-            kind = settings["class"], settings["format"]
-            if kind != ("CRIS", 1):
-                raise ValueError(f"{source}: holds {kind[0]} in format {kind[1]}, not CRIS in 1")
-            values = settings["config"].items()
-            config = Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in values})
+            config = Config(**run_config(settings, "CRIS", source))
         else:
             length, why = (77, "CLIP's") if fresh else (17, "of RefCOCO; medvlsm's are 77, 49407")
             print(f"{source}: no tensor tells text_length, pad_token; took {length}, 0, {why}")
@@ -457,6 +453,16 @@ def postprocess(logits: Tensor, size: tuple[int, int], config: Config) -> Tensor
     # quirk: cubic and of probabilities (engine/engine.py, validate), so that some leave 0..1
     x = F.interpolate(logits.sigmoid(), square, mode="bicubic", align_corners=True)[0]
     return letterbox(x, size, "bicubic", back=True).clamp(0, 1)
+
+
+# shared: run_folder
+def run_config(settings: dict, kind: str, source) -> dict:
+    """Config fields from the config.json of a run folder of ours; ValueError: another model's."""
+    found = settings["class"], settings["format"]
+    if found != (kind, 1):
+        raise ValueError(f"{source}: holds {found[0]} in format {found[1]}, not {kind} in 1")
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in settings["config"].items()}
+# end shared
 
 
 # shared: read_checkpoint

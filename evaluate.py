@@ -10,6 +10,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import data
+import layouts
 import metrics
 import report
 
@@ -50,7 +51,7 @@ def predictions(model, recipe, dataset, options, title: str):
     model.eval()
     for item in tqdm(loader, title, len(dataset), unit="image", disable=None, leave=False):
         if options.score_size == "network":
-            item |= {"size": item["mask"].shape[-2:], "truth": item["mask"] > 0.5}
+            item |= {"size": item["mask"].shape[-2:], "truth": item["mask"].round()}
         with torch.no_grad():
             probabilities, output = recipe.predict(model, item)
             loss = None
@@ -59,14 +60,41 @@ def predictions(model, recipe, dataset, options, title: str):
         yield item, probabilities.cpu().numpy(), loss
 
 
+def foreground(classes: tuple[str, ...]) -> tuple[str, ...]:
+    """The classes that are scored: of several all but the first."""
+    return classes[1:] if len(classes) > 1 else classes
+
+
+def to_masks(probabilities: np.ndarray, threshold: float) -> np.ndarray:
+    """(K,H,W) -> bool (K,H,W): above the threshold if K is 1, else where a class is the largest."""
+    k = len(probabilities)
+    if k == 1:
+        return probabilities > threshold
+    return probabilities.argmax(0) == np.arange(k)[:, None, None]
+
+
+def check_classes(model, datasets, options) -> None:
+    """ValueError, one line, if a data set has other classes than the model."""
+    k, names = getattr(model.config, "num_classes", 1), run_config(options.weights).get("classes")
+    for dataset in datasets:
+        root, have = dataset.entries[0].root, len(dataset.classes)
+        if have != k:
+            told = f"{root} has {have} ({', '.join(dataset.classes)})"
+            hint = "label its entries for a model that reads, or take another --model"
+            raise ValueError(f"{type(model).__name__} tells {k} classes apart, {told}; {hint}")
+        if options.eval and k > 1 and names and list(dataset.classes) != names:
+            theirs = ", ".join(names)
+            raise ValueError(f"{root}: {', '.join(dataset.classes)}, but trained were {theirs}")
+        if k > 1 and options.threshold is not None:
+            raise ValueError("--threshold: the most probable of several classes counts, drop it")
+
+
 def best_threshold(model, recipe, dataset, options) -> float:
     """The one of 0.05, 0.10, ..., 0.95 with the highest mean Dice."""
     thresholds, dice = np.arange(1, 20) / 20, []
     for item, probabilities, _ in predictions(model, recipe, dataset, options, "threshold"):
-        truth = item["truth"].numpy()
         masks = [probabilities > threshold for threshold in thresholds]
-        scores = [metrics.score_image(mask, truth, with_distances=False) for mask in masks]
-        dice.append([np.mean([score["dice"] for score in classes]) for classes in scores])
+        dice.append([score(item, m, dataset.classes, False)[0]["dice"] for m in masks])
     mean = np.mean(dice, axis=0)
     best = float(thresholds[mean.argmax()])
     print(f"threshold {best}: validation Dice {mean.max():.4f}, {mean[9]:.4f} at 0.5")
@@ -77,24 +105,52 @@ def evaluate(model, recipe, dataset, options, distances: bool, title: str) -> li
     """Scores of every entry and class, a dict each. `distances`: also HD95, ASSD and NSD."""
     rows = []
     for item, probabilities, loss in predictions(model, recipe, dataset, options, title):
-        masks = probabilities > model.config.threshold
+        masks = to_masks(probabilities, model.config.threshold)
         rows += [row | {"loss": loss} for row in score(item, masks, dataset.classes, distances)]
     return rows
 
 
 def score(item: dict, masks: np.ndarray, classes, distances: bool) -> list[dict]:
-    """Scores of one entry, a dict a class, with what tells whose they are."""
+    """Scores of one entry, a dict a class, with what tells whose they are; of the background, last,
+    only its counts. masks: bool (K,H,W)."""
     where = {key: item[key] for key in ("dataset", "name", "group", "prompt")}
-    scores = metrics.score_image(masks, item["truth"].numpy(), with_distances=distances)
-    return [where | {"class": k} | row for k, row in zip(classes, scores, strict=True)]
+    truth, names = item["truth"].numpy(), foreground(classes)  # (1,H,W)
+    valid = None if (truth != 255).all() else truth[0] != 255
+    each = truth == np.arange(1, len(names) + 1)[:, None, None]  # without the background
+    scores = metrics.score_image(masks[-len(names) :], each, valid, with_distances=distances)
+    rows = [where | {"class": k} | row for k, row in zip(names, scores, strict=True)]
+    if len(classes) > 1:
+        counts = metrics.overlap(masks[0], truth[0] == 0, valid)
+        rows.append(where | {"class": classes[0]} | {k: counts[k] for k in ("tp", "fp", "fn")})
+    return rows
+
+
+def validate(model, recipe, dataset, options) -> dict[str, float]:
+    """val_loss, val_dice, val_iou, and the distances if asked for: means as those of a test."""
+    distances = options.val_distances
+    rows = evaluate(model, recipe, dataset, options, distances, "validate")
+    summary = metrics.summarise(rows, foreground(dataset.classes))
+    names = ["dice", "iou"] + ["hd95", "assd", "nsd"] * distances
+    loss = float(np.mean([row["loss"] for row in rows]))
+    return {"val_loss": loss} | {f"val_{name}": summary[name]["mean"] for name in names}
+
+
+def dice_by_entry(rows: list[dict], dataset) -> np.ndarray:
+    """(n,): the mean over those classes that count for an entry; 1 if none does."""
+    dice = {entry.name: [] for entry in dataset.entries}
+    for row in rows:
+        if "dice" in row and (len(dataset.classes) == 1 or row["in_truth"] or row["in_pred"]):
+            dice[row["name"]].append(row["dice"])
+    return np.array([np.mean(scores) if scores else 1.0 for scores in dice.values()])
 
 
 def draw(model, recipe, dataset, rows: list[dict], options, folder: Path) -> None:
     """Overlays of the worst, median and best cases by Dice, and one sheet of them all."""
-    n = min(options.overlays, len(rows))
+    n = min(options.overlays, len(dataset))
     if n == 0:
         return
-    order, middle = np.argsort([row["dice"] for row in rows], kind="stable"), (len(rows) - n) // 2
+    dice, names = dice_by_entry(rows, dataset), foreground(dataset.classes)
+    order, middle = np.argsort(dice, kind="stable"), (len(dice) - n) // 2
     chosen = {"worst": order[:n], "median": order[middle : middle + n], "best": order[::-1][:n]}
     cases = [
         (f"{kind}{k + 1}", i) for kind, indices in chosen.items() for k, i in enumerate(indices)
@@ -104,15 +160,19 @@ def draw(model, recipe, dataset, rows: list[dict], options, folder: Path) -> Non
         predictions(model, recipe, part, options, "draw")
     ):
         case, i = cases[k]
-        masks = probabilities > model.config.threshold
+        masks = to_masks(probabilities, model.config.threshold)[-len(names) :]
+        truth = item["truth"].numpy() == np.arange(1, len(names) + 1)[:, None, None]
         h, w = masks.shape[1:]  # not the image's with --score-size network
         image = np.asarray(Image.fromarray(part.pixels(k)[0]).resize((w, h)))
-        picture = report.overlay(image, item["truth"][0].numpy(), masks[0])
+        picture = report.overlay(image, truth, masks)
         report.save_picture(folder / f"{case}_{Path(item['name']).name}.png", picture)
         words = f"“{item['prompt']}”" if item["prompt"] else "no text"
-        caption = f"{case}: Dice {rows[i]['dice']:.3f}  {words}"
-        cards.append(report.captioned(picture, caption))
-    report.save_picture(folder / "sheet.png", report.sheet(cards, n))
+        words = words if recipe.read else Path(item["name"]).name
+        cards.append(report.captioned(picture, f"{case}: Dice {dice[i]:.3f}  {words}"))
+    page = report.sheet(cards, n)
+    if len(names) > 1:
+        page = report.sheet([page, report.legend(names)], 1)
+    report.save_picture(folder / "sheet.png", page)
 
 
 def test(model, recipe, tests: dict, options) -> dict:
@@ -120,13 +180,15 @@ def test(model, recipe, tests: dict, options) -> dict:
     folder, summaries, every = Path(options.out) / "test", {}, []
     for name, dataset in tests.items():
         rows = evaluate(model, recipe, dataset, options, True, f"test {name}")
-        summaries[name] = metrics.summarise(rows, dataset.classes)
+        summaries[name] = metrics.summarise(rows, foreground(dataset.classes))
         every += [{"test": name} | row for row in rows]
-        print(f"test {name}, prompt {options.prompt}:\n{report.table(summaries[name])}")
+        prompt = f", prompt {options.prompt}" if recipe.read else ""
+        print(f"test {name}{prompt}:\n{report.table(summaries[name])}")
         where = folder / "overlays" / (name.replace(":", "-") if len(tests) > 1 else "")
         draw(model, recipe, dataset, rows, options, where)
         if options.overlays:
-            print(f"  overlays (green: truth, magenta: prediction): {where / 'sheet.png'}")
+            what = "truth outlined, prediction filled"
+            print(f"  overlays ({what}): {where / 'sheet.png'}")
     return write_summary(folder, model, options, summaries, every)
 
 
@@ -154,7 +216,7 @@ class EveryPrompt(torch.utils.data.Dataset):
     def __getitem__(self, i: int) -> dict[str, dict]:
         item = self.recipe.inputs(self.dataset.sample(i, self.kinds[0]), train=False, rng=None)
         entry = self.dataset.entries[i]
-        texts = {kind: data.choose_prompt(entry, kind) for kind in self.kinds}
+        texts = {kind: entry.text(kind) for kind in self.kinds}
         return {k: item | self.recipe.read(text) | {"prompt": text} for k, text in texts.items()}
 
 
@@ -175,7 +237,7 @@ def score_every_prompt(model, recipe, dataset, options, title: str) -> dict[str,
                 kept = {"features": model.encode_image(image)[0]}
             for kind, item in items.items():
                 probabilities, _ = recipe.predict(model, item | kept)
-                masks = (probabilities > model.config.threshold).cpu().numpy()
+                masks = to_masks(probabilities.cpu().numpy(), model.config.threshold)
                 rows[kind] += score(item, masks, dataset.classes, distances=False)
     return rows
 
@@ -183,6 +245,8 @@ def score_every_prompt(model, recipe, dataset, options, title: str) -> dict[str,
 def prompt_study(model, recipe, tests: dict, options) -> dict:
     """Scores of every test set with every prompt type, in one table; returns the summary."""
     summaries, every = {}, []
+    if recipe.read is None:
+        raise ValueError(f"--prompt-study: {type(model).__name__} reads no prompts")
     model.eval()
     for name, dataset in tests.items():
         rows = score_every_prompt(model, recipe, dataset, options, f"study {name}")
@@ -201,14 +265,14 @@ def open_tests(options) -> dict[str, data.Dataset]:
         path, _, split = place.rpartition(":")
         if not path or Path(place).is_dir():
             path, split = place, "test"
-        if not options.test and not options.eval and "test" not in data.splits(path):
+        if not options.test and not options.eval and "test" not in layouts.splits(path):
             print(f"{path}: no test split, so it is not tested on; name another with --test")
             continue
         name = Path(path).resolve().name + ("" if split == "test" else f":{split}")
         if name in tests:
             raise ValueError(f"two test sets are called {name}; rename a folder")
         tests[name] = data.open_dataset(
-            data.annotations(path, split, options.group_regex), options.cache
+            layouts.annotations(path, split, options.group_regex), options.cache
         )
         print(f"test {name}: {tests[name].describe()}")
     return tests

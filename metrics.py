@@ -21,7 +21,8 @@ model for finding less: they count, and are counted as `misses`. 0/0 elsewhere i
 
 Means run over images, over patients where images name one, and last over classes. In class maps an
 image counts for a class if its truth or its prediction has it. `dice_pooled` adds up TP, FP and FN
-of all images first, which large objects dominate: never compare it with `dice`.
+of all images first, which large objects dominate: never compare it with `dice`, nor with
+`macro_f1_pooled`, which counts the background as a class, too.
 """
 
 import functools
@@ -183,12 +184,17 @@ def _summary(rows, class_names, metrics):
         values = np.full((len(rows), len(class_names)), np.nan)  # a row knows its own class only
         values[np.arange(len(rows)), classes] = [row[metric] for row in rows]
         summary[metric] = mean_ci(values, cases)
-    counts = np.zeros((3, len(class_names)))
-    for c, row in zip(classes, rows):
-        counts[:, c] += row["tp"], row["fp"], row["fn"]
-    tp, fp, fn = counts[:, counts.any(axis=0)]  # of the classes that are anywhere
-    summary["dice_pooled"] = float(np.mean(2 * tp / (2 * tp + fp + fn))) if tp.size else np.nan
+    summary["dice_pooled"] = _pooled(rows)
     return summary
+
+
+def _pooled(rows):
+    """Dice of each class from the counts of all images together, mean over classes; nan if none."""
+    counts = {}
+    for row in rows:
+        counts.setdefault(row["class"], np.zeros(3))[:] += row["tp"], row["fp"], row["fn"]
+    dice = [2 * tp / (2 * tp + fp + fn) for tp, fp, fn in counts.values() if tp + fp + fn]
+    return float(np.mean(dice)) if dice else np.nan
 
 
 def summarise(rows, class_names):
@@ -198,13 +204,18 @@ def summarise(rows, class_names):
     "class". class_names: without the background; a single one means binary or prompted masks.
     Returns images, n (patients where known, else images), misses, dice_pooled, a warning if n < 50,
     and `mean_ci` of every metric. With several classes these are means over the classes, and
-    "classes" holds the same for each class, over the images that have it.
+    "classes" holds the same for each class, over the images that have it. Rows of another class are
+    the background's, with tp, fp and fn alone: they count in `macro_f1_pooled`, what the GI-tract
+    study (and torchmetrics' macro F1) calls Dice, and nowhere else.
     """
     metrics = [metric for metric in METRICS if metric in rows[0]]
     if len(class_names) == 1:
         return _summary(rows, class_names, metrics)
+    every, rows = rows, [row for row in rows if row["class"] in class_names]
     rows = [row for row in rows if row["in_truth"] or row["in_pred"]]
     summary = _summary(rows, class_names, metrics)
+    if len({row["class"] for row in every}) > len(class_names):
+        summary["macro_f1_pooled"] = _pooled(every)
     summary["classes"] = {
         name: _summary([row for row in rows if row["class"] == name], [name], metrics)
         for name in class_names

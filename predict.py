@@ -1,11 +1,12 @@
 """Masks for new images from a fine-tuned run or from official weights.
 
-    python predict.py --weights runs/cris-kvasir_polyp --prompt "one small pink polyp" --out masks
-    a.jpg folder/ python predict.py --weights runs/cris-kvasir_polyp --out masks --split test
-    data/kvasir_polyp
+    python predict.py --weights runs/cris-kvasir_polyp --prompt "one pink polyp" --out masks a.jpg
+    python predict.py --weights runs/cris-kvasir_polyp --out masks --split test data/kvasir_polyp
+    python predict.py --weights runs/segformer-uw_madison --out masks folder/
 
-Images, folders of images and data sets become PNG masks (0 and 255) at each image's own size, named
-like the image (of a data set: like the mask). Nothing is written over.
+Images, folders of images and data sets become PNG masks (0 and 255, or class numbers in a palette
+with legend.png and classes.json) at each image's own size, named like the image (of a data set:
+like the mask). Nothing is written over.
 """
 
 import argparse
@@ -17,11 +18,10 @@ from PIL import Image
 from tqdm import tqdm
 
 import data
+import layouts
 import report
-from evaluate import pick_device, run_config
+from evaluate import pick_device, run_config, to_masks
 from recipes import FAMILIES
-
-ENDINGS = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
 
 
 def parse() -> argparse.Namespace:
@@ -40,38 +40,45 @@ def parse() -> argparse.Namespace:
         "--threshold", type=float, help="probability above which a pixel is foreground"
     )
     parser.add_argument(
-        "--probabilities", action="store_true", help="also NAME_probability.png, 16 bit, / 65535"
+        "--probabilities",
+        action="store_true",
+        help="also NAME_probability.png, 16 bit, / 65535; of several classes that in the mask",
     )
     parser.add_argument("--overlays", action="store_true", help="also NAME_overlay.png")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     return parser.parse_args()
 
 
-def list_cases(args, trained_prompt: str | None) -> list[tuple[str, Path, str]]:
+def list_cases(args, trained_prompt: str | None, reads: bool) -> list[tuple[str, Path, str]]:
     """(name, image file, text) of everything that is to be predicted."""
     cases = []
+    if not reads:
+        if args.prompt:
+            raise ValueError("--prompt: this model reads no text")
+        trained_prompt = ""
     for place in map(Path, args.inputs):
-        if (place / "anns").is_dir():
-            kind = args.prompt or trained_prompt
+        if layouts.splits(place):
+            kind = trained_prompt if args.prompt is None else args.prompt
             if kind is None:
                 raise ValueError(f"{place}: --prompt is missing: a prompt type (p0…p9) or a text")
-            for entry in data.annotations(place, args.split):
-                cases.append((entry.name, entry.image, data.choose_prompt(entry, kind)))
+            for entry in layouts.annotations(place, args.split):
+                cases.append((entry.name, entry.image, entry.text(kind)))
             continue
         if not place.exists():
             raise FileNotFoundError(f"{place}: no such image or folder")
         files = (
-            sorted(f for f in place.iterdir() if f.suffix.lower() in ENDINGS)
+            sorted(f for f in place.iterdir() if f.suffix.lower() in layouts.ENDINGS)
             if place.is_dir()
             else [place]
         )
         if not files:
-            raise ValueError(f"{place}: no images in this folder ({', '.join(sorted(ENDINGS))})")
-        if args.prompt is None or data.is_prompt_type(args.prompt):
+            endings = ", ".join(sorted(layouts.ENDINGS))
+            raise ValueError(f"{place}: no images in this folder ({endings})")
+        if reads and (args.prompt is None or layouts.is_prompt_type(args.prompt)):
             raise ValueError(
                 f'{place}: images need --prompt "a text"; prompt types belong to data sets'
             )
-        cases += [(file.stem, file, args.prompt) for file in files]
+        cases += [(file.stem, file, args.prompt or "") for file in files]
     return cases
 
 
@@ -89,7 +96,9 @@ def main() -> int:
     run = run_config(args.weights)
     if args.model is None and not run:
         raise ValueError(f"--model is missing: {args.weights} is not a run folder that says it")
-    cases = list_cases(args, run.get("options", {}).get("prompt"))
+    family = FAMILIES[args.model or run["model"]]
+    reads = family.settings["default"].prompt != ""
+    cases = list_cases(args, run.get("options", {}).get("prompt"), reads)
     files = [path for name, _, _ in cases for path in outputs(name, args).values()]
     if len(set(files)) < len(files):
         twice = next(path for path in files if files.count(path) > 1)
@@ -97,34 +106,43 @@ def main() -> int:
     there = next((path for path in files if path.exists()), None)
     if there is not None:
         raise ValueError(f"{there} exists already; choose another --out")
-    predict(cases, FAMILIES[args.model or run["model"]], args)
+    predict(cases, family, run.get("classes"), args)
     print(f"{len(cases)} masks in {args.out}")
     return 0
 
 
-def predict(cases: list[tuple[str, Path, str]], family, args) -> None:
-    """Writes the files of all cases."""
+def predict(cases: list[tuple[str, Path, str]], family, classes: list[str] | None, args) -> None:
+    """Writes the files of all cases; of several classes also their names and colours."""
     settings = family.settings["default"]
     overrides = {} if args.threshold is None else {"threshold": args.threshold}
     model = family.load(args.weights, None, settings, overrides, None).eval()
     model.to(pick_device(args.device))
-    recipe = family.recipe(model, settings)
+    recipe, k = family.recipe(model, settings), getattr(model.config, "num_classes", 1)
+    classes = classes or [f"class {number}" for number in range(k)]
+    if k > 1 and args.threshold is not None:
+        raise ValueError("--threshold: the most probable of several classes counts, drop it")
     for name, file, prompt in tqdm(cases, desc="predict", unit="image", disable=None):
         image = data.read_image(file)  # (H,W,3)
         sample = {"image": torch.from_numpy(image.transpose(2, 0, 1).copy()), "prompt": prompt}
         sample |= {"name": name, "size": image.shape[:2], "group": None, "dataset": ""}
         item = recipe.inputs(sample, train=False, rng=None)
         with torch.no_grad():
-            probability = recipe.predict(model, item)[0][0].cpu().numpy()  # (H,W)
-        mask = probability > model.config.threshold
-        pictures = {"mask": Image.fromarray(mask.astype(np.uint8) * 255)}
+            probabilities = recipe.predict(model, item)[0].cpu().numpy()  # (K,H,W)
+        masks = to_masks(probabilities, model.config.threshold)  # (K,H,W)
+        if k == 1:
+            pictures = {"mask": Image.fromarray(masks[0].astype(np.uint8) * 255)}
+        else:
+            pictures = {"mask": report.class_map(masks.argmax(0).astype(np.uint8), k)}
         if args.probabilities:
-            sixteen_bits = (probability * 65535).round().astype(np.uint16)
+            sixteen_bits = (probabilities.max(0) * 65535).round().astype(np.uint16)
             pictures["probability"] = Image.fromarray(sixteen_bits)
         if args.overlays:
-            pictures["overlay"] = report.overlay(image, None, mask)
+            pictures["overlay"] = report.overlay(image, None, masks[-max(1, k - 1) :])
         for kind, path in outputs(name, args).items():
             report.save_picture(path, pictures[kind])
+    if k > 1:
+        report.save_picture(Path(args.out) / "legend.png", report.legend(tuple(classes[1:])))
+        report.write_json(Path(args.out) / "classes.json", dict(enumerate(classes)))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ and a table of settings. `default` is what we recommend, `origin` the study that
 to the letter, quirks named. The command line overrides any setting of the same name.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -28,10 +29,11 @@ import biomedclipseg
 import clipseg
 import cris
 from adapters import add_lora
-from augment import Augment
-from data import Dataset, Items, all_texts, is_prompt_type, loader, prompt_types
+from augment import Augment, GITractAugment
+from data import Dataset, Items, loader
 from features import Rows, fingerprint, keep
-from losses import dice_bce, dice_loss
+from layouts import is_prompt_type
+from losses import dice_bce, dice_ce, dice_loss, gi_tract_dice_ce
 from tokenizer import CHARACTERS, CLIPTokenizer, WordPieceTokenizer
 
 
@@ -51,6 +53,7 @@ class Settings:
     augment: Augment | None = None  # None: the model's own preprocessing
     loss: Callable = None  # (output, batch) -> scalar, parts
     optimizer: str = "adamw"  # adam | adamw
+    amsgrad: bool = False
     lr: float = 1e-4
     backbone_lr: float = 1e-5  # of the pretrained towers,
     backbone: Callable = None  # which are the parameters for whose name this is true
@@ -60,12 +63,27 @@ class Settings:
     epochs: int = 50
     schedule: str = "cosine"  # cosine | poly | constant | multistep | plateau
     warmup: float = 0.05  # share of all steps in which the rate rises from 0
-    milestones: tuple[int, ...] = ()  # epochs after which `multistep` divides the rate by ten
+    milestones: tuple[float, ...] = ()  # shares of all steps at which `multistep` divides by ten
     clip_grad: float | None = 1.0  # largest norm of all gradients together
     dtype: str = "bfloat16"  # of the forward pass on a GPU in training; evaluation is float32
     patience: int | None = None  # epochs without a better validation Dice before training stops
     min_epochs: int = 0
     min_delta: float = 0.0  # what counts as better
+
+
+def lr_factor(step: int, total: int, settings: Settings) -> float:
+    """What every learning rate is multiplied by at this step of `total`."""
+    warm = round(settings.warmup * total)
+    if step < warm:
+        return (step + 1) / warm
+    done = (step - warm) / max(1, total - warm)  # 0..1
+    if settings.schedule == "cosine":
+        return (1 + math.cos(math.pi * done)) / 2
+    if settings.schedule == "poly":
+        return (1 - done) ** 0.9
+    if settings.schedule == "multistep":
+        return 0.1 ** sum(step >= round(share * total) for share in settings.milestones)
+    return 1.0
 
 
 @dataclass(frozen=True)
@@ -78,9 +96,10 @@ class Recipe:
     predict: Callable
     groups: Callable
     read: Callable | None = None  # prompt -> the tensors that `inputs` makes of it, of text models
+    files: dict[str, Path] = field(default_factory=dict)  # name -> what a run folder gets a copy of
 
 
-# --- text-prompted binary masks in 2-D ------------------------------------------------------------
+# --- images, and what is asked of them in words ---------------------------------------------------
 
 
 def pixels(sample, config, preprocess) -> dict:
@@ -93,11 +112,12 @@ def tokens(prompt: str, tokenizer) -> dict:
     return {"tokens": tokenizer(prompt)[0]}
 
 
-def prompted_inputs(sample, train, rng, config, look, read, augment, preprocess_mask) -> dict:
-    """What `look` makes of the image and `read` of the prompt; mask (1,S,S) float32 in 0..1.
+def image_inputs(sample, train, rng, config, look, read, augment, preprocess_mask) -> dict:
+    """What `look` makes of the image and `read` of the prompt; mask (1,S,S) float32 of 0 and 1, or
+    of class numbers (255: does not count).
 
-    In evaluation also what scoring needs: truth (1,H,W) bool, size, name, prompt, group, dataset; a
-    sample without a mask gives an item without mask and truth.
+    In evaluation also what scoring needs: truth (1,H,W) int64, size, name, prompt, group, dataset;
+    a sample without a mask gives an item without mask and truth.
     """
     prompt, mask = sample["prompt"], sample.get("mask")
     if train and augment is not None:
@@ -108,11 +128,11 @@ def prompted_inputs(sample, train, rng, config, look, read, augment, preprocess_
         item = look(sample)
         if mask is not None:
             item["mask"] = preprocess_mask(mask, config)
-    item |= read(prompt)
+    item |= read(prompt) if read else {}
     if not train:
         item |= {key: sample[key] for key in ("name", "prompt", "size", "group", "dataset")}
         if mask is not None:
-            item["truth"] = mask[None] == 1  # (1,H,W)
+            item["truth"] = mask[None]  # (1,H,W)
     return item
 
 
@@ -146,7 +166,7 @@ def texts_per_batch(dataset: Dataset, kind: str, batch_size: int) -> float:
     """How many different texts a training batch holds on average."""
     share = {}  # text -> its share of all draws
     for entry in dataset.entries:
-        kinds = prompt_types(entry, kind) if is_prompt_type(kind) else [kind]
+        kinds = entry.types(kind) if is_prompt_type(kind) else [kind]
         for k in kinds:
             texts = entry.prompts.get(k, [kind])  # a literal text stands for itself
             for text in texts:
@@ -175,7 +195,7 @@ def prompted_recipe(file, model: nn.Module, settings: Settings, tokenizer) -> Re
     """For the model of `file`, which has preprocess and preprocess_mask."""
     read = partial(tokens, tokenizer=tokenizer)
     inputs = partial(
-        prompted_inputs,
+        image_inputs,
         config=model.config,
         look=partial(pixels, config=model.config, preprocess=file.preprocess),
         read=read,
@@ -242,7 +262,7 @@ def keep_features(recipe: Recipe, model, frozen: Callable, sets: list[Dataset], 
             where = found, order.index(first[entry.image])
             if kept.images.setdefault((entry.root.name, entry.name), where) != where:
                 raise ValueError(f"{entry.root.name}, {entry.name} is there twice; rename a folder")
-    texts = sorted({t for d in sets for e in d.entries for t in all_texts(e, options.prompt)})
+    texts = sorted({t for d in sets for e in d.entries for t in e.texts(options.prompt)})
 
     def embeddings(start):
         for text in texts[start:]:
@@ -372,7 +392,7 @@ CRIS = {
         batch_size=64,
         epochs=50,
         schedule="multistep",
-        milestones=(35,),
+        milestones=(0.7,),  # after 35 epochs
         warmup=0.0,
         clip_grad=None,
         dtype="float16",
@@ -494,7 +514,96 @@ def biomedclipseg_recipe(model: biomedclipseg.BiomedCLIPSeg, settings: Settings)
     c = model.config
     vocabulary = biomedclipseg.find_vocabulary(c.vocabulary) if c.vocabulary else CHARACTERS
     tokenizer = WordPieceTokenizer(vocabulary, c.text_length, c.pad_token)
-    return prompted_recipe(biomedclipseg, model, settings, tokenizer)
+    files = {"vocab.txt": vocabulary} if c.vocabulary else {}
+    return replace(prompted_recipe(biomedclipseg, model, settings, tokenizer), files=files)
+
+
+# --- class maps: SegFormer, UPerNet, DPT and BEiT -------------------------------------------------
+
+
+def class_loss(logits: Tensor, batch: dict, of_several: Callable = dice_ce) -> tuple[Tensor, dict]:
+    """Dice + cross entropy on logits brought bilinearly to the size of the target; of a single
+    class Dice + BCE."""
+    size = batch["mask"].shape[-2:]
+    logits = F.interpolate(logits.float(), size, mode="bilinear", align_corners=False)
+    if logits.shape[1] == 1:
+        return dice_bce(logits, batch["mask"])
+    return of_several(logits, batch["mask"][:, 0].long())
+
+
+def class_forward(model: nn.Module, batch: dict) -> Tensor:
+    """Logits (B,K,h,w)."""
+    return model(batch["image"])
+
+
+def class_predict(model: nn.Module, item: dict) -> tuple[Tensor, Tensor]:
+    """Probabilities (K,H,W) at the image's own size, and the logits (1,K,h,w)."""
+    logits = model(item["image"][None].to(next(model.parameters()).device))
+    return model.postprocess(logits[0], item["size"]), logits
+
+
+def class_recipe(model: nn.Module, settings: Settings, file) -> Recipe:
+    inputs = partial(
+        image_inputs,
+        config=model.config,
+        look=partial(pixels, config=model.config, preprocess=file.preprocess),
+        read=None,
+        augment=settings.augment,
+        preprocess_mask=file.preprocess_mask,
+    )
+    return Recipe(inputs, class_forward, settings.loss, class_predict, parameter_groups)
+
+
+def load_classes(weights, variant, settings: Settings, overrides, train_set, kind, variants):
+    """A model of class `kind` with the classes of the training set; else with those of its file."""
+    if train_set is not None:
+        overrides = {"num_classes": len(train_set.classes)} | overrides
+    variant = variant or next(iter(variants))
+    if weights == "none":
+        return kind(replace(variants[variant], **overrides))
+    return kind.from_pretrained(weights or hub_id(settings, variant), **overrides)
+
+
+def class_settings(weights: dict[str, str], backbone: Callable, backbone_lr: float) -> dict:
+    """`default`, and `origin`: the GI-tract study."""
+    default = Settings(
+        weights=weights,
+        prompt="",
+        augment=Augment(rotate=15),
+        loss=class_loss,
+        lr=3e-4,
+        backbone_lr=backbone_lr,
+        backbone=backbone,
+    )
+    # github.com/JaeL17/Medical-Image-Segmentation (model.py, utils.py, trainer.py). Quirks: 288
+    # pixels of the nearest neighbour and ImageNet's mean for every model; see losses.py and
+    # augment.py. Left out: the last, smaller batch was dropped.
+    origin = Settings(
+        weights=weights,
+        config={
+            "image_size": 288,
+            "resample": "cv2 nearest",
+            "mean": (0.485, 0.456, 0.406),
+            "std": (0.229, 0.224, 0.225),
+        },
+        prompt="",
+        augment=GITractAugment(),
+        loss=partial(class_loss, of_several=gi_tract_dice_ce),
+        amsgrad=True,
+        lr=2e-4,
+        backbone_lr=2e-4,
+        backbone=backbone,
+        weight_decay=1e-4,
+        decay_all=True,
+        batch_size=32,
+        epochs=100,
+        schedule="multistep",
+        milestones=(0.5,),
+        warmup=0.0,
+        clip_grad=None,
+        dtype="float32",
+    )
+    return {"default": default, "origin": origin}
 
 
 # --- every model by its name on the command line --------------------------------------------------

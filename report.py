@@ -1,6 +1,7 @@
 """What a run leaves for people: overlays, curves, tables; files written whole or not at all."""
 
 import argparse
+import colorsys
 import csv
 import json
 import os
@@ -109,15 +110,43 @@ def outline(mask: np.ndarray, width: int) -> np.ndarray:
     return mask & ~ndimage.binary_erosion(mask, iterations=width)
 
 
+def colours(n: int) -> list[tuple[int, int, int]]:
+    """n colours, RGB, to tell classes apart: hues a golden angle apart."""
+    hues = [(0.33 + 0.618034 * k) % 1 for k in range(n)]
+    return [tuple(round(255 * x) for x in colorsys.hsv_to_rgb(hue, 0.8, 1)) for hue in hues]
+
+
 def overlay(image: np.ndarray, truth: np.ndarray | None, prediction: np.ndarray) -> Image.Image:
-    """Image uint8 (H,W,3), masks bool (H,W) -> prediction in magenta, rim of the truth in green."""
-    width = max(1, min(image.shape[:2]) // 150)
+    """Image uint8 (H,W,3), masks bool (n,H,W), one a class -> the prediction filled, the rim of the
+    truth: in magenta and green, or of several classes both in the colour of the class."""
+    width, several = max(1, min(image.shape[:2]) // 150), len(prediction) > 1
+    inks = colours(len(prediction)) if several else [PREDICTION]
+    fill = 0.45 if several else 0.15
     shown = image.astype(np.float32)
-    shown[prediction] = 0.85 * shown[prediction] + 0.15 * np.array(PREDICTION)
-    shown[outline(prediction, width)] = PREDICTION
-    if truth is not None:
-        shown[outline(truth, width)] = TRUTH
+    for mask, ink in zip(prediction, inks):
+        shown[mask] = (1 - fill) * shown[mask] + fill * np.array(ink)
+        if not several:
+            shown[outline(mask, width)] = ink
+    for mask, ink in zip(() if truth is None else truth, inks if several else [TRUTH]):
+        shown[outline(mask, width)] = ink
     return Image.fromarray(shown.astype(np.uint8))
+
+
+def legend(names: tuple[str, ...], width: int = 320) -> Image.Image:
+    """The names of the classes without the background, each beside its colour."""
+    page = Image.new("RGB", (width, 20 * len(names) + 4), "white")
+    draw, font = ImageDraw.Draw(page), ImageFont.load_default(size=13)
+    for k, (name, ink) in enumerate(zip(names, colours(len(names)))):
+        draw.rectangle((4, 20 * k + 4, 20, 20 * k + 20), ink, "black")
+        draw.text((28, 20 * k + 4), name, "black", font)
+    return page
+
+
+def class_map(numbers: np.ndarray, classes: int) -> Image.Image:
+    """Class numbers uint8 (H,W) -> a palette image of the same numbers in the classes' colours."""
+    picture = Image.fromarray(numbers, mode="P")
+    picture.putpalette([0, 0, 0] + [x for ink in colours(classes - 1) for x in ink])
+    return picture
 
 
 def captioned(picture: Image.Image, caption: str, width: int = 320) -> Image.Image:
@@ -196,6 +225,12 @@ def table(summary: dict) -> str:
     lines = []
     for name, score in scores.items():
         lines.append(f"  {name:12} {score['mean']:8.4f}  {interval(score)}")
+    for name, of in summary.get("classes", {}).items():
+        more = f"  HD95 {of['hd95']['mean']:.2f}" if "hd95" in of else ""
+        dice = f"Dice {of['dice']['mean']:.4f}  {interval(of['dice'])}"
+        lines.append(f"  {name:12} {dice}  IoU {of['iou']['mean']:.4f}{more}")
+    if "macro_f1_pooled" in summary:
+        lines.append(f"  macro F1 of all pixels, with background: {summary['macro_f1_pooled']:.4f}")
     lines.append(f"  misses and false alarms: {summary['misses']} of {summary['images']} images")
     if "warning" in summary:
         lines.append(f"  {summary['warning']}")

@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import json
 import math
+import shutil
 import sys
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -23,7 +24,6 @@ from functools import partial
 from pathlib import Path
 from typing import get_args
 
-import numpy as np
 import torch
 import torchvision
 from safetensors.torch import load_file, save_file
@@ -33,9 +33,10 @@ from tqdm import tqdm
 
 import data
 import evaluate
+import layouts
 import report
 from adapters import merge_lora, merged_state_dict
-from recipes import FAMILIES, Settings, choose_trained, keep_features
+from recipes import FAMILIES, Settings, choose_trained, keep_features, lr_factor
 
 # --- options -------------------------------------------------------------------------------------
 
@@ -101,6 +102,7 @@ class Options:
     seed: int = option(0, "of the order, the augmentation, and new weights")
     deterministic: bool = option(False, "only deterministic operations, slower on a GPU")
     cache: str = option(".cache", "folder of the decoded images")
+    fold: str | None = option(None, "k/n: validate on fold k (from 0) of n of train and val")
     group_regex: str | None = option(None, "what in an image's name names the patient")
     score_size: str = option("image", "score at its own or the network's size", choices=SIZES)
     val_distances: bool = option(False, "HD95, ASSD and NSD also in validation, not only in tests")
@@ -139,6 +141,8 @@ def resolve(options: Options) -> tuple[Options, Settings]:
         raise ValueError(f"--variant {options.variant}: {options.model} has {have}")
     if options.variant is not None and options.weights not in (None, "none"):
         raise ValueError("--variant: leave it out, --weights say themselves what they are")
+    if "" == family.settings[name].prompt and (options.prompt or options.negatives):
+        raise ValueError(f"--prompt, --negatives: {options.model} reads no text")
     if not options.data and (not options.test or not options.eval or options.threshold == "auto"):
         raise ValueError("--data is missing: which data set?")
     settings = family.settings[name]
@@ -163,21 +167,6 @@ def resolve(options: Options) -> tuple[Options, Settings]:
 # --- the loop ------------------------------------------------------------------------------------
 
 
-def lr_factor(step: int, total: int, per_epoch: int, settings: Settings) -> float:
-    """What every learning rate is multiplied by at this step."""
-    warm = round(settings.warmup * total)
-    if step < warm:
-        return (step + 1) / warm
-    done = (step - warm) / max(1, total - warm)  # 0..1
-    if settings.schedule == "cosine":
-        return (1 + math.cos(math.pi * done)) / 2
-    if settings.schedule == "poly":
-        return (1 - done) ** 0.9
-    if settings.schedule == "multistep":
-        return 0.1 ** sum(step >= epoch * per_epoch for epoch in settings.milestones)
-    return 1.0
-
-
 class Run:
     """One training: the model, what trains it, where it stands, and its folder."""
 
@@ -195,11 +184,12 @@ class Run:
 
         optimizer = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[settings.optimizer]
         fused = self.device.type in ("cpu", "cuda")  # one pass over all parameters
-        self.optimizer = optimizer(recipe.groups(model, settings), fused=fused)
+        groups = recipe.groups(model, settings)
+        self.optimizer = optimizer(groups, amsgrad=settings.amsgrad, fused=fused)
         if settings.schedule == "plateau":
             self.scheduler = ReduceLROnPlateau(self.optimizer, factor=0.1, patience=5)
         else:
-            factor = partial(lr_factor, total=self.total_steps, per_epoch=steps, settings=settings)
+            factor = partial(lr_factor, total=self.total_steps, settings=settings)
             self.scheduler = LambdaLR(self.optimizer, factor)
         self.dtype = torch.float32 if self.device.type == "cpu" else getattr(torch, options.dtype)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
@@ -295,12 +285,11 @@ class Run:
         """Validates; writes the row of metrics.csv, the best weights, the state to go on from."""
         self.mean_loss()
         model, o = self.ema.module if self.ema else self.model, self.options
-        rows = evaluate.evaluate(model, self.recipe, self.val_set, o, o.val_distances, "validate")
+        scores = evaluate.validate(model, self.recipe, self.val_set, o)
         rate = max(group["lr"] for group in self.optimizer.param_groups)
         row = {"epoch": self.epoch + 1, "step": self.step, "lr": rate}
         row |= {f"train_{name}": float(value) / self.batch for name, value in self.sums.items()}
-        for name in ["loss", "dice", "iou"] + ["hd95", "assd", "nsd"] * o.val_distances:
-            row[f"val_{name}"] = float(np.mean([scores[name] for scores in rows]))
+        row |= scores
         if self.settings.schedule == "plateau":
             self.scheduler.step(row["val_loss"])
         shown = {k: v for k, v in row.items() if k == "train_loss" or k.startswith("val_")}
@@ -397,6 +386,8 @@ def fit(options: Options, settings: Settings, model, recipe, sets, resume: bool)
         print(f"resumed in epoch {run.epoch + 1}, at step {run.step}")
     else:
         write_config(options, model, *sets)
+        for name, path in recipe.files.items():
+            shutil.copyfile(path, run.out / name)
     run.fit()
     merge_lora(model)
     model.load_state_dict(load_file(run.out / "best.safetensors", device=str(device)))
@@ -409,12 +400,15 @@ def fit_and_test(options: Options, settings: Settings, device: torch.device, res
     torch.use_deterministic_algorithms(options.deterministic)
     tests, sets = evaluate.open_tests(options), {}
     if not options.eval or options.threshold == "auto":
-        parts = data.train_and_val(options.data, options.seed, options.group_regex)
+        parts = layouts.train_and_val(
+            options.data, options.seed, options.group_regex, options.fold
+        )
         parts = dict(zip(("train", "val"), parts, strict=True))
         for name in ("val",) if options.eval else parts:
             sets[name] = data.open_dataset(parts[name], options.cache)
             print(f"{name}: {sets[name].describe()}")
     model = load_model(options, settings, sets.get("train"), device)
+    evaluate.check_classes(model, [*sets.values(), *tests.values()], options)
     recipe = FAMILIES[options.model].recipe(model, settings)
     if not options.eval:
         fit(options, settings, model, recipe, sets.values(), resume)

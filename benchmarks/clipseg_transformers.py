@@ -21,6 +21,7 @@ sys.path.insert(0, str(ROOT))
 
 import clipseg  # noqa: E402
 import data  # noqa: E402
+import layouts  # noqa: E402
 import recipes  # noqa: E402
 import report  # noqa: E402
 from losses import dice_bce  # noqa: E402
@@ -113,7 +114,7 @@ def epochs(models: dict, kinds: dict, args) -> dict:
     options = SimpleNamespace(
         prompt="p6", train="decoder", cache=tempfile.mkdtemp(), workers=args.workers
     )
-    entries = data.annotations(args.data, "train")[: args.images]
+    entries = layouts.annotations(args.data, "train")[: args.images]
     dataset = data.open_dataset(entries, options.cache)
     settings = recipes.CLIPSEG["origin"]
     plain = recipes.clipseg_recipe(models["ours"], settings)

@@ -19,9 +19,11 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import data  # noqa: E402
-import report  # noqa: E402
 from common import in_turns, machine, now  # noqa: E402
+
+import data  # noqa: E402
+import layouts  # noqa: E402
+import report  # noqa: E402
 from evaluate import evaluate, pick_device  # noqa: E402
 from recipes import FAMILIES  # noqa: E402
 from train import Options, Run, resolve  # noqa: E402
@@ -42,7 +44,7 @@ def main() -> int:
     )
     options, settings = resolve(replace(options, out=tempfile.mkdtemp(), workers=2))
     family, device = FAMILIES[args.model], pick_device("auto")
-    train_set, val_set = map(data.open_dataset, data.train_and_val([args.data], seed=0))
+    train_set, val_set = map(data.open_dataset, layouts.train_and_val([args.data], seed=0))
     config = settings.config | ({"image_size": args.size} if args.size else {})
     model = family.load("none", None, settings, config, train_set).to(device)
     recipe = family.recipe(model, settings)

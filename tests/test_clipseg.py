@@ -632,3 +632,16 @@ def test_published_numbers_of_the_real_weights(tmp_path):
     close(condition[0, :3], torch.tensor([0.5601, -0.0314, 0.1980]), 1e-3)
     pooled = model.encode_visual_prompt(image)[0, :3]
     close(pooled, torch.tensor([0.5036, -0.2681, -0.2644]), 1e-3)
+
+
+def test_adapters_have_three_million_parameters_at_full_size():
+    """VLSM-Adapter (arXiv 2405.06196): 3 M beside CLIPSeg's 150 M. Down, up and their biases, twice
+    in each of nine blocks of both towers, and once, 256 wide, on the condition."""
+    with torch.device("meta"):
+        model = clipseg.CLIPSeg(replace(clipseg.VARIANTS["rd64-refined"], adapter_dim=64))
+    sizes = {n: p.numel() for n, p in model.named_parameters() if "adapter" in n}
+    vision = 9 * 2 * (2 * 768 * 64 + 64 + 768)
+    text = 9 * 2 * (2 * 512 * 64 + 64 + 512)
+    condition = 2 * 512 * 256 + 256 + 512
+    assert sum(sizes.values()) == vision + text + condition == 3_237_376
+    assert sum(p.numel() for p in model.parameters()) - sum(sizes.values()) == 150_747_746

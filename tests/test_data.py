@@ -10,6 +10,7 @@ import torch
 from PIL import ExifTags, Image
 
 import data
+import layouts
 
 RNG = np.random.default_rng(0)
 BLOB = np.zeros((40, 60), dtype=bool)
@@ -39,7 +40,7 @@ def write_set(
 
 
 def opened(root, tmp_path, split="train"):
-    return data.open_dataset(data.annotations(root, split), tmp_path / "cache")
+    return data.open_dataset(layouts.annotations(root, split), tmp_path / "cache")
 
 
 def palette_mask():
@@ -92,7 +93,7 @@ def test_all_masks_empty_is_an_error(tmp_path):
 def test_pooled_sets_keep_their_own_mask_rule(tmp_path):
     ones = write_set(tmp_path / "ones", {"a.png": as_image(BLOB.astype(np.uint8))})
     full = write_set(tmp_path / "full", {"a.png": as_image(BLOB.astype(np.uint8) * 255)})
-    entries, _ = data.annotations(ones, "train") + data.annotations(full, "train"), None
+    entries, _ = layouts.annotations(ones, "train") + layouts.annotations(full, "train"), None
     dataset = data.open_dataset(entries, tmp_path / "cache")
     assert [dataset.pixels(i)[1].sum() for i in (0, 1)] == [BLOB.sum()] * 2
     assert [dataset.sample(i, "p1")["dataset"] for i in (0, 1)] == ["ones", "full"]
@@ -226,23 +227,23 @@ def test_broken_sets_are_refused_with_the_file_s_name(kind, tmp_path):
 
 def test_folders_that_are_no_data_set(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such folder"):
-        data.annotations(tmp_path / "nowhere", "train")
+        layouts.annotations(tmp_path / "nowhere", "train")
     with pytest.raises(ValueError, match="no data set; it needs"):
-        data.annotations(tmp_path, "train")
+        layouts.annotations(tmp_path, "train")
     with pytest.raises(FileNotFoundError, match="splits here: train"):
-        data.annotations(good_set(tmp_path), "testA")
+        layouts.annotations(good_set(tmp_path), "testA")
 
 
 def test_prompt_choice(tmp_path):
-    entry = data.annotations(good_set(tmp_path), "train")[0]
-    assert data.choose_prompt(entry, "p0") == "" and data.choose_prompt(entry, "p7") == "a growth"
-    assert data.choose_prompt(entry, "a red polyp") == "a red polyp"
-    drawn = {data.choose_prompt(entry, "random", np.random.default_rng(k)) for k in range(40)}
+    entry = layouts.annotations(good_set(tmp_path), "train")[0]
+    assert entry.text("p0") == "" and entry.text("p7") == "a growth"
+    assert entry.text("a red polyp") == "a red polyp"
+    drawn = {entry.text("random", np.random.default_rng(k)) for k in range(40)}
     assert drawn == {"polyp", "a growth", "a lump"}  # never p0
-    both = {data.choose_prompt(entry, "p7,p0", np.random.default_rng(k)) for k in range(40)}
-    assert both == {"", "a growth", "a lump"} and data.choose_prompt(entry, "p7,p0") == "a growth"
+    both = {entry.text("p7,p0", np.random.default_rng(k)) for k in range(40)}
+    assert both == {"", "a growth", "a lump"} and entry.text("p7,p0") == "a growth"
     with pytest.raises(ValueError, match="no prompt of type p9, only p0, p1, p7"):
-        data.choose_prompt(entry, "p9")
+        entry.text("p9")
 
 
 def test_the_cache_is_made_once_and_notices_a_changed_file(tmp_path, capsys):
@@ -274,14 +275,14 @@ def test_validation_is_split_off_by_patient(tmp_path, capsys):
     mask = as_image(BLOB.astype(np.uint8) * 255)
     names = [f"patient{p}_{k}.png" for p in range(10) for k in range(3)]
     root = write_set(tmp_path / "set", dict.fromkeys(names, mask))
-    train, val = data.train_and_val([root], seed=1, group_regex=r"patient\d+")
+    train, val = layouts.train_and_val([root], seed=1, group_regex=r"patient\d+")
     assert len(val) == 3 and len({entry.group for entry in val}) == 1 and len(train) == 27
     assert not {e.group for e in train} & {e.group for e in val}
     assert "no validation split" in capsys.readouterr().out
-    assert [e.name for e in data.train_and_val([root], 1, r"patient\d+")[1]] == [
+    assert [e.name for e in layouts.train_and_val([root], 1, r"patient\d+")[1]] == [
         e.name for e in val
     ]
-    assert data.train_and_val([root], 1, r"patient(\d+)")[1][0].group.isdigit()
+    assert layouts.train_and_val([root], 1, r"patient(\d+)")[1][0].group.isdigit()
 
 
 def test_batches_are_the_same_from_anywhere():

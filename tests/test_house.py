@@ -32,7 +32,7 @@ MODELS = {
     ),
 }
 FLOORS = [
-    [*MODELS, *"tokenizer losses metrics data augment features adapters report".split()],
+    [*MODELS, *"tokenizer losses metrics layouts data augment features adapters report".split()],
     ["recipes", "evaluate"],
     ["train", "predict", "prepare"],
 ]

@@ -1,20 +1,23 @@
 """CLIPSeg and BiomedCLIPSeg in the loop: what trains, kept features, negatives, prompt study."""
 
 import json
-from dataclasses import replace
+import shutil
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
 import torch
 from conftest import command, rows
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import biomedclipseg
 import clipseg
 import data
 import evaluate
+import layouts
 import recipes
 import train
+from tokenizer import CHARACTERS
 
 MODELS = {"clipseg": clipseg.CLIPSeg, "biomedclipseg": biomedclipseg.BiomedCLIPSeg}
 
@@ -75,7 +78,7 @@ def test_all_that_is_said_to_train_gets_a_gradient(model, demo, options):
     settings = recipes.FAMILIES[model].settings["default"]
     net = recipes.FAMILIES[model].load("none", "mini", settings, {"image_size": 64}, None)
     recipe = recipes.FAMILIES[model].recipe(net, settings)
-    dataset = data.open_dataset(data.annotations(demo, "train"), options.cache)
+    dataset = data.open_dataset(layouts.annotations(demo, "train"), options.cache)
     items = data.Items(dataset, "p6", recipe.inputs, train=True, seed=0)
     batch = torch.utils.data.default_collate([items[0, i] for i in range(4)])
     recipe.loss(recipe.forward(net, batch), batch)[0].backward()
@@ -104,7 +107,7 @@ def test_kept_features_train_as_their_images_do(model, options, capsys):
 
 def test_kept_features_are_those_of_the_image_and_the_text(demo, options):
     """Row by row what the encoders give, for entries that share an image too."""
-    entries = data.annotations(demo, "train")[:4]
+    entries = layouts.annotations(demo, "train")[:4]
     entries.append(replace(entries[1], name="again", prompts={"p6": ["another text"]}))
     dataset = data.open_dataset(entries, options.cache)
     settings = recipes.CLIPSEG["origin"]
@@ -123,6 +126,53 @@ def test_kept_features_are_those_of_the_image_and_the_text(demo, options):
                 short["features"][None].float(), condition=short["condition"][None].float()
             )
         torch.testing.assert_close(found, expected, rtol=0, atol=5e-3)  # float16 on the way
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        {"train": "lora", "lora_rank": 2},
+        {"train": "adapters"},
+        {"train": "decoder", "keep_features": True},
+    ],
+)
+def test_a_resumed_run_ends_as_one_that_never_stopped(what, options, monkeypatch):
+    whole = replace(options, **what)
+    cut, end = replace(whole, out=whole.out + "-cut"), train.Run.end_epoch
+
+    def end_and_stop(run):
+        end(run)
+        raise KeyboardInterrupt
+
+    train.run(whole)
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Run, "end_epoch", end_and_stop)
+        with pytest.raises(KeyboardInterrupt):
+            train.run(cut)
+    assert len(rows(f"{cut.out}/metrics.csv")) == 1
+    train.run(replace(cut, resume=True))
+    assert rows(f"{cut.out}/metrics.csv") == rows(f"{whole.out}/metrics.csv")
+    ours, theirs = (load_file(f"{o.out}/best.safetensors") for o in (cut, whole))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_run_of_biomedclipseg_carries_its_vocabulary(options, tmp_path):
+    folder = tmp_path / "biomedclip"
+    folder.mkdir()
+    config = replace(biomedclipseg.VARIANTS["mini"], image_size=64)
+    save_file(biomedclipseg.BiomedCLIPSeg(config).state_dict(), folder / "best.safetensors")
+    (folder / "vocab.txt").write_text("\n".join(CHARACTERS), encoding="utf-8")
+    options = replace(options, model="biomedclipseg", variant=None, weights=str(folder), epochs=1)
+    options = replace(options, size=None)
+    told = {"format": 1, "class": "BiomedCLIPSeg", "config": asdict(config)}
+    (folder / "config.json").write_text(json.dumps(told))
+    summary = train.run(options)
+    shutil.rmtree(folder)  # the run stands on its own
+    again = replace(options, weights=options.out, out=options.out + "-again", eval=True)
+    assert train.run(again)["tests"] == summary["tests"]
+    model = biomedclipseg.BiomedCLIPSeg.from_pretrained(options.out)
+    assert model.config.vocabulary == f"{train.Path(options.out).resolve()}/vocab.txt"
 
 
 @pytest.mark.parametrize(
@@ -153,7 +203,7 @@ def test_what_cannot_be_is_one_line(options_too, said, demo, tmp_path, monkeypat
 
 
 def test_negatives_ask_for_what_is_not_there(demo, options):
-    dataset = data.open_dataset(data.annotations(demo, "train"), options.cache)
+    dataset = data.open_dataset(layouts.annotations(demo, "train"), options.cache)
 
     def inputs(sample, train, rng):
         return sample
@@ -194,7 +244,7 @@ def test_a_threshold_is_found_in_validation(options, demo):
     train.run(options)
     model = clipseg.CLIPSeg.from_pretrained(options.out)
     recipe = recipes.clipseg_recipe(model, recipes.CLIPSEG["default"])
-    val = data.open_dataset(data.annotations(demo, "val"), options.cache)
+    val = data.open_dataset(layouts.annotations(demo, "val"), options.cache)
     options = replace(options, prompt="p6")
     dice = {}
     for threshold in np.arange(1, 20) / 20:

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 import cris
 import data
+import layouts
 import predict
 import recipes
 import train
@@ -43,7 +44,7 @@ def test_a_run_leaves_everything_that_the_design_names(options, demo, capsys):
     config = json.loads((out / "config.json").read_text())
     assert (config["format"], config["model"], config["class"]) == (1, "cris", "CRIS")
     per_image = rows(out / "test/per_image.csv")
-    assert len(per_image) == len(data.annotations(demo, "test"))
+    assert len(per_image) == len(layouts.annotations(demo, "test"))
     mean = np.mean([float(row["dice"]) for row in per_image])
     assert summary["tests"]["demo"]["dice"]["mean"] == pytest.approx(mean, abs=1e-6)
     assert json.loads((out / "test/summary.json").read_text())["tests"]["demo"]["dice"]["n"] == len(
@@ -279,7 +280,7 @@ def test_decoder_only_leaves_the_towers_as_they_are(options):
 
 def test_accumulated_gradients_are_the_mean_of_their_batches(options, demo):
     settings = recipes.CRIS["default"]
-    dataset = data.open_dataset(data.annotations(demo, "train"), options.cache)
+    dataset = data.open_dataset(layouts.annotations(demo, "train"), options.cache)
 
     def step(count, freeze):
         torch.manual_seed(0)
@@ -309,7 +310,7 @@ def test_accumulated_gradients_are_the_mean_of_their_batches(options, demo):
 def test_learning_rates_over_time():
     def curve(**settings):
         s = replace(recipes.CRIS["default"], **settings)
-        return [train.lr_factor(step, 100, 10, s) for step in range(101)]
+        return [recipes.lr_factor(step, 100, s) for step in range(101)]
 
     cosine = curve(schedule="cosine", warmup=0.1)
     assert (
@@ -317,7 +318,7 @@ def test_learning_rates_over_time():
     )
     assert cosine[55] == pytest.approx(0.5)
     assert curve(schedule="poly", warmup=0.0)[50] == pytest.approx(0.5**0.9)
-    steps = curve(schedule="multistep", warmup=0.0, milestones=(3, 6))
+    steps = curve(schedule="multistep", warmup=0.0, milestones=(0.3, 0.6))
     assert steps[29] == 1 and steps[30] == pytest.approx(0.1) and steps[60] == pytest.approx(0.01)
     assert set(curve(schedule="constant", warmup=0.0)) == {1.0}
 
@@ -341,7 +342,7 @@ def test_patience_ends_a_run_that_gets_no_better(options, capsys):
 
 
 def test_texts_per_batch(demo):
-    entries = data.annotations(demo, "train")
+    entries = layouts.annotations(demo, "train")
     part = [replace(entry, prompts={"p1": ["a"], "p2": ["b", "c"]}) for entry in entries[:10]]
     dataset = data.Dataset(part, np.zeros((10, 6), int), None)
     assert recipes.texts_per_batch(dataset, "p1", 16) == pytest.approx(1)
@@ -369,7 +370,7 @@ def test_pooled_sets_train_together(options, demo, tmp_path):
     with pytest.raises(ValueError, match="two test sets are called demo"):
         train.run(options)
     summary = train.run(replace(options, test=[f"{demo}:val"]))
-    assert summary["tests"]["demo:val"]["dice"]["n"] == len(data.annotations(demo, "val"))
+    assert summary["tests"]["demo:val"]["dice"]["n"] == len(layouts.annotations(demo, "val"))
 
 
 def test_busi_s_one_bit_masks_are_scored_at_their_own_size(real_data, options):

@@ -1,0 +1,262 @@
+"""Folders of images and masks -> lists of entries. What a folder is, is told by what it holds.
+
+Prompted layout (that of medvlsm, github.com/naamiinepal/medvlsm): `images/`, `masks/`,
+`anns/SPLIT.json`, each a list of entries
+
+    {"img_name": "a.jpg", "mask_name": "a.png", "prompts": {"p1": "polyp", "p7": ["…", "…"]}}
+
+with an optional `"label": k` where the mask is a class map and `mask == k` is meant. Any further
+annotation file, say `anns/testA.json`, is a split of that name.
+
+Class maps: `classes.json` is {"0": "background", "1": "stomach", …}, masks hold these numbers, and
+255 where a pixel does not count. Images and masks of one stem are a pair, in
+`{train,val,test}/{images,masks}/`; or `images/` and `masks/` with `anns/` as above; or without:
+then a tenth of the images (of the patients, with --group-regex) is the test split, another one the
+validation split, always the same ones. Without classes.json such masks are binary.
+"""
+
+import json
+import os
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+ENDINGS = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif"}  # of image files
+FOLDERS = ("images", "imagesgreyscale"), ("masks", "masks14")
+SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+
+
+def is_prompt_type(text: str) -> bool:
+    """Whether a prompt option names types (p6, "p6,p3", random) rather than being a text itself."""
+    return re.fullmatch(r"random|p\d+(,p\d+)*", text) is not None
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One image with one mask and, of a binary mask, the texts that ask for it."""
+
+    name: str  # the mask's path in masks/ without its ending (with a label: -k); unique in a split
+    image: Path
+    mask: Path
+    prompts: dict[str, list[str]]  # prompt type -> its texts
+    root: Path  # the data set's folder
+    label: int | None = None  # the mask is a class map and this number is meant
+    group: str | None = None  # patient
+    classes: tuple[str, ...] = ("target",)  # in the mask: one, or the background and several
+    numbers: bool = False  # the mask holds the numbers of these classes
+
+    def types(self, kind: str) -> list[str]:
+        """The types that an option draws from: those it lists, or for `random` all but empty p0."""
+        return [k for k in self.prompts if k != "p0"] if kind == "random" else kind.split(",")
+
+    def texts(self, kind: str) -> list[str]:
+        """Every text that `text` can give."""
+        if not is_prompt_type(kind):
+            return [kind]
+        return [text for k in self.types(kind) for text in self.prompts.get(k, [])]
+
+    def text(self, kind: str, rng: np.random.Generator | None = None) -> str:
+        """A text of one of the types of `kind`, or `kind` itself if it is a text.
+
+        Where there are several, `rng` draws type and text; without it the first is taken.
+        ValueError if the entry has none of that type.
+        """
+        if not is_prompt_type(kind):
+            return kind
+        types = self.types(kind)
+        chosen = types[rng.integers(len(types)) if rng is not None else 0] if types else kind
+        texts = self.prompts.get(chosen)
+        if not texts:
+            where, have = f"{self.root.name}, {self.name}", ", ".join(self.prompts) or "none"
+            hint = "choose another --prompt"
+            raise ValueError(f"{where}: no prompt of type {chosen}, only {have}; {hint}")
+        return texts[rng.integers(len(texts)) if rng is not None else 0]
+
+
+# --- two ways to list a split --------------------------------------------------------------------
+
+
+def _locate(root: Path, kind: str, name: str, split: str) -> Path:
+    """`KIND/NAME`, or `KIND/SPLIT/NAME` (CAMUS keeps what it validates on in the folder train)."""
+    folders = ["", split, "train"] if split == "val" else ["", split]
+    paths = [root / kind / folder / name for folder in folders]
+    return next((path for path in paths if path.is_file()), paths[0])
+
+
+def _group(image: str, group_regex: str | None) -> str | None:
+    """What the expression, or its first group, matches in an image's name."""
+    match = re.search(group_regex, image) if group_regex else None
+    if group_regex and not match:
+        raise ValueError(f"--group-regex {group_regex} finds nothing in {image}")
+    return match[match.re.groups and 1] if match else None
+
+
+def _entry(root: Path, split: str, item: dict, group_regex: str | None) -> Entry:
+    image, mask, label = item["img_name"], item["mask_name"], item.get("label")
+    prompts = {k: [v] if isinstance(v, str) else list(v) for k, v in item["prompts"].items()}
+    if not all(isinstance(text, str) for texts in prompts.values() for text in texts):
+        raise TypeError("prompts must be strings or lists of strings")
+    name = os.path.splitext(mask)[0] + (f"-{int(label)}" if label is not None else "")
+    paths = _locate(root, "images", image, split), _locate(root, "masks", mask, split)
+    return Entry(name, *paths, prompts, root, label, _group(image, group_regex))
+
+
+def read_annotations(root: Path, split: str, group_regex: str | None = None) -> list[Entry]:
+    """The entries of `root/anns/SPLIT.json`, whether or not their files exist.
+
+    Entries repeated word for word are listed once, and that is printed. Raises FileNotFoundError or
+    ValueError, one line, if the file is missing or no such list, or if two entries share a name.
+    """
+    root = Path(root).resolve()
+    path, entries, number = root / "anns" / f"{split}.json", {}, None
+    if not path.is_file():
+        have = ", ".join(splits(root)) or "none"
+        raise FileNotFoundError(f"{path}: no such annotation file; splits here: {have}")
+    try:
+        for number, item in enumerate(json.loads(path.read_text(encoding="utf-8"))):
+            entry = _entry(root, split, item, group_regex)
+            if entries.setdefault(entry.name, entry) == entry:
+                continue
+            hint = "rename it, or join the prompts in a list"
+            raise ValueError(f"a second mask named {entry.name}; {hint}")
+    except (KeyError, TypeError, AttributeError) as error:
+        hint = "expected a list of objects with img_name, mask_name, prompts"
+        raise ValueError(f"{path}, entry {number}: {error!r}; {hint}") from None
+    except ValueError as error:  # JSONDecodeError is one
+        where = "" if number is None else f", entry {number}"
+        raise ValueError(f"{path}{where}: {error}") from None
+    if number is not None and number + 1 > len(entries):
+        print(f"{path}: {number + 1 - len(entries)} repeated entries are left out")
+    return list(entries.values())
+
+
+def read_pairs(root: Path, folder: Path, group_regex: str | None = None) -> list[Entry]:
+    """The images and masks of one stem in two folders of `folder`. ValueError: one without other"""
+    files = []
+    for names in FOLDERS:
+        inside = next(folder / name for name in names if (folder / name).is_dir())
+        paths = [path for path in sorted(inside.iterdir()) if path.suffix.lower() in ENDINGS]
+        paths = [path for path in paths if not path.name.startswith(".")]  # ._a.png of macOS
+        files.append({path.stem: path for path in paths})
+        if len(files[-1]) < len(paths):
+            twice = next(path for path in paths if path not in files[-1].values())
+            raise ValueError(f"{twice}: a second file of this name, with another ending")
+    images, masks = files
+    if lonely := sorted(images.keys() ^ masks.keys()):
+        path = images.get(lonely[0]) or masks[lonely[0]]
+        raise ValueError(f"{path}: {len(lonely)} files have no partner, mask or image; this is one")
+    groups = {stem: _group(path.name, group_regex) for stem, path in images.items()}
+    return [Entry(n, images[n], masks[n], {}, root, group=groups[n]) for n in images]
+
+
+def read_classes(path: Path) -> tuple[str, ...]:
+    """The names in classes.json by their numbers; of a single class its name alone."""
+    try:
+        names = {int(k): str(v) for k, v in json.loads(path.read_text(encoding="utf-8")).items()}
+        names = [names[k] for k in range(max(len(names), 2))]  # KeyError: a gap
+    except (ValueError, AttributeError, KeyError):
+        need = '{"0": "background", "1": "stomach", …}, numbers without a gap'
+        raise ValueError(f"{path}: expected {need}") from None
+    return tuple(names if len(names) > 2 else names[1:])
+
+
+# --- data sets -----------------------------------------------------------------------------------
+
+
+def _is_pair(folder: Path) -> bool:
+    return all(any((folder / name).is_dir() for name in names) for names in FOLDERS)
+
+
+def splits(root: Path) -> dict[str, Path]:
+    """The splits of a data set, and where each is: an annotation file or a folder; {} if none."""
+    root = Path(root)
+    if (root / "anns").is_dir():
+        return {path.stem: path for path in sorted((root / "anns").glob("*.json"))}
+    inside = {split: root / name for name, split in SPLITS.items() if _is_pair(root / name)}
+    return inside or (dict.fromkeys(("train", "val", "test"), root) if _is_pair(root) else {})
+
+
+def annotations(root: Path, split: str, group_regex: str | None = None) -> list[Entry]:
+    """Recognises what a folder is and lists a split. FileNotFoundError, ValueError: one line."""
+    root = Path(root).resolve()
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root}: no such folder")
+    have = splits(root)
+    if not have:
+        need = "images/ and masks/, with anns/{train,val,test}.json, or in {train,val,test}/"
+        raise ValueError(f"{root}: no data set; it needs {need}")
+    if (root / "anns").is_dir():
+        entries = read_annotations(root, split, group_regex)
+    elif split not in have:
+        raise FileNotFoundError(f"{root}: has no split {split}, only {', '.join(have)}")
+    else:
+        entries = read_pairs(root, have[split], group_regex)
+        if have[split] == root:  # one folder for all
+            tenths = parts(entries, 10)
+            chosen = {"test": tenths[0], "val": tenths[1], "train": sum(tenths[2:], [])}[split]
+            entries = [entry for entry in entries if entry.name in chosen]
+    if (root / "classes.json").is_file():
+        classes = read_classes(root / "classes.json")
+        new = {"classes": classes, "numbers": True}
+        entries = [replace(e, **new) if e.label is None else e for e in entries]
+    return entries
+
+
+def parts(entries: list[Entry], n: int, seed: int = 0) -> list[list[str]]:
+    """Names of the entries in n parts at random, by patient if known, else by image."""
+    groups = {}
+    for entry in entries:
+        groups.setdefault(entry.group or str(entry.image), []).append(entry.name)
+    if len(groups) < n:
+        raise ValueError(f"{entries[0].root}: {len(groups)} images or patients, too few for {n}")
+    order = np.random.default_rng(seed).permutation(sorted(groups))
+    return [[name for group in order[k::n] for name in groups[group]] for k in range(n)]
+
+
+def fold(entries: list[Entry], text: str) -> tuple[list[Entry], list[Entry]]:
+    """Fold k of n ("k/n", k from 0) -> entries to train and to validate on.
+
+    As nnU-Net's splits_final.json in the data set's folder says, else by `parts`.
+    """
+    match, path = re.fullmatch(r"(\d+)/(\d+)", text), entries[0].root / "splits_final.json"
+    k, n = map(int, match.groups()) if match else (0, 0)
+    if k >= n or n < 2:
+        raise ValueError(f"--fold {text}: expected k/n, of 5 folds 0/5 to 4/5")
+    names = {entry.name for entry in entries}
+    if path.is_file():
+        folds = json.loads(path.read_text(encoding="utf-8"))
+        if len(folds) != n:
+            raise ValueError(f"{path}: has {len(folds)} folds, --fold {text} asks for one of {n}")
+        train, val = set(folds[k]["train"]), set(folds[k]["val"])
+        if lost := sorted((train | val) - names):
+            raise ValueError(f"{path}: names {lost[0]}, which is not in train or val of the set")
+    else:
+        val = set(parts(entries, n)[k])
+        train = names - val
+    return [e for e in entries if e.name in train], [e for e in entries if e.name in val]
+
+
+def train_and_val(
+    roots, seed: int, group_regex=None, fold_of: str | None = None
+) -> tuple[list[Entry], list[Entry]]:
+    """Entries to train and to validate on, of one or several data sets.
+
+    fold_of: "k/n", see `fold`, which then divides train and val anew. A missing or empty `val` is
+    replaced by a seeded tenth of train, by patient if known, else by image, and that is printed.
+    """
+    train, val = [], []
+    for root in roots:
+        ours, theirs = annotations(root, "train", group_regex), []
+        if "val" in splits(root):
+            theirs = annotations(root, "val", group_regex)
+        if fold_of:
+            ours, theirs = fold(ours + theirs, fold_of)
+        if not theirs:
+            tenth = set(parts(ours, min(10, len(ours)), seed)[0])
+            theirs = [entry for entry in ours if entry.name in tenth]
+            ours = [entry for entry in ours if entry.name not in tenth]
+            print(f"{root}: no validation split; {len(theirs)} of train serve (seed {seed})")
+        train, val = train + ours, val + theirs
+    return train, val

@@ -1,0 +1,200 @@
+"""Class maps: what a folder is recognised as, how masks are read, what is refused, folds."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import data
+import layouts
+
+CLASSES = {"0": "background", "1": "large bowel", "2": "small bowel", "3": "stomach"}
+RNG = np.random.default_rng(0)
+
+
+def pair(folder, stem, mask, images="images", masks="masks", mode=None):
+    """A noise image and a mask of one stem."""
+    for name in (images, masks):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    noise = RNG.integers(0, 255, (*mask.shape, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(folder / images / f"{stem}.png")
+    picture = Image.fromarray(mask.astype(np.uint8))
+    if mode == "P":
+        picture = Image.fromarray(mask.astype(np.uint8), mode="P")
+        picture.putpalette([0, 0, 0, 200, 0, 0, 0, 200, 0, 0, 0, 200])
+    picture.save(folder / masks / f"{stem}.png")
+
+
+def square(value, rest=0, size=(20, 30)):
+    mask = np.full(size, rest)
+    mask[5:10, 5:15] = value
+    return mask
+
+
+def class_maps(root, classes=CLASSES, splits=("train", "val", "test"), values=(1, 2, 3), **how):
+    for split in splits:
+        for k in range(4):
+            pair(root / split, f"case{k}_{split}", square(values[k % len(values)]), **how)
+    if classes:
+        (root / "classes.json").write_text(json.dumps(classes))
+    return root
+
+
+def opened(root, split, tmp_path, **how):
+    return data.open_dataset(layouts.annotations(root, split, **how), tmp_path / "cache")
+
+
+@pytest.mark.parametrize("mode", [None, "P"])
+@pytest.mark.parametrize("names", [("images", "masks"), ("imagesgreyscale", "masks14")])
+def test_split_folders_hold_class_numbers(tmp_path, mode, names):
+    how = dict(zip(("images", "masks"), names))
+    root = class_maps(tmp_path / "set", splits=("train", "valid"), mode=mode, **how)
+    assert set(layouts.splits(root)) == {"train", "val"}
+    dataset = opened(root, "val", tmp_path)
+    assert dataset.classes == ("background", "large bowel", "small bowel", "stomach")
+    for i, expected in enumerate((1, 2, 3, 1)):
+        sample = dataset.sample(i, "")
+        assert (sample["mask"].numpy() == square(expected)).all() and sample["prompt"] == ""
+        assert sample["name"] == f"case{i}_valid"
+
+
+def test_255_does_not_count_and_is_kept(tmp_path):
+    root = class_maps(tmp_path / "set", splits=("train",))
+    pair(root / "train", "odd", square(3, rest=255))
+    dataset = opened(root, "train", tmp_path)
+    (odd,) = [i for i, entry in enumerate(dataset.entries) if entry.name == "odd"]
+    assert set(np.unique(dataset.pixels(odd)[1])) == {3, 255}
+
+
+def test_ct_gi_is_recognised(real_data, tmp_path):
+    dataset = opened(real_data / "ct_gi", "train", tmp_path)
+    assert len(dataset) == 72 and dataset.classes[1:] == ("large bowel", "small bowel", "stomach")
+    stored = np.asarray(Image.open(dataset.entries[5].mask))
+    assert (dataset.pixels(5)[1] == stored).all() and stored.max() in (1, 2, 3)
+
+
+def test_a_folder_without_splits_is_divided_once_and_for_all(tmp_path):
+    root = tmp_path / "flat"
+    for case in range(20):
+        for day in range(2):
+            pair(root, f"case{case}_day{day}", square(255))
+    names = {s: layouts.annotations(root, s, r"case\d+") for s in ("train", "val", "test")}
+    assert {s: len(e) for s, e in names.items()} == {"train": 32, "val": 4, "test": 4}
+    groups = [{entry.group for entry in entries} for entries in names.values()]
+    assert not (groups[0] & groups[1] | groups[0] & groups[2] | groups[1] & groups[2])
+    assert set.union(*groups) == {f"case{k}" for k in range(20)}
+    again = layouts.annotations(root, "test", r"case\d+")
+    assert again == names["test"] and again[0].classes == ("target",)
+
+
+ONE = {"0": "background", "1": "polyp"}
+
+
+@pytest.mark.parametrize(
+    "classes, masks, expected",
+    [
+        (None, [square(255)], [square(1)]),  # binary
+        (None, [square(1)], [square(1)]),
+        (ONE, [square(255)], [square(1)]),  # 255 is no class number where no 1 is
+        (ONE, [square(1)], [square(1)]),
+        (ONE, [square(1, rest=255)], [square(1, rest=255)]),  # here it does not count
+        (ONE, [square(250, rest=3)], [square(1)]),  # as JPEG leaves it
+    ],
+)
+def test_one_class(classes, masks, expected, tmp_path):
+    root = tmp_path / "set"
+    for k, mask in enumerate(masks):
+        pair(root / "train", f"a{k}", mask)
+    if classes:
+        (root / "classes.json").write_text(json.dumps(classes))
+    dataset = opened(root, "train", tmp_path)
+    assert dataset.classes == (("polyp",) if classes else ("target",))
+    for i, mask in enumerate(expected):
+        assert (dataset.pixels(i)[1] == mask).all()
+
+
+@pytest.mark.parametrize(
+    "spoil, said",
+    [
+        (lambda r: pair(r / "train", "b", square(7)), "b.png: holds class number 7"),
+        (lambda r: (r / "classes.json").write_text('{"0": "a", "2": "b"}'), "without a gap"),
+        (lambda r: (r / "classes.json").write_text("[1, 2"), "classes.json: expected"),
+        (lambda r: (r / "classes.json").unlink(), "class numbers need a classes.json"),
+        (lambda r: (r / "train/masks/case0_train.png").unlink(), "case0_train.png: 1 files have"),
+        (lambda r: (r / "train/images/case0_train.png").unlink(), "case0_train.png: 1 files have"),
+        (lambda r: pair_jpeg(r / "train"), "a second file of this name"),
+        (lambda r: blank(r / "train"), "masks are empty"),
+        (lambda r: (r / "train/masks/case0_train.png").write_bytes(b"x"), "not readable"),
+    ],
+)
+def test_what_cannot_be_is_one_line(spoil, said, tmp_path):
+    root = class_maps(tmp_path / "set", splits=("train",))
+    spoil(root)
+    with pytest.raises(ValueError, match=said) as error:
+        opened(root, "train", tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def pair_jpeg(folder):
+    Image.new("RGB", (30, 20)).save(folder / "images" / "case0_train.jpg")
+
+
+def blank(folder):
+    for path in (folder / "masks").iterdir():
+        Image.new("L", (30, 20)).save(path)
+
+
+def test_a_missing_split_is_told(tmp_path):
+    root = class_maps(tmp_path / "set", splits=("train",))
+    with pytest.raises(FileNotFoundError, match="no split test, only train"):
+        layouts.annotations(root, "test")
+
+
+def test_files_of_the_system_are_not_images(tmp_path):
+    root = class_maps(tmp_path / "set", splits=("train",))
+    (root / "train/images/._case0_train.png").write_bytes(b"macOS")
+    (root / "train/images/Thumbs.db").write_bytes(b"Windows")
+    assert len(opened(root, "train", tmp_path)) == 4
+
+
+def test_data_sets_of_other_classes_are_not_pooled(tmp_path):
+    one = class_maps(tmp_path / "one", splits=("train",))
+    other = class_maps(tmp_path / "two", {**CLASSES, "3": "liver"}, splits=("train",))
+    entries = layouts.annotations(one, "train") + layouts.annotations(other, "train")
+    with pytest.raises(ValueError, match="other classes than"):
+        data.open_dataset(entries, tmp_path / "cache")
+
+
+def test_folds_are_by_patient_and_cover_all(tmp_path):
+    root = tmp_path / "set"
+    for case in range(7):
+        for day in range(2):
+            split = "train" if case < 5 else "val"
+            pair(root / split, f"case{case}_day{day}", square(255))
+    seen = []
+    for k in range(3):
+        train, val = layouts.train_and_val([root], 0, r"case\d+", f"{k}/3")
+        assert not {e.group for e in train} & {e.group for e in val}
+        assert len(train) + len(val) == 14
+        seen += [e.name for e in val]
+    assert sorted(seen) == sorted(f"case{c}_day{d}" for c in range(7) for d in range(2))
+    for wrong in ("3/3", "1", "0/1", "x/y"):
+        with pytest.raises(ValueError, match="--fold"):
+            layouts.train_and_val([root], 0, None, wrong)
+    with pytest.raises(ValueError, match="too few for 8"):
+        layouts.train_and_val([root], 0, r"case\d+", "0/8")
+
+
+def test_nnunet_s_folds_are_honoured(tmp_path):
+    root = class_maps(tmp_path / "set", splits=("train",))
+    names = [f"case{k}_train" for k in range(4)]
+    folds = [{"train": names[:3], "val": names[3:]}, {"train": names[1:], "val": names[:1]}]
+    (root / "splits_final.json").write_text(json.dumps(folds))
+    train, val = layouts.train_and_val([root], 0, None, "1/2")
+    assert [e.name for e in val] == names[:1] and {e.name for e in train} == set(names[1:])
+    with pytest.raises(ValueError, match="has 2 folds"):
+        layouts.train_and_val([root], 0, None, "1/5")
+    (root / "splits_final.json").write_text(json.dumps([{"train": ["gone"], "val": names}] * 2))
+    with pytest.raises(ValueError, match="names gone"):
+        layouts.train_and_val([root], 0, None, "0/2")
