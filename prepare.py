@@ -358,7 +358,7 @@ def mask_facts(entry, image):
     """The same for an entry's mask; `image` is what image_facts found for the entry's image."""
     try:
         upright_as = entry.image if isinstance(image, ImageFacts) else None
-        mask = data.read_mask(entry.mask, upright_as, numbers=entry.label is not None)
+        mask = data.read_mask(entry.mask, upright_as, entry.label is not None or entry.numbers)
         counts = np.bincount(mask.ravel(), minlength=256)
         return MaskFacts(mask.shape, data.open_image(entry.mask, decode=False).mode, counts)
     except (ValueError, OSError) as error:
@@ -369,13 +369,14 @@ def read_splits(root, findings):
     """{split: its entries} of a data set; an annotation file that cannot be used is a finding."""
     names = layouts.splits(root)
     if not names:
-        raise FileNotFoundError(f"{root}: no anns/*.json here; expected images/, masks/ and anns/")
-    names.sort(key=lambda n: (SPLIT_ORDER.index(n) if n in SPLIT_ORDER else len(SPLIT_ORDER), n))
+        need = "images/ and masks/, with anns/*.json or within train/, val/, test/"
+        raise FileNotFoundError(f"{root}: no data set here; expected {need}")
+    order = {name: k for k, name in enumerate(SPLIT_ORDER)}
     splits = {}
-    for name in names:
+    for name in sorted(names, key=lambda name: (order.get(name, len(order)), name)):
         try:
             with redirect_stdout(io.StringIO()) as said:  # entries listed twice are only said
-                splits[name] = layouts.read_annotations(root, name)
+                splits[name] = layouts.annotations(root, name)
             for line in said.getvalue().splitlines():
                 findings["entries listed twice"].append(line)
         except (ValueError, OSError) as error:
@@ -419,13 +420,20 @@ def check_masks(root, splits, masks, findings):
     shares, rules, values = {}, {}, np.arange(256, dtype=np.uint8)
     for split, entries in splits.items():
         entries = [entry for entry in entries if entry.mask in masks]
-        binary = [masks[entry.mask].largest for entry in entries if entry.label is None]
+        one = [entry for entry in entries if entry.label is None and len(entry.classes) == 1]
+        binary = [masks[entry.mask].largest for entry in one]
         above = data.binarise(values, max(binary, default=0))  # (256,) which values are foreground
         rule = f"> {np.flatnonzero(~above).max()}"
         if any(binary):
             rules[split] = rule
         for entry in entries:
-            fact = masks[entry.mask]
+            fact, named = masks[entry.mask], len(entry.classes)
+            if named > 1:
+                shares[split, entry.name] = fact.counts[1:255].sum() / fact.counts.sum()
+                for value in named + np.flatnonzero(fact.counts[named:255]):
+                    line = f"{entry.mask}: {value}, which classes.json does not name ({split})"
+                    findings["unknown class numbers"].append(line)
+                continue
             wanted = rule if entry.label is None else f"== {entry.label}"
             inside = fact.counts[above if entry.label is None else values == entry.label].sum()
             shares[split, entry.name] = inside / fact.counts.sum()
@@ -516,7 +524,7 @@ def describe(splits, images, masks, shares, rules, texts):
         found = ", ".join(map(str, values))
         if len(values) > 8:
             found = f"{len(values)} values from {values[0]} to {values[-1]}"
-        read = " or ".join(sorted(set(rules.values()))) or "by label"
+        read = " or ".join(sorted(set(rules.values()))) or "by number"
         yield "masks", f"{len(masks)}, {modes(masks.values())}; {found}; read {read}"
         share = np.array(list(shares.values()))
         text = f"{share.mean():.1%} of an image in the mean, {share.min():.1%} to {share.max():.1%}"

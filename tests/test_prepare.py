@@ -712,3 +712,25 @@ def test_kvasir(capsys, real_data):
     assert status == 0
     assert "train         800 entries, 800 images" in text and "332x487 to 1920x1072" in text
     assert 'p7            5 texts: "polyp which is a projecting growth of tissue"' in text
+
+
+def test_class_maps_are_checked(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for kind in ("images", "masks"):
+            (tmp_path / "maps" / split / kind).mkdir(parents=True)
+        for k in range(2):
+            pixels = rng.integers(0, 255, (20, 30, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "maps" / split / "images" / f"{split}{k}.png")
+            mask = np.zeros((20, 30), np.uint8)
+            mask[:5] = 1 + k
+            Image.fromarray(mask).save(tmp_path / "maps" / split / "masks" / f"{split}{k}.png")
+    names = tmp_path / "maps" / "classes.json"
+    names.write_text('{"0": "background", "1": "disc", "2": "box"}')
+    assert prepare.main(["check", str(tmp_path / "maps")]) == 0
+    said = capsys.readouterr().out
+    assert "2 entries, 2 images" in said and "25.0% of an image" in said
+    mask[:5] = 9
+    Image.fromarray(mask).save(tmp_path / "maps/val/masks/val1.png")
+    assert prepare.main(["check", str(tmp_path / "maps")]) == 1
+    assert "val1.png: 9, which classes.json does not name" in capsys.readouterr().out

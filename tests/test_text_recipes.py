@@ -105,6 +105,32 @@ def test_kept_features_train_as_their_images_do(model, options, capsys):
     assert "keeping 36 image features" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_kept_features_change_no_loss_at_full_size(real_data, tmp_path):
+    """CLIPSeg rd64-refined on Kvasir-SEG with its prompts, decoder alone, float16 on the way."""
+    root = tmp_path / "kvasir"
+    (root / "anns").mkdir(parents=True)
+    for kind in ("images", "masks"):
+        (root / kind).symlink_to(real_data / "kvasir_polyp" / kind)
+    for split, count in {"train": 24, "val": 6}.items():
+        listed = json.loads((real_data / f"kvasir_polyp/anns/{split}.json").read_text())
+        (root / f"anns/{split}.json").write_text(json.dumps(listed[:count]))
+    table = []
+    for keep in (False, True):
+        options = train.Options(
+            model="clipseg", weights="none", data=[str(root)], recipe="origin", batch_size=8,
+            epochs=3, keep_features=keep, out=str(tmp_path / f"run{keep}"),
+            cache=str(tmp_path / "cache"), workers=0,
+        )  # fmt: skip
+        train.run(options)
+        table.append(rows(f"{options.out}/metrics.csv"))
+    print(*table, sep="\n")
+    for a, b in zip(*table, strict=True):
+        for key in ("train_loss", "val_loss"):
+            assert float(a[key]) == pytest.approx(float(b[key]), abs=1e-3)
+    assert float(table[0][-1]["train_loss"]) < float(table[0][0]["train_loss"]) - 0.002
+
+
 def test_kept_features_are_those_of_the_image_and_the_text(demo, options):
     """Row by row what the encoders give, for entries that share an image too."""
     entries = layouts.annotations(demo, "train")[:4]
