@@ -25,9 +25,13 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+import beit
 import biomedclipseg
 import clipseg
 import cris
+import dpt
+import segformer
+import upernet
 from adapters import add_lora
 from augment import Augment, GITractAugment
 from data import Dataset, Items, loader
@@ -564,8 +568,13 @@ def load_classes(weights, variant, settings: Settings, overrides, train_set, kin
     return kind.from_pretrained(weights or hub_id(settings, variant), **overrides)
 
 
-def class_settings(weights: dict[str, str], backbone: Callable, backbone_lr: float) -> dict:
-    """`default`, and `origin`: the GI-tract study."""
+def class_family(kind, file, weights: dict, backbone: str, backbone_lr: float) -> "Family":
+    """The model `kind` of `file`, whose pretrained part is called `backbone`, with two recipes:
+    `default`, and `origin`, the GI-tract study."""
+
+    def pretrained(name: str) -> bool:
+        return name.startswith(backbone)
+
     default = Settings(
         weights=weights,
         prompt="",
@@ -573,7 +582,7 @@ def class_settings(weights: dict[str, str], backbone: Callable, backbone_lr: flo
         loss=class_loss,
         lr=3e-4,
         backbone_lr=backbone_lr,
-        backbone=backbone,
+        backbone=pretrained,
     )
     # github.com/JaeL17/Medical-Image-Segmentation (model.py, utils.py, trainer.py). Quirks: 288
     # pixels of the nearest neighbour and ImageNet's mean for every model; see losses.py and
@@ -592,7 +601,7 @@ def class_settings(weights: dict[str, str], backbone: Callable, backbone_lr: flo
         amsgrad=True,
         lr=2e-4,
         backbone_lr=2e-4,
-        backbone=backbone,
+        backbone=pretrained,
         weight_decay=1e-4,
         decay_all=True,
         batch_size=32,
@@ -603,7 +612,23 @@ def class_settings(weights: dict[str, str], backbone: Callable, backbone_lr: flo
         clip_grad=None,
         dtype="float32",
     )
-    return {"default": default, "origin": origin}
+    return Family(
+        {"default": default, "origin": origin},
+        file.VARIANTS,
+        partial(load_classes, kind=kind, variants=file.VARIANTS),
+        partial(class_recipe, file=file),
+        pretrained,
+    )
+
+
+SEGFORMERS = {f"b{n}": f"nvidia/segformer-b{n}-finetuned-ade-512-512" for n in range(5)}
+SEGFORMERS["b5"] = "nvidia/segformer-b5-finetuned-ade-640-640"
+UPERNETS = {
+    f"convnext-{size}": f"openmmlab/upernet-convnext-{size}"
+    for size in ("tiny", "small", "base", "large", "xlarge")
+}
+DPTS = {"large-ade": "Intel/dpt-large-ade", "large": "Intel/dpt-large"}
+BEITS = {size: f"microsoft/beit-{size}-finetuned-ade-640-640" for size in ("base", "large")}
 
 
 # --- every model by its name on the command line --------------------------------------------------
@@ -630,4 +655,8 @@ FAMILIES = {
         biomedclipseg_recipe,
         clipseg_towers,
     ),
+    "segformer": class_family(segformer.SegFormer, segformer, SEGFORMERS, "encoder.", 6e-5),
+    "upernet": class_family(upernet.UPerNet, upernet, UPERNETS, "backbone.", 1e-4),
+    "dpt": class_family(dpt.DPT, dpt, DPTS, "vit.", 3e-5),
+    "beit": class_family(beit.BEiT, beit, BEITS, "beit.", 3e-5),
 }

@@ -9,6 +9,11 @@ import sys
 import pytest
 from conftest import ROOT
 
+CLASSES = """
+model = {0}.{1}(dataclasses.replace({0}.VARIANTS["mini"], num_classes=3)).eval()
+out = model(torch.randn(2, 3, 64, 96))
+assert out.shape == (2, 3, {2}, {3}) and out.isfinite().all(), out.shape
+"""
 # Files by floor; a file imports only from floors below its own.
 MODELS = {
     # file: (lines without shared blocks, code that runs a random forward of the smallest variant)
@@ -30,6 +35,10 @@ MODELS = {
         "out = model(torch.randn(2, 3, 64, 96), torch.tensor([[49406, 320, 49407, 0]] * 2))\n"
         "assert out.shape == (2, 1, 64, 96) and out.isfinite().all(), out.shape",
     ),
+    "segformer": (340, CLASSES.format("segformer", "SegFormer", 16, 24)),
+    "upernet": (450, CLASSES.format("upernet", "UPerNet", 64, 96)),
+    "dpt": (450, CLASSES.format("dpt", "DPT", 64, 96)),
+    "beit": (450, CLASSES.format("beit", "BEiT", 16, 24)),
 }
 FLOORS = [
     [*MODELS, *"tokenizer losses metrics layouts data augment features adapters report".split()],
@@ -86,7 +95,7 @@ def test_a_model_file_starts_from_torch_and_the_standard_library(name):
 @pytest.mark.parametrize("name", MODELS)
 def test_a_model_file_works_alone(name, tmp_path):
     (tmp_path / f"{name}.py").write_text(source(name))
-    code = f"import torch, {name}\ntorch.manual_seed(0)\n{MODELS[name][1]}"
+    code = f"import dataclasses, torch, {name}\ntorch.manual_seed(0)\n{MODELS[name][1]}"
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True

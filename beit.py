@@ -1,0 +1,559 @@
+"""BEiT for segmentation: a plain vision transformer, four of its blocks seen by a UPer head.
+
+Paper: Bao, Dong, Piao & Wei, ICLR 2022, arXiv 2106.08254. Code: github.com/microsoft/unilm at
+2312c6f, beit/semantic_segmentation/backbone/beit.py (MIT); its port to transformers 5.23,
+modeling_beit.py. Weights on the hub: microsoft/beit-base-finetuned-ade-640-640 and -large-, whose
+cards say Apache 2.0; the authors' are beit_base_patch16_640_pt22k_ft22ktoade20k.pth and _large_.
+An encoder alone, such as microsoft/beit-base-patch16-224-pt22k-ft22k, loads with num_classes=.
+
+    image (B,3,640,640)
+      patches of 16 pixels and a class token: (B,1+40*40,768)
+      blocks 0..9 of 12, each with a bias of its own for every offset between two patches;
+      kept of them 1, 3, 5, 9: without the class token (B,768,40,40) each
+        |            |            |            |
+      fpn1: x 4    fpn2: x 2    as it is     max pool: / 2
+      160x160      80x80        40x40        20x20
+        '------------'-----+------'------------'
+                      decode_head: pools of the last one, a feature pyramid over all, one map
+    logits (B,150,160,160): a quarter of the image's sides
+
+Any sides in 16s will do, from 32 on: the table of biases is interpolated to the grid. Blocks behind
+the last tap do not run: they load, are written back, and are frozen.
+Left out: the auxiliary head, which is there for a second loss only, and what the released files
+have not: absolute positions, one bias for all blocks (the encoders without fine-tuning, pt22k).
+"""
+
+import json
+import math
+import re
+import zipfile
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Config:
+    # Blocks that the head sees, from 0. quirk: transformers takes `hidden_states[i - 1]` of its
+    # out_indices (3, 5, 7, 11), and [0] is what enters block 0: two blocks before the authors'
+    # (3, 5, 7, 11) of base and (7, 11, 15, 23) of large, for which the weights were trained. The
+    # default is transformers', for equal numbers. To fine-tune the authors' are right: the head
+    # meets what it knows, and the last two blocks, dead under the others, take part.
+    taps: tuple[int, ...] = (1, 3, 5, 9)
+    dim: int = 768  # heads are 64 wide
+    layers: int = 12
+    window: int = 40  # patches a side of the grid that the tables of biases belong to
+    drop_path: float = 0.1  # of the last block, in training, less before; the authors' large: 0.2
+    num_classes: int = 150
+    image_size: int = 640  # side of the square that `preprocess` makes
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)  # RGB in 0..1
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    resample: str = "bicubic"  # PIL's name, or "cv2 nearest"
+    threshold: float = 0.5  # of a model with one class
+
+
+VARIANTS = {
+    "base": Config(),  # 161,599,446 parameters, 14,327,136 of them do not run
+    "large": Config(taps=(5, 9, 13, 21), dim=1024, layers=24),  # 438,872,726, 25,394,304
+    "mini": Config(  # 3,393,414, 397,008; for tests and demos; the authors' taps: (2, 3, 4, 5)
+        taps=(0, 1, 2, 3), dim=128, layers=6, window=4, image_size=64
+    ),
+}
+
+
+class Embeddings(nn.Module):
+    def __init__(self, dim: int):
+        super().__init__()
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        patches = nn.Conv2d(3, dim, 16, stride=16)
+        self.patch_embeddings = nn.ModuleDict({"projection": patches})
+
+    def forward(self, image: Tensor) -> Tensor:
+        """image (B,3,H,W) -> tokens (B,1+H/16*W/16,C), the class token first; no positions."""
+        x = self.patch_embeddings["projection"](image).flatten(2).transpose(1, 2)  # (B,HW/256,C)
+        return torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1)  # (B,N,C)
+
+
+def bias_index(H: int, W: int, device=None) -> Tensor:
+    """-> (N,N) int64: which entry of a bias table is between two tokens of a grid of H x W patches.
+
+    Entries are the (2H-1)(2W-1) offsets, then class to patch, patch to class, class to class.
+    """
+    ys, xs = torch.arange(H, device=device), torch.arange(W, device=device)
+    y, x = ys.repeat_interleave(W), xs.repeat(H)  # (HW,) each
+    offsets = (2 * H - 1) * (2 * W - 1)
+    index = torch.empty(1 + H * W, 1 + H * W, dtype=torch.long, device=device)  # (N,N)
+    row, column = y[:, None] - y + H - 1, x[:, None] - x + W - 1  # (HW,HW), from 0
+    index[1:, 1:] = row * (2 * W - 1) + column
+    index[0], index[1:, 0], index[0, 0] = offsets, offsets + 1, offsets + 2
+    return index
+
+
+class RelativePositionBias(nn.Module):
+    def __init__(self, window: int, heads: int):
+        super().__init__()
+        self.side = 2 * window - 1
+        self.relative_position_bias_table = nn.Parameter(torch.zeros(self.side**2 + 3, heads))
+
+    def forward(self, H: int, W: int, index: Tensor) -> Tensor:
+        """index (N,N) from `bias_index(H, W)` -> (1,h,N,N), to be added to scores.
+
+        Another grid than the table's own stretches the table, as in MiDaS 3.1 and transformers.
+        (The authors' geometric interpolation is for checkpoints of another size, once.)
+        """
+        offsets, others = self.relative_position_bias_table.T.split((self.side**2, 3), 1)
+        offsets = offsets.unflatten(1, (self.side, self.side))[None]  # (1,h,side,side)
+        size = (2 * H - 1, 2 * W - 1)
+        offsets = F.interpolate(offsets, size, mode="bilinear", align_corners=False)
+        entries = torch.cat([offsets[0].flatten(1), others], 1)  # (h,entries)
+        # Along rows in memory: several times faster than table[index], which then is transposed.
+        return entries.index_select(1, index.flatten()).unflatten(1, index.shape)[None]  # (1,h,N,N)
+
+
+class Attention(nn.Module):
+    def __init__(self, dim: int):
+        super().__init__()
+        # A bias of k would add the same to all scores of a query, which softmax takes out again.
+        self.q_proj, self.k_proj = nn.Linear(dim, dim), nn.Linear(dim, dim, bias=False)
+        self.v_proj, self.o_proj = nn.Linear(dim, dim), nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+        """x (B,N,C), bias (1,h,N,N) -> (B,N,C)."""
+        projections = self.q_proj, self.k_proj, self.v_proj
+        q, k, v = (f(x).unflatten(2, (-1, 64)).transpose(1, 2) for f in projections)  # (B,h,N,64)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)  # (B,h,N,64)
+        return self.o_proj(y.transpose(1, 2).flatten(2))
+
+
+class Layer(nn.Module):
+    def __init__(self, dim: int, window: int, drop_path: float):
+        super().__init__()
+        self.drop_path = drop_path
+        # quirk: eps 1e-12, transformers' default (configuration_beit.py); the authors had 1e-6
+        self.layernorm_before = nn.LayerNorm(dim, eps=1e-12)
+        self.relative_position_bias = RelativePositionBias(window, dim // 64)
+        self.attention = Attention(dim)
+        self.layernorm_after = nn.LayerNorm(dim, eps=1e-12)
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(dim, 4 * dim), "fc2": nn.Linear(4 * dim, dim)})
+        self.lambda_1 = nn.Parameter(torch.full((dim,), 0.1))
+        self.lambda_2 = nn.Parameter(torch.full((dim,), 0.1))
+
+    def forward(self, x: Tensor, H: int, W: int, index: Tensor) -> Tensor:
+        """x (B,N,C) of H x W patches, index (N,N) -> (B,N,C)."""
+        # At 640 pixels 123 MB in base, so it is not kept; it costs little beside the rest.
+        bias = self.relative_position_bias(H, W, index)  # (1,h,N,N)
+        y = self.attention(self.layernorm_before(x), bias)
+        x = x + self.scale(self.lambda_1, len(x)) * y
+        y = self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.layernorm_after(x))))  # (B,N,C)
+        return x + self.scale(self.lambda_2, len(x)) * y
+
+    def scale(self, lambda_: Tensor, B: int) -> Tensor:
+        """-> (B,1,C); in training, of an image now and then all zeros (stochastic depth)."""
+        return lambda_ * F.dropout(lambda_.new_ones(B, 1, 1), self.drop_path, self.training)
+
+
+class ViT(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        c, last = config, max(config.layers - 1, 1)
+        self.taps = c.taps
+        self.embeddings = Embeddings(c.dim)
+        self.layers = nn.ModuleList(
+            Layer(c.dim, c.window, c.drop_path * i / last) for i in range(c.layers)
+        )
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        """image (B,3,H,W) -> what the blocks in `taps` give, (B,C,H/16,W/16) each."""
+        if any(side % 16 or side < 32 for side in image.shape[2:]):
+            size = tuple(image.shape[2:])
+            raise ValueError(f"image sides must be multiples of 16, at least 32, not {size}")
+        H, W = (side // 16 for side in image.shape[2:])
+        # One for all blocks. Made anew, at most a hundredth of the work: a cache would hold on to
+        # devices, and to tensors of inference mode, which training cannot save.
+        index = bias_index(H, W, image.device)  # (N,N)
+        x, states = self.embeddings(image), []
+        for layer in self.layers[: max(self.taps) + 1]:
+            x = layer(x, H, W, index)
+            states.append(x)
+        return [states[i][:, 1:].transpose(1, 2).unflatten(2, (H, W)) for i in self.taps]
+
+
+# shared: uper_head
+def upsampled_conv3x3(x: Tensor, weight: Tensor, size: tuple[int, int]) -> Tensor:
+    """3x3 convolution, padding 1, of the bilinearly enlarged x, whose channels mix while small.
+
+    Channels and positions can be mixed in either order: each of the nine taps mixes the channels
+    before upsampling; upsampling, shifting and adding are then one small matrix along each side.
+    (B,C,h,w), (O,C,3,3), size (H,W) -> (B,O,H,W)
+    """
+
+    def taps(n: int, N: int) -> Tensor:
+        """(N,3,n): how much of position i each tap sees when it makes position j."""
+        eye = torch.eye(n, device=x.device, dtype=x.dtype)[None]
+        up = F.interpolate(eye, N, mode="linear", align_corners=False)[0]  # (n,N)
+        return F.pad(up, (1, 1)).unfold(1, N, 1).permute(2, 1, 0)
+
+    (B, _, h, w), O, (H, W) = x.shape, len(weight), size
+    mix = weight.permute(2, 1, 3, 0).flatten(2)  # (3,C,3*O): row tap, channel, column tap
+    y = x.flatten(2).transpose(1, 2)[:, None] @ mix  # (B,3,h*w,3*O)
+    y = taps(h, H).flatten(1) @ y.view(B, 3 * h, w * 3 * O)  # (B,H,w*3*O)
+    y = taps(w, W).transpose(1, 2).flatten(1) @ y.view(B, H, w * 3, O)  # (B,H,W,O)
+    return y.permute(0, 3, 1, 2)
+
+
+class ConvModule(nn.Module):
+    """Convolution, batch norm, ReLU, of the concatenation of all maps enlarged to the first."""
+
+    def __init__(self, inputs: int, outputs: int, kernel_size: int):
+        super().__init__()
+        padding = kernel_size // 2
+        self.conv = nn.Conv2d(inputs, outputs, kernel_size, padding=padding, bias=False)
+        self.batch_norm = nn.BatchNorm2d(outputs)
+
+    def forward(self, first: Tensor, *smaller: Tensor) -> Tensor:
+        """maps (B,C,h,w), each of its own size and channels -> (B,outputs,H,W) of the first."""
+        weight, *weights = self.conv.weight.split([x.shape[1] for x in (first, *smaller)], 1)
+        y = F.conv2d(first, weight, padding=self.conv.padding)
+        for x, weight in zip(smaller, weights, strict=True):
+            y += upsampled_conv3x3(x, weight, y.shape[2:])
+        return F.relu(self.batch_norm(y), inplace=True)
+
+
+class UPerHead(nn.Module):
+    """A pyramid of pools on the last map, then a feature pyramid over all; arXiv 1807.10221.
+
+    widths: channels of the four maps; channels (C): inside. Fresh, it is as transformers makes it.
+    """
+
+    def __init__(self, widths: list[int], channels: int, num_classes: int):
+        super().__init__()
+        C, last = channels, widths[-1]
+        self.psp_modules = nn.ModuleList(
+            nn.Sequential(nn.AdaptiveAvgPool2d(k), ConvModule(last, C, 1)) for k in (1, 2, 3, 6)
+        )
+        self.bottleneck = ConvModule(last + 4 * C, C, 3)
+        self.lateral_convs = nn.ModuleList(ConvModule(width, C, 1) for width in widths[:-1])
+        self.fpn_convs = nn.ModuleList(ConvModule(C, C, 3) for _ in widths[:-1])
+        self.fpn_bottleneck = ConvModule(len(widths) * C, C, 3)
+        self.classifier = nn.Conv2d(C, num_classes, 1)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.normal_(module.weight, std=0.02)
+        nn.init.zeros_(self.classifier.bias)
+
+    def forward(self, maps: list[Tensor]) -> Tensor:
+        """maps (B,width,h,w), finest first -> logits (B,K,h,w) of the first one's size."""
+        *maps, last = maps
+        x = self.bottleneck(last, *(pool(last) for pool in self.psp_modules))  # (B,C,h,w) of last
+        pyramid, levels = [x], zip(maps, self.lateral_convs, self.fpn_convs, strict=True)
+        for y, lateral, conv in reversed(list(levels)):
+            y = lateral(y)  # (B,C,h,w), twice the sides of x
+            x = y + F.interpolate(x, y.shape[2:], mode="bilinear", align_corners=False)
+            pyramid.insert(0, conv(x))
+        return self.classifier(self.fpn_bottleneck(*pyramid))  # all at the first one's size
+# end shared
+
+
+class BEiT(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config, c = config, config
+        if len(c.taps) != 4 or not all(0 <= i < c.layers for i in c.taps):
+            raise ValueError(f"taps={c.taps}: must be four blocks of 0 to {c.layers - 1}")
+        self.preprocess = partial(preprocess, config=config)  # image -> (3,S,S)
+        self.postprocess = partial(postprocess, config=config)  # logits, size -> (K,H,W)
+        self.beit = ViT(c)
+        # The four maps have one size; the head wants strides of 4, 8, 16 and 32 pixels.
+        up = partial(nn.ConvTranspose2d, c.dim, c.dim, 2, 2)
+        self.fpn1 = nn.Sequential(up(), nn.BatchNorm2d(c.dim), nn.GELU(), up())
+        self.fpn2 = nn.Sequential(up())
+        for module in (*self.beit.modules(), *self.fpn1, *self.fpn2):  # as transformers makes them
+            if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
+                nn.init.normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        self.decode_head = UPerHead([c.dim] * 4, c.dim, c.num_classes)
+        # These do not run. What may train always gets a gradient.
+        self.beit.layers[max(c.taps) + 1 :].requires_grad_(False)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """image (B,3,H,W) normalised, H and W in 16s -> logits (B,K,H/4,W/4).
+
+        In training B is at least 2: one of the pools leaves a single value an image and channel.
+        """
+        x1, x2, x3, x4 = self.beit(image)  # (B,C,H/16,W/16) each
+        return self.decode_head([self.fpn1(x1), self.fpn2(x2), x3, F.max_pool2d(x4, 2)])
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, num_classes=None, **overrides) -> "BEiT":
+        """From a file, a folder, a run folder or a hub id; `overrides` are fields of Config.
+
+        num_classes: what the file has, if None; else, where that differs, a new classifier. A file
+        of the encoder alone needs it and gets a new head. In evaluation mode.
+        """
+        weights, settings = read_checkpoint(source, FILES)
+        weights = to_official(weights)
+        if "format" in settings:  # a run folder of ours
+            config = Config(**run_config(settings, "BEiT", source))
+        else:
+            config = read_config(weights, settings, source)
+        headless = not any(name.startswith("decode_head.") for name in weights)
+        if num_classes is None:
+            if headless:
+                raise ValueError(f"{source}: an encoder alone; say num_classes= for a new head")
+            num_classes = config.num_classes
+        fresh = FRESH if headless else FRESH[:1] if num_classes != config.num_classes else ()
+        model = cls(replace(config, num_classes=num_classes, **overrides))
+        expected = to_official(model.state_dict())
+        new = [name for name in expected if any(re.match(regex, name) for regex in fresh)]
+        weights = {name: t for name, t in weights.items() if name not in new}
+        expected = {name: t for name, t in expected.items() if name not in new}
+        check_complete(weights, expected, source)  # in the hub's names
+        model.load_state_dict(model.state_dict() | convert(weights))
+        if new:
+            modules = dict.fromkeys(".".join(name.split(".")[:2]) for name in new)
+            print(f"{source}: new and untrained: {', '.join(modules)}")
+        return model.eval()
+
+
+FILES = ("best.safetensors", "model.safetensors", "pytorch_model.bin")
+FRESH = (  # what may be new, in the hub's names
+    r"decode_head\.classifier\.",  # for another number of classes
+    r"(fpn1|fpn2|decode_head)\.",  # behind an encoder alone, both
+)
+IGNORED = {
+    r".*\.relative_position_index": "a constant, 20 MB a block in old files; see `bias_index`",
+    r"auxiliary_head\..*": "for a second loss; transformers runs it always and drops what it gives",
+    r"(beit\.)?pooler\..*|(classifier|fc_norm|head)\.(weight|bias)": "of a classifier of images",
+}
+# The authors' (and timm's) names and those within transformers 5 -> the hub's, but for layers,
+# which become ours; in this order.
+RENAMES = (
+    (r"^(embeddings|encoder|layers)\.", r"beit.\1."),  # BeitModel
+    (r"^(?:backbone\.)?cls_token$", "beit.embeddings.cls_token"),
+    (r"^(?:backbone\.)?patch_embed\.proj\.", "beit.embeddings.patch_embeddings.projection."),
+    (r"^(?:backbone\.)?blocks\.", "beit.layers."),
+    (r"\.norm1\.", ".layernorm_before."),
+    (r"\.norm2\.", ".layernorm_after."),
+    (r"\.attn\.([qv])_bias$", r".attention.\1_proj.bias"),
+    (r"\.attn\.proj\.", ".attention.o_proj."),
+    (r"\.attn\.(relative_position_bias)_table", r".\1.\1_table"),
+    (r"\.gamma_([12])$", r".lambda_\1"),
+    (r"^backbone\.fpn", "fpn"),
+    (r"^fpn\.fpn1\.conv_transpose1\.", "fpn1.0."),
+    (r"^fpn\.fpn1\.normalization\.", "fpn1.1."),
+    (r"^fpn\.fpn1\.conv_transpose2\.", "fpn1.3."),
+    (r"^fpn\.fpn2\.", "fpn2.0."),
+    (r"\.conv_seg\.", ".classifier."),
+    (r"\.psp_bottleneck\.", ".bottleneck."),
+    (r"\.psp_modules\.blocks\.(\d+)\.conv\.", r".psp_modules.\1.1."),
+    (r"\.convolution\.", ".conv."),
+    (r"\.(?:normalization|batch_norm)\.", ".bn."),
+)
+# The hub's names in a layer -> ours, those within transformers 5; in this order, both ways.
+LAYER = (
+    ("beit.encoder.layer.", "beit.layers."),
+    ("attention.attention.query.", "attention.q_proj."),
+    ("attention.attention.key.", "attention.k_proj."),
+    ("attention.attention.value.", "attention.v_proj."),
+    ("attention.attention.relative_position_bias.", "relative_position_bias."),
+    ("attention.output.dense.", "attention.o_proj."),
+    ("intermediate.dense.", "mlp.fc1."),
+    ("output.dense.", "mlp.fc2."),
+)
+
+
+def to_official(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Any naming -> the hub's, for `from_pretrained` of transformers' class; no auxiliary head."""
+    weights = {}
+    for name, t in state_dict.items():
+        if any(re.fullmatch(pattern, name) for pattern in IGNORED):
+            continue
+        for pattern, new in RENAMES:
+            name = re.sub(pattern, new, name)
+        parts = {name: t}
+        if name.endswith(".attn.qkv.weight"):  # the authors' three in one matrix
+            stem = name.removesuffix("attn.qkv.weight") + "attention."
+            thirds = zip("qkv", t.chunk(3), strict=False)  # a wrong shape is told later
+            parts = {f"{stem}{x}_proj.weight": part.clone() for x, part in thirds}
+        for name, t in parts.items():
+            if name.startswith("beit.layers."):
+                for hub, ours in LAYER:
+                    name = name.replace(ours, hub)
+            weights[name] = t
+    return weights
+
+
+def convert(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Any naming -> ours: the hub's, but within layers that of transformers 5, and batch norms."""
+    weights = {}
+    for name, t in to_official(state_dict).items():
+        if name.startswith("beit.encoder.layer."):
+            for hub, ours in LAYER:
+                name = name.replace(hub, ours)
+        weights[name.replace(".bn.", ".batch_norm.")] = t  # the name in the shared head
+    return weights
+
+
+def read_config(weights: dict[str, Tensor], settings: dict, source) -> Config:
+    """From the shapes of tensors in the hub's names; taps, which none tells, from config.json."""
+    config, told = closest_variant(weights), {}  # a wrong or missing tensor is told later
+    for name, t in weights.items():
+        if name.endswith(".relative_position_bias_table"):
+            told["window"] = (math.isqrt(max(len(t) - 3, 1)) + 1) // 2
+            told["image_size"] = 16 * told["window"]
+    if (classifier := weights.get("decode_head.classifier.bias")) is not None:
+        told["num_classes"] = len(classifier)
+    if len(indices := settings.get("out_indices") or ()) == 4:
+        told["taps"] = tuple(i - 2 for i in indices)  # see Config
+    else:
+        authors = tuple(i + 2 for i in config.taps)
+        told_by = f"took {config.taps}, transformers'; the authors' are {authors}"
+        print(f"{source}: no config.json tells taps; {told_by}")
+    return replace(config, **told)
+
+
+def closest_variant(weights: dict[str, Tensor]) -> Config:
+    """The one most of whose names and shapes agree."""
+    shapes = {(name, t.shape) for name, t in weights.items()}
+    with torch.device("meta"):
+        models = [to_official(BEiT(config).state_dict()) for config in VARIANTS.values()]
+    agree = [len(shapes & {(name, t.shape) for name, t in model.items()}) for model in models]
+    return list(VARIANTS.values())[agree.index(max(agree))]
+
+
+# shared: classes
+def preprocess(image, config: Config) -> Tensor:
+    """PIL image -> (3,S,S) float32, stretched and normalised."""
+    import numpy as np
+    from PIL import Image
+
+    image, size = image.convert("RGB"), (config.image_size, config.image_size)
+    if config.resample != "cv2 nearest":
+        image = image.resize(size, Image.Resampling[config.resample.upper()])
+    x = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (3,H,W)
+    x = F.interpolate(x[None], size)[0]  # quirk, `resample`: OpenCV's and torch's nearest, not PIL's
+    mean, std = (torch.tensor(x)[:, None, None] for x in (config.mean, config.std))  # (3,1,1)
+    return (x / 255 - mean) / std  # (3,S,S)
+
+
+def preprocess_mask(mask: Tensor, config: Config) -> Tensor:
+    """mask (H,W) of class numbers -> (1,S,S) float32 in the geometry of `preprocess`."""
+    mode = "nearest" if config.resample == "cv2 nearest" else "nearest-exact"  # which is PIL's
+    return F.interpolate(mask[None, None].float(), (config.image_size,) * 2, mode=mode)[0]
+
+
+def postprocess(logits: Tensor, size: tuple[int, int], config: Config) -> Tensor:
+    """logits (K,h,w) -> probabilities (K,H,W) at the image's own size; one class has a sigmoid."""
+    logits = F.interpolate(logits[None].float(), size, mode="bilinear", align_corners=False)[0]
+    return logits.softmax(0) if len(logits) > 1 else logits.sigmoid()
+# end shared
+
+
+# shared: run_folder
+def run_config(settings: dict, kind: str, source) -> dict:
+    """Config fields from the config.json of a run folder of ours; ValueError: another model's."""
+    found = settings["class"], settings["format"]
+    if found != (kind, 1):
+        raise ValueError(f"{source}: holds {found[0]} in format {found[1]}, not {kind} in 1")
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in settings["config"].items()}
+# end shared
+
+
+# shared: read_checkpoint
+def read_checkpoint(source: str | Path, files: tuple[str, ...]) -> tuple[dict[str, Tensor], dict]:
+    """Weights and settings from a file, a folder or the hub (`owner/name`, `owner/name@revision`).
+
+    Of a folder or repository the first of `files` that is there. -> state dict without the wrappers
+    and prefixes of training programs, and the config.json beside it ({} if there is none). What is
+    missing, damaged or of another kind is a FileNotFoundError or ValueError of one line.
+    """
+    path = Path(source)
+    if path.is_dir():
+        path = next((path / name for name in files if (path / name).exists()), None)
+        if path is None:
+            raise FileNotFoundError(f"{source}: has none of {', '.join(files)}; name the file")
+    elif not path.exists():
+        path = download(str(source), files)
+    config, weights = path.parent / "config.json", read_file(path)
+    settings = read_file(config) if config.exists() else {}
+    for key in ("state_dict", "model"):
+        weights = weights[key] if isinstance(weights.get(key), dict) else weights
+    for prefix in ("module.", "net."):  # a name that would then be there twice keeps its prefix
+        bare = {name: name.removeprefix(prefix) for name in weights}
+        weights = {n if bare[n] in weights else bare[n]: t for n, t in weights.items()}
+    if other := [name for name, t in weights.items() if not isinstance(t, Tensor)]:
+        raise ValueError(f"{path}: no state dict, its {other[0]!r} is not a tensor")
+    return weights, settings
+
+
+def read_file(path: Path) -> dict:
+    """What is in a .json or .safetensors file, a TorchScript archive, a pickle without code."""
+    try:
+        with open(path, "rb") as file:
+            if file.read(64).lstrip().startswith((b"<", b"version https://git-lfs")):
+                raise ValueError("a web page or Git LFS pointer")
+        if path.suffix == ".json":
+            return json.loads(path.read_text())
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        if zipfile.is_zipfile(path) and "/constants.pkl" in str(zipfile.ZipFile(path).namelist()):
+            return torch.jit.load(path, map_location="cpu").state_dict()
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as error:
+        if "Unsupported global" in str(error):
+            error = "it has code in it; where it was made, torch.save(model.state_dict(), path)"
+        raise ValueError(f"{path}: cannot be read, get the whole file: {error!r:.150}") from None
+
+
+def download(source: str, files: tuple[str, ...]) -> Path:
+    """The first of `files` in a repository of the hub, config.json beside it; cached or fetched."""
+    import huggingface_hub as hub
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+    where = dict(zip(("repo_id", "revision"), source.split("@"), strict=False))
+    is_file = Path(source).suffix in (".pt", ".pth", ".bin", ".safetensors")
+    if is_file or where["repo_id"].count("/") != 1:
+        raise FileNotFoundError(f"{source}: no such file or folder; a hub id is owner/name")
+    for name in files:
+        if isinstance(path := hub.try_to_load_from_cache(filename=name, **where), str):
+            return Path(path)
+    try:
+        there = hub.HfApi().model_info(**where, files_metadata=True).siblings
+        sizes = {file.rfilename: file.size or 0 for file in there}
+        if name := next((name for name in files if name in sizes), None):
+            size = f"{sizes[name] / 1e6:,.1f} MB"
+            print(f"downloading {name}, {size}, of {source} from {hub.constants.ENDPOINT}")
+            if "config.json" in sizes:
+                hub.hf_hub_download(filename="config.json", **where)
+            return Path(hub.hf_hub_download(filename=name, **where))
+    except RevisionNotFoundError:
+        raise FileNotFoundError(f"{source}: the repository has no such revision") from None
+    except RepositoryNotFoundError:
+        raise FileNotFoundError(f"{source}: neither file nor repository on the hub") from None
+    except Exception as error:  # whose class depends on the version of the client
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        hint = "check the connection, or fetch the file elsewhere and name it"
+        raise OSError(f"{source}: not to be had from the hub ({reason}); {hint}") from None
+    raise FileNotFoundError(f"{source}: the repository has none of {', '.join(files)}")
+# end shared
+
+
+# shared: check_complete
+def check_complete(found: dict[str, Tensor], expected: dict[str, Tensor], source) -> None:
+    """Raise a ValueError that names the first tensors in which two state dicts differ."""
+    found, expected = ({n: tuple(t.shape) for n, t in x.items()} for x in (found, expected))
+    wrong = [
+        f"{n} is {found.get(n, 'missing')}, expected {expected.get(n, 'no such tensor')}"
+        for n in expected | found
+        if found.get(n) != expected.get(n)
+    ]
+    if wrong:
+        raise ValueError(f"{source}: {len(wrong)} tensors do not fit: {'; '.join(wrong[:5])}")
+# end shared

@@ -1,0 +1,450 @@
+"""UPerNet with ConvNeXt: an image in, the class of every pixel out. Convolutions throughout.
+
+Papers: Xiao et al., ECCV 2018, arXiv 1807.10221 (the head); Liu et al., CVPR 2022, arXiv 2201.03545
+(ConvNeXt). Code: github.com/open-mmlab/mmsegmentation at 46fd215, mmseg/models/decode_heads/
+uper_head.py, configs/convnext (Apache 2.0); its port to transformers 5.23, modeling_upernet.py and
+modeling_convnext.py, whose names are kept. Weights (MIT), trained on ADE20K: on the hub
+openmmlab/upernet-convnext-tiny, small, base, large, xlarge; mmsegmentation's .pth files of them;
+the encoder alone, of ImageNet: facebook/convnext-*.
+
+    image (B,3,512,512), small
+      backbone, four stages: halve the sides (the first: by 4), then blocks of a 7x7 convolution
+      of each channel and an MLP of each pixel
+    maps (B,96,128,128), (B,192,64,64), (B,384,32,32), (B,768,16,16)
+      decode_head: psp_modules, the last map seen through grids of 1, 2, 3 and 6, and bottleneck
+    (B,512,16,16)
+      twice as large plus a lateral of the map before: (B,512,32,32), (B,512,64,64), (B,512,128,128)
+      fpn_bottleneck, a 3x3 convolution of all four at the size of the largest
+    (B,512,128,128)
+      classifier, up to the image's size
+    logits (B,150,512,512)
+
+Any sides from 32 pixels will do. To train, batches need two images: the batch norm of the grid of
+1 has one number an image. Left out: the auxiliary head on the third map, which is for a second loss
+in training and adds nothing to the output; stochastic depth, which transformers' files set to 0.
+"""
+
+import json
+import re
+import zipfile
+from collections import OrderedDict
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Config:
+    widths: tuple[int, ...] = (96, 192, 384, 768)  # channels of the four stages
+    depths: tuple[int, ...] = (3, 3, 27, 3)  # blocks in each
+    channels: int = 512  # of the head
+    num_classes: int = 150
+    image_size: int = 512  # side of the square that `preprocess` makes
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # RGB in 0..1, ImageNet's
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    resample: str = "bilinear"  # PIL's name, or "cv2 nearest"
+    threshold: float = 0.5  # of a model with one class
+
+
+VARIANTS = {  # parameters with 150 classes
+    "convnext-tiny": Config(depths=(3, 3, 9, 3)),  # 59,318,838
+    "convnext-small": Config(),  # 80,953,398
+    "convnext-base": Config(widths=(128, 256, 512, 1024)),  # 120,884,246
+    "convnext-large": Config(widths=(192, 384, 768, 1536)),  # 233,186,262
+    "convnext-xlarge": Config(widths=(256, 512, 1024, 2048)),  # 388,742,038
+    "mini": Config(  # 250,678; for tests and demos
+        widths=(16, 32, 48, 64), depths=(1, 1, 2, 1), channels=32, image_size=128,
+    ),
+}  # fmt: skip
+
+
+class ChannelNorm(nn.LayerNorm):
+    """Layer norm of the channels of each pixel. quirk: eps 1e-6, whatever config.json says."""
+
+    def __init__(self, channels: int):
+        super().__init__(channels, eps=1e-6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B,C,H,W) -> (B,C,H,W)."""
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class Block(nn.Module):
+    """A 7x7 convolution of each channel, then an MLP of each pixel, scaled channel by channel."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.dwconv = nn.Conv2d(dim, dim, 7, padding=3, groups=dim)
+        self.layernorm = nn.LayerNorm(dim, eps=1e-6)
+        self.pwconv1, self.pwconv2 = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
+        self.layer_scale_parameter = nn.Parameter(torch.full((dim,), 1e-6))  # fresh, nearly nothing
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B,C,H,W) -> (B,C,H,W)."""
+        y = self.layernorm(self.dwconv(x).permute(0, 2, 3, 1))  # (B,H,W,C)
+        y = self.pwconv2(F.gelu(self.pwconv1(y))).permute(0, 3, 1, 2)  # (B,C,H,W)
+        return torch.addcmul(x, y, self.layer_scale_parameter[:, None, None])
+
+
+class ConvNeXt(nn.Module):
+    def __init__(self, widths: tuple[int, ...], depths: tuple[int, ...]):
+        super().__init__()
+        patches = nn.Conv2d(3, widths[0], 4, stride=4)
+        parts = OrderedDict(patch_embeddings=patches, layernorm=ChannelNorm(widths[0]))
+        self.embeddings = nn.Sequential(parts)
+        stages, inputs = nn.ModuleList(), widths[0]
+        for width, depth in zip(widths, depths, strict=True):
+            halve = ChannelNorm(inputs), nn.Conv2d(inputs, width, 2, stride=2)
+            parts = OrderedDict(downsampling_layer=nn.Sequential(*halve if len(stages) else ()))
+            parts["layers"] = nn.Sequential(*(Block(width) for _ in range(depth)))
+            stages.append(nn.Sequential(parts))
+            inputs = width
+        self.encoder = nn.ModuleDict({"stages": stages})
+        norms = {f"stage{i}": ChannelNorm(width) for i, width in enumerate(widths, 1)}
+        self.hidden_states_norms = nn.ModuleDict(norms)
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                nn.init.normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        """image (B,3,H,W) -> maps (B,C,H/4,W/4), of the next H/8, H/16, H/32, rounded down."""
+        x, maps = self.embeddings(image), []  # (B,C,H/4,W/4)
+        norms = self.hidden_states_norms.values()
+        for stage, norm in zip(self.encoder["stages"], norms, strict=True):
+            x = stage(x)
+            maps.append(norm(x))  # the next stage sees x without this norm
+        return maps
+
+
+# shared: uper_head
+def upsampled_conv3x3(x: Tensor, weight: Tensor, size: tuple[int, int]) -> Tensor:
+    """3x3 convolution, padding 1, of the bilinearly enlarged x, whose channels mix while small.
+
+    Channels and positions can be mixed in either order: each of the nine taps mixes the channels
+    before upsampling; upsampling, shifting and adding are then one small matrix along each side.
+    (B,C,h,w), (O,C,3,3), size (H,W) -> (B,O,H,W)
+    """
+
+    def taps(n: int, N: int) -> Tensor:
+        """(N,3,n): how much of position i each tap sees when it makes position j."""
+        eye = torch.eye(n, device=x.device, dtype=x.dtype)[None]
+        up = F.interpolate(eye, N, mode="linear", align_corners=False)[0]  # (n,N)
+        return F.pad(up, (1, 1)).unfold(1, N, 1).permute(2, 1, 0)
+
+    (B, _, h, w), O, (H, W) = x.shape, len(weight), size
+    mix = weight.permute(2, 1, 3, 0).flatten(2)  # (3,C,3*O): row tap, channel, column tap
+    y = x.flatten(2).transpose(1, 2)[:, None] @ mix  # (B,3,h*w,3*O)
+    y = taps(h, H).flatten(1) @ y.view(B, 3 * h, w * 3 * O)  # (B,H,w*3*O)
+    y = taps(w, W).transpose(1, 2).flatten(1) @ y.view(B, H, w * 3, O)  # (B,H,W,O)
+    return y.permute(0, 3, 1, 2)
+
+
+class ConvModule(nn.Module):
+    """Convolution, batch norm, ReLU, of the concatenation of all maps enlarged to the first."""
+
+    def __init__(self, inputs: int, outputs: int, kernel_size: int):
+        super().__init__()
+        padding = kernel_size // 2
+        self.conv = nn.Conv2d(inputs, outputs, kernel_size, padding=padding, bias=False)
+        self.batch_norm = nn.BatchNorm2d(outputs)
+
+    def forward(self, first: Tensor, *smaller: Tensor) -> Tensor:
+        """maps (B,C,h,w), each of its own size and channels -> (B,outputs,H,W) of the first."""
+        weight, *weights = self.conv.weight.split([x.shape[1] for x in (first, *smaller)], 1)
+        y = F.conv2d(first, weight, padding=self.conv.padding)
+        for x, weight in zip(smaller, weights, strict=True):
+            y += upsampled_conv3x3(x, weight, y.shape[2:])
+        return F.relu(self.batch_norm(y), inplace=True)
+
+
+class UPerHead(nn.Module):
+    """A pyramid of pools on the last map, then a feature pyramid over all; arXiv 1807.10221.
+
+    widths: channels of the four maps; channels (C): inside. Fresh, it is as transformers makes it.
+    """
+
+    def __init__(self, widths: list[int], channels: int, num_classes: int):
+        super().__init__()
+        C, last = channels, widths[-1]
+        self.psp_modules = nn.ModuleList(
+            nn.Sequential(nn.AdaptiveAvgPool2d(k), ConvModule(last, C, 1)) for k in (1, 2, 3, 6)
+        )
+        self.bottleneck = ConvModule(last + 4 * C, C, 3)
+        self.lateral_convs = nn.ModuleList(ConvModule(width, C, 1) for width in widths[:-1])
+        self.fpn_convs = nn.ModuleList(ConvModule(C, C, 3) for _ in widths[:-1])
+        self.fpn_bottleneck = ConvModule(len(widths) * C, C, 3)
+        self.classifier = nn.Conv2d(C, num_classes, 1)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.normal_(module.weight, std=0.02)
+        nn.init.zeros_(self.classifier.bias)
+
+    def forward(self, maps: list[Tensor]) -> Tensor:
+        """maps (B,width,h,w), finest first -> logits (B,K,h,w) of the first one's size."""
+        *maps, last = maps
+        x = self.bottleneck(last, *(pool(last) for pool in self.psp_modules))  # (B,C,h,w) of last
+        pyramid, levels = [x], zip(maps, self.lateral_convs, self.fpn_convs, strict=True)
+        for y, lateral, conv in reversed(list(levels)):
+            y = lateral(y)  # (B,C,h,w), twice the sides of x
+            x = y + F.interpolate(x, y.shape[2:], mode="bilinear", align_corners=False)
+            pyramid.insert(0, conv(x))
+        return self.classifier(self.fpn_bottleneck(*pyramid))  # all at the first one's size
+# end shared
+
+
+class UPerNet(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config, c = config, config
+        self.preprocess = partial(preprocess, config=config)  # image -> (3,S,S)
+        self.postprocess = partial(postprocess, config=config)  # logits, size -> (K,H,W)
+        self.backbone = ConvNeXt(c.widths, c.depths)
+        self.decode_head = UPerHead(c.widths, c.channels, c.num_classes)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """image (B,3,H,W) normalised, sides from 32 -> logits (B,K,H,W)."""
+        if min(image.shape[2:]) < 32:
+            raise ValueError(f"image sides must be at least 32, not {tuple(image.shape[2:])}")
+        logits = self.decode_head(self.backbone(image))  # (B,K,H/4,W/4)
+        return F.interpolate(logits, image.shape[2:], mode="bilinear", align_corners=False)
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, num_classes=None, **overrides) -> "UPerNet":
+        """From a file, a folder, a run folder or a hub id; `overrides` are fields of Config.
+
+        num_classes: None for as many as the file has; else its classifier is kept if it has as
+        many, and a new one made if not. A file of the encoder alone needs it, its head is new.
+        What is new is printed. In evaluation mode.
+        """
+        weights, settings = read_checkpoint(source, FILES)
+        weights = convert(weights)
+        if "format" in settings:  # a run folder of ours
+            config = Config(**run_config(settings, "UPerNet", source))
+        else:
+            config = closest_variant(weights)
+            if "image_size" not in overrides:
+                print(f"{source}: image_size is not told, took {config.image_size}")
+        kept, fresh = weights.get("decode_head.classifier.weight"), ""
+        if not any(name.startswith("decode_head.") for name in weights):
+            fresh = FRESH["head"]
+            if num_classes is None:
+                raise ValueError(f"{source}: the encoder alone, without a head; give num_classes")
+        elif kept is not None and num_classes not in (None, len(kept)):
+            fresh = FRESH["classifier"]
+            weights = {n: t for n, t in weights.items() if not re.fullmatch(fresh, n)}
+        elif kept is not None:
+            num_classes = len(kept)
+        config = replace(config, num_classes=num_classes or config.num_classes, **overrides)
+        model = cls(config)
+        expected = model.state_dict()
+        # Not all files count the batches of their training; nothing depends on it.
+        counters = {n: t for n, t in expected.items() if n.endswith("num_batches_tracked")}
+        weights = counters | weights
+        new = {n: t for n, t in expected.items() if n not in weights and re.fullmatch(fresh, n)}
+        check_complete(weights | new, expected, source)
+        model.load_state_dict(weights | new)
+        if new:
+            parts = dict.fromkeys(".".join(name.split(".")[:2]) for name in new)
+            print(f"{source}: new and untrained: {', '.join(parts)}")
+        return model.eval()
+
+
+FILES = ("best.safetensors", "model.safetensors", "pytorch_model.bin")
+IGNORED = {
+    r"auxiliary_head\..*": "for a second loss in training, adds nothing to the output",
+    r"(convnext\.|backbone\.)?layernorm\.(weight|bias)": "of ImageNet's classifier",
+    r"classifier\.(weight|bias)": "of ImageNet's 1000 classes, in files of the encoder",
+}
+FRESH = {  # what may be new
+    "classifier": r"decode_head\.classifier\..*",  # of another number of classes than the file's
+    "head": r"(decode_head|backbone\.hidden_states_norms)\..*",  # of a file of the encoder alone
+}
+# transformers' names of the encoder alone and mmsegmentation's -> the hub's, which are ours.
+RENAMES = (
+    (r"^convnext\.", "backbone."),
+    (r"^(embeddings|encoder|hidden_states_norms)\.", r"backbone.\1."),
+    (r"\.downsample_layers\.0\.0\.", ".embeddings.patch_embeddings."),
+    (r"\.downsample_layers\.0\.1\.", ".embeddings.layernorm."),
+    (r"\.downsample_layers\.(\d)\.", r".encoder.stages.\1.downsampling_layer."),
+    (r"^backbone\.stages\.(\d)\.", r"backbone.encoder.stages.\1.layers."),
+    (r"^backbone\.norm0\.", "backbone.hidden_states_norms.stage1."),
+    (r"^backbone\.norm1\.", "backbone.hidden_states_norms.stage2."),
+    (r"^backbone\.norm2\.", "backbone.hidden_states_norms.stage3."),
+    (r"^backbone\.norm3\.", "backbone.hidden_states_norms.stage4."),
+    (r"\.depthwise_conv\.", ".dwconv."),
+    (r"\.pointwise_conv([12])\.", r".pwconv\1."),
+    (r"(layers\.\d+)\.norm\.", r"\1.layernorm."),
+    (r"\.gamma$", ".layer_scale_parameter"),
+    (r"\.bn\.", ".batch_norm."),
+    (r"\.conv_seg\.", ".classifier."),
+)
+
+
+def convert(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Any naming -> ours, the hub's."""
+    weights = {}
+    for name, t in state_dict.items():
+        if any(re.fullmatch(pattern, name) for pattern in IGNORED):
+            continue
+        for pattern, new in RENAMES:
+            name = re.sub(pattern, new, name)
+        if name in weights:
+            raise ValueError(f"{name} is there twice, under two names")
+        weights[name] = t
+    return weights
+
+
+def to_official(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Ours -> the hub's, for transformers' class, made with `use_auxiliary_head=False`."""
+    return dict(state_dict)
+
+
+def closest_variant(weights: dict[str, Tensor]) -> Config:
+    """The one with the fewest blocks that are not in both."""
+    pattern = r"backbone\.encoder\.stages\.(\d)\.layers\.(\d+)\.pwconv2\.bias"
+    matches = ((re.fullmatch(pattern, name), t) for name, t in weights.items())
+    found = {(int(match[1]), int(match[2]), t.numel()) for match, t in matches if match}
+
+    def strange(config: Config) -> int:
+        stages = enumerate(zip(config.widths, config.depths, strict=True))
+        return len(found ^ {(i, j, width) for i, (width, depth) in stages for j in range(depth)})
+
+    return min(VARIANTS.values(), key=strange)
+
+
+# shared: classes
+def preprocess(image, config: Config) -> Tensor:
+    """PIL image -> (3,S,S) float32, stretched and normalised."""
+    import numpy as np
+    from PIL import Image
+
+    image, size = image.convert("RGB"), (config.image_size, config.image_size)
+    if config.resample != "cv2 nearest":
+        image = image.resize(size, Image.Resampling[config.resample.upper()])
+    x = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (3,H,W)
+    x = F.interpolate(x[None], size)[0]  # quirk, `resample`: OpenCV's and torch's nearest, not PIL's
+    mean, std = (torch.tensor(x)[:, None, None] for x in (config.mean, config.std))  # (3,1,1)
+    return (x / 255 - mean) / std  # (3,S,S)
+
+
+def preprocess_mask(mask: Tensor, config: Config) -> Tensor:
+    """mask (H,W) of class numbers -> (1,S,S) float32 in the geometry of `preprocess`."""
+    mode = "nearest" if config.resample == "cv2 nearest" else "nearest-exact"  # which is PIL's
+    return F.interpolate(mask[None, None].float(), (config.image_size,) * 2, mode=mode)[0]
+
+
+def postprocess(logits: Tensor, size: tuple[int, int], config: Config) -> Tensor:
+    """logits (K,h,w) -> probabilities (K,H,W) at the image's own size; one class has a sigmoid."""
+    logits = F.interpolate(logits[None].float(), size, mode="bilinear", align_corners=False)[0]
+    return logits.softmax(0) if len(logits) > 1 else logits.sigmoid()
+# end shared
+
+
+# shared: run_folder
+def run_config(settings: dict, kind: str, source) -> dict:
+    """Config fields from the config.json of a run folder of ours; ValueError: another model's."""
+    found = settings["class"], settings["format"]
+    if found != (kind, 1):
+        raise ValueError(f"{source}: holds {found[0]} in format {found[1]}, not {kind} in 1")
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in settings["config"].items()}
+# end shared
+
+
+# shared: read_checkpoint
+def read_checkpoint(source: str | Path, files: tuple[str, ...]) -> tuple[dict[str, Tensor], dict]:
+    """Weights and settings from a file, a folder or the hub (`owner/name`, `owner/name@revision`).
+
+    Of a folder or repository the first of `files` that is there. -> state dict without the wrappers
+    and prefixes of training programs, and the config.json beside it ({} if there is none). What is
+    missing, damaged or of another kind is a FileNotFoundError or ValueError of one line.
+    """
+    path = Path(source)
+    if path.is_dir():
+        path = next((path / name for name in files if (path / name).exists()), None)
+        if path is None:
+            raise FileNotFoundError(f"{source}: has none of {', '.join(files)}; name the file")
+    elif not path.exists():
+        path = download(str(source), files)
+    config, weights = path.parent / "config.json", read_file(path)
+    settings = read_file(config) if config.exists() else {}
+    for key in ("state_dict", "model"):
+        weights = weights[key] if isinstance(weights.get(key), dict) else weights
+    for prefix in ("module.", "net."):  # a name that would then be there twice keeps its prefix
+        bare = {name: name.removeprefix(prefix) for name in weights}
+        weights = {n if bare[n] in weights else bare[n]: t for n, t in weights.items()}
+    if other := [name for name, t in weights.items() if not isinstance(t, Tensor)]:
+        raise ValueError(f"{path}: no state dict, its {other[0]!r} is not a tensor")
+    return weights, settings
+
+
+def read_file(path: Path) -> dict:
+    """What is in a .json or .safetensors file, a TorchScript archive, a pickle without code."""
+    try:
+        with open(path, "rb") as file:
+            if file.read(64).lstrip().startswith((b"<", b"version https://git-lfs")):
+                raise ValueError("a web page or Git LFS pointer")
+        if path.suffix == ".json":
+            return json.loads(path.read_text())
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        if zipfile.is_zipfile(path) and "/constants.pkl" in str(zipfile.ZipFile(path).namelist()):
+            return torch.jit.load(path, map_location="cpu").state_dict()
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as error:
+        if "Unsupported global" in str(error):
+            error = "it has code in it; where it was made, torch.save(model.state_dict(), path)"
+        raise ValueError(f"{path}: cannot be read, get the whole file: {error!r:.150}") from None
+
+
+def download(source: str, files: tuple[str, ...]) -> Path:
+    """The first of `files` in a repository of the hub, config.json beside it; cached or fetched."""
+    import huggingface_hub as hub
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+    where = dict(zip(("repo_id", "revision"), source.split("@"), strict=False))
+    is_file = Path(source).suffix in (".pt", ".pth", ".bin", ".safetensors")
+    if is_file or where["repo_id"].count("/") != 1:
+        raise FileNotFoundError(f"{source}: no such file or folder; a hub id is owner/name")
+    for name in files:
+        if isinstance(path := hub.try_to_load_from_cache(filename=name, **where), str):
+            return Path(path)
+    try:
+        there = hub.HfApi().model_info(**where, files_metadata=True).siblings
+        sizes = {file.rfilename: file.size or 0 for file in there}
+        if name := next((name for name in files if name in sizes), None):
+            size = f"{sizes[name] / 1e6:,.1f} MB"
+            print(f"downloading {name}, {size}, of {source} from {hub.constants.ENDPOINT}")
+            if "config.json" in sizes:
+                hub.hf_hub_download(filename="config.json", **where)
+            return Path(hub.hf_hub_download(filename=name, **where))
+    except RevisionNotFoundError:
+        raise FileNotFoundError(f"{source}: the repository has no such revision") from None
+    except RepositoryNotFoundError:
+        raise FileNotFoundError(f"{source}: neither file nor repository on the hub") from None
+    except Exception as error:  # whose class depends on the version of the client
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        hint = "check the connection, or fetch the file elsewhere and name it"
+        raise OSError(f"{source}: not to be had from the hub ({reason}); {hint}") from None
+    raise FileNotFoundError(f"{source}: the repository has none of {', '.join(files)}")
+# end shared
+
+
+# shared: check_complete
+def check_complete(found: dict[str, Tensor], expected: dict[str, Tensor], source) -> None:
+    """Raise a ValueError that names the first tensors in which two state dicts differ."""
+    found, expected = ({n: tuple(t.shape) for n, t in x.items()} for x in (found, expected))
+    wrong = [
+        f"{n} is {found.get(n, 'missing')}, expected {expected.get(n, 'no such tensor')}"
+        for n in expected | found
+        if found.get(n) != expected.get(n)
+    ]
+    if wrong:
+        raise ValueError(f"{source}: {len(wrong)} tensors do not fit: {'; '.join(wrong[:5])}")
+# end shared
