@@ -70,3 +70,11 @@ def test_negatives_teach_it_to_find_nothing(reader, demo, tmp_path):
     more = {"weights": out, "lr": 1e-3, "backbone_lr": 1e-3, "epochs": 10, "negatives": 0.3}
     right, _, empty = study(demo, str(tmp_path / "run"), **more)
     assert before < 0.80 <= empty and right["p6"] >= 0.80
+
+
+def test_lora_learns_to_read(demo, tmp_path):
+    """Updates of rank 16 on towers that stay as they were drawn, and the decoder."""
+    how = {"variant": "mini", "weights": "none", "train": "lora", "lora_rank": 16}
+    right, wrong, _ = study(demo, str(tmp_path / "run"), lr=2e-3, epochs=40, **how)
+    assert right["p6"] >= 0.80 and right["p3"] >= 0.80
+    assert right["p0"] <= right["p6"] - 0.40 and wrong["p6"] <= right["p6"] - 0.40
