@@ -52,7 +52,7 @@ class Config:
     image_size: int = 640  # side of the square that `preprocess` makes
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)  # RGB in 0..1
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
-    resample: str = "bicubic"  # PIL's name, or "cv2 nearest"
+    resample: str = "bicubic"  # PIL's name, or "cv2 nearest", or "cv2 nearest"
     threshold: float = 0.5  # of a model with one class
 
 
@@ -436,7 +436,7 @@ def preprocess(image, config: Config) -> Tensor:
     if config.resample != "cv2 nearest":
         image = image.resize(size, Image.Resampling[config.resample.upper()])
     x = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (3,H,W)
-    x = F.interpolate(x[None], size)[0]  # quirk, `resample`: OpenCV's and torch's nearest, not PIL's
+    x = F.interpolate(x[None], size)[0]  # if it has another size yet: nearest, as OpenCV has it
     mean, std = (torch.tensor(x)[:, None, None] for x in (config.mean, config.std))  # (3,1,1)
     return (x / 255 - mean) / std  # (3,S,S)
 

@@ -194,9 +194,9 @@ def annotations(root: Path, split: str, group_regex: str | None = None) -> list[
     else:
         entries = read_pairs(root, have[split], group_regex)
         if have[split] == root:  # one folder for all
-            tenths = parts(entries, 10)
-            chosen = {"test": tenths[0], "val": tenths[1], "train": sum(tenths[2:], [])}[split]
-            entries = [entry for entry in entries if entry.name in chosen]
+            test, val, *rest = parts(entries, 10)
+            chosen = {"test": test, "val": val, "train": sum(rest, [])}[split]
+            entries = [entries[i] for i in sorted(chosen)]
     if (root / "classes.json").is_file():
         classes = read_classes(root / "classes.json")
         new = {"classes": classes, "numbers": True}
@@ -204,15 +204,15 @@ def annotations(root: Path, split: str, group_regex: str | None = None) -> list[
     return entries
 
 
-def parts(entries: list[Entry], n: int, seed: int = 0) -> list[list[str]]:
-    """Names of the entries in n parts at random, by patient if known, else by image."""
+def parts(entries: list[Entry], n: int, seed: int = 0) -> list[list[int]]:
+    """Numbers of the entries in n parts at random, by patient if known, else by image."""
     groups = {}
-    for entry in entries:
-        groups.setdefault(entry.group or str(entry.image), []).append(entry.name)
+    for i, entry in enumerate(entries):
+        groups.setdefault(entry.group or str(entry.image), []).append(i)
     if len(groups) < n:
         raise ValueError(f"{entries[0].root}: {len(groups)} images or patients, too few for {n}")
     order = np.random.default_rng(seed).permutation(sorted(groups))
-    return [[name for group in order[k::n] for name in groups[group]] for k in range(n)]
+    return [[i for group in order[k::n] for i in groups[group]] for k in range(n)]
 
 
 def fold(entries: list[Entry], text: str) -> tuple[list[Entry], list[Entry]]:
@@ -224,18 +224,16 @@ def fold(entries: list[Entry], text: str) -> tuple[list[Entry], list[Entry]]:
     k, n = map(int, match.groups()) if match else (0, 0)
     if k >= n or n < 2:
         raise ValueError(f"--fold {text}: expected k/n, of 5 folds 0/5 to 4/5")
-    names = {entry.name for entry in entries}
     if path.is_file():
         folds = json.loads(path.read_text(encoding="utf-8"))
         if len(folds) != n:
             raise ValueError(f"{path}: has {len(folds)} folds, --fold {text} asks for one of {n}")
         train, val = set(folds[k]["train"]), set(folds[k]["val"])
-        if lost := sorted((train | val) - names):
+        if lost := sorted((train | val) - {entry.name for entry in entries}):
             raise ValueError(f"{path}: names {lost[0]}, which is not in train or val of the set")
-    else:
-        val = set(parts(entries, n)[k])
-        train = names - val
-    return [e for e in entries if e.name in train], [e for e in entries if e.name in val]
+        return [e for e in entries if e.name in train], [e for e in entries if e.name in val]
+    val = set(parts(entries, n)[k])
+    return [e for i, e in enumerate(entries) if i not in val], [entries[i] for i in sorted(val)]
 
 
 def train_and_val(
@@ -254,9 +252,10 @@ def train_and_val(
         if fold_of:
             ours, theirs = fold(ours + theirs, fold_of)
         if not theirs:
-            tenth = set(parts(ours, min(10, len(ours)), seed)[0])
-            theirs = [entry for entry in ours if entry.name in tenth]
-            ours = [entry for entry in ours if entry.name not in tenth]
+            groups = len({entry.group or entry.image for entry in ours})
+            tenth = set(parts(ours, min(10, groups), seed)[0])
+            theirs = [entry for i, entry in enumerate(ours) if i in tenth]
+            ours = [entry for i, entry in enumerate(ours) if i not in tenth]
             print(f"{root}: no validation split; {len(theirs)} of train serve (seed {seed})")
         train, val = train + ours, val + theirs
     return train, val

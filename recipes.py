@@ -568,9 +568,35 @@ def load_classes(weights, variant, settings: Settings, overrides, train_set, kin
     return kind.from_pretrained(weights or hub_id(settings, variant), **overrides)
 
 
+# github.com/JaeL17/Medical-Image-Segmentation (model.py, utils.py, trainer.py). Quirks: 288 pixels
+# of the nearest neighbour and ImageNet's mean for every model; see losses.py and augment.py. Left
+# out: the last, smaller batch was dropped.
+GI_TRACT = dict(
+    config={
+        "image_size": 288,
+        "resample": "cv2 nearest",
+        "mean": (0.485, 0.456, 0.406),
+        "std": (0.229, 0.224, 0.225),
+    },
+    augment=GITractAugment(),
+    loss=partial(class_loss, of_several=gi_tract_dice_ce),
+    amsgrad=True,
+    lr=2e-4,
+    backbone_lr=2e-4,
+    weight_decay=1e-4,
+    decay_all=True,
+    batch_size=32,
+    epochs=100,
+    schedule="multistep",
+    milestones=(0.5,),
+    warmup=0.0,
+    clip_grad=None,
+    dtype="float32",
+)
+
+
 def class_family(kind, file, weights: dict, backbone: str, backbone_lr: float) -> "Family":
-    """The model `kind` of `file`, whose pretrained part is called `backbone`, with two recipes:
-    `default`, and `origin`, the GI-tract study."""
+    """The model `kind` of `file`, whose pretrained part is called `backbone`."""
 
     def pretrained(name: str) -> bool:
         return name.startswith(backbone)
@@ -584,36 +610,8 @@ def class_family(kind, file, weights: dict, backbone: str, backbone_lr: float) -
         backbone_lr=backbone_lr,
         backbone=pretrained,
     )
-    # github.com/JaeL17/Medical-Image-Segmentation (model.py, utils.py, trainer.py). Quirks: 288
-    # pixels of the nearest neighbour and ImageNet's mean for every model; see losses.py and
-    # augment.py. Left out: the last, smaller batch was dropped.
-    origin = Settings(
-        weights=weights,
-        config={
-            "image_size": 288,
-            "resample": "cv2 nearest",
-            "mean": (0.485, 0.456, 0.406),
-            "std": (0.229, 0.224, 0.225),
-        },
-        prompt="",
-        augment=GITractAugment(),
-        loss=partial(class_loss, of_several=gi_tract_dice_ce),
-        amsgrad=True,
-        lr=2e-4,
-        backbone_lr=2e-4,
-        backbone=pretrained,
-        weight_decay=1e-4,
-        decay_all=True,
-        batch_size=32,
-        epochs=100,
-        schedule="multistep",
-        milestones=(0.5,),
-        warmup=0.0,
-        clip_grad=None,
-        dtype="float32",
-    )
     return Family(
-        {"default": default, "origin": origin},
+        {"default": default, "origin": replace(default, **GI_TRACT)},
         file.VARIANTS,
         partial(load_classes, kind=kind, variants=file.VARIANTS),
         partial(class_recipe, file=file),

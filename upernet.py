@@ -46,7 +46,7 @@ class Config:
     image_size: int = 512  # side of the square that `preprocess` makes
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # RGB in 0..1, ImageNet's
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
-    resample: str = "bilinear"  # PIL's name, or "cv2 nearest"
+    resample: str = "bilinear"  # PIL's name, or "cv2 nearest", or "cv2 nearest"
     threshold: float = 0.5  # of a model with one class
 
 
@@ -327,7 +327,7 @@ def preprocess(image, config: Config) -> Tensor:
     if config.resample != "cv2 nearest":
         image = image.resize(size, Image.Resampling[config.resample.upper()])
     x = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (3,H,W)
-    x = F.interpolate(x[None], size)[0]  # quirk, `resample`: OpenCV's and torch's nearest, not PIL's
+    x = F.interpolate(x[None], size)[0]  # if it has another size yet: nearest, as OpenCV has it
     mean, std = (torch.tensor(x)[:, None, None] for x in (config.mean, config.std))  # (3,1,1)
     return (x / 255 - mean) / std  # (3,S,S)
 

@@ -43,9 +43,9 @@ def maps(tmp_path_factory):
             image += 90 * (mask == 1) - 80 * (mask == 2)
             mask[:2] = 255
             Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(
-                root / split / "images" / f"p{k // 2}_{k}.png"
+                root / split / "images" / f"{split}p{k // 2}_{k}.png"
             )
-            Image.fromarray(mask).save(root / split / "masks" / f"p{k // 2}_{k}.png")
+            Image.fromarray(mask).save(root / split / "masks" / f"{split}p{k // 2}_{k}.png")
     (root / "classes.json").write_text(json.dumps(dict(enumerate(NAMES))))
     return root
 
@@ -55,18 +55,18 @@ def options(maps, tmp_path):
     return train.Options(
         model="segformer", variant="mini", weights="none", data=[str(maps)], size=64, epochs=8,
         batch_size=8, lr=2e-3, workers=0, overlays=2, out=str(tmp_path / "run"),
-        cache=str(maps.parent / "cache"), group_regex=r"p\d+",
+        cache=str(maps.parent / "cache"), group_regex=r"\w+p\d+",
     )  # fmt: skip
 
 
 @pytest.fixture(scope="session")
 def trained(maps, tmp_path_factory):
-    """A run of eight epochs: its options and summary."""
+    """A run of twenty epochs: its options and summary."""
     folder = tmp_path_factory.mktemp("trained")
     options = train.Options(
-        model="segformer", variant="mini", weights="none", data=[str(maps)], size=64, epochs=8,
+        model="segformer", variant="mini", weights="none", data=[str(maps)], size=64, epochs=20,
         batch_size=8, lr=2e-3, workers=0, overlays=2, out=str(folder / "run"),
-        cache=str(maps.parent / "cache"), group_regex=r"p\d+",
+        cache=str(maps.parent / "cache"), group_regex=r"\w+p\d+",
     )  # fmt: skip
     return options, train.run(options)
 
@@ -75,7 +75,7 @@ def test_it_learns_and_leaves_scores_and_pictures(trained):
     options, summary = trained
     out = train.Path(options.out)
     loss = [float(row["train_loss"]) for row in rows(out / "metrics.csv")]
-    assert loss[-1] < 0.6 * loss[0]
+    assert loss[-1] < 0.5 * loss[0]
     scores = summary["tests"]["maps"]
     assert scores["classes"].keys() == {"disc", "box"}
     assert scores["classes"]["disc"]["images"] >= 6 and scores["n"] == 4  # patients
@@ -174,9 +174,8 @@ def test_what_cannot_be_is_one_line(words, said, maps, tmp_path, monkeypatch, ca
 
 def test_other_classes_than_trained_are_refused(trained, maps, tmp_path):
     other = tmp_path / "other"
-    other.symlink_to(maps) if False else other.mkdir()
-    for split in ("test",):
-        (other / split).symlink_to(maps / split)
+    other.mkdir()
+    (other / "test").symlink_to(maps / "test")
     (other / "classes.json").write_text(json.dumps({"0": "background", "1": "box", "2": "disc"}))
     options = trained[0]
     again = train.Options(
@@ -288,7 +287,7 @@ def test_the_study_s_light_is_a_lookup():
 def test_folds_train_and_validate_on_other_patients(options, maps):
     train.run(replace(options, fold="1/3", epochs=1))
     config = json.loads((train.Path(options.out) / "config.json").read_text())
-    assert config["data"]["val"].startswith("10 entries")  # 12 + 3 patients of two images
+    assert config["data"]["val"].startswith("10 entries")  # of 12 + 3 patients, two images each
     assert config["data"]["train"].startswith("20 entries")
 
 

@@ -75,6 +75,6 @@ def test_negatives_teach_it_to_find_nothing(reader, demo, tmp_path):
 def test_lora_learns_to_read(demo, tmp_path):
     """Updates of rank 16 on towers that stay as they were drawn, and the decoder."""
     how = {"variant": "mini", "weights": "none", "train": "lora", "lora_rank": 16}
-    right, wrong, _ = study(demo, str(tmp_path / "run"), lr=2e-3, epochs=40, **how)
+    right, wrong, _ = study(demo, str(tmp_path / "run"), lr=2e-3, epochs=20, warmup=0.2, **how)
     assert right["p6"] >= 0.80 and right["p3"] >= 0.80
     assert right["p0"] <= right["p6"] - 0.40 and wrong["p6"] <= right["p6"] - 0.40

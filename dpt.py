@@ -1,0 +1,517 @@
+"""DPT: a vision transformer whose tokens become maps again, at four scales, fused into classes.
+
+Paper: Ranftl, Bochkovskiy & Koltun, ICCV 2021, arXiv 2103.13413. Code: github.com/isl-org/DPT at
+f43ef9e, dpt/{models,vit,blocks}.py (MIT); its port to transformers 5.23, modeling_dpt.py.
+Weights on the hub, Apache 2.0: Intel/dpt-large-ade (150 classes of ADE20K) and Intel/dpt-large,
+which predicts depth: all but its head goes into a segmentation model. The original release is
+dpt_large-ade20k-b12dca68.pt and dpt_large-midas-2f21e586.pt (MIT).
+
+    image (B,3,480,480)
+      patches of 16, class token, positions
+    tokens (B,1+30*30,1024)
+      24 blocks, and kept behind
+      5, 11, 17, 23 -> Reassemble: the class token joins every other, then back to a map
+        |   |   |   `- (B,256,15,15)   -> Fusion 0 -> (B,256,30,30)
+        |   |   `----- (B,256,30,30)   -> Fusion 1 -> (B,256,60,60)
+        |   `--------- (B,256,60,60)   -> Fusion 2 -> (B,256,120,120)
+        `------------- (B,256,120,120) -> Fusion 3 -> (B,256,240,240)
+      head: a convolution, the classes, twice the size
+    logits (B,K,480,480)
+
+Sides in 32s give logits of the image's size. Sides in 16s work as well: an odd number of patches
+is rounded up to the next even one, as in transformers, so that 240 gives 256. An image need not be
+square; transformers takes the root of the number of tokens for both sides.
+The same numbers for less work: a fusion projects before it upsamples (a 1x1 convolution commutes
+with that), the class token's share of a readout is computed once per image.
+Left out: the auxiliary head, which helps to train from ImageNet's weights; DPT-Hybrid.
+"""
+
+import json
+import re
+import zipfile
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Config:
+    dim: int = 1024  # of the vision transformer
+    layers: int = 24
+    heads: int = 16
+    mlp_dim: int = 4096
+    grid: int = 24  # patches along a side of the position table, made for 384 px
+    eps: float = 1e-12  # of the layer norms, transformers'; the original had 1e-6
+    taps: tuple[int, ...] = (5, 11, 17, 23)  # blocks that the neck sees, counted from 0
+    neck_dims: tuple[int, ...] = (256, 512, 1024, 1024)  # of the four maps, the finest first
+    fusion_dim: int = 256
+    fusion_norm: bool = True  # batch norm in the fusions, whose convolutions else have biases
+    num_classes: int = 150
+    image_size: int = 480  # side of the square that `preprocess` makes
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)  # RGB in 0..1
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    resample: str = "bilinear"  # PIL's name, or "cv2 nearest", or "cv2 nearest"
+    threshold: float = 0.5  # of a model with one class
+
+
+VARIANTS = {
+    "large-ade": Config(),  # 342,148,758 parameters
+    "large": Config(fusion_norm=False, image_size=384),  # 342,145,174, its head never released
+    "mini": Config(  # 1,515,540; for tests and demos
+        dim=128, layers=8, heads=2, mlp_dim=256, grid=6, taps=(1, 3, 5, 7),
+        neck_dims=(16, 24, 32, 48), fusion_dim=32, num_classes=4, image_size=96,
+    ),
+}  # fmt: skip
+
+
+class Block(nn.Module):
+    """All tokens of an image attend to each other, then an MLP; norms come first."""
+
+    def __init__(self, dim: int, heads: int, mlp_dim: int, eps: float):
+        super().__init__()
+        self.heads = heads
+        self.norm1 = nn.LayerNorm(dim, eps)
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.norm2 = nn.LayerNorm(dim, eps)
+        self.fc1, self.fc2 = nn.Linear(dim, mlp_dim), nn.Linear(mlp_dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B,N,C) -> (B,N,C)."""
+        qkv = self.qkv(self.norm1(x)).unflatten(2, (3, self.heads, -1))  # (B,N,3,h,d)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B,h,N,d) each
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # (B,N,C)
+        x = x + self.proj(y)
+        return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
+
+
+class VisionTransformer(nn.Module):
+    def __init__(self, dim: int, layers: int, heads: int, mlp_dim: int, grid: int, eps: float):
+        super().__init__()
+        self.grid = grid
+        # Not zeros, as in transformers: the norm of a zero vector has a gradient of 1 / sqrt(eps).
+        self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, dim))
+        self.pos_embed = nn.Parameter(0.02 * torch.randn(1, 1 + grid**2, dim))
+        self.patch_embed = nn.Conv2d(3, dim, 16, stride=16)
+        self.blocks = nn.ModuleList(Block(dim, heads, mlp_dim, eps) for _ in range(layers))
+
+    def forward(self, image: Tensor, taps: tuple[int, ...]) -> list[Tensor]:
+        """image (B,3,H,W) -> what the blocks in `taps` give, (B,1+H/16*W/16,C) each."""
+        if any(side % 16 for side in image.shape[2:]):
+            raise ValueError(f"image sides must be multiples of 16, not {tuple(image.shape[2:])}")
+        x = self.patch_embed(image)  # (B,C,H/16,W/16)
+        first, table = self.pos_embed.split((1, self.grid**2), 1)
+        table = table.transpose(1, 2).unflatten(2, (self.grid, self.grid))  # (1,C,grid,grid)
+        x = x + F.interpolate(table, x.shape[2:], mode="bilinear", align_corners=False)
+        first = (first + self.cls_token).expand(len(x), -1, -1)  # (B,1,C)
+        x, outputs = torch.cat([first, x.flatten(2).transpose(1, 2)], 1), []  # (B,N,C)
+        for i, block in enumerate(self.blocks):
+            x = block(x)
+            if i in taps:
+                outputs.append(x)
+        return outputs
+
+
+class Reassemble(nn.Module):
+    """Tokens -> a map of 4, 2, 1 or 1/2 times the patches' resolution, for level 0, 1, 2 or 3."""
+
+    def __init__(self, dim: int, neck_dim: int, fusion_dim: int, level: int):
+        super().__init__()
+        self.readout = nn.Linear(2 * dim, dim)  # of a token beside the class token
+        self.projection = nn.Conv2d(dim, neck_dim, 1)
+        if level < 2:
+            self.resize = nn.ConvTranspose2d(neck_dim, neck_dim, 4 >> level, stride=4 >> level)
+        elif level == 2:
+            self.resize = nn.Identity()
+        else:
+            self.resize = nn.Conv2d(neck_dim, neck_dim, 3, stride=2, padding=1)
+        self.conv = nn.Conv2d(neck_dim, fusion_dim, 3, padding=1, bias=False)
+
+    def forward(self, tokens: Tensor, size: tuple[int, int]) -> Tensor:
+        """tokens (B,1+HW,C), the class token first, size (H,W) -> (B,fusion_dim,sH,sW)."""
+        first, x = tokens[:, :1], tokens[:, 1:]
+        of_token, of_first = self.readout.weight.chunk(2, 1)  # (C,C) each
+        x = F.linear(x, of_token) + F.linear(first, of_first, self.readout.bias)  # (B,HW,C)
+        x = F.gelu(x).transpose(1, 2).unflatten(2, size)  # (B,C,H,W)
+        return self.conv(self.resize(self.projection(x)))
+
+
+class ResidualUnit(nn.Module):
+    def __init__(self, dim: int, norm: bool):
+        super().__init__()
+        self.convolution1 = nn.Conv2d(dim, dim, 3, padding=1, bias=not norm)
+        self.convolution2 = nn.Conv2d(dim, dim, 3, padding=1, bias=not norm)
+        self.batch_norm1 = nn.BatchNorm2d(dim) if norm else nn.Identity()
+        self.batch_norm2 = nn.BatchNorm2d(dim) if norm else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.batch_norm1(self.convolution1(F.relu(x)))
+        return x + self.batch_norm2(self.convolution2(F.relu(y)))
+
+
+class Fusion(nn.Module):
+    """A map joins what came from the deeper ones, and both get twice the size."""
+
+    def __init__(self, dim: int, norm: bool, deepest: bool):
+        super().__init__()
+        self.residual_layer1 = None if deepest else ResidualUnit(dim, norm)
+        self.residual_layer2 = ResidualUnit(dim, norm)
+        self.projection = nn.Conv2d(dim, dim, 1)
+
+    def forward(self, x: Tensor, deeper: Tensor | None) -> Tensor:
+        """x (B,C,h,w), deeper (B,C,H,W), None for the deepest -> (B,C,2H,2W)."""
+        if deeper is not None:
+            if x.shape != deeper.shape:  # H = h + 1 where the number of patches is odd
+                x = F.interpolate(x, deeper.shape[2:], mode="bilinear", align_corners=False)
+            x = deeper + self.residual_layer1(x)
+        x = self.projection(self.residual_layer2(x))  # before upsampling, which commutes
+        return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True)
+
+
+class DPT(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config, c = config, config
+        self.preprocess = partial(preprocess, config=config)  # image -> (3,S,S)
+        self.postprocess = partial(postprocess, config=config)  # logits, size -> (K,H,W)
+        self.vit = VisionTransformer(c.dim, c.layers, c.heads, c.mlp_dim, c.grid, c.eps)
+        levels = [Reassemble(c.dim, n, c.fusion_dim, i) for i, n in enumerate(c.neck_dims)]
+        self.reassemble = nn.ModuleList(levels)
+        fusions = (Fusion(c.fusion_dim, c.fusion_norm, deepest=i == 0) for i in range(len(levels)))
+        self.fusion = nn.ModuleList(fusions)
+        self.head = nn.Sequential(
+            nn.Conv2d(c.fusion_dim, c.fusion_dim, 3, padding=1, bias=False),
+            nn.BatchNorm2d(c.fusion_dim),
+            nn.ReLU(),
+            nn.Dropout(0.1),
+            nn.Conv2d(c.fusion_dim, c.num_classes, 1),
+            nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True),
+        )
+
+    def forward(self, image: Tensor) -> Tensor:
+        """image (B,3,H,W) normalised, H and W in 16s -> logits (B,K,H,W), see above for odd 16s."""
+        size = image.shape[2] // 16, image.shape[3] // 16
+        taps = self.vit(image, self.config.taps)
+        maps = [level(x, size) for level, x in zip(self.reassemble, taps, strict=True)]
+        x = None
+        for fusion, y in zip(self.fusion, reversed(maps), strict=True):  # the deepest first
+            x = fusion(y, x)  # (B,C,2h,2w)
+        return self.head(x)
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, num_classes=None, **overrides) -> "DPT":
+        """From a file, a folder, a run folder or a hub id; `overrides` are fields of Config.
+
+        num_classes: those of the file, or others with a new classifier. A file that predicts depth
+        or holds the transformer alone needs it; what is new is printed. In evaluation mode.
+        """
+        weights, settings = read_checkpoint(source, FILES)
+        weights = to_official(weights)
+        if "format" in settings:  # a run folder of ours
+            told = run_config(settings, "DPT", source)
+        else:
+            told = file_config(weights, settings, overrides, source)
+        if num_classes is not None:
+            told["num_classes"] = num_classes
+            if len(weights.get("head.head.4.weight", ())) != num_classes:
+                weights = {n: t for n, t in weights.items() if not n.startswith("head.head.4.")}
+        absent = [part for part in FRESH if not any(n.startswith(part) for n in weights)]
+        if absent and num_classes is None:
+            raise ValueError(f"{source}: no tensor {absent[0]}*; num_classes=... makes new ones")
+        model = cls(replace(Config(), **told | overrides))
+        expected = to_official(model.state_dict())
+        new = {n for n in expected if absent and re.match(FRESH[absent[0]], n)}
+        if new:
+            modules = sorted({n.rpartition(".")[0] for n in new})
+            print(f"{source}: new, to be trained: {', '.join(modules)}")
+        # Old files may lack the counters of batches, which change nothing.
+        new |= {n for n in expected if n.endswith("num_batches_tracked")} - set(weights)
+        weights |= {n: fresh(n, expected[n]) for n in new}
+        check_complete(weights, expected, source)  # in the hub's names
+        model.load_state_dict(convert(weights))
+        return model.eval()
+
+
+def fresh(name: str, t: Tensor) -> Tensor:
+    """A new tensor as transformers starts it; norms, the other vectors, are as they should be."""
+    if t.ndim > 1:
+        return 0.02 * torch.randn_like(t)
+    return torch.zeros_like(t) if name.endswith("bias") else t
+
+
+FILES = ("best.safetensors", "model.safetensors", "pytorch_model.bin")
+SETTINGS = {  # in transformers' config.json
+    "backbone_out_indices": "taps",
+    "num_attention_heads": "heads",
+    "layer_norm_eps": "eps",
+    "neck_hidden_sizes": "neck_dims",
+    "fusion_hidden_size": "fusion_dim",
+    "use_batch_norm_in_fusion_residual": "fusion_norm",
+}
+SHAPES = {  # the tensor and its axis
+    "dim": ("dpt.embeddings.cls_token", 2),
+    "mlp_dim": ("dpt.encoder.layer.0.intermediate.dense.weight", 0),
+    "fusion_dim": ("neck.convs.0.weight", 0),
+    "num_classes": ("head.head.4.weight", 0),
+}
+# Where a file has no tensor that starts so, what may be new: the neck too, all behind it, the
+# classifier alone, which is also taken out where num_classes differs.
+FRESH = {
+    "neck.": r"(neck|head)\.",
+    "head.": r"head\.",
+    "head.head.4.": r"head\.head\.4\.",
+}
+IGNORED = {
+    r"dpt\.(layernorm|pooler)\..*": "behind the last tap; transformers computes it in vain",
+    r"pretrained\.model\.(norm|head)\..*": "the same, and the classifier of ImageNet",
+    r"neck\.fusion_stage\.layers\.0\.residual_layer1\..*": "the deepest has nothing to join; it is"
+    " in transformers' class, but not in the file of Intel/dpt-large",
+    r"(auxiliary_head|auxlayer)\..*": "for a second loss in training; its logits are thrown away",
+    r"depth_head\..*": "what `to_official` calls the head of a checkpoint for depth",
+}
+# The names of DPTModel, an encoder alone, and of the original -> the hub's or ours, in this order.
+RENAMES = (
+    (r"^(embeddings|encoder|layernorm|pooler)\.", r"dpt.\1."),
+    (r"^pretrained\.model\.", "vit."),
+    (r"^vit\.patch_embed\.proj\.", "vit.patch_embed."),
+    (r"^(vit\.blocks\.\d+)\.(?:attn|mlp)\.", r"\1."),
+    # The original counts from 1, its fusions from the finest.
+    (r"^(pretrained\.act_postprocess|scratch\.layer)(\d)", lambda m: f"{m[1]}{int(m[2]) - 1}"),
+    (r"^scratch\.refinenet(\d)", lambda m: f"fusion.{4 - int(m[1])}"),
+    (r"^pretrained\.act_postprocess(\d)\.0\.project\.0\.", r"reassemble.\1.readout."),
+    (r"^pretrained\.act_postprocess(\d)\.3\.", r"reassemble.\1.projection."),
+    (r"^pretrained\.act_postprocess(\d)\.4\.", r"reassemble.\1.resize."),
+    (r"^scratch\.layer(\d)_rn\.", r"reassemble.\1.conv."),
+    (r"\.resConfUnit(\d)\.conv(\d)", r".residual_layer\1.convolution\2"),
+    (r"\.resConfUnit(\d)\.bn(\d)", r".residual_layer\1.batch_norm\2"),
+    (r"\.out_conv\.", ".projection."),
+    (r"^scratch\.output_conv\.", "head."),
+)
+NAMES = {  # ours: the hub's; {} is a number
+    "vit.cls_token": "dpt.embeddings.cls_token",
+    "vit.pos_embed": "dpt.embeddings.position_embeddings",
+    "vit.patch_embed": "dpt.embeddings.patch_embeddings.projection",
+    "vit.blocks.{}.norm1": "dpt.encoder.layer.{}.layernorm_before",
+    "vit.blocks.{}.qkv": "dpt.encoder.layer.{}.attention.attention.qkv",  # three matrices there
+    "vit.blocks.{}.proj": "dpt.encoder.layer.{}.attention.output.dense",
+    "vit.blocks.{}.norm2": "dpt.encoder.layer.{}.layernorm_after",
+    "vit.blocks.{}.fc1": "dpt.encoder.layer.{}.intermediate.dense",
+    "vit.blocks.{}.fc2": "dpt.encoder.layer.{}.output.dense",
+    "reassemble.{}.readout": "neck.reassemble_stage.readout_projects.{}.0",
+    "reassemble.{}.projection": "neck.reassemble_stage.layers.{}.projection",
+    "reassemble.{}.resize": "neck.reassemble_stage.layers.{}.resize",
+    "reassemble.{}.conv": "neck.convs.{}",
+    "fusion.{}": "neck.fusion_stage.layers.{}",
+    "head.{}": "head.head.{}",
+}
+
+
+def rename(name: str, table: dict[str, str]) -> str:
+    """By the first row that the name starts with; the rest of it stays."""
+    for old, new in table.items():
+        pattern = re.escape(old).replace(r"\{\}", r"(\d+)") + r"\b"
+        if match := re.match(pattern, name):
+            return new.format(*match.groups()) + name[match.end() :]
+    return name
+
+
+def to_official(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Any naming -> the hub's, for `load_state_dict` of transformers' class, without IGNORED."""
+    names = {}
+    for old in state_dict:
+        name = old
+        for pattern, new in RENAMES:
+            name = re.sub(pattern, new, name)
+        names[old] = rename(name, NAMES)
+    if "head.head.2.weight" in names.values():  # a ReLU in ours, a convolution in that for depth
+        names = {old: re.sub(r"^head\.", "depth_head.", name) for old, name in names.items()}
+    weights = {}
+    for old, name in names.items():
+        if any(re.fullmatch(pattern, n) for pattern in IGNORED for n in (old, name)):
+            continue
+        if ".qkv." not in name:
+            weights[name] = state_dict[old]
+            continue
+        parts = state_dict[old].chunk(3)
+        for part, t in zip(("query", "key", "value"), parts, strict=False):  # told later if wrong
+            weights[name.replace("qkv", part)] = t.clone()
+    return weights
+
+
+def convert(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Any naming -> ours, where query, key and value are one matrix."""
+    official, weights = to_official(state_dict), {}
+    ours = {hub: name for name, hub in NAMES.items()}
+    for name, t in official.items():
+        if ".attention.key." in name or ".attention.value." in name:
+            continue  # come with the query
+        if ".attention.query." in name:
+            parts = [official[name.replace("query", x)] for x in ("query", "key", "value")]
+            name, t = name.replace("query", "qkv"), torch.cat(parts)  # (3C,C) or (3C,)
+        weights[rename(name, ours)] = t
+    return weights
+
+
+def file_config(weights: dict[str, Tensor], settings: dict, overrides: dict, source) -> dict:
+    """Config fields of a file that is not ours: by config.json, by shapes, else by custom."""
+    told = {ours: settings[hub] for hub, ours in SETTINGS.items() if hub in settings}
+    told = {k: tuple(v) if isinstance(v, list) else v for k, v in told.items()}
+    told |= {k: weights[name].shape[axis] for k, (name, axis) in SHAPES.items() if name in weights}
+    layers = len({n.split(".")[3] for n in weights if n.startswith("dpt.encoder.layer.")})
+    if not layers:
+        raise ValueError(
+            f"{source}: no tensor dpt.encoder.layer.*, hence no DPT that is known here"
+        )
+    told["layers"] = layers
+    if "dpt.embeddings.position_embeddings" in weights:
+        tokens = weights["dpt.embeddings.position_embeddings"].shape[1]
+        told["grid"] = round((tokens - 1) ** 0.5)
+    usual = told.get("neck_dims", Config.neck_dims)
+    convs = (weights.get(f"neck.convs.{i}.weight") for i in range(4))
+    told["neck_dims"] = tuple(n if t is None else t.shape[1] for n, t in zip(usual, convs))
+    if any(n.startswith("neck.") for n in weights):
+        told["fusion_norm"] = any(".batch_norm" in n for n in weights)
+    like = VARIANTS["large-ade" if told.get("fusion_norm", True) else "large"]
+    custom = {"taps": tuple(i * layers // 4 - 1 for i in (1, 2, 3, 4))}
+    custom |= {"heads": told.get("dim", like.dim) // 64, "image_size": like.image_size}
+    custom = {k: v for k, v in custom.items() if k not in told | overrides}
+    if custom:
+        values = ", ".join(f"{k} {v}" for k, v in custom.items())
+        print(f"{source}: took {values}, as is usual; neither tensors nor config.json tell")
+    return custom | told
+
+
+# shared: classes
+def preprocess(image, config: Config) -> Tensor:
+    """PIL image -> (3,S,S) float32, stretched and normalised."""
+    import numpy as np
+    from PIL import Image
+
+    image, size = image.convert("RGB"), (config.image_size, config.image_size)
+    if config.resample != "cv2 nearest":
+        image = image.resize(size, Image.Resampling[config.resample.upper()])
+    x = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (3,H,W)
+    x = F.interpolate(x[None], size)[0]  # if it has another size yet: nearest, as OpenCV has it
+    mean, std = (torch.tensor(x)[:, None, None] for x in (config.mean, config.std))  # (3,1,1)
+    return (x / 255 - mean) / std  # (3,S,S)
+
+
+def preprocess_mask(mask: Tensor, config: Config) -> Tensor:
+    """mask (H,W) of class numbers -> (1,S,S) float32 in the geometry of `preprocess`."""
+    mode = "nearest" if config.resample == "cv2 nearest" else "nearest-exact"  # which is PIL's
+    return F.interpolate(mask[None, None].float(), (config.image_size,) * 2, mode=mode)[0]
+
+
+def postprocess(logits: Tensor, size: tuple[int, int], config: Config) -> Tensor:
+    """logits (K,h,w) -> probabilities (K,H,W) at the image's own size; one class has a sigmoid."""
+    logits = F.interpolate(logits[None].float(), size, mode="bilinear", align_corners=False)[0]
+    return logits.softmax(0) if len(logits) > 1 else logits.sigmoid()
+# end shared
+
+
+# shared: run_folder
+def run_config(settings: dict, kind: str, source) -> dict:
+    """Config fields from the config.json of a run folder of ours; ValueError: another model's."""
+    found = settings["class"], settings["format"]
+    if found != (kind, 1):
+        raise ValueError(f"{source}: holds {found[0]} in format {found[1]}, not {kind} in 1")
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in settings["config"].items()}
+# end shared
+
+
+# shared: read_checkpoint
+def read_checkpoint(source: str | Path, files: tuple[str, ...]) -> tuple[dict[str, Tensor], dict]:
+    """Weights and settings from a file, a folder or the hub (`owner/name`, `owner/name@revision`).
+
+    Of a folder or repository the first of `files` that is there. -> state dict without the wrappers
+    and prefixes of training programs, and the config.json beside it ({} if there is none). What is
+    missing, damaged or of another kind is a FileNotFoundError or ValueError of one line.
+    """
+    path = Path(source)
+    if path.is_dir():
+        path = next((path / name for name in files if (path / name).exists()), None)
+        if path is None:
+            raise FileNotFoundError(f"{source}: has none of {', '.join(files)}; name the file")
+    elif not path.exists():
+        path = download(str(source), files)
+    config, weights = path.parent / "config.json", read_file(path)
+    settings = read_file(config) if config.exists() else {}
+    for key in ("state_dict", "model"):
+        weights = weights[key] if isinstance(weights.get(key), dict) else weights
+    for prefix in ("module.", "net."):  # a name that would then be there twice keeps its prefix
+        bare = {name: name.removeprefix(prefix) for name in weights}
+        weights = {n if bare[n] in weights else bare[n]: t for n, t in weights.items()}
+    if other := [name for name, t in weights.items() if not isinstance(t, Tensor)]:
+        raise ValueError(f"{path}: no state dict, its {other[0]!r} is not a tensor")
+    return weights, settings
+
+
+def read_file(path: Path) -> dict:
+    """What is in a .json or .safetensors file, a TorchScript archive, a pickle without code."""
+    try:
+        with open(path, "rb") as file:
+            if file.read(64).lstrip().startswith((b"<", b"version https://git-lfs")):
+                raise ValueError("a web page or Git LFS pointer")
+        if path.suffix == ".json":
+            return json.loads(path.read_text())
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        if zipfile.is_zipfile(path) and "/constants.pkl" in str(zipfile.ZipFile(path).namelist()):
+            return torch.jit.load(path, map_location="cpu").state_dict()
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as error:
+        if "Unsupported global" in str(error):
+            error = "it has code in it; where it was made, torch.save(model.state_dict(), path)"
+        raise ValueError(f"{path}: cannot be read, get the whole file: {error!r:.150}") from None
+
+
+def download(source: str, files: tuple[str, ...]) -> Path:
+    """The first of `files` in a repository of the hub, config.json beside it; cached or fetched."""
+    import huggingface_hub as hub
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+    where = dict(zip(("repo_id", "revision"), source.split("@"), strict=False))
+    is_file = Path(source).suffix in (".pt", ".pth", ".bin", ".safetensors")
+    if is_file or where["repo_id"].count("/") != 1:
+        raise FileNotFoundError(f"{source}: no such file or folder; a hub id is owner/name")
+    for name in files:
+        if isinstance(path := hub.try_to_load_from_cache(filename=name, **where), str):
+            return Path(path)
+    try:
+        there = hub.HfApi().model_info(**where, files_metadata=True).siblings
+        sizes = {file.rfilename: file.size or 0 for file in there}
+        if name := next((name for name in files if name in sizes), None):
+            size = f"{sizes[name] / 1e6:,.1f} MB"
+            print(f"downloading {name}, {size}, of {source} from {hub.constants.ENDPOINT}")
+            if "config.json" in sizes:
+                hub.hf_hub_download(filename="config.json", **where)
+            return Path(hub.hf_hub_download(filename=name, **where))
+    except RevisionNotFoundError:
+        raise FileNotFoundError(f"{source}: the repository has no such revision") from None
+    except RepositoryNotFoundError:
+        raise FileNotFoundError(f"{source}: neither file nor repository on the hub") from None
+    except Exception as error:  # whose class depends on the version of the client
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        hint = "check the connection, or fetch the file elsewhere and name it"
+        raise OSError(f"{source}: not to be had from the hub ({reason}); {hint}") from None
+    raise FileNotFoundError(f"{source}: the repository has none of {', '.join(files)}")
+# end shared
+
+
+# shared: check_complete
+def check_complete(found: dict[str, Tensor], expected: dict[str, Tensor], source) -> None:
+    """Raise a ValueError that names the first tensors in which two state dicts differ."""
+    found, expected = ({n: tuple(t.shape) for n, t in x.items()} for x in (found, expected))
+    wrong = [
+        f"{n} is {found.get(n, 'missing')}, expected {expected.get(n, 'no such tensor')}"
+        for n in expected | found
+        if found.get(n) != expected.get(n)
+    ]
+    if wrong:
+        raise ValueError(f"{source}: {len(wrong)} tensors do not fit: {'; '.join(wrong[:5])}")
+# end shared

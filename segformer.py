@@ -1,0 +1,465 @@
+"""SegFormer: an image in, the class of every pixel out. A pyramid transformer and an all-MLP head.
+
+Paper: Xie et al., NeurIPS 2021, arXiv 2105.15203. Code: github.com/NVlabs/SegFormer at 65fa8cf,
+mmseg/models/{backbones/mix_transformer,decode_heads/segformer_head}.py; its port to transformers
+5.23, modeling_segformer.py. The names are those of the hub's files. Weights, for research and
+evaluation only (NVIDIA Source Code License): nvidia/segformer-b0-finetuned-ade-512-512 ... b4,
+b5-finetuned-ade-640-640, -cityscapes-*; nvidia/mit-b0 ... b5, the encoder alone; the authors' .pth.
+
+    image (B,3,512,512), b0
+      encoder, four stages: a strided convolution, then blocks of attention from all pixels to a
+      coarser grid, and of an MLP with a 3x3 convolution, the only source of position
+    maps (B,32,128,128), (B,64,64,64), (B,160,32,32), (B,256,16,16)
+      decode_head: each map into 256 channels, up to the first one's size, their sum
+    (B,256,128,128), then batch norm, ReLU, dropout, 1x1 convolution
+    logits (B,150,128,128)
+
+Any sides from 29 pixels will do. quirk: every LayerNorm has eps 1e-5, as in transformers, which
+does not read its setting of 1e-6; the authors have 1e-6 but behind the convolutions with stride.
+"""
+
+import json
+import re
+import zipfile
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Config:
+    widths: tuple[int, ...] = (64, 128, 320, 512)  # channels of the four stages
+    depths: tuple[int, ...] = (3, 4, 6, 3)  # blocks in each
+    heads: tuple[int, ...] = (1, 2, 5, 8)
+    reductions: tuple[int, ...] = (8, 4, 2, 1)  # side of the square that makes one key and value
+    decoder_dim: int = 768
+    drop_path: float = 0.1  # of the last block, while training; rises linearly from 0
+    dropout: float = 0.1  # before the classifier, while training
+    num_classes: int = 150
+    image_size: int = 512  # side of the square that `preprocess` makes
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # RGB in 0..1, ImageNet's
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    resample: str = "bilinear"  # PIL's name, or "cv2 nearest", or "cv2 nearest"
+    threshold: float = 0.5  # of a model with one class
+
+
+VARIANTS = {  # parameters with 150 classes; mini is for tests and demos
+    "b0": Config((32, 64, 160, 256), (2, 2, 2, 2), decoder_dim=256),  # 3,752,694
+    "b1": Config(depths=(2, 2, 2, 2), decoder_dim=256),  # 13,715,798
+    "b2": Config(),  # 27,461,974
+    "b3": Config(depths=(3, 4, 18, 3)),  # 47,337,814
+    "b4": Config(depths=(3, 8, 27, 3)),  # 64,108,374
+    "b5": Config(depths=(3, 6, 40, 3), image_size=640),  # 84,708,694
+    "mini": Config((16, 32, 80, 128), (1, 2, 1, 1), decoder_dim=64, image_size=128),  # 557,894
+}
+
+
+class PatchEmbedding(nn.Module):
+    """A convolution with stride whose patches overlap."""
+
+    def __init__(self, channels: int, dim: int, kernel: int, stride: int):
+        super().__init__()
+        self.proj = nn.Conv2d(channels, dim, kernel, stride, padding=kernel // 2)
+        self.layer_norm = nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B,C',stride*H,stride*W) -> tokens (B,H,W,C); sides are rounded up."""
+        return self.layer_norm(self.proj(x).permute(0, 2, 3, 1))  # (B,H,W,C)
+
+
+class Attention(nn.Module):
+    """Every token looks at a grid that is coarser by `reduction`, made by a convolution."""
+
+    def __init__(self, dim: int, heads: int, reduction: int):
+        super().__init__()
+        self.heads, self.reduction = heads, reduction
+        self.query, self.key, self.value = (nn.Linear(dim, dim) for _ in range(3))
+        self.output = nn.Linear(dim, dim)
+        if reduction > 1:
+            self.sr = nn.Conv2d(dim, dim, reduction, stride=reduction)
+            self.layer_norm = nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B,H,W,C) -> (B,H,W,C)."""
+        y = x
+        if self.reduction > 1:  # h = H // reduction: what does not fill a square is not seen
+            y = self.layer_norm(self.sr(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))  # (B,h,w,C)
+        q, k, v = (t.flatten(1, 2) for t in (self.query(x), self.key(y), self.value(y)))  # (B,N,C)
+        q, k, v = (t.unflatten(2, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
+        y = F.scaled_dot_product_attention(q, k, v)  # (B,h,N,d)
+        return self.output(y.transpose(1, 2).reshape(x.shape))  # (B,H,W,C)
+
+
+class MLP(nn.Module):
+    """With a 3x3 convolution of each channel inside, by whose padding tokens know their place."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.dense1, self.dense2 = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
+        self.dwconv = nn.Conv2d(4 * dim, 4 * dim, 3, padding=1, groups=4 * dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B,H,W,C) -> (B,H,W,C)."""
+        y = self.dwconv(self.dense1(x).permute(0, 3, 1, 2))  # (B,4C,H,W)
+        return self.dense2(F.gelu(y).permute(0, 2, 3, 1))  # (B,H,W,C)
+
+
+class Block(nn.Module):
+    def __init__(self, dim: int, heads: int, reduction: int, drop_path: float):
+        super().__init__()
+        self.drop_path = drop_path
+        self.layer_norm_1, self.layer_norm_2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.attention = Attention(dim, heads, reduction)
+        self.mlp = MLP(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.maybe(self.attention(self.layer_norm_1(x)))  # (B,H,W,C)
+        return x + self.maybe(self.mlp(self.layer_norm_2(x)))
+
+    def maybe(self, y: Tensor) -> Tensor:
+        """Stochastic depth, arXiv 1603.09382: in training a sample goes without y now and then."""
+        if not self.training or self.drop_path == 0:
+            return y
+        keep = 1 - self.drop_path
+        kept = (keep + torch.rand(len(y), 1, 1, 1, dtype=y.dtype, device=y.device)).floor()
+        return y * (kept / keep)  # (B,H,W,C)
+
+
+class Encoder(nn.Module):
+    """MiT, the mix transformer. Within, channels come last: no layer then copies its input."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        c, widths, total = config, config.widths, sum(config.depths)
+        embeddings = zip((3, *widths), widths, (7, 3, 3, 3), (4, 2, 2, 2), strict=False)
+        self.patch_embeddings = nn.ModuleList(PatchEmbedding(*sizes) for sizes in embeddings)
+        rates = (c.drop_path * i / (total - 1) for i in range(total))
+        stages = zip(widths, c.heads, c.reductions, c.depths, strict=True)
+        self.block = nn.ModuleList(
+            nn.Sequential(*(Block(dim, heads, reduction, next(rates)) for _ in range(depth)))
+            for dim, heads, reduction, depth in stages
+        )
+        self.layer_norm = nn.ModuleList(nn.LayerNorm(dim) for dim in widths)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """image (B,3,H,W) -> maps (B,C,H/4,W/4), then of H/8, H/16, H/32; sides rounded up."""
+        maps, parts = [], (self.patch_embeddings, self.block, self.layer_norm)
+        for embed, blocks, norm in zip(*parts, strict=True):
+            x = norm(blocks(embed(x))).permute(0, 3, 1, 2)  # (B,C,H,W)
+            maps.append(x)
+        return maps
+
+
+class DecodeHead(nn.Module):
+    """The sum of all maps in D channels at the finest size, and a classifier.
+
+    Officially each goes into D channels (`linear_c`) and up, and a convolution (`linear_fuse`)
+    makes D of all 4D, half of the model's work. But a mixture of channels commutes with upsampling,
+    whose weights add up to 1: here a map meets both matrices in one, at its own size. Same numbers.
+    """
+
+    def __init__(self, widths: tuple[int, ...], dim: int, dropout: float, num_classes: int):
+        super().__init__()
+        self.linear_c = nn.ModuleList(nn.Linear(c, dim) for c in widths)
+        self.linear_fuse = nn.Conv2d(len(widths) * dim, dim, 1, bias=False)
+        self.batch_norm = nn.BatchNorm2d(dim)
+        self.dropout = nn.Dropout(dropout)  # quirk: transformers'; the authors drop whole channels
+        self.classifier = nn.Conv2d(dim, num_classes, 1)
+
+    def forward(self, maps: list[Tensor]) -> Tensor:
+        """maps (B,C,H,W), finest first -> logits (B,K,H,W) of the first one's size."""
+        fuse, norm = self.linear_fuse.weight.flatten(1), self.batch_norm  # (D,4D)
+        bias = fuse @ torch.cat([linear.bias for linear in self.linear_c[::-1]])  # (D,)
+        if not norm.training:  # it is a product and a sum then
+            scale = norm.weight * (norm.running_var + norm.eps).rsqrt()  # (D,)
+            fuse, bias = scale[:, None] * fuse, scale * (bias - norm.running_mean) + norm.bias
+        # quirk: the coarsest map comes first in the columns of `linear_fuse`
+        parts = fuse.chunk(len(maps), 1)[::-1]  # (D,D) each
+        weights = [p @ linear.weight for p, linear in zip(parts, self.linear_c, strict=True)]
+        y, *coarse = (x.permute(0, 2, 3, 1) for x in maps)  # (B,h,w,C) each
+        y = F.linear(y, weights[0], bias)  # (B,H,W,D)
+        for x, weight in zip(coarse, weights[1:], strict=True):
+            x = F.linear(x, weight).permute(0, 3, 1, 2)  # (B,D,h,w)
+            x = F.interpolate(x, y.shape[1:3], mode="bilinear", align_corners=False)  # (B,D,H,W)
+            y += x.permute(0, 2, 3, 1)  # (B,H,W,D)
+        if norm.training:
+            y = norm(y.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # (B,H,W,D)
+        y, last = self.dropout(F.relu(y)), self.classifier
+        y = F.linear(y, last.weight.flatten(1), last.bias)  # (B,H,W,K)
+        return y.permute(0, 3, 1, 2).contiguous()  # (B,K,H,W)
+
+
+class SegFormer(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config, c = config, config
+        self.preprocess = partial(preprocess, config=config)  # image -> (3,S,S)
+        self.postprocess = partial(postprocess, config=config)  # logits, size -> (K,H,W)
+        self.encoder = Encoder(c)
+        self.decode_head = DecodeHead(c.widths, c.decoder_dim, c.dropout, c.num_classes)
+        self.apply(init_weights)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """image (B,3,H,W) normalised -> logits (B,K,H/4,W/4), rounded up."""
+        return self.decode_head(self.encoder(image))
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, num_classes=None, **overrides) -> "SegFormer":
+        """From a file, a folder, a run folder or a hub id; `overrides` are fields of Config.
+
+        num_classes: None for as many as the file has; another number makes a new classifier. To a
+        file of the encoder alone it gives a new head. What is new is printed. In evaluation mode.
+        """
+        weights, settings = read_checkpoint(source, FILES)
+        weights = to_official(weights)
+        if "format" in settings:  # a run folder of ours
+            config = Config(**run_config(settings, "SegFormer", source))
+        else:
+            told = {ours: settings[hub] for hub, ours in SETTINGS.items() if hub in settings}
+            told = {k: tuple(v) if isinstance(v, list) else v for k, v in told.items()}
+            config = replace(closest_variant(weights), **told)
+            if "image_size" not in overrides:
+                print(f"{source}: image_size is not told, took {config.image_size}")
+        kept, fresh = weights.get("decode_head.classifier.weight"), ""
+        if not any(name.startswith("decode_head.") for name in weights):
+            fresh = FRESH["head"]
+            if num_classes is None:
+                raise ValueError(f"{source}: the encoder alone, without a head; give num_classes")
+        elif kept is not None and num_classes not in (None, len(kept)):
+            fresh = FRESH["classifier"]
+            weights = {n: t for n, t in weights.items() if not re.fullmatch(fresh, n)}
+        elif kept is not None:
+            num_classes = len(kept)
+        num_classes = num_classes or config.num_classes
+        model = cls(replace(config, num_classes=num_classes, **overrides))
+        expected = to_official(model.state_dict())
+        # Not all files count the batches of their training; nothing depends on it.
+        weights = {n: t for n, t in expected.items() if n.endswith("batches_tracked")} | weights
+        new = {n: t for n, t in expected.items() if n not in weights and re.fullmatch(fresh, n)}
+        check_complete(weights | new, expected, source)  # in the hub's names
+        model.load_state_dict(convert(weights | new))
+        if new:
+            print(f"{source}: new and untrained: {', '.join(new)}")
+        return model.eval()
+
+
+def init_weights(module: nn.Module) -> None:
+    """Of transformers 5.23, where nothing is loaded."""
+    if isinstance(module, nn.Linear | nn.Conv2d):
+        for p in module.parameters(recurse=False):
+            nn.init.normal_(p, std=0.02 if p.ndim > 1 else 0.0)  # biases are 0
+
+
+FILES = ("best.safetensors", "model.safetensors", "pytorch_model.bin")
+SETTINGS = {  # of transformers' config.json
+    "num_attention_heads": "heads", "drop_path_rate": "drop_path",
+    "classifier_dropout_prob": "dropout",
+}  # fmt: skip
+IGNORED = {
+    r"(classifier|head)\.(weight|bias)": "of ImageNet's 1000 classes, in files of the encoder",
+    r"decode_head\.conv_seg\.(weight|bias)": "of the authors' base class, which they do not use",
+}
+FRESH = {  # what may be new
+    "classifier": r"decode_head\.classifier\..*",  # where another number of classes is asked for
+    "head": r"decode_head\..*",  # where a file holds the encoder alone
+}
+# The authors' names, who count stages from 1, transformers 5's in memory and ours -> the hub's.
+RENAMES = (
+    (r"^((?:backbone\.)?(?:patch_embed|block|norm)|decode_head\.linear_c)([1-4])\.",
+     lambda match: f"{match[1]}.{int(match[2]) - 1}."),
+    (r"^(?:backbone\.)?(patch_embed|block|norm)\.(?=\d)", r"encoder.\1."),
+    (r"^(?:segformer\.)?stages\.(\d)\.(patch_embeddings|layer_norm)\.", r"encoder.\2.\1."),
+    (r"^(?:segformer\.)?stages\.(\d)\.blocks\.", r"encoder.block.\1."),
+    (r"^encoder\.", "segformer.encoder."), (r"\.patch_embed\.", ".patch_embeddings."),
+    (r"(encoder|embeddings\.\d|attn)\.norm\.", r"\1.layer_norm."), (r"\.attn\.", ".attention."),
+    (r"\.(?:norm1|layernorm_before)\.", ".layer_norm_1."),
+    (r"\.(?:norm2|layernorm_after)\.", ".layer_norm_2."),
+    (r"attention\.(?:q|q_proj|query)\.", "attention.self.query."),
+    (r"attention\.(?:k_proj|key)\.", "attention.self.key."),
+    (r"attention\.(?:v_proj|value)\.", "attention.self.value."),
+    (r"attention\.(?:sequence_reduction\.sequence_reduction|sr)\.", "attention.self.sr."),
+    (r"attention\.(?:sequence_reduction\.)?layer_norm\.", "attention.self.layer_norm."),
+    (r"attention\.(?:o_proj|proj|output(?!\.dense))\.", "attention.output.dense."),
+    (r"mlp\.fc([12])\.", r"mlp.dense\1."), (r"mlp\.dwconv\.(?!dwconv)", "mlp.dwconv.dwconv."),
+    (r"\.linear_(?:c|projections)\.(\d)\.(?:proj\.)?", r".linear_c.\1.proj."),
+    (r"\.linear_fuse\.conv\.", ".linear_fuse."), (r"\.linear_fuse\.bn\.", ".batch_norm."),
+    (r"\.linear_pred\.", ".classifier."),
+)  # fmt: skip
+OURS = (  # the hub's names -> ours
+    (r"^segformer\.", ""), (r"attention\.self", "attention"), (r"\.output\.dense", ".output"),
+    (r"dwconv\.dwconv", "dwconv"), (r"(linear_c\.\d)\.proj", r"\1"),
+)  # fmt: skip
+
+
+def to_official(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Any naming -> the hub's, for `from_pretrained` of transformers' class."""
+    weights = {}
+    for name, t in state_dict.items():
+        if any(re.fullmatch(pattern, name) for pattern in IGNORED):
+            continue
+        for pattern, new in RENAMES:
+            name = re.sub(pattern, new, name)
+        parts = {name: t}
+        if "attention.kv." in name:  # the authors' key and value are one matrix
+            names = (name.replace(".kv.", f".self.{part}.") for part in ("key", "value"))
+            parts = {n: x.clone() for n, x in zip(names, t.chunk(2), strict=False)}
+        if twice := parts.keys() & weights:
+            raise ValueError(f"{min(twice)} is there twice, under two names")
+        weights |= parts
+    return weights
+
+
+def convert(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Any naming -> ours."""
+    weights = {}
+    for name, t in to_official(state_dict).items():
+        for hub, ours in OURS:
+            name = re.sub(hub, ours, name)
+        weights[name] = t
+    return weights
+
+
+def closest_variant(weights: dict[str, Tensor]) -> Config:
+    """The one whose first width and numbers of blocks differ least."""
+    blocks = [name for name in weights if name.endswith("layer_norm_1.weight")]
+    depths = [sum(f".block.{s}." in name for name in blocks) for s in range(4)]
+    sizes = len(weights.get("segformer.encoder.layer_norm.0.weight", ())), *depths
+    known = {(c.widths[0], *c.depths): c for c in VARIANTS.values()}
+    return known[min(known, key=lambda x: sum(abs(a - b) for a, b in zip(x, sizes, strict=True)))]
+
+
+# shared: classes
+def preprocess(image, config: Config) -> Tensor:
+    """PIL image -> (3,S,S) float32, stretched and normalised."""
+    import numpy as np
+    from PIL import Image
+
+    image, size = image.convert("RGB"), (config.image_size, config.image_size)
+    if config.resample != "cv2 nearest":
+        image = image.resize(size, Image.Resampling[config.resample.upper()])
+    x = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (3,H,W)
+    x = F.interpolate(x[None], size)[0]  # if it has another size yet: nearest, as OpenCV has it
+    mean, std = (torch.tensor(x)[:, None, None] for x in (config.mean, config.std))  # (3,1,1)
+    return (x / 255 - mean) / std  # (3,S,S)
+
+
+def preprocess_mask(mask: Tensor, config: Config) -> Tensor:
+    """mask (H,W) of class numbers -> (1,S,S) float32 in the geometry of `preprocess`."""
+    mode = "nearest" if config.resample == "cv2 nearest" else "nearest-exact"  # which is PIL's
+    return F.interpolate(mask[None, None].float(), (config.image_size,) * 2, mode=mode)[0]
+
+
+def postprocess(logits: Tensor, size: tuple[int, int], config: Config) -> Tensor:
+    """logits (K,h,w) -> probabilities (K,H,W) at the image's own size; one class has a sigmoid."""
+    logits = F.interpolate(logits[None].float(), size, mode="bilinear", align_corners=False)[0]
+    return logits.softmax(0) if len(logits) > 1 else logits.sigmoid()
+# end shared
+
+
+# shared: run_folder
+def run_config(settings: dict, kind: str, source) -> dict:
+    """Config fields from the config.json of a run folder of ours; ValueError: another model's."""
+    found = settings["class"], settings["format"]
+    if found != (kind, 1):
+        raise ValueError(f"{source}: holds {found[0]} in format {found[1]}, not {kind} in 1")
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in settings["config"].items()}
+# end shared
+
+
+# shared: read_checkpoint
+def read_checkpoint(source: str | Path, files: tuple[str, ...]) -> tuple[dict[str, Tensor], dict]:
+    """Weights and settings from a file, a folder or the hub (`owner/name`, `owner/name@revision`).
+
+    Of a folder or repository the first of `files` that is there. -> state dict without the wrappers
+    and prefixes of training programs, and the config.json beside it ({} if there is none). What is
+    missing, damaged or of another kind is a FileNotFoundError or ValueError of one line.
+    """
+    path = Path(source)
+    if path.is_dir():
+        path = next((path / name for name in files if (path / name).exists()), None)
+        if path is None:
+            raise FileNotFoundError(f"{source}: has none of {', '.join(files)}; name the file")
+    elif not path.exists():
+        path = download(str(source), files)
+    config, weights = path.parent / "config.json", read_file(path)
+    settings = read_file(config) if config.exists() else {}
+    for key in ("state_dict", "model"):
+        weights = weights[key] if isinstance(weights.get(key), dict) else weights
+    for prefix in ("module.", "net."):  # a name that would then be there twice keeps its prefix
+        bare = {name: name.removeprefix(prefix) for name in weights}
+        weights = {n if bare[n] in weights else bare[n]: t for n, t in weights.items()}
+    if other := [name for name, t in weights.items() if not isinstance(t, Tensor)]:
+        raise ValueError(f"{path}: no state dict, its {other[0]!r} is not a tensor")
+    return weights, settings
+
+
+def read_file(path: Path) -> dict:
+    """What is in a .json or .safetensors file, a TorchScript archive, a pickle without code."""
+    try:
+        with open(path, "rb") as file:
+            if file.read(64).lstrip().startswith((b"<", b"version https://git-lfs")):
+                raise ValueError("a web page or Git LFS pointer")
+        if path.suffix == ".json":
+            return json.loads(path.read_text())
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        if zipfile.is_zipfile(path) and "/constants.pkl" in str(zipfile.ZipFile(path).namelist()):
+            return torch.jit.load(path, map_location="cpu").state_dict()
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as error:
+        if "Unsupported global" in str(error):
+            error = "it has code in it; where it was made, torch.save(model.state_dict(), path)"
+        raise ValueError(f"{path}: cannot be read, get the whole file: {error!r:.150}") from None
+
+
+def download(source: str, files: tuple[str, ...]) -> Path:
+    """The first of `files` in a repository of the hub, config.json beside it; cached or fetched."""
+    import huggingface_hub as hub
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+    where = dict(zip(("repo_id", "revision"), source.split("@"), strict=False))
+    is_file = Path(source).suffix in (".pt", ".pth", ".bin", ".safetensors")
+    if is_file or where["repo_id"].count("/") != 1:
+        raise FileNotFoundError(f"{source}: no such file or folder; a hub id is owner/name")
+    for name in files:
+        if isinstance(path := hub.try_to_load_from_cache(filename=name, **where), str):
+            return Path(path)
+    try:
+        there = hub.HfApi().model_info(**where, files_metadata=True).siblings
+        sizes = {file.rfilename: file.size or 0 for file in there}
+        if name := next((name for name in files if name in sizes), None):
+            size = f"{sizes[name] / 1e6:,.1f} MB"
+            print(f"downloading {name}, {size}, of {source} from {hub.constants.ENDPOINT}")
+            if "config.json" in sizes:
+                hub.hf_hub_download(filename="config.json", **where)
+            return Path(hub.hf_hub_download(filename=name, **where))
+    except RevisionNotFoundError:
+        raise FileNotFoundError(f"{source}: the repository has no such revision") from None
+    except RepositoryNotFoundError:
+        raise FileNotFoundError(f"{source}: neither file nor repository on the hub") from None
+    except Exception as error:  # whose class depends on the version of the client
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        hint = "check the connection, or fetch the file elsewhere and name it"
+        raise OSError(f"{source}: not to be had from the hub ({reason}); {hint}") from None
+    raise FileNotFoundError(f"{source}: the repository has none of {', '.join(files)}")
+# end shared
+
+
+# shared: check_complete
+def check_complete(found: dict[str, Tensor], expected: dict[str, Tensor], source) -> None:
+    """Raise a ValueError that names the first tensors in which two state dicts differ."""
+    found, expected = ({n: tuple(t.shape) for n, t in x.items()} for x in (found, expected))
+    wrong = [
+        f"{n} is {found.get(n, 'missing')}, expected {expected.get(n, 'no such tensor')}"
+        for n in expected | found
+        if found.get(n) != expected.get(n)
+    ]
+    if wrong:
+        raise ValueError(f"{source}: {len(wrong)} tensors do not fit: {'; '.join(wrong[:5])}")
+# end shared

@@ -1,0 +1,508 @@
+"""SegFormer against transformers, live, through the real loading code."""
+
+import json
+import re
+from dataclasses import asdict, replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from conftest import ROOT
+from PIL import Image
+from safetensors.torch import save_file
+from torch import nn
+from transformers import SegformerConfig, SegformerForSemanticSegmentation, SegformerModel
+from transformers.models.segformer.image_processing_pil_segformer import SegformerImageProcessorPil
+
+import segformer
+from segformer import SegFormer
+
+OFFICIAL = ("b0", "b1", "b2", "b3", "b4", "b5")
+MINI = replace(segformer.VARIANTS["mini"], num_classes=5)
+KEYS = json.loads((ROOT / "tests/golden/hub_keys.json").read_text())
+B0, MIT = "nvidia/segformer-b0-finetuned-ade-512-512", "nvidia/mit-b0"
+CLASSIFIER = ("decode_head.classifier.weight", "decode_head.classifier.bias")
+transformers.logging.set_verbosity_error()
+
+
+def official_config(c: segformer.Config) -> SegformerConfig:
+    """transformers' settings for the sizes of `c`."""
+    return SegformerConfig(
+        hidden_sizes=list(c.widths),
+        depths=list(c.depths),
+        num_attention_heads=list(c.heads),
+        sr_ratios=list(c.reductions),
+        decoder_hidden_size=c.decoder_dim,
+        drop_path_rate=c.drop_path,
+        classifier_dropout_prob=c.dropout,
+        num_labels=c.num_classes,
+    )
+
+
+def theirs(model: SegFormer) -> SegformerForSemanticSegmentation:
+    """transformers' class with the weights of `model`, every one of them."""
+    official, told = SegformerForSemanticSegmentation.from_pretrained(
+        None,
+        config=official_config(model.config),
+        state_dict=segformer.to_official(model.state_dict()),
+        output_loading_info=True,
+    )
+    assert not any(told.values()), told
+    return official.train(model.training).to(next(model.parameters()).dtype)
+
+
+def randomised(model: nn.Module) -> nn.Module:
+    """Weights that all do something: norms, their statistics and biases too."""
+    generator = torch.Generator().manual_seed(0)
+    for name, t in model.state_dict().items():
+        if t.is_floating_point():
+            noise = torch.randn(t.shape, generator=generator)
+            one = name.endswith(("norm.weight", "running_var")) or "layer_norm" in name
+            t.copy_(one + 0.1 * noise if t.ndim < 2 else noise / t[0].numel() ** 0.5)
+    return model
+
+
+@pytest.fixture(scope="module")
+def mini():
+    return randomised(SegFormer(MINI)).eval()
+
+
+def close(ours, theirs, atol=2e-5):
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=atol)
+
+
+def shapes(state) -> dict[str, list[int]]:
+    return {name: list(t.shape) for name, t in state.items()}
+
+
+# --- transformers, live --------------------------------------------------------------------------
+
+PARAMETERS = {  # of transformers' classes with 150 labels
+    "b0": 3_752_694, "b1": 13_715_798, "b2": 27_461_974, "b3": 47_337_814, "b4": 64_108_374,
+    "b5": 84_708_694,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("variant", OFFICIAL)
+def test_every_official_name_and_shape(variant):
+    config = segformer.VARIANTS[variant]
+    with torch.device("meta"):
+        ours = SegFormer(config)
+        official = SegformerForSemanticSegmentation(official_config(config)).state_dict()
+    assert shapes(segformer.convert(official)) == shapes(ours.state_dict())
+    assert sum(p.numel() for p in ours.parameters()) == PARAMETERS[variant]
+    hub = segformer.to_official(ours.state_dict())
+    assert shapes(segformer.to_official(official)) == shapes(hub)
+    assert shapes(segformer.convert(hub)) == shapes(ours.state_dict())
+
+
+def test_names_are_those_of_the_hub_s_files():
+    with torch.device("meta"):
+        ours = segformer.to_official(SegFormer(segformer.VARIANTS["b0"]).state_dict())
+    assert shapes(ours) == dict(KEYS[B0]["keys"])
+    encoder = {n: t for n, t in ours.items() if not n.startswith("decode_head.")}
+    classifier = {"classifier.weight": [1000, 256], "classifier.bias": [1000]}
+    assert shapes(encoder) | classifier == dict(KEYS[MIT]["keys"])
+    with torch.device("meta"):
+        mit = {name: torch.empty(shape) for name, shape in KEYS[MIT]["keys"]}
+    assert shapes(segformer.to_official(mit)) == shapes(encoder)
+
+
+def first_difference(ours: SegFormer, official, image) -> str:
+    """The first map of the encoder that differs, for the message of a failure."""
+    states = official(pixel_values=image, output_hidden_states=True).hidden_states
+    for i, (a, b) in enumerate(zip(ours.encoder(image), states, strict=True)):
+        if not torch.allclose(a, b, rtol=0, atol=1e-4):
+            return f"map {i} differs by {(a - b).abs().max():.1e}"
+    return "the encoders agree"
+
+
+FULL = [("b0", (512, 512), torch.float32), ("b0", (288, 320), torch.float64)]
+FULL += [("b2", (288, 320), torch.float64), ("b2", (352, 352), torch.float32)]
+
+
+@pytest.mark.parametrize("variant, size, dtype", FULL)
+@torch.no_grad()
+def test_full_size_equals_transformers(variant, size, dtype):
+    ours = randomised(SegFormer(segformer.VARIANTS[variant])).eval().to(dtype)
+    official = theirs(ours)
+    image = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(1)).to(dtype)
+    a, b = ours(image), official(pixel_values=image).logits
+    assert a.shape == (1, 150, size[0] // 4, size[1] // 4) and a.is_contiguous()
+    error, scale = (a - b).abs().max().item(), b.abs().max().item()
+    print(f"{variant} {size} {dtype}: logits differ by {error:.1e}, scale {scale:.1f}")
+    limit = 2e-5 if dtype == torch.float32 else 1e-6 * scale
+    assert error <= limit, first_difference(ours, official, image)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("mode", ["eval", "train", "frozen norm"])
+def test_outputs_and_all_gradients_equal_transformers(mode, dtype):
+    """In training with the same samples dropped, and the batch norm's statistics after it."""
+    config = replace(MINI, drop_path=0.5, dropout=0.0)
+    ours = randomised(SegFormer(config)).to(dtype).train(mode != "eval")
+    official = theirs(ours)
+    for model in (ours, official):
+        model.decode_head.batch_norm.train(mode == "train")
+    image = torch.randn(4, 3, 72, 104, dtype=dtype)
+    outputs, gradients = [], []
+    weight = torch.randn(4, 5, 18, 26, dtype=dtype)
+    for model in (ours, official):
+        torch.manual_seed(3)
+        out = model(image) if model is ours else model(pixel_values=image).logits
+        (out * weight).sum().backward()
+        outputs.append(out)
+        state = {n: p.grad for n, p in model.named_parameters()}
+        assert all(grad is not None for grad in state.values())
+        state |= {n: t for n, t in model.named_buffers() if "running" in n}
+        gradients.append(segformer.to_official(state))
+    tolerance = 2e-5 if dtype == torch.float32 else 1e-6
+    scale = outputs[1].abs().max().item()
+    close(*outputs, tolerance * scale)
+    assert set(gradients[0]) == set(gradients[1]) and len(gradients[0]) > 140
+    for name, expected in gradients[1].items():
+        # Some are zero but for rounding: of keys' biases, of what a batch norm subtracts.
+        size = max(expected.abs().max().item(), 1e-2 if dtype == torch.float64 else 10)
+        error = (gradients[0][name] - expected).abs().max().item() / size
+        assert error <= tolerance, (name, error)
+
+
+def test_training_drops_and_evaluation_does_not(mini):
+    model = SegFormer(replace(MINI, drop_path=0.9, dropout=0.5))
+    model.load_state_dict(mini.state_dict())
+    image = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(model.eval()(image), mini(image))
+        assert not torch.equal(model.train()(image), model(image))
+    rates = [block.drop_path for blocks in model.encoder.block for block in blocks]
+    assert rates == pytest.approx([0.9 * i / 4 for i in range(5)])
+
+
+@pytest.mark.parametrize("size", [(29, 29), (33, 100), (64, 32), (101, 75)])
+@torch.no_grad()
+def test_any_size_equals_transformers(mini, size):
+    image = torch.randn(2, 3, *size)
+    ours, official = mini(image), theirs(mini)(pixel_values=image).logits
+    assert ours.shape == (2, 5, -(-size[0] // 4), -(-size[1] // 4))
+    close(ours, official, 2e-5)
+
+
+# --- files ---------------------------------------------------------------------------------------
+
+# The authors' names of the hub's; stages, blocks and what is between as in the hub's.
+AUTHORS = (
+    (r"^segformer\.encoder\.(patch_embed|block|layer_norm)(?:dings)?\.(\d)", r"backbone.\1#\2"),
+    (r"^segformer\.encoder\.patch_embeddings\.(\d)", r"backbone.patch_embed#\1"),
+    (r"^backbone\.layer_norm#", "backbone.norm#"),
+    (r"^decode_head\.linear_c\.(\d)", r"decode_head.linear_c#\1"),
+    (r"layer_norm_(\d)", r"norm\1"),
+    (r"attention\.self\.query", "attn.q"),
+    (r"attention\.self\.key", "attn.kv"),
+    (r"attention\.self\.", "attn."),
+    (r"attention\.output\.dense", "attn.proj"),
+    (r"layer_norm", "norm"),
+    (r"mlp\.dense", "mlp.fc"),
+    (r"linear_fuse\.", "linear_fuse.conv."),
+    (r"batch_norm\.", "linear_fuse.bn."),
+    (r"classifier\.", "linear_pred."),
+)
+
+
+def as_authors(state) -> dict[str, torch.Tensor]:
+    """The hub's names -> NVlabs'."""
+    names = {}
+    for name, t in state.items():
+        if ".self.value." in name:
+            continue
+        if ".self.key." in name:
+            t = torch.cat([t, state[name.replace(".key.", ".value.")]])
+        for pattern, new in AUTHORS:
+            name = re.sub(pattern, new, name)
+        names[re.sub(r"#(\d)", lambda m: str(int(m[1]) + 1), name)] = t
+    unused = {"decode_head.conv_seg.weight": torch.ones(5, 128, 1, 1)}
+    return names | unused | {"decode_head.conv_seg.bias": torch.ones(5)}
+
+
+def as_in_memory(state) -> dict[str, torch.Tensor]:
+    """The hub's names -> those that transformers 5 has in memory, by itself."""
+    official = SegformerForSemanticSegmentation.from_pretrained(
+        None, config=official_config(MINI), state_dict=state
+    )
+    return official.state_dict()
+
+
+def without_count(state) -> dict[str, torch.Tensor]:
+    return {n: t for n, t in state.items() if not n.endswith("num_batches_tracked")}
+
+
+# A form of a checkpoint: how it is written into a folder.
+
+
+def hub_4(state, folder):
+    torch.save(state, folder / "pytorch_model.bin")
+    (folder / "config.json").write_text('{"model_type": "segformer", "drop_path_rate": 0.1}')
+    return folder
+
+
+def hub_5(state, folder):
+    """As `save_pretrained` writes it."""
+    model = SegformerForSemanticSegmentation.from_pretrained(
+        None, config=official_config(MINI), state_dict=state
+    )
+    model.save_pretrained(folder)
+    return folder
+
+
+def in_memory(state, folder):
+    torch.save(state, folder / "trained.pt")
+    return folder / "trained.pt"
+
+
+def authors(state, folder):
+    torch.save({"meta": {"iter": 3}, "state_dict": state}, folder / "segformer.b0.pth")
+    return folder / "segformer.b0.pth"
+
+
+def run_folder(state, folder, **more):
+    config = {"format": 1, "model": "segformer", "class": "SegFormer", "config": asdict(MINI)}
+    (folder / "config.json").write_text(json.dumps(config | more))
+    save_file(state, folder / "best.safetensors")
+    return folder
+
+
+FORMS = {
+    hub_4: without_count,
+    hub_5: dict,
+    in_memory: as_in_memory,
+    authors: as_authors,
+    run_folder: segformer.convert,
+}
+
+
+def hub_state(model) -> dict[str, torch.Tensor]:
+    return segformer.to_official(model.state_dict())
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
+def test_all_forms_of_a_checkpoint_are_the_same_model(mini, form, tmp_path, capsys):
+    state = hub_state(mini)
+    model = SegFormer.from_pretrained(form(FORMS[form](state), tmp_path))
+    assert not model.training and model.config == MINI
+    printed = capsys.readouterr().out
+    assert ("image_size is not told, took 128" in printed) == (form is not run_folder)
+    assert "new and untrained" not in printed
+    loaded = hub_state(model)
+    assert set(loaded) == set(state)
+    for name, t in loaded.items():
+        assert torch.equal(t, state[name]), name
+
+
+def encoder_alone(state):
+    return {n: t for n, t in state.items() if not n.startswith("decode_head.")}
+
+
+def mit_hub(state, folder):
+    more = {"classifier.weight": torch.ones(1000, 128), "classifier.bias": torch.ones(1000)}
+    torch.save(encoder_alone(state) | more, folder / "pytorch_model.bin")
+    return folder
+
+
+def mit_authors(state, folder):
+    state = {n.removeprefix("backbone."): t for n, t in as_authors(encoder_alone(state)).items()}
+    state = {n: t for n, t in state.items() if "conv_seg" not in n}
+    more = {"head.weight": torch.ones(1000, 128), "head.bias": torch.ones(1000)}
+    torch.save(state | more, folder / "mit_b0.pth")
+    return folder / "mit_b0.pth"
+
+
+def mit_5(state, folder):
+    """transformers' class for the encoder."""
+    named = {n.removeprefix("segformer."): t for n, t in encoder_alone(state).items()}
+    model = SegformerModel.from_pretrained(None, config=official_config(MINI), state_dict=named)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("form", [mit_hub, mit_authors, mit_5], ids=lambda form: form.__name__)
+def test_an_encoder_gets_a_new_head(mini, form, tmp_path, capsys):
+    source = form(hub_state(mini), tmp_path)
+    with pytest.raises(ValueError, match="encoder alone, without a head; give num_classes"):
+        SegFormer.from_pretrained(source)
+    capsys.readouterr()
+    model = SegFormer.from_pretrained(source, num_classes=3, image_size=96)
+    assert model.config == replace(MINI, num_classes=3, image_size=96)
+    (printed,) = capsys.readouterr().out.splitlines()
+    names = set(printed.split("untrained: ")[1].split(", "))
+    parameters = {n for n in hub_state(model) if n.startswith("decode_head.")}
+    assert names == without_count(dict.fromkeys(parameters)).keys()
+    for name, t in encoder_alone(hub_state(mini)).items():
+        assert torch.equal(hub_state(model)[name], t), name
+    head = model.decode_head
+    for module in (*head.linear_c, head.linear_fuse, head.classifier):
+        assert module.weight.std().item() == pytest.approx(0.02, rel=0.2)
+        assert module.bias is None or not module.bias.any()
+    assert head.batch_norm.weight.eq(1).all() and head.batch_norm.running_var.eq(1).all()
+
+
+def test_another_number_of_classes_makes_a_new_classifier(mini, tmp_path, capsys):
+    source = hub_4(without_count(hub_state(mini)), tmp_path)
+    same = SegFormer.from_pretrained(source, num_classes=5)
+    assert "untrained" not in capsys.readouterr().out
+    assert torch.equal(same.decode_head.classifier.weight, mini.decode_head.classifier.weight)
+    model = SegFormer.from_pretrained(source, num_classes=2)
+    assert f"new and untrained: {', '.join(CLASSIFIER)}\n" in capsys.readouterr().out
+    assert model.config == replace(MINI, num_classes=2)
+    old, new = hub_state(mini), hub_state(model)
+    assert new[CLASSIFIER[0]].shape == (2, 64, 1, 1) and not new[CLASSIFIER[1]].any()
+    assert 0.01 < new[CLASSIFIER[0]].std() < 0.03
+    for name in set(old) - set(CLASSIFIER):
+        assert torch.equal(old[name], new[name]), name
+
+
+PLACES = [  # form, a name in its file, the hub's name of that, in which an error speaks
+    (hub_4, "decode_head.linear_fuse.weight", None),
+    (hub_4, CLASSIFIER[0], None),
+    (hub_4, CLASSIFIER[1], None),
+    (hub_5, "segformer.encoder.block.1.0.attention.self.sr.weight", None),
+    (in_memory, "segformer.stages.3.layer_norm.weight", "segformer.encoder.layer_norm.3.weight"),
+    (
+        authors,
+        "backbone.block3.0.attn.kv.weight",
+        "segformer.encoder.block.2.0.attention.self.key.weight",
+    ),
+    (authors, "decode_head.linear_c4.proj.bias", "decode_head.linear_c.3.proj.bias"),
+    (run_folder, "encoder.block.0.0.mlp.dwconv.weight", None),
+]
+
+
+@pytest.mark.parametrize("form, name, told", PLACES, ids=lambda x: getattr(x, "__name__", x))
+@pytest.mark.parametrize("fault", ["renamed", "dropped", "added", "reshaped"])
+def test_one_tensor_that_does_not_fit_is_named(mini, form, name, told, fault, tmp_path):
+    state = FORMS[form](hub_state(mini))
+    told = told or next(iter(segformer.to_official({name: state[name]})))
+    t = state[name] if fault in ("added", "reshaped") else state.pop(name)
+    if fault == "reshaped":
+        state[name] = t[..., :-1].contiguous()
+    elif fault in ("renamed", "added"):
+        state[f"{name}_extra"] = t.clone()
+    folder = hub_4 if form is hub_5 else form  # transformers would not write these
+    with pytest.raises(ValueError) as caught:
+        SegFormer.from_pretrained(folder(state, tmp_path))
+    message = str(caught.value)
+    assert "do not fit" in message and "\n" not in message
+    assert fault == "added" or f"{told} is " in message
+    assert ("_extra is " in message) == (fault in ("renamed", "added"))
+
+
+@pytest.mark.parametrize(
+    "absent", ["decode_head.classifier.weight", "decode_head.linear_c.2.proj.bias"]
+)
+def test_num_classes_excuses_nothing_else(mini, absent, tmp_path):
+    state = hub_state(mini)
+    del state[absent]
+    with pytest.raises(ValueError, match=f"{absent} is missing"):
+        SegFormer.from_pretrained(hub_4(state, tmp_path), num_classes=3)
+
+
+def test_two_names_of_one_tensor_and_other_models_are_refused(mini, tmp_path):
+    state = hub_state(mini)
+    state["backbone.norm4.bias"] = state["segformer.encoder.layer_norm.3.bias"]
+    with pytest.raises(ValueError, match="segformer.encoder.layer_norm.3.bias is there twice"):
+        SegFormer.from_pretrained(hub_4(state, tmp_path))
+    run_folder(segformer.convert(hub_state(mini)), tmp_path, **{"class": "BEiT"})
+    with pytest.raises(ValueError, match="holds BEiT in format 1, not SegFormer"):
+        SegFormer.from_pretrained(tmp_path)
+
+
+def test_settings_that_no_tensor_tells_come_from_config_json(mini, tmp_path):
+    config = replace(MINI, heads=(2, 4, 5, 4), drop_path=0.3, dropout=0.2)
+    other = SegFormer(config).eval()
+    other.load_state_dict(mini.state_dict())
+    official = theirs(other)
+    official.save_pretrained(tmp_path)
+    model = SegFormer.from_pretrained(tmp_path, threshold=0.3)
+    assert model.config == replace(config, threshold=0.3)
+    image = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        close(model(image), official(pixel_values=image).logits)
+        assert not torch.allclose(model(image), mini(image), atol=1e-3)
+
+
+# --- pixels --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("data", ["kvasir_polyp", "ct_gi", "busi"])
+def test_preprocessing_is_the_official_one(data, real_data):
+    config = segformer.VARIANTS["b0"]
+    processor = SegformerImageProcessorPil()
+    for path in sorted((real_data / data / "images").iterdir())[:2]:
+        image = Image.open(path)
+        mask = np.asarray(Image.open(real_data / data / "masks" / path.name).convert("L")).copy()
+        mask[:5, :5] = 255  # to be ignored
+        expected = processor(image.convert("RGB"), mask, return_tensors="pt")
+        ours = segformer.preprocess(image, config)
+        assert ours.shape == (3, 512, 512) and ours.dtype == torch.float32
+        close(ours, expected["pixel_values"][0], 2e-6)
+        ours = segformer.preprocess_mask(torch.from_numpy(mask), config)
+        assert torch.equal(ours[0].long(), expected["labels"][0])
+
+
+def test_probabilities_at_the_image_s_own_size(mini):
+    logits = torch.randn(5, 32, 32)
+    ours = mini.postprocess(logits, (147, 301))
+    outputs = type("Outputs", (), {"logits": logits[None]})
+    (classes,) = SegformerImageProcessorPil().post_process_semantic_segmentation(
+        outputs, [(147, 301)]
+    )
+    assert ours.shape == (5, 147, 301) and torch.equal(ours.argmax(0), classes)
+    close(ours.sum(0), torch.ones(147, 301), 1e-5)
+    one = mini.postprocess(logits[:1], (64, 64))
+    expected = F.interpolate(logits[None, :1], (64, 64), mode="bilinear", align_corners=False)
+    close(one, expected[0].sigmoid(), 1e-6)
+
+
+# --- real weights --------------------------------------------------------------------------------
+
+PUBLISHED = {  # logits[0, 0, :3, :3]; transformers' conversion script
+    "b0": (-4.6310, -5.5232, -6.2356, -5.1921, -6.1444, -6.5996, -5.4424, -6.2790, -6.7574),
+    "b1": (-7.5820, -8.7231, -8.3215, -8.0600, -10.3529, -10.0304, -7.5208, -9.4103, -9.6239),
+    "b2": (-11.8173, -14.3850, -16.3128, -14.5648, -16.5804, -18.6568, -14.7223, -15.7387, -18.4218),
+    "b3": (-9.0878, -10.2081, -10.1891, -9.3144, -10.7941, -10.9843, -9.2294, -10.3855, -10.5704),
+    "b4": (-12.3144, -13.2447, -14.0802, -13.3614, -14.5816, -15.6117, -13.3340, -14.4433, -16.2219),
+    "b5": (-9.5524, -12.0835, -11.7348, -10.5229, -13.6446, -14.5662, -9.5842, -12.8851, -13.9414),
+}  # fmt: skip
+
+
+@pytest.mark.online
+@pytest.mark.parametrize("variant", OFFICIAL)
+@torch.no_grad()
+def test_published_numbers_of_the_real_weights(variant, tmp_path):
+    import urllib.request
+
+    from huggingface_hub import constants
+    from test_online import reach
+
+    url = "http://images.cocodataset.org/val2017/000000039769.jpg"
+    reach(constants.ENDPOINT)
+    reach(url)
+    urllib.request.urlretrieve(url, tmp_path / "cats.jpg")
+    size = "640-640" if variant == "b5" else "512-512"
+    hub_id = f"nvidia/segformer-{variant}-finetuned-ade-{size}"
+    model = SegFormer.from_pretrained(hub_id, image_size=512)  # the script's, for b5 too
+    assert model.config == replace(segformer.VARIANTS[variant], image_size=512)
+    logits = model(model.preprocess(Image.open(tmp_path / "cats.jpg"))[None])
+    assert logits.shape == (1, 150, 128, 128)
+    close(logits[0, 0, :3, :3].flatten(), torch.tensor(PUBLISHED[variant]), 1e-3)
+
+
+@pytest.mark.online
+def test_an_encoder_loads_from_the_hub(capsys):
+    from huggingface_hub import constants
+    from test_online import reach
+
+    reach(constants.ENDPOINT)
+    model = SegFormer.from_pretrained("nvidia/mit-b0", num_classes=4)
+    assert model.config == replace(segformer.VARIANTS["b0"], num_classes=4)
+    assert "new and untrained: decode_head." in capsys.readouterr().out
