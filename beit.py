@@ -52,7 +52,7 @@ class Config:
     image_size: int = 640  # side of the square that `preprocess` makes
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)  # RGB in 0..1
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
-    resample: str = "bicubic"  # PIL's name, or "cv2 nearest", or "cv2 nearest"
+    resample: str = "bicubic"  # PIL's name, or "cv2 nearest"
     threshold: float = 0.5  # of a model with one class
 
 

@@ -43,7 +43,7 @@ class Config:
     image_size: int = 512  # side of the square that `preprocess` makes
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # RGB in 0..1, ImageNet's
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
-    resample: str = "bilinear"  # PIL's name, or "cv2 nearest", or "cv2 nearest"
+    resample: str = "bilinear"  # PIL's name, or "cv2 nearest"
     threshold: float = 0.5  # of a model with one class
 
 
