@@ -28,7 +28,7 @@ of all images first, which large objects dominate: never compare it with `dice`,
 import functools
 
 import numpy as np
-from scipy.ndimage import binary_erosion, find_objects
+from scipy.ndimage import binary_erosion, find_objects, label
 from scipy.sparse import csr_array
 from scipy.spatial import KDTree
 
@@ -221,3 +221,47 @@ def summarise(rows, class_names):
         for name in class_names
     }
     return summary
+
+
+# --- topology and ranking -------------------------------------------------------------------------
+
+
+def betti_numbers(mask):
+    """How many islands and how many holes a bool mask (H,W) has: (beta 0, beta 1).
+
+    Foreground is 8-connected, background hence 4-connected: with one rule for both a diagonal line
+    would neither join nor separate. Outside the image is background, so that what is shut off from
+    it by mask and border together is no hole.
+    """
+    islands = label(mask, np.ones((3, 3)))[1]
+    return islands, label(np.pad(~mask, 1, constant_values=True))[1] - 1  # one is the outside
+
+
+def betti_error(pred, truth):
+    """How far the counts of islands and holes are from the truth's, of one class in one image.
+
+    pred, truth: bool (H,W). Returns betti0_error and betti1_error, absolute differences of
+    `betti_numbers`, of the whole image (Hu et al., NeurIPS 2019, average over random patches: a
+    smaller number). 0 does not say that the islands are the same ones, nor where the truth's are.
+    """
+    _check(pred, truth)
+    errors = np.abs(np.subtract(betti_numbers(pred), betti_numbers(truth)))
+    return dict(zip(("betti0_error", "betti1_error"), errors.tolist()))
+
+
+def average_precision(probability, truth, valid=None):
+    """Area under precision over recall of one class in one image, without interpolation: 0-1.
+
+    probability: float array; truth: bool array of its shape; valid: bool array, the pixels that
+    count. Every value is a threshold, and AP the sum of (recall gained) x (precision) from high to
+    low, as in sklearn; equal values are one threshold. Of an empty truth it is nan.
+    """
+    if valid is not None:
+        probability, truth = probability[valid], truth[valid]
+    order = np.argsort(-probability, axis=None, kind="stable")
+    p, hits = probability.ravel()[order], np.cumsum(truth.ravel()[order])
+    if not truth.any():
+        return np.nan
+    ends = np.append(np.flatnonzero(np.diff(p)), p.size - 1)  # the last one of each value
+    precision, gained = hits[ends] / (ends + 1), np.diff(hits[ends], prepend=0) / hits[-1]
+    return float(precision @ gained)

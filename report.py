@@ -231,7 +231,10 @@ def table(summary: dict) -> str:
         lines.append(f"  {name:12} {dice}  IoU {of['iou']['mean']:.4f}{more}")
     if "macro_f1_pooled" in summary:
         lines.append(f"  macro F1 of all pixels, with background: {summary['macro_f1_pooled']:.4f}")
-    lines.append(f"  misses and false alarms: {summary['misses']} of {summary['images']} images")
+    classes = summary.get("classes", {})
+    cases = sum(of["images"] for of in classes.values()) if classes else summary["images"]
+    what = "classes in images" if classes else "images"
+    lines.append(f"  misses and false alarms: {summary['misses']} of {cases} {what}")
     if "warning" in summary:
         lines.append(f"  {summary['warning']}")
     return "\n".join(lines)

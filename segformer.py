@@ -167,7 +167,7 @@ class DecodeHead(nn.Module):
         self.linear_c = nn.ModuleList(nn.Linear(c, dim) for c in widths)
         self.linear_fuse = nn.Conv2d(len(widths) * dim, dim, 1, bias=False)
         self.batch_norm = nn.BatchNorm2d(dim)
-        self.dropout = nn.Dropout(dropout)  # quirk: transformers'; the authors drop whole channels
+        self.dropout = nn.Dropout2d(dropout)  # of whole channels; transformers drops single numbers
         self.classifier = nn.Conv2d(dim, num_classes, 1)
 
     def forward(self, maps: list[Tensor]) -> Tensor:
@@ -188,8 +188,8 @@ class DecodeHead(nn.Module):
             y += x.permute(0, 2, 3, 1)  # (B,H,W,D)
         if norm.training:
             y = norm(y.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # (B,H,W,D)
-        y, last = self.dropout(F.relu(y)), self.classifier
-        y = F.linear(y, last.weight.flatten(1), last.bias)  # (B,H,W,K)
+        y = self.dropout(F.relu(y).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # (B,H,W,D)
+        y = F.linear(y, self.classifier.weight.flatten(1), self.classifier.bias)  # (B,H,W,K)
         return y.permute(0, 3, 1, 2).contiguous()  # (B,K,H,W)
 
 

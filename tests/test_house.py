@@ -39,9 +39,17 @@ MODELS = {
     "upernet": (450, CLASSES.format("upernet", "UPerNet", 64, 96)),
     "dpt": (450, CLASSES.format("dpt", "DPT", 64, 96)),
     "beit": (450, CLASSES.format("beit", "BEiT", 16, 24)),
+    "sam_decoder": (
+        640,
+        "model = sam_decoder.SAM(sam_decoder.VARIANTS['mini']).eval()\n"
+        "boxes = torch.tensor([[[9.0, 9, 99, 80]]] * 2)\n"
+        "masks, iou = model(torch.randn(2, 3, 256, 256), boxes=boxes)\n"
+        "assert masks.shape == (2, 1, 1, 64, 64) and iou.shape == (2, 1, 1), masks.shape\n"
+        "assert masks.isfinite().all()",
+    ),
 }
 FLOORS = [
-    [*MODELS, *"tokenizer losses metrics layouts data augment features adapters report".split()],
+    [*MODELS, *"tokenizer losses metrics layouts data prompts augment features adapters report".split()],
     ["recipes", "evaluate"],
     ["train", "predict", "prepare"],
 ]
