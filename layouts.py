@@ -156,8 +156,10 @@ def read_classes(path: Path) -> tuple[str, ...]:
     try:
         names = {int(k): str(v) for k, v in json.loads(path.read_text(encoding="utf-8")).items()}
         names = [names[k] for k in range(max(len(names), 2))]  # KeyError: a gap
+        if len({*names}) < len(names):
+            raise ValueError("a name twice")
     except (ValueError, AttributeError, KeyError):
-        need = '{"0": "background", "1": "stomach", …}, numbers without a gap'
+        need = '{"0": "background", "1": "stomach", …}, numbers without a gap, names once'
         raise ValueError(f"{path}: expected {need}") from None
     return tuple(names if len(names) > 2 else names[1:])
 
@@ -210,7 +212,9 @@ def parts(entries: list[Entry], n: int, seed: int = 0) -> list[list[int]]:
     for i, entry in enumerate(entries):
         groups.setdefault(entry.group or str(entry.image), []).append(i)
     if len(groups) < n:
-        raise ValueError(f"{entries[0].root}: {len(groups)} images or patients, too few for {n}")
+        where = entries[0].root if entries else "the data set"
+        hint = "parts; make folders or annotation files of the splits yourself"
+        raise ValueError(f"{where}: {len(groups)} images or patients, too few for {n} {hint}")
     order = np.random.default_rng(seed).permutation(sorted(groups))
     return [[i for group in order[k::n] for i in groups[group]] for k in range(n)]
 
@@ -225,10 +229,13 @@ def fold(entries: list[Entry], text: str) -> tuple[list[Entry], list[Entry]]:
     if k >= n or n < 2:
         raise ValueError(f"--fold {text}: expected k/n, of 5 folds 0/5 to 4/5")
     if path.is_file():
-        folds = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            folds = json.loads(path.read_text(encoding="utf-8"))
+            train, val = (set(folds[min(k, len(folds) - 1)][part]) for part in ("train", "val"))
+        except (ValueError, KeyError, TypeError, IndexError):
+            raise ValueError(f'{path}: expected [{{"train": [names], "val": [names]}}, …]') from None
         if len(folds) != n:
             raise ValueError(f"{path}: has {len(folds)} folds, --fold {text} asks for one of {n}")
-        train, val = set(folds[k]["train"]), set(folds[k]["val"])
         if lost := sorted((train | val) - {entry.name for entry in entries}):
             raise ValueError(f"{path}: names {lost[0]}, which is not in train or val of the set")
         return [e for e in entries if e.name in train], [e for e in entries if e.name in val]

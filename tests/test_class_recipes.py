@@ -317,7 +317,7 @@ def test_a_class_in_no_image_has_no_score():
     scored = evaluate.score(item, masks, ("background", *names), True)
     assert [row["class"] for row in scored] == ["a", "b", "background"]
     assert scored[0]["dice"] == pytest.approx(2 / 3)
-    assert (scored[2]["tp"], scored[2]["fp"], scored[2]["fn"]) == (1, 0, 0)
+    assert (scored[2]["tp"], scored[2]["fp"], scored[2]["fn"]) == (1, 1, 0)
     summary = metrics.summarise(scored, names)
     assert summary["dice"]["mean"] == pytest.approx(2 / 3)
     assert summary["classes"]["b"]["dice"]["n"] == 0

@@ -120,6 +120,7 @@ def test_one_class(classes, masks, expected, tmp_path):
         (lambda r: pair(r / "train", "b", square(7)), "b.png: holds class number 7"),
         (lambda r: (r / "classes.json").write_text('{"0": "a", "2": "b"}'), "without a gap"),
         (lambda r: (r / "classes.json").write_text("[1, 2"), "classes.json: expected"),
+        (lambda r: (r / "classes.json").write_text('{"0": "a", "1": "b", "2": "b"}'), "names once"),
         (lambda r: (r / "classes.json").unlink(), "class numbers need a classes.json"),
         (lambda r: (r / "train/masks/case0_train.png").unlink(), "case0_train.png: 1 files have"),
         (lambda r: (r / "train/images/case0_train.png").unlink(), "case0_train.png: 1 files have"),
@@ -198,3 +199,14 @@ def test_nnunet_s_folds_are_honoured(tmp_path):
     (root / "splits_final.json").write_text(json.dumps([{"train": ["gone"], "val": names}] * 2))
     with pytest.raises(ValueError, match="names gone"):
         layouts.train_and_val([root], 0, None, "0/2")
+    for text in ("[", "[]", '{"train": []}', '[{"val": []}, {"val": []}]'):
+        (root / "splits_final.json").write_text(text)
+        with pytest.raises(ValueError, match="splits_final.json: expected"):
+            layouts.train_and_val([root], 0, None, "0/2")
+
+
+def test_too_few_images_to_divide_are_told(tmp_path):
+    for kind in ("images", "masks"):
+        (tmp_path / "set" / kind).mkdir(parents=True)
+    with pytest.raises(ValueError, match="0 images or patients, too few for 10"):
+        layouts.annotations(tmp_path / "set", "train")
