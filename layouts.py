@@ -233,7 +233,8 @@ def fold(entries: list[Entry], text: str) -> tuple[list[Entry], list[Entry]]:
             folds = json.loads(path.read_text(encoding="utf-8"))
             train, val = (set(folds[min(k, len(folds) - 1)][part]) for part in ("train", "val"))
         except (ValueError, KeyError, TypeError, IndexError):
-            raise ValueError(f'{path}: expected [{{"train": [names], "val": [names]}}, …]') from None
+            need = '[{"train": [names], "val": [names]}, …]'
+            raise ValueError(f"{path}: expected {need}") from None
         if len(folds) != n:
             raise ValueError(f"{path}: has {len(folds)} folds, --fold {text} asks for one of {n}")
         if lost := sorted((train | val) - {entry.name for entry in entries}):
