@@ -401,7 +401,8 @@ def convert(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def read_config(weights: dict[str, Tensor], settings: dict, source) -> Config:
     """From the shapes of tensors in the hub's names; taps, which none tells, from config.json."""
-    config, told = closest_variant(weights), {}  # a wrong or missing tensor is told later
+    # What is wrong or missing in it is told later.
+    config, told = closest_variant(weights, BEiT, to_official), {}
     for name, t in weights.items():
         if name.endswith(".relative_position_bias_table"):
             told["window"] = (math.isqrt(max(len(t) - 3, 1)) + 1) // 2
@@ -417,13 +418,16 @@ def read_config(weights: dict[str, Tensor], settings: dict, source) -> Config:
     return replace(config, **told)
 
 
-def closest_variant(weights: dict[str, Tensor]) -> Config:
-    """The one most of whose names and shapes agree."""
+# shared: closest_variant
+def closest_variant(weights: dict[str, Tensor], kind: type[nn.Module], naming) -> Config:
+    """The one most of whose names and shapes agree. `naming` gives the state dict of a model of
+    class `kind` the names that `weights` have."""
     shapes = {(name, t.shape) for name, t in weights.items()}
     with torch.device("meta"):
-        models = [to_official(BEiT(config).state_dict()) for config in VARIANTS.values()]
+        models = [naming(kind(config).state_dict()) for config in VARIANTS.values()]
     agree = [len(shapes & {(name, t.shape) for name, t in model.items()}) for model in models]
     return list(VARIANTS.values())[agree.index(max(agree))]
+# end shared
 
 
 # shared: classes

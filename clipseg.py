@@ -339,7 +339,7 @@ class CLIPSeg(nn.Module):
         if "format" in settings:  # a run folder of ours
             config, told = Config(), run_config(settings, "CLIPSeg", source)
         else:
-            config = closest_variant(weights)
+            config = closest_variant(weights, cls, to_official)
             told = {ours: settings[hub] for hub, ours in SETTINGS.items() if hub in settings}
             if "taps" not in told:  # quirk: (3, 7, 9) in experiments/*.yaml, all else has (3, 6, 9)
                 print(f"{source}: no config.json tells taps; took {config.taps}, of the demo")
@@ -426,13 +426,16 @@ def convert(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     return weights
 
 
-def closest_variant(weights: dict[str, Tensor]) -> Config:
-    """The one most of whose names and shapes agree."""
+# shared: closest_variant
+def closest_variant(weights: dict[str, Tensor], kind: type[nn.Module], naming) -> Config:
+    """The one most of whose names and shapes agree. `naming` gives the state dict of a model of
+    class `kind` the names that `weights` have."""
     shapes = {(name, t.shape) for name, t in weights.items()}
     with torch.device("meta"):
-        models = [to_official(CLIPSeg(config).state_dict()) for config in VARIANTS.values()]
+        models = [naming(kind(config).state_dict()) for config in VARIANTS.values()]
     agree = [len(shapes & {(name, t.shape) for name, t in model.items()}) for model in models]
     return list(VARIANTS.values())[agree.index(max(agree))]
+# end shared
 
 
 # shared: stretch

@@ -369,7 +369,8 @@ class CRIS(nn.Module):
         else:
             length, why = (77, "CLIP's") if fresh else (17, "of RefCOCO; medvlsm's are 77, 49407")
             print(f"{source}: no tensor tells text_length, pad_token; took {length}, 0, {why}")
-            config = replace(closest_variant(weights), text_length=length, pad_token=0)
+            config = closest_variant(weights, CRIS, dict)  # the number of heads follows from it
+            config = replace(config, text_length=length, pad_token=0)
         model = cls(replace(config, **overrides))
         expected = {n: t for n, t in model.state_dict().items() if not n.startswith(fresh)}
         check_complete(weights, expected, source)
@@ -395,13 +396,16 @@ def to_official(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     return dict(state_dict)
 
 
-def closest_variant(weights: dict[str, Tensor]) -> Config:
-    """The one most of whose names and shapes agree; the number of heads follows from it."""
+# shared: closest_variant
+def closest_variant(weights: dict[str, Tensor], kind: type[nn.Module], naming) -> Config:
+    """The one most of whose names and shapes agree. `naming` gives the state dict of a model of
+    class `kind` the names that `weights` have."""
     shapes = {(name, t.shape) for name, t in weights.items()}
     with torch.device("meta"):
-        models = [CRIS(config).state_dict().items() for config in VARIANTS.values()]
-    agree = [len(shapes & {(name, t.shape) for name, t in tensors}) for tensors in models]
+        models = [naming(kind(config).state_dict()) for config in VARIANTS.values()]
+    agree = [len(shapes & {(name, t.shape) for name, t in model.items()}) for model in models]
     return list(VARIANTS.values())[agree.index(max(agree))]
+# end shared
 
 
 def letterbox(x: Tensor, size: tuple[int, int], mode: str, back: bool = False) -> Tensor:

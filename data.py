@@ -76,9 +76,9 @@ def read_mask(path: Path, image: Path | None = None, numbers: bool = False) -> n
     return x.clip(0, 255).astype(np.uint8)
 
 
-def binarise(mask: np.ndarray, maximum: int) -> np.ndarray:
-    """uint8 (H,W) -> bool (H,W): > 127 where the split's largest value exceeds 1, else > 0."""
-    return mask > (127 if maximum > 1 else 0)
+def foreground_above(maximum: int) -> int:
+    """What the foreground of binary masks exceeds, where `maximum` is the split's largest value."""
+    return 127 if maximum > 1 else 0
 
 
 # --- the cache: every image and mask decoded once ------------------------------------------------
@@ -126,10 +126,11 @@ def _rules(entries: list, values: np.ndarray) -> np.ndarray:
                     where = f"{root / 'classes.json'} ends at {len(first.classes) - 1}"
                     raise ValueError(f"{entries[i].mask}: holds class number {value}, but {where}")
             continue
-        threshold = 127 if have[2:].any() else 0  # the rule of `binarise`
+        top = np.flatnonzero(have)[-1]
+        threshold = foreground_above(top)
         rules[ours, 0], rules[ours, 1] = threshold, values[ours, threshold + 1 :].sum(axis=1)
-        if have[2:].any() and not have[128:].any():
-            top, hint = np.flatnonzero(have)[-1], "class numbers need a classes.json or labels"
+        if 1 < top <= threshold:
+            hint = "class numbers need a classes.json or labels"
             raise ValueError(f"{root}: the masks hold 0 to {top}, none above 127; {hint}")
     return rules
 

@@ -73,9 +73,24 @@ def to_masks(probabilities: np.ndarray, threshold: float) -> np.ndarray:
     return probabilities.argmax(0) == np.arange(k)[:, None, None]
 
 
+def truth_masks(item: dict, n: int) -> np.ndarray:
+    """bool (n,H,W): where an entry's truth is 1, ..., n."""
+    return item["truth"].numpy() == np.arange(1, n + 1)[:, None, None]
+
+
+def num_classes(model) -> int:
+    """1 of a model that finds what a prompt asks for."""
+    return getattr(model.config, "num_classes", 1)
+
+
+def check_threshold(k: int, threshold) -> None:
+    if k > 1 and threshold is not None:
+        raise ValueError("--threshold: the most probable of several classes counts, drop it")
+
+
 def check_classes(model, datasets, options) -> None:
     """ValueError, one line, if a data set has other classes than the model."""
-    k, names = getattr(model.config, "num_classes", 1), run_config(options.weights).get("classes")
+    k, names = num_classes(model), run_config(options.weights).get("classes")
     for dataset in datasets:
         root, have = dataset.entries[0].root, len(dataset.classes)
         if have != k:
@@ -85,8 +100,7 @@ def check_classes(model, datasets, options) -> None:
         if options.eval and k > 1 and names and list(dataset.classes) != names:
             theirs = ", ".join(names)
             raise ValueError(f"{root}: {', '.join(dataset.classes)}, but trained were {theirs}")
-        if k > 1 and options.threshold is not None:
-            raise ValueError("--threshold: the most probable of several classes counts, drop it")
+        check_threshold(k, options.threshold)
 
 
 def best_threshold(model, recipe, dataset, options) -> float:
@@ -116,8 +130,8 @@ def score(item: dict, masks: np.ndarray, classes, distances: bool) -> list[dict]
     where = {key: item[key] for key in ("dataset", "name", "group", "prompt")}
     truth, names = item["truth"].numpy(), foreground(classes)  # (1,H,W)
     valid = None if (truth != 255).all() else truth[0] != 255
-    each = truth == np.arange(1, len(names) + 1)[:, None, None]  # without the background
-    scores = metrics.score_image(masks[-len(names) :], each, valid, with_distances=distances)
+    found, there = masks[-len(names) :], truth_masks(item, len(names))  # without the background
+    scores = metrics.score_image(found, there, valid, with_distances=distances)
     rows = [where | {"class": k} | row for k, row in zip(names, scores, strict=True)]
     if len(classes) > 1:
         counts = metrics.overlap(masks[0], truth[0] == 0, valid)
@@ -161,10 +175,9 @@ def draw(model, recipe, dataset, rows: list[dict], options, folder: Path) -> Non
     ):
         case, i = cases[k]
         masks = to_masks(probabilities, model.config.threshold)[-len(names) :]
-        truth = item["truth"].numpy() == np.arange(1, len(names) + 1)[:, None, None]
         h, w = masks.shape[1:]  # not the image's with --score-size network
         image = np.asarray(Image.fromarray(part.pixels(k)[0]).resize((w, h)))
-        picture = report.overlay(image, truth, masks)
+        picture = report.overlay(image, truth_masks(item, len(names)), masks)
         report.save_picture(folder / f"{case}_{Path(item['name']).name}.png", picture)
         words = f"“{item['prompt']}”" if item["prompt"] else "no text"
         words = words if recipe.read else Path(item["name"]).name
@@ -187,7 +200,8 @@ def test(model, recipe, tests: dict, options) -> dict:
         where = folder / "overlays" / (name.replace(":", "-") if len(tests) > 1 else "")
         draw(model, recipe, dataset, rows, options, where)
         if options.overlays:
-            what = "truth outlined, prediction filled"
+            one, several = "green: truth, magenta: prediction", "truth outlined, prediction filled"
+            what = one if len(dataset.classes) == 1 else several
             print(f"  overlays ({what}): {where / 'sheet.png'}")
     return write_summary(folder, model, options, summaries, every)
 

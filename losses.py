@@ -13,7 +13,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy.ndimage import generate_binary_structure, minimum_filter
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 
@@ -45,6 +44,12 @@ def dice_bce(
     return dice + bce, {"dice_loss": dice, "bce": bce}
 
 
+def to_one_hot(target: Tensor, logits: Tensor, ignore_index: int) -> Tensor:
+    """Class numbers (B,*S) -> (B,K,*S) of 0 and 1, as logits (B,K,*S) are; ignored ones are 0."""
+    classes = torch.where(target == ignore_index, 0, target)
+    return F.one_hot(classes, logits.shape[1]).movedim(-1, 1).to(logits.dtype)  # (B,K,*S)
+
+
 def gi_tract_dice_ce(logits: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """Dice + cross entropy of the GI-tract study, shapes as for `dice_ce`.
 
@@ -53,8 +58,7 @@ def gi_tract_dice_ce(logits: Tensor, target: Tensor) -> tuple[Tensor, dict[str, 
     probability of it, summed over the image, falls below 1e-8. The mean over images and classes is
     then no better than the share of absent pairs.
     """
-    classes = torch.where(target == 255, 0, target)  # the study's masks have no 255
-    one_hot = F.one_hot(classes, logits.shape[1]).movedim(-1, 1).to(logits.dtype)  # (B,K,*S)
+    one_hot = to_one_hot(target, logits, 255)  # the study's masks have no 255
     dice = dice_loss(logits.softmax(1), one_hot, smooth=1e-8).mean()
     ce = F.cross_entropy(logits, target, ignore_index=255)
     return dice + ce, {"dice_loss": dice, "ce": ce}
@@ -70,10 +74,8 @@ def dice_ce(
     image is one term); cross entropy is the mean over the pixels that count. Returns the sum, and
     its parts by name.
     """
-    keep = target != ignore_index
-    classes = torch.where(keep, target, 0)
-    one_hot = F.one_hot(classes, logits.shape[1]).movedim(-1, 1).to(logits.dtype)  # (B,K,*S)
-    keep = keep[:, None].to(logits.dtype)
+    one_hot = to_one_hot(target, logits, ignore_index)  # (B,K,*S)
+    keep = (target != ignore_index)[:, None].to(logits.dtype)
     present = (one_hot * keep).flatten(2).sum(2)[:, 1:] > 0  # (B,K-1)
     dice = dice_loss(logits.softmax(1), one_hot, smooth, keep)[:, 1:]
     dice = (dice * present).sum() / present.sum().clamp(min=1)
@@ -207,6 +209,8 @@ def _match(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]
     A match costs the squared L-infinity distance, a point left alone that to the diagonal. Only
     matches cheaper than leaving both points alone are made.
     """
+    from scipy.optimize import linear_sum_assignment  # slow to import, and few need it
+
     alone_a, alone_b = (((d[:, 1] - d[:, 0]) / 2) ** 2 for d in (a, b))
     gain = np.abs(a[:, None] - b).max(2) ** 2 - alone_a[:, None] - alone_b  # (n,m)
     i, j = linear_sum_assignment(np.minimum(gain, 0))

@@ -20,7 +20,7 @@ from tqdm import tqdm
 import data
 import layouts
 import report
-from evaluate import pick_device, run_config, to_masks
+from evaluate import check_threshold, num_classes, pick_device, run_config, to_masks
 from recipes import FAMILIES
 
 
@@ -97,8 +97,7 @@ def main() -> int:
     if args.model is None and not run:
         raise ValueError(f"--model is missing: {args.weights} is not a run folder that says it")
     family = FAMILIES[args.model or run["model"]]
-    reads = family.settings["default"].prompt != ""
-    cases = list_cases(args, run.get("options", {}).get("prompt"), reads)
+    cases = list_cases(args, run.get("options", {}).get("prompt"), family.reads)
     files = [path for name, _, _ in cases for path in outputs(name, args).values()]
     if len(set(files)) < len(files):
         twice = next(path for path in files if files.count(path) > 1)
@@ -117,10 +116,9 @@ def predict(cases: list[tuple[str, Path, str]], family, classes: list[str] | Non
     overrides = {} if args.threshold is None else {"threshold": args.threshold}
     model = family.load(args.weights, None, settings, overrides, None).eval()
     model.to(pick_device(args.device))
-    recipe, k = family.recipe(model, settings), getattr(model.config, "num_classes", 1)
+    recipe, k = family.recipe(model, settings), num_classes(model)
     classes = classes or [f"class {number}" for number in range(k)]
-    if k > 1 and args.threshold is not None:
-        raise ValueError("--threshold: the most probable of several classes counts, drop it")
+    check_threshold(k, args.threshold)
     for name, file, prompt in tqdm(cases, desc="predict", unit="image", disable=None):
         image = data.read_image(file)  # (H,W,3)
         sample = {"image": torch.from_numpy(image.transpose(2, 0, 1).copy()), "prompt": prompt}

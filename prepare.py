@@ -422,8 +422,8 @@ def check_masks(root, splits, masks, findings):
         entries = [entry for entry in entries if entry.mask in masks]
         one = [entry for entry in entries if entry.label is None and len(entry.classes) == 1]
         binary = [masks[entry.mask].largest for entry in one]
-        above = data.binarise(values, max(binary, default=0))  # (256,) which values are foreground
-        rule = f"> {np.flatnonzero(~above).max()}"
+        threshold = data.foreground_above(max(binary, default=0))
+        above, rule = values > threshold, f"> {threshold}"  # above (256,): which are foreground
         if any(binary):
             rules[split] = rule
         for entry in entries:
@@ -569,7 +569,6 @@ def check(args):
 # ("cases") on one day or several, 80 or 144 slices a day, with the outlines of three organs.
 
 ORGANS = {"stomach": 1, "small_bowel": 2, "large_bowel": 3}  # the tutorial's numbers; 0: none
-PALETTE = (0, 0, 0, 230, 90, 60, 250, 200, 40, 60, 140, 240)  # their colours, only to look at
 FAULTY = ("case7_day0", "case81_day30")  # outlines known to be wrong; Kaggle's winner drops them
 ENDS = {  # where each split ends in a shuffled list of its length 1
     "case": {"test": 0.15, "val": 0.30, "train": 1},  # 13, 13 and 59 of 85 patients
@@ -665,8 +664,7 @@ def write_scan(scan, window, out):
             grey = ((x - low) / ((high - low) or 1) * 255).clip(0, 255).astype(np.uint8)
             (out / s.split / "images" / f"{s.name}.png").write_bytes(png(grey))
             mask, overlap = class_map(s, x.shape)
-            image = Image.fromarray(mask)
-            image.putpalette(PALETTE)
+            image = report.class_map(mask, 1 + len(ORGANS))
             image.save(out / s.split / "masks" / f"{s.name}.png")
             overlaps += overlap
     return overlaps

@@ -150,20 +150,23 @@ def prompted_forward(model: nn.Module, batch: dict) -> Tensor:
     return model.decode(batch["features"].float(), condition=condition.float())
 
 
-def prompted_predict(model: nn.Module, item: dict) -> tuple[Tensor, Tensor]:
-    """Probabilities (1,H,W) at the image's own size, and the logits (1,1,h,w)."""
+def image_predict(model: nn.Module, item: dict, forward: Callable) -> tuple[Tensor, Tensor]:
+    """Probabilities (K,H,W) at the image's own size, and the logits (1,K,h,w)."""
     device = next(model.parameters()).device
     names = ("image", "features", "tokens", "condition")
     batch = {name: item[name][None].to(device) for name in names if name in item}
-    logits = prompted_forward(model, batch)
+    logits = forward(model, batch)
     return model.postprocess(logits[0], item["size"]), logits
 
 
-def dice_bce_at_mask_size(logits: Tensor, batch: dict) -> tuple[Tensor, dict]:
-    """Dice + BCE on logits brought bilinearly to the size of the target."""
+def at_mask_size(logits: Tensor, batch: dict) -> Tensor:
+    """Logits brought bilinearly to the size of the target."""
     size = batch["mask"].shape[-2:]
-    logits = F.interpolate(logits.float(), size, mode="bilinear", align_corners=False)
-    return dice_bce(logits, batch["mask"])
+    return F.interpolate(logits.float(), size, mode="bilinear", align_corners=False)
+
+
+def dice_bce_at_mask_size(logits: Tensor, batch: dict) -> tuple[Tensor, dict]:
+    return dice_bce(at_mask_size(logits, batch), batch["mask"])
 
 
 def texts_per_batch(dataset: Dataset, kind: str, batch_size: int) -> float:
@@ -195,9 +198,8 @@ def parameter_groups(model: nn.Module, settings: Settings) -> list[dict]:
     ]
 
 
-def prompted_recipe(file, model: nn.Module, settings: Settings, tokenizer) -> Recipe:
+def image_recipe(file, model, settings: Settings, forward: Callable, read=None) -> Recipe:
     """For the model of `file`, which has preprocess and preprocess_mask."""
-    read = partial(tokens, tokenizer=tokenizer)
     inputs = partial(
         image_inputs,
         config=model.config,
@@ -206,7 +208,13 @@ def prompted_recipe(file, model: nn.Module, settings: Settings, tokenizer) -> Re
         augment=settings.augment,
         preprocess_mask=file.preprocess_mask,
     )
-    return Recipe(inputs, prompted_forward, settings.loss, prompted_predict, parameter_groups, read)
+    predict = partial(image_predict, forward=forward)
+    return Recipe(inputs, forward, settings.loss, predict, parameter_groups, read)
+
+
+def prompted_recipe(file, model: nn.Module, settings: Settings, tokenizer) -> Recipe:
+    read = partial(tokens, tokenizer=tokenizer)
+    return image_recipe(file, model, settings, prompted_forward, read)
 
 
 def hub_id(settings: Settings, variant: str) -> str:
@@ -526,13 +534,10 @@ def biomedclipseg_recipe(model: biomedclipseg.BiomedCLIPSeg, settings: Settings)
 
 
 def class_loss(logits: Tensor, batch: dict, of_several: Callable = dice_ce) -> tuple[Tensor, dict]:
-    """Dice + cross entropy on logits brought bilinearly to the size of the target; of a single
-    class Dice + BCE."""
-    size = batch["mask"].shape[-2:]
-    logits = F.interpolate(logits.float(), size, mode="bilinear", align_corners=False)
+    """Dice + cross entropy on logits brought to the size of the target; of one class Dice + BCE."""
     if logits.shape[1] == 1:
-        return dice_bce(logits, batch["mask"])
-    return of_several(logits, batch["mask"][:, 0].long())
+        return dice_bce_at_mask_size(logits, batch)
+    return of_several(at_mask_size(logits, batch), batch["mask"][:, 0].long())
 
 
 def class_forward(model: nn.Module, batch: dict) -> Tensor:
@@ -540,22 +545,8 @@ def class_forward(model: nn.Module, batch: dict) -> Tensor:
     return model(batch["image"])
 
 
-def class_predict(model: nn.Module, item: dict) -> tuple[Tensor, Tensor]:
-    """Probabilities (K,H,W) at the image's own size, and the logits (1,K,h,w)."""
-    logits = model(item["image"][None].to(next(model.parameters()).device))
-    return model.postprocess(logits[0], item["size"]), logits
-
-
 def class_recipe(model: nn.Module, settings: Settings, file) -> Recipe:
-    inputs = partial(
-        image_inputs,
-        config=model.config,
-        look=partial(pixels, config=model.config, preprocess=file.preprocess),
-        read=None,
-        augment=settings.augment,
-        preprocess_mask=file.preprocess_mask,
-    )
-    return Recipe(inputs, class_forward, settings.loss, class_predict, parameter_groups)
+    return image_recipe(file, model, settings, class_forward)
 
 
 def load_classes(weights, variant, settings: Settings, overrides, train_set, kind, variants):
@@ -641,6 +632,11 @@ class Family:
     load: Callable  # (weights, variant, settings, Config overrides, train set) -> model
     recipe: Callable  # (model, settings) -> Recipe
     backbone: Callable  # parameters, by name, that `--train decoder` leaves as they are
+
+    @property
+    def reads(self) -> bool:
+        """Whether the model takes a text."""
+        return self.settings["default"].prompt != ""
 
 
 FAMILIES = {

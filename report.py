@@ -144,7 +144,7 @@ def legend(names: tuple[str, ...], width: int = 320) -> Image.Image:
 
 def class_map(numbers: np.ndarray, classes: int) -> Image.Image:
     """Class numbers uint8 (H,W) -> a palette image of the same numbers in the classes' colours."""
-    picture = Image.fromarray(numbers, mode="P")
+    picture = Image.fromarray(numbers)
     picture.putpalette([0, 0, 0] + [x for ink in colours(classes - 1) for x in ink])
     return picture
 
@@ -225,13 +225,13 @@ def table(summary: dict) -> str:
     lines = []
     for name, score in scores.items():
         lines.append(f"  {name:12} {score['mean']:8.4f}  {interval(score)}")
-    for name, of in summary.get("classes", {}).items():
+    classes = summary.get("classes", {})
+    for name, of in classes.items():
         more = f"  HD95 {of['hd95']['mean']:.2f}" if "hd95" in of else ""
         dice = f"Dice {of['dice']['mean']:.4f}  {interval(of['dice'])}"
         lines.append(f"  {name:12} {dice}  IoU {of['iou']['mean']:.4f}{more}")
     if "macro_f1_pooled" in summary:
         lines.append(f"  macro F1 of all pixels, with background: {summary['macro_f1_pooled']:.4f}")
-    classes = summary.get("classes", {})
     cases = sum(of["images"] for of in classes.values()) if classes else summary["images"]
     what = "classes in images" if classes else "images"
     lines.append(f"  misses and false alarms: {summary['misses']} of {cases} {what}")

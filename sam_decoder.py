@@ -69,6 +69,7 @@ WINDOW = 14  # tokens along a side
 BIAS_SIZE = 2**23  # numbers of `bias_attention`'s buffer at most, 32 MB
 
 
+# shared: channel_norm
 class LayerNorm2d(nn.LayerNorm):
     """Layer norm of the channels of each pixel."""
 
@@ -78,6 +79,7 @@ class LayerNorm2d(nn.LayerNorm):
     def forward(self, x: Tensor) -> Tensor:
         """x (B,C,H,W) -> (B,C,H,W)."""
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+# end shared
 
 
 class MLP(nn.Module):

@@ -224,24 +224,13 @@ class SegFormer(nn.Module):
             config = replace(closest_variant(weights), **told)
             if "image_size" not in overrides:
                 print(f"{source}: image_size is not told, took {config.image_size}")
-        kept, fresh = weights.get("decode_head.classifier.weight"), ""
-        if not any(name.startswith("decode_head.") for name in weights):
-            fresh = FRESH["head"]
-            if num_classes is None:
-                raise ValueError(f"{source}: the encoder alone, without a head; give num_classes")
-        elif kept is not None and num_classes not in (None, len(kept)):
-            fresh = FRESH["classifier"]
-            weights = {n: t for n, t in weights.items() if not re.fullmatch(fresh, n)}
-        elif kept is not None:
-            num_classes = len(kept)
+        weights, num_classes, fresh = new_classes(weights, num_classes, source)
         num_classes = num_classes or config.num_classes
         model = cls(replace(config, num_classes=num_classes, **overrides))
         expected = to_official(model.state_dict())
-        # Not all files count the batches of their training; nothing depends on it.
-        weights = {n: t for n, t in expected.items() if n.endswith("batches_tracked")} | weights
-        new = {n: t for n, t in expected.items() if n not in weights and re.fullmatch(fresh, n)}
-        check_complete(weights | new, expected, source)  # in the hub's names
-        model.load_state_dict(convert(weights | new))
+        weights, new = add_new(weights, expected, fresh)
+        check_complete(weights, expected, source)  # in the hub's names
+        model.load_state_dict(convert(weights))
         if new:
             print(f"{source}: new and untrained: {', '.join(new)}")
         return model.eval()
@@ -330,6 +319,35 @@ def closest_variant(weights: dict[str, Tensor]) -> Config:
     sizes = len(weights.get("segformer.encoder.layer_norm.0.weight", ())), *depths
     known = {(c.widths[0], *c.depths): c for c in VARIANTS.values()}
     return known[min(known, key=lambda x: sum(abs(a - b) for a, b in zip(x, sizes, strict=True)))]
+
+
+# shared: new_classes
+def new_classes(weights: dict[str, Tensor], num_classes: int | None, source) -> tuple:
+    """What of a file is kept where `num_classes` are asked for, None: as many as it has.
+
+    -> its tensors, without a classifier of another number of classes; the number of classes, None
+    if nothing tells; and which tensors may be new, a pattern. ValueError of one line if a file of
+    the encoder alone is not told how many there are to be.
+    """
+    classifier = weights.get("decode_head.classifier.weight")
+    if not any(name.startswith("decode_head.") for name in weights):
+        if num_classes is None:
+            raise ValueError(f"{source}: the encoder alone, without a head; give num_classes")
+        return weights, num_classes, FRESH["head"]
+    if classifier is None or num_classes in (None, len(classifier)):
+        return weights, num_classes if classifier is None else len(classifier), ""
+    fresh = FRESH["classifier"]
+    return {n: t for n, t in weights.items() if not re.fullmatch(fresh, n)}, num_classes, fresh
+
+
+def add_new(weights: dict[str, Tensor], model: dict[str, Tensor], fresh: str) -> tuple:
+    """-> a file's tensors with those that it lacks and that may be new, as a fresh model has them,
+    and the names of these."""
+    # Not all files count the batches of their training; nothing depends on it.
+    weights = {n: t for n, t in model.items() if n.endswith("num_batches_tracked")} | weights
+    new = {n: t for n, t in model.items() if n not in weights and re.fullmatch(fresh, n)}
+    return weights | new, list(new)
+# end shared
 
 
 # shared: classes

@@ -141,7 +141,7 @@ def resolve(options: Options) -> tuple[Options, Settings]:
         raise ValueError(f"--variant {options.variant}: {options.model} has {have}")
     if options.variant is not None and options.weights not in (None, "none"):
         raise ValueError("--variant: leave it out, --weights say themselves what they are")
-    if "" == family.settings[name].prompt and (options.prompt or options.negatives):
+    if not family.reads and (options.prompt or options.negatives):
         raise ValueError(f"--prompt, --negatives: {options.model} reads no text")
     if not options.data and (not options.test or not options.eval or options.threshold == "auto"):
         raise ValueError("--data is missing: which data set?")

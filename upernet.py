@@ -62,8 +62,10 @@ VARIANTS = {  # parameters with 150 classes
 }  # fmt: skip
 
 
-class ChannelNorm(nn.LayerNorm):
-    """Layer norm of the channels of each pixel. quirk: eps 1e-6, whatever config.json says."""
+# quirk: eps is 1e-6 here and below; layer_norm_eps of config.json is of a norm that is not here.
+# shared: channel_norm
+class LayerNorm2d(nn.LayerNorm):
+    """Layer norm of the channels of each pixel."""
 
     def __init__(self, channels: int):
         super().__init__(channels, eps=1e-6)
@@ -71,6 +73,7 @@ class ChannelNorm(nn.LayerNorm):
     def forward(self, x: Tensor) -> Tensor:
         """x (B,C,H,W) -> (B,C,H,W)."""
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+# end shared
 
 
 class Block(nn.Module):
@@ -94,17 +97,17 @@ class ConvNeXt(nn.Module):
     def __init__(self, widths: tuple[int, ...], depths: tuple[int, ...]):
         super().__init__()
         patches = nn.Conv2d(3, widths[0], 4, stride=4)
-        parts = OrderedDict(patch_embeddings=patches, layernorm=ChannelNorm(widths[0]))
+        parts = OrderedDict(patch_embeddings=patches, layernorm=LayerNorm2d(widths[0]))
         self.embeddings = nn.Sequential(parts)
         stages, inputs = nn.ModuleList(), widths[0]
         for width, depth in zip(widths, depths, strict=True):
-            halve = ChannelNorm(inputs), nn.Conv2d(inputs, width, 2, stride=2)
+            halve = LayerNorm2d(inputs), nn.Conv2d(inputs, width, 2, stride=2)
             parts = OrderedDict(downsampling_layer=nn.Sequential(*halve if len(stages) else ()))
             parts["layers"] = nn.Sequential(*(Block(width) for _ in range(depth)))
             stages.append(nn.Sequential(parts))
             inputs = width
         self.encoder = nn.ModuleDict({"stages": stages})
-        norms = {f"stage{i}": ChannelNorm(width) for i, width in enumerate(widths, 1)}
+        norms = {f"stage{i}": LayerNorm2d(width) for i, width in enumerate(widths, 1)}
         self.hidden_states_norms = nn.ModuleDict(norms)
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
@@ -229,25 +232,12 @@ class UPerNet(nn.Module):
             config = closest_variant(weights)
             if "image_size" not in overrides:
                 print(f"{source}: image_size is not told, took {config.image_size}")
-        kept, fresh = weights.get("decode_head.classifier.weight"), ""
-        if not any(name.startswith("decode_head.") for name in weights):
-            fresh = FRESH["head"]
-            if num_classes is None:
-                raise ValueError(f"{source}: the encoder alone, without a head; give num_classes")
-        elif kept is not None and num_classes not in (None, len(kept)):
-            fresh = FRESH["classifier"]
-            weights = {n: t for n, t in weights.items() if not re.fullmatch(fresh, n)}
-        elif kept is not None:
-            num_classes = len(kept)
-        config = replace(config, num_classes=num_classes or config.num_classes, **overrides)
-        model = cls(config)
-        expected = model.state_dict()
-        # Not all files count the batches of their training; nothing depends on it.
-        counters = {n: t for n, t in expected.items() if n.endswith("num_batches_tracked")}
-        weights = counters | weights
-        new = {n: t for n, t in expected.items() if n not in weights and re.fullmatch(fresh, n)}
-        check_complete(weights | new, expected, source)
-        model.load_state_dict(weights | new)
+        weights, num_classes, fresh = new_classes(weights, num_classes, source)
+        num_classes = num_classes or config.num_classes
+        model = cls(replace(config, num_classes=num_classes, **overrides))
+        weights, new = add_new(weights, model.state_dict(), fresh)
+        check_complete(weights, model.state_dict(), source)
+        model.load_state_dict(weights)
         if new:
             parts = dict.fromkeys(".".join(name.split(".")[:2]) for name in new)
             print(f"{source}: new and untrained: {', '.join(parts)}")
@@ -315,6 +305,35 @@ def closest_variant(weights: dict[str, Tensor]) -> Config:
         return len(found ^ {(i, j, width) for i, (width, depth) in stages for j in range(depth)})
 
     return min(VARIANTS.values(), key=strange)
+
+
+# shared: new_classes
+def new_classes(weights: dict[str, Tensor], num_classes: int | None, source) -> tuple:
+    """What of a file is kept where `num_classes` are asked for, None: as many as it has.
+
+    -> its tensors, without a classifier of another number of classes; the number of classes, None
+    if nothing tells; and which tensors may be new, a pattern. ValueError of one line if a file of
+    the encoder alone is not told how many there are to be.
+    """
+    classifier = weights.get("decode_head.classifier.weight")
+    if not any(name.startswith("decode_head.") for name in weights):
+        if num_classes is None:
+            raise ValueError(f"{source}: the encoder alone, without a head; give num_classes")
+        return weights, num_classes, FRESH["head"]
+    if classifier is None or num_classes in (None, len(classifier)):
+        return weights, num_classes if classifier is None else len(classifier), ""
+    fresh = FRESH["classifier"]
+    return {n: t for n, t in weights.items() if not re.fullmatch(fresh, n)}, num_classes, fresh
+
+
+def add_new(weights: dict[str, Tensor], model: dict[str, Tensor], fresh: str) -> tuple:
+    """-> a file's tensors with those that it lacks and that may be new, as a fresh model has them,
+    and the names of these."""
+    # Not all files count the batches of their training; nothing depends on it.
+    weights = {n: t for n, t in model.items() if n.endswith("num_batches_tracked")} | weights
+    new = {n: t for n, t in model.items() if n not in weights and re.fullmatch(fresh, n)}
+    return weights | new, list(new)
+# end shared
 
 
 # shared: classes

@@ -1,9 +1,13 @@
 import csv
+import json
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -25,6 +29,19 @@ def rows(path) -> list[dict]:
     """A CSV file."""
     with open(path, newline="") as file:
         return list(csv.DictReader(file))
+
+
+def close(ours, theirs, atol=2e-5):
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=atol)
+
+
+def write_run(folder, kind, state, config, /, **more) -> Path:
+    """A run folder with the weights of a model of class `kind`."""
+    folder.mkdir(exist_ok=True)
+    told = {"format": 1, "model": kind.__module__, "class": kind.__name__, "config": asdict(config)}
+    (folder / "config.json").write_text(json.dumps(told | more))
+    save_file(state, folder / "best.safetensors")
+    return folder
 
 
 @pytest.fixture(scope="session")

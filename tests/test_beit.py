@@ -2,15 +2,14 @@
 
 import json
 import re
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
+from conftest import ROOT, close, write_run
 from PIL import Image
-from safetensors.torch import save_file
 from torch import nn
 from transformers import (
     BeitConfig,
@@ -76,10 +75,6 @@ def randomised(model: nn.Module) -> nn.Module:
 @pytest.fixture(scope="module")
 def mini():
     return randomised(BEiT(MINI)).eval()
-
-
-def close(ours, theirs, atol=2e-5):
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=atol)
 
 
 def close_to_scale(ours, theirs, tolerance):
@@ -330,10 +325,7 @@ def original(state, folder):
 
 
 def run_folder(state, folder, **more):
-    config = {"format": 1, "model": "beit", "class": "BEiT", "config": asdict(MINI)} | more
-    (folder / "config.json").write_text(json.dumps(config))
-    save_file(state, folder / "best.safetensors")
-    return folder
+    return write_run(folder, BEiT, state, MINI, **more)
 
 
 FORMS = {

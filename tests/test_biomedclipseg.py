@@ -4,14 +4,14 @@ import json
 import subprocess
 import sys
 import zlib
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
+from conftest import ROOT, write_run
 from hub import Hub
 from open_clip.hf_model import HFTextEncoder
 from PIL import Image
@@ -387,12 +387,8 @@ def mini_state():
     return {k: v.clone() for k, v in BiomedCLIPSeg(MINI).state_dict().items()}
 
 
-def write_run(folder, state, **more):
-    folder.mkdir()
-    save_file(state, folder / "best.safetensors")
-    config = {"format": 1, "model": "biomedclipseg", "class": "BiomedCLIPSeg"}
-    (folder / "config.json").write_text(json.dumps(config | {"config": asdict(MINI)} | more))
-    return {"source": folder}
+def run_folder(folder, state, **more):
+    return {"source": write_run(folder, BiomedCLIPSeg, state, MINI, **more)}
 
 
 def write_checkpoint(path, content):
@@ -412,7 +408,7 @@ FORMS = {
         path / "x.ckpt", {"state_dict": {f"net.{k}": v for k, v in state.items()}, "epoch": 3}
     ),
     "safetensors": lambda state, path: write_safetensors(path / "x.safetensors", state),
-    "run": lambda state, path: write_run(path / "run", state),
+    "run": lambda state, path: run_folder(path / "run", state),
 }
 
 
@@ -443,14 +439,14 @@ def test_what_no_file_tells_is_said(tmp_path, capsys):
     assert all(torch.equal(model.state_dict()[n], state[n]) for n in towers)
     BiomedCLIPSeg.from_pretrained(**files, taps=(1, 2, 3))
     assert capsys.readouterr().out == ""
-    BiomedCLIPSeg.from_pretrained(**write_run(tmp_path / "run", state))
+    BiomedCLIPSeg.from_pretrained(**run_folder(tmp_path / "run", state))
     assert capsys.readouterr().out == ""
 
 
 def test_a_decoder_can_be_exchanged(tmp_path):
     state, other = mini_state(), mini_state()
     other = {n: t + 1 if n.startswith("decoder.") else t for n, t in other.items()}
-    first, second = (write_run(tmp_path / n, s) for n, s in (("a", state), ("b", other)))
+    first, second = (run_folder(tmp_path / n, s) for n, s in (("a", state), ("b", other)))
     model = BiomedCLIPSeg.from_pretrained(first["source"], decoder=second["source"])
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, (other if name.startswith("decoder.") else state)[name])
@@ -491,12 +487,12 @@ def test_what_is_something_else_is_refused(tmp_path):
     torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "linear.pth")
     with pytest.raises(ValueError, match=r"biomedclip\."):
         BiomedCLIPSeg.from_pretrained(tmp_path / "linear.pth")
-    run = write_run(tmp_path / "run", mini_state())
+    run = run_folder(tmp_path / "run", mini_state())
     with pytest.raises(ValueError, match="linear.pth.*decoder.film_mul.weight is missing"):
         BiomedCLIPSeg.from_pretrained(**run, decoder=tmp_path / "linear.pth")
     with pytest.raises(ValueError, match="holds CRIS in format 1, not BiomedCLIPSeg"):
         BiomedCLIPSeg.from_pretrained(
-            **write_run(tmp_path / "cris", mini_state(), **{"class": "CRIS"})
+            **run_folder(tmp_path / "cris", mini_state(), **{"class": "CRIS"})
         )
     for taps in ((2, 1, 3), (1, 1, 2), (1, 2, 4), (-1, 0, 1)):
         with pytest.raises(ValueError, match="blocks of 0 to 3"):
@@ -561,7 +557,7 @@ def expected_tokens():
 
 
 def test_a_vocabulary_beside_the_weights_is_the_one(tmp_path):
-    run = write_run(tmp_path / "run", mini_state())
+    run = run_folder(tmp_path / "run", mini_state())
     write_vocabulary(tmp_path / "run/vocab.txt")
     for source in (tmp_path / "run", tmp_path / "run/best.safetensors"):
         config = BiomedCLIPSeg.from_pretrained(source).config

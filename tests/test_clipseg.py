@@ -3,13 +3,13 @@
 import contextlib
 import json
 import zlib
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
+from conftest import ROOT, close, write_run
 from PIL import Image
 from recipe import fill
 from safetensors.torch import save_file
@@ -72,10 +72,6 @@ def official(golden, tmp_path_factory):
     (folder / "pytorch_model.bin").unlink()
     assert model.config == clipseg.VARIANTS["rd64-refined"] and not model.training
     return model
-
-
-def close(ours, theirs, atol=2e-5):
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=atol)
 
 
 @torch.no_grad()
@@ -461,10 +457,7 @@ def medvlsm(state, folder):
 
 
 def run_folder(state, folder, **more):
-    config = {"format": 1, "model": "clipseg", "class": "CLIPSeg", "config": asdict(MINI)} | more
-    (folder / "config.json").write_text(json.dumps(config))
-    save_file(state, folder / "best.safetensors")
-    return {"source": folder}
+    return {"source": write_run(folder, CLIPSeg, state, MINI, **more)}
 
 
 FORMS = {
@@ -608,19 +601,13 @@ def test_an_empty_picture_prompt_is_refused(mini):
 @torch.no_grad()
 def test_published_numbers_of_the_real_weights(tmp_path):
     """transformers, tests/models/clipseg/test_modeling_clipseg.py, the integration test."""
-    import urllib.request
-
-    from huggingface_hub import constants
-    from test_online import reach
+    from test_online import CATS, picture
     from tokenizer import CLIPTokenizer
 
-    url = "http://images.cocodataset.org/val2017/000000039769.jpg"
-    reach(constants.ENDPOINT)
-    reach(url)
-    urllib.request.urlretrieve(url, tmp_path / "cats.jpg")
+    image = picture(CATS, tmp_path)
     model = CLIPSeg.from_pretrained("CIDAS/clipseg-rd64-refined")
     assert model.config == clipseg.VARIANTS["rd64-refined"]
-    image = model.preprocess(Image.open(tmp_path / "cats.jpg"))[None]
+    image = model.preprocess(image)[None]
     condition = model.encode_text(CLIPTokenizer()(["a cat", "a remote", "a blanket"]))
     logits = model(image, condition=condition)[0, 0, :3, :3]
     expected = [

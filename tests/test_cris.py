@@ -2,13 +2,13 @@
 
 import json
 import zlib
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
+from conftest import ROOT, write_run
 from PIL import Image
 from recipe import fill
 from safetensors.torch import save_file
@@ -149,7 +149,7 @@ def test_all_forms_of_a_checkpoint_are_the_same_model(tmp_path):
         if content is not None:
             torch.save(content, tmp_path / name)
     save_file(state, tmp_path / "cris.safetensors")
-    write_run(tmp_path / "run", state)
+    run_folder(tmp_path / "run", state)
     for path in tmp_path.iterdir():
         loaded = cris.CRIS.from_pretrained(path).state_dict()
         assert all(torch.equal(t, state[name]) for name, t in loaded.items()), path
@@ -259,23 +259,14 @@ def mini_state():
     return {k: v.clone() for k, v in cris.CRIS(cris.VARIANTS["mini"]).state_dict().items()}
 
 
-def write_run(folder, state, **more):
-    folder.mkdir()
-    save_file(state, folder / "best.safetensors")
-    config = {
-        "format": 1,
-        "model": "cris",
-        "class": "CRIS",
-        "config": asdict(cris.VARIANTS["mini"]),
-    }
-    (folder / "config.json").write_text(json.dumps(config | more))
-    return folder
+def run_folder(folder, state, **more):
+    return write_run(folder, cris.CRIS, state, cris.VARIANTS["mini"], **more)
 
 
 FORMS = {
     "released": lambda state, path: as_released(state, path / "x.pth"),
     "converted": lambda state, path: torch.save(state, path / "x.pth") or path / "x.pth",
-    "run": lambda state, path: write_run(path / "run", state),
+    "run": lambda state, path: run_folder(path / "run", state),
     "clip archive": lambda state, path: (
         save_archive(clip_of(state), path / "x.pt") or path / "x.pt"
     ),
@@ -340,7 +331,7 @@ def test_weights_of_another_kind_are_refused(tmp_path):
         with pytest.raises(FileNotFoundError, match="no such file"):
             cris.CRIS.from_pretrained(source)
     with pytest.raises(ValueError, match="holds SAM in format 1, not CRIS"):
-        cris.CRIS.from_pretrained(write_run(tmp_path / "sam", mini_state(), **{"class": "SAM"}))
+        cris.CRIS.from_pretrained(run_folder(tmp_path / "sam", mini_state(), **{"class": "SAM"}))
 
 
 # --- the forward pass ------------------------------------------------------------------------------

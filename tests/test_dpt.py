@@ -2,13 +2,13 @@
 
 import json
 import re
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
+from conftest import ROOT, write_run
 from PIL import Image
 from recipe import fill
 from safetensors.torch import save_file
@@ -336,10 +336,7 @@ def original_in_training(state, config, folder):
 
 
 def run_folder(state, config, folder, **more):
-    settings = {"format": 1, "model": "dpt", "class": "DPT", "config": asdict(config)} | more
-    (folder / "config.json").write_text(json.dumps(settings))
-    save_file(dpt.convert(state), folder / "best.safetensors")
-    return folder
+    return write_run(folder, DPT, dpt.convert(state), config, **more)
 
 
 DEPTH = DPTForDepthEstimation
@@ -549,18 +546,12 @@ def test_masks_there_and_back():
 @torch.no_grad()
 def test_published_numbers_of_the_real_weights(tmp_path):
     """transformers, convert_dpt_to_pytorch.py: what the original code gave for the two cats."""
-    import urllib.request
+    from test_online import CATS, picture
 
-    from huggingface_hub import constants
-    from test_online import reach
-
-    url = "http://images.cocodataset.org/val2017/000000039769.jpg"
-    reach(constants.ENDPOINT)
-    reach(url)
-    urllib.request.urlretrieve(url, tmp_path / "cats.jpg")
+    image = picture(CATS, tmp_path)
     model = DPT.from_pretrained("Intel/dpt-large-ade")
     assert model.config == dpt.VARIANTS["large-ade"]
-    logits = model(model.preprocess(Image.open(tmp_path / "cats.jpg"))[None])
+    logits = model(model.preprocess(image)[None])
     assert logits.shape == (1, 150, 480, 480)
     expected = [[4.0480, 4.2420, 4.4360], [4.3124, 4.5693, 4.8261], [4.5768, 4.8965, 5.2163]]
     torch.testing.assert_close(logits[0, 0, :3, :3], torch.tensor(expected), rtol=0, atol=1e-3)

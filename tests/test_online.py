@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import ROOT
 from huggingface_hub import constants, hf_hub_download
+from PIL import Image
 
 import biomedclipseg
 import cris
@@ -18,6 +19,8 @@ import train
 from tokenizer import WordPieceTokenizer
 
 pytestmark = pytest.mark.online
+
+CATS = "http://images.cocodataset.org/val2017/000000039769.jpg"  # what they publish is of
 
 # github.com/openai/CLIP, clip/clip.py: the folder of each file is its sha256
 OPENAI = "https://openaipublic.azureedge.net/clip/models"
@@ -32,6 +35,13 @@ def reach(url: str) -> None:
         pass  # it answers
     except OSError as error:
         pytest.skip(f"{url} is out of reach: {error}")
+
+
+def picture(url: str, folder: Path) -> Image.Image:
+    """An image from there, for weights from the hub; skips the test where either is out of reach."""
+    reach(constants.ENDPOINT)
+    reach(url)
+    return Image.open(urllib.request.urlretrieve(url, folder / Path(url).name)[0])
 
 
 @pytest.mark.parametrize("variant", ["rn50", "rn101"])

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
+from conftest import ROOT, close, write_run
 from PIL import Image
 from recipe import fill
 from safetensors.torch import save_file
@@ -23,10 +23,6 @@ OFFICIAL = ("vit-base", "vit-large", "vit-huge")
 MINI = sam_decoder.VARIANTS["mini"]
 TWIN, FOURIER = sam_decoder.TWIN, sam_decoder.FOURIER
 PROCESSOR = image_processing_pil_sam.SamImageProcessorPil()
-
-
-def close(ours, theirs, atol=2e-5):
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=atol)
 
 
 # --- the official size: recorded outputs of transformers and of the authors' code ----------------
@@ -536,11 +532,7 @@ def medsam_training(state, folder):
 
 
 def run_folder(state, folder, **more):
-    config = {"format": 1, "model": "sam_decoder", "class": "SAM"}
-    config |= {"config": asdict(replace(MINI, eps=1e-5, letterbox=False))} | more
-    (folder / "config.json").write_text(json.dumps(config))
-    save_file(state, folder / "best.safetensors")
-    return folder
+    return write_run(folder, SAM, state, replace(MINI, eps=1e-5, letterbox=False), **more)
 
 
 ORIGINAL_MINI = replace(MINI, eps=1e-5)
@@ -831,18 +823,12 @@ def test_medsam_s_probabilities_are_resized(mini):
 @torch.no_grad()
 def test_published_numbers_of_the_real_weights(tmp_path):
     """transformers, tests/models/sam/test_modeling_sam.py, the integration tests."""
-    import urllib.request
-
-    from huggingface_hub import constants
-    from test_online import reach
+    from test_online import picture
 
     url = "https://huggingface.co/ybelkada/segment-anything/resolve/main/assets/car.png"
-    reach(constants.ENDPOINT)
-    reach(url)
-    urllib.request.urlretrieve(url, tmp_path / "car.png")
+    image = picture(url, tmp_path)
     model = SAM.from_pretrained("facebook/sam-vit-base")
     assert model.config == sam_decoder.VARIANTS["vit-base"]
-    image = Image.open(tmp_path / "car.png")
     features, size = model.encode_image(model.preprocess(image)[None]), (image.height, image.width)
     points = model.to_frame(torch.tensor([[[[400, 650]], [[220, 470]]]]), size)
     labels = torch.ones(1, 2, 1)

@@ -2,16 +2,15 @@
 
 import json
 import re
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from conftest import ROOT
+from conftest import ROOT, close, write_run
 from PIL import Image
-from safetensors.torch import save_file
 from torch import nn
 from transformers import SegformerConfig, SegformerForSemanticSegmentation, SegformerModel
 from transformers.models.segformer.image_processing_pil_segformer import SegformerImageProcessorPil
@@ -67,10 +66,6 @@ def randomised(model: nn.Module) -> nn.Module:
 @pytest.fixture(scope="module")
 def mini():
     return randomised(SegFormer(MINI)).eval()
-
-
-def close(ours, theirs, atol=2e-5):
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=atol)
 
 
 def shapes(state) -> dict[str, list[int]]:
@@ -266,10 +261,7 @@ def authors(state, folder):
 
 
 def run_folder(state, folder, **more):
-    config = {"format": 1, "model": "segformer", "class": "SegFormer", "config": asdict(MINI)}
-    (folder / "config.json").write_text(json.dumps(config | more))
-    save_file(state, folder / "best.safetensors")
-    return folder
+    return write_run(folder, SegFormer, state, MINI, **more)
 
 
 FORMS = {
@@ -479,20 +471,14 @@ PUBLISHED = {  # logits[0, 0, :3, :3]; transformers' conversion script
 @pytest.mark.parametrize("variant", OFFICIAL)
 @torch.no_grad()
 def test_published_numbers_of_the_real_weights(variant, tmp_path):
-    import urllib.request
+    from test_online import CATS, picture
 
-    from huggingface_hub import constants
-    from test_online import reach
-
-    url = "http://images.cocodataset.org/val2017/000000039769.jpg"
-    reach(constants.ENDPOINT)
-    reach(url)
-    urllib.request.urlretrieve(url, tmp_path / "cats.jpg")
+    image = picture(CATS, tmp_path)
     size = "640-640" if variant == "b5" else "512-512"
     hub_id = f"nvidia/segformer-{variant}-finetuned-ade-{size}"
     model = SegFormer.from_pretrained(hub_id, image_size=512)  # the script's, for b5 too
     assert model.config == replace(segformer.VARIANTS[variant], image_size=512)
-    logits = model(model.preprocess(Image.open(tmp_path / "cats.jpg"))[None])
+    logits = model(model.preprocess(image)[None])
     assert logits.shape == (1, 150, 128, 128)
     close(logits[0, 0, :3, :3].flatten(), torch.tensor(PUBLISHED[variant]), 1e-3)
 

@@ -2,13 +2,13 @@
 
 import json
 import shutil
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from conftest import command, rows
-from safetensors.torch import load_file, save_file
+from conftest import command, rows, write_run
+from safetensors.torch import load_file
 
 import biomedclipseg
 import clipseg
@@ -185,14 +185,12 @@ def test_a_resumed_run_ends_as_one_that_never_stopped(what, options, monkeypatch
 
 def test_a_run_of_biomedclipseg_carries_its_vocabulary(options, tmp_path):
     folder = tmp_path / "biomedclip"
-    folder.mkdir()
     config = replace(biomedclipseg.VARIANTS["mini"], image_size=64)
-    save_file(biomedclipseg.BiomedCLIPSeg(config).state_dict(), folder / "best.safetensors")
+    model = biomedclipseg.BiomedCLIPSeg(config)
+    write_run(folder, biomedclipseg.BiomedCLIPSeg, model.state_dict(), config)
     (folder / "vocab.txt").write_text("\n".join(CHARACTERS), encoding="utf-8")
     options = replace(options, model="biomedclipseg", variant=None, weights=str(folder), epochs=1)
     options = replace(options, size=None)
-    told = {"format": 1, "class": "BiomedCLIPSeg", "config": asdict(config)}
-    (folder / "config.json").write_text(json.dumps(told))
     summary = train.run(options)
     shutil.rmtree(folder)  # the run stands on its own
     again = replace(options, weights=options.out, out=options.out + "-again", eval=True)

@@ -2,16 +2,15 @@
 
 import json
 import re
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
+from conftest import ROOT, write_run
 from PIL import Image
 from recipe import fill
-from safetensors.torch import save_file
 from torch import nn
 from transformers import (
     ConvNextBackbone,
@@ -271,10 +270,7 @@ def training_program(state, folder):
 
 
 def run_folder(state, folder, **more):
-    config = {"format": 1, "model": "upernet", "class": "UPerNet", "config": asdict(MINI)} | more
-    (folder / "config.json").write_text(json.dumps(config))
-    save_file(state, folder / "best.safetensors")
-    return folder
+    return write_run(folder, UPerNet, state, MINI, **more)
 
 
 FORMS = {
