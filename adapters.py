@@ -5,58 +5,86 @@ an untouched model is the model that was loaded. Here the update is a parametris
 (torch.nn.utils.parametrize), so it reaches every linear layer, the packed projections of
 nn.MultiheadAttention too, without a line in the model's own file.
 
-    add_lora(model, rank=8, chosen=lambda name: name.startswith("clip."))
+    add_lora(model, 8, lambda name: name.startswith("clip."))
     ...                                            # train what requires gradients
-    save_file(merged_state_dict(model), path)      # the plain model's names
+    save_adapter(model, "adapter.safetensors")     # small: what was trained
+    save_file(merged_state_dict(model), path)      # or all of it, with the plain model's names
     merge_lora(model)                              # the plain model
+
+    load_adapter(model, "adapter.safetensors")     # elsewhere, in the model before training
+    merge_lora(model)                              # the same plain model, bit for bit
+
+SAMed (github.com/hitachinsk/SAMed) updates queries and values alone, each by rank 4, in an encoder
+that is frozen whole:
+
+    add_lora(sam, 4, lambda name: name.startswith("vision_encoder."),
+             chosen=lambda name: name.endswith("attn.qkv.weight"), thirds=(0, 2))
 """
 
+import json
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 
 class LoRA(nn.Module):
-    """weight (O,I) -> weight + up @ down, an update of rank `rank` at most."""
+    """weight (O,I) -> weight + up @ down in some rows (O' of them), an update of rank R at most."""
 
-    def __init__(self, weight: Tensor, rank: int):
+    def __init__(self, weight: Tensor, rank: int, rows: slice = slice(None)):
         super().__init__()
-        O, I = weight.shape
-        self.down = nn.Parameter(weight.new_empty(rank, I))
-        self.up = nn.Parameter(weight.new_zeros(O, rank))
+        self.rows, (outputs, inputs) = rows, weight[rows].shape
+        self.down = nn.Parameter(weight.new_empty(rank, inputs))
+        self.up = nn.Parameter(weight.new_zeros(outputs, rank))
         nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))  # as nn.Linear
 
     def forward(self, weight: Tensor) -> Tensor:
-        return weight + self.up @ self.down  # (O,I)
+        updated = weight[self.rows] + self.up @ self.down  # (O',I)
+        # Not weight + zeros elsewhere: the other rows stay the same bits.
+        return weight.slice_scatter(updated, 0, self.rows.start, self.rows.stop)  # (O,I)
 
 
-def add_lora(model: nn.Module, rank: int, chosen: Callable[[str], bool]) -> None:
-    """Freezes the parameters with a chosen name; those that are weights of linear layers get LoRA.
+def add_lora(
+    model: nn.Module,
+    rank: int,
+    frozen: Callable[[str], bool],
+    chosen: Callable[[str], bool] = lambda name: True,
+    thirds: tuple[int, ...] = (),
+) -> None:
+    """Freezes the parameters of a frozen name; those that are weights of linear layers get LoRA.
 
-    Raises ValueError if rank is below 1 or no linear layer is chosen.
+    chosen: of these weights only some. thirds: of a projection that packs queries, keys and values
+    (3C,C), which of the three get an update, each its own; (): the weight has one for all rows.
+    Raises ValueError if rank is below 1, no linear layer is chosen or one is not packed in thirds.
     """
     if rank < 1:
         raise ValueError(f"the rank of LoRA must be at least 1, not {rank}")
     linear = {nn.Linear: "weight", nn.MultiheadAttention: "in_proj_weight"}
     places = []
-    for name, module in model.named_modules():
+    for path, module in model.named_modules():
         for kind, key in linear.items():
-            if isinstance(module, kind) and chosen(f"{name}.{key}"):
-                places.append((module, key))
+            name = f"{path}.{key}".lstrip(".")
+            if isinstance(module, kind) and frozen(name) and chosen(name):
+                rows, C = getattr(module, key).shape
+                if thirds and rows != 3 * C:
+                    raise ValueError(f"{name} is ({rows},{C}), not (3C,C), so it has no thirds")
+                places.append((module, key, C))
     if not places:
         raise ValueError("LoRA has no linear layer to work on")
     for name, parameter in model.named_parameters():
-        if chosen(name):
+        if frozen(name):
             parameter.requires_grad_(False)
-    for module, key in places:
-        parametrize.register_parametrization(module, key, LoRA(getattr(module, key), rank))
+    for module, key, C in places:
+        for rows in [slice(i * C, (i + 1) * C) for i in thirds] or [slice(None)]:
+            lora = LoRA(getattr(module, key), rank, rows)
+            parametrize.register_parametrization(module, key, lora)
 
 
 def is_lora(name: str) -> bool:
     """Whether a parameter or tensor of this name belongs to an update."""
-    return name.endswith((".down", ".up")) and ".parametrizations." in name
+    return name.endswith((".down", ".up")) and "parametrizations." in name
 
 
 def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -78,3 +106,57 @@ def merge_lora(model: nn.Module) -> None:
     for module in list(model.modules()):
         for key in list(getattr(module, "parametrizations", {})):
             parametrize.remove_parametrizations(module, key, leave_parametrized=True)
+
+
+def save_adapter(model: nn.Module, path: str | Path) -> None:
+    """Every tensor that is not frozen, as safetensors: updates (not merged yet), decoder, buffers.
+
+    Buffers (statistics of batch norms) are small and may change under frozen parameters, too. Where
+    updates belong stands in the metadata: `lora`, name -> rank, first row and end, null for all.
+    """
+    from safetensors.torch import save_file
+
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    state = {name: t.contiguous() for name, t in model.state_dict().items() if name not in frozen}
+    updates = {name: m for name, m in model.named_modules() if isinstance(m, LoRA)}
+    places = {name: (len(m.down), m.rows.start, m.rows.stop) for name, m in updates.items()}
+    save_file(state, path, {"lora": json.dumps(places)})
+
+
+def load_adapter(model: nn.Module, path: str | Path) -> None:
+    """What `save_adapter` wrote, into the plain model that its training began with, ready to go on.
+
+    Raises ValueError, with the model as it was, if the file is no adapter, is cut off or does not
+    fit. Only names and shapes can tell: other weights of the same shapes give another model.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            places = json.loads((file.metadata() or {})["lora"])
+            found = {name: file.get_tensor(name) for name in file.keys()}
+    except (SafetensorError, KeyError) as error:
+        raise ValueError(f"{path}: no file of save_adapter, or cut off ({error})") from None
+    plain, parameters = model.state_dict(), dict(model.named_parameters())
+    updates, wrong = [], []
+    needed = {name: t for name, t in plain.items() if name not in parameters}  # buffers
+    for name, (rank, start, stop) in places.items():
+        module, _, rest = name.partition("parametrizations.")  # MODULE.parametrizations.KEY.INDEX
+        key = rest.partition(".")[0]
+        weight = parameters.get(module + key)
+        if weight is None or weight.ndim != 2:
+            wrong.append(module + key)
+            continue
+        lora = LoRA(weight, rank, slice(start, stop))
+        updates.append((module.rstrip("."), key, lora))
+        needed |= {f"{name}.{part}": t for part, t in lora.state_dict().items()}
+    fitting = plain | needed
+    wrong += [n for n, t in found.items() if n not in fitting or fitting[n].shape != t.shape]
+    wrong += [name for name in needed if name not in found]
+    if wrong:
+        raise ValueError(f"{path} does not fit this model: {', '.join(wrong[:3])} ({len(wrong)})")
+    for module, key, lora in updates:
+        parametrize.register_parametrization(model.get_submodule(module), key, lora)
+    model.load_state_dict(model.state_dict() | found)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in found)

@@ -31,6 +31,29 @@ def mirror_prompt(prompt: str, axis: str) -> str | None:
     return re.sub(side, lambda match: words[match[0].lower()], prompt, flags=re.I)
 
 
+MIRRORS = {"hflip": "horizontal", "vflip": "vertical"}
+LIGHTS = {"bright": 1.25, "dark": 0.8}  # what brightness is multiplied by
+VIEWS = ("original", *MIRRORS, *LIGHTS)
+
+
+def view(sample: dict, name: str) -> dict:
+    """A sample (data.py) as one of VIEWS shows it, and `view`, its name.
+
+    These are the augmentation of kept features, which are made for each of them once. A sample
+    whose prompt holds a side that may be anatomy is not mirrored: it stays the "original".
+    """
+    mirrored = name in MIRRORS
+    prompt = mirror_prompt(sample["prompt"], MIRRORS[name]) if mirrored else sample["prompt"]
+    if prompt is None:
+        return sample | {"view": "original"}
+    pixels = {key: sample[key] for key in ("image", "mask") if key in sample}
+    if mirrored:
+        pixels = {key: x.flip(-1 if name == "hflip" else -2) for key, x in pixels.items()}
+    if name in LIGHTS:
+        pixels["image"] = (pixels["image"] * LIGHTS[name]).round().clamp(max=255).to(torch.uint8)
+    return sample | pixels | {"prompt": prompt, "view": name}
+
+
 @dataclass(frozen=True)
 class Augment:
     """Joint augmentation of image, mask and prompt, mild enough that the prompt stays true."""
@@ -42,13 +65,16 @@ class Augment:
     brightness: float = 0.2  # relative change; hue and saturation stay, since prompts name colours
     contrast: float = 0.2
 
-    def __call__(self, image, mask, prompt: str, size: int, rng: np.random.Generator):
-        """uint8 (3,H,W), int64 (H,W), str -> uint8 (3,size,size), int64 (size,size), str."""
+    def __call__(self, image, mask, prompt: str, size: int | None, rng: np.random.Generator):
+        """uint8 (3,H,W), int64 (H,W), str -> uint8 (3,size,size), int64 (size,size), str.
+
+        size None: the image keeps its own.
+        """
         image, mask = (
             tv_tensors.Image(image),
             tv_tensors.Mask(mask[None].to(torch.uint8)),
         )  # (1,H,W)
-        steps = [v2.Resize((size, size), antialias=True)]
+        steps = [v2.Resize((size, size), antialias=True)] if size else []
         for axis, flip in (
             ("horizontal", v2.RandomHorizontalFlip),
             ("vertical", v2.RandomVerticalFlip),

@@ -11,8 +11,9 @@ How files are read
   stored, is turned as its image is.
 
 A sample is a dict: `image` uint8 (3,H,W), `mask` int64 (H,W) of class numbers (0 and 1 of binary
-masks; 255: does not count), `prompt` str, `name` (the mask's stem), `size` (H,W), `classes` (of
-binary masks one, else with the background), `group` (a patient, or None), `dataset`.
+masks; 255: does not count), `prompt` str, `name` (the mask's stem), `file` (the image's path),
+`size` (H,W), `classes` (of binary masks one, else with the background), `group` (a patient, or
+None), `dataset`.
 """
 
 import hashlib
@@ -74,6 +75,28 @@ def read_mask(path: Path, image: Path | None = None, numbers: bool = False) -> n
     x = np.asarray(mask)
     x = x if x.ndim == 2 else x[..., :3].max(axis=2)  # (H,W)
     return x.clip(0, 255).astype(np.uint8)
+
+
+def colour_table(name: str) -> np.ndarray:
+    """What colour, RGB, a map gives each grey level, uint8 (256,3).
+
+    name: one of matplotlib's, or OpenCV's for the same (COLORMAP_BONE is bone). ValueError: unknown
+    """
+    import matplotlib
+
+    known = {known.lower(): known for known in matplotlib.colormaps}
+    found = known.get(name.lower().removeprefix("colormap_"))
+    if found is None:
+        hint = "bone, viridis, turbo, … of matplotlib.colormaps"
+        raise ValueError(f"--pseudocolor {name}: unknown; take one of {hint}")
+    return matplotlib.colormaps[found](np.arange(256) / 255, bytes=True)[:, :3]
+
+
+def pseudocolor(image: np.ndarray, name: str | None) -> np.ndarray:
+    """Image uint8 (H,W,3) -> its grey levels in the colours of a map, or as it is without one."""
+    if name is None:
+        return image
+    return colour_table(name)[np.asarray(Image.fromarray(image).convert("L"))]
 
 
 def foreground_above(maximum: int) -> int:
@@ -192,8 +215,8 @@ def _cache(entries: list, folder: Path) -> tuple[Path, np.ndarray]:
 class Dataset:
     """Entries of one or several data sets; their pixels lie in one file that all workers map."""
 
-    def __init__(self, entries: list, rows: np.ndarray, path: Path):
-        self.entries, self.rows, self.path = entries, rows, path
+    def __init__(self, entries: list, rows: np.ndarray, path: Path, colours: str | None = None):
+        self.entries, self.rows, self.path, self.colours = entries, rows, path, colours
         self.classes = entries[0].classes
         self._bytes = None  # mapped on first use, in each process
 
@@ -205,7 +228,8 @@ class Dataset:
 
     def subset(self, indices) -> "Dataset":
         """The same pixels, fewer entries."""
-        return Dataset([self.entries[i] for i in indices], self.rows[indices], self.path)
+        entries = [self.entries[i] for i in indices]
+        return Dataset(entries, self.rows[indices], self.path, self.colours)
 
     def pixels(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         """Image uint8 (H,W,3), a view of the file, and mask uint8 (H,W) of entry i."""
@@ -223,10 +247,12 @@ class Dataset:
     def sample(self, i: int, kind: str, rng: np.random.Generator | None = None) -> dict:
         """The sample dict of the module's docstring; kind and rng as for `Entry.text`."""
         entry, (image, mask) = self.entries[i], self.pixels(i)
+        image = pseudocolor(image, self.colours)
         sample = {"image": torch.from_numpy(image.transpose(2, 0, 1).copy())}  # (3,H,W)
         sample |= {"mask": torch.from_numpy(mask.astype(np.int64)), "size": mask.shape}  # (H,W)
         sample |= {"prompt": entry.text(kind, rng), "classes": self.classes}
-        return sample | {"name": entry.name, "group": entry.group, "dataset": entry.root.name}
+        sample |= {"name": entry.name, "file": entry.image}
+        return sample | {"group": entry.group, "dataset": entry.root.name}
 
     def absent_prompt(self, i: int, kind: str, rng: np.random.Generator) -> str:
         """A prompt of another image of the same data set, whose text entry i does not have: all
@@ -252,12 +278,12 @@ class Dataset:
         return f"{len(self)} entries, {sizes}, masks read {read}, {empty} of them empty"
 
 
-def open_dataset(entries: list, cache: Path = ".cache") -> Dataset:
+def open_dataset(entries: list, cache: Path = ".cache", colours: str | None = None) -> Dataset:
     """Decodes the entries of one or several data sets; each data set keeps its own rule for masks.
 
-    Raises FileNotFoundError, ValueError or OSError, one line with the file's name, for anything
-    missing, truncated or of another size, for a data set whose masks are all empty, and for a full
-    disk.
+    colours: of `pseudocolor`, in which samples come. Raises FileNotFoundError, ValueError or
+    OSError, one line with the file's name, for anything missing, truncated or of another size, for
+    a data set whose masks are all empty, and for a full disk.
     """
     if not entries:
         raise ValueError("the annotation file has no entries")
@@ -273,7 +299,7 @@ def open_dataset(entries: list, cache: Path = ".cache") -> Dataset:
         if not rows[ours, 5].any():
             one = entries[ours[0]].mask
             raise ValueError(f"{root}: all {len(ours)} masks are empty, {one} for one")
-    return Dataset(entries, rows, path)
+    return Dataset(entries, rows, path, colours)
 
 
 # --- loaders -------------------------------------------------------------------------------------
@@ -316,12 +342,13 @@ def train_batches(n: int, size: int, epochs: int, seed: int, start: int):
         yield [(epoch, int(i)) for i in order[k * size : (k + 1) * size]]
 
 
-def loader(items: Items, batches, workers: int, device: torch.device):
-    """A DataLoader over batches of (epoch, i): stacked in training, single items in evaluation."""
+def loader(items: Items, batches, workers: int, device: torch.device, collate=None):
+    """A DataLoader over batches of (epoch, i): in training stacked, or by `collate`; in evaluation
+    single items."""
     return torch.utils.data.DataLoader(
         items,
         batch_sampler=batches,
-        collate_fn=None if items.train else itemgetter(0),
+        collate_fn=collate if items.train else itemgetter(0),
         num_workers=workers,
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # its own: opening a loader must not move torch's random state

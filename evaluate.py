@@ -1,7 +1,8 @@
 """Model, recipe and data set -> scores of every image, and the test folder of a run."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from tqdm import tqdm
 import data
 import layouts
 import metrics
+import prompts
 import report
 
 
@@ -41,7 +43,9 @@ def run_config(weights: str | None) -> dict:
 
 
 def predictions(model, recipe, dataset, options, title: str):
-    """Yields for every entry its item, its probabilities (K,H,W), and its loss (or None).
+    """Yields for every entry its item, probabilities (K,H,W), the model's output, and its loss.
+
+    The loss is None where there is nothing that it could be taken of.
 
     One image at a time, nothing is kept: memory does not grow with the data set.
     """
@@ -55,9 +59,9 @@ def predictions(model, recipe, dataset, options, title: str):
         with torch.no_grad():
             probabilities, output = recipe.predict(model, item)
             loss = None
-            if output is not None:
+            if output is not None and "mask" in item:
                 loss = float(recipe.loss(output, {"mask": item["mask"][None].to(device)})[0])
-        yield item, probabilities.cpu().numpy(), loss
+        yield item, probabilities.cpu().numpy(), output, loss
 
 
 def foreground(classes: tuple[str, ...]) -> tuple[str, ...]:
@@ -88,10 +92,10 @@ def check_threshold(k: int, threshold) -> None:
         raise ValueError("--threshold: the most probable of several classes counts, drop it")
 
 
-def check_classes(model, datasets, options) -> None:
-    """ValueError, one line, if a data set has other classes than the model."""
+def check_classes(model, recipe, datasets, options) -> None:
+    """ValueError, one line, if a data set has other classes than the model. SAM has none."""
     k, names = num_classes(model), run_config(options.weights).get("classes")
-    for dataset in datasets:
+    for dataset in [] if recipe.ask else datasets:
         root, have = dataset.entries[0].root, len(dataset.classes)
         if have != k:
             told = f"{root} has {have} ({', '.join(dataset.classes)})"
@@ -106,46 +110,81 @@ def check_classes(model, datasets, options) -> None:
 def best_threshold(model, recipe, dataset, options) -> float:
     """The one of 0.05, 0.10, ..., 0.95 with the highest mean Dice."""
     thresholds, dice = np.arange(1, 20) / 20, []
-    for item, probabilities, _ in predictions(model, recipe, dataset, options, "threshold"):
+    for item, probabilities, *_ in predictions(model, recipe, dataset, options, "threshold"):
         masks = [probabilities > threshold for threshold in thresholds]
-        dice.append([score(item, m, dataset.classes, False)[0]["dice"] for m in masks])
+        dice.append([score(item, m, dataset.classes)[0]["dice"] for m in masks])
     mean = np.mean(dice, axis=0)
     best = float(thresholds[mean.argmax()])
     print(f"threshold {best}: validation Dice {mean.max():.4f}, {mean[9]:.4f} at 0.5")
     return best
 
 
-def evaluate(model, recipe, dataset, options, distances: bool, title: str) -> list[dict]:
-    """Scores of every entry and class, a dict each. `distances`: also HD95, ASSD and NSD."""
-    rows = []
-    for item, probabilities, loss in predictions(model, recipe, dataset, options, title):
+def evaluate(model, recipe, dataset, options, whole: bool, title: str) -> tuple[list, list]:
+    """Scores of every entry and class, a dict each; and, of a model that is asked by prompts, those
+    of every prompt. `whole`: also those that take time, see `score`."""
+    rows, parts = [], []
+    for item, probabilities, output, loss in predictions(model, recipe, dataset, options, title):
         masks = to_masks(probabilities, model.config.threshold)
-        rows += [row | {"loss": loss} for row in score(item, masks, dataset.classes, distances)]
+        more = probabilities if whole else None
+        rows += [row | {"loss": loss} for row in score(item, masks, dataset.classes, more)]
+        if whole and recipe.ask and output is not None:
+            each = recipe.each(model, item, output).cpu().numpy()  # (Q,H,W)
+            parts += score_parts(item, each, output[1], model.config.threshold)
+    return rows, parts
+
+
+def whose(item: dict) -> dict:
+    """What tells of which entry scores are."""
+    return {key: item[key] for key in ("dataset", "name", "group", "prompt")}
+
+
+def score_masks(found: np.ndarray, there: np.ndarray, valid, probabilities=None) -> list[dict]:
+    """metrics.score_image, and with the probabilities of the masks all other scores, too."""
+    rows = metrics.score_image(found, there, valid, with_distances=probabilities is not None)
+    if probabilities is None:
+        return rows
+    inside = True if valid is None else valid
+    for row, mask, truth, p in zip(rows, found & inside, there & inside, probabilities):
+        row["ap"] = metrics.average_precision(p, truth, valid)
+        row |= metrics.betti_error(mask, truth)
     return rows
 
 
-def score(item: dict, masks: np.ndarray, classes, distances: bool) -> list[dict]:
+def score(item: dict, masks: np.ndarray, classes, probabilities=None) -> list[dict]:
     """Scores of one entry, a dict a class, with what tells whose they are; of the background, last,
-    only its counts. masks: bool (K,H,W)."""
-    where = {key: item[key] for key in ("dataset", "name", "group", "prompt")}
+    only its counts. masks: bool (K,H,W); with probabilities (K,H,W) also HD95, ASSD, NSD, average
+    precision and Betti errors."""
     truth, names = item["truth"].numpy(), foreground(classes)  # (1,H,W)
-    valid = None if (truth != 255).all() else truth[0] != 255
-    found, there = masks[-len(names) :], truth_masks(item, len(names))  # without the background
-    scores = metrics.score_image(found, there, valid, with_distances=distances)
-    rows = [where | {"class": k} | row for k, row in zip(names, scores, strict=True)]
+    valid, n = None if (truth != 255).all() else truth[0] != 255, len(names)
+    more = None if probabilities is None else probabilities[-n:]  # without the background
+    scores = score_masks(masks[-n:], truth_masks(item, n), valid, more)
+    rows = [whose(item) | {"class": k} | row for k, row in zip(names, scores, strict=True)]
     if len(classes) > 1:
         counts = metrics.overlap(masks[0], truth[0] == 0, valid)
-        rows.append(where | {"class": classes[0]} | {k: counts[k] for k in ("tp", "fp", "fn")})
+        counts = {key: counts[key] for key in ("tp", "fp", "fn")}
+        rows.append(whose(item) | {"class": classes[0]} | counts)
+    return rows
+
+
+def score_parts(item: dict, probabilities: np.ndarray, iou, threshold: float) -> list[dict]:
+    """Scores of the mask of each prompt, (Q,H,W), against that prompt's own truth: a dict each."""
+    parts, classes = item["parts"].numpy(), item["classes"]  # (Q,H,W)
+    valid = None if (parts[0] != 255).all() else parts[0] != 255
+    rows = score_masks(probabilities > threshold, parts == 1, valid, probabilities)
+    for k, (row, number) in enumerate(zip(rows, item["numbers"].tolist())):
+        name = classes[number] if len(classes) > 1 else classes[0]
+        rows[k] = whose(item) | {"class": name, "component": k} | row
+        rows[k]["iou_estimate"] = float(iou.flatten()[k])
     return rows
 
 
 def validate(model, recipe, dataset, options) -> dict[str, float]:
     """val_loss, val_dice, val_iou, and the distances if asked for: means as those of a test."""
     distances = options.val_distances
-    rows = evaluate(model, recipe, dataset, options, distances, "validate")
+    rows, _ = evaluate(model, recipe, dataset, options, distances, "validate")
     summary = metrics.summarise(rows, foreground(dataset.classes))
     names = ["dice", "iou"] + ["hd95", "assd", "nsd"] * distances
-    loss = float(np.mean([row["loss"] for row in rows]))
+    loss = float(np.mean([row["loss"] for row in rows if row["loss"] is not None]))
     return {"val_loss": loss} | {f"val_{name}": summary[name]["mean"] for name in names}
 
 
@@ -170,7 +209,7 @@ def draw(model, recipe, dataset, rows: list[dict], options, folder: Path) -> Non
         (f"{kind}{k + 1}", i) for kind, indices in chosen.items() for k, i in enumerate(indices)
     ]
     part, cards = dataset.subset([i for _, i in cases]), []
-    for k, (item, probabilities, _) in enumerate(
+    for k, (item, probabilities, *_) in enumerate(
         predictions(model, recipe, part, options, "draw")
     ):
         case, i = cases[k]
@@ -178,6 +217,7 @@ def draw(model, recipe, dataset, rows: list[dict], options, folder: Path) -> Non
         h, w = masks.shape[1:]  # not the image's with --score-size network
         image = np.asarray(Image.fromarray(part.pixels(k)[0]).resize((w, h)))
         picture = report.overlay(image, truth_masks(item, len(names)), masks)
+        report.draw_prompts(picture, item.get("shown", []))
         report.save_picture(folder / f"{case}_{Path(item['name']).name}.png", picture)
         words = f"“{item['prompt']}”" if item["prompt"] else "no text"
         words = words if recipe.read else Path(item["name"]).name
@@ -190,35 +230,73 @@ def draw(model, recipe, dataset, rows: list[dict], options, folder: Path) -> Non
 
 def test(model, recipe, tests: dict, options) -> dict:
     """Scores of every test set, printed and written to `test/` of the run; returns the summary."""
-    folder, summaries, every = Path(options.out) / "test", {}, []
+    folder, summaries, tables = Path(options.out) / "test", {}, {"image": [], "component": []}
+    asked = with_boxes(recipe, tests, options.boxes)
     for name, dataset in tests.items():
-        rows = evaluate(model, recipe, dataset, options, True, f"test {name}")
-        summaries[name] = metrics.summarise(rows, foreground(dataset.classes))
-        every += [{"test": name} | row for row in rows]
+        rows, parts = evaluate(model, recipe, dataset, options, True, f"test {name}")
+        names = foreground(dataset.classes)
+        summaries[name] = metrics.summarise(rows, names)
+        for table, some in zip(tables.values(), (rows, parts)):
+            table += [{"test": name} | row for row in some]
         prompt = f", prompt {options.prompt}" if recipe.read else ""
         print(f"test {name}{prompt}:\n{report.table(summaries[name])}")
+        if recipe.ask:
+            if parts:
+                summaries[name]["components"] = metrics.summarise(parts, names)
+                print(f"  each component:\n{report.table(summaries[name]['components'])}")
+            sources, _ = study(model, asked, dataset, options, f"prompts {name}")
+            summaries[name]["prompts"] = sources
+            print(f"  by what is asked, of an image's classes:\n{report.study_table(sources)}")
         where = folder / "overlays" / (name.replace(":", "-") if len(tests) > 1 else "")
         draw(model, recipe, dataset, rows, options, where)
         if options.overlays:
             one, several = "green: truth, magenta: prediction", "truth outlined, prediction filled"
             what = one if len(dataset.classes) == 1 else several
             print(f"  overlays ({what}): {where / 'sheet.png'}")
-    return write_summary(folder, model, options, summaries, every)
+    return write_summary(folder, model, options, summaries, tables)
 
 
-def write_summary(folder: Path, model, options, summaries: dict, rows: list[dict]) -> dict:
-    """summary.json and per_image.csv; returns what is in the former."""
-    kept = ("model", "weights", "recipe", "prompt", "score_size")
+def write_summary(folder: Path, model, options, summaries: dict, tables: dict) -> dict:
+    """summary.json and per_image.csv, per_component.csv; returns what is in the first."""
+    kept = ("model", "weights", "recipe", "prompt", "sam_prompts", "score_size")
     summary = {key: getattr(options, key) for key in kept}
     summary |= {"threshold": model.config.threshold, "tests": summaries}
     report.write_json(folder / "summary.json", summary)
-    report.write_csv(folder / "per_image.csv", rows)
+    for name, rows in tables.items():
+        if rows:
+            report.write_csv(folder / f"per_{name}.csv", rows)
     return summary
+
+
+def with_boxes(recipe, tests: dict, path: str | None):
+    """The recipe, which can ask by the boxes of a file, too. ValueError: not those of the tests."""
+    if path is None:
+        return recipe
+    sizes, classes = {}, {}
+    for dataset in tests.values():
+        sizes |= {e.image.name: tuple(row[2:4]) for e, row in zip(dataset.entries, dataset.rows)}
+        classes |= dict.fromkeys(dataset.classes)
+    boxes = prompts.read_boxes(path, sizes, tuple(classes))
+    for image, found in boxes.items() if len(classes) > 1 else ():
+        if any(name is None for name, _ in found):
+            told = ", ".join(classes)
+            raise ValueError(f"{path}: a box of {image} has no class; there are {told}")
+    return replace(recipe, ask=partial(recipe.ask, boxes=boxes))
+
+
+def sources(recipe, dataset, options) -> list[str]:
+    """What every entry can be asked by: types of prompts; of SAM what a user may have."""
+    if recipe.read:
+        entries = dataset.entries
+        return [k for k in entries[0].prompts if all(k in e.prompts for e in entries)]
+    whole = ["image"] if len(dataset.classes) == 1 else []  # which tells no classes apart
+    given = ["given boxes"] if options.boxes else []
+    return ["boxes", "jittered boxes", *given, "points", "both", *whole]
 
 
 @dataclass
 class EveryPrompt(torch.utils.data.Dataset):
-    """What a worker makes of entry i: its inputs with a prompt of every type."""
+    """What a worker makes of entry i: its inputs, asked by every source."""
 
     dataset: data.Dataset
     recipe: object
@@ -228,21 +306,25 @@ class EveryPrompt(torch.utils.data.Dataset):
         return len(self.dataset)
 
     def __getitem__(self, i: int) -> dict[str, dict]:
-        item = self.recipe.inputs(self.dataset.sample(i, self.kinds[0]), train=False, rng=None)
-        entry = self.dataset.entries[i]
-        texts = {kind: entry.text(kind) for kind in self.kinds}
-        return {k: item | self.recipe.read(text) | {"prompt": text} for k, text in texts.items()}
+        entry, read = self.dataset.entries[i], self.recipe.read
+        sample = self.dataset.sample(i, self.kinds[0] if read else "")
+        item = self.recipe.inputs(sample, train=False, rng=None)
+        if read:
+            texts = {kind: entry.text(kind) for kind in self.kinds}
+            return {k: item | read(text) | {"prompt": text} for k, text in texts.items()}
+        return {k: item | self.recipe.ask(sample, k) | {"prompt": k} for k in self.kinds}
 
 
-def score_every_prompt(model, recipe, dataset, options, title: str) -> dict[str, list[dict]]:
-    """Scores of every entry by prompt type, for the types that all entries have.
+def study(model, recipe, dataset, options, title: str) -> tuple[dict, dict]:
+    """Summary and rows of scores by what is asked.
 
     Where the model has `encode_image`, an image passes through its encoder once for all prompts.
     """
-    kinds = [k for k in dataset.entries[0].prompts if all(k in e.prompts for e in dataset.entries)]
-    rows, device = {kind: [] for kind in kinds}, next(model.parameters()).device
-    study = EveryPrompt(dataset, recipe, kinds)
-    loader = torch.utils.data.DataLoader(study, None, num_workers=options.workers)
+    kinds, device = sources(recipe, dataset, options), next(model.parameters()).device
+    rows = {kind: [] for kind in kinds}
+    loader = torch.utils.data.DataLoader(
+        EveryPrompt(dataset, recipe, kinds), None, num_workers=options.workers
+    )
     for items in tqdm(loader, title, unit="image", disable=None, leave=False):
         kept = {}
         with torch.no_grad():
@@ -252,8 +334,9 @@ def score_every_prompt(model, recipe, dataset, options, title: str) -> dict[str,
             for kind, item in items.items():
                 probabilities, _ = recipe.predict(model, item | kept)
                 masks = to_masks(probabilities.cpu().numpy(), model.config.threshold)
-                rows[kind] += score(item, masks, dataset.classes, distances=False)
-    return rows
+                rows[kind] += score(item, masks, dataset.classes)
+    names = foreground(dataset.classes)
+    return {kind: metrics.summarise(some, names) for kind, some in rows.items()}, rows
 
 
 def prompt_study(model, recipe, tests: dict, options) -> dict:
@@ -263,13 +346,12 @@ def prompt_study(model, recipe, tests: dict, options) -> dict:
         raise ValueError(f"--prompt-study: {type(model).__name__} reads no prompts")
     model.eval()
     for name, dataset in tests.items():
-        rows = score_every_prompt(model, recipe, dataset, options, f"study {name}")
-        summaries[name] = {k: metrics.summarise(r, dataset.classes) for k, r in rows.items()}
+        summaries[name], rows = study(model, recipe, dataset, options, f"study {name}")
         every += [{"test": name, "type": kind} | row for kind in rows for row in rows[kind]]
         examples = {kind: cases[0]["prompt"] for kind, cases in rows.items()}
         print(f"test {name}, every type of prompt:")
         print(report.study_table(summaries[name], examples))
-    return write_summary(Path(options.out) / "test", model, options, summaries, every)
+    return write_summary(Path(options.out) / "test", model, options, summaries, {"image": every})
 
 
 def open_tests(options) -> dict[str, data.Dataset]:
@@ -285,8 +367,7 @@ def open_tests(options) -> dict[str, data.Dataset]:
         name = Path(path).resolve().name + ("" if split == "test" else f":{split}")
         if name in tests:
             raise ValueError(f"two test sets are called {name}; rename a folder")
-        tests[name] = data.open_dataset(
-            layouts.annotations(path, split, options.group_regex), options.cache
-        )
+        entries = layouts.annotations(path, split, options.group_regex)
+        tests[name] = data.open_dataset(entries, options.cache, options.pseudocolor)
         print(f"test {name}: {tests[name].describe()}")
     return tests

@@ -1,7 +1,7 @@
 """Kept features: what a frozen network makes of images or texts, computed once, in a file.
 
     path = Path(cache) / f"{fingerprint(weights, settings, content)}.npy"
-    rows = keep(path, n, compute, "features of 800 images")       # float16 (n, ...), memory-mapped
+    rows = keep(path, n, compute, "features of 800 images")  # float16 (n, ...), memory-mapped
 
 The name of the file says what is in it: a changed weight, setting or image is another file. A run
 that was killed left whole rows, and the next one goes on behind them.
@@ -46,20 +46,23 @@ def whole_rows(part: Path) -> int:
         return 0
 
 
-def keep(path: Path, n: int, compute: Callable[[int], Iterator[Tensor]], what: str) -> np.ndarray:
-    """Rows 0 to n-1 as float16 (n, ...), mapped read-only from `path`, computed if it is not there.
+def keep(
+    path: Path, n: int, compute: Callable[[int], Iterator[Tensor]], what: str, dtype="float16"
+) -> np.ndarray:
+    """Rows 0 to n-1 as `dtype` (n, ...), mapped read-only from `path`, computed if it is not there.
 
-    `compute(start)` yields the rows from number `start` on, tensors of one shape. The size is told
-    before anything is written. Raises OSError, one line, if the disk has no room for it.
+    dtype: float16 or float32. `compute(start)` yields the rows from number `start` on, tensors of
+    one shape. The size is told before anything is written. Raises OSError, one line, if the disk
+    has no room for it.
     """
     if path.is_file():
         return np.load(path, mmap_mode="r")
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
+    part, kind = path.with_suffix(".part"), np.dtype(dtype).newbyteorder("<")
     start = whole_rows(part)
     with open(part, "ab") as file, tqdm(None, what, n, False, initial=start, disable=None) as bar:
         for number, tensor in enumerate(compute(start) if start < n else (), start):
-            row = tensor.to("cpu").half().numpy()
+            row = tensor.to("cpu").numpy().astype(kind)
             if number == start:
                 need, free = (n - start) * row.nbytes, shutil.disk_usage(path.parent).free
                 print(f"keeping {what} in {path} ({need / 1e6:,.1f} MB)", flush=True)
@@ -67,9 +70,9 @@ def keep(path: Path, n: int, compute: Callable[[int], Iterator[Tensor]], what: s
                     short = f"{need / 1e6:,.0f} MB needed, {free / 1e6:,.0f} MB free"
                     raise OSError(f"{path.parent}: {short}; choose another folder with --cache")
             if number == 0:
-                head = {"descr": "<f2", "fortran_order": False, "shape": (n, *row.shape)}
+                head = {"descr": kind.str, "fortran_order": False, "shape": (n, *row.shape)}
                 npy.write_array_header_1_0(file, head)
-            file.write(np.ascontiguousarray(row, "<f2").tobytes())
+            file.write(row.tobytes())
             bar.update()
         file.flush()
         os.fsync(file.fileno())
@@ -87,7 +90,7 @@ class Rows:
         return {"path": self.path, "_rows": None}  # pickling a memory map would copy it
 
     def __getitem__(self, i: int) -> Tensor:
-        """Row i, float16."""
+        """Row i, of the dtype that it was kept in."""
         if self._rows is None:
             self._rows = np.load(self.path, mmap_mode="r")
         return torch.from_numpy(self._rows[i].copy())

@@ -19,9 +19,10 @@ Empty masks. Both empty: Dice, IoU and NSD are 1, distances 0. One empty (a miss
 Dice, IoU and NSD are 0, distances the image's diagonal. Leaving such images out would reward a
 model for finding less: they count, and are counted as `misses`. 0/0 elsewhere is nan, left out.
 
-Means run over images, over patients where images name one, and last over classes. In class maps an
-image counts for a class if its truth or its prediction has it. `dice_pooled` adds up TP, FP and FN
-of all images first, which large objects dominate: never compare it with `dice`, nor with
+Means run over the components of a class in an image where these are scored one by one, over images,
+over patients where images name one, and last over classes. In class maps an image counts for a
+class if its truth or its prediction has it. `dice_pooled` and its like add up TP, FP, FN and TN of
+all images first, which large objects dominate: never compare it with `dice`, nor with
 `macro_f1_pooled`, which counts the background as a class, too.
 """
 
@@ -32,7 +33,8 @@ from scipy.ndimage import binary_erosion, find_objects, label
 from scipy.sparse import csr_array
 from scipy.spatial import KDTree
 
-METRICS = ("dice", "iou", "sensitivity", "specificity", "precision", "hd95", "assd", "nsd")
+OVERLAPS = ("dice", "iou", "sensitivity", "specificity", "precision")
+METRICS = (*OVERLAPS, "hd95", "assd", "nsd", "ap", "betti0_error", "betti1_error")
 
 
 # --- one image ------------------------------------------------------------------------------------
@@ -46,11 +48,26 @@ def _check(pred, truth):
         )
 
 
+def _shares(tp, fp, fn, tn, empty):
+    """Each of OVERLAPS of counted pixels; Dice and IoU of two empty masks are `empty`."""
+
+    def share(part, rest, undefined=np.nan):
+        return part / (part + rest) if part + rest else undefined
+
+    return {
+        "dice": share(2 * tp, fp + fn, empty),
+        "iou": share(tp, fp + fn, empty),
+        "sensitivity": share(tp, fn),
+        "specificity": share(tn, fp),
+        "precision": share(tp, fp),
+    }
+
+
 def overlap(pred, truth, valid=None):
     """Scores that count pixels, of one class in one image.
 
     pred, truth: bool arrays of one shape, any number of dimensions. valid: bool array, the pixels
-    that count. Returns tp, fp, fn in pixels; dice, iou, sensitivity, specificity, precision in 0-1.
+    that count. Returns tp, fp, fn, tn in pixels; each of OVERLAPS in 0-1.
     """
     _check(pred, truth)
     if valid is not None:
@@ -58,21 +75,8 @@ def overlap(pred, truth, valid=None):
     tp = int(np.count_nonzero(pred & truth))
     fp = int(np.count_nonzero(pred)) - tp
     fn = int(np.count_nonzero(truth)) - tp
-    tn = pred.size - tp - fp - fn
-
-    def share(part, rest, undefined=np.nan):
-        return part / (part + rest) if part + rest else undefined
-
-    return {
-        "dice": share(2 * tp, fp + fn, undefined=1.0),
-        "iou": share(tp, fp + fn, undefined=1.0),
-        "sensitivity": share(tp, fn),
-        "specificity": share(tn, fp),
-        "precision": share(tp, fp),
-        "tp": tp,
-        "fp": fp,
-        "fn": fn,
-    }
+    counts = {"tp": tp, "fp": fp, "fn": fn, "tn": pred.size - tp - fp - fn}
+    return _shares(**counts, empty=1.0) | counts
 
 
 def _boundary(mask):
@@ -148,6 +152,13 @@ def _draws(n, resamples, seed):
     return rng.multinomial(n, np.full(n, 1 / n), resamples).astype(float)
 
 
+def _mean_by(labels, values):
+    """n labels of any kind, values (n, K) -> means (G, K), a row a label in order of appearance."""
+    n, number = len(labels), {label: i for i, label in enumerate(dict.fromkeys(labels))}
+    places = [number[label] for label in labels], np.arange(n)
+    return _means(csr_array((np.ones(n), places), shape=(len(number), n)), values)
+
+
 def mean_ci(values, groups=None, resamples=2000, seed=0):
     """Mean with its 95 % interval (percentile bootstrap): {"mean", "low", "high", "n"}.
 
@@ -157,16 +168,12 @@ def mean_ci(values, groups=None, resamples=2000, seed=0):
     """
     values = np.asarray(values, float)
     values = values[:, None] if values.ndim == 1 else values  # (n, K)
-    known = ~np.isnan(values).all(axis=1)
-    values, n = values[known], int(known.sum())
-    if n == 0:
-        return {"mean": np.nan, "low": np.nan, "high": np.nan, "n": 0}
     if groups is not None:
-        number = {}
-        labels = [number.setdefault(g, len(number)) for g, k in zip(groups, known) if k]
-        values = _means(csr_array((np.ones(n), (labels, np.arange(n)))), values)  # (G, K)
-        n = len(values)
-    values = values[np.lexsort(values.T)]
+        values = _mean_by(groups, values)  # (G, K)
+    values = values[~np.isnan(values).all(axis=1)]
+    if len(values) == 0:
+        return {"mean": np.nan, "low": np.nan, "high": np.nan, "n": 0}
+    n, values = len(values), values[np.lexsort(values.T)]
     resampled = np.nanmean(_means(_draws(n, resamples, seed), values), axis=1)  # (R,)
     low, high = np.percentile(resampled, [2.5, 97.5])
     mean = np.nanmean(_means(np.ones((1, n)), values))
@@ -175,51 +182,63 @@ def mean_ci(values, groups=None, resamples=2000, seed=0):
 
 def _summary(rows, class_names, metrics):
     classes = [class_names.index(row["class"]) for row in rows]
-    cases = [row["name"] if row["group"] is None else row["group"] for row in rows]
-    summary = {"images": len({row["name"] for row in rows}), "n": len(set(cases))}
+    images = [row["name"] for row in rows]
+    cases = {r["name"]: r["name"] if r["group"] is None else r["group"] for r in rows}
+    summary = {"images": len(cases), "n": len(set(cases.values()))}
     if summary["n"] < 50:
         summary["warning"] = f"n = {summary['n']}: below 50 the 95 % intervals are too narrow"
-    summary["misses"] = sum(row["in_truth"] != row["in_pred"] for row in rows)
+    missed = {(r["name"], r["class"]) for r in rows if r["in_truth"] != r["in_pred"]}
+    summary["misses"] = len(missed)
     for metric in metrics:
         values = np.full((len(rows), len(class_names)), np.nan)  # a row knows its own class only
         values[np.arange(len(rows)), classes] = [row[metric] for row in rows]
-        summary[metric] = mean_ci(values, cases)
-    summary["dice_pooled"] = _pooled(rows)
+        # First by image: one with many components must not weigh more within its patient.
+        summary[metric] = mean_ci(_mean_by(images, values), cases.values())
     return summary
 
 
 def _pooled(rows):
-    """Dice of each class from the counts of all images together, mean over classes; nan if none."""
+    """OVERLAPS of each class from the counts of all images together -> {NAME_pooled: their mean}.
+
+    Rows of the background have no tn. A class whose score is 0/0 is left out; nan if all are.
+    """
     counts = {}
     for row in rows:
-        counts.setdefault(row["class"], np.zeros(3))[:] += row["tp"], row["fp"], row["fn"]
-    dice = [2 * tp / (2 * tp + fp + fn) for tp, fp, fn in counts.values() if tp + fp + fn]
-    return float(np.mean(dice)) if dice else np.nan
+        four = [row.get(key, np.nan) for key in ("tp", "fp", "fn", "tn")]
+        counts.setdefault(row["class"], np.zeros(4))[:] += four
+    scores, means = [_shares(*four, empty=np.nan) for four in counts.values()], {}
+    for name in OVERLAPS:
+        known = [score[name] for score in scores if not np.isnan(score[name])]
+        means[f"{name}_pooled"] = float(np.mean(known)) if known else np.nan
+    return means
 
 
 def summarise(rows, class_names):
     """The rows of a test set -> its summary.
 
     rows: dicts of `score_image` with "name" (of the image), "group" (the patient, or None) and
-    "class". class_names: without the background; a single one means binary or prompted masks.
-    Returns images, n (patients where known, else images), misses, dice_pooled, a warning if n < 50,
-    and `mean_ci` of every metric. With several classes these are means over the classes, and
-    "classes" holds the same for each class, over the images that have it. Rows of another class are
-    the background's, with tp, fp and fn alone: they count in `macro_f1_pooled`, what the GI-tract
-    study (and torchmetrics' macro F1) calls Dice, and nowhere else.
+    "class"; several of one name and class are its components, and their mean is the image's score.
+    class_names: without the background; a single one means binary or prompted masks.
+    Returns images, n (patients where known, else images), misses (an image once a class, however
+    many components miss), a warning if n < 50, `mean_ci` of every metric and dice_pooled,
+    iou_pooled and so on. With several classes these are means over the classes, and "classes" holds
+    the same for each class, over the images that have it; pooled counts are of all images, since
+    specificity is about where a class is not. Rows of another class are the background's, with tp,
+    fp and fn alone: they count in `macro_f1_pooled`, what the GI-tract study (and torchmetrics'
+    macro F1) calls Dice, and nowhere else.
     """
     metrics = [metric for metric in METRICS if metric in rows[0]]
     if len(class_names) == 1:
-        return _summary(rows, class_names, metrics)
-    every, rows = rows, [row for row in rows if row["class"] in class_names]
-    rows = [row for row in rows if row["in_truth"] or row["in_pred"]]
-    summary = _summary(rows, class_names, metrics)
-    if len({row["class"] for row in every}) > len(class_names):
-        summary["macro_f1_pooled"] = _pooled(every)
-    summary["classes"] = {
-        name: _summary([row for row in rows if row["class"] == name], [name], metrics)
-        for name in class_names
-    }
+        return _summary(rows, class_names, metrics) | _pooled(rows)
+    named = [row for row in rows if row["class"] in class_names]
+    found = [row for row in named if row["in_truth"] or row["in_pred"]]
+    summary = _summary(found, class_names, metrics) | _pooled(named)
+    if len({row["class"] for row in rows}) > len(class_names):
+        summary["macro_f1_pooled"] = _pooled(rows)["dice_pooled"]
+    summary["classes"] = {}
+    for name in class_names:
+        have, every = ([r for r in some if r["class"] == name] for some in (found, named))
+        summary["classes"][name] = _summary(have, [name], metrics) | _pooled(every)
     return summary
 
 

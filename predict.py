@@ -6,10 +6,12 @@
 
 Images, folders of images and data sets become PNG masks (0 and 255, or class numbers in a palette
 with legend.png and classes.json) at each image's own size, named like the image (of a data set:
-like the mask). Nothing is written over.
+like the mask). Nothing is written over. SAM is asked by the boxes of a CSV or JSON file, of images
+by their file name (image,class,x0,y0,x1,y1; see prompts.py), else by the box around each image.
 """
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +23,7 @@ import data
 import layouts
 import report
 from evaluate import check_threshold, num_classes, pick_device, run_config, to_masks
+from prompts import read_boxes
 from recipes import FAMILIES
 
 
@@ -34,6 +37,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--prompt", help="the text; for a data set also p0…p9, else what the run was trained on"
     )
+    parser.add_argument("--boxes", help="what SAM is asked by; without: the whole image")
     parser.add_argument("--split", default="test", help="which part of a data set")
     parser.add_argument("--out", required=True, help="folder for the masks")
     parser.add_argument(
@@ -105,39 +109,78 @@ def main() -> int:
     there = next((path for path in files if path.exists()), None)
     if there is not None:
         raise ValueError(f"{there} exists already; choose another --out")
-    predict(cases, family, run.get("classes"), args)
+    if args.boxes and family.settings["default"].sam_prompts is None:
+        raise ValueError("--boxes: this model is not asked by boxes")
+    predict(cases, family, run, args)
     print(f"{len(cases)} masks in {args.out}")
     return 0
 
 
-def predict(cases: list[tuple[str, Path, str]], family, classes: list[str] | None, args) -> None:
+def given_boxes(cases, classes: list[str] | None, args) -> tuple[dict, list[str]]:
+    """The boxes of --boxes, and the classes: the run's, else those that the file names."""
+    sizes = {file.name: data.read_image(file).shape[:2] for _, file, _ in cases}
+    boxes = read_boxes(args.boxes, sizes, classes)
+    named = {name for found in boxes.values() for name, _ in found}
+    if classes is None:
+        names = sorted(named - {None})
+        classes = ["background", *names] if len(names) > 1 else names or ["target"]
+    if len(classes) > 1 and None in named:
+        raise ValueError(f"{args.boxes}: a box has no class; there are {', '.join(classes)}")
+    return boxes, classes
+
+
+def ask_by(recipe, cases, classes: list[str] | None, args):
+    """SAM's recipe asking by the boxes of a file or by the whole image; and the classes."""
+    if args.boxes:
+        boxes, classes = given_boxes(cases, classes, args)
+        return partial(recipe.ask, source="given boxes", boxes=boxes), classes
+    if classes and len(classes) > 1:
+        told = ", ".join(classes[1:])
+        raise ValueError(f"--boxes is missing: a whole image does not say which of {told} is meant")
+    print("no --boxes: SAM is asked by the box around each whole image")
+    return partial(recipe.ask, source="image"), classes or ["target"]
+
+
+def pictures(probabilities: np.ndarray, threshold: float, image: np.ndarray, args) -> dict:
+    """Of probabilities (K,H,W) the pictures that are asked for, by the names in `outputs`."""
+    masks, k = to_masks(probabilities, threshold), len(probabilities)  # (K,H,W)
+    if k == 1:
+        made = {"mask": Image.fromarray(masks[0].astype(np.uint8) * 255)}
+    else:
+        made = {"mask": report.class_map(masks.argmax(0).astype(np.uint8), k)}
+    if args.probabilities:
+        sixteen_bits = (probabilities.max(0) * 65535).round().astype(np.uint16)
+        made["probability"] = Image.fromarray(sixteen_bits)
+    if args.overlays:
+        made["overlay"] = report.overlay(image, None, masks[-max(1, k - 1) :])
+    return made
+
+
+def predict(cases: list[tuple[str, Path, str]], family, run: dict, args) -> None:
     """Writes the files of all cases; of several classes also their names and colours."""
-    settings = family.settings["default"]
+    settings, ask = family.settings["default"], None
     overrides = {} if args.threshold is None else {"threshold": args.threshold}
     model = family.load(args.weights, None, settings, overrides, None).eval()
     model.to(pick_device(args.device))
-    recipe, k = family.recipe(model, settings), num_classes(model)
-    classes = classes or [f"class {number}" for number in range(k)]
-    check_threshold(k, args.threshold)
+    recipe, classes = family.recipe(model, settings), run.get("classes")
+    if recipe.ask:
+        ask, classes = ask_by(recipe, cases, classes, args)
+    classes = classes or [f"class {number}" for number in range(num_classes(model))]
+    check_threshold(1 if ask else len(classes), args.threshold)
+    colours = run.get("options", {}).get("pseudocolor")
     for name, file, prompt in tqdm(cases, desc="predict", unit="image", disable=None):
         image = data.read_image(file)  # (H,W,3)
-        sample = {"image": torch.from_numpy(image.transpose(2, 0, 1).copy()), "prompt": prompt}
-        sample |= {"name": name, "size": image.shape[:2], "group": None, "dataset": ""}
-        item = recipe.inputs(sample, train=False, rng=None)
+        pixels = data.pseudocolor(image, colours).transpose(2, 0, 1).copy()
+        sample = {"image": torch.from_numpy(pixels), "prompt": prompt, "name": name}
+        sample |= {"file": file, "size": image.shape[:2], "classes": tuple(classes)}
+        sample |= {"group": None, "dataset": ""}
+        item = recipe.inputs(sample, train=False, rng=None) | (ask(sample) if ask else {})
         with torch.no_grad():
             probabilities = recipe.predict(model, item)[0].cpu().numpy()  # (K,H,W)
-        masks = to_masks(probabilities, model.config.threshold)  # (K,H,W)
-        if k == 1:
-            pictures = {"mask": Image.fromarray(masks[0].astype(np.uint8) * 255)}
-        else:
-            pictures = {"mask": report.class_map(masks.argmax(0).astype(np.uint8), k)}
-        if args.probabilities:
-            sixteen_bits = (probabilities.max(0) * 65535).round().astype(np.uint16)
-            pictures["probability"] = Image.fromarray(sixteen_bits)
-        if args.overlays:
-            pictures["overlay"] = report.overlay(image, None, masks[-max(1, k - 1) :])
+        made = pictures(probabilities, model.config.threshold, image, args)
         for kind, path in outputs(name, args).items():
-            report.save_picture(path, pictures[kind])
+            report.save_picture(path, made[kind])
+    k = len(classes)
     if k > 1:
         report.save_picture(Path(args.out) / "legend.png", report.legend(tuple(classes[1:])))
         report.write_json(Path(args.out) / "classes.json", dict(enumerate(classes)))

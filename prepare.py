@@ -3,12 +3,15 @@
     python prepare.py demo                      writes data/demo: synthetic endoscopy with prompts
     python prepare.py check data/demo [DATA]    reads whole data sets and reports what is wrong
     python prepare.py uw-madison DOWNLOAD       writes data/uw_madison: MR slices with class maps
+    python prepare.py duke-dme DOWNLOAD         writes data/duke_dme: OCT, layers and fluid
+    python prepare.py duke-amd DOWNLOAD         writes data/duke_amd: OCT, drusen
+    python prepare.py boxes MASKS --like DATA   writes boxes.csv: prompts for SAM out of masks
 
 `demo` and `check` speak the layout of the medvlsm study (arXiv 2308.07706), with text prompts:
 
     images/  masks/  anns/{train,val,test}.json: [{"img_name", "mask_name", "prompts": {...}}, ...]
 
-and `uw-madison` that of class maps, whose pixels are class numbers:
+and `uw-madison` and `duke-*` that of class maps, whose pixels are class numbers:
 
     {train,val,test}/{images,masks}/NAME.png  classes.json: {"0": "background", "1": "stomach", ...}
 
@@ -29,6 +32,7 @@ from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
+from functools import partial
 from itertools import product, repeat
 from pathlib import Path
 
@@ -38,7 +42,13 @@ from tqdm import tqdm
 
 import data
 import layouts
+import prompts
 import report
+
+
+def refuse_existing(out):
+    if out.exists():
+        raise ValueError(f"{out}: exists already; choose another --out, or remove it")
 
 
 @contextmanager
@@ -609,20 +619,25 @@ def find_slices(root):
     return [Slice(name, files[name], runs[name], *files[name].parts[-4:-2]) for name in names]
 
 
+def deal(names, ends, rng):
+    """{name: split} at random, the splits in the order and of the shares of `ends`."""
+    dealt = enumerate(rng.permutation(names).tolist())
+    return {n: next(s for s, end in ends.items() if k / len(names) < end) for k, n in dealt}
+
+
 def choose_splits(slices, by, keep_empty, seed):
     """Sets the split of the slices that are kept. ValueError if one would stay empty."""
     kept = [s for s in slices if keep_empty or any(s.runs.values())]
-    rng, pools, place = np.random.default_rng(seed), defaultdict(list), {}
+    rng, pools, dealt = np.random.default_rng(seed), defaultdict(list), {}
     if by == "case":  # all that there are, so that --keep-empty moves none
         pools["cases"] = sorted({s.case for s in slices})
     else:
         for s in kept:
             pools[s.case].append(s.name)
     for pool in pools.values():
-        place |= {name: k / len(pool) for k, name in enumerate(rng.permutation(pool).tolist())}
+        dealt |= deal(pool, ENDS[by], rng)
     for s in kept:
-        at = place[s.case if by == "case" else s.name]
-        s.split = next(split for split, end in ENDS[by].items() if at < end)
+        s.split = dealt[s.case if by == "case" else s.name]
     for split in ENDS[by].keys() - {s.split for s in kept}:
         raise ValueError(f"--split {by}: {len(kept)} slices are too few, {split} would be empty")
 
@@ -670,6 +685,19 @@ def write_scan(scan, window, out):
     return overlaps
 
 
+def make_splits(part, splits):
+    for split, kind in product(splits, ("images", "masks")):
+        (part / split / kind).mkdir(parents=True)
+
+
+def write_notes(part, names, lines):
+    """Writes the classes' names and a description; returns that."""
+    (part / "classes.json").write_text(json.dumps(dict(enumerate(names)), indent=1))
+    said = "\n".join(lines)
+    (part / "README.txt").write_text(said + "\n")
+    return said
+
+
 def describe_slices(slices, overlaps, args):
     """What was made of the download and how, line by line."""
     yield f"UW-Madison GI Tract, split by {args.split}, seed {args.seed}, window of a {args.window}"
@@ -699,16 +727,14 @@ def uw_madison(args):
     of every val slice are trained on. Slices without organs are left out of both, as in the
     tutorial; what a model falsely finds in them is then neither learnt from nor counted.
     """
-    if args.out.exists():
-        raise ValueError(f"{args.out}: exists already; choose another --out, or remove it")
+    refuse_existing(args.out)
     slices, scans = find_slices(args.download), defaultdict(list)
     choose_splits(slices, args.split, args.keep_empty, args.seed)
     for s in slices:
         if s.split or args.window == "scan":  # whose percentiles are those of all its slices
             scans[s.scan].append(s)
     with whole_folder(args.out) as part:
-        for split, kind in product(ENDS[args.split], ("images", "masks")):
-            (part / split / kind).mkdir(parents=True)
+        make_splits(part, ENDS[args.split])
         bar = tqdm(total=len(scans), desc="uw-madison", unit="scan", disable=None, leave=False)
         with ThreadPoolExecutor(8) as pool, bar:  # 8: each holds some 100 MB
             overlaps = 0
@@ -716,14 +742,306 @@ def uw_madison(args):
                 overlaps += found
                 bar.update()
         names = ["background", *(organ.replace("_", " ") for organ in ORGANS)]
-        (part / "classes.json").write_text(json.dumps(dict(enumerate(names)), indent=1))
-        said = "\n".join(describe_slices(slices, overlaps, args))
-        (part / "README.txt").write_text(said + "\n")
+        said = write_notes(part, names, describe_slices(slices, overlaps, args))
     print(f"{args.out}: {said}")
     return 0
 
 
+# --- duke-dme, duke-amd --------------------------------------------------------------------------
+#
+# Two sets of retinal OCT of Sina Farsiu's group at Duke, each volume ("subject") a MATLAB file:
+# Chiu 2015 (people.duke.edu/~sf59/Chiu_BOE_2014_dataset.htm, also kaggle.com/datasets/
+# paultimothymooney/chiu-2015): ten volumes with diabetic macular edema, eleven annotated slices in
+# each; Farsiu 2014 (.../~sf59/RPEDC_Ophth_2013_dataset.htm, also .../farsiu-2014): 269 volumes with
+# drusen of age-related macular degeneration and 115 without.
+#
+# Both hold the boundaries between layers as a row for each column, which MATLAB counts from 1; a
+# number is the centre of a pixel. A pixel belongs to the layer under the last boundary at or above
+# its centre: a boundary at row 5.0 has that row below it, one at 5.2 begins with row 6.
+
+DME_CLASSES = "background", "NFL", "GCL-IPL", "INL", "OPL", "ONL-ISM", "ISE-OS", "RPE", "fluid"
+DME_AXES = {"images": "H W N", "manualLayers{}": "8 W N", "manualFluid{}": "H W N"}
+DME_SPLITS = {k: "train" if k < 5 else "val" if k == 5 else "test" for k in range(1, 11)}
+AMD_CLASSES = "background", "ILM to RPEDC", "RPEDC", "below BM"
+AMD_AXES = {"images": "H W N", "layerMaps": "N W 3"}  # here the slice comes first
+
+
+def find_volumes(root, pattern):
+    """{patient: file} below `root`, a patient being what the pattern's groups match, in order."""
+    found = {}
+    for path in sorted(root.rglob("*.mat"), key=lambda path: path.name):  # in whatever folders
+        if match := re.fullmatch(pattern, path.name):
+            same = found.setdefault("".join(match.groups()).lower(), path)
+            if same != path:
+                raise ValueError(f"{path}: there is {same} as well; keep one of the two")
+    return found
+
+
+def read_mat(path, axes):
+    """The arrays of a MATLAB file. ValueError, one line, if they are not what `axes` say.
+
+    axes: {"images": "H W N", ...}, where a letter is a size that is the same wherever it stands.
+    """
+    from scipy.io import loadmat  # slow to import, and only these two need it
+
+    hint = "download it again"
+    try:
+        found = loadmat(path, variable_names=list(axes))
+    except NotImplementedError:
+        hint = "the original is of version 5: download it again, or save it with -v7 in MATLAB"
+        raise ValueError(f"{path}: a MATLAB 7.3 (HDF5) file; {hint}") from None
+    except Exception as error:  # of damaged files OSError, IndexError, TypeError, zlib.error, ...
+        raise ValueError(f"{path}: not readable as a MATLAB file ({error}); {hint}") from None
+    if lost := [key for key in axes if key not in found]:
+        raise ValueError(f"{path}: has no {', '.join(lost)}; {hint}")
+    sizes = {}
+    for key, names in axes.items():
+        shape, pairs = found[key].shape, list(zip(names.split(), found[key].shape))
+        wanted = [int(n) if n.isdigit() else sizes.setdefault(n, size) for n, size in pairs]
+        if len(shape) != len(names.split()) or list(shape) != wanted:
+            said = f"{key} is {' '.join(map(str, shape))}, expected {names}"
+            known = ", ".join(f"{n} {size}" for n, size in sizes.items())
+            raise ValueError(f"{path}: {said} with {known}; {hint}")
+        if found[key].dtype.kind not in "uif":
+            raise ValueError(f"{path}: {key} holds no numbers; {hint}")
+    images = found["images"]
+    if not (images.min() >= 0 and 1 < images.max() <= 255):  # NaN too
+        said = f"{images.min():g} to {images.max():g}, expected grey values of 0 to 255"
+        raise ValueError(f"{path}: images holds {said}")
+    return [found[key] for key in axes]
+
+
+def layer_map(boundaries, height):
+    """Rows of boundaries, float (L,W) -> uint8 (H,W): how many lie at or above each pixel's centre.
+
+    Columns without all of them are 255, "does not count": to call them background would be untrue.
+    """
+    rows = np.arange(1, height + 1)[:, None]  # (H,1)
+    mask = (boundaries[:, None] <= rows).sum(0).astype(np.uint8)  # (L,1,W) to (L,H,W) to (H,W)
+    mask[:, ~np.isfinite(boundaries).all(0)] = 255
+    return mask
+
+
+def annotated_slices(images, boundaries, every=1):
+    """Yields number (from 0), image and layer map, both uint8 (H,W), of slices with whole columns.
+
+    images (H,W,N), boundaries (N,L,W); `every` takes the first of so many such slices.
+    """
+    whole = np.isfinite(boundaries).all(1).any(1)  # (N,)
+    for n in np.flatnonzero(whole)[::every].tolist():
+        image = images[..., n].astype(np.uint8)  # (H,W)
+        yield n, image, layer_map(boundaries[n], len(image))
+
+
+def dme_slices(path, annotator):
+    """The slices of a volume of Chiu 2015; fluid lies over the layers."""
+    axes = {key.format(annotator): names for key, names in DME_AXES.items()}
+    images, layers, fluid = read_mat(path, axes)
+    for n, image, mask in annotated_slices(images, np.moveaxis(layers, 2, 0)):  # (N,8,W)
+        mask[mask == 8] = 0  # under the last boundary: background again, as above the first
+        mask[(fluid[..., n] > 0) & (mask != 255)] = 8  # the regions are numbered; NaN is none
+        yield n, image, mask
+
+
+def amd_slices(path, every):
+    """The slices of a volume of Farsiu 2014."""
+    images, layers = read_mat(path, AMD_AXES)
+    yield from annotated_slices(images, layers.swapaxes(1, 2), every)  # (N,3,W)
+
+
+def write_volume(path, slices, name, folder, classes):
+    """Writes the slices of a volume; returns how many, and of what: slices that show a class,
+    columns that do not count. ValueError if there is no slice."""
+    found = Counter()
+    for n, image, mask in slices(path):
+        whole = mask[0] != 255  # (W,), a column is 255 from top to bottom
+        first, last = np.flatnonzero(whole)[[0, -1]]
+        keep = slice(first, last + 1)  # beyond nothing is known, and some margins are plain white
+        image, mask = np.ascontiguousarray(image[:, keep]), np.ascontiguousarray(mask[:, keep])
+        (folder / "images" / f"{name}_slice{n:02}.png").write_bytes(png(image))
+        picture, used = report.class_map(mask, len(classes)), 3 * len(classes)
+        # 255 needs a colour, here grey: Pillow stores short palettes in few bits and it would be 15
+        picture.putpalette(picture.getpalette()[:used] + [128] * (768 - used))
+        picture.save(folder / "masks" / f"{name}_slice{n:02}.png")
+        found.update({"slices": 1, "columns": mask.shape[1], "gaps": int((~whole[keep]).sum())})
+        found.update(classes[k] for k in np.unique(mask) if k != 255)
+    if not found:
+        raise ValueError(f"{path}: no slice has a column with all boundaries; download it again")
+    return found
+
+
+def describe_volumes(splits, found, classes):
+    """What was made of the volumes, line by line; `found` is what write_volume counted."""
+    for split in "train", "val", "test":
+        ours = [name for name in splits if splits[name] == split]
+        counts = sum((found[name] for name in ours), Counter())
+        shown = ", ".join(f"{k} in {counts[k]:,}" for k in classes[1:])
+        yield f"{split}: {counts['slices']:,} slices of {len(ours)} patients; {shown}"
+    counts = sum(found.values(), Counter())
+    gaps = f"{counts['gaps']:,} of {counts['columns']:,} columns lack a boundary and are 255"
+    yield f"slices are cut to their annotated columns; within these {gaps}: they do not count"
+    yield "a boundary's rows count from 1; the pixel whose centre it meets lies below it"
+    yield "masks are palette images: read their indices, not their colours"
+    yield "slices are numbered from 0; scores by patient: --group-regex '[a-z]+[0-9]+'"
+
+
+def write_volumes(args, title, files, splits, slices, classes):
+    """Writes a data set of {patient: file} and {patient: split}, whole or not at all."""
+    files, found = {name: files[name] for name in splits}, {}
+    with whole_folder(args.out) as part:
+        make_splits(part, ("train", "val", "test"))
+        bar = tqdm(total=len(files), desc=args.out.name, unit="volume", disable=None, leave=False)
+        with ThreadPoolExecutor(4) as pool, bar:  # 4: each holds up to 400 MB
+            folders = [part / splits[name] for name in files]
+            jobs = files.values(), repeat(slices), files, folders, repeat(classes)
+            for name, counts in zip(files, pool.map(write_volume, *jobs)):
+                found[name] = counts
+                bar.update()
+        lines = *title, *describe_volumes(splits, found, classes)
+        said = write_notes(part, classes, lines)
+    print(f"{args.out}: {said}")
+    return 0
+
+
+def duke_dme(args):
+    """Makes class maps of seven retinal layers and fluid from Duke's OCT with macular edema.
+
+    The usual division: subjects 1 to 5 to train, 6 to 10 to test; of the former the last, 5, is
+    held out to validate on. Only slices whose layers the annotator outlined are taken.
+    """
+    refuse_existing(args.out)
+    files = find_volumes(args.download, r"(Subject)_(\d\d)\.mat")
+    splits = {f"subject{k:02}": split for k, split in DME_SPLITS.items()}
+    if lost := [name.replace("subject", "Subject_") for name in splits if name not in files]:
+        hint = "DOWNLOAD is the unpacked folder, with all ten in it or below"
+        raise FileNotFoundError(f"{args.download}: no {', '.join(lost)} (.mat); {hint}")
+    title = (
+        f"Duke OCT with macular edema (Chiu 2015), annotator {args.annotator}",
+        "pixels: about 3.87 um deep, 11.3 um across",
+        f"fluid: manualFluid{args.annotator} above 0; where it is NaN, none",
+    )
+    slices = partial(dme_slices, annotator=args.annotator)
+    return write_volumes(args, title, files, splits, slices, DME_CLASSES)
+
+
+def duke_amd(args):
+    """Makes class maps of retina and drusen complex from Duke's OCT of age-related degeneration.
+
+    The drusen complex (RPEDC) reaches from the inner border of the pigment epithelium, drusen
+    with it, to Bruch's membrane (BM). Patients are dealt at random, 70 % train, 15 % val, 15 % test
+    of those with AMD and of the controls each. Neighbouring slices are 0.067 mm apart and look
+    alike, hence --every 10: some 3,000 of 30,000 slices.
+    """
+    refuse_existing(args.out)
+    pattern = r"Farsiu_Ophthalmology_2013_(AMD|Control)_Subject_(\d+)\.mat"
+    files = find_volumes(args.download, pattern)
+    rng, splits = np.random.default_rng(args.seed), {}
+    kinds = {kind: [name for name in files if name.startswith(kind)] for kind in ("amd", "control")}
+    for names in kinds.values():
+        splits |= deal(names, ENDS["case"], rng)
+    if lost := ENDS["case"].keys() - splits.values():
+        have = ", ".join(f"{len(names)} files {kind}" for kind, names in kinds.items())
+        hint = "expected Farsiu_Ophthalmology_2013_AMD_Subject_1001.mat and so on"
+        raise FileNotFoundError(f"{args.download}: {have}, {min(lost)} would be empty; {hint}")
+    counts = ", ".join(f"{len(names)} {kind}" for kind, names in kinds.items())
+    title = (
+        f"Duke OCT with and without AMD (Farsiu 2014): {counts}; seed {args.seed}",
+        f"slices: the first of every {args.every} annotated ones",
+        "pixels: 4.5 um deep, 6.7 um across",
+    )
+    slices = partial(amd_slices, every=args.every)
+    return write_volumes(args, title, files, splits, slices, AMD_CLASSES)
+
+
+# --- boxes ---------------------------------------------------------------------------------------
+
+
+def images_of(place):
+    """{name of a mask: image file} of a data set, PATH[:split], or a folder of images."""
+    path, _, split = place.rpartition(":")
+    if not path or Path(place).is_dir():
+        path, split = place, "test"
+    if layouts.splits(path):
+        return {entry.name: entry.image for entry in layouts.annotations(path, split)}
+    if not Path(place).is_dir():
+        raise FileNotFoundError(f"--like {place}: no such folder of images or data set")
+    images = {}
+    for file in sorted(Path(place).iterdir()):
+        if file.suffix.lower() in layouts.ENDINGS and images.setdefault(file.stem, file) != file:
+            raise ValueError(f"{file}: a second image of this name, with another ending")
+    return images
+
+
+def find_masks(folder, images, place):
+    """{mask file: image file} of a folder; predict.py's other pictures are passed over."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder of masks")
+    found = {}
+    for path in sorted(folder.rglob("*.png")):
+        name = path.relative_to(folder).with_suffix("").as_posix()
+        if name in images:  # asked first: an image may be called x_overlay
+            found[path] = images[name]
+        elif name != "legend" and not name.endswith(("_overlay", "_probability")):
+            raise ValueError(f"{path}: no image of this name in {place}; choose another --like")
+    if not found:
+        raise ValueError(f"{folder}: no masks (.png) in this folder")
+    return found
+
+
+def boxes_of(path, image, classes, min_area):
+    """A row of boxes.csv for each component of a mask. ValueError: not the image's mask."""
+    mask = data.read_mask(path, numbers=classes is not None)  # upright, as predict.py has made it
+    size = data.read_image(image).shape[:2]
+    if mask.shape != size:
+        raise ValueError(f"{path}: {wide(mask.shape)}, but its image {image} is {wide(size)}")
+    if classes is None:
+        if data.open_image(path, decode=False).mode == "P":
+            hint = "put the classes.json beside it that predict.py wrote"
+            raise ValueError(f"{path}: a palette of classes that nothing names; {hint}")
+        mask, classes = mask > data.foreground_above(int(mask.max())), ("background", "")
+    elif (top := int(mask[mask < 255].max(initial=0))) >= len(classes):
+        raise ValueError(f"{path}: holds class number {top}, which its classes.json does not name")
+    rows = []
+    for found in prompts.components(mask, range(1, len(classes)), min_area):
+        corners = zip(("x0", "y0", "x1", "y1"), found.box.astype(int).tolist())
+        rows.append({"image": image.name, "class": classes[found.label], **dict(corners)})
+    return rows
+
+
+def boxes(args):
+    """Makes a box for each component of predicted masks: prompts for SAM that another model gives.
+
+    MASKS are folders that predict.py wrote, of binary masks or of class maps with classes.json. The
+    file has the columns image, class (empty for binary masks), x0, y0, x1, y1, in pixels from 0 on,
+    both corners inside the box. An image without components has no row.
+    """
+    refuse_existing(args.out)
+    images, rows, count = images_of(args.like), [], 0
+    for folder in args.masks:
+        found, names = find_masks(folder, images, args.like), folder / "classes.json"
+        classes = layouts.read_classes(names) if names.is_file() else None
+        if classes is not None and len(classes) == 1:  # of two only the second is read
+            classes = "background", *classes
+        count += len(found)
+        bar = tqdm(found.items(), desc="boxes", unit="mask", disable=None, leave=False)
+        for path, image in bar:
+            rows += boxes_of(path, image, classes, args.min_area)
+    if not rows:
+        raise ValueError(f"{count} masks have no component of {args.min_area} pixels: no boxes")
+    report.write_csv(args.out, rows)
+    having = len({row["image"] for row in rows})
+    print(f"{args.out}: {len(rows)} boxes in {having} images, of {count} masks")
+    return 0
+
+
 # --- command line --------------------------------------------------------------------------------
+
+
+def positive(text):
+    """ "3" -> 3."""
+    if not re.fullmatch("[1-9][0-9]*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not 1, 2, 3, ...")
+    return int(text)
 
 
 def object_counts(text):
@@ -733,6 +1051,31 @@ def object_counts(text):
     if low > high:
         raise argparse.ArgumentTypeError(f"{text!r} is neither 1 to 4 nor a range such as 2-4")
     return low, high
+
+
+def download_options(command):
+    """The commands that make class maps of a download."""
+    add = command(uw_madison, "make class maps from Kaggle's UW-Madison GI Tract data")
+    add("download", type=Path, metavar="DOWNLOAD", help="unpacked folder: train.csv and train/")
+    add("--out", type=Path, default="data/uw_madison", metavar="DIR", help="to make (%(default)s)")
+    add("--split", choices=ENDS, default="case", help="what is dealt to the splits (%(default)s)")
+    help = "whose grey values span black to white (%(default)s); slice: as the tutorial"
+    add("--window", choices=("scan", "slice"), default="scan", help=help)
+    add("--keep-empty", action="store_true", help="keep slices without organs as well")
+    add("--seed", type=int, default=0, metavar="N", help="of the split (%(default)s)")
+
+    add = command(duke_dme, "make class maps from the Duke OCT scans with macular edema")
+    add("download", type=Path, metavar="DOWNLOAD", help="folder with Subject_01.mat to _10.mat")
+    add("--out", type=Path, default="data/duke_dme", metavar="DIR", help="to make (%(default)s)")
+    add("--annotator", choices=("1", "2"), default="1", help="whose layers and fluid (%(default)s)")
+
+    add = command(duke_amd, "make class maps from the Duke OCT scans with drusen")
+    help = "folder with Farsiu_Ophthalmology_2013_AMD_Subject_1001.mat and so on"
+    add("download", type=Path, metavar="DOWNLOAD", help=help)
+    add("--out", type=Path, default="data/duke_amd", metavar="DIR", help="to make (%(default)s)")
+    help = "take the first of every N annotated slices; 1: all, ten times the files (%(default)s)"
+    add("--every", type=positive, default=10, metavar="N", help=help)
+    add("--seed", type=int, default=0, metavar="N", help="of the split (%(default)s)")
 
 
 def parser():
@@ -758,14 +1101,15 @@ def parser():
     add = command(check, "read data sets and report what is wrong")
     add("data", type=Path, nargs="+", metavar="DATA", help="folder with images/, masks/, anns/")
 
-    add = command(uw_madison, "make class maps from Kaggle's UW-Madison GI Tract data")
-    add("download", type=Path, metavar="DOWNLOAD", help="unpacked folder: train.csv and train/")
-    add("--out", type=Path, default="data/uw_madison", metavar="DIR", help="to make (%(default)s)")
-    add("--split", choices=ENDS, default="case", help="what is dealt to the splits (%(default)s)")
-    help = "whose grey values span black to white (%(default)s); slice: as the tutorial"
-    add("--window", choices=("scan", "slice"), default="scan", help=help)
-    add("--keep-empty", action="store_true", help="keep slices without organs as well")
-    add("--seed", type=int, default=0, metavar="N", help="of the split (%(default)s)")
+    download_options(command)
+
+    add = command(boxes, "make boxes for SAM out of predicted masks")
+    add("masks", type=Path, nargs="+", metavar="MASKS", help="folder that predict.py wrote")
+    add("--out", type=Path, default="boxes.csv", metavar="FILE", help="to write (%(default)s)")
+    help = "whose images they are of: a data set (its test split), DATA:SPLIT, a folder of images"
+    add("--like", required=True, metavar="DATA", help=help)
+    help = "pixels below which a component gets no box (%(default)s)"
+    add("--min-area", type=positive, default=20, metavar="N", help=help)
     return top
 
 

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy.ndimage import distance_transform_edt, find_objects, label
 
-KINDS = ("box", "point", "both", "image")
+KINDS = ("boxes", "points", "both", "image")
 
 
 class Component(NamedTuple):
@@ -114,29 +114,23 @@ def deepest_point(component: Component) -> np.ndarray:
 
 
 def make_prompts(
-    mask: np.ndarray,
-    classes,
-    kind: str,
-    rng: np.random.Generator | None = None,
-    *,
-    jitter: int = 0,
-    points: int = 1,
-    background: int = 0,
-    min_area: int = 20,
+    mask: np.ndarray, classes, kind: str, rng: np.random.Generator | None = None, *,
+    jitter: int = 0, points: int = 1, background: int = 0, min_area: int = 20,
     limit: int | None = None,
-) -> list[Prompt]:
+) -> list[Prompt]:  # fmt: skip
     """All prompts of one sample: one a component, [] if there is none.
 
-    mask, classes, min_area: as for `components`. kind, one of KINDS: "box", "point", "both", or
-    "image", which asks for a whole class, there or not, with the whole image as box.
+    mask, classes, min_area: as for `components`. kind, one of KINDS: "boxes", "points", "both",
+    or "image", which asks for a whole class, there or not, with the whole image as box.
 
-    With rng, to train: boxes with `jitter`, `points` and `background` random points, at most
-    `limit` components by lot. Without, to evaluate: the tight box, the one deepest point, all
+    With rng, to train: boxes with `jitter`, `points` and `background` random points, of "both" by
+    lot a box, points, or box and points for each component; at most `limit` components, by lot.
+    Without, to evaluate: the tight box, the one deepest point, of "both" the two together, all
     components. Raises ValueError for another kind, and for "image" with several classes, between
     which such a prompt cannot tell.
     """
     if kind not in KINDS:
-        raise ValueError(f"--prompt {kind}: unknown; SAM takes one of {', '.join(KINDS)}")
+        raise ValueError(f"--sam-prompts {kind}: unknown; SAM takes one of {', '.join(KINDS)}")
     if kind == "image":
         return [_whole_class(np.asarray(mask), list(classes))]
     found = components(mask, classes, min_area)
@@ -144,13 +138,15 @@ def make_prompts(
         found = [found[i] for i in sorted(rng.choice(len(found), limit, replace=False))]
     prompts = []
     for component in found:
+        form = kind if kind != "both" or rng is None else KINDS[rng.integers(3)]
         box, xy, labels = None, np.zeros((0, 2), np.float32), np.zeros(0, np.int64)
-        if kind != "point":
-            box = component.box if rng is None else box_prompt(component, jitter, rng)
-        if kind != "box":
+        if kind != "boxes":
             xy, labels = deepest_point(component)[None], np.ones(1, np.int64)
             if rng is not None:
                 xy, labels = point_prompts(component, points, rng, background)
+                labels[:] = labels if form != "boxes" else -1
+        if form != "points":
+            box = component.box if rng is None else box_prompt(component, jitter, rng)
         prompts.append(Prompt(component.label, component.mask, box, xy, labels))
     return prompts
 
@@ -159,7 +155,7 @@ def _whole_class(mask: np.ndarray, classes: list[int]) -> Prompt:
     """The prompt "image", whose target is all that the image has of its one class."""
     if len(classes) != 1:
         what = f"does not say which of {len(classes)} classes is meant"
-        raise ValueError(f"--prompt image: {what}; take box or point, or data of one class")
+        raise ValueError(f"--sam-prompts image: {what}; take boxes or points")
     target = np.where((mask == 255) | (mask < 0), 255, mask == classes[0]).astype(np.uint8)
     nothing = np.zeros((0, 2), np.float32), np.zeros(0, np.int64)
     return Prompt(int(classes[0]), target, image_box(mask.shape), *nothing)

@@ -132,6 +132,16 @@ def overlay(image: np.ndarray, truth: np.ndarray | None, prediction: np.ndarray)
     return Image.fromarray(shown.astype(np.uint8))
 
 
+def draw_prompts(picture: Image.Image, prompts: list[tuple]) -> None:
+    """Draws SAM's prompts into a picture: (box or None, points (P,2)) each, in its pixels."""
+    draw, r = ImageDraw.Draw(picture), max(2, min(picture.size) // 80)
+    for box, points in prompts:
+        if box is not None:
+            draw.rectangle([float(x) for x in box], outline="yellow", width=max(1, r // 3))
+        for x, y in points:
+            draw.ellipse((x - r, y - r, x + r, y + r), "yellow", "black")
+
+
 def legend(names: tuple[str, ...], width: int = 320) -> Image.Image:
     """The names of the classes without the background, each beside its colour."""
     page = Image.new("RGB", (width, 20 * len(names) + 4), "white")
@@ -240,11 +250,11 @@ def table(summary: dict) -> str:
     return "\n".join(lines)
 
 
-def study_table(summaries: dict[str, dict], examples: dict[str, str]) -> str:
-    """Dice and IoU of every prompt type as lines of text, with one of its prompts."""
-    lines = []
+def study_table(summaries: dict[str, dict], examples: dict[str, str] | None = None) -> str:
+    """Dice and IoU by what was asked, as lines of text, perhaps with an example."""
+    lines, width = [], max(map(len, summaries))
     for kind, summary in summaries.items():
         dice, iou = summary["dice"], summary["iou"]
         score = f"Dice {dice['mean']:.4f} {interval(dice)}  IoU {iou['mean']:.4f}"
-        lines.append(f"  {kind:4} {score}  “{examples[kind]}”")
+        lines.append(f"  {kind:{width}} {score}" + (f"  “{examples[kind]}”" if examples else ""))
     return "\n".join(lines)

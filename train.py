@@ -12,17 +12,15 @@ per_image.csv and overlays. On the CPU a resumed run gives the same numbers, bit
 that never stopped.
 """
 
-import argparse
 import contextlib
 import json
 import math
 import shutil
 import sys
 import time
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import get_args
 
 import torch
 import torchvision
@@ -35,134 +33,9 @@ import data
 import evaluate
 import layouts
 import report
-from adapters import merge_lora, merged_state_dict
+from adapters import merge_lora, merged_state_dict, save_adapter
+from options import FREE, Options, parse, resolve
 from recipes import FAMILIES, Settings, choose_trained, keep_features, lr_factor
-
-# --- options -------------------------------------------------------------------------------------
-
-
-def option(default, help: str, **argparse_too):
-    """A field of Options, with what argparse needs to know of it."""
-    metadata = {"help": help} | argparse_too
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata | {"nargs": "+"})
-    return field(default=default, metadata=metadata)
-
-
-def probability(text: str) -> float | str:
-    return text if text == "auto" else float(text)
-
-
-SCHEDULES = ["cosine", "poly", "constant", "multistep", "plateau"]
-DTYPES = ["float32", "bfloat16", "float16"]
-TRAINED = ["all", "decoder", "adapters", "lora"]
-SIZES = ["image", "network"]
-
-
-@dataclass
-class Options:
-    """The command line. None: the recipe's value or, where a recipe has no such setting, off."""
-
-    model: str = option("cris", "which model", choices=sorted(FAMILIES))
-    variant: str | None = option(None, "which size of it, a key of the model's VARIANTS")
-    weights: str | None = option(None, "hub id (id@revision), file, run folder; none: from scratch")
-    recipe: str | None = option(None, "default, or a published protocol: see recipes.py")
-    data: list[str] = option([], "data sets to train and validate on; several are pooled")
-    test: list[str] = option([], "data sets to test on, PATH[:split]; else --data's test splits")
-    prompt: str | None = option(None, 'prompt types (p6; p6,p3; random), or a literal "text"')
-    train: str | None = option(None, "all, or some parts only: see recipes.py", choices=TRAINED)
-    lora_rank: int | None = option(None, "of the updates that --train lora puts on linear layers")
-    adapter_dim: int | None = option(None, "width of the adapters of --train adapters")
-    keep_features: bool | None = option(None, "of frozen towers, on files; turns augmentation off")
-    negatives: float | None = option(None, "share of samples that ask for another image's target")
-    prompt_study: bool = option(False, "test every prompt type, in one table")
-    out: str | None = option(None, "run folder; else runs/MODEL-DATA[-RECIPE]")
-    resume: bool = option(False, "go on where the run in --out stopped")
-    eval: bool = option(False, "no training: test --weights")
-    epochs: int | None = option(None, "0 is the same as --eval")
-    max_steps: int | None = option(None, "stop after so many optimiser steps")
-    batch_size: int | None = option(None, "images a step")
-    grad_accum_steps: int = option(1, "batches whose gradients make one step")
-    lr: float | None = option(None, "learning rate of the new parts")
-    backbone_lr: float | None = option(None, "of the pretrained ones; with --weights none: --lr")
-    weight_decay: float | None = option(None, "of the optimiser")
-    schedule: str | None = option(None, "learning rate over time", choices=SCHEDULES)
-    warmup: float | None = option(None, "share of all steps in which the rate rises from 0")
-    clip_grad: float | None = option(None, "largest gradient norm; 0: not clipped")
-    ema: float | None = option(None, "decay of an average of the weights, to be tested and kept")
-    patience: int | None = option(None, "epochs without a better validation Dice before it stops")
-    size: int | None = option(None, "side of the model's input in pixels")
-    threshold: float | str | None = option(
-        None, "a foreground pixel's probability; auto: the best in validation", type=probability
-    )
-    dtype: str | None = option(None, "of training on a GPU; all else is float32", choices=DTYPES)
-    compile: bool = option(False, "torch.compile")
-    device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
-    workers: int = option(2, "data-loading processes")
-    seed: int = option(0, "of the order, the augmentation, and new weights")
-    deterministic: bool = option(False, "only deterministic operations, slower on a GPU")
-    cache: str = option(".cache", "folder of the decoded images")
-    fold: str | None = option(None, "k/n: validate on fold k (from 0) of n of train and val")
-    group_regex: str | None = option(None, "what in an image's name names the patient")
-    score_size: str = option("image", "score at its own or the network's size", choices=SIZES)
-    val_distances: bool = option(False, "HD95, ASSD and NSD also in validation, not only in tests")
-    overlays: int = option(3, "how many of the worst, median and best cases to draw")
-    save_every: float = option(10.0, "minutes between saved states within an epoch")
-
-
-# What may differ between a run and its resumption without changing its numbers.
-FREE = {"resume", "out", "workers", "device", "cache", "save_every", "overlays"}
-
-
-def parse(arguments: list[str] | None = None) -> dict:
-    """The options that were given, by name."""
-    parser = report.Parser(__doc__)
-    for spec in fields(Options):
-        kind, *_ = get_args(spec.type) or [spec.type]  # of `int | None`, `list[str]` the first
-        how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
-        flag = "--" + spec.name.replace("_", "-")
-        parser.add_argument(flag, default=argparse.SUPPRESS, **how | spec.metadata)
-    return vars(parser.parse_args(arguments))
-
-
-def resolve(options: Options) -> tuple[Options, Settings]:
-    """Fills what is open from the tested run folder and from the recipe; checks the rest."""
-    if options.eval or options.epochs == 0:
-        options = replace(options, eval=True, epochs=0)
-        tested = evaluate.run_config(options.weights)
-        if tested:
-            prompt = options.prompt or tested["options"]["prompt"]
-            options = replace(options, model=tested["model"], prompt=prompt)
-    family, name = FAMILIES[options.model], options.recipe or "default"
-    if name not in family.settings:
-        raise ValueError(f"--recipe {name}: {options.model} has {', '.join(family.settings)}")
-    if options.variant is not None and options.variant not in family.variants:
-        have = ", ".join(family.variants)
-        raise ValueError(f"--variant {options.variant}: {options.model} has {have}")
-    if options.variant is not None and options.weights not in (None, "none"):
-        raise ValueError("--variant: leave it out, --weights say themselves what they are")
-    if not family.reads and (options.prompt or options.negatives):
-        raise ValueError(f"--prompt, --negatives: {options.model} reads no text")
-    if not options.data and (not options.test or not options.eval or options.threshold == "auto"):
-        raise ValueError("--data is missing: which data set?")
-    settings = family.settings[name]
-    shared = {spec.name for spec in fields(Settings)} & {spec.name for spec in fields(Options)}
-    shared -= {"weights"}
-    given = {key: getattr(options, key) for key in shared if getattr(options, key) is not None}
-    if options.weights == "none" and options.backbone_lr is None:  # nothing is pretrained
-        given["backbone_lr"] = given.get("lr", settings.lr)
-    settings = replace(settings, **given)
-    options = replace(options, **{key: getattr(settings, key) for key in shared})
-    for key in ("batch_size", "grad_accum_steps"):
-        if getattr(options, key) < 1:
-            raise ValueError(f"--{key.replace('_', '-')} must be at least 1")
-    if options.out is None:
-        places = options.data or options.test
-        sets = [Path(place.rpartition(":")[0] or place).name for place in places]
-        words = [options.model, "+".join(sets), options.recipe, "eval" if options.eval else None]
-        options = replace(options, out=str(Path("runs") / "-".join(filter(None, words))))
-    return options, settings
-
 
 # --- the loop ------------------------------------------------------------------------------------
 
@@ -299,6 +172,9 @@ class Run:
         self.epoch, self.batch, self.sums = self.epoch + 1, 0, {}
         if row["val_dice"] > self.best + self.settings.min_delta:
             self.best, self.best_epoch = row["val_dice"], self.epoch
+            if not all(p.requires_grad for p in model.parameters()):  # the small copy
+                with report.whole_file(self.out / "adapter.safetensors") as part:
+                    save_adapter(model, part)
             with report.whole_file(self.out / "best.safetensors") as part:
                 save_file({k: v.contiguous() for k, v in merged_state_dict(model).items()}, part)
         report.write_csv(self.out / "metrics.csv", self.history)
@@ -317,7 +193,8 @@ class Run:
         items = data.Items(self.train_set, o.prompt, inputs, True, o.seed, o.negatives)
         start = self.epoch * self.batches + self.batch
         order = data.train_batches(len(self.train_set), o.batch_size, o.epochs, o.seed, start)
-        batches = iter(data.loader(items, order, o.workers, self.device))
+        collate = self.recipe.collate
+        batches = iter(data.loader(items, order, o.workers, self.device, collate))
         while self.step < self.total_steps and not self.patience_lost():
             self.train_epoch(batches)
             self.end_epoch()
@@ -378,6 +255,8 @@ def fit(options: Options, settings: Settings, model, recipe, sets, resume: bool)
     trained, total = sum(n for n, learns in sizes if learns), sum(n for n, _ in sizes)
     device = next(model.parameters()).device
     print(f"training {trained:,} of {total:,} parameters on {device}")
+    if settings.keep_features or settings.augment is None:
+        print(f"augmentation: {', '.join(settings.views)} of each image, nothing else")
     if settings.keep_features:
         recipe = keep_features(recipe, model, family.backbone, sets, options)
     run = Run(options, settings, model, recipe, *sets)
@@ -405,13 +284,13 @@ def fit_and_test(options: Options, settings: Settings, device: torch.device, res
         )
         parts = dict(zip(("train", "val"), parts, strict=True))
         for name in ("val",) if options.eval else parts:
-            sets[name] = data.open_dataset(parts[name], options.cache)
+            sets[name] = data.open_dataset(parts[name], options.cache, options.pseudocolor)
             print(f"{name}: {sets[name].describe()}")
     model = load_model(options, settings, sets.get("train"), device)
-    evaluate.check_classes(model, [*sets.values(), *tests.values()], options)
     recipe = FAMILIES[options.model].recipe(model, settings)
+    evaluate.check_classes(model, recipe, [*sets.values(), *tests.values()], options)
     if not options.eval:
-        fit(options, settings, model, recipe, sets.values(), resume)
+        fit(options, settings, model, recipe, list(sets.values()), resume)
     if options.threshold == "auto":
         threshold = evaluate.best_threshold(model, recipe, sets["val"], options)
         model.config = replace(model.config, threshold=threshold)
@@ -432,7 +311,7 @@ def run(options: Options) -> dict:
 
 
 def main() -> int:
-    given = parse()
+    given = parse(__doc__)
     saved = Path(given.get("out", "")) / "config.json"
     if given.get("resume") and saved.is_file():  # --resume --out RUN is enough
         given = json.loads(saved.read_text())["options"] | given

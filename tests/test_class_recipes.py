@@ -314,7 +314,7 @@ def test_a_class_in_no_image_has_no_score():
     truth = torch.tensor([[[1, 1, 0, 255]]])
     masks = np.array([[[0, 1, 1, 1]], [[1, 0, 0, 0]], [[0, 0, 0, 0]]], bool)
     item = where | {"truth": truth}
-    scored = evaluate.score(item, masks, ("background", *names), True)
+    scored = evaluate.score(item, masks, ("background", *names), masks.astype(float))
     assert [row["class"] for row in scored] == ["a", "b", "background"]
     assert scored[0]["dice"] == pytest.approx(2 / 3)
     assert (scored[2]["tp"], scored[2]["fp"], scored[2]["fn"]) == (1, 1, 0)

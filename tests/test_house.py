@@ -51,6 +51,7 @@ MODELS = {
 FLOORS = [
     [*MODELS, *"tokenizer losses metrics layouts data prompts augment features adapters report".split()],
     ["recipes", "evaluate"],
+    ["options"],
     ["train", "predict", "prepare"],
 ]
 PROGRAMS = {"train": 450, "data": 450}  # lines

@@ -81,6 +81,7 @@ def test_counts_by_hand():
         "tp": 2,
         "fp": 2,
         "fn": 1,
+        "tn": 3,
         "dice": 4 / 7,
         "iou": 2 / 5,
         "sensitivity": 2 / 3,
@@ -313,6 +314,11 @@ def test_summary_of_binary_masks():
     assert summary["sensitivity"]["mean"] == pytest.approx((1 + 0.5 + 0) / 3)
     assert summary["sensitivity"]["n"] == 3
     assert summary["dice_pooled"] == pytest.approx(300 / (300 + 100 + 150))
+    # of 8000 pixels, 300 in truth: 150 found, 150 missed, 100 false
+    assert summary["iou_pooled"] == pytest.approx(150 / 400)
+    assert summary["sensitivity_pooled"] == pytest.approx(150 / 300)
+    assert summary["specificity_pooled"] == pytest.approx(7600 / 7700)
+    assert summary["precision_pooled"] == pytest.approx(150 / 250)
     assert summary["hd95"]["mean"] > 2 * 40 * 2**0.5 / 5  # the diagonals of two misses
     assert "50" in summary["warning"] and "5" in summary["warning"]
     assert json.loads(json.dumps(summary)) == summary
@@ -362,3 +368,77 @@ def test_summary_of_class_maps():
     assert again["dice"] == pytest.approx(summary["dice"])
     without = metrics.summarise([{k: v for k, v in r.items() if k != "hd95"} for r in rows], names)
     assert "hd95" not in without and "hd95" not in without["classes"]["liver"]
+
+
+def test_pooled_scores_of_class_maps():
+    """Specificity is of all images, of those without the class too; 0/0 leaves a class out."""
+    names = ["liver", "spleen", "uterus"]
+    nothing = (EMPTY, EMPTY)
+    cases = {
+        "a": [(SQUARE, SQUARE), (HALF, SQUARE), nothing],
+        "b": [(HALF, SQUARE), nothing, nothing],
+        "c": [nothing, (SQUARE, EMPTY), nothing],
+    }
+    rows = rows_of(cases, names)
+    rows += [{"name": n, "group": None, "class": "", "tp": 6, "fp": 2, "fn": 4} for n in cases]
+    summary = metrics.summarise(rows, names)
+    by_hand = {  # of 4800 pixels a class; liver: 150 found, 50 missed; spleen: 50, 50, 100 false
+        "dice": (300 / 350, 100 / 250, None),
+        "iou": (150 / 200, 50 / 200, None),
+        "sensitivity": (150 / 200, 50 / 100, None),
+        "specificity": (1, 4600 / 4700, 1),
+        "precision": (1, 50 / 150, None),
+    }
+    for score, values in by_hand.items():
+        known = [value for value in values if value is not None]
+        assert summary[f"{score}_pooled"] == pytest.approx(np.mean(known)), score
+        for name, value in zip(names, values, strict=True):
+            of_class = summary["classes"][name][f"{score}_pooled"]
+            assert np.isnan(of_class) if value is None else of_class == pytest.approx(value)
+    f1 = (300 / 350 + 100 / 250 + 36 / 54) / 3
+    assert summary["macro_f1_pooled"] == pytest.approx(f1)
+
+
+def components(name, group, dice, kind="polyp", in_pred=True, **more):
+    """Rows of one class in one image, a row a component."""
+    own = {"name": name, "group": group, "class": kind, "in_truth": True}
+    counts = {"tp": 1, "fp": 0, "fn": 1, "tn": 2}
+    keys = ("sensitivity", "iou", "specificity", "precision")
+    return [
+        own | {"in_pred": in_pred and d > 0, "dice": d} | dict.fromkeys(keys, d) | counts | more
+        for d in dice
+    ]
+
+
+def test_an_image_is_worth_the_mean_of_its_components():
+    rows = components("1", None, [0.9, 0.0, 0.0, 0.3]) + components("2", None, [0.8])
+    summary = metrics.summarise(rows, ["polyp"])
+    assert summary["dice"]["mean"] == pytest.approx((0.3 + 0.8) / 2)
+    # two of one image's components are missed: one image is
+    assert (summary["images"], summary["n"], summary["dice"]["n"]) == (2, 2, 2)
+    assert summary["misses"] == 1
+    assert summary["dice_pooled"] == pytest.approx(10 / 15)  # of components, by their pixels
+
+
+def test_components_then_images_then_patients_then_classes():
+    rows = components("1", "anna", [1.0, 0.4], "liver") + components("2", "anna", [0.1], "liver")
+    rows += components("3", "bob", [0.6], "liver") + components("1", "anna", [0.0, 0.0], "spleen")
+    summary = metrics.summarise(rows[::2] + rows[1::2], ["liver", "spleen"])
+    # anna's liver: (0.7 + 0.1) / 2, not (1 + 0.4 + 0.1) / 3
+    liver = (0.4 + 0.6) / 2
+    assert summary["classes"]["liver"]["dice"]["mean"] == pytest.approx(liver)
+    assert summary["classes"]["liver"]["images"] == 3 and summary["classes"]["liver"]["n"] == 2
+    assert summary["classes"]["liver"]["dice"]["n"] == 2
+    assert summary["classes"]["spleen"]["misses"] == summary["misses"] == 1
+    assert summary["dice"]["mean"] == pytest.approx((liver + 0.0) / 2)
+
+
+def test_rows_may_carry_ap_and_betti_errors():
+    rows = components("1", None, [0.5], ap=0.25, betti0_error=3, betti1_error=0)
+    rows += components("2", None, [0.5], ap=np.nan, betti0_error=0, betti1_error=1)
+    rows += components("3", None, [0.5], ap=0.75, betti0_error=1, betti1_error=1)
+    summary = metrics.summarise(rows, ["polyp"])
+    assert summary["ap"]["mean"] == 0.5 and summary["ap"]["n"] == 2  # of an empty truth: unknown
+    assert summary["betti0_error"]["mean"] == pytest.approx(4 / 3)
+    assert summary["betti1_error"]["mean"] == pytest.approx(2 / 3)
+    assert "ap" not in metrics.summarise(components("1", None, [0.5]), ["polyp"])

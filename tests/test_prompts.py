@@ -146,13 +146,26 @@ def test_what_each_kind_holds(train):
         assert [p.label for p in prompts] == [1, 1, 2]
         for prompt, component in zip(prompts, components(class_map(), [1, 2])):
             assert (prompt.mask == component.mask).all()
-            assert (prompt.box is None) == (kind == "point")
-            count = 0 if kind == "box" else 5 if train else 1
+            if kind != "both" or not train:
+                assert (prompt.box is None) == (kind == "points")
+            count = 0 if kind == "boxes" else 5 if train else 1
             assert prompt.points.shape == (count, 2) and prompt.labels.shape == (count,)
-            if not train and kind != "point":
+            if not train and kind != "points":
                 assert (prompt.box == component.box).all()
-            if not train and kind != "box":
+            if not train and kind != "boxes":
                 assert (prompt.points[0] == deepest_point(component)).all()
+
+
+def test_of_both_each_prompt_is_a_box_or_points_or_box_and_points():
+    rng, forms = np.random.default_rng(0), []
+    for _ in range(200):
+        for p in make_prompts(class_map(), [1, 2], "both", rng, points=2):
+            assert p.points.shape == (2, 2)
+            forms.append((p.box is not None, bool((p.labels == 1).all())))
+            assert (p.labels == 1).all() or (p.labels == -1).all()
+    shares = {form: forms.count(form) / len(forms) for form in set(forms)}
+    assert shares.keys() == {(True, False), (False, True), (True, True)}
+    assert all(abs(share - 1 / 3) < 0.07 for share in shares.values()), shares
 
 
 def test_a_whole_image_as_box_asks_for_a_whole_class():
@@ -161,24 +174,24 @@ def test_a_whole_image_as_box_asks_for_a_whole_class():
     assert (prompt.mask == 1).sum() == 160 and (prompt.mask == 255).sum() == 65
     (absent,) = make_prompts(class_map() * 0, [1], "image")
     assert not absent.mask.any()  # an empty answer is an answer
-    with pytest.raises(ValueError, match="--prompt image: does not say which of 2 classes"):
+    with pytest.raises(ValueError, match="--sam-prompts image: does not say which of 2 classes"):
         make_prompts(class_map(), [1, 2], "image")
 
 
 def test_unknown_kinds_are_refused():
-    with pytest.raises(ValueError, match="--prompt boxes: unknown; SAM takes one of box, point"):
-        make_prompts(class_map(), [1], "boxes")
+    with pytest.raises(ValueError, match="--sam-prompts box: unknown; SAM takes one of boxes, points"):
+        make_prompts(class_map(), [1], "box")
 
 
 def test_a_sample_without_objects_has_no_prompts():
-    assert make_prompts(np.zeros((9, 9), np.int64), [1, 2], "box") == []
+    assert make_prompts(np.zeros((9, 9), np.int64), [1, 2], "boxes") == []
 
 
 def test_a_seed_gives_the_same_prompts_and_another_one_others():
     def draw(seed):
         how = {"jitter": 5, "points": 2, "limit": 2}
         prompts = make_prompts(class_map(), [1, 2], "both", np.random.default_rng(seed), **how)
-        return [[p.label, p.box.tolist(), p.points.tolist()] for p in prompts]
+        return [[p.label, str(p.box), p.points.tolist()] for p in prompts]
 
     assert draw(1) == draw(1) != draw(2)
 
@@ -189,11 +202,11 @@ def test_a_limit_draws_among_all_components():
         mask[k // 3 * 12 : k // 3 * 12 + 6, k % 3 * 12 : k % 3 * 12 + 6] = 1
     seen, rng = set(), np.random.default_rng(0)
     for _ in range(50):
-        boxes = [tuple(p.box.tolist()) for p in make_prompts(mask, [1], "box", rng, limit=4)]
+        boxes = [tuple(p.box.tolist()) for p in make_prompts(mask, [1], "boxes", rng, limit=4)]
         assert len(set(boxes)) == 4
         seen |= set(boxes)
     assert len(seen) == 9
-    assert len(make_prompts(mask, [1], "box", limit=4)) == 9  # an evaluation asks for all
+    assert len(make_prompts(mask, [1], "boxes", limit=4)) == 9  # an evaluation asks for all
 
 
 # --- boxes from files -----------------------------------------------------------------------------

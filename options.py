@@ -1,0 +1,185 @@
+"""The command line of train.py: every option, and what a run makes of those that are left out."""
+
+import argparse
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import get_args
+
+import report
+from augment import VIEWS
+from data import colour_table
+from evaluate import run_config
+from prompts import KINDS
+from recipes import FAMILIES, TOPOLOGY, Settings
+
+
+def option(default, help: str, **argparse_too):
+    """A field of Options, with what argparse needs to know of it."""
+    metadata = {"help": help} | argparse_too
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata | {"nargs": "+"})
+    return field(default=default, metadata=metadata)
+
+
+def probability(text: str) -> float | str:
+    return text if text == "auto" else float(text)
+
+
+SCHEDULES = ["cosine", "poly", "constant", "multistep", "plateau"]
+DTYPES = ["float32", "bfloat16", "float16"]
+TRAINED = ["all", "decoder", "adapters", "lora"]
+SIZES = ["image", "network"]
+
+
+@dataclass
+class Options:
+    """The command line. None: the recipe's value or, where a recipe has no such setting, off."""
+
+    model: str = option("cris", "which model", choices=sorted(FAMILIES))
+    variant: str | None = option(None, "which size of it, a key of the model's VARIANTS")
+    weights: str | None = option(None, "hub id (id@revision), file, run folder; none: from scratch")
+    recipe: str | None = option(None, "default, or a published protocol: see recipes.py")
+    data: list[str] = option([], "data sets to train and validate on; several are pooled")
+    test: list[str] = option([], "data sets to test on, PATH[:split]; else --data's test splits")
+    prompt: str | None = option(None, 'prompt types (p6; p6,p3; random), or a literal "text"')
+    train: str | None = option(None, "all, or some parts only: see recipes.py", choices=TRAINED)
+    lora_rank: int | None = option(None, "of the updates that --train lora puts on linear layers")
+    adapter_dim: int | None = option(None, "width of the adapters of --train adapters")
+    keep_features: bool | None = option(None, "of a frozen encoder, on files; on where one is")
+    feature_dtype: str | None = option(None, "of these files", choices=["float16", "float32"])
+    views: list[str] | None = option(
+        None, "all the augmentation there is; kept features: made of each", nargs="+", choices=VIEWS
+    )
+    pseudocolor: str | None = option(None, "a colour map of matplotlib for grey images: bone, jet")
+    sam_prompts: str | None = option(None, "what SAM is asked by, of the truth", choices=KINDS)
+    jitter: int | None = option(None, "pixels by which a side of a box moves at most in training")
+    min_area: int | None = option(None, "pixels that a component needs to be asked for")
+    prompts_per_image: int | None = option(None, "in a training step, by lot; 0: all there are")
+    boxes: str | None = option(None, "CSV or JSON of boxes to test SAM with, beside the truth's")
+    topology: str | None = option(None, "a loss beside the others: see losses.py", choices=TOPOLOGY)
+    topology_weight: float | None = option(None, "its factor")
+    negatives: float | None = option(None, "share of samples that ask for another image's target")
+    prompt_study: bool = option(False, "test every prompt type, in one table")
+    out: str | None = option(None, "run folder; else runs/MODEL-DATA[-RECIPE]")
+    resume: bool = option(False, "go on where the run in --out stopped")
+    eval: bool = option(False, "no training: test --weights")
+    epochs: int | None = option(None, "0 is the same as --eval")
+    max_steps: int | None = option(None, "stop after so many optimiser steps")
+    batch_size: int | None = option(None, "images a step")
+    grad_accum_steps: int = option(1, "batches whose gradients make one step")
+    lr: float | None = option(None, "learning rate of the new parts")
+    backbone_lr: float | None = option(None, "of the pretrained ones; with --weights none: --lr")
+    weight_decay: float | None = option(None, "of the optimiser")
+    schedule: str | None = option(None, "learning rate over time", choices=SCHEDULES)
+    warmup: float | None = option(None, "share of all steps in which the rate rises from 0")
+    clip_grad: float | None = option(None, "largest gradient norm; 0: not clipped")
+    ema: float | None = option(None, "decay of an average of the weights, to be tested and kept")
+    patience: int | None = option(None, "epochs without a better validation Dice before it stops")
+    size: int | None = option(None, "side of the model's input in pixels")
+    threshold: float | str | None = option(
+        None, "a foreground pixel's probability; auto: the best in validation", type=probability
+    )
+    dtype: str | None = option(None, "of training on a GPU; all else is float32", choices=DTYPES)
+    compile: bool = option(False, "torch.compile")
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
+    workers: int = option(2, "data-loading processes")
+    seed: int = option(0, "of the order, the augmentation, and new weights")
+    deterministic: bool = option(False, "only deterministic operations, slower on a GPU")
+    cache: str = option(".cache", "folder of the decoded images")
+    fold: str | None = option(None, "k/n: validate on fold k (from 0) of n of train and val")
+    group_regex: str | None = option(None, "what in an image's name names the patient")
+    score_size: str = option("image", "score at its own or the network's size", choices=SIZES)
+    val_distances: bool = option(False, "HD95, ASSD and NSD also in validation, not only in tests")
+    overlays: int = option(3, "how many of the worst, median and best cases to draw")
+    save_every: float = option(10.0, "minutes between saved states within an epoch")
+
+
+# What may differ between a run and its resumption without changing its numbers.
+FREE = {"resume", "out", "workers", "device", "cache", "save_every", "overlays"}
+
+
+def parse(description: str, arguments: list[str] | None = None) -> dict:
+    """The options that were given, by name."""
+    parser = report.Parser(description)
+    for spec in fields(Options):
+        kind = spec.type
+        while get_args(kind):  # of `int | None`, `list[str] | None` the first
+            kind = get_args(kind)[0]
+        how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
+        flag = "--" + spec.name.replace("_", "-")
+        parser.add_argument(flag, default=argparse.SUPPRESS, **how | spec.metadata)
+    return vars(parser.parse_args(arguments))
+
+
+def with_views(settings: Settings, options: Options, family) -> Settings:
+    """Whether features are kept, and what augmentation there then is. ValueError: none to be had"""
+    keeps = settings.keep_features
+    if keeps is None:  # wherever nothing of the encoder learns
+        keeps = settings.train == "decoder" and family.keeps and not options.eval
+    if not keeps and not options.views:
+        return replace(settings, keep_features=keeps, views=("original",))
+    if "original" not in settings.views:
+        raise ValueError("--views: original must be among them")
+    return replace(settings, keep_features=keeps, augment=None)
+
+
+def as_tested(options: Options) -> Options:
+    """Without training: what --weights, if they are a run folder, say of themselves."""
+    if not options.eval and options.epochs != 0:
+        return options
+    options, tested = replace(options, eval=True, epochs=0), run_config(options.weights)
+    if not tested:
+        return options
+    keys = ("prompt", "pseudocolor", "sam_prompts", "min_area")  # what it was asked by
+    same = {k: getattr(options, k) or tested["options"].get(k) for k in keys}
+    return replace(options, model=tested["model"], **same)
+
+
+FOR_SAM = ("sam_prompts", "jitter", "min_area", "prompts_per_image", "boxes", "topology")
+
+
+def check(options: Options, family, name: str) -> None:
+    """ValueError, one line: what does not go together."""
+    if name not in family.settings:
+        raise ValueError(f"--recipe {name}: {options.model} has {', '.join(family.settings)}")
+    if options.variant is not None and options.variant not in family.variants:
+        have = ", ".join(family.variants)
+        raise ValueError(f"--variant {options.variant}: {options.model} has {have}")
+    if options.variant is not None and options.weights not in (None, "none"):
+        raise ValueError("--variant: leave it out, --weights say themselves what they are")
+    if not family.reads and (options.prompt or options.negatives):
+        raise ValueError(f"--prompt, --negatives: {options.model} reads no text")
+    if not options.data and (not options.test or not options.eval or options.threshold == "auto"):
+        raise ValueError("--data is missing: which data set?")
+    if family.settings[name].sam_prompts is not None and options.score_size == "network":
+        raise ValueError("--score-size network: SAM is scored at the image's size, drop it")
+    if options.pseudocolor is not None:
+        colour_table(options.pseudocolor)
+    for key in FOR_SAM if family.settings[name].sam_prompts is None else ():
+        if getattr(options, key) is not None:
+            flag = key.replace("_", "-")
+            raise ValueError(f"--{flag}: {options.model} takes no boxes or points, only SAM does")
+    for key in ("batch_size", "grad_accum_steps", "min_area"):
+        if getattr(options, key) is not None and getattr(options, key) < 1:
+            raise ValueError(f"--{key.replace('_', '-')} must be at least 1")
+
+
+def resolve(options: Options) -> tuple[Options, Settings]:
+    """Fills what is open from the tested run folder and from the recipe; checks the rest."""
+    options = as_tested(options)
+    family, name = FAMILIES[options.model], options.recipe or "default"
+    check(options, family, name)
+    settings = family.settings[name]
+    shared = {spec.name for spec in fields(Settings)} & {spec.name for spec in fields(Options)}
+    shared -= {"weights"}
+    given = {key: getattr(options, key) for key in shared if getattr(options, key) is not None}
+    if options.weights == "none" and options.backbone_lr is None:  # nothing is pretrained
+        given["backbone_lr"] = given.get("lr", settings.lr)
+    settings = with_views(replace(settings, **given), options, family)
+    options = replace(options, **{key: getattr(settings, key) for key in shared})
+    if options.out is None:
+        places = options.data or options.test
+        sets = [Path(place.rpartition(":")[0] or place).name for place in places]
+        words = [options.model, "+".join(sets), options.recipe, "eval" if options.eval else None]
+        options = replace(options, out=str(Path("runs") / "-".join(filter(None, words))))
+    return options, settings
