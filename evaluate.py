@@ -95,6 +95,8 @@ def check_threshold(k: int, threshold) -> None:
 def check_classes(model, recipe, datasets, options) -> None:
     """ValueError, one line, if a data set has other classes than the model. SAM has none."""
     k, names = num_classes(model), run_config(options.weights).get("classes")
+    if recipe.ask and options.threshold == "auto" and len(datasets[0].classes) > 1:
+        raise ValueError("--threshold auto: of one class alone; drop it")
     for dataset in [] if recipe.ask else datasets:
         root, have = dataset.entries[0].root, len(dataset.classes)
         if have != k:

@@ -10,7 +10,8 @@ from augment import VIEWS
 from data import colour_table
 from evaluate import run_config
 from prompts import KINDS
-from recipes import FAMILIES, TOPOLOGY, Settings
+from protocol import Settings
+from recipes import FAMILIES, TOPOLOGY
 
 
 def option(default, help: str, **argparse_too):

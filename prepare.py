@@ -859,9 +859,7 @@ def write_volume(path, slices, name, folder, classes):
         keep = slice(first, last + 1)  # beyond nothing is known, and some margins are plain white
         image, mask = np.ascontiguousarray(image[:, keep]), np.ascontiguousarray(mask[:, keep])
         (folder / "images" / f"{name}_slice{n:02}.png").write_bytes(png(image))
-        picture, used = report.class_map(mask, len(classes)), 3 * len(classes)
-        # 255 needs a colour, here grey: Pillow stores short palettes in few bits and it would be 15
-        picture.putpalette(picture.getpalette()[:used] + [128] * (768 - used))
+        picture = report.class_map(mask, len(classes))
         picture.save(folder / "masks" / f"{name}_slice{n:02}.png")
         found.update({"slices": 1, "columns": mask.shape[1], "gaps": int((~whole[keep]).sum())})
         found.update(classes[k] for k in np.unique(mask) if k != 255)

@@ -13,19 +13,18 @@ images have different numbers, become a batch, are made of a mask, and are score
 
 and a table of settings. `default` is what we recommend, `origin` the study that a model comes from
 to the letter, quirks named. The command line overrides any setting of the same name.
+
+protocol.py has what they are made of.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from zlib import crc32
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 
 import beit
@@ -37,11 +36,8 @@ import prompts
 import sam_decoder
 import segformer
 import upernet
-from adapters import add_lora
-from augment import MIRRORS, Augment, GITractAugment, mirror_prompt, view
-from data import Dataset, Items, loader
-from features import Rows, fingerprint, keep
-from layouts import is_prompt_type
+from augment import Augment, GITractAugment
+from data import Dataset
 from losses import (
     cldice_loss,
     dice_bce,
@@ -52,313 +48,20 @@ from losses import (
     sam_loss,
     topological_loss,
 )
+from protocol import (
+    Recipe,
+    Settings,
+    at_mask_size,
+    dice_bce_at_mask_size,
+    hub_id,
+    image_recipe,
+    one_view,
+    parameter_groups,
+    pixels,
+    prompted_recipe,
+    texts_per_batch,
+)
 from tokenizer import CHARACTERS, CLIPTokenizer, WordPieceTokenizer
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Every number of a protocol."""
-
-    weights: dict[str, str]  # variant -> hub id that training starts from
-    config: dict = field(default_factory=dict)  # what the protocol sets of the model's Config
-    decoder: str | None = None  # BiomedCLIPSeg: hub id of the CLIPSeg whose decoder it starts from
-    prompt: str = "p6"  # prompt type
-    negatives: float = 0.0  # share of training samples with another image's prompt, an empty mask
-    train: str = "all"  # all | decoder | adapters | lora: see `choose_trained`
-    lora_rank: int = 8
-    adapter_dim: int = 64
-    keep_features: bool | None = None  # of a frozen encoder, on files; None: wherever it is frozen
-    feature_dtype: str = "float16"
-    views: tuple[str, ...] = ("original",)  # of an image (augment.py), the augmentation then
-    augment: Augment | None = None  # None: the model's own preprocessing
-    pseudocolor: str | None = None  # colours of a map for grey levels: see data.py
-    sam_prompts: str | None = None  # SAM: boxes | points | both | image, see prompts.py
-    jitter: int | None = None  # largest move of a box's side in training, in pixels of the image
-    min_area: int | None = None  # pixels that a component needs to be asked for
-    prompts_per_image: int | None = None  # in training, by lot; 0: all
-    ask_background: bool = False  # background is asked for in training, too
-    topology: str | None = None  # SAM: none | persistence | cldice | oct, beside the other losses
-    topology_weight: float | None = None
-    full_size: bool = False  # SAM's loss is taken at the image's own size, else at the logits'
-    loss: Callable = None  # (output, batch) -> scalar, parts
-    optimizer: str = "adamw"  # adam | adamw
-    amsgrad: bool = False
-    lr: float = 1e-4
-    backbone_lr: float = 1e-5  # of the pretrained towers,
-    backbone: Callable = None  # which are the parameters for whose name this is true
-    weight_decay: float = 1e-2
-    decay_all: bool = False  # also of biases and norms
-    batch_size: int = 16
-    epochs: int = 50
-    schedule: str = "cosine"  # cosine | poly | constant | multistep | plateau
-    warmup: float = 0.05  # share of all steps in which the rate rises from 0
-    milestones: tuple[float, ...] = ()  # shares of all steps at which `multistep` divides by ten
-    clip_grad: float | None = 1.0  # largest norm of all gradients together
-    dtype: str = "bfloat16"  # of the forward pass on a GPU in training; evaluation is float32
-    patience: int | None = None  # epochs without a better validation Dice before training stops
-    min_epochs: int = 0
-    min_delta: float = 0.0  # what counts as better
-
-
-def lr_factor(step: int, total: int, settings: Settings) -> float:
-    """What every learning rate is multiplied by at this step of `total`."""
-    warm = round(settings.warmup * total)
-    if step < warm:
-        return (step + 1) / warm
-    done = (step - warm) / max(1, total - warm)  # 0..1
-    if settings.schedule == "cosine":
-        return (1 + math.cos(math.pi * done)) / 2
-    if settings.schedule == "poly":
-        return (1 - done) ** 0.9
-    if settings.schedule == "multistep":
-        return 0.1 ** sum(step >= round(share * total) for share in settings.milestones)
-    return 1.0
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What the loop needs of a model; see the top of the file."""
-
-    inputs: Callable
-    forward: Callable
-    loss: Callable
-    predict: Callable
-    groups: Callable
-    read: Callable | None = None  # prompt -> the tensors that `inputs` makes of it, of text models
-    collate: Callable | None = None  # items -> a training batch; None: their tensors stacked
-    ask: Callable | None = None  # (sample, source) -> SAM's prompts of a sample, see `sam_prompts`
-    each: Callable | None = None  # (model, item, output) -> probabilities (Q,H,W) of each prompt
-    files: dict[str, Path] = field(default_factory=dict)  # name -> what a run folder gets a copy of
-
-
-# --- images, and what is asked of them in words ---------------------------------------------------
-
-
-def pixels(sample, config, preprocess) -> dict:
-    """image (3,S,S) float32."""
-    return {"image": preprocess(Image.fromarray(sample["image"].permute(1, 2, 0).numpy()), config)}
-
-
-def tokens(prompt: str, tokenizer) -> dict:
-    """tokens (T,) int64."""
-    return {"tokens": tokenizer(prompt)[0]}
-
-
-def one_view(sample, views, rng) -> dict:
-    """One of the views of a sample, by lot."""
-    return view(sample, views[rng.integers(len(views))]) if len(views) > 1 else sample
-
-
-def image_inputs(sample, train, rng, config, look, read, augment, views, preprocess_mask) -> dict:
-    """What `look` makes of the image and `read` of the prompt; mask (1,S,S) float32 of 0 and 1, or
-    of class numbers (255: does not count).
-
-    In evaluation also what scoring needs: truth (1,H,W) int64, size, name, prompt, group, dataset;
-    a sample without a mask gives an item without mask and truth.
-    """
-    sample = one_view(sample, views, rng) if train else sample
-    prompt, mask = sample["prompt"], sample.get("mask")
-    if train and augment is not None:
-        image, mask, prompt = augment(sample["image"], mask, prompt, config.image_size, rng)
-        mean, std = (torch.tensor(x)[:, None, None] for x in (config.mean, config.std))  # (3,1,1)
-        item = {"image": (image / 255 - mean) / std, "mask": mask[None].float()}  # (3,S,S), (1,S,S)
-    else:
-        item = look(sample)
-        if mask is not None:
-            item["mask"] = preprocess_mask(mask, config)
-    item |= read(prompt) if read else {}
-    if not train:
-        item |= {key: sample[key] for key in ("name", "prompt", "size", "group", "dataset")}
-        if mask is not None:
-            item["truth"] = mask[None]  # (1,H,W)
-    return item
-
-
-def prompted_forward(model: nn.Module, batch: dict) -> Tensor:
-    """Logits (B,1,h,w) of a batch: of pixels or kept features, of tokens or kept embeddings."""
-    if "features" not in batch:
-        return model(batch["image"], batch["tokens"])
-    condition = batch.get("condition")
-    if condition is None:
-        condition = model.encode_text(batch["tokens"])
-    return model.decode(batch["features"].float(), condition=condition.float())
-
-
-def image_predict(model: nn.Module, item: dict, forward: Callable) -> tuple[Tensor, Tensor]:
-    """Probabilities (K,H,W) at the image's own size, and the logits (1,K,h,w)."""
-    device = next(model.parameters()).device
-    names = ("image", "features", "tokens", "condition")
-    batch = {name: item[name][None].to(device) for name in names if name in item}
-    logits = forward(model, batch)
-    return model.postprocess(logits[0], item["size"]), logits
-
-
-def at_mask_size(logits: Tensor, batch: dict) -> Tensor:
-    """Logits brought bilinearly to the size of the target."""
-    size = batch["mask"].shape[-2:]
-    return F.interpolate(logits.float(), size, mode="bilinear", align_corners=False)
-
-
-def dice_bce_at_mask_size(logits: Tensor, batch: dict) -> tuple[Tensor, dict]:
-    return dice_bce(at_mask_size(logits, batch), batch["mask"])
-
-
-def texts_per_batch(dataset: Dataset, kind: str, batch_size: int) -> float:
-    """How many different texts a training batch holds on average."""
-    share = {}  # text -> its share of all draws
-    for entry in dataset.entries:
-        kinds = entry.types(kind) if is_prompt_type(kind) else [kind]
-        for k in kinds:
-            texts = entry.prompts.get(k, [kind])  # a literal text stands for itself
-            for text in texts:
-                share[text] = share.get(text, 0) + 1 / (len(dataset) * len(kinds) * len(texts))
-    return sum(1 - (1 - p) ** batch_size for p in share.values())
-
-
-def parameter_groups(model: nn.Module, settings: Settings) -> list[dict]:
-    """Up to four groups: backbone or not, decayed or not (biases and norms, unless `decay_all`)."""
-    groups = {}
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            decayed = settings.decay_all or p.ndim > 1
-            groups.setdefault((settings.backbone(name), decayed), []).append(p)
-    return [
-        {
-            "params": params,
-            "lr": settings.backbone_lr if backbone else settings.lr,
-            "weight_decay": settings.weight_decay if decayed else 0.0,
-        }
-        for (backbone, decayed), params in groups.items()
-    ]
-
-
-def image_recipe(file, model, settings: Settings, forward: Callable, read=None) -> Recipe:
-    """For the model of `file`, which has preprocess and preprocess_mask."""
-    inputs = partial(
-        image_inputs,
-        config=model.config,
-        look=partial(pixels, config=model.config, preprocess=file.preprocess),
-        read=read,
-        augment=settings.augment,
-        views=settings.views,
-        preprocess_mask=file.preprocess_mask,
-    )
-    predict = partial(image_predict, forward=forward)
-    return Recipe(inputs, forward, settings.loss, predict, parameter_groups, read)
-
-
-def prompted_recipe(file, model: nn.Module, settings: Settings, tokenizer) -> Recipe:
-    read = partial(tokens, tokenizer=tokenizer)
-    return image_recipe(file, model, settings, prompted_forward, read)
-
-
-def hub_id(settings: Settings, variant: str) -> str:
-    """Where training of a variant starts. ValueError if it has no pretrained weights."""
-    if variant not in settings.weights:
-        message = "has no pretrained weights; pass --weights none or a file"
-        raise ValueError(f"--variant {variant} {message}")
-    return settings.weights[variant]
-
-
-# --- kept features of frozen towers ---------------------------------------------------------------
-
-
-@dataclass
-class Kept:
-    """What frozen towers gave for images and texts, in files of features.py."""
-
-    images: dict[tuple[Path, str], tuple[Rows, int]]  # image file and view -> where
-    texts: dict[str, tuple[Rows, int]]
-
-    def look(self, sample) -> dict:
-        rows, i = self.images[sample["file"], sample.get("view", "original")]
-        return {"features": rows[i]}
-
-    def read(self, prompt: str) -> dict:
-        rows, i = self.texts[prompt]
-        return {"condition": rows[i]}
-
-
-def shown(sample, train, rng, inputs, name) -> dict:
-    """The inputs of one view of an image, whatever is asked of it."""
-    return inputs(view(sample | {"prompt": ""}, name), train, rng)
-
-
-def texts_of(sets: list[Dataset], kind: str, views) -> list[str]:
-    """Every text that the loop may ask for."""
-    texts = {text for dataset in sets for entry in dataset.entries for text in entry.texts(kind)}
-    for name in MIRRORS.keys() & set(views):
-        texts |= {mirror_prompt(text, MIRRORS[name]) for text in texts} - {None}
-    return sorted(texts)
-
-
-def view_features(model, dataset: Dataset, name: str, inputs, rows: Callable, options) -> dict:
-    """Image file and name of the view -> where the features are, of every image."""
-    first = {entry.image: i for i, entry in reversed(list(enumerate(dataset.entries)))}
-    order = sorted(first.values())  # an entry of each image
-    device = next(model.parameters()).device
-    items = Items(dataset, options.prompt, partial(shown, inputs=inputs, name=name), False, seed=0)
-
-    def encode(start):
-        for item in loader(items, [[(0, i)] for i in order[start:]], options.workers, device):
-            yield model.encode_image(item["image"][None].to(device))[0]
-
-    content = [(dataset.path.stem, dataset.colours, i) for i in order]
-    found = rows(f"image features, {name}", content, encode)
-    return {(dataset.entries[i].image, name): (found, row) for row, i in enumerate(order)}
-
-
-def keep_features(recipe: Recipe, model, frozen: Callable, sets: list[Dataset], options) -> Recipe:
-    """The recipe on kept features; computes what no file holds yet, of the first of `sets`, which
-    trains, for all views. frozen: tells by name which weights make them."""
-    if options.train != "decoder" or not hasattr(model, "encode_image"):
-        message = "needs --train decoder and a model that encodes images apart"
-        raise ValueError(f"--keep-features {message}; --no-keep-features")
-    weights = {name: t for name, t in model.state_dict().items() if frozen(name)}
-    config = replace(model.config, threshold=0.5)  # which comes after them
-
-    @torch.no_grad()
-    def rows(what: str, content: list, compute: Callable) -> Rows:
-        key = fingerprint(weights, config, what, content, options.feature_dtype)
-        path = Path(options.cache) / f"{key}.npy"
-        keep(path, len(content), compute, f"{len(content)} {what}", options.feature_dtype)
-        return Rows(path)
-
-    kept = Kept({}, {})
-    model.eval()
-    for dataset in sets:
-        for name in options.views if dataset is sets[0] else ["original"]:
-            kept.images |= view_features(model, dataset, name, recipe.inputs, rows, options)
-    if recipe.read is None:
-        return replace(recipe, inputs=partial(recipe.inputs, look=kept.look))
-    texts, device = texts_of(sets, options.prompt, options.views), next(model.parameters()).device
-
-    def embeddings(start):
-        for text in texts[start:]:
-            yield model.encode_text(recipe.read(text)["tokens"][None].to(device))[0]
-
-    found = rows("text embeddings", texts, embeddings)
-    kept.texts |= {text: (found, i) for i, text in enumerate(texts)}
-    return replace(recipe, inputs=partial(recipe.inputs, look=kept.look, read=kept.read))
-
-
-def choose_trained(model: nn.Module, family: "Family", settings: Settings) -> None:
-    """Freezes what `settings.train` leaves as it is.
-
-    all: nothing is frozen; decoder: the towers are; lora: the towers are, with a low-rank update of
-    `lora_rank` on their linear layers (adapters.py; see `Family.lora`), which is trained with the
-    decoder; adapters: everything but the adapters of `adapter_dim` in both towers.
-    """
-    adapters = [name for name, _ in model.named_parameters() if "adapter" in name]
-    if settings.train == "adapters" and not adapters:
-        raise ValueError(f"--train adapters: {type(model).__name__} has no place for them")
-    for name, parameter in model.named_parameters():
-        frozen = {"decoder": family.backbone(name), "adapters": name not in adapters}
-        if frozen.get(settings.train):
-            parameter.requires_grad_(False)
-    if settings.train == "lora":
-        add_lora(model, settings.lora_rank, **{"frozen": family.backbone} | family.lora)
-
 
 # --- CRIS -----------------------------------------------------------------------------------------
 

@@ -153,9 +153,13 @@ def legend(names: tuple[str, ...], width: int = 320) -> Image.Image:
 
 
 def class_map(numbers: np.ndarray, classes: int) -> Image.Image:
-    """Class numbers uint8 (H,W) -> a palette image of the same numbers in the classes' colours."""
-    picture = Image.fromarray(numbers)
-    picture.putpalette([0, 0, 0] + [x for ink in colours(classes - 1) for x in ink])
+    """Class numbers uint8 (H,W) -> a palette image of the same numbers in the classes' colours.
+
+    All 256 have one, grey beyond the classes: of a short palette Pillow keeps few bits of a pixel,
+    and 255, which does not count, would be 15.
+    """
+    picture, inks = Image.fromarray(numbers), [(0, 0, 0), *colours(classes - 1)]
+    picture.putpalette([x for ink in inks + [(128,) * 3] * (256 - classes) for x in ink])
     return picture
 
 
@@ -252,7 +256,7 @@ def table(summary: dict) -> str:
 
 def study_table(summaries: dict[str, dict], examples: dict[str, str] | None = None) -> str:
     """Dice and IoU by what was asked, as lines of text, perhaps with an example."""
-    lines, width = [], max(map(len, summaries))
+    lines, width = [], max(4, *map(len, summaries))
     for kind, summary in summaries.items():
         dice, iou = summary["dice"], summary["iou"]
         score = f"Dice {dice['mean']:.4f} {interval(dice)}  IoU {iou['mean']:.4f}"

@@ -35,7 +35,8 @@ import layouts
 import report
 from adapters import merge_lora, merged_state_dict, save_adapter
 from options import FREE, Options, parse, resolve
-from recipes import FAMILIES, Settings, choose_trained, keep_features, lr_factor
+from protocol import Settings, choose_trained, keep_features, lr_factor
+from recipes import FAMILIES
 
 # --- the loop ------------------------------------------------------------------------------------
 

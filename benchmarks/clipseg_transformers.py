@@ -22,6 +22,7 @@ sys.path.insert(0, str(ROOT))
 import clipseg  # noqa: E402
 import data  # noqa: E402
 import layouts  # noqa: E402
+import protocol  # noqa: E402
 import recipes  # noqa: E402
 import report  # noqa: E402
 from losses import dice_bce  # noqa: E402
@@ -112,14 +113,15 @@ def steps(models: dict, batch: dict) -> dict[str, dict]:
 def epochs(models: dict, kinds: dict, args) -> dict:
     """Whose -> a pass over the data set, with loading."""
     options = SimpleNamespace(
-        prompt="p6", train="decoder", cache=tempfile.mkdtemp(), workers=args.workers
+        prompt="p6", train="decoder", cache=tempfile.mkdtemp(), workers=args.workers,
+        views=["original"], feature_dtype="float16",  # fmt: skip
     )
     entries = layouts.annotations(args.data, "train")[: args.images]
     dataset = data.open_dataset(entries, options.cache)
     settings = recipes.CLIPSEG["origin"]
     plain = recipes.clipseg_recipe(models["ours"], settings)
     towers = recipes.clipseg_towers
-    kept = recipes.keep_features(plain, models["ours"], towers, [dataset], options)
+    kept = protocol.keep_features(plain, models["ours"], towers, [dataset], options)
     functions = {}
     for name, recipe in (("official", plain), ("ours", kept)):
         step = kinds["step"][name]

@@ -50,7 +50,8 @@ MODELS = {
 }
 FLOORS = [
     [*MODELS, *"tokenizer losses metrics layouts data prompts augment features adapters report".split()],
-    ["recipes", "evaluate"],
+    ["protocol", "evaluate"],
+    ["recipes"],
     ["options"],
     ["train", "predict", "prepare"],
 ]

@@ -15,6 +15,7 @@ import clipseg
 import data
 import evaluate
 import layouts
+import protocol
 import recipes
 import train
 from tokenizer import CHARACTERS
@@ -140,7 +141,7 @@ def test_kept_features_are_those_of_the_image_and_the_text(demo, options):
     net = recipes.load_clipseg("none", "mini", settings, {"image_size": 64}, None).eval()
     recipe = recipes.clipseg_recipe(net, settings)
     asked = replace(options, prompt="p6", train="decoder")
-    kept = recipes.keep_features(recipe, net, recipes.clipseg_towers, [dataset], asked)
+    kept = protocol.keep_features(recipe, net, recipes.clipseg_towers, [dataset], asked)
     for i in range(5):
         plain, short = (
             data.Items(dataset, "p6", r.inputs, train=True, seed=0)[0, i] for r in (recipe, kept)

@@ -19,6 +19,7 @@ import cris
 import data
 import layouts
 import predict
+import protocol
 import recipes
 import train
 
@@ -310,7 +311,7 @@ def test_accumulated_gradients_are_the_mean_of_their_batches(options, demo):
 def test_learning_rates_over_time():
     def curve(**settings):
         s = replace(recipes.CRIS["default"], **settings)
-        return [recipes.lr_factor(step, 100, s) for step in range(101)]
+        return [protocol.lr_factor(step, 100, s) for step in range(101)]
 
     cosine = curve(schedule="cosine", warmup=0.1)
     assert (
@@ -345,12 +346,12 @@ def test_texts_per_batch(demo):
     entries = layouts.annotations(demo, "train")
     part = [replace(entry, prompts={"p1": ["a"], "p2": ["b", "c"]}) for entry in entries[:10]]
     dataset = data.Dataset(part, np.zeros((10, 6), int), None)
-    assert recipes.texts_per_batch(dataset, "p1", 16) == pytest.approx(1)
-    assert recipes.texts_per_batch(dataset, "some text", 16) == pytest.approx(1)
-    assert recipes.texts_per_batch(dataset, "p2", 2) == pytest.approx(1.5)
-    assert recipes.texts_per_batch(dataset, "random", 1) == pytest.approx(1)
+    assert protocol.texts_per_batch(dataset, "p1", 16) == pytest.approx(1)
+    assert protocol.texts_per_batch(dataset, "some text", 16) == pytest.approx(1)
+    assert protocol.texts_per_batch(dataset, "p2", 2) == pytest.approx(1.5)
+    assert protocol.texts_per_batch(dataset, "random", 1) == pytest.approx(1)
     three = 1 - 0.5**4 + 2 * (1 - 0.75**4)  # a half of all draws, b and c a quarter each
-    assert recipes.texts_per_batch(dataset, "random", 4) == pytest.approx(three)
+    assert protocol.texts_per_batch(dataset, "random", 4) == pytest.approx(three)
 
 
 def test_a_constant_prompt_keeps_the_text_norm_in_evaluation_mode(options, capsys):
