@@ -178,6 +178,8 @@ def resolve(options: Options) -> tuple[Options, Settings]:
         given["backbone_lr"] = given.get("lr", settings.lr)
     settings = with_views(replace(settings, **given), options, family)
     options = replace(options, **{key: getattr(settings, key) for key in shared})
+    if settings.augment is not None:  # the views then are no choice, which a resumed run would see
+        options = replace(options, views=None)
     if options.out is None:
         places = options.data or options.test
         sets = [Path(place.rpartition(":")[0] or place).name for place in places]

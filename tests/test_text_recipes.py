@@ -140,7 +140,8 @@ def test_kept_features_are_those_of_the_image_and_the_text(demo, options):
     settings = recipes.CLIPSEG["origin"]
     net = recipes.load_clipseg("none", "mini", settings, {"image_size": 64}, None).eval()
     recipe = recipes.clipseg_recipe(net, settings)
-    asked = replace(options, prompt="p6", train="decoder")
+    asked = replace(options, prompt="p6", train="decoder", views=["original"])
+    asked = replace(asked, feature_dtype="float16")
     kept = protocol.keep_features(recipe, net, recipes.clipseg_towers, [dataset], asked)
     for i in range(5):
         plain, short = (
