@@ -16,6 +16,7 @@ masks; 255: does not count), `prompt` str, `name` (the mask's stem), `file` (the
 None), `dataset`.
 """
 
+import functools
 import hashlib
 import os
 import shutil
@@ -77,10 +78,12 @@ def read_mask(path: Path, image: Path | None = None, numbers: bool = False) -> n
     return x.clip(0, 255).astype(np.uint8)
 
 
+@functools.cache
 def colour_table(name: str) -> np.ndarray:
     """What colour, RGB, a map gives each grey level, uint8 (256,3).
 
-    name: one of matplotlib's, or OpenCV's for the same (COLORMAP_BONE is bone). ValueError: unknown
+    name: one of matplotlib's, or OpenCV's name (COLORMAP_BONE is bone; its rainbow and ocean are
+    other colours). ValueError: unknown.
     """
     import matplotlib
 

@@ -126,13 +126,26 @@ def evaluate(model, recipe, dataset, options, whole: bool, title: str) -> tuple[
     of every prompt. `whole`: also those that take time, see `score`."""
     rows, parts = [], []
     for item, probabilities, output, loss in predictions(model, recipe, dataset, options, title):
+        if nothing_asked(item):
+            continue
         masks = to_masks(probabilities, model.config.threshold)
         more = probabilities if whole else None
         rows += [row | {"loss": loss} for row in score(item, masks, dataset.classes, more)]
         if whole and recipe.ask and output is not None:
             each = recipe.each(model, item, output).cpu().numpy()  # (Q,H,W)
             parts += score_parts(item, each, output[1], model.config.threshold)
+    if not rows:
+        told = f"no image with a component of {options.min_area} pixels or more"
+        raise ValueError(f"{dataset.entries[0].root}: {told}; lower --min-area")
     return rows, parts
+
+
+def nothing_asked(item: dict) -> bool:
+    """Whether the truth, of which an item's prompts are made, left nothing to ask for.
+
+    Such an image is not scored: a prompt made of the truth cannot find what is not there.
+    """
+    return item["prompt"] != "given boxes" and "boxes" in item and not len(item["boxes"])
 
 
 def whose(item: dict) -> dict:
@@ -191,21 +204,24 @@ def validate(model, recipe, dataset, options) -> dict[str, float]:
 
 
 def dice_by_entry(rows: list[dict], dataset) -> np.ndarray:
-    """(n,): the mean over those classes that count for an entry; 1 if none does."""
-    dice = {entry.name: [] for entry in dataset.entries}
+    """(n,): the mean over those classes that count for an entry; 1 if none does; nan if it has no
+    scores."""
+    dice, scored = {entry.name: [] for entry in dataset.entries}, {row["name"] for row in rows}
     for row in rows:
         if "dice" in row and (len(dataset.classes) == 1 or row["in_truth"] or row["in_pred"]):
             dice[row["name"]].append(row["dice"])
-    return np.array([np.mean(scores) if scores else 1.0 for scores in dice.values()])
+    empty = {name: 1.0 if name in scored else np.nan for name in dice}
+    return np.array([np.mean(some) if some else empty[name] for name, some in dice.items()])
 
 
 def draw(model, recipe, dataset, rows: list[dict], options, folder: Path) -> None:
     """Overlays of the worst, median and best cases by Dice, and one sheet of them all."""
-    n = min(options.overlays, len(dataset))
+    dice, names = dice_by_entry(rows, dataset), foreground(dataset.classes)
+    order = np.argsort(dice, kind="stable")[: np.isfinite(dice).sum()]  # nan comes last
+    n = min(options.overlays, len(order))
     if n == 0:
         return
-    dice, names = dice_by_entry(rows, dataset), foreground(dataset.classes)
-    order, middle = np.argsort(dice, kind="stable"), (len(dice) - n) // 2
+    middle = (len(order) - n) // 2
     chosen = {"worst": order[:n], "median": order[middle : middle + n], "best": order[::-1][:n]}
     cases = [
         (f"{kind}{k + 1}", i) for kind, indices in chosen.items() for k, i in enumerate(indices)
@@ -233,22 +249,26 @@ def draw(model, recipe, dataset, rows: list[dict], options, folder: Path) -> Non
 def test(model, recipe, tests: dict, options) -> dict:
     """Scores of every test set, printed and written to `test/` of the run; returns the summary."""
     folder, summaries, tables = Path(options.out) / "test", {}, {"image": [], "component": []}
-    asked = with_boxes(recipe, tests, options.boxes)
+    if recipe.ask:
+        tables["prompt"] = []
     for name, dataset in tests.items():
         rows, parts = evaluate(model, recipe, dataset, options, True, f"test {name}")
         names = foreground(dataset.classes)
         summaries[name] = metrics.summarise(rows, names)
-        for table, some in zip(tables.values(), (rows, parts)):
-            table += [{"test": name} | row for row in some]
+        for table, some in (("image", rows), ("component", parts)):
+            tables[table] += [{"test": name} | row for row in some]
         prompt = f", prompt {options.prompt}" if recipe.read else ""
         print(f"test {name}{prompt}:\n{report.table(summaries[name])}")
         if recipe.ask:
             if parts:
                 summaries[name]["components"] = metrics.summarise(parts, names)
                 print(f"  each component:\n{report.table(summaries[name]['components'])}")
-            sources, _ = study(model, asked, dataset, options, f"prompts {name}")
-            summaries[name]["prompts"] = sources
-            print(f"  by what is asked, of an image's classes:\n{report.study_table(sources)}")
+            if without := len(dataset) - len({row["name"] for row in rows}):
+                print(f"  {without} images have nothing to ask for and are not scored")
+            found, each = study(model, recipe, dataset, options, f"prompts {name}")
+            summaries[name]["prompts"] = found
+            tables["prompt"] += [{"test": name} | row for some in each.values() for row in some]
+            print(f"  by what is asked, of an image's classes:\n{report.study_table(found)}")
         where = folder / "overlays" / (name.replace(":", "-") if len(tests) > 1 else "")
         draw(model, recipe, dataset, rows, options, where)
         if options.overlays:
@@ -259,7 +279,8 @@ def test(model, recipe, tests: dict, options) -> dict:
 
 
 def write_summary(folder: Path, model, options, summaries: dict, tables: dict) -> dict:
-    """summary.json and per_image.csv, per_component.csv; returns what is in the first."""
+    """summary.json and per_image.csv, of SAM per_component.csv and per_prompt.csv, too; returns
+    what is in the first."""
     kept = ("model", "weights", "recipe", "prompt", "sam_prompts", "score_size")
     summary = {key: getattr(options, key) for key in kept}
     summary |= {"threshold": model.config.threshold, "tests": summaries}
@@ -270,18 +291,21 @@ def write_summary(folder: Path, model, options, summaries: dict, tables: dict) -
     return summary
 
 
-def with_boxes(recipe, tests: dict, path: str | None):
-    """The recipe, which can ask by the boxes of a file, too. ValueError: not those of the tests."""
-    if path is None:
-        return recipe
-    sizes, classes = {}, {}
-    for dataset in tests.values():
-        sizes |= {e.image.name: tuple(row[2:4]) for e, row in zip(dataset.entries, dataset.rows)}
-        classes |= dict.fromkeys(dataset.classes)
-    boxes = prompts.read_boxes(path, sizes, tuple(classes))
-    for image, found in boxes.items() if len(classes) > 1 else ():
-        if any(name is None for name, _ in found):
-            told = ", ".join(classes)
+def with_boxes(recipe, tests: dict, path: str):
+    """The recipe, which can ask by the boxes of a file, too. ValueError: not those of the test."""
+    if len(tests) != 1:
+        raise ValueError(f"--boxes {path}: for one test set, not {len(tests)}")
+    (dataset,) = tests.values()
+    files = {entry.image.name: entry.image for entry in dataset.entries}
+    if len(files) < len(dataset):
+        hint = "boxes name their image by its file name"
+        raise ValueError(f"--boxes: {len(dataset)} entries of {len(files)} file names; {hint}")
+    several = len(dataset.classes) > 1
+    sizes = {e.image.name: tuple(row[2:4]) for e, row in zip(dataset.entries, dataset.rows)}
+    boxes = prompts.read_boxes(path, sizes, foreground(dataset.classes) if several else None)
+    for image, found in boxes.items():
+        if several and any(name is None for name, _ in found):
+            told = ", ".join(foreground(dataset.classes))
             raise ValueError(f"{path}: a box of {image} has no class; there are {told}")
     return replace(recipe, ask=partial(recipe.ask, boxes=boxes))
 
@@ -334,6 +358,8 @@ def study(model, recipe, dataset, options, title: str) -> tuple[dict, dict]:
                 image = items[kinds[0]]["image"][None].to(device)
                 kept = {"features": model.encode_image(image)[0]}
             for kind, item in items.items():
+                if nothing_asked(item):
+                    continue
                 probabilities, _ = recipe.predict(model, item | kept)
                 masks = to_masks(probabilities.cpu().numpy(), model.config.threshold)
                 rows[kind] += score(item, masks, dataset.classes)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock
 from numpy.lib import format as npy
 from torch import Tensor
 from tqdm import tqdm
@@ -55,10 +56,16 @@ def keep(
     one shape. The size is told before anything is written. Raises OSError, one line, if the disk
     has no room for it.
     """
-    if path.is_file():
-        return np.load(path, mmap_mode="r")
     path.parent.mkdir(parents=True, exist_ok=True)
-    part, kind = path.with_suffix(".part"), np.dtype(dtype).newbyteorder("<")
+    with FileLock(path.with_suffix(".lock")):  # another run may be at the same file: wait for it
+        if not path.is_file():
+            _compute(path, n, compute, what, np.dtype(dtype).newbyteorder("<"))
+    return np.load(path, mmap_mode="r")
+
+
+def _compute(path: Path, n: int, compute: Callable, what: str, kind: np.dtype) -> None:
+    """Writes the file of `keep`."""
+    part = path.with_suffix(".part")
     start = whole_rows(part)
     with open(part, "ab") as file, tqdm(None, what, n, False, initial=start, disable=None) as bar:
         for number, tensor in enumerate(compute(start) if start < n else (), start):
@@ -77,7 +84,6 @@ def keep(
         file.flush()
         os.fsync(file.fileno())
     os.replace(part, path)
-    return np.load(path, mmap_mode="r")
 
 
 class Rows:

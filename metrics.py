@@ -182,12 +182,19 @@ def mean_ci(values, groups=None, resamples=2000, seed=0):
 
 def _summary(rows, class_names, metrics):
     classes = [class_names.index(row["class"]) for row in rows]
-    images = [row["name"] for row in rows]
-    cases = {r["name"]: r["name"] if r["group"] is None else r["group"] for r in rows}
+    images = [(row.get("dataset"), row["name"]) for row in rows]  # names may be another set's, too
+    cases = {
+        image: (row.get("dataset"), row["name"] if row["group"] is None else row["group"])
+        for image, row in zip(images, rows)
+    }
     summary = {"images": len(cases), "n": len(set(cases.values()))}
     if summary["n"] < 50:
         summary["warning"] = f"n = {summary['n']}: below 50 the 95 % intervals are too narrow"
-    missed = {(r["name"], r["class"]) for r in rows if r["in_truth"] != r["in_pred"]}
+    missed = {
+        (image, row["class"])
+        for image, row in zip(images, rows)
+        if row["in_truth"] != row["in_pred"]
+    }
     summary["misses"] = len(missed)
     for metric in metrics:
         values = np.full((len(rows), len(class_names)), np.nan)  # a row knows its own class only

@@ -43,7 +43,7 @@ class Options:
     data: list[str] = option([], "data sets to train and validate on; several are pooled")
     test: list[str] = option([], "data sets to test on, PATH[:split]; else --data's test splits")
     prompt: str | None = option(None, 'prompt types (p6; p6,p3; random), or a literal "text"')
-    train: str | None = option(None, "all, or some parts only: see recipes.py", choices=TRAINED)
+    train: str | None = option(None, "all, or some parts: see protocol.py", choices=TRAINED)
     lora_rank: int | None = option(None, "of the updates that --train lora puts on linear layers")
     adapter_dim: int | None = option(None, "width of the adapters of --train adapters")
     keep_features: bool | None = option(None, "of a frozen encoder, on files; on where one is")
@@ -131,8 +131,8 @@ def as_tested(options: Options) -> Options:
     options, tested = replace(options, eval=True, epochs=0), run_config(options.weights)
     if not tested:
         return options
-    keys = ("prompt", "pseudocolor", "sam_prompts", "min_area")  # what it was asked by
-    same = {k: getattr(options, k) or tested["options"].get(k) for k in keys}
+    keys = ("prompt", "pseudocolor", "sam_prompts", "min_area", "jitter")  # what it was asked by
+    same = {k: tested["options"].get(k) for k in keys if getattr(options, k) is None}
     return replace(options, model=tested["model"], **same)
 
 
@@ -160,9 +160,30 @@ def check(options: Options, family, name: str) -> None:
         if getattr(options, key) is not None:
             flag = key.replace("_", "-")
             raise ValueError(f"--{flag}: {options.model} takes no boxes or points, only SAM does")
-    for key in ("batch_size", "grad_accum_steps", "min_area"):
-        if getattr(options, key) is not None and getattr(options, key) < 1:
-            raise ValueError(f"--{key.replace('_', '-')} must be at least 1")
+    if options.prompt_study and not family.reads:
+        raise ValueError(f"--prompt-study: {options.model} reads no text")
+    least = {"batch_size": 1, "grad_accum_steps": 1, "min_area": 1}
+    for key, low in (least | {"jitter": 0, "prompts_per_image": 0}).items():
+        if getattr(options, key) is not None and getattr(options, key) < low:
+            raise ValueError(f"--{key.replace('_', '-')} must be at least {low}")
+
+
+def check_used(options: Options, settings: Settings) -> None:
+    """ValueError, one line: an option that would do nothing beside the others."""
+    keeps, topology = settings.keep_features, settings.topology not in (None, "none")
+    idle = {
+        "compile": keeps or settings.sam_prompts is not None,  # which encode and decode apart
+        "feature_dtype": not keeps,
+        "topology_weight": not topology,
+        "jitter": settings.sam_prompts == "image",
+        "min_area": settings.sam_prompts == "image",
+        "prompts_per_image": settings.sam_prompts == "image",
+        "views": options.eval,
+        "keep_features": options.eval,
+    }
+    for key, nothing in idle.items():
+        if nothing and getattr(options, key):
+            raise ValueError(f"--{key.replace('_', '-')}: does nothing here, drop it")
 
 
 def resolve(options: Options) -> tuple[Options, Settings]:
@@ -177,6 +198,8 @@ def resolve(options: Options) -> tuple[Options, Settings]:
     if options.weights == "none" and options.backbone_lr is None:  # nothing is pretrained
         given["backbone_lr"] = given.get("lr", settings.lr)
     settings = with_views(replace(settings, **given), options, family)
+    if not options.resume:  # which brings all options of the run, used or not
+        check_used(options, settings)
     options = replace(options, **{key: getattr(settings, key) for key in shared})
     if settings.augment is not None:  # the views then are no choice, which a resumed run would see
         options = replace(options, views=None)

@@ -119,7 +119,8 @@ def main() -> int:
 def given_boxes(cases, classes: list[str] | None, args) -> tuple[dict, list[str]]:
     """The boxes of --boxes, and the classes: the run's, else those that the file names."""
     sizes = {file.name: data.read_image(file).shape[:2] for _, file, _ in cases}
-    boxes = read_boxes(args.boxes, sizes, classes)
+    several = classes is not None and len(classes) > 1  # one class is whatever a box is called
+    boxes = read_boxes(args.boxes, sizes, classes[1:] if several else None)
     named = {name for found in boxes.values() for name, _ in found}
     if classes is None:
         names = sorted(named - {None})
@@ -141,15 +142,19 @@ def ask_by(recipe, cases, classes: list[str] | None, args):
     return partial(recipe.ask, source="image"), classes or ["target"]
 
 
-def pictures(probabilities: np.ndarray, threshold: float, image: np.ndarray, args) -> dict:
-    """Of probabilities (K,H,W) the pictures that are asked for, by the names in `outputs`."""
+def pictures(probabilities, threshold: float, image: np.ndarray, args, skip: int) -> dict:
+    """Of probabilities (K,H,W) the pictures that are asked for, by the names in `outputs`.
+
+    skip: classes whose probability is none, as SAM's of the background.
+    """
     masks, k = to_masks(probabilities, threshold), len(probabilities)  # (K,H,W)
     if k == 1:
         made = {"mask": Image.fromarray(masks[0].astype(np.uint8) * 255)}
     else:
         made = {"mask": report.class_map(masks.argmax(0).astype(np.uint8), k)}
     if args.probabilities:
-        sixteen_bits = (probabilities.max(0) * 65535).round().astype(np.uint16)
+        highest = probabilities[min(skip, k - 1) :].max(0)
+        sixteen_bits = (highest * 65535).round().astype(np.uint16)
         made["probability"] = Image.fromarray(sixteen_bits)
     if args.overlays:
         made["overlay"] = report.overlay(image, None, masks[-max(1, k - 1) :])
@@ -177,7 +182,7 @@ def predict(cases: list[tuple[str, Path, str]], family, run: dict, args) -> None
         item = recipe.inputs(sample, train=False, rng=None) | (ask(sample) if ask else {})
         with torch.no_grad():
             probabilities = recipe.predict(model, item)[0].cpu().numpy()  # (K,H,W)
-        made = pictures(probabilities, model.config.threshold, image, args)
+        made = pictures(probabilities, model.config.threshold, image, args, skip=bool(ask))
         for kind, path in outputs(name, args).items():
             report.save_picture(path, made[kind])
     k = len(classes)

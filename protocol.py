@@ -3,6 +3,7 @@
 recipes.py has the protocols themselves.
 """
 
+import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from adapters import add_lora
+from adapters import add_lora, is_lora
 from augment import MIRRORS, Augment, mirror_prompt, view
 from data import Dataset, Items, loader
 from features import Rows, fingerprint, keep
@@ -84,7 +85,7 @@ def lr_factor(step: int, total: int, settings: Settings) -> float:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What the loop needs of a model; see the top of the file."""
+    """What the loop needs of a model; see the top of recipes.py."""
 
     inputs: Callable
     forward: Callable
@@ -188,7 +189,8 @@ def parameter_groups(model: nn.Module, settings: Settings) -> list[dict]:
     for name, p in model.named_parameters():
         if p.requires_grad:
             decayed = settings.decay_all or p.ndim > 1
-            groups.setdefault((settings.backbone(name), decayed), []).append(p)
+            backbone = settings.backbone(name) and not is_lora(name)  # updates are new parts
+            groups.setdefault((backbone, decayed), []).append(p)
     return [
         {
             "params": params,
@@ -270,8 +272,8 @@ def view_features(model, dataset: Dataset, name: str, inputs, rows: Callable, op
         for item in loader(items, [[(0, i)] for i in order[start:]], options.workers, device):
             yield model.encode_image(item["image"][None].to(device))[0]
 
-    content = [(dataset.path.stem, dataset.colours, i) for i in order]
-    found = rows(f"image features, {name}", content, encode)
+    pixels = [hashlib.sha256(dataset.pixels(i)[0].tobytes()).hexdigest() for i in order]
+    found = rows(f"image features, {name}", len(order), [dataset.colours, *pixels], encode)
     return {(dataset.entries[i].image, name): (found, row) for row, i in enumerate(order)}
 
 
@@ -282,13 +284,13 @@ def keep_features(recipe: Recipe, model, frozen: Callable, sets: list[Dataset], 
         message = "needs --train decoder and a model that encodes images apart"
         raise ValueError(f"--keep-features {message}; --no-keep-features")
     weights = {name: t for name, t in model.state_dict().items() if frozen(name)}
-    config = replace(model.config, threshold=0.5)  # which comes after them
+    made_by = fingerprint(weights, replace(model.config, threshold=0.5))  # which comes after them
 
     @torch.no_grad()
-    def rows(what: str, content: list, compute: Callable) -> Rows:
-        key = fingerprint(weights, config, what, content, options.feature_dtype)
+    def rows(what: str, n: int, content: list, compute: Callable) -> Rows:
+        key = fingerprint({}, made_by, what, content, options.feature_dtype)
         path = Path(options.cache) / f"{key}.npy"
-        keep(path, len(content), compute, f"{len(content)} {what}", options.feature_dtype)
+        keep(path, n, compute, f"{n} {what}", options.feature_dtype)
         return Rows(path)
 
     kept = Kept({}, {})
@@ -304,7 +306,7 @@ def keep_features(recipe: Recipe, model, frozen: Callable, sets: list[Dataset], 
         for text in texts[start:]:
             yield model.encode_text(recipe.read(text)["tokens"][None].to(device))[0]
 
-    found = rows("text embeddings", texts, embeddings)
+    found = rows("text embeddings", len(texts), texts, embeddings)
     kept.texts |= {text: (found, i) for i, text in enumerate(texts)}
     return replace(recipe, inputs=partial(recipe.inputs, look=kept.look, read=kept.read))
 

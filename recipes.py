@@ -455,10 +455,12 @@ def sam_inputs(sample, train, rng, config, settings, look) -> dict:
     targets = [torch.from_numpy(p.mask) for p in asked] or [torch.zeros(sample["size"])]  # (H,W)
     small = replace(config, image_size=config.image_size // 4)
     if settings.full_size:
-        masks = [t[None].float() for t in targets]
+        masks = torch.stack([t[None].float() for t in targets])
     else:
-        masks = [sam_decoder.preprocess_mask(t, small) for t in targets]
-    item["mask"] = torch.stack(masks)[: len(asked)]
+        masks = torch.stack([sam_decoder.preprocess_mask(t, small) for t in targets])
+        h, w = sam_decoder.frame_size(sample["size"], small)
+        masks[..., h:, :] = masks[..., w:] = 255  # beyond the image nothing counts
+    item["mask"] = masks[: len(asked)]
     if not train:
         item |= {"truth": sample["mask"][None], "parts": torch.stack(targets)[: len(asked)]}
         item["shown"] = [(p.box, p.points) for p in asked]
@@ -490,11 +492,16 @@ def sam_forward(model: nn.Module, batch: dict) -> tuple[Tensor, Tensor]:
     Prompts of one form (box, points, both) pass together: tokens for what a prompt does not have
     would change its answer.
     """
-    features = batch["features"].float() if "features" in batch else None
-    features = model.encode_image(batch["image"]) if features is None else features
+    if not len(batch["boxes"]):  # nothing asked: an empty answer, whose gradients are 0
+        nothing = 0 * sum(p.sum() for p in model.mask_decoder.parameters())
+        return nothing.expand(0, 1, 1, 1, 1), nothing.expand(0, 1, 1)
+    if "features" in batch:
+        features = batch["features"].float()
+    else:
+        features = model.encode_image(batch["image"])
     form = ~batch["boxes"].isnan().any(1) + 2 * (batch["labels"] >= 0).any(1)  # (N,) 1, 2 or 3
     order, masks, iou = [], [], []
-    for kind in form.unique().tolist() or [1]:  # without any prompt an empty answer, with a graph
+    for kind in form.unique().tolist():
         rows, asked = (form == kind).nonzero()[:, 0], {}
         if kind & 1:
             asked["boxes"] = batch["boxes"][rows, None]  # (n,1,4)
@@ -518,16 +525,18 @@ def sam_predict(model, item: dict) -> tuple[Tensor, tuple | None]:
     probable as the threshold: a pixel is of the most probable class above it.
     """
     n, (H, W), device = len(item["classes"]), item["size"], next(model.parameters()).device
-    names = ("image", "features", "boxes", "points", "labels")
-    batch = {name: item[name].to(device) for name in names if name in item}
-    batch |= {name: batch[name][None] for name in ("image", "features") if name in batch}
-    batch["of"] = torch.zeros(len(item["boxes"]), dtype=torch.int64, device=device)
     classes = torch.zeros(max(2, n), H, W, device=device)
     classes[0] = model.config.threshold
-    output = sam_forward(model, batch) if len(item["boxes"]) else None
-    if output is not None:
-        for number, p in zip(item["numbers"].tolist(), sam_each(model, item, output)):
+    features, outputs = item.get("features"), []
+    if features is None and len(item["boxes"]):
+        features = model.encode_image(item["image"][None].to(device))[0]
+    for k in range(0, len(item["boxes"]), 16):  # 30 MB a prompt
+        batch = {key: item[key][k : k + 16].to(device) for key in ("boxes", "points", "labels")}
+        batch["of"] = torch.zeros(len(batch["boxes"]), dtype=torch.int64, device=device)
+        outputs.append(sam_forward(model, batch | {"features": features[None].to(device)}))
+        for number, p in zip(item["numbers"][k:].tolist(), sam_each(model, item, outputs[-1])):
             classes[number] = torch.maximum(classes[number], p)
+    output = tuple(map(torch.cat, zip(*outputs))) if outputs else None
     return classes if n > 1 else classes[1:], output
 
 

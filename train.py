@@ -290,6 +290,8 @@ def fit_and_test(options: Options, settings: Settings, device: torch.device, res
     model = load_model(options, settings, sets.get("train"), device)
     recipe = FAMILIES[options.model].recipe(model, settings)
     evaluate.check_classes(model, recipe, [*sets.values(), *tests.values()], options)
+    if options.boxes:
+        recipe = evaluate.with_boxes(recipe, tests, options.boxes)
     if not options.eval:
         fit(options, settings, model, recipe, list(sets.values()), resume)
     if options.threshold == "auto":

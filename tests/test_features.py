@@ -32,7 +32,7 @@ def test_rows_are_computed_once(tmp_path, capsys):
         assert rows.dtype == np.float16 and not rows.flags.writeable
         np.testing.assert_array_equal(rows, torch.stack([row(i) for i in range(5)]).numpy())
     assert asked == [0, 1, 2, 3, 4]
-    assert [p.name for p in path.parent.iterdir()] == ["key.npy"]
+    assert {p.name for p in path.parent.iterdir()} == {"key.npy", "key.lock"}
     assert "features of 5 images" in capsys.readouterr().out
 
 
@@ -100,3 +100,21 @@ def test_no_room(tmp_path, monkeypatch):
     monkeypatch.setattr(features.shutil, "disk_usage", lambda _: type("", (), {"free": 10}))
     with pytest.raises(OSError, match="MB needed"):
         features.keep(tmp_path / "key.npy", 5, lambda start: map(row, range(start, 5)), "")
+
+
+def test_two_runs_at_once_share_one_computation(tmp_path):
+    program = (
+        "import sys, time, torch; from pathlib import Path; import features\n"
+        "def compute(start):\n"
+        "    for i in range(start, 6):\n"
+        "        time.sleep(0.2); print('row', i, flush=True); yield torch.full((2, 3), float(i))\n"
+        f"rows = features.keep(Path({str(tmp_path / 'key.npy')!r}), 6, compute, 'six')\n"
+        "assert (rows[:, 0, 0] == [0, 1, 2, 3, 4, 5]).all(), rows[:, 0, 0]\n"
+    )
+    both = [
+        subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE)
+        for _ in range(2)
+    ]
+    said = b"".join(process.communicate()[0] for process in both)
+    assert [process.returncode for process in both] == [0, 0]
+    assert said.count(b"row") == 6

@@ -102,6 +102,8 @@ def test_images_with_different_numbers_of_prompts_share_a_batch(maps, tmp_path):
     assert torch.equal(batch["image"], torch.stack([items[0]["image"], items[2]["image"]]))
     assert torch.equal(batch["boxes"], torch.cat([items[0]["boxes"], items[2]["boxes"]]))
     assert batch["mask"].shape == (5, 1, 16, 16)
+    inside, beyond = batch["mask"][:, :, :12], batch["mask"][:, :, 12:]  # 48 of 64 rows are image
+    assert (beyond == 255).all() and set(inside[..., :15].unique().tolist()) == {0, 1}
 
 
 def test_each_prompt_is_answered_as_if_it_were_alone():
@@ -114,12 +116,16 @@ def test_each_prompt_is_answered_as_if_it_were_alone():
         labels = torch.tensor([[1, 0]] * count)
         boxes[::3], labels[1::3] = torch.nan, -1  # points alone, a box alone, both
         item = {"image": torch.tensor(rng.normal(size=(3, S, S))).float(), "boxes": boxes}
-        items.append(item | {"points": points, "labels": labels, "mask": torch.zeros(count, 1, 16, 16)})
+        items.append(
+            item | {"points": points, "labels": labels, "mask": torch.zeros(count, 1, 16, 16)}
+        )
     with torch.no_grad():
         masks, iou = recipes.sam_forward(model, recipes.collate_prompts(items))
         expected = []
         for item in items:
-            for k, (box, point, label) in enumerate(zip(item["boxes"], item["points"], item["labels"])):
+            for k, (box, point, label) in enumerate(
+                zip(item["boxes"], item["points"], item["labels"])
+            ):
                 how = {} if k % 3 == 0 else {"boxes": box[None, None]}
                 if k % 3 != 1:
                     how |= {"points": point[None, None], "labels": label[None, None]}
@@ -192,13 +198,21 @@ class Says:
 
 
 def test_of_several_masks_a_pixel_goes_to_the_surest_class():
-    logits = torch.tensor([[[3.0, 3, -1, -1]], [[-2.0, 1, 1, -2]], [[-9.0, 9, -9, -0.5]]])  # (3,1,4)
+    logits = torch.tensor(
+        [[[3.0, 3, -1, -1]], [[-2.0, 1, 1, -2]], [[-9.0, 9, -9, -0.5]]]
+    )  # (3,1,4)
     item = {"size": (1, 4), "image": torch.zeros(3, 16, 16), "boxes": torch.zeros(3, 4)}
-    item |= {"points": torch.zeros(3, 0, 2), "labels": torch.zeros(3, 0), "numbers": torch.tensor([1, 2, 1])}
+    item |= {
+        "points": torch.zeros(3, 0, 2),
+        "labels": torch.zeros(3, 0),
+        "numbers": torch.tensor([1, 2, 1]),
+    }
     p, _ = recipes.sam_predict(Says(logits), item | {"classes": ("none", "one", "two")})
     masks = evaluate.to_masks(p.numpy(), 0.5)
     assert masks.argmax(0).tolist() == [[1, 1, 2, 0]]
-    p, _ = recipes.sam_predict(Says(logits), item | {"classes": ("target",), "numbers": torch.ones(3).long()})
+    p, _ = recipes.sam_predict(
+        Says(logits), item | {"classes": ("target",), "numbers": torch.ones(3).long()}
+    )
     assert evaluate.to_masks(p.numpy(), 0.5).tolist() == [[[True, True, True, False]]]
 
 
@@ -215,14 +229,21 @@ def test_each_component_has_its_own_scores():
     probabilities = np.zeros((2, 4, 6))
     probabilities[0, :2, :2], probabilities[0, 0, 5] = 0.9, 0.9  # 4 of 6, one that does not count
     probabilities[1, 3, 2:5], probabilities[1, 0, 0] = 0.8, 0.6  # all 3, another island
-    item = {"parts": torch.tensor(parts), "numbers": torch.tensor([1, 2]), "dataset": "d", "name": "n"}
+    item = {
+        "parts": torch.tensor(parts),
+        "numbers": torch.tensor([1, 2]),
+        "dataset": "d",
+        "name": "n",
+    }
     item |= {"group": None, "prompt": "boxes", "classes": ("none", "one", "two")}
     found = evaluate.score_parts(item, probabilities, torch.tensor([[[0.5]], [[0.7]]]), 0.5)
     assert [row["class"] for row in found] == ["one", "two"]
     assert [row["component"] for row in found] == [0, 1]
     assert [row["dice"] for row in found] == pytest.approx([8 / 10, 6 / 7])
     assert [row["betti0_error"] for row in found] == [0, 1]
-    assert found[1]["ap"] == pytest.approx(1) and found[0]["ap"] == pytest.approx(4 / 6 + 2 / 6 * 6 / 20)
+    assert found[1]["ap"] == pytest.approx(1) and found[0]["ap"] == pytest.approx(
+        4 / 6 + 2 / 6 * 6 / 20
+    )
     assert [row["iou_estimate"] for row in found] == pytest.approx([0.5, 0.7])
 
 
@@ -272,7 +293,9 @@ def test_views_by_hand():
     image = torch.tensor([[[10, 20, 250]]] * 3, dtype=torch.uint8)  # (3,1,3)
     sample = {"image": image, "mask": torch.tensor([[0, 1, 1]]), "prompt": "left polyp in the top"}
     mirrored = augment.view(sample | {"prompt": "one polyp on the left"}, "hflip")
-    assert mirrored["image"][0].tolist() == [[250, 20, 10]] and mirrored["mask"].tolist() == [[1, 1, 0]]
+    assert mirrored["image"][0].tolist() == [[250, 20, 10]] and mirrored["mask"].tolist() == [
+        [1, 1, 0]
+    ]
     assert mirrored["prompt"] == "one polyp on the right" and mirrored["view"] == "hflip"
     anatomy = augment.view(sample | {"prompt": "left ventricle"}, "hflip")
     assert anatomy["view"] == "original" and torch.equal(anatomy["image"], image)
@@ -337,13 +360,34 @@ def test_features_are_kept_only_where_no_encoder_learns(asked):
         settings = resolved(train=how)
         assert not settings.keep_features and settings.augment and settings.views == ("original",)
     assert resolved(train="all", views=["original", "dark"]).augment is None
-    assert command_line.resolve(train.Options(model="clipseg", data=["d"], train="decoder"))[1].keep_features
-    assert not command_line.resolve(train.Options(model="segformer", data=["d"], train="decoder"))[1].keep_features
+    assert command_line.resolve(train.Options(model="clipseg", data=["d"], train="decoder"))[
+        1
+    ].keep_features
+    assert not command_line.resolve(train.Options(model="segformer", data=["d"], train="decoder"))[
+        1
+    ].keep_features
     with pytest.raises(ValueError, match="--keep-features needs --train decoder"):
         train.run(replace(asked, train="lora", keep_features=True))
 
 
 # --- runs -----------------------------------------------------------------------------------------
+
+
+def test_an_image_without_an_object_is_neither_asked_for_nor_scored(tmp_path, asked, capsys):
+    masks = {f"a{i}": (layers(i) == 1) * 1 for i in range(2)} | {"e": np.zeros((48, 64), int)}
+    root = write_set(tmp_path / "binary", masks)
+    summary = train.run(replace(asked, data=[str(root)], overlays=3))["tests"]["binary"]
+    assert "1 images have nothing to ask for and are not scored" in capsys.readouterr().out
+    assert {kind: scores["images"] for kind, scores in summary["prompts"].items()} == {
+        "boxes": 2, "jittered boxes": 2, "points": 2, "both": 2, "image": 3,
+    }  # fmt: skip
+    folder = train.Path(asked.out) / "test"
+    assert {row["name"] for row in rows(folder / "per_image.csv")} == {"a0", "a1"}
+    found = [row["name"] for row in rows(folder / "per_prompt.csv") if row["prompt"] == "image"]
+    assert found == ["a0", "a1", "e"]
+    assert not list((folder / "overlays").glob("*_e.png"))
+    with pytest.raises(ValueError, match="no image with a component of 9999 pixels or more"):
+        train.run(replace(asked, data=[str(root)], out=asked.out + "-2", min_area=9999))
 
 
 def test_a_run_scores_classes_and_components_and_every_way_to_ask(asked):
@@ -423,7 +467,10 @@ def test_the_study_s_recipe_runs_and_asks_for_the_background(asked, maps, tmp_pa
         assert (mask == component.mask).all()
     summary = train.run(replace(asked, recipe="origin", epochs=1, lr=None, batch_size=None))
     assert "oct" in "".join(rows(train.Path(asked.out) / "metrics.csv")[0])
-    assert {row["class"] for row in rows(train.Path(asked.out) / "test/per_component.csv")} == {"one", "two"}
+    assert {row["class"] for row in rows(train.Path(asked.out) / "test/per_component.csv")} == {
+        "one",
+        "two",
+    }
     assert summary
 
 
@@ -447,9 +494,18 @@ def test_what_is_refused(asked, maps, tmp_path, monkeypatch, capsys):
     assert "--score-size network" in told("--score-size", "network")
     assert "--pseudocolor bones: unknown" in told("--pseudocolor", "bones")
     assert "reads no text" in told("--prompt", "p1")
+    assert "--prompt-study: sam_decoder reads no text" in told("--prompt-study")
+    assert "--jitter must be at least 0" in told("--jitter", "-3")
+    for idle in (
+        ["--topology-weight", "5"], ["--compile"], ["--feature-dtype", "float32", "--train", "lora"],
+        ["--jitter", "3", "--sam-prompts", "image"], ["--views", "original", "--eval"],
+    ):  # fmt: skip
+        assert f"{idle[0]}: does nothing here" in told(*idle)
     assert not (tmp_path / "r").exists()
     for option in ("--jitter", "--min-area", "--prompts-per-image"):
-        assert f"{option}: segformer takes no boxes" in told("--model", "segformer", option, "3", to=1)
+        assert f"{option}: segformer takes no boxes" in told(
+            "--model", "segformer", option, "3", to=1
+        )
     assert "does not say which of 2 classes" in told("--sam-prompts", "image")
 
 
@@ -468,7 +524,8 @@ def test_boxes_from_a_file_are_scored_beside_the_truth_s(asked, monkeypatch, cap
     how = train.Options(weights=asked.out, eval=True, test=list(asked.data), workers=0,
                         boxes=str(sheet), out=asked.out + "-b", cache=asked.cache)  # fmt: skip
     scores = train.run(how)["tests"]["maps"]["prompts"]
-    assert scores["given boxes"] == scores["boxes"]
+    for name in ("dice", "iou", "misses", "images", "dice_pooled"):
+        assert scores["given boxes"][name] == scores["boxes"][name]
     sheet.write_text(BOXES + lines[0])  # one box of all: the other objects are missed
     fewer = train.run(replace(how, out=asked.out + "-c"))["tests"]["maps"]["prompts"]
     assert fewer["given boxes"]["misses"] > scores["boxes"]["misses"]
@@ -489,12 +546,18 @@ def test_predict_asks_by_boxes_or_by_the_whole_image(asked, maps, tmp_path, monk
     folder, sheet, out = maps / "test" / "images", tmp_path / "boxes.csv", tmp_path / "out"
     sheet.write_text(BOXES + "a0.png,two,3,3,40,30\na1.png,one,0,0,64,48\n")
     run = ["--weights", asked.out, "--out", out, folder]
-    assert "a whole image does not say which of one, two" in refused(monkeypatch, capsys, predict, *run)
+    assert "a whole image does not say which of one, two" in refused(
+        monkeypatch, capsys, predict, *run
+    )
     code, *_ = command(monkeypatch, capsys, predict, *run, "--boxes", sheet, "--overlays")
     assert code == 0
     found = {p.stem: set(np.unique(np.asarray(Image.open(p)))) for p in out.glob("a?.png")}
     assert found["a2"] == {0} and found["a0"] <= {0, 2} and found["a1"] <= {0, 1}
-    assert json.loads((out / "classes.json").read_text()) == {"0": "background", "1": "one", "2": "two"}
+    assert json.loads((out / "classes.json").read_text()) == {
+        "0": "background",
+        "1": "one",
+        "2": "two",
+    }
     # The same as asking the model itself, on the colours that it was trained on.
     model = sam_decoder.SAM.from_pretrained(asked.out)
     coloured = data.pseudocolor(data.read_image(folder / "a0.png"), "bone")
