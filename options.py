@@ -175,8 +175,6 @@ def check_used(options: Options, settings: Settings) -> None:
         "compile": keeps or settings.sam_prompts is not None,  # which encode and decode apart
         "feature_dtype": not keeps,
         "topology_weight": not topology,
-        "jitter": settings.sam_prompts == "image",
-        "min_area": settings.sam_prompts == "image",
         "prompts_per_image": settings.sam_prompts == "image",
         "views": options.eval,
         "keep_features": options.eval,

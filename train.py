@@ -7,9 +7,9 @@
 
 What is not given comes from the recipe (recipes.py). The run folder, runs/NAME, holds config.json,
 metrics.csv (a row an epoch), curves.png, log.txt, last.pt (all that a resumed run needs),
-best.safetensors (`Model.from_pretrained("runs/NAME")` reads it) and test/ with summary.json,
-per_image.csv and overlays. On the CPU a resumed run gives the same numbers, bit for bit, as one
-that never stopped.
+best.safetensors (`Model.from_pretrained("runs/NAME")` reads it), where only a part was trained
+that part in adapter.safetensors (adapters.py), and test/ with summary.json, per_image.csv and
+overlays. On the CPU a resumed run gives the same numbers, bit for bit, as one that never stopped.
 """
 
 import contextlib
