@@ -43,9 +43,7 @@ def run_config(weights: str | None) -> dict:
 
 
 def predictions(model, recipe, dataset, options, title: str):
-    """Yields for every entry its item, probabilities (K,H,W), the model's output, and its loss.
-
-    The loss is None where there is nothing that it could be taken of.
+    """Yields for every entry its item, its probabilities (K,H,W), and its loss (or None).
 
     One image at a time, nothing is kept: memory does not grow with the data set.
     """
@@ -61,7 +59,7 @@ def predictions(model, recipe, dataset, options, title: str):
             loss = None
             if output is not None and "mask" in item:
                 loss = float(recipe.loss(output, {"mask": item["mask"][None].to(device)})[0])
-        yield item, probabilities.cpu().numpy(), output, loss
+        yield item, probabilities.cpu().numpy(), loss
 
 
 def foreground(classes: tuple[str, ...]) -> tuple[str, ...]:
@@ -112,7 +110,7 @@ def check_classes(model, recipe, datasets, options) -> None:
 def best_threshold(model, recipe, dataset, options) -> float:
     """The one of 0.05, 0.10, ..., 0.95 with the highest mean Dice."""
     thresholds, dice = np.arange(1, 20) / 20, []
-    for item, probabilities, *_ in predictions(model, recipe, dataset, options, "threshold"):
+    for item, probabilities, _ in predictions(model, recipe, dataset, options, "threshold"):
         masks = [probabilities > threshold for threshold in thresholds]
         dice.append([score(item, m, dataset.classes)[0]["dice"] for m in masks])
     mean = np.mean(dice, axis=0)
@@ -121,23 +119,24 @@ def best_threshold(model, recipe, dataset, options) -> float:
     return best
 
 
-def evaluate(model, recipe, dataset, options, whole: bool, title: str) -> tuple[list, list]:
-    """Scores of every entry and class, a dict each; and, of a model that is asked by prompts, those
-    of every prompt. `whole`: also those that take time, see `score`."""
-    rows, parts = [], []
-    for item, probabilities, output, loss in predictions(model, recipe, dataset, options, title):
+def evaluate(model, recipe, dataset, options, whole: bool, title: str) -> list[dict]:
+    """Scores of every entry and class, a dict each; `whole`: also those that take time, `score`."""
+    rows = []
+    for item, probabilities, loss in predictions(model, recipe, dataset, options, title):
         if nothing_asked(item):
             continue
         masks = to_masks(probabilities, model.config.threshold)
         more = probabilities if whole else None
         rows += [row | {"loss": loss} for row in score(item, masks, dataset.classes, more)]
-        if whole and recipe.ask and output is not None:
-            each = recipe.each(model, item, output).cpu().numpy()  # (Q,H,W)
-            parts += score_parts(item, each, output[1], model.config.threshold)
+    return check_asked(rows, dataset, options)
+
+
+def check_asked(rows: list[dict], dataset, options) -> list[dict]:
+    """The rows; ValueError if there are none, as `nothing_asked` left out all images."""
     if not rows:
         told = f"no image with a component of {options.min_area} pixels or more"
         raise ValueError(f"{dataset.entries[0].root}: {told}; lower --min-area")
-    return rows, parts
+    return rows
 
 
 def nothing_asked(item: dict) -> bool:
@@ -196,7 +195,7 @@ def score_parts(item: dict, probabilities: np.ndarray, iou, threshold: float) ->
 def validate(model, recipe, dataset, options) -> dict[str, float]:
     """val_loss, val_dice, val_iou, and the distances if asked for: means as those of a test."""
     distances = options.val_distances
-    rows, _ = evaluate(model, recipe, dataset, options, distances, "validate")
+    rows = evaluate(model, recipe, dataset, options, distances, "validate")
     summary = metrics.summarise(rows, foreground(dataset.classes))
     names = ["dice", "iou"] + ["hd95", "assd", "nsd"] * distances
     loss = float(np.mean([row["loss"] for row in rows if row["loss"] is not None]))
@@ -227,7 +226,7 @@ def draw(model, recipe, dataset, rows: list[dict], options, folder: Path) -> Non
         (f"{kind}{k + 1}", i) for kind, indices in chosen.items() for k, i in enumerate(indices)
     ]
     part, cards = dataset.subset([i for _, i in cases]), []
-    for k, (item, probabilities, *_) in enumerate(
+    for k, (item, probabilities, _) in enumerate(
         predictions(model, recipe, part, options, "draw")
     ):
         case, i = cases[k]
@@ -248,27 +247,17 @@ def draw(model, recipe, dataset, rows: list[dict], options, folder: Path) -> Non
 
 def test(model, recipe, tests: dict, options) -> dict:
     """Scores of every test set, printed and written to `test/` of the run; returns the summary."""
-    folder, summaries, tables = Path(options.out) / "test", {}, {"image": [], "component": []}
-    if recipe.ask:
-        tables["prompt"] = []
+    folder, summaries, tables = Path(options.out) / "test", {}, {"image": []}
     for name, dataset in tests.items():
-        rows, parts = evaluate(model, recipe, dataset, options, True, f"test {name}")
-        names = foreground(dataset.classes)
-        summaries[name] = metrics.summarise(rows, names)
-        for table, some in (("image", rows), ("component", parts)):
-            tables[table] += [{"test": name} | row for row in some]
-        prompt = f", prompt {options.prompt}" if recipe.read else ""
-        print(f"test {name}{prompt}:\n{report.table(summaries[name])}")
         if recipe.ask:
-            if parts:
-                summaries[name]["components"] = metrics.summarise(parts, names)
-                print(f"  each component:\n{report.table(summaries[name]['components'])}")
-            if without := len(dataset) - len({row["name"] for row in rows}):
-                print(f"  {without} images have nothing to ask for and are not scored")
-            found, each = study(model, recipe, dataset, options, f"prompts {name}")
-            summaries[name]["prompts"] = found
-            tables["prompt"] += [{"test": name} | row for some in each.values() for row in some]
-            print(f"  by what is asked, of an image's classes:\n{report.study_table(found)}")
+            rows, summaries[name], more = prompted_test(model, recipe, dataset, options, name)
+        else:
+            rows, more = evaluate(model, recipe, dataset, options, True, f"test {name}"), {}
+            summaries[name] = metrics.summarise(rows, foreground(dataset.classes))
+            prompt = f", prompt {options.prompt}" if recipe.read else ""
+            print(f"test {name}{prompt}:\n{report.table(summaries[name])}")
+        for table, some in ({"image": rows} | more).items():
+            tables.setdefault(table, []).extend({"test": name} | row for row in some)
         where = folder / "overlays" / (name.replace(":", "-") if len(tests) > 1 else "")
         draw(model, recipe, dataset, rows, options, where)
         if options.overlays:
@@ -278,8 +267,27 @@ def test(model, recipe, tests: dict, options) -> dict:
     return write_summary(folder, model, options, summaries, tables)
 
 
+def prompted_test(model, recipe, dataset, options, name: str) -> tuple[list, dict, dict]:
+    """Scores of what prompts give: those that the run asks by, whole, and of each component; and
+    beside them what others give. Printed; returns rows, summary, further tables."""
+    names, main = foreground(dataset.classes), options.sam_prompts
+    by_source, parts = study(model, recipe, dataset, options, f"test {name}", main)
+    rows = check_asked(by_source[main], dataset, options)
+    summary = metrics.summarise(rows, names)
+    print(f"test {name}, asked by {main}:\n{report.table(summary)}")
+    if parts:
+        summary["components"] = metrics.summarise(parts, names)
+        print(f"  each component:\n{report.table(summary['components'])}")
+    if without := len(dataset) - len({row["name"] for row in rows}):
+        print(f"  {without} images have nothing to ask for and are not scored")
+    every = {source: metrics.summarise(some, names) for source, some in by_source.items() if some}
+    summary["prompts"] = every
+    print(f"  by what is asked, of an image's classes:\n{report.study_table(every)}")
+    return rows, summary, {"component": parts, "prompt": sum(by_source.values(), [])}
+
+
 def write_summary(folder: Path, model, options, summaries: dict, tables: dict) -> dict:
-    """summary.json and per_image.csv, of SAM per_component.csv and per_prompt.csv, too; returns
+    """summary.json and per_image.csv, of SAM also per_component.csv and per_prompt.csv; returns
     what is in the first."""
     kept = ("model", "weights", "recipe", "prompt", "sam_prompts", "score_size")
     summary = {key: getattr(options, key) for key in kept}
@@ -341,16 +349,16 @@ class EveryPrompt(torch.utils.data.Dataset):
         return {k: item | self.recipe.ask(sample, k) | {"prompt": k} for k in self.kinds}
 
 
-def study(model, recipe, dataset, options, title: str) -> tuple[dict, dict]:
-    """Summary and rows of scores by what is asked.
+def study(model, recipe, dataset, options, title: str, main=None) -> tuple[dict, list]:
+    """Rows of scores by what is asked; of `main` all scores, and those of its components.
 
     Where the model has `encode_image`, an image passes through its encoder once for all prompts.
     """
     kinds, device = sources(recipe, dataset, options), next(model.parameters()).device
-    rows = {kind: [] for kind in kinds}
-    loader = torch.utils.data.DataLoader(
-        EveryPrompt(dataset, recipe, kinds), None, num_workers=options.workers
-    )
+    rows, parts, threshold = {kind: [] for kind in kinds}, [], model.config.threshold
+    every = EveryPrompt(dataset, recipe, kinds)
+    loader = torch.utils.data.DataLoader(every, None, num_workers=options.workers)
+    model.eval()
     for items in tqdm(loader, title, unit="image", disable=None, leave=False):
         kept = {}
         with torch.no_grad():
@@ -360,11 +368,14 @@ def study(model, recipe, dataset, options, title: str) -> tuple[dict, dict]:
             for kind, item in items.items():
                 if nothing_asked(item):
                     continue
-                probabilities, _ = recipe.predict(model, item | kept)
-                masks = to_masks(probabilities.cpu().numpy(), model.config.threshold)
-                rows[kind] += score(item, masks, dataset.classes)
-    names = foreground(dataset.classes)
-    return {kind: metrics.summarise(some, names) for kind, some in rows.items()}, rows
+                probabilities, output = recipe.predict(model, item | kept)
+                p = probabilities.cpu().numpy()
+                whole = p if kind == main else None
+                rows[kind] += score(item, to_masks(p, threshold), dataset.classes, whole)
+                if kind == main and output is not None:
+                    each = recipe.each(model, item, output).cpu().numpy()  # (Q,H,W)
+                    parts += score_parts(item, each, output[1], threshold)
+    return rows, parts
 
 
 def prompt_study(model, recipe, tests: dict, options) -> dict:
@@ -372,9 +383,9 @@ def prompt_study(model, recipe, tests: dict, options) -> dict:
     summaries, every = {}, []
     if recipe.read is None:
         raise ValueError(f"--prompt-study: {type(model).__name__} reads no prompts")
-    model.eval()
     for name, dataset in tests.items():
-        summaries[name], rows = study(model, recipe, dataset, options, f"study {name}")
+        rows, _ = study(model, recipe, dataset, options, f"study {name}")
+        summaries[name] = {k: metrics.summarise(r, dataset.classes) for k, r in rows.items()}
         every += [{"test": name, "type": kind} | row for kind in rows for row in rows[kind]]
         examples = {kind: cases[0]["prompt"] for kind, cases in rows.items()}
         print(f"test {name}, every type of prompt:")

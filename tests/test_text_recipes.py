@@ -275,7 +275,7 @@ def test_a_threshold_is_found_in_validation(options, demo):
     dice = {}
     for threshold in np.arange(1, 20) / 20:
         model.config = replace(model.config, threshold=float(threshold))
-        scores, _ = evaluate.evaluate(model, recipe, val, options, False, "")
+        scores = evaluate.evaluate(model, recipe, val, options, False, "")
         dice[float(threshold)] = np.mean([row["dice"] for row in scores])
     saved = json.loads((train.Path(options.out) / "config.json").read_text())
     assert dice[saved["config"]["threshold"]] == max(dice.values())
