@@ -216,7 +216,7 @@ def _row(row: dict, sizes: dict, classes) -> tuple[str, str | None, np.ndarray]:
     image = str(row["image"])
     name = None if row.get("class") in (None, "") else str(row["class"])
     if image not in sizes:
-        raise ValueError(f"unknown image {image}")
+        raise ValueError(f"unknown image {image}, it is none of those that are asked for")
     if classes is not None and name is not None and name not in classes:
         raise ValueError(f"unknown class {name}; there are {', '.join(classes)}")
     try:
