@@ -614,4 +614,4 @@ def test_a_small_sam_learns_to_do_as_boxes_say(tmp_path):
     dice = {k: v["dice"]["mean"] for k, v in summary["tests"]["demo"]["prompts"].items()}
     print(dice)
     assert dice["boxes"] > 0.85 and dice["jittered boxes"] > 0.85  # 0.90 and 0.90 seen
-    assert dice["image"] < 0.5  # the same model, not told which blob: 0.24 seen
+    assert dice["image"] < 0.5  # the same model, not told which blob: 0.19 and 0.24 seen
