@@ -43,7 +43,8 @@ def run_config(weights: str | None) -> dict:
 
 
 def predictions(model, recipe, dataset, options, title: str):
-    """Yields for every entry its item, its probabilities (K,H,W), and its loss (or None).
+    """Yields for every entry its item, its probabilities (K,H,W), and its loss (or None); not for
+    those of which `nothing_asked` is true.
 
     One image at a time, nothing is kept: memory does not grow with the data set.
     """
@@ -52,12 +53,14 @@ def predictions(model, recipe, dataset, options, title: str):
     loader = data.loader(items, [[(0, i)] for i in range(len(dataset))], options.workers, device)
     model.eval()
     for item in tqdm(loader, title, len(dataset), unit="image", disable=None, leave=False):
+        if nothing_asked(item):
+            continue
         if options.score_size == "network":
             item |= {"size": item["mask"].shape[-2:], "truth": item["mask"].round()}
         with torch.no_grad():
             probabilities, output = recipe.predict(model, item)
             loss = None
-            if output is not None and "mask" in item:
+            if output is not None:
                 loss = float(recipe.loss(output, {"mask": item["mask"][None].to(device)})[0])
         yield item, probabilities.cpu().numpy(), loss
 
@@ -93,9 +96,11 @@ def check_threshold(k: int, threshold) -> None:
 def check_classes(model, recipe, datasets, options) -> None:
     """ValueError, one line, if a data set has other classes than the model. SAM has none."""
     k, names = num_classes(model), run_config(options.weights).get("classes")
-    if recipe.ask and options.threshold == "auto" and len(datasets[0].classes) > 1:
-        raise ValueError("--threshold auto: of one class alone; drop it")
-    for dataset in [] if recipe.ask else datasets:
+    if recipe.ask:
+        if options.threshold == "auto" and len(datasets[0].classes) > 1:
+            raise ValueError("--threshold auto: of one class alone; drop it")
+        return
+    for dataset in datasets:
         root, have = dataset.entries[0].root, len(dataset.classes)
         if have != k:
             told = f"{root} has {have} ({', '.join(dataset.classes)})"
@@ -123,8 +128,6 @@ def evaluate(model, recipe, dataset, options, whole: bool, title: str) -> list[d
     """Scores of every entry and class, a dict each; `whole`: also those that take time, `score`."""
     rows = []
     for item, probabilities, loss in predictions(model, recipe, dataset, options, title):
-        if nothing_asked(item):
-            continue
         masks = to_masks(probabilities, model.config.threshold)
         more = probabilities if whole else None
         rows += [row | {"loss": loss} for row in score(item, masks, dataset.classes, more)]
@@ -308,13 +311,8 @@ def with_boxes(recipe, tests: dict, path: str):
     if len(files) < len(dataset):
         hint = "boxes name their image by its file name"
         raise ValueError(f"--boxes: {len(dataset)} entries of {len(files)} file names; {hint}")
-    several = len(dataset.classes) > 1
     sizes = {e.image.name: tuple(row[2:4]) for e, row in zip(dataset.entries, dataset.rows)}
-    boxes = prompts.read_boxes(path, sizes, foreground(dataset.classes) if several else None)
-    for image, found in boxes.items():
-        if several and any(name is None for name, _ in found):
-            told = ", ".join(foreground(dataset.classes))
-            raise ValueError(f"{path}: a box of {image} has no class; there are {told}")
+    boxes, _ = prompts.read_class_boxes(path, sizes, dataset.classes)
     return replace(recipe, ask=partial(recipe.ask, boxes=boxes))
 
 
@@ -381,8 +379,6 @@ def study(model, recipe, dataset, options, title: str, main=None) -> tuple[dict,
 def prompt_study(model, recipe, tests: dict, options) -> dict:
     """Scores of every test set with every prompt type, in one table; returns the summary."""
     summaries, every = {}, []
-    if recipe.read is None:
-        raise ValueError(f"--prompt-study: {type(model).__name__} reads no prompts")
     for name, dataset in tests.items():
         rows, _ = study(model, recipe, dataset, options, f"study {name}")
         summaries[name] = {k: metrics.summarise(r, dataset.classes) for k, r in rows.items()}
@@ -397,9 +393,7 @@ def open_tests(options) -> dict[str, data.Dataset]:
     """Test sets by name: those of --test, else the test splits of --data. ValueError, one line."""
     tests = {}
     for place in options.test or options.data:
-        path, _, split = place.rpartition(":")
-        if not path or Path(place).is_dir():
-            path, split = place, "test"
+        path, split = layouts.path_and_split(place)
         if not options.test and not options.eval and "test" not in layouts.splits(path):
             print(f"{path}: no test split, so it is not tested on; name another with --test")
             continue

@@ -180,6 +180,12 @@ def splits(root: Path) -> dict[str, Path]:
     return inside or (dict.fromkeys(("train", "val", "test"), root) if _is_pair(root) else {})
 
 
+def path_and_split(place: str) -> tuple[str, str]:
+    """PATH[:split] of the command line; without a split it is the test split."""
+    path, _, split = place.rpartition(":")
+    return (path, split) if path and not Path(place).is_dir() else (place, "test")
+
+
 def annotations(root: Path, split: str, group_regex: str | None = None) -> list[Entry]:
     """Recognises what a folder is and lists a split. FileNotFoundError, ValueError: one line."""
     root = Path(root).resolve()

@@ -9,6 +9,7 @@ import report
 from augment import VIEWS
 from data import colour_table
 from evaluate import run_config
+from layouts import path_and_split
 from prompts import KINDS
 from protocol import Settings
 from recipes import FAMILIES, TOPOLOGY
@@ -20,6 +21,11 @@ def option(default, help: str, **argparse_too):
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata | {"nargs": "+"})
     return field(default=default, metadata=metadata)
+
+
+def flag(name: str) -> str:
+    """The option of this name as it is written on the command line."""
+    return "--" + name.replace("_", "-")
 
 
 def probability(text: str) -> float | str:
@@ -107,16 +113,18 @@ def parse(description: str, arguments: list[str] | None = None) -> dict:
         while get_args(kind):  # of `int | None`, `list[str] | None` the first
             kind = get_args(kind)[0]
         how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
-        flag = "--" + spec.name.replace("_", "-")
-        parser.add_argument(flag, default=argparse.SUPPRESS, **how | spec.metadata)
+        parser.add_argument(flag(spec.name), default=argparse.SUPPRESS, **how | spec.metadata)
     return vars(parser.parse_args(arguments))
 
 
 def with_views(settings: Settings, options: Options, family) -> Settings:
     """Whether features are kept, and what augmentation there then is. ValueError: none to be had"""
-    keeps = settings.keep_features
+    keeps, can = settings.keep_features, settings.train == "decoder" and family.keeps
     if keeps is None:  # wherever nothing of the encoder learns
-        keeps = settings.train == "decoder" and family.keeps and not options.eval
+        keeps = can and not options.eval
+    if keeps and not can:
+        message = "needs --train decoder and a model that encodes images apart"
+        raise ValueError(f"--keep-features {message}; --no-keep-features")
     if not keeps and not options.views:
         return replace(settings, keep_features=keeps, views=("original",))
     if "original" not in settings.views:
@@ -152,20 +160,20 @@ def check(options: Options, family, name: str) -> None:
         raise ValueError(f"--prompt, --negatives: {options.model} reads no text")
     if not options.data and (not options.test or not options.eval or options.threshold == "auto"):
         raise ValueError("--data is missing: which data set?")
-    if family.settings[name].sam_prompts is not None and options.score_size == "network":
+    if family.asked and options.score_size == "network":
         raise ValueError("--score-size network: SAM is scored at the image's size, drop it")
     if options.pseudocolor is not None:
         colour_table(options.pseudocolor)
-    for key in FOR_SAM if family.settings[name].sam_prompts is None else ():
+    for key in () if family.asked else FOR_SAM:
         if getattr(options, key) is not None:
-            flag = key.replace("_", "-")
-            raise ValueError(f"--{flag}: {options.model} takes no boxes or points, only SAM does")
+            told = f"{options.model} takes no boxes or points, only SAM does"
+            raise ValueError(f"{flag(key)}: {told}")
     if options.prompt_study and not family.reads:
         raise ValueError(f"--prompt-study: {options.model} reads no text")
     least = {"batch_size": 1, "grad_accum_steps": 1, "min_area": 1}
     for key, low in (least | {"jitter": 0, "prompts_per_image": 0}).items():
         if getattr(options, key) is not None and getattr(options, key) < low:
-            raise ValueError(f"--{key.replace('_', '-')} must be at least {low}")
+            raise ValueError(f"{flag(key)} must be at least {low}")
 
 
 def check_used(options: Options, settings: Settings) -> None:
@@ -181,7 +189,7 @@ def check_used(options: Options, settings: Settings) -> None:
     }
     for key, nothing in idle.items():
         if nothing and getattr(options, key):
-            raise ValueError(f"--{key.replace('_', '-')}: does nothing here, drop it")
+            raise ValueError(f"{flag(key)}: does nothing here, drop it")
 
 
 def resolve(options: Options) -> tuple[Options, Settings]:
@@ -203,7 +211,7 @@ def resolve(options: Options) -> tuple[Options, Settings]:
         options = replace(options, views=None)
     if options.out is None:
         places = options.data or options.test
-        sets = [Path(place.rpartition(":")[0] or place).name for place in places]
+        sets = [Path(path_and_split(place)[0]).name for place in places]
         words = [options.model, "+".join(sets), options.recipe, "eval" if options.eval else None]
         options = replace(options, out=str(Path("runs") / "-".join(filter(None, words))))
     return options, settings

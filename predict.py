@@ -23,7 +23,7 @@ import data
 import layouts
 import report
 from evaluate import check_threshold, num_classes, pick_device, run_config, to_masks
-from prompts import read_boxes
+from prompts import read_class_boxes
 from recipes import FAMILIES
 
 
@@ -109,31 +109,18 @@ def main() -> int:
     there = next((path for path in files if path.exists()), None)
     if there is not None:
         raise ValueError(f"{there} exists already; choose another --out")
-    if args.boxes and family.settings["default"].sam_prompts is None:
+    if args.boxes and not family.asked:
         raise ValueError("--boxes: this model is not asked by boxes")
     predict(cases, family, run, args)
     print(f"{len(cases)} masks in {args.out}")
     return 0
 
 
-def given_boxes(cases, classes: list[str] | None, args) -> tuple[dict, list[str]]:
-    """The boxes of --boxes, and the classes: the run's, else those that the file names."""
-    sizes = {file.name: data.read_image(file).shape[:2] for _, file, _ in cases}
-    several = classes is not None and len(classes) > 1  # one class is whatever a box is called
-    boxes = read_boxes(args.boxes, sizes, classes[1:] if several else None)
-    named = {name for found in boxes.values() for name, _ in found}
-    if classes is None:
-        names = sorted(named - {None})
-        classes = ["background", *names] if len(names) > 1 else names or ["target"]
-    if len(classes) > 1 and None in named:
-        raise ValueError(f"{args.boxes}: a box has no class; there are {', '.join(classes)}")
-    return boxes, classes
-
-
 def ask_by(recipe, cases, classes: list[str] | None, args):
     """SAM's recipe asking by the boxes of a file or by the whole image; and the classes."""
     if args.boxes:
-        boxes, classes = given_boxes(cases, classes, args)
+        sizes = {file.name: data.read_image(file).shape[:2] for _, file, _ in cases}
+        boxes, classes = read_class_boxes(args.boxes, sizes, classes)
         return partial(recipe.ask, source="given boxes", boxes=boxes), classes
     if classes and len(classes) > 1:
         told = ", ".join(classes[1:])

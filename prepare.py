@@ -956,9 +956,7 @@ def duke_amd(args):
 
 def images_of(place):
     """{name of a mask: image file} of a data set, PATH[:split], or a folder of images."""
-    path, _, split = place.rpartition(":")
-    if not path or Path(place).is_dir():
-        path, split = place, "test"
+    path, split = layouts.path_and_split(place)
     if layouts.splits(path):
         return {entry.name: entry.image for entry in layouts.annotations(path, split)}
     if not Path(place).is_dir():

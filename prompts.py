@@ -144,7 +144,8 @@ def make_prompts(
             xy, labels = deepest_point(component)[None], np.ones(1, np.int64)
             if rng is not None:
                 xy, labels = point_prompts(component, points, rng, background)
-                labels[:] = labels if form != "boxes" else -1
+                if form == "boxes":
+                    labels[:] = -1
         if form != "points":
             box = component.box if rng is None else box_prompt(component, jitter, rng)
         prompts.append(Prompt(component.label, component.mask, box, xy, labels))
@@ -189,6 +190,24 @@ def read_boxes(
     if not boxes:
         raise ValueError(f"{path}: holds no boxes")
     return boxes
+
+
+def read_class_boxes(path, sizes: dict[str, tuple[int, int]], classes=None):
+    """`read_boxes` for data of these classes, and the classes; None: those that the file names.
+
+    Of several classes the first is the background, and a box must be called one of the others; of
+    one class it may be called anything.
+    """
+    several = classes is not None and len(classes) > 1
+    boxes = read_boxes(path, sizes, classes[1:] if several else None)
+    named = {name: image for image, found in boxes.items() for name, _ in found}
+    if classes is None:
+        names = sorted(named.keys() - {None})
+        classes = ["background", *names] if len(names) > 1 else names or ["target"]
+    if len(classes) > 1 and None in named:
+        told = ", ".join(classes[1:])
+        raise ValueError(f"{path}: a box of {named[None]} has no class; there are {told}")
+    return boxes, classes
 
 
 def _rows(path: Path):

@@ -92,6 +92,7 @@ class Recipe:
     loss: Callable
     predict: Callable
     groups: Callable
+    look: Callable  # sample -> what `inputs` makes of its image; kept features take its place
     read: Callable | None = None  # prompt -> the tensors that `inputs` makes of it, of text models
     collate: Callable | None = None  # items -> a training batch; None: their tensors stacked
     ask: Callable | None = None  # (sample, source) -> SAM's prompts of a sample, see `sam_prompts`
@@ -117,12 +118,17 @@ def one_view(sample, views, rng) -> dict:
     return view(sample, views[rng.integers(len(views))]) if len(views) > 1 else sample
 
 
+def for_scores(sample) -> dict:
+    """What scoring needs of a sample: truth (1,H,W) int64 if there is one, size, whose it is."""
+    item = {key: sample[key] for key in ("name", "prompt", "size", "group", "dataset")}
+    return item | ({"truth": sample["mask"][None]} if "mask" in sample else {})
+
+
 def image_inputs(sample, train, rng, config, look, read, augment, views, preprocess_mask) -> dict:
     """What `look` makes of the image and `read` of the prompt; mask (1,S,S) float32 of 0 and 1, or
     of class numbers (255: does not count).
 
-    In evaluation also what scoring needs: truth (1,H,W) int64, size, name, prompt, group, dataset;
-    a sample without a mask gives an item without mask and truth.
+    In evaluation also that of `for_scores`; a sample without a mask gives an item without one.
     """
     sample = one_view(sample, views, rng) if train else sample
     prompt, mask = sample["prompt"], sample.get("mask")
@@ -135,11 +141,7 @@ def image_inputs(sample, train, rng, config, look, read, augment, views, preproc
         if mask is not None:
             item["mask"] = preprocess_mask(mask, config)
     item |= read(prompt) if read else {}
-    if not train:
-        item |= {key: sample[key] for key in ("name", "prompt", "size", "group", "dataset")}
-        if mask is not None:
-            item["truth"] = mask[None]  # (1,H,W)
-    return item
+    return item if train else item | for_scores(sample)
 
 
 def prompted_forward(model: nn.Module, batch: dict) -> Tensor:
@@ -203,17 +205,18 @@ def parameter_groups(model: nn.Module, settings: Settings) -> list[dict]:
 
 def image_recipe(file, model, settings: Settings, forward: Callable, read=None) -> Recipe:
     """For the model of `file`, which has preprocess and preprocess_mask."""
+    look = partial(pixels, config=model.config, preprocess=file.preprocess)
     inputs = partial(
         image_inputs,
         config=model.config,
-        look=partial(pixels, config=model.config, preprocess=file.preprocess),
+        look=look,
         read=read,
         augment=settings.augment,
         views=settings.views,
         preprocess_mask=file.preprocess_mask,
     )
     predict = partial(image_predict, forward=forward)
-    return Recipe(inputs, forward, settings.loss, predict, parameter_groups, read)
+    return Recipe(inputs, forward, settings.loss, predict, parameter_groups, look, read)
 
 
 def prompted_recipe(file, model: nn.Module, settings: Settings, tokenizer) -> Recipe:
@@ -248,9 +251,9 @@ class Kept:
         return {"condition": rows[i]}
 
 
-def shown(sample, train, rng, inputs, name) -> dict:
-    """The inputs of one view of an image, whatever is asked of it."""
-    return inputs(view(sample | {"prompt": ""}, name), train, rng)
+def look_at_view(sample, train, rng, look, name) -> dict:
+    """What `look` makes of one view of an image, whatever is asked of it."""
+    return look(view(sample | {"prompt": ""}, name))
 
 
 def texts_of(sets: list[Dataset], kind: str, views) -> list[str]:
@@ -261,28 +264,29 @@ def texts_of(sets: list[Dataset], kind: str, views) -> list[str]:
     return sorted(texts)
 
 
-def view_features(model, dataset: Dataset, name: str, inputs, rows: Callable, options) -> dict:
-    """Image file and name of the view -> where the features are, of every image."""
+def image_features(model, dataset: Dataset, views, look, rows: Callable, options) -> dict:
+    """Image file and name of a view -> where the features are, of every image and view."""
     first = {entry.image: i for i, entry in reversed(list(enumerate(dataset.entries)))}
-    order = sorted(first.values())  # an entry of each image
-    device = next(model.parameters()).device
-    items = Items(dataset, options.prompt, partial(shown, inputs=inputs, name=name), False, seed=0)
-
-    def encode(start):
-        for item in loader(items, [[(0, i)] for i in order[start:]], options.workers, device):
-            yield model.encode_image(item["image"][None].to(device))[0]
-
+    order, device, places = sorted(first.values()), next(model.parameters()).device, {}
     pixels = [hashlib.sha256(dataset.pixels(i)[0].tobytes()).hexdigest() for i in order]
-    found = rows(f"image features, {name}", len(order), [dataset.colours, *pixels], encode)
-    return {(dataset.entries[i].image, name): (found, row) for row, i in enumerate(order)}
+    for name in views:
+        inputs = partial(look_at_view, look=look, name=name)
+        items = Items(dataset, options.prompt, inputs, train=False, seed=0)
+
+        def encode(start, items=items):
+            for item in loader(items, [[(0, i)] for i in order[start:]], options.workers, device):
+                yield model.encode_image(item["image"][None].to(device))[0]
+
+        content = [dataset.colours, *pixels]
+        found = rows(f"image features, {name}", len(order), content, encode)
+        places |= {(dataset.entries[i].image, name): (found, row) for row, i in enumerate(order)}
+    return places
 
 
 def keep_features(recipe: Recipe, model, frozen: Callable, sets: list[Dataset], options) -> Recipe:
-    """The recipe on kept features; computes what no file holds yet, of the first of `sets`, which
-    trains, for all views. frozen: tells by name which weights make them."""
-    if options.train != "decoder" or not hasattr(model, "encode_image"):
-        message = "needs --train decoder and a model that encodes images apart"
-        raise ValueError(f"--keep-features {message}; --no-keep-features")
+    """The recipe of a model with `encode_image` on kept features; computes what no file holds yet,
+    of the first of `sets`, which trains, for all views. frozen: tells by name which weights make
+    them."""
     weights = {name: t for name, t in model.state_dict().items() if frozen(name)}
     made_by = fingerprint(weights, replace(model.config, threshold=0.5))  # which comes after them
 
@@ -296,8 +300,8 @@ def keep_features(recipe: Recipe, model, frozen: Callable, sets: list[Dataset], 
     kept = Kept({}, {})
     model.eval()
     for dataset in sets:
-        for name in options.views if dataset is sets[0] else ["original"]:
-            kept.images |= view_features(model, dataset, name, recipe.inputs, rows, options)
+        views = options.views if dataset is sets[0] else ["original"]
+        kept.images |= image_features(model, dataset, views, recipe.look, rows, options)
     if recipe.read is None:
         return replace(recipe, inputs=partial(recipe.inputs, look=kept.look))
     texts, device = texts_of(sets, options.prompt, options.views), next(model.parameters()).device
@@ -311,8 +315,8 @@ def keep_features(recipe: Recipe, model, frozen: Callable, sets: list[Dataset], 
     return replace(recipe, inputs=partial(recipe.inputs, look=kept.look, read=kept.read))
 
 
-def choose_trained(model: nn.Module, family: "Family", settings: Settings) -> None:
-    """Freezes what `settings.train` leaves as it is.
+def choose_trained(model: nn.Module, family, settings: Settings) -> None:
+    """Freezes what `settings.train` leaves as it is; family: the model's in recipes.FAMILIES.
 
     all: nothing is frozen; decoder: the towers are; lora: the towers are, with a low-rank update of
     `lora_rank` on their linear layers (adapters.py; see `Family.lora`), which is trained with the
@@ -326,4 +330,4 @@ def choose_trained(model: nn.Module, family: "Family", settings: Settings) -> No
         if frozen.get(settings.train):
             parameter.requires_grad_(False)
     if settings.train == "lora":
-        add_lora(model, settings.lora_rank, **{"frozen": family.backbone} | family.lora)
+        add_lora(model, settings.lora_rank, family.backbone, **family.lora)

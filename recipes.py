@@ -53,6 +53,7 @@ from protocol import (
     Settings,
     at_mask_size,
     dice_bce_at_mask_size,
+    for_scores,
     hub_id,
     image_recipe,
     one_view,
@@ -250,18 +251,22 @@ BIOMEDCLIPSEG = {
 }
 
 
+def load(kind, variants, weights, variant, settings: Settings, overrides: dict):
+    """A model of class `kind` from `weights`; from the hub if None; from scratch if "none"."""
+    variant = variant or next(iter(variants))
+    if weights == "none":
+        return kind(replace(variants[variant], **overrides))
+    return kind.from_pretrained(weights or hub_id(settings, variant), **overrides)
+
+
 def with_adapters(settings: Settings) -> dict:
     """Fields of Config."""
     return {"adapter_dim": settings.adapter_dim} if settings.train == "adapters" else {}
 
 
 def load_clipseg(weights, variant, settings: Settings, overrides: dict, train_set):
-    """CLIPSeg from `weights`; from the hub if None; from scratch if "none"."""
     overrides = with_adapters(settings) | overrides
-    if weights == "none":
-        return clipseg.CLIPSeg(replace(clipseg.VARIANTS[variant or "rd64-refined"], **overrides))
-    weights = weights or hub_id(settings, variant or "rd64-refined")
-    return clipseg.CLIPSeg.from_pretrained(weights, **overrides)
+    return load(clipseg.CLIPSeg, clipseg.VARIANTS, weights, variant, settings, overrides)
 
 
 def load_biomedclipseg(weights, variant, settings: Settings, overrides: dict, train_set):
@@ -313,10 +318,7 @@ def load_classes(weights, variant, settings: Settings, overrides, train_set, kin
     """A model of class `kind` with the classes of the training set; else with those of its file."""
     if train_set is not None:
         overrides = {"num_classes": len(train_set.classes)} | overrides
-    variant = variant or next(iter(variants))
-    if weights == "none":
-        return kind(replace(variants[variant], **overrides))
-    return kind.from_pretrained(weights or hub_id(settings, variant), **overrides)
+    return load(kind, variants, weights, variant, settings, overrides)
 
 
 # github.com/JaeL17/Medical-Image-Segmentation (model.py, utils.py, trainer.py). Quirks: 288 pixels
@@ -412,8 +414,9 @@ def sam_prompts(sample, source, settings, rng=None, boxes=None) -> list:
 
 
 def prompt_tensors(asked: list, size, config) -> dict:
-    """boxes (Q,4), NaN where there is none, points (Q,P,2), labels (Q,P), all in SAM's frame, and
-    numbers (Q,), the prompts' classes; of the prompts of an image of `size` (H,W)."""
+    """boxes (Q,4), NaN where there is none, points (Q,P,2), labels (Q,P), all in SAM's frame;
+    numbers (Q,), the prompts' classes; and `shown`, each one's box and points to be drawn. Of the
+    prompts of an image of `size` (H,W)."""
     frame = partial(sam_decoder.to_frame, size=size, config=config)
     boxes = [NO_BOX if p.box is None else frame(torch.from_numpy(p.box)).numpy() for p in asked]
     points = [frame(torch.from_numpy(p.points)).numpy() for p in asked]
@@ -423,22 +426,22 @@ def prompt_tensors(asked: list, size, config) -> dict:
         "points": torch.from_numpy(np.float32(points).reshape(q, n, 2)),
         "labels": torch.from_numpy(np.int64([p.labels for p in asked]).reshape(q, n)),
         "numbers": torch.tensor([p.label for p in asked], dtype=torch.int64),
+        "shown": [(p.box, p.points) for p in asked],
     }
 
 
 def sam_ask(sample, source, config, settings, boxes=None) -> dict:
-    """What an item of evaluation has of its prompts; `shown`: box and points of each, to draw."""
+    """What an item of evaluation has of its prompts."""
     asked = sam_prompts(sample, source, settings, boxes=boxes)
-    item = prompt_tensors(asked, sample["size"], config)
-    return item | {"shown": [(p.box, p.points) for p in asked], "classes": sample["classes"]}
+    return prompt_tensors(asked, sample["size"], config)
 
 
 def sam_inputs(sample, train, rng, config, settings, look) -> dict:
     """What `look` makes of the image, the tensors of its prompts, and mask (Q,1,s,s) float32, the
     target of each: at the logits' size or, if the recipe says so, the image's.
 
-    In evaluation also what scoring needs: truth (1,H,W) int64, parts (Q,H,W) uint8, the truth of
-    each prompt, size, name, prompt, group, dataset.
+    In evaluation also what scoring needs: that of `for_scores`, the source of the prompts as
+    prompt, classes, and parts (Q,H,W) uint8, the truth of each prompt.
     """
     sample = one_view(sample, settings.views, rng) if train else sample
     if train and settings.augment is not None:
@@ -446,8 +449,7 @@ def sam_inputs(sample, train, rng, config, settings, look) -> dict:
         sample = sample | {"image": image, "mask": mask}
     item, source = look(sample), settings.sam_prompts
     if not train:
-        keys = ("name", "size", "group", "dataset", "classes")
-        item |= {key: sample[key] for key in keys} | {"prompt": source}
+        item |= for_scores(sample) | {"prompt": source, "classes": sample["classes"]}
     if "mask" not in sample:
         return item
     asked = sam_prompts(sample, source, settings, rng if train else None)
@@ -462,8 +464,7 @@ def sam_inputs(sample, train, rng, config, settings, look) -> dict:
         masks[..., h:, :] = masks[..., w:] = 255  # beyond the image nothing counts
     item["mask"] = masks[: len(asked)]
     if not train:
-        item |= {"truth": sample["mask"][None], "parts": torch.stack(targets)[: len(asked)]}
-        item["shown"] = [(p.box, p.points) for p in asked]
+        item["parts"] = torch.stack(targets)[: len(asked)]
     return item
 
 
@@ -642,11 +643,7 @@ SAM["origin"] = replace(
 
 
 def load_sam(weights, variant, settings: Settings, overrides: dict, train_set) -> sam_decoder.SAM:
-    """SAM from `weights`; from the hub if None; from scratch if "none"."""
-    variant = variant or "vit-base"
-    if weights == "none":
-        return sam_decoder.SAM(replace(sam_decoder.VARIANTS[variant], **overrides))
-    return sam_decoder.SAM.from_pretrained(weights or hub_id(settings, variant), **overrides)
+    return load(sam_decoder.SAM, sam_decoder.VARIANTS, weights, variant, settings, overrides)
 
 
 def sam_recipe(model: sam_decoder.SAM, settings: Settings) -> Recipe:
@@ -662,6 +659,7 @@ def sam_recipe(model: sam_decoder.SAM, settings: Settings) -> Recipe:
         collate=collate_prompts,
         ask=partial(sam_ask, **how),
         each=sam_each,
+        look=look,
     )
 
 
@@ -684,6 +682,11 @@ class Family:
     def reads(self) -> bool:
         """Whether the model takes a text."""
         return self.settings["default"].prompt != ""
+
+    @property
+    def asked(self) -> bool:
+        """Whether the model is asked by boxes and points."""
+        return self.settings["default"].sam_prompts is not None
 
 
 FAMILIES = {

@@ -34,7 +34,7 @@ import evaluate
 import layouts
 import report
 from adapters import merge_lora, merged_state_dict, save_adapter
-from options import FREE, Options, parse, resolve
+from options import FREE, Options, flag, parse, resolve
 from protocol import Settings, choose_trained, keep_features, lr_factor
 from recipes import FAMILIES
 
@@ -218,7 +218,7 @@ def can_resume(options: Options) -> bool:
     theirs = asdict(Options()) | json.loads((out / "config.json").read_text())["options"]
     changed = [key for key in mine if key not in FREE and mine[key] != theirs.get(key)]
     if changed:
-        words = [f"--{key.replace('_', '-')} {theirs.get(key)} -> {mine[key]}" for key in changed]
+        words = [f"{flag(key)} {theirs.get(key)} -> {mine[key]}" for key in changed]
         raise ValueError(f"{out} was begun with other options ({', '.join(words)}); keep those")
     return True
 
@@ -256,7 +256,7 @@ def fit(options: Options, settings: Settings, model, recipe, sets, resume: bool)
     trained, total = sum(n for n, learns in sizes if learns), sum(n for n, _ in sizes)
     device = next(model.parameters()).device
     print(f"training {trained:,} of {total:,} parameters on {device}")
-    if settings.keep_features or settings.augment is None:
+    if settings.augment is None:
         print(f"augmentation: {', '.join(settings.views)} of each image, nothing else")
     if settings.keep_features:
         recipe = keep_features(recipe, model, family.backbone, sets, options)

@@ -5,8 +5,10 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,6 +31,20 @@ def rows(path) -> list[dict]:
     """A CSV file."""
     with open(path, newline="") as file:
         return list(csv.DictReader(file))
+
+
+def contents(root) -> dict[str, bytes]:
+    """Every file of a folder."""
+    return {p.relative_to(root).as_posix(): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+
+
+def pictures(out, kind) -> dict:
+    """{name of a slice: (split, array)} of {train,val,test}/KIND; no name may occur twice."""
+    found = {}
+    for path in sorted(out.glob(f"*/{kind}/*"), key=lambda path: path.name):
+        assert path.stem not in found and path.suffix == ".png"
+        found[path.stem] = path.parts[-3], np.asarray(Image.open(path))
+    return found
 
 
 def close(ours, theirs, atol=2e-5):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, command
+from conftest import ROOT, command, contents, pictures
 from PIL import Image
 from scipy.io import savemat
 
@@ -70,19 +70,6 @@ def run(which, root, out, *options):
     return out
 
 
-def files(out, kind):
-    """{name of a slice: (split, array)} of a data set; no name may occur twice."""
-    found = {}
-    for path in sorted(out.glob(f"*/{kind}/*"), key=lambda path: path.name):
-        assert path.stem not in found and path.suffix == ".png"
-        found[path.stem] = path.parts[-3], np.asarray(Image.open(path))
-    return found
-
-
-def contents(root):
-    return {p.relative_to(root).as_posix(): p.read_bytes() for p in root.rglob("*") if p.is_file()}
-
-
 @pytest.fixture(scope="module")
 def dme(tmp_path_factory):
     return dme_download(tmp_path_factory.mktemp("dme") / "download")
@@ -131,7 +118,7 @@ def test_dme_masks_by_hand(tmp_path, capsys):
     fluid[6, 5, 1] = NAN
     root = dme_download(tmp_path / "download", Subject_07=held)
     out = run("duke-dme", root, tmp_path / "out")
-    split, mask = files(out, "masks")["subject07_slice01"]
+    split, mask = pictures(out, "masks")["subject07_slice01"]
     assert split == "test" and mask.dtype == np.uint8 and mask.shape == (10, 5)
     assert mask.T.tolist() == [  # columns 1 to 5
         [0, 1, 2, 3, 8, 8, 6, 7, 0, 0],
@@ -140,9 +127,9 @@ def test_dme_masks_by_hand(tmp_path, capsys):
         [0, 1, 2, 3, 4, 5, 6, 7, 0, 0],
         [0, 0, 1, 2, 3, 4, 5, 6, 7, 8],
     ]
-    image = files(out, "images")["subject07_slice01"][1]
+    image = pictures(out, "images")["subject07_slice01"][1]
     assert image.tolist() == held["images"][:, 1:6, 1].tolist()
-    assert files(out, "masks")["subject07_slice03"][1].shape == (10, 7)
+    assert pictures(out, "masks")["subject07_slice03"][1].shape == (10, 7)
     said = capsys.readouterr().out
     # 9 * 2 slices of 5 columns, and 5 + 7
     assert "within these 1 of 102 columns lack a boundary and are 255" in said
@@ -155,8 +142,8 @@ def test_annotators(tmp_path):
     held["manualLayers2"][:, :, 1] = NAN
     held["manualFluid2"][11, 0, 3] = 1
     root = dme_download(tmp_path / "download", Subject_01=held)
-    one = files(run("duke-dme", root, tmp_path / "one"), "masks")
-    two = files(run("duke-dme", root, tmp_path / "two", "--annotator", "2"), "masks")
+    one = pictures(run("duke-dme", root, tmp_path / "one"), "masks")
+    two = pictures(run("duke-dme", root, tmp_path / "two", "--annotator", "2"), "masks")
     assert one.keys() - two.keys() == {"subject01_slice01"} and not two.keys() - one.keys()
     assert one["subject01_slice03"][1][:, 0].tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 0, 0, 0, 0]
     assert two["subject01_slice03"][1][:, 0].tolist() == [1, 1, 2, 3, 4, 5, 6, 7, 0, 0, 0, 8]
@@ -171,12 +158,12 @@ def test_amd_masks_by_hand(tmp_path):
     held["images"] = held["images"].astype(np.float64)
     savemat(root / amd_name("AMD", 1003), held)
     out = run("duke-amd", root, tmp_path / "out", "--every", "1")
-    masks = files(out, "masks")
+    masks = pictures(out, "masks")
     assert [name for name in masks if "amd1003" in name] == ["amd1003_slice02"]
     mask = masks["amd1003_slice02"][1]
     columns = [[0, 1, 1, 2, 3, 3], [1, 1, 1, 3, 3, 3], [255] * 6, [0, 0, 1, 1, 1, 3]]
     assert mask.T.tolist() == columns
-    image = files(out, "images")["amd1003_slice02"][1]
+    image = pictures(out, "images")["amd1003_slice02"][1]
     assert image.dtype == np.uint8 and image.tolist() == held["images"][:, 1:, 2].tolist()
     assert masks["control1003_slice01"][1].T.tolist() == [[0, 1, 1, 1, 2, 2, 3, 3, 3]] * 6
 
@@ -203,7 +190,7 @@ def test_masks_read_as_a_data_set(dme, amd, tmp_path, which):
 def patients(out):
     """{patient: split}; nobody is in two."""
     found = {}
-    for name, (split, _) in files(out, "images").items():
+    for name, (split, _) in pictures(out, "images").items():
         assert found.setdefault(name.split("_")[0], split) == split
     return found
 
@@ -215,7 +202,7 @@ def test_dme_split_is_the_usual_one(dme, tmp_path, capsys):
     expected["subject05"] = "val"
     expected |= {f"subject{k:02}": "test" for k in range(6, 11)}
     assert patients(out) == expected
-    assert set(files(out, "masks")) == {f"{s}_slice{n}" for s in expected for n in ("01", "03")}
+    assert set(pictures(out, "masks")) == {f"{s}_slice{n}" for s in expected for n in ("01", "03")}
     assert said == f"{out}: {(out / 'README.txt').read_text()}"
     lines = said.splitlines()
     assert lines[0].endswith("annotator 1")
@@ -246,7 +233,7 @@ def test_amd_split_depends_on_the_seed_and_not_on_the_folders(amd, tmp_path):
 @pytest.mark.parametrize("every, slices", [("1", "123456"), ("2", "135"), ("4", "15"), ("10", "1")])
 def test_every(tmp_path, every, slices):
     root = amd_download(tmp_path / "download", amd=4, control=0)
-    found = files(run("duke-amd", root, tmp_path / "out", "--every", every), "masks")
+    found = pictures(run("duke-amd", root, tmp_path / "out", "--every", every), "masks")
     assert {name for name in found if "1002" in name} == {f"amd1002_slice0{n}" for n in slices}
     if every == "10":  # the default
         assert contents(tmp_path / "out") == contents(run("duke-amd", root, tmp_path / "default"))
@@ -410,4 +397,4 @@ def test_the_program_as_the_docstring_has_it(dme, tmp_path):
     done = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == "", done.stderr
     assert done.stdout.startswith("data/duke_dme: Duke OCT with macular edema")
-    assert len(files(tmp_path / "data" / "duke_dme", "images")) == 20
+    assert len(pictures(tmp_path / "data" / "duke_dme", "images")) == 20

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, contents
 from PIL import Image
 from scipy import ndimage
 
@@ -27,11 +27,6 @@ def program(arguments) -> int:
     with pytest.raises(SystemExit) as ended:
         report.command(lambda: prepare.main(arguments))
     return ended.value.code
-
-
-def contents(root):
-    """{path: bytes} of every file."""
-    return {p.relative_to(root).as_posix(): p.read_bytes() for p in root.rglob("*") if p.is_file()}
 
 
 def stamps(root):

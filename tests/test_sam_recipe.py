@@ -184,7 +184,6 @@ class Says:
 
     def __init__(self, logits):
         self.logits, self.config = logits, replace(MINI, image_size=16)
-        self.postprocess = sam_decoder.SAM(MINI).postprocess.func
         self.postprocess = lambda x, size: x.sigmoid()
 
     def parameters(self):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, command
+from conftest import ROOT, command, contents, pictures
 from PIL import Image
 
 import data
@@ -57,19 +57,6 @@ def run(root, out, *options):
     return out
 
 
-def files(out, kind):
-    """{name of a slice: (split, array)} of a data set; no name may occur twice."""
-    found = {}
-    for path in sorted(out.glob(f"*/{kind}/*"), key=lambda path: path.name):
-        assert path.stem not in found and path.suffix == ".png"
-        found[path.stem] = path.parts[-3], np.asarray(Image.open(path))
-    return found
-
-
-def contents(root):
-    return {p.relative_to(root).as_posix(): p.read_bytes() for p in root.rglob("*") if p.is_file()}
-
-
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     root = tmp_path_factory.mktemp("uw") / "download"
@@ -112,7 +99,7 @@ def by_hand(tmp_path):
 
 def test_masks_by_hand(by_hand, tmp_path, capsys):
     out = run(by_hand, tmp_path / "out", "--split", "slice", "--keep-empty")
-    masks = files(out, "masks")
+    masks = pictures(out, "masks")
     assert list(masks) == list(RUNS)
     for (_, mask), expected in zip(masks.values(), MASKS, strict=True):
         assert mask.dtype == np.uint8 and mask.tolist() == expected
@@ -145,7 +132,7 @@ def test_window_of_a_slice(tmp_path):
     write_slice(root, "case1_day0", 4, [[7, 7, 7], [7, 7, 7]])
     write_table(root, {f"case1_day0_slice_{k:04}": {"stomach": "1 1"} for k in range(1, 5)})
     out = run(root, tmp_path / "out", "--split", "slice", "--window", "slice")
-    images = [image for _, image in files(out, "images").values()]
+    images = [image for _, image in pictures(out, "images").values()]
     assert all(image.dtype == np.uint8 and image.shape == (2, 3) for image in images)
     assert images[0].tolist() == [[0, 128, 255], [1, 254, 100]]
     assert images[1].tolist() == [[0, 1, 255], [0, 254, 127]]
@@ -162,13 +149,13 @@ def test_window_of_a_scan(tmp_path):
         write_slice(root, "case1_day1", number, pixels * 30)  # another day has its own window
     outlines = {f"case1_day{d}_slice_{k:04}": {"stomach": "1 1"} for d in (0, 1) for k in (1, 2)}
     write_table(root, outlines | {f"case1_day{d}_slice_0003": {} for d in (0, 1)})
-    images = files(run(root, tmp_path / "out", "--split", "slice"), "images")
+    images = pictures(run(root, tmp_path / "out", "--split", "slice"), "images")
     assert images.keys() == outlines.keys()  # the third counts, though it is left out
     for name, (_, image) in images.items():
         x = values[int(name[-1]) - 1].astype(int)
         # cut off: 255 * (x - 10) / 1980 in whole numbers
         assert image.tolist() == np.clip((x - 10) * 255 // 1980, 0, 255).tolist()
-    everything = files(run(root, tmp_path / "all", "--split", "slice", "--keep-empty"), "images")
+    everything = pictures(run(root, tmp_path / "all", "--split", "slice", "--keep-empty"), "images")
     assert len(everything) == 6
     assert all((everything[name][1] == image).all() for name, (_, image) in images.items())
 
@@ -180,7 +167,7 @@ def test_window_of_a_scan(tmp_path):
 def test_no_case_is_on_two_sides(small, tmp_path, seed):
     root, outlines = small
     out = run(root, tmp_path / "out", "--seed", str(seed))
-    images, masks = files(out, "images"), files(out, "masks")
+    images, masks = pictures(out, "images"), pictures(out, "masks")
     assert {n: s for n, (s, _) in images.items()} == {n: s for n, (s, _) in masks.items()}
     assert set(images) == {name for name, runs in outlines.items() if runs}
     cases = {
@@ -195,7 +182,7 @@ def test_no_case_is_on_two_sides(small, tmp_path, seed):
     }
     assert not cases["train"] & cases["val"] | cases["train"] & cases["test"]
     assert not cases["val"] & cases["test"]
-    everything = files(run(root, tmp_path / "all", "--seed", str(seed), "--keep-empty"), "images")
+    everything = pictures(run(root, tmp_path / "all", "--seed", str(seed), "--keep-empty"), "images")
     assert set(everything) == set(outlines)  # and nobody has moved
     assert all(everything[name][0] == split for name, (split, _) in images.items())
 
@@ -293,7 +280,7 @@ def test_faulty_scans_are_left_out(tmp_path, capsys):
     root, cases = tmp_path / "download", (7, 17, 70, 77, 8, 81)
     download(root, cases, days=(0, 30), slices=2, empty=0)
     shutil.rmtree(root / "train" / "case7" / "case7_day0")  # nobody needs their files
-    masks = files(run(root, tmp_path / "out"), "masks")
+    masks = pictures(run(root, tmp_path / "out"), "masks")
     everything = {f"case{case}_day{day}" for case in cases for day in (0, 30)}
     left = {name.split("_slice")[0] for name in masks}
     assert left == everything - {"case7_day0", "case81_day30"}
@@ -429,4 +416,4 @@ def test_the_program_as_the_docstring_has_it(small, tmp_path):
     done = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == "", done.stderr
     assert done.stdout.startswith("data/uw_madison: UW-Madison GI Tract, split by case")
-    assert len(files(tmp_path / "data" / "uw_madison", "images")) == 64
+    assert len(pictures(tmp_path / "data" / "uw_madison", "images")) == 64
