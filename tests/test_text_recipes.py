@@ -132,6 +132,19 @@ def test_kept_features_change_no_loss_at_full_size(real_data, tmp_path):
     assert float(table[0][-1]["train_loss"]) < float(table[0][0]["train_loss"]) - 0.002
 
 
+def test_kept_views_change_no_loss_and_mirror_the_prompts_too(options):
+    views = replace(
+        options, model="clipseg", train="decoder", prompt="p6", views=["original", "hflip"],
+        feature_dtype="float32", batch_size=1, max_steps=60,
+    )  # fmt: skip
+    losses = []
+    for keep, dtype in ((True, "float32"), (False, None)):
+        out = f"{options.out}-{keep}"
+        train.run(replace(views, keep_features=keep, feature_dtype=dtype, out=out))
+        losses.append([float(row["train_loss"]) for row in rows(train.Path(out) / "metrics.csv")])
+    np.testing.assert_allclose(*losses, rtol=1e-6)
+
+
 def test_kept_features_are_those_of_the_image_and_the_text(demo, options):
     """Row by row what the encoders give, for entries that share an image too."""
     entries = layouts.annotations(demo, "train")[:4]
