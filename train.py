@@ -173,7 +173,7 @@ class Run:
         self.epoch, self.batch, self.sums = self.epoch + 1, 0, {}
         if row["val_dice"] > self.best + self.settings.min_delta:
             self.best, self.best_epoch = row["val_dice"], self.epoch
-            if not all(p.requires_grad for p in model.parameters()):  # the small copy
+            if self.options.train != "all":  # the small copy
                 with report.whole_file(self.out / "adapter.safetensors") as part:
                     save_adapter(model, part)
             with report.whole_file(self.out / "best.safetensors") as part:

@@ -56,6 +56,7 @@ def test_a_run_leaves_everything_that_the_design_names(options, demo, capsys):
     for picture in [out / "curves.png", *(out / "test/overlays").iterdir()]:
         Image.open(picture).load()
     assert not list(out.glob(".*"))  # no temporary files
+    assert not (out / "adapter.safetensors").exists()  # all was trained: there is no smaller copy
     assert "epoch 2/2" in capsys.readouterr().out and "epoch 2/2" in (out / "log.txt").read_text()
 
 
