@@ -38,6 +38,20 @@ def contents(root) -> dict[str, bytes]:
     return {p.relative_to(root).as_posix(): p.read_bytes() for p in root.rglob("*") if p.is_file()}
 
 
+def stop_at_rename(monkeypatch, out) -> list[dict]:
+    """From here on the folder that is to become `out` fails to; what it held is put in the list."""
+    replace, moved = os.replace, []
+
+    def stop(source, target):
+        if Path(target) != out:
+            return replace(source, target)
+        moved.append(contents(Path(source)))
+        raise OSError("stopped at the rename")
+
+    monkeypatch.setattr(os, "replace", stop)
+    return moved
+
+
 def pictures(out, kind) -> dict:
     """{name of a slice: (split, array)} of {train,val,test}/KIND; no name may occur twice."""
     found = {}

@@ -1,14 +1,12 @@
 """prepare.py duke-dme and duke-amd: MATLAB files written here, label maps computed by hand."""
 
 import json
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, command, contents, pictures
+from conftest import ROOT, command, contents, pictures, stop_at_rename
 from PIL import Image
 from scipy.io import savemat
 
@@ -378,15 +376,8 @@ def test_wrong_options(dme, tmp_path, monkeypatch, capsys, option):
 
 
 def test_folder_appears_whole_or_not_at_all(dme, tmp_path, monkeypatch, capsys):
-    whole, replace, moved = contents(run("duke-dme", dme, tmp_path / "whole")), os.replace, []
-
-    def stop(source, target):
-        if Path(target) != tmp_path / "out":
-            return replace(source, target)
-        moved.append(contents(Path(source)))
-        raise OSError("stopped at the rename")
-
-    monkeypatch.setattr(os, "replace", stop)
+    whole = contents(run("duke-dme", dme, tmp_path / "whole"))
+    moved = stop_at_rename(monkeypatch, tmp_path / "out")
     arguments = "duke-dme", dme, "--out", tmp_path / "out"
     assert command(monkeypatch, capsys, prepare, *arguments)[0] == 2
     assert moved == [whole] and [path.name for path in tmp_path.iterdir()] == ["whole"]

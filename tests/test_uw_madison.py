@@ -2,15 +2,13 @@
 
 import csv
 import json
-import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, command, contents, pictures
+from conftest import ROOT, command, contents, pictures, stop_at_rename
 from PIL import Image
 
 import data
@@ -182,7 +180,8 @@ def test_no_case_is_on_two_sides(small, tmp_path, seed):
     }
     assert not cases["train"] & cases["val"] | cases["train"] & cases["test"]
     assert not cases["val"] & cases["test"]
-    everything = pictures(run(root, tmp_path / "all", "--seed", str(seed), "--keep-empty"), "images")
+    everything = run(root, tmp_path / "all", "--seed", str(seed), "--keep-empty")
+    everything = pictures(everything, "images")
     assert set(everything) == set(outlines)  # and nobody has moved
     assert all(everything[name][0] == split for name, (split, _) in images.items())
 
@@ -397,15 +396,8 @@ def test_wrong_options(small, tmp_path, monkeypatch, capsys, option):
 
 
 def test_folder_appears_whole_or_not_at_all(small, tmp_path, monkeypatch, capsys):
-    whole, replace, moved = contents(run(small[0], tmp_path / "whole")), os.replace, []
-
-    def stop(source, target):
-        if Path(target) != tmp_path / "out":
-            return replace(source, target)
-        moved.append(contents(Path(source)))
-        raise OSError("stopped at the rename")
-
-    monkeypatch.setattr(os, "replace", stop)
+    whole = contents(run(small[0], tmp_path / "whole"))
+    moved = stop_at_rename(monkeypatch, tmp_path / "out")
     arguments = "uw-madison", small[0], "--out", tmp_path / "out"
     assert command(monkeypatch, capsys, prepare, *arguments)[0] == 2
     assert moved == [whole] and [path.name for path in tmp_path.iterdir()] == ["whole"]
