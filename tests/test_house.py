@@ -47,6 +47,12 @@ MODELS = {
         "assert masks.shape == (2, 1, 1, 64, 64) and iou.shape == (2, 1, 1), masks.shape\n"
         "assert masks.isfinite().all()",
     ),
+    "swin_unetr3d": (
+        620,
+        "model = swin_unetr3d.SwinUNETR(swin_unetr3d.VARIANTS['mini']).eval()\n"
+        "out = model(torch.randn(1, 1, 64, 32, 32))\n"
+        "assert out.shape == (1, 3, 64, 32, 32) and out.isfinite().all(), out.shape",
+    ),
 }
 FLOORS = [
     [*MODELS, *"tokenizer losses metrics layouts data prompts augment features adapters report".split()],

@@ -1,0 +1,655 @@
+"""Swin UNETR: a volume in, the class of every voxel out. Windows of attention, then a U-Net.
+
+Papers: Hatamizadeh et al., BrainLes 2021, arXiv 2201.01266; Tang et al., CVPR 2022, arXiv
+2111.14791 (self-supervised); He et al., MICCAI 2023 (v2). Code: github.com/Project-MONAI/MONAI
+1.6.1, monai/networks/nets/swin_unetr.py and blocks/{dynunet,unetr}_block.py (Apache 2.0); its
+training, Project-MONAI/research-contributions at 21ed8e5, SwinUNETR. Weights (Apache 2.0): on the
+hub MONAI/swin_unetr_btcv_segmentation, darragh/swinunetr-btcv-{tiny,small,base}; of MONAI's release
+0.8.1 swin_unetr.*_pretrained.pt (BTCV), BraTS21's folds, and the encoder alone: model_swinvit.pt.
+
+    volume (B,1,96,96,96), base
+      swinViT.patch_embed, a convolution of 2x2x2 with stride 2: (B,48,48,48,48), x0
+      swinViT.layers, four stages: two blocks of attention within windows of 7x7x7, shifted by 3 in
+      the second, and a merger of 2x2x2 neighbours into twice the channels
+    x1 (B,96,24,24,24), x2 (B,192,12,12,12), x3 (B,384,6,6,6), x4 (B,768,3,3,3), normalised
+      encoder10 of x4; decoder5 doubles the sides and adds x3; decoder4, 3, 2 add encoder4, 3, 2
+      of x2, x1, x0; decoder1 adds encoder1 of the volume
+    (B,48,96,96,96)
+      out, a 1x1x1 convolution
+    logits (B,14,96,96,96)
+
+Sides are multiples of 32, one at least 64. quirk: MONAI 1.5.0 changed the order in which neighbours
+merge, under the same name and with the same shapes. All released files are of before and need
+`merging="legacy"`; files of later versions need "merging". No tensor tells: RELEASED does.
+Same numbers as MONAI's with less work: `WindowedAttention`, `upsampled_conv`. Left out: two
+dimensions, dropout (0 in all files), Hyena, the heads of the self-supervised training.
+"""
+
+import json
+import re
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import product
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+
+@dataclass(frozen=True)
+class Config:
+    feature_size: int = 48  # channels of x0, a multiple of 12
+    in_channels: int = 1
+    num_classes: int = 14
+    v2: bool = False  # a residual block of convolutions before each stage
+    merging: str = "legacy"  # order of merged neighbours, a key of OCTANTS
+    image_size: tuple[int, ...] = (96, 96, 96)  # of the windows that a volume is cut into
+    spacing: tuple[float, ...] = (1.5, 1.5, 2.0)  # mm
+    intensity: tuple[float, ...] | None = (-175.0, 250.0)  # HU that become 0..1; None: z-scores
+    overlapping: bool = False  # a voxel may be of several classes: a sigmoid each, no softmax
+    threshold: float = 0.5  # of a model with one class or overlapping ones
+
+
+BRATS21 = dict(image_size=(128,) * 3, spacing=(1.0,) * 3, intensity=None, overlapping=True)
+VARIANTS = {  # parameters
+    "tiny": Config(12),  # 4,078,220
+    "small": Config(24),  # 15,703,304
+    "base": Config(),  # 62,187,296
+    "tiny-v2": Config(12, v2=True),  # 4,739,180
+    "small-v2": Config(24, v2=True),  # 18,347,144
+    "base-v2": Config(v2=True),  # 72,762,656
+    "brats21": Config(in_channels=4, num_classes=3, **BRATS21),  # 62,191,941
+    "mini": Config(12, num_classes=3, image_size=(64, 64, 64)),  # 4,078,077; for tests and demos
+}
+HEADS = (3, 6, 12, 24)  # of the four stages
+WINDOW, SHIFT = 7, 3  # tokens along a side
+CHUNK = 2**22  # attention scores that exist at a time while gradients are made, 17 MB
+# The octants of a cell of 2x2x2 in the order in which they are merged.
+OCTANTS = {
+    # quirk: reads two octants twice and two never (swin_unetr.py of MONAI 0.9.0 to 1.4.0)
+    "legacy": "000 100 010 001 101 010 001 111",
+    "merging": "000 100 010 001 110 101 011 111",  # since 1.5.0
+    "mergingv2": "000 001 010 011 100 101 110 111",  # since 1.0.0
+}
+
+
+def position_index() -> Tensor:
+    """Row of the bias table for each pair of tokens (query, key) of a window, (343,343)."""
+    i = torch.arange(WINDOW)
+    d, h, w = pairs(i[:, None] - i + WINDOW - 1)  # how far apart, from 0
+    side = 2 * WINDOW - 1
+    return ((d * side + h) * side + w).reshape(WINDOW**3, WINDOW**3)
+
+
+def shift_masks() -> Tensor:
+    """What is added to the scores of a window that is the last along no, one, ... all three axes.
+
+    There the volume's two ends meet, and tokens of one must not see those of the other.
+    -> (2,2,2,7,7,7,7,7,7): is it the last along D, H, W, the query's place in it, the key's.
+    """
+    other_end = torch.arange(WINDOW) >= WINDOW - SHIFT
+    apart = torch.zeros(2, 2, 2, *(WINDOW,) * 6, dtype=torch.bool)
+    for axis, pair in enumerate(pairs(other_end[:, None] != other_end)):
+        apart.select(axis, 1).logical_or_(pair)
+    return apart * -100.0  # quirk: not -inf
+
+
+def pairs(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(7,7), of two places along an axis -> of D (7,1,1,7,1,1), of H and of W, to be broadcast."""
+    d = x[:, None, None, :, None, None]  # (7,1,1,7,1,1)
+    return d, d.movedim((0, 3), (1, 4)), d.movedim((0, 3), (2, 5))
+
+
+def windows(x: Tensor, window: tuple[int, ...], parts: int, heads: int) -> Tensor:
+    """x (B,D,H,W,parts*h*d) -> a view of it, (parts,B,D/7,H/7,W/7,h,7,7,7,d) for windows of 7."""
+    sizes = (n for side, w in zip(x.shape[1:4], window, strict=True) for n in (side // w, w))
+    x = x.view(len(x), *sizes, parts, heads, -1)  # (B,D/7,7,H/7,7,W/7,7,parts,h,d)
+    return x.permute(7, 0, 1, 3, 5, 8, 2, 4, 6, 9)
+
+
+def slabs(window: tuple[int, ...], shifts: tuple[int, ...]) -> Iterator[tuple]:
+    """The windows that share a mask, at most 8 groups: an index into `windows(...)`, and which.
+
+    Where an axis is shifted, its last windows are apart from the others.
+    """
+    for last in product(*((0, 1) if shift else (0,) for shift in shifts)):
+        ends = zip(last, shifts, strict=True)
+        part = (slice(-1, None) if i else slice(-1 if shift else None) for i, shift in ends)
+        yield (slice(None), slice(None), *part), (*last, *(slice(w) for w in window * 2))
+
+
+class WindowedAttention(torch.autograd.Function):
+    """softmax(q k / sqrt(d) + bias + mask) v of the tokens of each window, slab by slab.
+
+    MONAI adds bias and mask to the scores of all windows, and keeps these for the gradients: 484 MB
+    in a block of base at 96x96x96. Here a slab adds one sum of both, as large as the scores of a
+    window, inside the fused kernel; gradients make the scores again, a few windows at a time.
+    """
+
+    @staticmethod
+    def forward(ctx, qkv: Tensor, bias: Tensor, masks: Tensor, window: tuple, shifts: tuple):
+        """qkv (B,D,H,W,3C), bias (h,N,N), `shift_masks`, sides of a window, shifts -> (B,D,H,W,C).
+
+        Sides are multiples of the window's, of whose N tokens the channels are heads*d.
+        """
+        h, N = bias.shape[:2]
+        y = qkv.new_empty(*qkv.shape[:4], qkv.shape[4] // 3)
+        inputs, outputs = windows(qkv, window, 3, h), windows(y, window, 1, h)
+        for part, mask in slabs(window, shifts):
+            q, k, v = inputs[part].reshape(3, -1, h, N, inputs.shape[-1])  # (n,h,N,d) each
+            added = (bias + masks[mask].reshape(N, N)).to(q.dtype)  # (h,N,N)
+            some = F.scaled_dot_product_attention(q, k, v, attn_mask=added[None])  # (n,h,N,d)
+            outputs[part] = some.view(outputs[part].shape)
+        ctx.save_for_backward(qkv, bias, masks)
+        ctx.window, ctx.shifts = window, shifts
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor):
+        qkv, bias, masks = ctx.saved_tensors
+        h, N = bias.shape[:2]
+        dqkv, dbias = torch.empty_like(qkv), torch.zeros_like(bias)
+        given = (qkv, 3), (dy.contiguous(), 1), (dqkv, 3)
+        *inputs, outputs = (windows(x, ctx.window, n, h) for x, n in given)
+        for part, mask in slabs(ctx.window, ctx.shifts):
+            added = bias + masks[mask].reshape(N, N)  # (h,N,N)
+            some = torch.cat([x[part].flatten(1, 4) for x in inputs])  # (4,n,h,7,7,7,d)
+            some = some.flatten(3, 5)  # (4,n,h,N,d)
+            chunks = some.split(max(1, CHUNK // bias.numel()), 1)
+            made = [gradients(*chunk, added, dbias) for chunk in chunks]  # (3,n,h,N,d) each
+            outputs[part] = torch.cat(made, 1).view(outputs[part].shape)
+        return dqkv, dbias, None, None, None
+
+
+def gradients(q: Tensor, k: Tensor, v: Tensor, dy: Tensor, bias: Tensor, dbias: Tensor) -> Tensor:
+    """Of q, k, v (n,h,N,d), stacked, given that of the result; bias's (h,N,N) is added to dbias."""
+    scale = q.shape[3] ** -0.5
+    p = torch.add(bias, q @ k.mT, alpha=scale).softmax(3)  # (n,h,N,N)
+    ds = (dy @ v.mT).to(p.dtype).mul_(p)  # (n,h,N,N)
+    ds.addcmul_(p, ds.sum(3, keepdim=True), value=-1)  # of the scores
+    dbias += ds.sum(0)
+    ds, p = ds.to(q.dtype), p.to(q.dtype)  # half precision has a float32 bias
+    return torch.stack((scale * (ds @ k), scale * (ds.mT @ q), p.mT @ dy))
+
+
+class Attention(nn.Module):
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.relative_position_bias_table = nn.Parameter(torch.empty((2 * WINDOW - 1) ** 3, heads))
+        nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, shifted: bool, index: Tensor, masks: Tensor) -> Tensor:
+        """x (B,D,H,W,C), `position_index` and `shift_masks` -> (B,D,H,W,C)."""
+        D, H, W = sides = x.shape[1:4]
+        # A short axis is one window, which nothing shifts.
+        window = tuple(min(side, WINDOW) for side in sides)
+        shifts = tuple(SHIFT if shifted and side > WINDOW else 0 for side in sides)
+        d, h, w = (-side % n for side, n in zip(sides, window, strict=True))
+        # quirk: padding is no zero once it has the bias of qkv, and is attended to
+        x = F.pad(x, (0, 0, 0, w, 0, h, 0, d)).roll([-n for n in shifts], (1, 2, 3))
+        N = window[0] * window[1] * window[2]
+        # quirk: a smaller window has the offsets of the first N tokens of a full one, not its own
+        bias = F.embedding(index[:N, :N], self.relative_position_bias_table)  # (N,N,h)
+        bias = bias.permute(2, 0, 1)  # (h,N,N)
+        y = WindowedAttention.apply(self.qkv(x), bias, masks, window, shifts)
+        return self.proj(y.roll(shifts, (1, 2, 3))[:, :D, :H, :W])  # (B,D,H,W,C)
+
+
+class MLP(nn.Module):
+    def __init__(self, dim: int):
+        super().__init__()
+        self.linear1, self.linear2 = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear2(F.gelu(self.linear1(x)))
+
+
+class Block(nn.Module):
+    def __init__(self, dim: int, heads: int, shifted: bool):
+        super().__init__()
+        self.shifted = shifted
+        self.norm1, self.attn = nn.LayerNorm(dim), Attention(dim, heads)
+        self.norm2, self.mlp = nn.LayerNorm(dim), MLP(dim)
+
+    def forward(self, x: Tensor, index: Tensor, masks: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x), self.shifted, index, masks)  # (B,D,H,W,C)
+        return x + self.mlp(self.norm2(x))
+
+
+class Merging(nn.Module):
+    """A cell of 2x2x2 tokens becomes one token, of twice the channels."""
+
+    def __init__(self, dim: int, octants: str):
+        super().__init__()
+        self.octants = [tuple(map(int, octant)) for octant in octants.split()]
+        self.norm = nn.LayerNorm(8 * dim)
+        self.reduction = nn.Linear(8 * dim, 2 * dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B,D,H,W,C), even sides -> (B,D/2,H/2,W/2,2C)."""
+        cells = [x[:, d::2, h::2, w::2] for d, h, w in self.octants]
+        return self.reduction(self.norm(torch.cat(cells, 4)))  # (B,D/2,H/2,W/2,2C)
+
+
+class ResBlock(nn.Module):
+    """Two 3x3x3 convolutions and a way round them. Norms are of each channel of each volume."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__()
+        self.conv1 = nn.Conv3d(inputs, outputs, 3, padding=1, bias=False)
+        self.conv2 = nn.Conv3d(outputs, outputs, 3, padding=1, bias=False)
+        same = inputs == outputs
+        self.conv3 = None if same else nn.Conv3d(inputs, outputs, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B,inputs,D,H,W) -> (B,outputs,D,H,W)."""
+        around = x if self.conv3 is None else F.instance_norm(self.conv3(x))
+        return self.rest(self.conv1(x), around)
+
+    def rest(self, y: Tensor, around: Tensor) -> Tensor:
+        """What conv1 gave, and what goes round it, both (B,outputs,D,H,W) -> the same shape."""
+        y = F.leaky_relu_(F.instance_norm(y))  # slope 0.01
+        y = F.instance_norm(self.conv2(y))
+        y += around
+        return F.leaky_relu_(y)
+
+
+class Stage(nn.Module):
+    def __init__(self, dim: int, heads: int, v2: bool, octants: str):
+        super().__init__()
+        self.conv = ResBlock(dim, dim) if v2 else nn.Identity()
+        self.blocks = nn.ModuleList(Block(dim, heads, shifted) for shifted in (False, True))
+        self.downsample = Merging(dim, octants)
+
+    def forward(self, x: Tensor, index: Tensor, masks: Tensor) -> Tensor:
+        """x (B,D,H,W,C) -> (B,D/2,H/2,W/2,2C)."""
+        x = self.conv(x.permute(0, 4, 1, 2, 3)).permute(0, 2, 3, 4, 1)  # (B,D,H,W,C)
+        for block in self.blocks:
+            x = block(x, index, masks)
+        return self.downsample(x)
+
+
+class SwinTransformer(nn.Module):
+    """Within, channels come last: no layer then copies its input."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        c = config
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv3d(c.in_channels, c.feature_size, 2, 2)})
+        self.layers = nn.ModuleList(
+            Stage(c.feature_size * 2**i, heads, c.v2, OCTANTS[c.merging])
+            for i, heads in enumerate(HEADS)
+        )
+        # For all windows of all inputs; smaller windows take their part of them.
+        self.register_buffer("index", position_index(), persistent=False)
+        self.register_buffer("masks", shift_masks(), persistent=False)
+
+    def forward(self, volume: Tensor, run: Callable) -> list[Tensor]:
+        """volume (B,C,D,H,W) -> maps (B,f,D/2,H/2,W/2), (B,2f,D/4,H/4,W/4) ... (B,16f,D/32,...)."""
+        maps = [self.patch_embed["proj"](volume).permute(0, 2, 3, 4, 1)]  # (B,D/2,H/2,W/2,f)
+        for stage in self.layers:
+            maps.append(run(stage, maps[-1], self.index, self.masks))
+        # The next stage sees them without this norm, which has no weights.
+        maps = [F.layer_norm(x, x.shape[4:]) for x in maps]
+        return [x.permute(0, 4, 1, 2, 3).contiguous() for x in maps]
+
+
+def upsampled_conv(x: Tensor, up: Tensor, weight: Tensor) -> Tensor:
+    """3x3x3 convolution, padding 1, of a transposed one of 2x2x2 with stride 2, as one.
+
+    Together they are a transposed convolution of 4x4x4 with stride 2. Each output of even or odd
+    place along each axis sees 2x2x2 inputs: eight convolutions at the small size, 64 products of
+    numbers where there were 216 and more. x (B,C,d,h,w), up (C,O,2,2,2), weight (O,O,3,3,3) ->
+    (B,O,2d,2h,2w).
+    """
+    both = F.conv3d(up, weight, padding=2).flip(2, 3, 4).transpose(0, 1)  # (O,C,4,4,4)
+    B, _, d, h, w = x.shape
+    y = x.new_empty(B, len(both), 2 * d, 2 * h, 2 * w)
+    x = F.pad(x, (1,) * 6)  # (B,C,d+2,h+2,w+2)
+    for i, j, k in product((0, 1), repeat=3):
+        part = x[:, :, i : i + d + 1, j : j + h + 1, k : k + w + 1]
+        y[:, :, i::2, j::2, k::2] = F.conv3d(part, both[:, :, i::2, j::2, k::2].contiguous())
+    return y
+
+
+class UpBlock(nn.Module):
+    """Twice as large, next to what was skipped, through a residual block.
+
+    The first convolutions of the concatenation are sums over its two halves, which is never made.
+    """
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__()
+        self.transp_conv = nn.ConvTranspose3d(inputs, outputs, 2, stride=2, bias=False)
+        self.conv_block = ResBlock(2 * outputs, outputs)
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        """x (B,inputs,D/2,H/2,W/2), skip (B,outputs,D,H,W) -> (B,outputs,D,H,W)."""
+        C, block, up = skip.shape[1], self.conv_block, self.transp_conv.weight
+        # Weights of the halves, (C,C,3,3,3) and (C,C,1,1,1).
+        (up1, skip1), (up3, skip3) = (m.weight.split(C, 1) for m in (block.conv1, block.conv3))
+        # Composed weights have no use in training, and cost more than they save on small maps.
+        if torch.is_grad_enabled() or x[0, 0].numel() < 8 * C:
+            x = self.transp_conv(x)  # (B,C,D,H,W)
+            y, around = F.conv3d(x, up1, padding=1), F.conv3d(x, up3)  # (B,C,D,H,W)
+        else:
+            y = upsampled_conv(x, up, up1)  # (B,C,D,H,W)
+            both = torch.einsum("ic...,oc->io...", up, up3.flatten(1))  # (inputs,C,2,2,2)
+            around = F.conv_transpose3d(x, both, stride=2)  # (B,C,D,H,W)
+        y += F.conv3d(skip, skip1, padding=1)
+        around += F.conv3d(skip, skip3)
+        return block.rest(y, F.instance_norm(around))
+
+
+class SwinUNETR(nn.Module):
+    """`checkpointing = True` saves memory in training for time: blocks run again for gradients."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config, c, f = config, config, config.feature_size
+        if f % 12 or c.merging not in OCTANTS:
+            told = f"feature_size {f} and merging {c.merging!r}"
+            raise ValueError(f"{told}: must be a multiple of 12 and one of {', '.join(OCTANTS)}")
+        self.preprocess = partial(preprocess, config=config)  # volume -> the same shape
+        self.postprocess = partial(postprocess, config=config)  # logits, size -> (K,D,H,W)
+        self.checkpointing = False
+        self.swinViT = SwinTransformer(c)
+        self.encoder1 = ResBlock(c.in_channels, f)
+        self.encoder2, self.encoder3 = ResBlock(f, f), ResBlock(2 * f, 2 * f)
+        self.encoder4, self.encoder10 = ResBlock(4 * f, 4 * f), ResBlock(16 * f, 16 * f)
+        self.decoder5, self.decoder4 = UpBlock(16 * f, 8 * f), UpBlock(8 * f, 4 * f)
+        self.decoder3, self.decoder2 = UpBlock(4 * f, 2 * f), UpBlock(2 * f, f)
+        self.decoder1, self.out = UpBlock(f, f), nn.Conv3d(f, c.num_classes, 1)
+
+    def forward(self, volume: Tensor) -> Tensor:
+        """volume (B,C,D,H,W) as `preprocess` makes it -> logits (B,K,D,H,W)."""
+        check_size(volume, self.config.in_channels)
+        keep = not (self.checkpointing and torch.is_grad_enabled())
+        run = call if keep else partial(checkpoint, use_reentrant=False)
+        x0, x1, x2, x3, x4 = self.swinViT(volume, run)
+        x = run(self.encoder10, x4)  # (B,16f,D/32,H/32,W/32)
+        x = run(self.decoder5, x, x3)
+        x = run(self.decoder4, x, run(self.encoder4, x2))
+        x = run(self.decoder3, x, run(self.encoder3, x1))
+        x = run(self.decoder2, x, run(self.encoder2, x0))
+        x = run(self.decoder1, x, run(self.encoder1, volume))  # (B,f,D,H,W)
+        return self.out(x)
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, num_classes=None, **overrides) -> "SwinUNETR":
+        """From a file, a folder, a run folder or a hub id; `overrides` are fields of Config.
+
+        num_classes: None for as many as the file has; another number makes a new `out`. A file of
+        the encoder alone needs it, the rest is new. What is new is printed. In evaluation mode.
+        """
+        weights, settings = read_checkpoint(source, FILES)
+        weights = convert(weights)
+        if "format" in settings:  # a run folder of ours
+            config = Config(**run_config(settings, "SwinUNETR", source))
+        else:
+            told = told_by_name(source, settings, "merging" in overrides)
+            config = replace(sizes(weights), **told)
+        weights, num_classes, fresh = new_classes(weights, num_classes, source)
+        num_classes = num_classes or config.num_classes
+        model = cls(replace(config, num_classes=num_classes, **overrides))
+        expected = model.state_dict()
+        new = {n: t for n, t in expected.items() if n not in weights and re.fullmatch(fresh, n)}
+        weights |= new
+        check_complete(to_official(weights), to_official(expected), source)
+        model.load_state_dict(weights)
+        if new:
+            parts = dict.fromkeys(name.split(".")[0] for name in new)
+            print(f"{source}: new and untrained: {', '.join(parts)}")
+        return model.eval()
+
+
+def call(block: nn.Module, *inputs: Tensor) -> Tensor:
+    return block(*inputs)
+
+
+def check_size(volume: Tensor, channels: int) -> None:
+    """ValueError of one line if a volume (B,C,D,H,W) is none that the model takes."""
+    if volume.ndim != 5 or volume.shape[1] != channels:
+        expected = f"(B,{channels},D,H,W)"
+        raise ValueError(f"volume is {tuple(volume.shape)}, the model takes {expected}")
+    sides = tuple(volume.shape[2:])
+    if any(side % 32 for side in sides) or max(sides) < 64:  # one voxel in the end has no variance
+        why = "must be multiples of 32, one of them 64 or more"
+        raise ValueError(f"volume's sides are {sides}, {why}; pad or cut it")
+
+
+FILES = ("best.safetensors", "model.safetensors", "pytorch_model.bin")
+FILES += ("model.pt", "models/model.pt", "model_swinvit.pt")
+RELEASED = {  # fields of Config; merging is legacy in all
+    "MONAI/swin_unetr_btcv_segmentation": {}, "model_swinvit.pt": {},
+    "self_supervised_nv_swin_unetr_5050.pt": {}, "ssl_pretrained_weights.pth": {},
+    "darragh/swinunetr-btcv-tiny": {}, "swin_unetr.tiny_5000ep_f12_lr2e-4_pretrained.pt": {},
+    "darragh/swinunetr-btcv-small": {}, "swin_unetr.small_5000ep_f24_lr2e-4_pretrained.pt": {},
+    "darragh/swinunetr-btcv-base": {}, "swin_unetr.base_5000ep_f48_lr2e-4_pretrained.pt": {},
+    "fold0_f48_ep300_4gpu_dice0_8854": BRATS21, "fold1_f48_ep300_4gpu_dice0_9059": BRATS21,
+    "fold2_f48_ep300_4gpu_dice0_8981": BRATS21, "fold3_f48_ep300_4gpu_dice0_8924": BRATS21,
+    "fold4_f48_ep300_4gpu_dice0_9035": BRATS21,
+}  # fmt: skip
+IGNORED = {
+    r".*\.relative_position_index": "`position_index`",
+    r"(swinViT\.)?norm\.(weight|bias)": "of the encoder alone, which nothing uses",
+    r"(rotation_head|contrastive_head|convTrans3d|conv)\..*": "heads of the self-supervised task",
+}
+# Other names of the encoder -> MONAI's, then MONAI's -> ours.
+RENAMES = (
+    (r"^swin_vit\.", "swinViT."), (r"^(encoder\.)?(patch_embed\.|layers\d)", r"swinViT.\2"),
+    (r"(layers\d\.0)\.0\.", r"\1."), (r"\.fc([12])\.", r".linear\1."),
+    (r"\.layers(\d)\.0\.", lambda match: f".layers.{int(match[1]) - 1}."),
+    (r"\.layers(\d)c\.0\.layer\.", lambda match: f".layers.{int(match[1]) - 1}.conv."),
+    (r"^(encoder\d+)\.layer\.", r"\1."), (r"^out\.conv\.conv\.", "out."),
+    (r"(conv\d?)\.conv\.weight$", r"\1.weight"),
+)  # fmt: skip
+OFFICIAL = (  # ours -> MONAI's
+    (r"\.layers\.(\d)\.conv\.", lambda match: f".layers{int(match[1]) + 1}c.0.layer."),
+    (r"\.layers\.(\d)\.", lambda match: f".layers{int(match[1]) + 1}.0."),
+    (r"^(encoder\d+)\.", r"\1.layer."), (r"(conv\d?)\.weight$", r"\1.conv.weight"),
+    (r"^out\.", "out.conv.conv."),
+)  # fmt: skip
+FRESH = {"classes": r"out\..*", "encoder alone": r"(encoder|decoder|out).*"}  # what may be new
+
+
+def convert(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Any naming -> ours."""
+    weights = {}
+    if "encoder.patch_embed.proj.weight" in state_dict:
+        # Of the Disruptive Autoencoders, whose decoder is another: MONAI takes the encoder too.
+        names = (n for n in state_dict if re.match(r"encoder\.(patch_embed|layers)", n))
+        state_dict = {n: state_dict[n] for n in names}
+    for name, t in state_dict.items():
+        if any(re.fullmatch(pattern, name) for pattern in IGNORED):
+            continue
+        for pattern, new in RENAMES:
+            name = re.sub(pattern, new, name)
+        if name in weights:
+            raise ValueError(f"{name} is there twice, under two names")
+        weights[name] = t
+    return weights
+
+
+def to_official(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Ours -> MONAI's, for `load_state_dict` of its class."""
+    weights = {}
+    for name, t in state_dict.items():
+        for pattern, new in OFFICIAL:
+            name = re.sub(pattern, new, name)
+        weights[name] = t
+        if name.endswith("relative_position_bias_table"):  # MONAI keeps an index with each
+            weights[name.replace("bias_table", "index")] = position_index().to(t.device)
+    return weights
+
+
+def sizes(weights: dict[str, Tensor]) -> Config:
+    """What the shapes tell."""
+    told, c = {}, Config()
+    if (patches := weights.get("swinViT.patch_embed.proj.weight")) is not None:
+        told = {"feature_size": len(patches), "in_channels": patches.shape[1]}
+    return replace(c, v2=any(".layers.0.conv." in name for name in weights), **told)
+
+
+def told_by_name(source, settings: dict, overridden: bool) -> dict:
+    """What no tensor tells, by config.json or the name of file, folder or repository."""
+    parts = Path(str(source).split("@")[0]).parts
+    known = next((c for name, c in RELEASED.items() if Path(name).name in parts), None)
+    told = dict(known or {}, merging=settings.get("merging", "legacy"))
+    if not overridden:
+        why = "as no name tells; MONAI has merging since 1.5.0" if known is None else "by its name"
+        why = "as config.json says" if "merging" in settings else why
+        print(f"{source}: merging {told['merging']}, {why}")
+    return told
+
+
+def new_classes(weights: dict[str, Tensor], num_classes: int | None, source) -> tuple:
+    """What of a file is kept where `num_classes` are asked for, None: as many as it has.
+
+    -> its tensors, without an `out` of another number of classes; the number of classes, None if
+    nothing tells; and which tensors may be new, a pattern. ValueError of one line if a file of the
+    encoder alone is not told how many there are to be.
+    """
+    if not any(re.fullmatch(FRESH["encoder alone"], name) for name in weights):
+        if num_classes is None:
+            raise ValueError(f"{source}: the encoder alone, without a decoder; give num_classes")
+        return weights, num_classes, FRESH["encoder alone"]
+    out = weights.get("out.weight")
+    if out is None or num_classes in (None, len(out)):
+        return weights, num_classes if out is None else len(out), ""
+    kept = {n: t for n, t in weights.items() if not re.fullmatch(FRESH["classes"], n)}
+    return kept, num_classes, FRESH["classes"]
+
+
+def preprocess(volume: Tensor, config: Config) -> Tensor:
+    """volume (C,D,H,W) at the config's spacing, axes to right, front, top -> (C,D,H,W) float32.
+
+    HU of a range become 0..1; or in each channel what is not 0 gets mean 0 and deviation 1.
+    """
+    x = volume.float()
+    if config.intensity is not None:
+        low, high = config.intensity
+        return ((x - low) / (high - low)).clamp(0, 1)
+    inside = x != 0
+    n = inside.sum((1, 2, 3), keepdim=True).clamp(min=1)  # (C,1,1,1)
+    x = x - x.sum((1, 2, 3), keepdim=True) / n
+    deviation = ((x * inside).square().sum((1, 2, 3), keepdim=True) / n).sqrt()
+    return torch.where(inside, x / torch.where(deviation > 0, deviation, 1), 0)
+
+
+def postprocess(logits: Tensor, size: tuple[int, int, int], config: Config) -> Tensor:
+    """logits (K,d,h,w) -> probabilities (K,D,H,W) at the given size."""
+    logits = F.interpolate(logits[None].float(), size, mode="trilinear", align_corners=False)[0]
+    return logits.sigmoid() if config.overlapping or len(logits) == 1 else logits.softmax(0)
+
+
+# shared: run_folder
+def run_config(settings: dict, kind: str, source) -> dict:
+    """Config fields from the config.json of a run folder of ours; ValueError: another model's."""
+    found = settings["class"], settings["format"]
+    if found != (kind, 1):
+        raise ValueError(f"{source}: holds {found[0]} in format {found[1]}, not {kind} in 1")
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in settings["config"].items()}
+# end shared
+
+
+# shared: read_checkpoint
+def read_checkpoint(source: str | Path, files: tuple[str, ...]) -> tuple[dict[str, Tensor], dict]:
+    """Weights and settings from a file, a folder or the hub (`owner/name`, `owner/name@revision`).
+
+    Of a folder or repository the first of `files` that is there. -> state dict without the wrappers
+    and prefixes of training programs, and the config.json beside it ({} if there is none). What is
+    missing, damaged or of another kind is a FileNotFoundError or ValueError of one line.
+    """
+    path = Path(source)
+    if path.is_dir():
+        path = next((path / name for name in files if (path / name).exists()), None)
+        if path is None:
+            raise FileNotFoundError(f"{source}: has none of {', '.join(files)}; name the file")
+    elif not path.exists():
+        path = download(str(source), files)
+    config, weights = path.parent / "config.json", read_file(path)
+    settings = read_file(config) if config.exists() else {}
+    for key in ("state_dict", "model"):
+        weights = weights[key] if isinstance(weights.get(key), dict) else weights
+    for prefix in ("module.", "net."):  # a name that would then be there twice keeps its prefix
+        bare = {name: name.removeprefix(prefix) for name in weights}
+        weights = {n if bare[n] in weights else bare[n]: t for n, t in weights.items()}
+    if other := [name for name, t in weights.items() if not isinstance(t, Tensor)]:
+        raise ValueError(f"{path}: no state dict, its {other[0]!r} is not a tensor")
+    return weights, settings
+
+
+def read_file(path: Path) -> dict:
+    """What is in a .json or .safetensors file, a TorchScript archive, a pickle without code."""
+    try:
+        with open(path, "rb") as file:
+            if file.read(64).lstrip().startswith((b"<", b"version https://git-lfs")):
+                raise ValueError("a web page or Git LFS pointer")
+        if path.suffix == ".json":
+            return json.loads(path.read_text())
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        if zipfile.is_zipfile(path) and "/constants.pkl" in str(zipfile.ZipFile(path).namelist()):
+            return torch.jit.load(path, map_location="cpu").state_dict()
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as error:
+        if "Unsupported global" in str(error):
+            error = "it has code in it; where it was made, torch.save(model.state_dict(), path)"
+        raise ValueError(f"{path}: cannot be read, get the whole file: {error!r:.150}") from None
+
+
+def download(source: str, files: tuple[str, ...]) -> Path:
+    """The first of `files` in a repository of the hub, config.json beside it; cached or fetched."""
+    import huggingface_hub as hub
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+    where = dict(zip(("repo_id", "revision"), source.split("@"), strict=False))
+    is_file = Path(source).suffix in (".pt", ".pth", ".bin", ".safetensors")
+    if is_file or where["repo_id"].count("/") != 1:
+        raise FileNotFoundError(f"{source}: no such file or folder; a hub id is owner/name")
+    for name in files:
+        if isinstance(path := hub.try_to_load_from_cache(filename=name, **where), str):
+            return Path(path)
+    try:
+        there = hub.HfApi().model_info(**where, files_metadata=True).siblings
+        sizes = {file.rfilename: file.size or 0 for file in there}
+        if name := next((name for name in files if name in sizes), None):
+            size = f"{sizes[name] / 1e6:,.1f} MB"
+            print(f"downloading {name}, {size}, of {source} from {hub.constants.ENDPOINT}")
+            if "config.json" in sizes:
+                hub.hf_hub_download(filename="config.json", **where)
+            return Path(hub.hf_hub_download(filename=name, **where))
+    except RevisionNotFoundError:
+        raise FileNotFoundError(f"{source}: the repository has no such revision") from None
+    except RepositoryNotFoundError:
+        raise FileNotFoundError(f"{source}: neither file nor repository on the hub") from None
+    except Exception as error:  # whose class depends on the version of the client
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        hint = "check the connection, or fetch the file elsewhere and name it"
+        raise OSError(f"{source}: not to be had from the hub ({reason}); {hint}") from None
+    raise FileNotFoundError(f"{source}: the repository has none of {', '.join(files)}")
+# end shared
+
+
+# shared: check_complete
+def check_complete(found: dict[str, Tensor], expected: dict[str, Tensor], source) -> None:
+    """Raise a ValueError that names the first tensors in which two state dicts differ."""
+    found, expected = ({n: tuple(t.shape) for n, t in x.items()} for x in (found, expected))
+    wrong = [
+        f"{n} is {found.get(n, 'missing')}, expected {expected.get(n, 'no such tensor')}"
+        for n in expected | found
+        if found.get(n) != expected.get(n)
+    ]
+    if wrong:
+        raise ValueError(f"{source}: {len(wrong)} tensors do not fit: {'; '.join(wrong[:5])}")
+# end shared
