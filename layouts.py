@@ -13,6 +13,13 @@ Class maps: `classes.json` is {"0": "background", "1": "stomach", …}, masks ho
 `{train,val,test}/{images,masks}/`; or `images/` and `masks/` with `anns/` as above; or without:
 then a tenth of the images (of the patients, with --group-regex) is the test split, another one the
 validation split, always the same ones. Without classes.json such masks are binary.
+
+Volumes (NIfTI): `dataset.json` as the Medical Segmentation Decathlon has it, with lists of
+`training`, perhaps `validation`, and `test`, of which those with a label count; or as nnU-Net has
+it, without lists: files CASE_0000.nii.gz, CASE_0001.nii.gz … of a case's channels in imagesTr/ and
+CASE.nii.gz in labelsTr/ (imagesTs/, labelsTs/: the test split). Its `labels` are read in either
+direction; a list of numbers is a region, and regions may overlap. `img/` and `label/` without it
+are BTCV's own folders, all for training.
 """
 
 import json
@@ -24,7 +31,13 @@ from pathlib import Path
 import numpy as np
 
 ENDINGS = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif"}  # of image files
+NIFTI = (".nii.gz", ".nii")
 FOLDERS = ("images", "imagesgreyscale"), ("masks", "masks14")
+BTCV = (
+    "background", "spleen", "right kidney", "left kidney", "gallbladder", "esophagus", "liver",
+    "stomach", "aorta", "inferior vena cava", "portal and splenic veins", "pancreas",
+    "right adrenal gland", "left adrenal gland",
+)  # fmt: skip
 SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 
 
@@ -46,6 +59,10 @@ class Entry:
     group: str | None = None  # patient
     classes: tuple[str, ...] = ("target",)  # in the mask: one, or the background and several
     numbers: bool = False  # the mask holds the numbers of these classes
+    more: tuple[Path, ...] = ()  # files of a volume's further channels
+    labels: tuple[int, ...] | None = None  # what a volume's label map may hold, in order
+    regions: tuple[tuple[int, ...], ...] | None = None  # of a class that overlaps: which of these
+    modality: str | None = None  # of a volume, as dataset.json says
 
     def types(self, kind: str) -> list[str]:
         """The types that an option draws from: those it lists, or for `random` all but empty p0."""
@@ -164,6 +181,129 @@ def read_classes(path: Path) -> tuple[str, ...]:
     return tuple(names if len(names) > 2 else names[1:])
 
 
+# --- volumes -------------------------------------------------------------------------------------
+
+
+def without_ending(path: Path) -> str:
+    """A volume's name: that of its file without .nii or .nii.gz."""
+    return re.sub(r"\.nii(\.gz)?$", "", path.name)
+
+
+def is_volume(path: Path) -> bool:
+    return path.name.endswith(NIFTI)
+
+
+def volumes_in(folder: Path) -> list[Path]:
+    """The NIfTI files of a folder, without the ._ files that macOS puts beside them; [] if none."""
+    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    return [file for file in files if is_volume(file) and not file.name.startswith(".")]
+
+
+def channels_of(files: list[Path]) -> dict[str, list[Path]]:
+    """Case -> its files: nnU-Net ends a channel's file in _0000, _0001, …"""
+    cases = {}
+    for file in files:
+        cases.setdefault(re.sub(r"_\d{4}$", "", without_ending(file)), []).append(file)
+    return cases
+
+
+def _read_labels(found: dict) -> dict:
+    """`labels` of dataset.json in either direction -> fields of Entry. ValueError: it is none."""
+    if all(isinstance(name, str) and re.fullmatch(r"\d+", key) for key, name in found.items()):
+        found = {name: int(key) for key, name in found.items()}
+    numbers = {n: tuple(map(int, v if isinstance(v, list) else [v])) for n, v in found.items()}
+    if "ignore" in numbers:
+        raise ValueError("a label named ignore is not supported; write 255, which does not count")
+    background = next((name for name, v in numbers.items() if v == (0,)), None)
+    if background is None:
+        raise ValueError("labels need a background, number 0")
+    several = any(len(v) > 1 for v in numbers.values())
+    names = [background] + sorted((n for n in numbers if n != background), key=numbers.get)
+    if several:  # in the order in which they are given
+        names = [background] + [name for name in numbers if name != background]
+    labels = tuple(sorted({n for v in numbers.values() for n in v}))
+    regions = tuple(tuple(labels.index(n) for n in numbers[name]) for name in names[1:])
+    names = names if len(names) > 2 or several else names[1:]
+    return {"classes": tuple(names), "labels": labels, "regions": regions if several else None}
+
+
+def _listed(root: Path, item) -> tuple[Path, Path] | None:
+    """Image and label of an item of a list in dataset.json; None without a label."""
+    if not isinstance(item, dict) or not item.get("label"):
+        return None
+    return root / item["image"], root / item["label"]
+
+
+def _volume_pairs(root: Path, settings: dict) -> dict[str, list[tuple[Path, Path]]]:
+    """Split -> (image, label map) of its cases, from dataset.json's lists or the folders."""
+    keys = {"train": "training", "val": "validation", "test": "test"}
+    lists = {split: settings.get(key, []) for split, key in keys.items()}
+    pairs = {k: list(filter(None, (_listed(root, x) for x in items))) for k, items in lists.items()}
+    for split, end in ("train", "Tr"), ("test", "Ts"):
+        if not pairs[split]:  # nnU-Net lists none
+            images, labels = root / f"images{end}", root / f"labels{end}"
+            pairs[split] = [(images / file.name, file) for file in volumes_in(labels)]
+    return {split: some for split, some in pairs.items() if some}
+
+
+def _channel_files(image: Path) -> list[Path]:
+    """The file itself, or where it is not there nnU-Net's files of its channels."""
+    if image.is_file():
+        return [image]
+    name = re.escape(without_ending(image))
+    files = [f for f in volumes_in(image.parent) if re.match(name + r"_\d{4}\.nii", f.name)]
+    return files or [image]
+
+
+def _volume_settings(root: Path) -> dict:
+    path = root / "dataset.json"
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        settings |= {"fields": _read_labels(settings["labels"])}
+        channels = settings.get("channel_names") or settings.get("modality") or {}
+        kinds = channels.values() if isinstance(channels, dict) else [channels]
+        modality = ", ".join(map(str, kinds)) or None
+        settings["fields"] |= {"numbers": True, "modality": modality}
+        settings["pairs"] = _volume_pairs(root, settings)
+    except KeyError as error:
+        raise ValueError(f"{path}: has no {error}; see the top of layouts.py") from None
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: no data set of volumes ({error})") from None
+    return settings
+
+
+def _btcv_settings(root: Path) -> dict:
+    images, labels = ({re.sub(r"\D", "", without_ending(f)): f for f in volumes_in(root / kind)}
+                      for kind in ("img", "label"))  # fmt: skip
+    if lonely := sorted(images.keys() ^ labels.keys()):
+        path = images.get(lonely[0]) or labels[lonely[0]]
+        raise ValueError(
+            f"{path}: {len(lonely)} files have no partner, image or label; this is one"
+        )
+    fields = {"classes": BTCV, "labels": tuple(range(len(BTCV))), "numbers": True, "modality": "CT"}
+    return {"fields": fields, "pairs": {"train": [(images[n], labels[n]) for n in images]}}
+
+
+def _has_volumes(root: Path) -> bool:
+    return (
+        (root / "dataset.json").is_file() or (root / "img").is_dir() and (root / "label").is_dir()
+    )
+
+
+def read_volumes(root: Path, group_regex: str | None = None) -> dict[str, list[Entry]]:
+    """Split -> the entries of a data set of volumes. ValueError, one line, if it is none."""
+    root = Path(root).resolve()
+    settings = (_volume_settings if (root / "dataset.json").is_file() else _btcv_settings)(root)
+    entries = {}
+    for split, pairs in settings["pairs"].items():
+        for image, label in pairs:
+            first, *more = _channel_files(image)
+            place = {"group": _group(image.name, group_regex), "more": tuple(more)}
+            entry = Entry(without_ending(label), first, label, {}, root, **place)
+            entries.setdefault(split, []).append(replace(entry, **settings["fields"]))
+    return entries
+
+
 # --- data sets -----------------------------------------------------------------------------------
 
 
@@ -174,6 +314,8 @@ def _is_pair(folder: Path) -> bool:
 def splits(root: Path) -> dict[str, Path]:
     """The splits of a data set, and where each is: an annotation file or a folder; {} if none."""
     root = Path(root)
+    if _has_volumes(root):
+        return dict.fromkeys(read_volumes(root), root)
     if (root / "anns").is_dir():
         return {path.stem: path for path in sorted((root / "anns").glob("*.json"))}
     inside = {split: root / name for name, split in SPLITS.items() if _is_pair(root / name)}
@@ -192,6 +334,10 @@ def annotations(root: Path, split: str, group_regex: str | None = None) -> list[
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: no such folder")
     have = splits(root)
+    if _has_volumes(root):
+        if split not in have:
+            raise FileNotFoundError(f"{root}: has no split {split}, only {', '.join(have)}")
+        return read_volumes(root, group_regex)[split]
     if not have:
         need = "images/ and masks/, with anns/{train,val,test}.json, or in {train,val,test}/"
         raise ValueError(f"{root}: no data set; it needs {need}")
@@ -267,6 +413,9 @@ def train_and_val(
             ours, theirs = fold(ours + theirs, fold_of)
         if not theirs:
             groups = len({entry.group or entry.image for entry in ours})
+            if groups == 1:
+                hint = "too few to train and validate on; --overfit 1 does both on it"
+                raise ValueError(f"{root}: 1 image or patient, {hint}")
             tenth = set(parts(ours, min(10, groups), seed)[0])
             theirs = [entry for i, entry in enumerate(ours) if i in tenth]
             ours = [entry for i, entry in enumerate(ours) if i not in tenth]

@@ -1,0 +1,147 @@
+"""Folders of volumes -> entries: the Decathlon's, nnU-Net's, BTCV's. The files' contents are not
+read here."""
+
+import json
+
+import pytest
+
+import layouts
+
+
+def make(root, files, settings=None):
+    for name in files:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+    if settings is not None:
+        (root / "dataset.json").write_text(json.dumps(settings))
+    return root
+
+
+def pair(name):
+    return {"image": f"./imagesTr/{name}.nii.gz", "label": f"./labelsTr/{name}.nii.gz"}
+
+
+ORGANS = {"0": "background", "1": "liver", "2": "spleen"}
+
+
+def decathlon(root, labels=ORGANS):
+    files = [f"{kind}/{x}.nii.gz" for kind in ("imagesTr", "labelsTr") for x in "abc"]
+    test = ["./imagesTs/d.nii.gz", pair("c")]
+    settings = {"modality": {"0": "CT"}, "labels": labels, "training": [pair("a"), pair("b")]}
+    return make(root, files, settings | {"test": test})
+
+
+def test_a_decathlon_task(tmp_path):
+    root = decathlon(tmp_path)
+    assert list(layouts.splits(root)) == ["train", "test"]
+    a, b = layouts.annotations(root, "train")
+    assert (a.name, b.name) == ("a", "b")
+    assert a.image == root / "imagesTr/a.nii.gz" and a.mask == root / "labelsTr/a.nii.gz"
+    assert a.classes == ("background", "liver", "spleen") and a.labels == (0, 1, 2)
+    assert a.regions is None and a.modality == "CT" and a.more == ()
+    (c,) = layouts.annotations(root, "test")  # d has no label
+    assert c.name == "c"
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [ORGANS, {name: int(k) for k, name in ORGANS.items()}, {n: k for k, n in ORGANS.items()}],
+    ids=["Decathlon", "nnU-Net", "nnU-Net as text"],
+)
+def test_labels_are_read_in_either_direction(tmp_path, labels):
+    (a, _) = layouts.annotations(decathlon(tmp_path, labels), "train")
+    assert a.classes == ("background", "liver", "spleen") and a.labels == (0, 1, 2)
+
+
+def test_numbers_may_have_gaps_and_any_order(tmp_path):
+    labels = {"4": "enhancing", "0": "background", "2": "edema"}
+    (a, _) = layouts.annotations(decathlon(tmp_path, labels), "train")
+    assert a.classes == ("background", "edema", "enhancing") and a.labels == (0, 2, 4)
+
+
+def test_one_class_has_no_background(tmp_path):
+    (a, _) = layouts.annotations(decathlon(tmp_path, {"0": "background", "1": "tumour"}), "train")
+    assert a.classes == ("tumour",) and a.labels == (0, 1)
+
+
+def test_regions_overlap(tmp_path):
+    """BraTS 2021 has the numbers 0, 1, 2 and 4."""
+    labels = {"background": 0, "TC": [1, 4], "WT": [1, 2, 4], "ET": [4]}
+    (a, _) = layouts.annotations(decathlon(tmp_path, labels), "train")
+    assert a.classes == ("background", "TC", "WT", "ET") and a.labels == (0, 1, 2, 4)
+    numbers = [[a.labels[k] for k in region] for region in a.regions]
+    assert numbers == [[1, 4], [1, 2, 4], [4]]
+
+
+def test_nnunet_lists_no_files(tmp_path):
+    files = ["imagesTr/p1_0000.nii.gz", "imagesTr/p1_0001.nii.gz", "labelsTr/p1.nii.gz"]
+    files += ["imagesTr/p10_0000.nii.gz", "imagesTr/p10_0001.nii.gz", "labelsTr/p10.nii.gz"]
+    files += ["imagesTs/p2_0000.nii.gz", "imagesTs/p2_0001.nii.gz", "labelsTs/p2.nii.gz"]
+    files += ["labelsTr/._p1.nii.gz", "labelsTr/notes.txt"]
+    labels = {"background": 0, "liver": 1, "spleen": 2}
+    channels = {"channel_names": {"0": "T1", "1": "T2"}}
+    root = make(tmp_path, files, channels | {"labels": labels, "file_ending": ".nii.gz"})
+    assert list(layouts.splits(root)) == ["train", "test"]
+    p1, p10 = layouts.annotations(root, "train")
+    assert p1.image == root / "imagesTr/p1_0000.nii.gz"
+    assert p1.more == (root / "imagesTr/p1_0001.nii.gz",) and p1.modality == "T1, T2"
+    assert p10.more == (root / "imagesTr/p10_0001.nii.gz",)
+    assert [entry.name for entry in layouts.annotations(root, "test")] == ["p2"]
+
+
+def test_validation_of_the_list_and_folds_of_nnunet(tmp_path):
+    root = decathlon(tmp_path)
+    settings = json.loads((root / "dataset.json").read_text())
+    (root / "dataset.json").write_text(json.dumps(settings | {"validation": [pair("c")]}))
+    assert list(layouts.splits(root)) == ["train", "val", "test"]
+    train, val = layouts.train_and_val([root], 0)
+    assert [e.name for e in train] == ["a", "b"] and [e.name for e in val] == ["c"]
+    folds = [{"train": ["a"], "val": ["b", "c"]}, {"train": ["b", "c"], "val": ["a"]}]
+    (root / "splits_final.json").write_text(json.dumps(folds))
+    train, val = layouts.train_and_val([root], 0, fold_of="0/2")
+    assert [e.name for e in train] == ["a"] and [e.name for e in val] == ["b", "c"]
+
+
+def test_btcv_as_it_is_handed_out(tmp_path):
+    files = [f"img/img000{k}.nii.gz" for k in range(4)] + [
+        f"label/label000{k}.nii.gz" for k in range(4)
+    ]
+    root = make(tmp_path, files)
+    entries = layouts.annotations(root, "train")
+    assert [(e.image.name, e.mask.name) for e in entries[:1]] == [
+        ("img0000.nii.gz", "label0000.nii.gz")
+    ]
+    assert entries[0].classes[6] == "liver" and entries[0].labels == tuple(range(14))
+    (root / "label/label0002.nii.gz").unlink()
+    with pytest.raises(ValueError, match="img0002.nii.gz: 1 files have no partner"):
+        layouts.annotations(root, "train")
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"training": []}, "has no 'labels'"),
+        ({"labels": {"liver": 1}}, "need a background"),
+        ({"labels": {"background": 0, "liver": "one"}}, "invalid literal"),
+        ({"labels": {"background": 0, "liver": 1, "ignore": 2}}, "ignore"),
+        ({"labels": ["background"]}, "no data set of volumes"),
+        ({"labels": ORGANS, "training": [{"label": "x.nii.gz"}]}, "has no 'image'"),
+    ],
+)
+def test_a_wrong_dataset_json_is_refused_by_name(tmp_path, settings, message):
+    root = make(tmp_path, [], settings)
+    with pytest.raises(ValueError, match=message) as error:
+        layouts.annotations(root, "train")
+    assert str(root / "dataset.json") in str(error.value) and "\n" not in str(error.value)
+
+
+def test_json_that_is_none_is_refused(tmp_path):
+    (tmp_path / "dataset.json").write_text("{")
+    with pytest.raises(ValueError, match="dataset.json"):
+        layouts.splits(tmp_path)
+
+
+def test_a_single_case_cannot_be_trained_and_validated_on(tmp_path):
+    root = make(tmp_path, ["imagesTr/a.nii.gz", "labelsTr/a.nii.gz"], {"labels": ORGANS})
+    with pytest.raises(ValueError, match="--overfit 1"):
+        layouts.train_and_val([root], 0)
