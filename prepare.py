@@ -5,6 +5,9 @@
     python prepare.py uw-madison DOWNLOAD       writes data/uw_madison: MR slices with class maps
     python prepare.py duke-dme DOWNLOAD         writes data/duke_dme: OCT, layers and fluid
     python prepare.py duke-amd DOWNLOAD         writes data/duke_amd: OCT, drusen
+    python prepare.py msd RAW --out DATA        divides a task of the Medical Segmentation Decathlon
+    python prepare.py btcv RAW                  writes data/btcv: abdominal CT, with a split
+    python prepare.py demo-volumes              writes data/demo_volumes: synthetic abdominal CT
     python prepare.py boxes MASKS --like DATA   writes boxes.csv: prompts for SAM out of masks
 
 `demo` and `check` speak the layout of the medvlsm study (arXiv 2308.07706), with text prompts:
@@ -15,6 +18,10 @@ and `uw-madison` and `duke-*` that of class maps, whose pixels are class numbers
 
     {train,val,test}/{images,masks}/NAME.png  classes.json: {"0": "background", "1": "stomach", ...}
 
+`msd`, `btcv` and `demo-volumes` make volumes, in the Decathlon's layout (prepare_volumes.py):
+
+    images{Tr,Ts}/NAME.nii.gz  labels{Tr,Ts}/NAME.nii.gz  dataset.json, which lists the splits
+
 `check` only reads. Exit status: 0 fine, 1 findings, 2 could not run (one line on stderr).
 """
 
@@ -24,13 +31,11 @@ import hashlib
 import io
 import json
 import math
-import os
 import re
-import shutil
 import textwrap
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, redirect_stdout
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import partial
 from itertools import product, repeat
@@ -42,25 +47,9 @@ from tqdm import tqdm
 
 import data
 import layouts
+import prepare_volumes
 import prompts
 import report
-
-
-def refuse_existing(out):
-    if out.exists():
-        raise ValueError(f"{out}: exists already; choose another --out, or remove it")
-
-
-@contextmanager
-def whole_folder(out):
-    """Yields a name beside `out` for a folder, which takes that place when all went well."""
-    part = out.with_name(f".{out.name}.{os.getpid()}")
-    shutil.rmtree(part, ignore_errors=True)  # of a killed run whose number has come round again
-    try:
-        yield part
-        os.replace(part, out)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 # --- demo ----------------------------------------------------------------------------------------
@@ -318,7 +307,7 @@ def demo(args):
         compare_files(args.out, files)
         print(f"{args.out}: this demo set is there already")
         return 0
-    with whole_folder(args.out) as part:
+    with report.whole_folder(args.out) as part:
         for name, content in files:
             (part / name).parent.mkdir(parents=True, exist_ok=True)
             (part / name).write_bytes(content)
@@ -581,7 +570,7 @@ def check(args):
 ORGANS = {"stomach": 1, "small_bowel": 2, "large_bowel": 3}  # the tutorial's numbers; 0: none
 FAULTY = ("case7_day0", "case81_day30")  # outlines known to be wrong; Kaggle's winner drops them
 ENDS = {  # where each split ends in a shuffled list of its length 1
-    "case": {"test": 0.15, "val": 0.30, "train": 1},  # 13, 13 and 59 of 85 patients
+    "case": prepare_volumes.CASES,  # 13, 13 and 59 of 85 patients
     "slice": {"val": 0.20, "train": 1},
 }
 
@@ -619,12 +608,6 @@ def find_slices(root):
     return [Slice(name, files[name], runs[name], *files[name].parts[-4:-2]) for name in names]
 
 
-def deal(names, ends, rng):
-    """{name: split} at random, the splits in the order and of the shares of `ends`."""
-    dealt = enumerate(rng.permutation(names).tolist())
-    return {n: next(s for s, end in ends.items() if k / len(names) < end) for k, n in dealt}
-
-
 def choose_splits(slices, by, keep_empty, seed):
     """Sets the split of the slices that are kept. ValueError if one would stay empty."""
     kept = [s for s in slices if keep_empty or any(s.runs.values())]
@@ -635,7 +618,7 @@ def choose_splits(slices, by, keep_empty, seed):
         for s in kept:
             pools[s.case].append(s.name)
     for pool in pools.values():
-        dealt |= deal(pool, ENDS[by], rng)
+        dealt |= prepare_volumes.deal(pool, ENDS[by], rng)
     for s in kept:
         s.split = dealt[s.case if by == "case" else s.name]
     for split in ENDS[by].keys() - {s.split for s in kept}:
@@ -727,13 +710,13 @@ def uw_madison(args):
     of every val slice are trained on. Slices without organs are left out of both, as in the
     tutorial; what a model falsely finds in them is then neither learnt from nor counted.
     """
-    refuse_existing(args.out)
+    report.refuse_existing(args.out)
     slices, scans = find_slices(args.download), defaultdict(list)
     choose_splits(slices, args.split, args.keep_empty, args.seed)
     for s in slices:
         if s.split or args.window == "scan":  # whose percentiles are those of all its slices
             scans[s.scan].append(s)
-    with whole_folder(args.out) as part:
+    with report.whole_folder(args.out) as part:
         make_splits(part, ENDS[args.split])
         bar = tqdm(total=len(scans), desc="uw-madison", unit="scan", disable=None, leave=False)
         with ThreadPoolExecutor(8) as pool, bar:  # 8: each holds some 100 MB
@@ -886,7 +869,7 @@ def describe_volumes(splits, found, classes):
 def write_volumes(args, title, files, splits, slices, classes):
     """Writes a data set of {patient: file} and {patient: split}, whole or not at all."""
     files, found = {name: files[name] for name in splits}, {}
-    with whole_folder(args.out) as part:
+    with report.whole_folder(args.out) as part:
         make_splits(part, ("train", "val", "test"))
         bar = tqdm(total=len(files), desc=args.out.name, unit="volume", disable=None, leave=False)
         with ThreadPoolExecutor(4) as pool, bar:  # 4: each holds up to 400 MB
@@ -907,7 +890,7 @@ def duke_dme(args):
     The usual division: subjects 1 to 5 to train, 6 to 10 to test; of the former the last, 5, is
     held out to validate on. Only slices whose layers the annotator outlined are taken.
     """
-    refuse_existing(args.out)
+    report.refuse_existing(args.out)
     files = find_volumes(args.download, r"(Subject)_(\d\d)\.mat")
     splits = {f"subject{k:02}": split for k, split in DME_SPLITS.items()}
     if lost := [name.replace("subject", "Subject_") for name in splits if name not in files]:
@@ -930,13 +913,13 @@ def duke_amd(args):
     of those with AMD and of the controls each. Neighbouring slices are 0.067 mm apart and look
     alike, hence --every 10: some 3,000 of 30,000 slices.
     """
-    refuse_existing(args.out)
+    report.refuse_existing(args.out)
     pattern = r"Farsiu_Ophthalmology_2013_(AMD|Control)_Subject_(\d+)\.mat"
     files = find_volumes(args.download, pattern)
     rng, splits = np.random.default_rng(args.seed), {}
     kinds = {kind: [name for name in files if name.startswith(kind)] for kind in ("amd", "control")}
     for names in kinds.values():
-        splits |= deal(names, ENDS["case"], rng)
+        splits |= prepare_volumes.deal(names, ENDS["case"], rng)
     if lost := ENDS["case"].keys() - splits.values():
         have = ", ".join(f"{len(names)} files {kind}" for kind, names in kinds.items())
         hint = "expected Farsiu_Ophthalmology_2013_AMD_Subject_1001.mat and so on"
@@ -1011,7 +994,7 @@ def boxes(args):
     file has the columns image, class (empty for binary masks), x0, y0, x1, y1, in pixels from 0 on,
     both corners inside the box. An image without components has no row.
     """
-    refuse_existing(args.out)
+    report.refuse_existing(args.out)
     images, rows, count = images_of(args.like), [], 0
     for folder in args.masks:
         found, names = find_masks(folder, images, args.like), folder / "classes.json"
@@ -1098,6 +1081,7 @@ def parser():
     add("data", type=Path, nargs="+", metavar="DATA", help="folder with images/, masks/, anns/")
 
     download_options(command)
+    prepare_volumes.options(command)
 
     add = command(boxes, "make boxes for SAM out of predicted masks")
     add("masks", type=Path, nargs="+", metavar="MASKS", help="folder that predict.py wrote")

@@ -5,6 +5,7 @@ import colorsys
 import csv
 import json
 import os
+import shutil
 import sys
 import time
 import traceback
@@ -39,6 +40,23 @@ def whole_file(path: Path):
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def refuse_existing(out: Path) -> None:
+    if out.exists():
+        raise ValueError(f"{out}: exists already; choose another --out, or remove it")
+
+
+@contextmanager
+def whole_folder(out: Path):
+    """Yields a name beside `out` for a folder, which takes that place when all went well."""
+    part = out.with_name(f".{out.name}.{os.getpid()}")
+    shutil.rmtree(part, ignore_errors=True)  # of a killed run whose number has come round again
+    try:
+        yield part
+        os.replace(part, out)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def write_json(path: Path, content) -> None:
@@ -132,6 +150,44 @@ def overlay(image: np.ndarray, truth: np.ndarray | None, prediction: np.ndarray)
     return Image.fromarray(shown.astype(np.uint8))
 
 
+def three_planes(x: np.ndarray, at: tuple[int, ...], spacing) -> np.ndarray:
+    """(…,X,Y,Z), axes to right, front and top -> (…,H,W): an axial, a coronal and a sagittal plane
+    through voxel `at` side by side, in true proportions.
+
+    As radiologists look: from the feet, from the front, and with the nose to the left.
+    """
+    planes, finest = [], min(spacing)
+    for axis in (2, 1, 0):
+        plane = np.take(x, at[axis], axis - 3).swapaxes(-1, -2)[..., ::-1, ::-1]  # (…,h,w)
+        for place, other in zip((-1, -2), (a for a in range(3) if a != axis)):
+            n = plane.shape[place]
+            size = round(n * spacing[other] / finest)
+            plane = np.take(plane, np.arange(size) * n // size, place)
+        planes.append(plane)
+    tallest = max(plane.shape[-2] for plane in planes)
+    none = [(0, 0)] * (x.ndim - 3)
+    sides = [[*none, (0, tallest - plane.shape[-2]), (0, 0)] for plane in planes]
+    return np.concatenate([np.pad(*pair) for pair in zip(planes, sides)], -1)
+
+
+def volume_overlay(
+    image: np.ndarray, truth: np.ndarray | None, prediction: np.ndarray, spacing
+) -> Image.Image:
+    """`overlay` of `three_planes`: uint8 (X,Y,Z), bool (n,X,Y,Z), mm -> a picture.
+
+    The planes are those with most of the truth (without one, of the prediction), small classes
+    counting as much as large ones.
+    """
+    shown = prediction if truth is None or not truth.any() else truth
+    at = []
+    for axis in range(3):
+        areas = shown.sum(tuple(1 + a for a in range(3) if a != axis))  # (n,side)
+        at.append(int((areas / np.maximum(1, areas.sum(1, keepdims=True))).sum(0).argmax()))
+    masks = [None if x is None else three_planes(x, at, spacing) for x in (truth, prediction)]
+    grey = three_planes(image, at, spacing)
+    return overlay(np.repeat(grey[..., None], 3, 2), *masks)
+
+
 def draw_prompts(picture: Image.Image, prompts: list[tuple]) -> None:
     """Draws SAM's prompts into a picture: (box or None, points (P,2)) each, in its pixels."""
     draw, r = ImageDraw.Draw(picture), max(2, min(picture.size) // 80)
@@ -205,16 +261,16 @@ def curves(path: Path, history: list[dict]) -> None:
     from matplotlib import pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    epochs = [row["epoch"] for row in history]
     for axes, names in (left, ("train_loss", "val_loss")), (right, ("val_dice", "val_iou")):
         for name in names:
-            if name in history[0]:
-                axes.plot(
-                    epochs, [row[name] for row in history], ".-", label=name.replace("_", " ")
-                )
+            rows = [row for row in history if name in row]  # not every epoch validates
+            if rows:
+                x, y = ([row[key] for row in rows] for key in ("epoch", name))
+                axes.plot(x, y, ".-", label=name.replace("_", " "))
         axes.set_xlabel("epoch")
         axes.grid(alpha=0.3)
-        axes.legend()
+        if axes.lines:
+            axes.legend()
     left.set_ylim(bottom=0)
     right.set_ylim(0, 1)
     with whole_file(path) as part:
@@ -240,10 +296,11 @@ def table(summary: dict) -> str:
     for name, score in scores.items():
         lines.append(f"  {name:12} {score['mean']:8.4f}  {interval(score)}")
     classes = summary.get("classes", {})
+    width = max([12, *map(len, classes)])
     for name, of in classes.items():
         more = f"  HD95 {of['hd95']['mean']:.2f}" if "hd95" in of else ""
         dice = f"Dice {of['dice']['mean']:.4f}  {interval(of['dice'])}"
-        lines.append(f"  {name:12} {dice}  IoU {of['iou']['mean']:.4f}{more}")
+        lines.append(f"  {name:{width}} {dice}  IoU {of['iou']['mean']:.4f}{more}")
     if "macro_f1_pooled" in summary:
         lines.append(f"  macro F1 of all pixels, with background: {summary['macro_f1_pooled']:.4f}")
     cases = sum(of["images"] for of in classes.values()) if classes else summary["images"]

@@ -1,0 +1,520 @@
+"""Data sets of volumes, as the Medical Segmentation Decathlon lays them out; run by `prepare.py`.
+
+    imagesTr/NAME.nii.gz  labelsTr/NAME.nii.gz      of the training and the validation split
+    imagesTs/NAME.nii.gz [labelsTs/NAME.nii.gz]     of the test split; without a label, to predict
+    dataset.json    {"labels": {"0": "background", "1": "spleen", ...}, "modality": {"0": "CT"},
+                     "training": [{"image": "./imagesTr/NAME.nii.gz", "label": ...}, ...],
+                     "validation": [the same], "test": [the same, or of those without label
+                     "./imagesTs/NAME.nii.gz"], ...}
+
+The Decathlon has no list of validation (MONAI's users do) and no labels of the test: here every
+split is written down. Volumes of a download stay as they are, bit by bit.
+"""
+
+import gzip
+import json
+import os
+import re
+import shutil
+import tarfile
+from collections import Counter
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from scipy import ndimage
+from tqdm import tqdm
+
+import layouts
+import report
+
+CASES = {"test": 0.15, "val": 0.30, "train": 1}  # where each split ends in a shuffled list
+LISTS = {"train": "training", "val": "validation", "test": "test"}  # their names in dataset.json
+
+
+def deal(names, ends, rng):
+    """{name: split} at random, the splits in the order and of the shares of `ends`."""
+    dealt = enumerate(rng.permutation(names).tolist())
+    return {n: next(s for s, end in ends.items() if k / len(names) < end) for k, n in dealt}
+
+
+# --- a data set of volumes -----------------------------------------------------------------------
+
+
+def read_header(path):
+    """A volume's file -> shape, spacing in mm, and where the stored axes point to, "LAS".
+
+    The first two in the order of right, front, head; channels are a fourth number of the shape.
+    ValueError, one line, if it is no NIfTI volume.
+    """
+    import nibabel
+
+    try:
+        image = nibabel.load(path)  # the header alone
+        order = np.argsort(nibabel.io_orientation(image.affine)[:, 0])
+        shape, zooms = image.shape, image.header.get_zooms()
+        shape, zooms = [shape[k] for k in order] + list(shape[3:]), [zooms[k] for k in order]
+    except Exception as error:  # of damaged files OSError, EOFError, HeaderDataError, …
+        why = f"no readable NIfTI volume ({type(error).__name__})"
+        raise ValueError(f"{said_of(path)}: {why}; download it again") from None
+    return shape, [float(mm) for mm in zooms], "".join(nibabel.aff2axcodes(image.affine))
+
+
+def said_of(path):
+    """labelsTs/a.nii.gz -> "label a.nii.gz": the split is ours, the download does not know it."""
+    return f"{path.parent.name[:5]} {path.name}"
+
+
+def wide(shape):
+    """[72, 64, 56] -> "72x64x56"."""
+    return "x".join(map(str, shape))
+
+
+def describe(splits, about, facts):
+    """What a data set holds, line by line. facts: {image: read_header}"""
+    for split in LISTS:
+        labelled = sum(label is not None for _, label in splits[split])
+        bare = len(splits[split]) - labelled
+        more = f", and {bare} without labels, to predict" if bare else ""
+        yield f"{split}: {labelled} volumes{more}"
+    names = [f"{k} {name}" for k, name in about["labels"].items() if k != "0"]
+    yield f"classes: {', '.join(names)}"
+    shapes, spacings, axes = zip(*facts.values())
+    channels = sorted({str(shape[3]) if len(shape) > 3 else "1" for shape in shapes})
+    ranges = [f"{min(n)} to {max(n)}" for n in zip(*(shape[:3] for shape in shapes))]
+    yield f"voxels: {', '.join(ranges)} (to the right, front, head)"
+    ranges = [f"{min(mm):.2f} to {max(mm):.2f}" for mm in zip(*spacings)]
+    yield f"their size in mm: {', '.join(ranges)}"
+    yield f"channels: {' or '.join(channels)}"
+    stored = Counter(axes).most_common()
+    yield f"stored axes point to: {', '.join(f'{code} in {n}' for code, n in stored)}"
+
+
+def write_data_set(out, about, splits, put, title):
+    """Writes a data set, whole or not at all, and prints what it holds.
+
+    about: what dataset.json says beside the lists. splits: {split: [(image, label or None), ...]},
+    files within the data set. put(part, image, label) writes these two into the folder `part`.
+    """
+    cases, facts = [case for split in LISTS for case in splits[split]], {}
+    with report.whole_folder(out) as part:
+        for name in {Path(name).parent for case in cases for name in case if name}:
+            (part / name).mkdir(parents=True, exist_ok=True)
+        for image, label in tqdm(cases, desc=out.name, unit="volume", disable=None, leave=False):
+            put(part, image, label)
+            facts[image] = read_header(part / image)
+            if label and (size := read_header(part / label)[0]) != facts[image][0][:3]:
+                hint = f"its image {wide(facts[image][0])}; download both again"
+                raise ValueError(f"{said_of(Path(label))}: {wide(size)} voxels, {hint}")
+        lists = {"num" + LISTS[split].title(): len(splits[split]) for split in LISTS}
+        for split, name in LISTS.items():
+            lists[name] = [
+                {"image": f"./{image}", "label": f"./{label}"} if label else f"./{image}"
+                for image, label in splits[split]
+            ]
+        (part / "dataset.json").write_text(json.dumps(about | lists, indent=1) + "\n")
+        said = "\n".join([*title, *describe(splits, about, facts)])
+        (part / "README.txt").write_text(said + "\n")
+    print(f"{out}: {said}")
+    return 0
+
+
+# --- msd -----------------------------------------------------------------------------------------
+#
+# medicaldecathlon.com: ten tasks, each a .tar of the layout above, a list of labelled volumes and
+# one of volumes whose labels are kept back for the challenge.
+
+FILE = re.compile(r"(?:\./)?((?:images|labels)T[rs]/[^/]+\.nii(?:\.gz)?)")
+LINKED = "volumes are second names of the download's files (hard links): never edit them in place"
+
+
+def link(source, target):
+    """A second name for a file; a copy where the disk has no such thing, or is another one."""
+    try:
+        os.link(source.resolve(), target)  # of the file, should the source be a symbolic link
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+class Folder:
+    """The files of an unpacked task."""
+
+    def __init__(self, root):
+        self.root = root
+        self.names = {path.relative_to(root).as_posix() for path in root.rglob("*")}
+
+    def read(self, name):
+        return (self.root / name).read_bytes()
+
+    def put(self, name, target):
+        link(self.root / name, target)
+
+
+class Archive:
+    """The files of a task in its open .tar, whose one folder is passed over."""
+
+    def __init__(self, tar):
+        self.tar = tar
+        found = {item.name.removeprefix("./"): item for item in tar if item.isfile()}
+        tops = [name[:-12] for name in found if re.fullmatch(r"([^/]+/)?dataset\.json", name)]
+        top = tops[0] if len(tops) == 1 else ""
+        self.items = {n.removeprefix(top): item for n, item in found.items() if n.startswith(top)}
+        self.names = set(self.items)
+
+    def read(self, name):
+        return self.tar.extractfile(self.items[name]).read()
+
+    def put(self, name, target):
+        with open(target, "wb") as file:
+            shutil.copyfileobj(self.tar.extractfile(self.items[name]), file)
+
+
+@contextmanager
+def opened(raw):
+    """Yields the Folder or the Archive. FileNotFoundError, ValueError: one line."""
+    if raw.is_dir():
+        yield Folder(raw)
+    elif not raw.exists():
+        raise FileNotFoundError(f"{raw}: no such folder or .tar")
+    else:
+        try:
+            with tarfile.open(raw, "r:") as tar:  # not a .tar.gz: each file would be searched for
+                yield Archive(tar)
+        except tarfile.TarError as error:
+            hint = "download it again, or give the unpacked folder"
+            raise ValueError(f"{raw}: not a whole .tar file ({error}); {hint}") from None
+
+
+def inside(name):
+    """ "./imagesTr/a.nii.gz" -> "imagesTr/a.nii.gz". ValueError for anything else."""
+    if not (match := FILE.fullmatch(name)):
+        raise ValueError(f"{name!r} is no volume in imagesTr, labelsTr or imagesTs")
+    return match[1]
+
+
+def read_listing(source, where):
+    """A task's dataset.json -> all of it, {image: label} and the images without labels.
+
+    FileNotFoundError, ValueError: one line, also if a file that it lists is not there.
+    """
+    if "dataset.json" not in source.names:
+        hint = "RAW is one task, Task09_Spleen.tar or what it unpacks to"
+        raise FileNotFoundError(f"{where}: no dataset.json in it; {hint}")
+    try:
+        about = json.loads(source.read("dataset.json"))
+        cases = [(inside(case["image"]), inside(case["label"])) for case in about["training"]]
+        pairs, bare = dict(cases), [inside(name) for name in about.get("test", [])]
+        if sorted(map(int, about["labels"])) != list(range(len(about["labels"]))):
+            raise ValueError("the labels have a gap")
+        if len(pairs) + len(set(bare)) < len(cases) + len(bare):
+            raise ValueError("an image is listed twice")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        need = 'expected "labels": {"0": name, …}, "training": [{"image", "label"}, …], "test"'
+        raise ValueError(f"{where}, dataset.json: {error!r}; {need}") from None
+    if about.get("validation"):
+        raise ValueError(f"{where}, dataset.json: lists a validation split; train on it as it is")
+    if lost := [name for name in (*pairs, *pairs.values(), *bare) if name not in source.names]:
+        more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+        hint = "which dataset.json lists; unpack or download it again"
+        raise FileNotFoundError(f"{where}: no {lost[0]}{more}, {hint}")
+    return about, pairs, bare
+
+
+def in_test(name):
+    """The test split's name of a file: "imagesTr/a.nii.gz" -> "imagesTs/a.nii.gz"."""
+    return name.replace("Tr/", "Ts/", 1)
+
+
+def split_cases(pairs, dealt, bare):
+    """{image: label}, {image: split} and images without labels -> the splits, and where from.
+
+    The former is {split: [(image, label), ...]}, the latter {name: name in the download}. The test
+    split moves to imagesTs and labelsTs: whoever reads the Tr folders whole, as nnU-Net does,
+    shall not train on it. ValueError if names meet there.
+    """
+    splits, origin = {split: [] for split in LISTS}, {name: name for name in bare}
+    for image in sorted(pairs):
+        case = image, pairs[image]
+        names = tuple(map(in_test, case)) if dealt[image] == "test" else case
+        if taken := origin.keys() & names:
+            raise ValueError(f"{min(taken)}: two volumes of this name; rename one")
+        splits[dealt[image]].append(names)
+        origin |= zip(names, case)
+    splits["test"] += [(image, None) for image in sorted(bare)]
+    return splits, origin
+
+
+def deal_cases(pairs, seed, where):
+    """{image: split} of the labelled volumes, at random. ValueError if there are less than four."""
+    dealt = deal(sorted(pairs), CASES, np.random.default_rng(seed))
+    if lost := [split for split in LISTS if split not in dealt.values()]:
+        raise ValueError(f"{where}: {len(pairs)} labelled volumes, {lost[0]} would be empty")
+    return dealt
+
+
+def msd(args):
+    """Divides a task of the Medical Segmentation Decathlon: 70 % train, 15 % val, 15 % test.
+
+    RAW is one task, Task09_Spleen.tar or what it unpacks to. The labels of its test images are kept
+    back, so the test split is dealt at random from the labelled volumes, like the others; the
+    images without labels are listed and can be predicted. No volume is changed or encoded anew: of
+    a folder the files get a second name (a hard link), or a copy where that is impossible.
+    """
+    report.refuse_existing(args.out)
+    with opened(args.raw) as source:
+        about, pairs, bare = read_listing(source, args.raw)
+        splits, origin = split_cases(pairs, deal_cases(pairs, args.seed, args.raw), bare)
+
+        def put(part, *names):
+            for name in filter(None, names):
+                source.put(origin[name], part / name)
+
+        title = f"{about.get('name', args.raw.stem)}, Medical Segmentation Decathlon"
+        title = [f"{title}, seed {args.seed}", *[LINKED] * args.raw.is_dir()]
+        return write_data_set(args.out, about, splits, put, title)
+
+
+# --- btcv ----------------------------------------------------------------------------------------
+#
+# synapse.org, syn3193805, "Multi-Atlas Labeling Beyond the Cranial Vault": abdominal CT,
+# RawData.zip with Training/ (30 volumes, 0001 to 0010, 0021 to 0040) and Testing/ (20, no labels).
+
+# dataset_0.json of Swin UNETR, and of UNETR: github.com/Project-MONAI/tutorials,
+# 3d_segmentation/swin_unetr_btcv_segmentation_3d.ipynb prints it; research-contributions has it as
+# SwinMM/Pretrain/jsons/dataset00_BTCV.json.
+SWIN_UNETR = {"train": [*range(1, 11), *range(21, 35)], "val": [*range(35, 41)]}
+BTCV_ABOUT = {
+    "name": "BTCV",
+    "description": "abdominal CT, 13 organs: Multi-Atlas Labeling Beyond the Cranial Vault",
+    "reference": "synapse.org, syn3193805",
+    "licence": "by registration, see there",
+    "tensorImageSize": "3D",
+    "modality": {"0": "CT"},
+    "labels": {str(k): name for k, name in enumerate(layouts.BTCV)},
+}
+BTCV_FOLDERS = {"imagesTr": "Training/img", "labelsTr": "Training/label", "imagesTs": "Testing/img"}
+
+
+def find_btcv(raw):
+    """{image: label} and images without labels, by the data set's names: imagesTr/img0001.nii.gz
+
+    FileNotFoundError, one line: no such folder, or an image without its label, or the reverse.
+    """
+    files = {}
+    for folder, place in BTCV_FOLDERS.items():
+        paths = (raw / place).glob(f"{place.split('/')[1]}[0-9][0-9][0-9][0-9].nii.gz")
+        files[folder] = sorted(f"{folder}/{path.name}" for path in paths)
+    if not files["imagesTr"]:
+        hint = "RAW is the folder RawData of RawData.zip"
+        raise FileNotFoundError(f"{raw}: no Training/img/img0001.nii.gz and so on; {hint}")
+    labels = [name.replace("imagesTr/img", "labelsTr/label") for name in files["imagesTr"]]
+    if odd := sorted(set(labels) ^ set(files["labelsTr"])):
+        number = odd[0][-11:-7]
+        hint = "image or label is missing; unpack the download again"
+        raise FileNotFoundError(f"{raw}/Training: case {number} is not whole, {hint}")
+    return dict(zip(files["imagesTr"], labels)), files["imagesTs"]
+
+
+def swin_unetr_cases(pairs, where):
+    """{image: split} of Swin UNETR's 30 volumes. ValueError if it is not these that are there."""
+    dealt = {f"imagesTr/img{k:04}.nii.gz": s for s in SWIN_UNETR for k in SWIN_UNETR[s]}
+    if odd := sorted(dealt.keys() ^ pairs):
+        said = f"{odd[0].split('/')[1]} is " + ("missing" if odd[0] in dealt else "none of these")
+        hint = "unpack RawData.zip again, or choose --split case"
+        raise ValueError(f"{where}/Training: Swin UNETR has 30 volumes, {said}; {hint}")
+    return dealt
+
+
+def btcv(args):
+    """Lays out BTCV's abdominal CT, 13 organs, as the Decathlon does, with a split.
+
+    RAW is the folder RawData. --split swin-unetr: 24 volumes to train (0001-0010, 0021-0034) and 6
+    to validate (0035-0040), as for the released Swin UNETR. The Dice that its authors give is of
+    these six, which chose the epoch as well: there is no test split, compare with --test OUT:val.
+    --split case deals the volumes at random, 70 % train, 15 % val, 15 % test. The images of
+    Testing/ have no labels. Files get a second name (a hard link), or a copy where there is none.
+    """
+    report.refuse_existing(args.out)
+    pairs, bare = find_btcv(args.raw)
+    if args.split == "case":
+        dealt, title = deal_cases(pairs, args.seed, args.raw), [f"BTCV by case, seed {args.seed}"]
+    else:
+        dealt, title = swin_unetr_cases(pairs, args.raw), ["BTCV, split of Swin UNETR"]
+        title += ["its authors' Dice is of val, which chose the epoch as well: no test split"]
+    splits, origin = split_cases(pairs, dealt, bare)
+
+    def put(part, *names):
+        for name in filter(None, names):
+            folder, file = origin[name].split("/")
+            link(args.raw / BTCV_FOLDERS[folder] / file, part / name)
+
+    return write_data_set(args.out, BTCV_ABOUT, splits, put, [*title, LINKED])
+
+
+# --- demo-volumes --------------------------------------------------------------------------------
+#
+# Abdomens of a child's size. A class is more than its grey values: liver and spleen, both kidneys,
+# the aorta and the vein beside it look alike, and stomach, vein and bowel have no number at all.
+
+ORGANS = ("spleen", "right kidney", "left kidney", "liver", "aorta")  # class 1, 2, ...
+TISSUES = {  # Hounsfield units: mean, and standard deviation over patients
+    "air": (-1000, 0), "lung": (-830, 25), "fat": (-100, 6), "bowel": (35, 10), "muscle": (60, 5),
+    "stomach": (25, 10), "liver": (108, 10), "spleen": (118, 10), "kidney": (165, 14),
+    "aorta": (160, 14), "disc": (85, 8), "marrow": (190, 25), "bone": (430, 40),
+}  # fmt: skip
+STORED = ("RAS", "LPS", "LAS")  # where the stored axes point to, in turn
+DEMO_ABOUT = {
+    "name": "demo_volumes",
+    "description": "synthetic abdominal CT with five organs, for trying out",
+    "reference": "made by prepare.py demo-volumes",
+    "licence": "CC0-1.0",
+    "tensorImageSize": "3D",
+    "modality": {"0": "CT"},
+    "labels": {str(k): name for k, name in enumerate(("background", *ORGANS))},
+}
+
+
+def smooth_noise(rng, shape, cells):
+    """(X,Y,Z) float32, normal with a deviation of 0.5, with features of 1/cells of the volume."""
+    noise = rng.normal(0, 0.5, [cells + 1] * 3).astype(np.float32)
+    for n in shape:  # an axis is spread out and goes to the end
+        apart = np.linspace(0, cells, n, dtype=np.float32)[:, None] - np.arange(cells + 1)
+        weights = np.exp(-(apart**2)).astype(np.float32)  # (n, cells + 1)
+        weights /= np.linalg.norm(weights, axis=1, keepdims=True)  # so that the deviation stays
+        noise = np.einsum("abc,xa->bcx", noise, weights)
+    return noise
+
+
+def ball(grid, centre, axes):
+    """Where an ellipsoid is; grid, centre and half axes in mm, to the right, front and head."""
+    return sum(((x - c) / r) ** 2 for x, c, r in zip(grid, centre, axes)) < 1  # (X,Y,Z) bool
+
+
+def draw_torso(rng, grid, a, b, level):
+    """What is around the organs, Hounsfield units (X,Y,Z), and the cavity for them, bool (X,Y,Z).
+
+    a, b: half width and half depth of the body in mm; level: Hounsfield units of TISSUES.
+    """
+    x, y, z = grid
+    depth = np.hypot(x / a, y / b) + (z / 150) ** 4  # 0 in the middle, 1 on the skin
+    image = np.full(depth.shape, level["air"], np.float32)
+    cavity = depth < 0.76
+    bowel = smooth_noise(rng, depth.shape, 11) > 0.1
+    ribs = (depth < 0.87) & (np.sin(z / 4 + y / 16) > 0.6) & (z > -30 + y / 2)
+    for where, tissue in (
+        (depth < 1, "fat"), (depth < 0.9, "muscle"), (ribs & (depth > 0.8), "bone"),
+        (cavity, "fat"), (cavity & bowel, "bowel"),
+        (cavity & (z > 75 - (x / 9) ** 2 / 9 - (y / 9) ** 2 / 6), "lung"),
+    ):  # fmt: skip
+        image[where] = level[tissue]
+    back, phase = -0.62 * b, rng.uniform(0, 6)
+    canal = np.hypot(x, y - back + 20)
+    body = np.hypot(x / 17, (y - back) / 14)
+    disc = np.cos(z / 4 + phase) > 0.8  # every 25 mm
+    process = (abs(x) < 3) & (y < back - 26) & (y > back - 40) & (np.cos(z / 4 + phase) < 0)
+    for where, tissue in (
+        (body < 1, "bone"), (body < 0.85, "marrow"), ((body < 1) & disc, "disc"),
+        ((canal < 12) | process, "bone"), (canal < 8, "muscle"),
+    ):  # fmt: skip
+        image[where] = level[tissue]
+    return image, cavity & (body > 1)
+
+
+def draw_organs(rng, grid, a, b):
+    """Yields tissue, class number (0: none) and place, bool (X,Y,Z); a later one lies on top."""
+    x, y, z = grid
+
+    def organ(x0, y0, z0, *axes):  # shares of a and b, z in mm
+        at = np.array([x0 * a, y0 * b, z0]) + rng.normal(0, 2.5, 3)
+        return ball(grid, at, axes * np.array([a, b, 1]) * rng.uniform(0.9, 1.1))
+
+    vessels = np.hypot(x + 9 - 3 * np.sin(z / 40), y + 0.22 * b), np.hypot(x - 13, y + 0.2 * b)
+    stomach = organ(-0.4, 0.3, 40, 0.27, 0.32, 32)
+    yield "stomach", 0, stomach
+    yield "air", 0, stomach & (y > rng.uniform(0.38, 0.5) * b)  # rises, the patient lies
+    yield "aorta", 0, vessels[1] < rng.uniform(8, 10)  # the vein
+    yield "liver", 4, organ(0.4, 0.08, 30, 0.38, 0.62, 52) | organ(0.02, 0.4, 42, 0.4, 0.26, 24)
+    yield "spleen", 1, organ(-0.55, -0.15, 40, 0.17, 0.4, 34)
+    for number, side in (2, 1), (3, -1):
+        yield "kidney", number, organ(0.38 * side, -0.38, -22, 0.155, 0.26, 38)
+        yield "fat", 0, organ(0.27 * side, -0.33, -22, 0.1, 0.12, 15)  # the sinus
+    yield "aorta", 5, vessels[0] < rng.uniform(8, 10)
+
+
+def draw_volume(rng):
+    """Hounsfield units int16 (X,Y,Z), class numbers uint8 (X,Y,Z), affine (4,4) in RAS."""
+    shape = rng.integers((68, 60, 52), (77, 69, 61))
+    spacing = np.round(rng.uniform((2.8, 2.8, 3.7), (3.2, 3.2, 4.3)), 3)  # mm
+    first = -(shape - 1) / 2 * spacing + rng.normal(0, (3, 3, 8))  # of the first voxel's centre
+    axes = [x0 + mm * np.arange(n) for x0, mm, n in zip(first, spacing, shape)]
+    grid = [x.astype(np.float32) for x in np.meshgrid(*axes, indexing="ij")]
+    grid = [x + 4 * smooth_noise(rng, shape, 5) for x in grid]  # everything is bent a little
+    a, b = rng.uniform((84, 64), (96, 76))
+    level = {tissue: rng.normal(*known) for tissue, known in TISSUES.items()}
+    image, cavity = draw_torso(rng, grid, a, b, level)
+    mask = np.zeros(shape, np.uint8)
+    lost = rng.integers(1, 4) if rng.random() < 0.2 else None  # taken out: spleen or a kidney
+    for tissue, number, where in draw_organs(rng, grid, a, b):
+        where &= cavity
+        if number != lost:
+            image[where], mask[where] = level[tissue], number
+    image += 10 * smooth_noise(rng, shape, 4) + 8 * smooth_noise(rng, shape, 16)
+    image += rng.normal(0, 25, shape).astype(np.float32)
+    image = ndimage.gaussian_filter(image, 0.5)  # voxels on a border hold a little of both sides
+    affine = np.diag([*spacing, 1])
+    affine[:3, 3] = first
+    return image.clip(-1024, 3071).round().astype(np.int16), mask, affine
+
+
+def demo_volumes(args):
+    """Writes a small synthetic data set of abdominal CT: whole, or not at all.
+
+    Two thirds of the volumes train, a sixth validates, a sixth tests. The same seed gives the same
+    bytes.
+    """
+    import nibabel
+
+    report.refuse_existing(args.out)
+    if args.volumes < 3:
+        raise ValueError(f"--volumes {args.volumes}: three are the least, one a split")
+    sixth = max(1, round(args.volumes / 6))
+    names = [f"ct_{k:03}.nii.gz" for k in range(1, args.volumes + 1)]
+    ends = {"train": args.volumes - 2 * sixth, "val": args.volumes - sixth, "test": args.volumes}
+    splits, start = {}, 0
+    for split, end in ends.items():
+        kind = "Ts" if split == "test" else "Tr"
+        splits[split] = [(f"images{kind}/{n}", f"labels{kind}/{n}") for n in names[start:end]]
+        start = end
+
+    def put(part, image, label):
+        number = names.index(Path(image).name)
+        pixels, mask, affine = draw_volume(np.random.default_rng([args.seed, number]))
+        wanted = nibabel.orientations.axcodes2ornt(STORED[number % len(STORED)])
+        for name, array in (image, pixels), (label, mask):
+            volume = nibabel.Nifti1Image(array, affine).as_reoriented(wanted)
+            (part / name).write_bytes(gzip.compress(volume.to_bytes(), 6, mtime=0))
+
+    title = f"synthetic abdominal CT, seed {args.seed}"
+    return write_data_set(args.out, DEMO_ABOUT, splits, put, [title])
+
+
+# --- command line --------------------------------------------------------------------------------
+
+
+def options(command):
+    """The commands that make data sets of volumes."""
+    add = command(msd, "divide a task of the Medical Segmentation Decathlon")
+    add("raw", type=Path, metavar="RAW", help="Task09_Spleen.tar, or the folder it unpacks to")
+    add("--out", type=Path, required=True, help="folder to make")
+    add("--seed", type=int, default=0, metavar="N", help="of the split (%(default)s)")
+
+    add = command(btcv, "lay out BTCV's abdominal CT with a split")
+    add("raw", type=Path, metavar="RAW", help="folder RawData, with Training/ and Testing/ in it")
+    add("--out", type=Path, default="data/btcv", help="folder to make (%(default)s)")
+    add("--split", choices=("swin-unetr", "case"), default="swin-unetr", help="(%(default)s)")
+    add("--seed", type=int, default=0, metavar="N", help="of --split case (%(default)s)")
+
+    add = command(demo_volumes, "write a small synthetic data set of CT volumes")
+    add("--out", type=Path, default="data/demo_volumes", help="folder to make (%(default)s)")
+    add("--volumes", type=int, default=24, metavar="N", help="volumes in all (%(default)s)")
+    add("--seed", type=int, default=0, metavar="N", help="same seed, same bytes (%(default)s)")
