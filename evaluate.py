@@ -15,6 +15,7 @@ import layouts
 import metrics
 import prompts
 import report
+import volumes
 
 
 def pick_device(name: str) -> torch.device:
@@ -43,14 +44,15 @@ def run_config(weights: str | None) -> dict:
 
 
 def predictions(model, recipe, dataset, options, title: str):
-    """Yields for every entry its item, its probabilities (K,H,W), and its loss (or None); not for
+    """Yields for every entry its item, its probabilities (K,*size), and its loss (or None); not for
     those of which `nothing_asked` is true.
 
     One image at a time, nothing is kept: memory does not grow with the data set.
     """
     device = next(model.parameters()).device
     items = data.Items(dataset, options.prompt, recipe.inputs, train=False, seed=options.seed)
-    loader = data.loader(items, [[(0, i)] for i in range(len(dataset))], options.workers, device)
+    workers = 0 if recipe.prepare else options.workers  # prepared volumes are only mapped
+    loader = data.loader(items, [[(0, i)] for i in range(len(dataset))], workers, device)
     model.eval()
     for item in tqdm(loader, title, len(dataset), unit="image", disable=None, leave=False):
         if nothing_asked(item):
@@ -70,17 +72,29 @@ def foreground(classes: tuple[str, ...]) -> tuple[str, ...]:
     return classes[1:] if len(classes) > 1 else classes
 
 
-def to_masks(probabilities: np.ndarray, threshold: float) -> np.ndarray:
-    """(K,H,W) -> bool (K,H,W): above the threshold if K is 1, else where a class is the largest."""
-    k = len(probabilities)
-    if k == 1:
-        return probabilities > threshold
-    return probabilities.argmax(0) == np.arange(k)[:, None, None]
+def each_is(numbers: np.ndarray, classes: range) -> np.ndarray:
+    """Class numbers (*size) -> bool (n,*size): where they are each of n classes."""
+    return np.stack([numbers == k for k in classes])
+
+
+def to_masks(probabilities: np.ndarray, config) -> np.ndarray:
+    """(K,*size) -> bool (K,*size): above the threshold if K is 1, else where a class is the
+    largest. Of classes that overlap those above the threshold, and first where none is: (1+K,*size)
+    """
+    if len(probabilities) == 1:
+        return probabilities > config.threshold
+    if getattr(config, "overlapping", False):
+        masks = probabilities > config.threshold
+        return np.concatenate([~masks.any(0, keepdims=True), masks])
+    return each_is(probabilities.argmax(0), range(len(probabilities)))
 
 
 def truth_masks(item: dict, n: int) -> np.ndarray:
-    """bool (n,H,W): where an entry's truth is 1, ..., n."""
-    return item["truth"].numpy() == np.arange(1, n + 1)[:, None, None]
+    """bool (n,*size): where an entry's truth is 1, ..., n, or is in each region."""
+    truth = item["truth"].numpy()[0]
+    if item.get("regions"):
+        return np.stack([np.isin(truth, numbers) for numbers in item["regions"]])
+    return each_is(truth, range(1, n + 1))
 
 
 def num_classes(model) -> int:
@@ -100,9 +114,14 @@ def check_classes(model, recipe, datasets, options) -> None:
         if options.threshold == "auto" and len(datasets[0].classes) > 1:
             raise ValueError("--threshold auto: of one class alone; drop it")
         return
+    overlapping = getattr(model.config, "overlapping", False)
     for dataset in datasets:
         root, have = dataset.entries[0].root, len(dataset.classes)
-        if have != k:
+        if overlapping != (getattr(dataset.entries[0], "regions", None) is not None):
+            told = "takes its classes to overlap" if overlapping else "tells classes apart"
+            hint = "regions are lists of numbers in dataset.json"
+            raise ValueError(f"{type(model).__name__} {told}, those of {root} are not so; {hint}")
+        if have != k + overlapping:
             told = f"{root} has {have} ({', '.join(dataset.classes)})"
             hint = "label its entries for a model that reads, or take another --model"
             raise ValueError(f"{type(model).__name__} tells {k} classes apart, {told}; {hint}")
@@ -128,7 +147,7 @@ def evaluate(model, recipe, dataset, options, whole: bool, title: str) -> list[d
     """Scores of every entry and class, a dict each; `whole`: also those that take time, `score`."""
     rows = []
     for item, probabilities, loss in predictions(model, recipe, dataset, options, title):
-        masks = to_masks(probabilities, model.config.threshold)
+        masks = to_masks(probabilities, model.config)
         more = probabilities if whole else None
         rows += [row | {"loss": loss} for row in score(item, masks, dataset.classes, more)]
     return check_asked(rows, dataset, options)
@@ -155,10 +174,17 @@ def whose(item: dict) -> dict:
     return {key: item[key] for key in ("dataset", "name", "group", "prompt")}
 
 
-def score_masks(found: np.ndarray, there: np.ndarray, valid, probabilities=None) -> list[dict]:
-    """metrics.score_image, and with the probabilities of the masks all other scores, too."""
-    rows = metrics.score_image(found, there, valid, with_distances=probabilities is not None)
-    if probabilities is None:
+def score_masks(
+    found: np.ndarray, there: np.ndarray, valid, probabilities=None, spacing=None
+) -> list[dict]:
+    """metrics.score_image, and with the probabilities of the masks all other scores, too.
+
+    Of volumes, which have a spacing in mm, these are the distances alone.
+    """
+    rows = metrics.score_image(
+        found, there, valid, spacing, with_distances=probabilities is not None
+    )
+    if probabilities is None or spacing is not None:
         return rows
     inside = True if valid is None else valid
     for row, mask, truth, p in zip(rows, found & inside, there & inside, probabilities):
@@ -169,12 +195,12 @@ def score_masks(found: np.ndarray, there: np.ndarray, valid, probabilities=None)
 
 def score(item: dict, masks: np.ndarray, classes, probabilities=None) -> list[dict]:
     """Scores of one entry, a dict a class, with what tells whose they are; of the background, last,
-    only its counts. masks: bool (K,H,W); with probabilities (K,H,W) also HD95, ASSD, NSD, average
-    precision and Betti errors."""
-    truth, names = item["truth"].numpy(), foreground(classes)  # (1,H,W)
+    only its counts. masks: bool (K,*size); with probabilities (K,*size) also HD95, ASSD, NSD, and
+    of images average precision and Betti errors."""
+    truth, names = item["truth"].numpy(), foreground(classes)  # (1,*size)
     valid, n = None if (truth != 255).all() else truth[0] != 255, len(names)
     more = None if probabilities is None else probabilities[-n:]  # without the background
-    scores = score_masks(masks[-n:], truth_masks(item, n), valid, more)
+    scores = score_masks(masks[-n:], truth_masks(item, n), valid, more, item.get("spacing"))
     rows = [whose(item) | {"class": k} | row for k, row in zip(names, scores, strict=True)]
     if len(classes) > 1:
         counts = metrics.overlap(masks[0], truth[0] == 0, valid)
@@ -201,8 +227,9 @@ def validate(model, recipe, dataset, options) -> dict[str, float]:
     rows = evaluate(model, recipe, dataset, options, distances, "validate")
     summary = metrics.summarise(rows, foreground(dataset.classes))
     names = ["dice", "iou"] + ["hd95", "assd", "nsd"] * distances
-    loss = float(np.mean([row["loss"] for row in rows if row["loss"] is not None]))
-    return {"val_loss": loss} | {f"val_{name}": summary[name]["mean"] for name in names}
+    losses = [row["loss"] for row in rows if row["loss"] is not None]  # volumes have none
+    loss = {"val_loss": float(np.mean(losses))} if losses else {}
+    return loss | {f"val_{name}": summary[name]["mean"] for name in names}
 
 
 def dice_by_entry(rows: list[dict], dataset) -> np.ndarray:
@@ -229,14 +256,17 @@ def draw(model, recipe, dataset, rows: list[dict], options, folder: Path) -> Non
         (f"{kind}{k + 1}", i) for kind, indices in chosen.items() for k, i in enumerate(indices)
     ]
     part, cards = dataset.subset([i for _, i in cases]), []
-    for k, (item, probabilities, _) in enumerate(
-        predictions(model, recipe, part, options, "draw")
-    ):
+    for k, (item, probabilities, _) in enumerate(predictions(model, recipe, part, options, "draw")):
         case, i = cases[k]
-        masks = to_masks(probabilities, model.config.threshold)[-len(names) :]
-        h, w = masks.shape[1:]  # not the image's with --score-size network
-        image = np.asarray(Image.fromarray(part.pixels(k)[0]).resize((w, h)))
-        picture = report.overlay(image, truth_masks(item, len(names)), masks)
+        truth = truth_masks(item, len(names))
+        masks = to_masks(probabilities, model.config)[-len(names) :]
+        if recipe.prepare:
+            grey = part.grey(k, model.preprocess)
+            picture = report.volume_overlay(grey, truth, masks, item["spacing"])
+        else:
+            h, w = masks.shape[1:]  # not the image's with --score-size network
+            image = np.asarray(Image.fromarray(part.pixels(k)[0]).resize((w, h)))
+            picture = report.overlay(image, truth, masks)
         report.draw_prompts(picture, item.get("shown", []))
         report.save_picture(folder / f"{case}_{Path(item['name']).name}.png", picture)
         words = f"“{item['prompt']}”" if item["prompt"] else "no text"
@@ -369,7 +399,7 @@ def study(model, recipe, dataset, options, title: str, main=None) -> tuple[dict,
                 probabilities, output = recipe.predict(model, item | kept)
                 p = probabilities.cpu().numpy()
                 whole = p if kind == main else None
-                rows[kind] += score(item, to_masks(p, threshold), dataset.classes, whole)
+                rows[kind] += score(item, to_masks(p, model.config), dataset.classes, whole)
                 if kind == main and output is not None:
                     each = recipe.each(model, item, output).cpu().numpy()  # (Q,H,W)
                     parts += score_parts(item, each, output[1], threshold)
@@ -401,6 +431,22 @@ def open_tests(options) -> dict[str, data.Dataset]:
         if name in tests:
             raise ValueError(f"two test sets are called {name}; rename a folder")
         entries = layouts.annotations(path, split, options.group_regex)
-        tests[name] = data.open_dataset(entries, options.cache, options.pseudocolor)
+        tests[name] = open_dataset(entries, options)
         print(f"test {name}: {tests[name].describe()}")
     return tests
+
+
+def open_dataset(entries: list, options):
+    """Of images, or where the files are NIfTI of volumes. Raises as `data.open_dataset` does."""
+    if entries and layouts.is_volume(entries[0].image):
+        return volumes.VolumeSet(entries)
+    return data.open_dataset(entries, options.cache, options.pseudocolor)
+
+
+def check_kind(datasets, takes_volumes: bool, model: str) -> None:
+    """ValueError, one line: images for a model that takes volumes, or the other way round."""
+    for dataset in datasets:
+        if isinstance(dataset, volumes.VolumeSet) != takes_volumes:
+            takes, holds = ("volumes", "images") if takes_volumes else ("images", "volumes")
+            root = dataset.entries[0].root
+            raise ValueError(f"{root} holds {holds}, {model} takes {takes}; take another --model")

@@ -50,16 +50,18 @@ def to_one_hot(target: Tensor, logits: Tensor, ignore_index: int) -> Tensor:
     return F.one_hot(classes, logits.shape[1]).movedim(-1, 1).to(logits.dtype)  # (B,K,*S)
 
 
-def gi_tract_dice_ce(logits: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+def gi_tract_dice_ce(
+    logits: Tensor, target: Tensor, smooth: float = 1e-8
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Dice + cross entropy of the GI-tract study, shapes as for `dice_ce`.
 
     github.com/JaeL17/Medical-Image-Segmentation. quirk: every class counts in every image, the
     background too, and with smooth 1e-8 one that is absent costs nearly 1 until the network's
     probability of it, summed over the image, falls below 1e-8. The mean over images and classes is
-    then no better than the share of absent pairs.
+    then no better than the share of absent pairs. With smooth 1e-5 it is MONAI's DiceCELoss.
     """
     one_hot = to_one_hot(target, logits, 255)  # the study's masks have no 255
-    dice = dice_loss(logits.softmax(1), one_hot, smooth=1e-8).mean()
+    dice = dice_loss(logits.softmax(1), one_hot, smooth).mean()
     ce = F.cross_entropy(logits, target, ignore_index=255)
     return dice + ce, {"dice_loss": dice, "ce": ce}
 

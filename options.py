@@ -65,6 +65,18 @@ class Options:
     boxes: str | None = option(None, "CSV or JSON of boxes to test SAM with, beside the truth's")
     topology: str | None = option(None, "a loss beside the others: see losses.py", choices=TOPOLOGY)
     topology_weight: float | None = option(None, "its factor")
+    crops_per_volume: int | None = option(None, "random windows of a volume in a training step")
+    crop_ratio: list[float] | None = option(
+        None, "of crops around background and foreground, or around each class", nargs="+"
+    )
+    spacing: list[float] | None = option(None, "mm of a volume's voxels for the model", nargs=3)
+    intensity: list[str] | None = option(
+        None, "of volumes: the two HU that become 0 and 1; zscore", nargs="+"
+    )
+    overlap: float | None = option(None, "of neighbouring windows of a volume, as a share")
+    window_batch: int | None = option(None, "windows of a volume at a time, in evaluation")
+    checkpointing: bool = option(False, "less memory, more time in training on volumes")
+    overfit: int | None = option(None, "train, validate and test on the first so many cases")
     negatives: float | None = option(None, "share of samples that ask for another image's target")
     prompt_study: bool = option(False, "test every prompt type, in one table")
     out: str | None = option(None, "run folder; else runs/MODEL-DATA[-RECIPE]")
@@ -79,10 +91,13 @@ class Options:
     weight_decay: float | None = option(None, "of the optimiser")
     schedule: str | None = option(None, "learning rate over time", choices=SCHEDULES)
     warmup: float | None = option(None, "share of all steps in which the rate rises from 0")
+    eval_every: int | None = option(None, "epochs between validations")
     clip_grad: float | None = option(None, "largest gradient norm; 0: not clipped")
     ema: float | None = option(None, "decay of an average of the weights, to be tested and kept")
     patience: int | None = option(None, "epochs without a better validation Dice before it stops")
-    size: int | None = option(None, "side of the model's input in pixels")
+    size: list[int] | None = option(
+        None, "side of the model's input in pixels; of volumes one or three", nargs="+"
+    )
     threshold: float | str | None = option(
         None, "a foreground pixel's probability; auto: the best in validation", type=probability
     )
@@ -99,6 +114,20 @@ class Options:
     val_distances: bool = option(False, "HD95, ASSD and NSD also in validation, not only in tests")
     overlays: int = option(3, "how many of the worst, median and best cases to draw")
     save_every: float = option(10.0, "minutes between saved states within an epoch")
+
+    @property
+    def window(self) -> tuple[float, float] | None:
+        """--intensity; None are z-scores. ValueError, one line, if it is neither."""
+        if self.intensity == ["zscore"]:
+            return None
+        try:
+            low, high = map(float, self.intensity)
+        except ValueError:
+            low = high = 0
+        if low >= high:
+            told = " ".join(self.intensity)
+            raise ValueError(f"--intensity {told}: two HU, the lower first, or zscore")
+        return low, high
 
 
 # What may differ between a run and its resumption without changing its numbers.
@@ -144,6 +173,10 @@ def as_tested(options: Options) -> Options:
     return replace(options, model=tested["model"], **same)
 
 
+FOR_VOLUMES = (
+    "crops_per_volume", "crop_ratio", "spacing", "intensity", "overlap", "window_batch",
+    "checkpointing",
+)  # fmt: skip
 FOR_SAM = ("sam_prompts", "jitter", "min_area", "prompts_per_image", "boxes", "topology")
 
 
@@ -162,6 +195,9 @@ def check(options: Options, family, name: str) -> None:
         raise ValueError("--data is missing: which data set?")
     if family.asked and options.score_size == "network":
         raise ValueError("--score-size network: SAM is scored at the image's size, drop it")
+    if options.overlap is not None and options.overlap >= 1:
+        raise ValueError(f"--overlap {options.overlap}: a share of a side, below 1")
+    check_volumes(options, family)
     if options.pseudocolor is not None:
         colour_table(options.pseudocolor)
     for key in () if family.asked else FOR_SAM:
@@ -170,10 +206,33 @@ def check(options: Options, family, name: str) -> None:
             raise ValueError(f"{flag(key)}: {told}")
     if options.prompt_study and not family.reads:
         raise ValueError(f"--prompt-study: {options.model} reads no text")
-    least = {"batch_size": 1, "grad_accum_steps": 1, "min_area": 1}
+    least = {"batch_size": 1, "grad_accum_steps": 1, "min_area": 1, "crops_per_volume": 1}
+    least |= {"window_batch": 1, "eval_every": 1, "overfit": 1, "overlap": 0}
     for key, low in (least | {"jitter": 0, "prompts_per_image": 0}).items():
         if getattr(options, key) is not None and getattr(options, key) < low:
             raise ValueError(f"{flag(key)} must be at least {low}")
+
+
+def check_volumes(options: Options, family) -> None:
+    """ValueError, one line: what is of volumes for a model of images, or the other way round."""
+    for key in () if family.volumes else FOR_VOLUMES:
+        if getattr(options, key):
+            raise ValueError(f"{flag(key)}: {options.model} takes images; this is for volumes")
+    for key in ("pseudocolor", "views") if family.volumes else ():
+        if getattr(options, key):
+            raise ValueError(f"{flag(key)}: {options.model} takes volumes; this is for images")
+    if family.volumes and options.score_size == "network":
+        raise ValueError("--score-size network: volumes are scored on their own grid, drop it")
+    if options.size and len(options.size) not in ((1, 3) if family.volumes else (1,)):
+        raise ValueError(f"--size {' '.join(map(str, options.size))}: one number, of volumes three")
+    if family.volumes and options.schedule == "plateau":
+        raise ValueError("--schedule plateau: goes by a validation loss, which volumes have not")
+    if options.overfit and (options.test or options.eval or options.fold):
+        raise ValueError("--overfit: trains and tests on --data alone; drop --test, --eval, --fold")
+    if options.intensity:
+        options.window  # raises
+    if options.spacing and min(options.spacing) <= 0:
+        raise ValueError("--spacing: three sizes in mm, above 0")
 
 
 def check_used(options: Options, settings: Settings) -> None:

@@ -3,14 +3,18 @@
     python predict.py --weights runs/cris-kvasir_polyp --prompt "one pink polyp" --out masks a.jpg
     python predict.py --weights runs/cris-kvasir_polyp --out masks --split test data/kvasir_polyp
     python predict.py --weights runs/segformer-uw_madison --out masks folder/
+    python predict.py --weights MONAI/swin_unetr_btcv_segmentation --out organs ct.nii.gz
 
 Images, folders of images and data sets become PNG masks (0 and 255, or class numbers in a palette
 with legend.png and classes.json) at each image's own size, named like the image (of a data set:
 like the mask). Nothing is written over. SAM is asked by the boxes of a CSV or JSON file, of images
 by their file name (image,class,x0,y0,x1,y1; see prompts.py), else by the box around each image.
+Volumes (NIfTI; a case's channels one 4-D file or CASE_0000, CASE_0001, …) become label maps on
+their own grid, the numbers' names in classes.json; where classes overlap a file for each.
 """
 
 import argparse
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +26,8 @@ from tqdm import tqdm
 import data
 import layouts
 import report
-from evaluate import check_threshold, num_classes, pick_device, run_config, to_masks
+import volumes
+from evaluate import check_threshold, each_is, num_classes, pick_device, run_config, to_masks
 from prompts import read_class_boxes
 from recipes import FAMILIES
 
@@ -49,6 +54,13 @@ def parse() -> argparse.Namespace:
         help="also NAME_probability.png, 16 bit, / 65535; of several classes that in the mask",
     )
     parser.add_argument("--overlays", action="store_true", help="also NAME_overlay.png")
+    parser.add_argument(
+        "--largest-component",
+        action="store_true",
+        help="of a volume: keep of each class only its largest connected component",
+    )
+    parser.add_argument("--overlap", type=float, help="of windows of a volume, 0 to below 1")
+    parser.add_argument("--window-batch", type=int, help="windows of a volume at a time")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     return parser.parse_args()
 
@@ -95,20 +107,29 @@ def outputs(name: str, args) -> dict[str, Path]:
     }
 
 
-def main() -> int:
-    args = parse()
-    run = run_config(args.weights)
-    if args.model is None and not run:
-        raise ValueError(f"--model is missing: {args.weights} is not a run folder that says it")
-    family = FAMILIES[args.model or run["model"]]
-    cases = list_cases(args, run.get("options", {}).get("prompt"), family.reads)
-    files = [path for name, _, _ in cases for path in outputs(name, args).values()]
+def check_new(files: list[Path]) -> None:
+    """ValueError, one line, if one of these would be written over or twice."""
     if len(set(files)) < len(files):
         twice = next(path for path in files if files.count(path) > 1)
         raise ValueError(f"{twice} would be written twice: two inputs have the same name")
     there = next((path for path in files if path.exists()), None)
     if there is not None:
         raise ValueError(f"{there} exists already; choose another --out")
+
+
+def main() -> int:
+    args = parse()
+    run = run_config(args.weights)
+    if args.model is None and not run:
+        raise ValueError(f"--model is missing: {args.weights} is not a run folder that says it")
+    family = FAMILIES[args.model or run["model"]]
+    if family.volumes:
+        return predict_volumes(family, run, args)
+    for key in ("largest_component", "overlap", "window_batch"):
+        if getattr(args, key):
+            raise ValueError(f"--{key.replace('_', '-')}: of volumes; this model takes images")
+    cases = list_cases(args, run.get("options", {}).get("prompt"), family.reads)
+    check_new([path for name, _, _ in cases for path in outputs(name, args).values()])
     if args.boxes and not family.asked:
         raise ValueError("--boxes: this model is not asked by boxes")
     predict(cases, family, run, args)
@@ -129,12 +150,12 @@ def ask_by(recipe, cases, classes: list[str] | None, args):
     return partial(recipe.ask, source="image"), classes or ["target"]
 
 
-def pictures(probabilities, threshold: float, image: np.ndarray, args, skip: int) -> dict:
+def pictures(probabilities, config, image: np.ndarray, args, skip: int) -> dict:
     """Of probabilities (K,H,W) the pictures that are asked for, by the names in `outputs`.
 
     skip: classes whose probability is none, as SAM's of the background.
     """
-    masks, k = to_masks(probabilities, threshold), len(probabilities)  # (K,H,W)
+    masks, k = to_masks(probabilities, config), len(probabilities)  # (K,H,W)
     if k == 1:
         made = {"mask": Image.fromarray(masks[0].astype(np.uint8) * 255)}
     else:
@@ -169,13 +190,98 @@ def predict(cases: list[tuple[str, Path, str]], family, run: dict, args) -> None
         item = recipe.inputs(sample, train=False, rng=None) | (ask(sample) if ask else {})
         with torch.no_grad():
             probabilities = recipe.predict(model, item)[0].cpu().numpy()  # (K,H,W)
-        made = pictures(probabilities, model.config.threshold, image, args, skip=bool(ask))
+        made = pictures(probabilities, model.config, image, args, skip=bool(ask))
         for kind, path in outputs(name, args).items():
             report.save_picture(path, made[kind])
     k = len(classes)
     if k > 1:
         report.save_picture(Path(args.out) / "legend.png", report.legend(tuple(classes[1:])))
         report.write_json(Path(args.out) / "classes.json", dict(enumerate(classes)))
+
+
+# --- volumes -------------------------------------------------------------------------------------
+
+
+def list_volumes(args, channels: int) -> dict[str, list[Path]]:
+    """Name -> files of its channels, of everything that is to be predicted."""
+    cases, files = [], []
+    for place in map(Path, args.inputs):
+        if layouts.splits(place):
+            entries = layouts.annotations(place, args.split)
+            cases += [(entry.name, [entry.image, *entry.more]) for entry in entries]
+        elif not place.exists():
+            raise FileNotFoundError(f"{place}: no such volume or folder")
+        elif place.is_dir() and not layouts.volumes_in(place):
+            raise ValueError(f"{place}: no volumes in this folder ({', '.join(layouts.NIFTI)})")
+        else:
+            files += layouts.volumes_in(place) if place.is_dir() else [place]
+    if channels > 1:
+        cases += layouts.channels_of(files).items()
+    else:  # patient_0001, patient_0002 are no channels
+        cases += [(layouts.without_ending(file), [file]) for file in files]
+    names = [name for name, _ in cases]
+    if len({*names}) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice}: two inputs have this name; predict them to two folders")
+    return dict(cases)
+
+
+def volume_outputs(name: str, classes: list[str], overlapping: bool, args) -> dict[str, Path]:
+    """The files that one volume becomes."""
+    parts = [f"_{k.replace(' ', '_')}" for k in classes[1:]] if overlapping else [""]
+    kinds = {f"mask{n}": f"{part}.nii.gz" for n, part in enumerate(parts)}
+    kinds |= {"probability": "_probability.nii.gz"} if args.probabilities else {}
+    kinds |= {"overlay": "_overlay.png"} if args.overlays else {}
+    return {kind: Path(args.out) / f"{name}{end}" for kind, end in kinds.items()}
+
+
+def predict_volumes(family, run: dict, args) -> int:
+    """Writes the label maps of all volumes, and the names of their numbers."""
+    given = {"overlap": args.overlap, "window_batch": args.window_batch}
+    given = {key: value for key, value in given.items() if value is not None}
+    settings = replace(family.settings["default"], **given)
+    overrides = {} if args.threshold is None else {"threshold": args.threshold}
+    model = family.load(args.weights, None, settings, overrides, None).eval()
+    model.to(pick_device(args.device))
+    recipe, c = family.recipe(model, settings), model.config
+    classes = run.get("classes") or list(c.classes)
+    classes = classes or [f"class {k}" for k in range(c.num_classes + c.overlapping)]
+    classes = classes if len(classes) > 1 else ["background", *classes]
+    check_threshold(1 if c.overlapping else c.num_classes, args.threshold)
+    cases = list_volumes(args, c.in_channels)
+    made = {name: volume_outputs(name, classes, c.overlapping, args) for name in cases}
+    check_new([path for files in made.values() for path in files.values()])
+    for name, files in tqdm(cases.items(), desc="predict", unit="volume", disable=None):
+        image, grid = volumes.read_image(files)  # (C,X,Y,Z)
+        volumes.check_channels(files[0], image, c.in_channels)
+        prepared, place = volumes.prepare_image(image, grid, c.spacing, model.preprocess)
+        with torch.no_grad():
+            p = recipe.predict(model, {"image": prepared, "place": place})[0].numpy()
+        write_volume(made[name], image, p, grid, model, args)
+    report.save_picture(Path(args.out) / "legend.png", report.legend(tuple(classes[1:])))
+    report.write_json(Path(args.out) / "classes.json", dict(enumerate(classes)))
+    print(f"{len(cases)} volumes in {args.out}")
+    return 0
+
+
+def write_volume(files: dict[str, Path], image, probabilities, grid, model, args) -> None:
+    """The files of one volume (C,X,Y,Z), of probabilities (K,X,Y,Z)."""
+    c = model.config
+    masks = to_masks(probabilities, c)[1 if len(probabilities) > 1 else 0 :]  # (n,X,Y,Z)
+    maps = masks.astype(np.uint8)
+    if not c.overlapping:  # one map of all classes
+        maps = sum(n * mask for n, mask in enumerate(maps, 1))[None].astype(np.uint8)
+    if args.largest_component:
+        maps = np.stack([volumes.largest_component(numbers) for numbers in maps])
+    for n, numbers in enumerate(maps):
+        volumes.write(files[f"mask{n}"], numbers, grid)
+    if args.probabilities:
+        volumes.write(files["probability"], probabilities[-len(masks) :].max(0), grid)
+    if args.overlays:
+        shown = maps > 0 if c.overlapping else each_is(maps[0], range(1, len(masks) + 1))
+        grey = volumes.grey(image, model.preprocess)
+        picture = report.volume_overlay(grey, None, shown, grid.spacing)
+        report.save_picture(files["overlay"], picture)
 
 
 if __name__ == "__main__":

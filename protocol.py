@@ -38,7 +38,13 @@ class Settings:
     keep_features: bool | None = None  # of a frozen encoder, on files; None: wherever it is frozen
     feature_dtype: str = "float16"
     views: tuple[str, ...] = ("original",)  # of an image (augment.py), the augmentation then
-    augment: Augment | None = None  # None: the model's own preprocessing
+    augment: Augment | dict | None = None  # None: the model's own preprocessing
+    crops_per_volume: int | None = None  # random windows that a volume gives in a training step
+    crop_ratio: tuple[float, ...] | None = None  # of those around background and foreground, or
+    # around each class
+    overlap: float | None = None  # share of a side that neighbouring windows have in common
+    window_batch: int | None = None  # windows at a time
+    eval_every: int = 1  # epochs between validations
     pseudocolor: str | None = None  # colours of a map for grey levels: see data.py
     sam_prompts: str | None = None  # SAM: boxes | points | both | image, see prompts.py
     jitter: int | None = None  # largest move of a box's side in training, in pixels of the image
@@ -92,11 +98,12 @@ class Recipe:
     loss: Callable
     predict: Callable
     groups: Callable
-    look: Callable  # sample -> what `inputs` makes of its image; kept features take its place
+    look: Callable | None = None  # sample -> what `inputs` makes of its image, or kept features
     read: Callable | None = None  # prompt -> the tensors that `inputs` makes of it, of text models
     collate: Callable | None = None  # items -> a training batch; None: their tensors stacked
     ask: Callable | None = None  # (sample, source) -> SAM's prompts of a sample, see `sam_prompts`
     each: Callable | None = None  # (model, item, output) -> probabilities (Q,H,W) of each prompt
+    prepare: Callable | None = None  # (volumes, cache) -> the same, on the grid that the model sees
     files: dict[str, Path] = field(default_factory=dict)  # name -> what a run folder gets a copy of
 
 

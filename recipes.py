@@ -35,7 +35,9 @@ import dpt
 import prompts
 import sam_decoder
 import segformer
+import swin_unetr3d
 import upernet
+import volumes
 from augment import Augment, GITractAugment
 from data import Dataset
 from losses import (
@@ -663,6 +665,145 @@ def sam_recipe(model: sam_decoder.SAM, settings: Settings) -> Recipe:
     )
 
 
+# --- volumes: Swin UNETR --------------------------------------------------------------------------
+
+
+FOR_VOLUME_SCORES = "name prompt size group dataset spacing regions place".split()
+
+
+def volume_inputs(sample, train, rng, config, settings) -> dict:
+    """Of training random crops, image (n,C,D,H,W), mask (n,1,D,H,W) of class numbers, or where
+    classes overlap (n,K,D,H,W) of 0 and 1; else the prepared volume and what scoring needs."""
+    if not train:
+        item = {"image": sample["image"], "truth": sample["truth"][None]}
+        return item | {key: sample[key] for key in FOR_VOLUME_SCORES}
+    where = (sample[key] for key in ("image", "mask", "voxels"))
+    how = {"n": settings.crops_per_volume, "size": config.image_size, "rng": rng}
+    crops = zip(*volumes.random_crops(*where, **how, ratios=settings.crop_ratio))
+    images, masks = zip(*(volumes.augment(*crop, rng, **settings.augment) for crop in crops))
+    image, mask = torch.stack(images), torch.stack(masks)[:, None]
+    if sample["regions"]:
+        each = [torch.isin(mask, torch.tensor(numbers)) for numbers in sample["regions"]]
+        mask = torch.cat(each, 1).byte().masked_fill(mask == 255, 255)  # (n,K,D,H,W)
+    return {"image": image, "mask": mask}
+
+
+def collate_crops(items: list[dict]) -> dict:
+    """Crops of several volumes -> one batch."""
+    return {key: torch.cat([item[key] for item in items]) for key in items[0]}
+
+
+def volume_loss(logits: Tensor, batch: dict, of_several: Callable = dice_ce) -> tuple[Tensor, dict]:
+    """Dice + cross entropy; of one class, or classes that overlap, Dice + BCE of each."""
+    logits, mask = logits.float(), batch["mask"]
+    if mask.shape[1] == logits.shape[1]:
+        return dice_bce(logits, mask)
+    return of_several(logits, mask[:, 0].long())
+
+
+def volume_predict(model: nn.Module, item: dict, settings) -> tuple[Tensor, None]:
+    """Probabilities (K,X,Y,Z) on the file's own grid, axes to right, front and top."""
+    c, device = model.config, next(model.parameters()).device
+    how = {"overlap": settings.overlap, "batch": settings.window_batch, "on": device}
+    logits = volumes.sliding_window(model, item["image"], c.image_size, **how, progress=True)
+
+    def activation(slab):
+        return model.postprocess(slab, slab.shape[1:])
+
+    several = c.num_classes > 1 and not c.overlapping
+    return volumes.restore(logits, item["place"], activation, background=several), None
+
+
+def volume_recipe(model: swin_unetr3d.SwinUNETR, settings: Settings) -> Recipe:
+    c = model.config
+
+    def prepare(dataset, cache):
+        return dataset.prepared(c.spacing, model.preprocess, c.in_channels, cache)
+
+    return Recipe(
+        partial(volume_inputs, config=c, settings=settings),
+        class_forward,
+        settings.loss,
+        partial(volume_predict, settings=settings),
+        parameter_groups,
+        collate=collate_crops,
+        prepare=prepare,
+    )
+
+
+def load_volumes(weights, variant, settings: Settings, overrides: dict, train_set):
+    """A Swin UNETR with the classes of the training set; else with those of its file.
+
+    ValueError: HU expected of volumes that are no CT, say for --intensity zscore.
+    """
+    if train_set is not None:
+        first = train_set.entries[0]
+        overlapping = first.regions is not None
+        overrides = {"num_classes": len(first.classes) - overlapping} | overrides
+        overrides |= {"overlapping": overlapping}
+        if weights == "none":
+            overrides = {"in_channels": train_set.channels} | overrides
+    kind, variants = swin_unetr3d.SwinUNETR, swin_unetr3d.VARIANTS
+    model = load(kind, variants, weights, variant, settings, overrides)
+    modality = train_set and train_set.entries[0].modality
+    if modality and model.config.intensity and "CT" not in modality.upper():
+        told = f"holds {modality}, the model takes HU of {model.config.intensity}"
+        raise ValueError(f"{train_set.entries[0].root} {told}; --intensity zscore")
+    return model
+
+
+def swin_encoder(name: str) -> bool:
+    return name.startswith("swinViT.")
+
+
+SWIN = {
+    "default": Settings(
+        weights={
+            "base": "MONAI/swin_unetr_btcv_segmentation",
+            "small": "darragh/swinunetr-btcv-small",
+            "tiny": "darragh/swinunetr-btcv-tiny",
+        },
+        prompt="",
+        # No flips from left to right: kidneys and adrenal glands of the two sides are two classes.
+        augment={
+            "flip": (0.0, 0.2, 0.2),
+            "rotate": (15.0, 0.2),
+            "scale": (0.1, 0.5),
+            "shift": (0.1, 0.5),
+        },  # fmt: skip
+        crops_per_volume=4,
+        crop_ratio=(1.0, 1.0),
+        overlap=0.5,
+        window_batch=4,
+        eval_every=10,
+        loss=volume_loss,
+        lr=1e-4,
+        backbone_lr=1e-4,
+        backbone=swin_encoder,
+        weight_decay=1e-5,
+        batch_size=1,
+        epochs=300,
+    ),
+}
+# BTCV fine-tuning of Project-MONAI/research-contributions at 21ed8e5, SwinUNETR/BTCV, on one GPU;
+# it starts from the self-supervised encoder: --weights model_swinvit.pt. Quirks: flips from left
+# to right with classes that have a side; class 0 has a Dice term, and so has what a crop lacks.
+# Its rate changes by epoch and is 0 in the first; ours by step, and above 0.
+SWIN["origin"] = replace(
+    SWIN["default"],
+    weights={},
+    config={"image_size": (96, 96, 96), "spacing": (1.5, 1.5, 2.0), "intensity": (-175.0, 250.0)},
+    augment={"flip": (0.2, 0.2, 0.2), "rotate90": 0.2, "scale": (0.1, 0.1), "shift": (0.1, 0.1)},
+    loss=partial(volume_loss, of_several=partial(gi_tract_dice_ce, smooth=1e-5)),
+    decay_all=True,
+    epochs=5000,
+    eval_every=100,
+    warmup=0.01,
+    clip_grad=None,
+    dtype="float16",
+)
+
+
 # --- every model by its name on the command line --------------------------------------------------
 
 
@@ -687,6 +828,11 @@ class Family:
     def asked(self) -> bool:
         """Whether the model is asked by boxes and points."""
         return self.settings["default"].sam_prompts is not None
+
+    @property
+    def volumes(self) -> bool:
+        """Whether the model takes volumes instead of images."""
+        return self.settings["default"].crops_per_volume is not None
 
 
 FAMILIES = {
@@ -715,4 +861,5 @@ FAMILIES = {
     "upernet": class_family(upernet.UPerNet, upernet, UPERNETS, "backbone.", 1e-4),
     "dpt": class_family(dpt.DPT, dpt, DPTS, "vit.", 3e-5),
     "beit": class_family(beit.BEiT, beit, BEITS, "beit.", 3e-5),
+    "swin_unetr3d": Family(SWIN, swin_unetr3d.VARIANTS, load_volumes, volume_recipe, swin_encoder),
 }

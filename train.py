@@ -159,19 +159,22 @@ class Run:
         """Validates; writes the row of metrics.csv, the best weights, the state to go on from."""
         self.mean_loss()
         model, o = self.ema.module if self.ema else self.model, self.options
-        scores = evaluate.validate(model, self.recipe, self.val_set, o)
+        due = (self.epoch + 1) % self.settings.eval_every == 0
+        validates, scores = due or self.step >= self.total_steps, {}
+        if validates:
+            scores = evaluate.validate(model, self.recipe, self.val_set, o)
         rate = max(group["lr"] for group in self.optimizer.param_groups)
         row = {"epoch": self.epoch + 1, "step": self.step, "lr": rate}
         row |= {f"train_{name}": float(value) / self.batch for name, value in self.sums.items()}
         row |= scores
-        if self.settings.schedule == "plateau":
+        if self.settings.schedule == "plateau" and validates:
             self.scheduler.step(row["val_loss"])
         shown = {k: v for k, v in row.items() if k == "train_loss" or k.startswith("val_")}
         words = "  ".join(f"{k} {v:.4f}" for k, v in shown.items())
         print(f"epoch {self.epoch + 1}/{o.epochs}  step {self.step}  {words}")
         self.history.append(row)
         self.epoch, self.batch, self.sums = self.epoch + 1, 0, {}
-        if row["val_dice"] > self.best + self.settings.min_delta:
+        if validates and row["val_dice"] > self.best + self.settings.min_delta:
             self.best, self.best_epoch = row["val_dice"], self.epoch
             if self.options.train != "all":  # the small copy
                 with report.whole_file(self.out / "adapter.safetensors") as part:
@@ -185,7 +188,9 @@ class Run:
     def patience_lost(self) -> bool:
         waited, least = self.epoch - self.best_epoch, self.settings.min_epochs
         patience = self.options.patience
-        return bool(patience) and waited >= patience and self.epoch >= least
+        if not patience or waited < patience or self.epoch < least:
+            return False
+        return "val_dice" in self.history[-1]  # else the next validation tells
 
     def fit(self) -> None:
         """From where it stands to the end."""
@@ -242,7 +247,11 @@ def write_config(options: Options, model, train_set, val_set) -> None:
 def load_model(options: Options, settings: Settings, train_set, device: torch.device):
     # Weights that are only tested keep what they came with, unless a recipe is named.
     overrides = dict(settings.config) if options.recipe or not options.eval else {}
-    overrides |= {"image_size": options.size} if options.size else {}
+    if options.size:
+        sizes = tuple(options.size if len(options.size) == 3 else options.size * 3)
+        overrides["image_size"] = sizes if FAMILIES[options.model].volumes else options.size[0]
+    overrides |= {"spacing": tuple(options.spacing)} if options.spacing else {}
+    overrides |= {"intensity": options.window} if options.intensity else {}
     overrides |= {} if options.threshold in (None, "auto") else {"threshold": options.threshold}
     load = FAMILIES[options.model].load
     return load(options.weights, options.variant, settings, overrides, train_set).to(device)
@@ -256,6 +265,8 @@ def fit(options: Options, settings: Settings, model, recipe, sets, resume: bool)
     trained, total = sum(n for n, learns in sizes if learns), sum(n for n, _ in sizes)
     device = next(model.parameters()).device
     print(f"training {trained:,} of {total:,} parameters on {device}")
+    if options.checkpointing:  # of a model of volumes
+        model.checkpointing = True
     if settings.augment is None:
         print(f"augmentation: {', '.join(settings.views)} of each image, nothing else")
     if settings.keep_features:
@@ -273,23 +284,41 @@ def fit(options: Options, settings: Settings, model, recipe, sets, resume: bool)
     model.load_state_dict(load_file(run.out / "best.safetensors", device=str(device)))
 
 
+def open_sets(options: Options) -> tuple[dict, dict]:
+    """Data sets to train on and test: {"train": …, "val": …}, fewer if fewer are used; tests by
+    name. With --overfit they all are the same cases."""
+    if options.overfit:
+        each = (layouts.annotations(root, "train", options.group_regex) for root in options.data)
+        one = evaluate.open_dataset(sum(each, [])[: options.overfit], options)
+        print(f"--overfit: train, val and test are the same: {one.describe()}")
+        print("  scores then tell that the parts fit together, and nothing of new cases")
+        return {"train": one, "val": one}, {"overfit": one}
+    tests, sets = evaluate.open_tests(options), {}
+    if not options.eval or options.threshold == "auto":
+        parts = layouts.train_and_val(options.data, options.seed, options.group_regex, options.fold)
+        parts = dict(zip(("train", "val"), parts, strict=True))
+        for name in ("val",) if options.eval else parts:
+            sets[name] = evaluate.open_dataset(parts[name], options)
+            print(f"{name}: {sets[name].describe()}")
+    return sets, tests
+
+
 def fit_and_test(options: Options, settings: Settings, device: torch.device, resume: bool) -> dict:
     given = {key: value for key, value in asdict(options).items() if value not in (None, [])}
     print("  ".join(f"{key}={value}" for key, value in given.items()))
     torch.manual_seed(options.seed)
     torch.use_deterministic_algorithms(options.deterministic)
-    tests, sets = evaluate.open_tests(options), {}
-    if not options.eval or options.threshold == "auto":
-        parts = layouts.train_and_val(
-            options.data, options.seed, options.group_regex, options.fold
-        )
-        parts = dict(zip(("train", "val"), parts, strict=True))
-        for name in ("val",) if options.eval else parts:
-            sets[name] = data.open_dataset(parts[name], options.cache, options.pseudocolor)
-            print(f"{name}: {sets[name].describe()}")
+    family = FAMILIES[options.model]
+    sets, tests = open_sets(options)
+    evaluate.check_kind([*sets.values(), *tests.values()], family.volumes, options.model)
     model = load_model(options, settings, sets.get("train"), device)
-    recipe = FAMILIES[options.model].recipe(model, settings)
+    recipe = family.recipe(model, settings)
     evaluate.check_classes(model, recipe, [*sets.values(), *tests.values()], options)
+    if recipe.prepare:
+        sets, tests = (
+            {name: recipe.prepare(part, options.cache) for name, part in parts.items()}
+            for parts in (sets, tests)
+        )
     if options.boxes:
         recipe = evaluate.with_boxes(recipe, tests, options.boxes)
     if not options.eval:

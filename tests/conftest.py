@@ -114,7 +114,7 @@ def options(demo, tmp_path):
         data=[str(demo)],
         out=str(tmp_path / "run"),
         cache=str(demo.parent / "cache"),
-        size=64,
+        size=[64],
         epochs=2,
         batch_size=16,
         lr=1e-3,

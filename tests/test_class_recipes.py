@@ -53,7 +53,7 @@ def maps(tmp_path_factory):
 @pytest.fixture
 def options(maps, tmp_path):
     return train.Options(
-        model="segformer", variant="mini", weights="none", data=[str(maps)], size=64, epochs=8,
+        model="segformer", variant="mini", weights="none", data=[str(maps)], size=[64], epochs=8,
         batch_size=8, lr=2e-3, workers=0, overlays=2, out=str(tmp_path / "run"),
         cache=str(maps.parent / "cache"), group_regex=r"\w+p\d+",
     )  # fmt: skip
@@ -64,7 +64,7 @@ def trained(maps, tmp_path_factory):
     """A run of twenty epochs: its options and summary."""
     folder = tmp_path_factory.mktemp("trained")
     options = train.Options(
-        model="segformer", variant="mini", weights="none", data=[str(maps)], size=64, epochs=20,
+        model="segformer", variant="mini", weights="none", data=[str(maps)], size=[64], epochs=20,
         batch_size=8, lr=2e-3, workers=0, overlays=2, out=str(folder / "run"),
         cache=str(maps.parent / "cache"), group_regex=r"\w+p\d+",
     )  # fmt: skip

@@ -34,7 +34,7 @@ def test_one_prompt_for_all_images(tmp_path, monkeypatch, capsys):
     dice = {}
     for recipe in ("without", "default"):
         options = train.Options(
-            variant="mini", weights="none", recipe=recipe, data=[str(demo)], prompt="p1", size=96,
+            variant="mini", weights="none", recipe=recipe, data=[str(demo)], prompt="p1", size=[96],
             epochs=20, batch_size=32, lr=2e-3, warmup=0.15, out=str(tmp_path / recipe),
             cache=str(tmp_path / "cache"),
         )  # fmt: skip

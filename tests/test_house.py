@@ -55,8 +55,8 @@ MODELS = {
     ),
 }
 FLOORS = [
-    [*MODELS, *"tokenizer losses metrics layouts data prompts augment features adapters report".split()],
-    ["protocol", "evaluate"],
+    [*MODELS, *"tokenizer losses metrics layouts data volumes prompts augment features adapters report".split()],
+    ["protocol", "evaluate", "prepare_volumes"],
     ["recipes"],
     ["options"],
     ["train", "predict", "prepare"],

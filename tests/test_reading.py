@@ -9,7 +9,7 @@ import train
 pytestmark = pytest.mark.slow
 
 
-HOW = {"prompt": "p6,p3", "size": 128, "batch_size": 16, "warmup": 0.1, "workers": 0, "overlays": 0}
+HOW = {"prompt": "p6,p3", "size": [128], "batch_size": 16, "warmup": 0.1, "workers": 0, "overlays": 0}
 
 
 @pytest.fixture(scope="module")

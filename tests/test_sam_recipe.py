@@ -73,7 +73,7 @@ def maps(tmp_path):
 def asked(maps, tmp_path):
     """Options of a training of seconds."""
     return train.Options(
-        model="sam_decoder", variant="mini", weights="none", size=64, data=[str(maps)], epochs=2,
+        model="sam_decoder", variant="mini", weights="none", size=[64], data=[str(maps)], epochs=2,
         batch_size=2, lr=1e-3, workers=0, overlays=1, out=str(tmp_path / "run"),
         cache=str(tmp_path / "cache"),
     )  # fmt: skip
@@ -207,12 +207,12 @@ def test_of_several_masks_a_pixel_goes_to_the_surest_class():
         "numbers": torch.tensor([1, 2, 1]),
     }
     p, _ = recipes.sam_predict(Says(logits), item | {"classes": ("none", "one", "two")})
-    masks = evaluate.to_masks(p.numpy(), 0.5)
+    masks = evaluate.to_masks(p.numpy(), MINI)
     assert masks.argmax(0).tolist() == [[1, 1, 2, 0]]
     p, _ = recipes.sam_predict(
         Says(logits), item | {"classes": ("target",), "numbers": torch.ones(3).long()}
     )
-    assert evaluate.to_masks(p.numpy(), 0.5).tolist() == [[[True, True, True, False]]]
+    assert evaluate.to_masks(p.numpy(), MINI).tolist() == [[[True, True, True, False]]]
 
 
 def test_nothing_asked_is_nothing_found():
@@ -343,7 +343,7 @@ def test_what_changes_features_is_computed_anew(asked, maps, capsys):
     assert kept(views=["original", "vflip"]) == 1
     assert kept(pseudocolor="bone") == 3
     assert kept(seed=1) == 3  # other random weights
-    assert kept(size=32) == 3
+    assert kept(size=[32]) == 3
     path = maps / "train" / "images" / "a0.png"
     Image.fromarray(255 - np.asarray(Image.open(path))).save(path)
     assert kept(batch_size=1) == 2  # of train alone
@@ -605,7 +605,7 @@ def test_a_small_sam_learns_to_do_as_boxes_say(tmp_path):
     prepare.main(["demo", "--out", str(tmp_path / "demo")])
     summary = train.run(
         train.Options(
-            model="sam_decoder", variant="mini", weights="none", train="all", size=128, epochs=12,
+            model="sam_decoder", variant="mini", weights="none", train="all", size=[128], epochs=12,
             batch_size=8, lr=1e-3, jitter=3, data=[str(tmp_path / "demo")],
             out=str(tmp_path / "run"), cache=str(tmp_path / "cache"),
         )

@@ -107,7 +107,7 @@ def test_evaluation_only_repeats_the_test_and_takes_other_prompts(options, demo,
 
 
 def test_network_size_scores_are_those_of_the_network_s_grid(options, demo, tmp_path):
-    train.run(replace(options, size=32))
+    train.run(replace(options, size=[32]))
     at = {}
     for size in ("image", "network"):
         out = str(tmp_path / size)
@@ -224,7 +224,7 @@ REFUSED = {
     ),
     "not a device": (lambda o, d: replace(o, device="tpu9"), "--device tpu9: unknown"),
     "batch of none": (lambda o, d: replace(o, batch_size=0), "--batch-size must be at least 1"),
-    "size": (lambda o, d: replace(o, size=50), "32"),
+    "size": (lambda o, d: replace(o, size=[50]), "32"),
     "a loss that is no number": (
         lambda o, d: replace(o, lr=1e38, clip_grad=0.0),
         "the loss became",

@@ -1,0 +1,314 @@
+"""Volumes through the loop: crops and losses, a run, its scores and files, what is refused."""
+
+import json
+from types import SimpleNamespace
+
+import nibabel
+import numpy as np
+import pytest
+import torch
+from conftest import command, rows
+from monai.losses import DiceCELoss
+
+import data
+import losses
+import predict
+import recipes
+import swin_unetr3d
+import train
+
+RNG = np.random.default_rng(0)
+SIZE = 64, 32, 32  # the smallest window but one of the model
+ORGANS = {"0": "background", "1": "left kidney", "2": "liver"}
+FAST = ["--variant", "mini", "--weights", "none", "--size", *SIZE, "--spacing", 4, 4, 4]
+FAST += ["--crops-per-volume", 1, "--workers", 0, "--overlap", 0, "--overlays", 1]
+
+
+def write(path, array, affine):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nibabel.save(nibabel.Nifti1Image(array, affine), path)
+
+
+def phantom(shift=0):
+    """HU int16 and labels uint8 (40,28,24) of two blocks in a body in air."""
+    image, labels = np.full((40, 28, 24), -1000, np.int16), np.zeros((40, 28, 24), np.uint8)
+    image[4:36, 4:24, 2:22] = 0
+    labels[8 + shift : 14 + shift, 8:16, 6:16] = 1
+    labels[20:32, 10:22, 6 + shift : 18] = 2
+    image[labels == 1], image[labels == 2] = 80, 160
+    return image + RNG.integers(-20, 20, image.shape, np.int16), labels
+
+
+AFFINE = np.diag([4.0, 4.2, 5.0, 1])  # RAS
+AFFINE[:3, 3] = -80, -50, 30
+
+
+def data_set(root, labels=ORGANS, modality="CT", channels=1, stored="RAS", n=3):
+    """Three volumes of which one each trains, validates and tests."""
+    names, wanted = [f"case{k}" for k in range(n)], nibabel.orientations.axcodes2ornt(stored)
+    for k, name in enumerate(names):
+        for kind, array in zip(("imagesTr", "labelsTr"), phantom(k)):
+            array = np.stack([array] * channels, 3) if channels > 1 and kind[0] == "i" else array
+            volume = nibabel.Nifti1Image(array, AFFINE).as_reoriented(wanted)
+            (root / kind).mkdir(parents=True, exist_ok=True)
+            nibabel.save(volume, root / kind / f"{name}.nii.gz")
+    pairs = [{"image": f"./imagesTr/{x}.nii.gz", "label": f"./labelsTr/{x}.nii.gz"} for x in names]
+    lists = dict(zip(("training", "validation", "test"), ([pair] for pair in pairs)))
+    settings = {"labels": labels, "modality": {"0": modality}} | lists
+    (root / "dataset.json").write_text(json.dumps(settings))
+    return root
+
+
+def trained(root, out, *more):
+    arguments = ["--model", "swin_unetr3d", *FAST, "--data", root, "--out", out, *more]
+    return arguments + ["--cache", out.parent / "cache"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of three epochs, validated after the second and the last."""
+    root = data_set(tmp_path_factory.mktemp("volumes") / "set")
+    out = root.parent / "run"
+    options = {"model": "swin_unetr3d", "variant": "mini", "weights": "none", "data": [str(root)]}
+    options |= {"size": list(SIZE), "spacing": [4.0, 4.0, 4.0], "crops_per_volume": 2}
+    options |= {"workers": 0, "overlap": 0.0, "overlays": 1, "out": str(out), "epochs": 3}
+    options |= {"eval_every": 2, "lr": 1e-3, "cache": str(root.parent / "cache")}
+    summary = train.run(train.Options(**options))
+    return SimpleNamespace(root=root, out=out, summary=summary)
+
+
+# --- losses and inputs ---------------------------------------------------------------------------
+
+
+def test_origin_has_the_loss_of_monai():
+    """DiceCELoss as SwinUNETR/BTCV/main.py has it, smooth terms 1e-5, the background included."""
+    logits = torch.randn(2, 4, 6, 5, 7, dtype=torch.float64, requires_grad=True)
+    target = torch.randint(0, 3, (2, 1, 6, 5, 7))  # class 3 is absent
+    theirs = DiceCELoss(to_onehot_y=True, softmax=True, smooth_nr=1e-5, smooth_dr=1e-5)
+    expected = theirs(logits, target)
+    ours = recipes.SWIN["origin"].loss(logits, {"mask": target.byte()})[0]
+    assert abs((ours - expected).item()) < 1e-6  # our logits are float32 from here on
+    grads = [torch.autograd.grad(x, logits)[0] for x in (ours, expected)]
+    assert (grads[0] - grads[1]).abs().max() < 1e-6 * grads[1].abs().max()
+
+
+def sample(regions=None):
+    mask = torch.from_numpy(RNG.integers(0, 4, (40, 36, 34)).astype(np.uint8))
+    mask[0, 0, :20] = 255
+    flat = np.flatnonzero((mask.numpy() > 0) & (mask.numpy() < 255))
+    flat = flat[mask.numpy().ravel()[flat].argsort(kind="stable")]
+    ends = np.searchsorted(mask.numpy().ravel()[flat], np.arange(1, 5))
+    image = mask[None].float() + 1
+    return {
+        "image": image,
+        "mask": mask,
+        "voxels": (torch.from_numpy(flat), ends),
+        "regions": regions,
+    }
+
+
+def test_crops_of_image_and_mask_are_of_one_place():
+    config = SimpleNamespace(image_size=(32, 16, 16))
+    settings = recipes.replace(recipes.SWIN["default"], augment={"flip": (0.5, 0.5, 0.5)})
+    item = recipes.volume_inputs(sample(), True, np.random.default_rng(1), config, settings)
+    assert item["image"].shape == (4, 1, 32, 16, 16) and item["mask"].shape == (4, 1, 32, 16, 16)
+    assert torch.equal(item["image"], item["mask"] + 1.0)
+    batch = recipes.collate_crops([item, item])
+    assert batch["image"].shape == (8, 1, 32, 16, 16)
+
+
+def test_regions_become_a_mask_each():
+    config = SimpleNamespace(image_size=(40, 36, 34))  # the whole
+    settings = recipes.replace(recipes.SWIN["default"], augment={}, crops_per_volume=1)
+    one, regions = sample(((1, 3), (1, 2, 3), (3,))), [[1, 3], [1, 2, 3], [3]]
+    mask = recipes.volume_inputs(one, True, np.random.default_rng(1), config, settings)["mask"][0]
+    assert mask.shape == (3, 40, 36, 34)
+    valid = one["mask"] != 255
+    for found, numbers in zip(mask, regions):
+        expected = torch.from_numpy(np.isin(one["mask"].numpy(), numbers))
+        assert torch.equal(found[valid], expected[valid].byte()) and (found[~valid] == 255).all()
+    logits = torch.randn(1, 3, 40, 36, 34)
+    loss = recipes.volume_loss(logits, {"mask": mask[None]})[0]
+    assert torch.equal(loss, losses.dice_bce(logits, mask[None])[0])
+
+
+# --- a run ---------------------------------------------------------------------------------------
+
+
+def test_a_run_validates_when_asked_and_writes_what_it_did(run):
+    found = rows(run.out / "metrics.csv")
+    assert [row["val_dice"] != "" for row in found] == [False, True, True]
+    config = json.loads((run.out / "config.json").read_text())
+    assert config["options"]["eval_every"] == 2 and config["options"]["crops_per_volume"] == 2
+    assert config["class"] == "SwinUNETR" and config["config"]["spacing"] == [4.0, 4.0, 4.0]
+    assert config["classes"] == ["background", "left kidney", "liver"]
+    model = swin_unetr3d.SwinUNETR.from_pretrained(run.out)
+    assert model.config.image_size == SIZE and model.config.num_classes == 3
+    assert (run.out / "test/overlays/sheet.png").is_file() and (run.out / "curves.png").is_file()
+
+
+def test_the_written_label_map_has_the_printed_dice(run, tmp_path, monkeypatch, capsys):
+    """Of the file, read with nibabel beside the truth's: one grid, one affine, one Dice."""
+    arguments = ["--weights", run.out, "--out", tmp_path / "p", "--overlap", 0, "--overlays"]
+    code, _, error = command(monkeypatch, capsys, predict, *arguments, run.root)
+    assert code == 0, error
+    found = nibabel.load(tmp_path / "p" / "case2.nii.gz")
+    truth = nibabel.load(run.root / "labelsTr" / "case2.nii.gz")
+    assert found.shape == truth.shape and np.array_equal(found.affine, truth.affine)
+    p, t = (np.asarray(x.dataobj) for x in (found, truth))
+    assert {*np.unique(p)} <= {0, 1, 2}
+    for row in rows(run.out / "test/per_image.csv"):
+        k = ["background", "left kidney", "liver"].index(row["class"])
+        if k:
+            both, sum_ = ((p == k) & (t == k)).sum(), (p == k).sum() + (t == k).sum()
+            assert abs(float(row["dice"]) - (2 * both / sum_ if sum_ else 1)) < 1e-12
+            assert int(row["tp"]) == both
+    names = json.loads((tmp_path / "p" / "classes.json").read_text())
+    assert names == ORGANS and (tmp_path / "p" / "case2_overlay.png").is_file()
+
+
+@pytest.mark.parametrize("stored", ["LAS", "LPS", "SAR"])
+def test_however_a_volume_is_stored_the_prediction_is_the_same(
+    run, tmp_path, stored, monkeypatch, capsys
+):
+    wanted = nibabel.orientations.axcodes2ornt(stored)
+    original = nibabel.load(run.root / "imagesTr" / "case0.nii.gz")
+    nibabel.save(original, tmp_path / "ras.nii.gz")
+    nibabel.save(
+        original.as_reoriented(
+            nibabel.orientations.ornt_transform(nibabel.io_orientation(original.affine), wanted)
+        ),
+        tmp_path / "other.nii.gz",
+    )
+    arguments = ["--weights", run.out, "--out", tmp_path / "p", "--overlap", 0]
+    files = tmp_path / "ras.nii.gz", tmp_path / "other.nii.gz"
+    code, _, error = command(monkeypatch, capsys, predict, *arguments, *files)
+    assert code == 0, error
+    ras, other = (nibabel.load(tmp_path / "p" / file.name) for file in files)
+    assert nibabel.aff2axcodes(other.affine) == tuple(stored)
+    assert np.array_equal(other.affine, nibabel.load(files[1]).affine)
+    back = nibabel.as_closest_canonical(other)
+    assert np.array_equal(np.asarray(back.dataobj), np.asarray(ras.dataobj))
+    assert len(np.unique(ras.dataobj)) > 1  # not all background
+
+
+def test_overfit_says_so_and_needs_one_case(run, tmp_path, monkeypatch, capsys):
+    arguments = trained(run.root, tmp_path / "o", "--overfit", 1, "--epochs", 1)
+    code, text, error = command(monkeypatch, capsys, train, *arguments)
+    assert code == 0, error
+    assert "train, val and test are the same: 1 volume" in text and "nothing of new cases" in text
+    val = float(rows(tmp_path / "o/metrics.csv")[-1]["val_dice"])
+    summary = json.loads((tmp_path / "o/test/summary.json").read_text())
+    assert summary["tests"]["overfit"]["dice"]["mean"] == pytest.approx(val, abs=1e-12)
+
+
+# --- classes that overlap ------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def brats(tmp_path_factory):
+    """A run on two regions of two channels, and its data."""
+    root = tmp_path_factory.mktemp("brats") / "set"
+    data_set(root, {"background": 0, "whole": [1, 2], "core": [2]}, "MR", channels=2)
+    options = {"model": "swin_unetr3d", "variant": "mini", "weights": "none", "data": [str(root)]}
+    options |= {"size": list(SIZE), "spacing": [4.0, 4.0, 4.0], "intensity": ["zscore"]}
+    options |= {"workers": 0, "overlap": 0.0, "out": str(root.parent / "run"), "epochs": 1}
+    options |= {"crops_per_volume": 1, "cache": str(root.parent / "cache"), "eval_every": 1}
+    summary = train.run(train.Options(**options))
+    return SimpleNamespace(root=root, out=root.parent / "run", summary=summary)
+
+
+def test_regions_are_scored_each_and_predicted_to_a_file_each(brats, tmp_path, monkeypatch, capsys):
+    arguments = ["--weights", brats.out, "--out", tmp_path / "p", "--overlap", 0]
+    arguments += ["--probabilities", "--overlays", "--largest-component", brats.root]
+    arguments.remove("--largest-component")
+    code, _, error = command(monkeypatch, capsys, predict, *arguments)
+    assert code == 0, error
+    truth = np.asarray(nibabel.load(brats.root / "labelsTr/case2.nii.gz").dataobj)
+    scores = {row["class"]: row for row in rows(brats.out / "test/per_image.csv")}
+    for name, numbers in ("whole", [1, 2]), ("core", [2]):
+        p = np.asarray(nibabel.load(tmp_path / "p" / f"case2_{name}.nii.gz").dataobj) == 1
+        t = np.isin(truth, numbers)
+        assert (
+            int(scores[name]["tp"]) == (p & t).sum() and int(scores[name]["fp"]) == (p & ~t).sum()
+        )
+    assert (tmp_path / "p/case2_probability.nii.gz").is_file()
+    assert not (tmp_path / "p/case2.nii.gz").exists()
+
+
+# --- what is refused -----------------------------------------------------------------------------
+
+
+def refused(monkeypatch, capsys, module, *arguments):
+    code, _, error = command(monkeypatch, capsys, module, *arguments)
+    assert code == 2 and error.count("\n") == 1, error
+    return error
+
+
+@pytest.mark.parametrize(
+    "how, message",
+    [
+        ({"modality": "MR"}, "--intensity zscore"),
+        ({"labels": {"0": "background", "1": "left kidney"}}, "holds 2"),
+    ],
+)
+def test_data_that_does_not_fit(tmp_path, how, message, monkeypatch, capsys):
+    root = data_set(tmp_path / "set", **how)
+    arguments = trained(root, tmp_path / "run", "--epochs", 1)
+    assert message in refused(monkeypatch, capsys, train, *arguments)
+
+
+def test_another_number_of_channels(run, tmp_path, monkeypatch, capsys):
+    root = data_set(tmp_path / "two", channels=2)
+    arguments = ["--weights", run.out, "--eval", "--test", root, "--out", tmp_path / "e"]
+    assert "2 channels, the model takes 1" in refused(monkeypatch, capsys, train, *arguments)
+    arguments = ["--weights", run.out, "--out", tmp_path / "p", root / "imagesTr"]
+    assert "2 channels, the model takes 1" in refused(monkeypatch, capsys, predict, *arguments)
+    assert not (tmp_path / "p").exists()
+
+
+def test_other_classes_than_trained(run, tmp_path, monkeypatch, capsys):
+    root = data_set(tmp_path / "set", ORGANS | {"2": "spleen"})
+    arguments = ["--weights", run.out, "--eval", "--test", root, "--out", tmp_path / "e"]
+    assert "trained were background, left kidney" in refused(monkeypatch, capsys, train, *arguments)
+
+
+def test_images_for_a_model_of_volumes_and_the_reverse(run, tmp_path, monkeypatch, capsys):
+    arguments = ["--model", "segformer", "--weights", "none", "--data", run.root]
+    arguments += ["--out", tmp_path / "r"]
+    assert "holds volumes, segformer takes images" in refused(
+        monkeypatch, capsys, train, *arguments
+    )
+
+
+@pytest.mark.parametrize(
+    "model, arguments, message",
+    [
+        ("segformer", ["--crops-per-volume", 2], "segformer takes images"),
+        ("segformer", ["--size", 64, 64, 64], "one number"),
+        ("swin_unetr3d", ["--size", 64, 64], "of volumes three"),
+        ("swin_unetr3d", ["--views", "original"], "takes volumes"),
+        ("swin_unetr3d", ["--score-size", "network"], "own grid"),
+        ("swin_unetr3d", ["--schedule", "plateau"], "--schedule plateau"),
+        ("swin_unetr3d", ["--intensity", 250, -175], "the lower first"),
+        ("swin_unetr3d", ["--overlap", 1], "below 1"),
+        ("swin_unetr3d", ["--spacing", 1, 1, 0], "above 0"),
+        ("swin_unetr3d", ["--crop-ratio", 1, 1, 1, 1], "4 ratios"),
+        ("swin_unetr3d", ["--overfit", 1, "--fold", "0/2"], "--overfit"),
+    ],
+)
+def test_options_that_do_not_fit(run, tmp_path, model, arguments, message, monkeypatch, capsys):
+    given = ["--model", model, "--weights", "none", "--data", run.root, "--out", tmp_path / "r"]
+    given += ["--variant", "mini", "--cache", tmp_path / "cache", "--workers", 0, *arguments]
+    assert message in refused(monkeypatch, capsys, train, *given)
+
+
+def test_a_hidden_file_of_macos_and_a_cut_one(run, tmp_path, monkeypatch, capsys):
+    whole = (run.root / "imagesTr/case0.nii.gz").read_bytes()
+    (tmp_path / "._a.nii.gz").write_bytes(b"\0" * 100)
+    (tmp_path / "cut.nii.gz").write_bytes(whole[: len(whole) // 2])
+    arguments = ["--weights", run.out, "--out", tmp_path / "p"]
+    error = refused(monkeypatch, capsys, predict, *arguments, tmp_path / "._a.nii.gz")
+    assert "macOS" in error
+    error = refused(monkeypatch, capsys, predict, *arguments, tmp_path)  # without ._a
+    assert "cut.nii.gz" in error and "replace the file" in error

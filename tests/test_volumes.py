@@ -1,0 +1,838 @@
+"""Volumes against nibabel and MONAI: where voxels come from and where they go back to."""
+
+import gzip
+import itertools
+import json
+import pickle
+import subprocess
+import sys
+import warnings
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, close, contents
+from monai.data import MetaTensor
+from monai.inferers import sliding_window_inference
+from monai.transforms import RandCropByPosNegLabel, RandRotate, Spacing
+from scipy import ndimage
+
+import volumes
+from layouts import Entry
+from volumes import VolumeSet
+
+SPACING = (0.9, 1.3, 2.5)  # mm, of the volumes below in RAS
+softmax = partial(torch.softmax, dim=0)
+
+
+def same(x):
+    return x
+
+
+def soft(x):
+    """Something whose zeros are at places that resampling decides on."""
+    return ((x + 100) / 300).clamp(0, 1)
+
+
+def ramp(low, high, x):
+    return ((x - low) / (high - low)).clamp(0, 1)
+
+
+def ras_volume(seed=0, size=(19, 14, 9)):
+    """A smooth image with a dark frame, labels of three classes, and an oblique affine in RAS."""
+    rng = np.random.default_rng(seed)
+    image = ndimage.gaussian_filter(rng.normal(size=size), 1.5)
+    image = (image / image.std() * 200).astype(np.int16)
+    image[:3], image[:, :2] = -1000, -1000
+    labels = np.zeros(size, np.uint8)
+    labels[5:12, 4:10, 2:7], labels[12:15, 4:10, 2:7] = 1, 2
+    tilt = np.eye(4)
+    tilt[:2, :2] = [[np.cos(0.1), -np.sin(0.1)], [np.sin(0.1), np.cos(0.1)]]
+    affine = tilt @ np.diag([*SPACING, 1])
+    affine[:3, 3] = -20, 31.5, 7
+    return image, labels, affine
+
+
+def store(path, x, affine, axes, code=1, kind=nibabel.Nifti1Image):
+    """Writes an array in RAS with other axes, "LAS" or "SLP", by nibabel alone."""
+    turn = nibabel.orientations.ornt_transform(
+        nibabel.io_orientation(affine), nibabel.orientations.axcodes2ornt(axes)
+    )
+    stored = nibabel.orientations.apply_orientation(x, turn)
+    affine = affine @ nibabel.orientations.inv_ornt_aff(turn, x.shape[:3])
+    file = kind(stored, affine)
+    file.set_sform(affine, code)
+    file.set_qform(affine, code)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nibabel.save(file, path)
+    return path
+
+
+def make_set(root, axes=("RAS",), **more) -> list[Entry]:
+    """A data set whose volumes are stored with the given axes."""
+    entries = []
+    for i, code in enumerate(axes):
+        image, labels, affine = ras_volume(more.get("seed", 0))
+        files = root / "imagesTr" / f"v{i}.nii.gz", root / "labelsTr" / f"v{i}.nii.gz"
+        store(files[0], image, affine, code), store(files[1], labels, affine, code)
+        names = ("background", "liver", "spleen")
+        entries.append(Entry(f"v{i}", *files, {}, root, classes=names, labels=(0, 1, 2)))
+    return entries
+
+
+def write(path, x, affine=None, change=same) -> Path:
+    """A NIfTI file whose header `change` has changed."""
+    file = nibabel.Nifti1Image(x, np.eye(4) if affine is None else affine)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nibabel.save(change(file) or file, path)
+    return path
+
+
+# --- files ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("axes", ["RAS", "LAS", "LPS", "SLP", "IAR"])
+@pytest.mark.parametrize("end", [".nii.gz", ".nii"])
+def test_stored_axes_do_not_matter_and_come_back(tmp_path, axes, end):
+    image, labels, affine = ras_volume()
+    path = store(tmp_path / f"image{end}", image, affine, axes)
+    there = store(tmp_path / f"labels{end}", labels, affine, axes)
+    assert "".join(nibabel.aff2axcodes(nibabel.load(path).affine)) == axes
+    ours, grid = volumes.read_image(path)
+    assert ours.dtype == np.float32 and ours.flags.c_contiguous
+    np.testing.assert_array_equal(ours[0], image)
+    np.testing.assert_array_equal(volumes.read_labels(there, grid, 3), labels)
+    np.testing.assert_allclose(grid.ras_affine, affine, atol=1e-5)
+    np.testing.assert_allclose(grid.spacing, SPACING, atol=1e-6)
+    assert grid.size == image.shape and volumes.read_grid(path).size == image.shape
+
+    prepared, place = volumes.prepare_image(ours, grid, (1.5, 1.5, 2.0), soft)
+    truth, right = volumes.prepare_image(
+        image[None].astype(np.float32), volumes.read_grid(path), (1.5, 1.5, 2.0), soft
+    )
+    assert torch.equal(prepared, truth) and place == right
+
+    volumes.write(tmp_path / "out" / f"o{end}", labels, grid)
+    stored, out = nibabel.load(path), nibabel.load(tmp_path / "out" / f"o{end}")
+    assert out.shape == stored.shape and out.get_data_dtype() == np.uint8
+    np.testing.assert_array_equal(out.affine, stored.affine)
+    np.testing.assert_array_equal(out.get_fdata(), nibabel.load(there).get_fdata())
+    assert [p.name for p in (tmp_path / "out").iterdir()] == [f"o{end}"]
+
+
+def test_written_volumes_keep_both_transforms_and_units(tmp_path):
+    def change(file):
+        other = file.affine.copy()
+        other[:3, 3] += 5
+        file.set_sform(file.affine, 2), file.set_qform(other, 4)
+        file.header.set_xyzt_units("mm", "sec")
+        file.header["cal_max"] = 3000
+
+    _, labels, affine = ras_volume()
+    path = write(tmp_path / "a.nii.gz", labels.astype(np.int16), affine, change)
+    grid = volumes.read_grid(path)
+    stored = nibabel.load(path)
+    for volume in labels, labels.astype(np.float32) / 7:
+        volumes.write(tmp_path / "b.nii.gz", volume, grid)
+        out = nibabel.load(tmp_path / "b.nii.gz")
+        np.testing.assert_array_equal(out.get_fdata(dtype=np.float32), volume)
+        for ours, theirs in zip(
+            (*out.get_sform(True), *out.get_qform(True)),
+            (*stored.get_sform(True), *stored.get_qform(True)),
+        ):
+            np.testing.assert_array_equal(ours, theirs)
+        assert out.header.get_xyzt_units() == ("mm", "sec") and out.header["cal_max"] == 0
+    with pytest.raises(ValueError, match=r"b\.mha: a volume must be named"):
+        volumes.write(tmp_path / "b.mha", labels, grid)
+
+
+def test_nifti_2_scales_and_floats(tmp_path):
+    image, _, affine = ras_volume()
+    file = nibabel.Nifti2Image(image, affine)
+    file.header.set_slope_inter(0.5, -3)
+    nibabel.save(file, tmp_path / "a.nii.gz")
+    truth = nibabel.load(tmp_path / "a.nii.gz")
+    assert truth.dataobj.slope == 0.5
+    ours, grid = volumes.read_image(tmp_path / "a.nii.gz")
+    np.testing.assert_allclose(ours[0], truth.get_fdata(), rtol=1e-6)
+    volumes.write(tmp_path / "b.nii.gz", np.ones(image.shape, np.uint8), grid)
+    out = nibabel.load(tmp_path / "b.nii.gz")
+    assert (out.get_fdata() == 1).all() and np.array_equal(out.affine, truth.affine)
+
+
+def test_channels_of_one_file_and_of_several(tmp_path):
+    image, _, affine = ras_volume()
+    several = np.stack([image, image // 2, 7 - image], 3)
+    one = store(tmp_path / "c.nii.gz", several, affine, "LPS")
+    files = [
+        store(tmp_path / f"c_000{k}.nii.gz", several[..., k], affine, code)
+        for k, code in enumerate(("RAS", "LAS", "SLP"))
+    ]
+    for paths in one, files:
+        ours, grid = volumes.read_image(paths)
+        np.testing.assert_array_equal(ours, several.transpose(3, 0, 1, 2))
+    assert grid.file == files[0] and volumes.read_grid(one).channels == 3
+    with pytest.raises(ValueError, match=r"c\.nii\.gz: 3 channels, the model takes 4; choose"):
+        volumes.check_channels(one, ours, 4)
+
+
+def test_what_is_no_number_becomes_the_smallest_value(tmp_path, capsys):
+    x = np.full((4, 5, 6, 2), 50.0, np.float32)
+    x[1, 2, 3] = -1000, -7
+    x[0, 0, 0, 0], x[0, 0, 1, 0], x[3, 3, 3, 1] = np.nan, np.inf, np.nan
+    ours, _ = volumes.read_image(write(tmp_path / "a.nii.gz", x))
+    assert ours[0, 0, 0, :2].tolist() == [-1000, -1000] and ours[1, 3, 3, 3] == -7
+    assert (ours == 50).sum() == 240 - 2 - 3
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 and "2 voxels are not finite; read as -1000" in lines[0]
+    x[..., 1] = np.nan
+    with pytest.raises(ValueError, match=r"a\.nii\.gz: a channel has no finite number"):
+        volumes.read_image(write(tmp_path / "a.nii.gz", x))
+
+
+def test_labels_by_their_numbers(tmp_path):
+    x = np.zeros((3, 4, 5), np.int16)
+    x[0], x[1], x[2, 0] = 500, 2, 255
+    path = write(tmp_path / "l.nii.gz", x)
+    ours = volumes.read_labels(path, volumes.read_grid(path), (0, 2, 500))
+    assert ours[0].max() == ours[0].min() == 2 and (ours[1] == 1).all()
+    assert (ours[2, 0] == 255).all() and (ours[2, 1:] == 0).all()
+    x[2, 0] = 0  # floats that are whole
+    path = write(tmp_path / "l.nii.gz", x.astype(np.float64))
+    assert volumes.read_labels(path, volumes.read_grid(path), (0, 2, 500)).max() == 2
+    x[0], x[2, 0] = 1, 255  # named, it is a class
+    path = write(tmp_path / "l.nii.gz", x)
+    ours = volumes.read_labels(path, volumes.read_grid(path), (0, 1, 2, 255))
+    assert np.unique(ours).tolist() == [0, 1, 2, 3]
+
+
+def no_codes(file):
+    file.set_sform(None, 0), file.set_qform(None, 0)
+    file.header["sform_code"] = file.header["qform_code"] = 0
+
+
+def flat(file):
+    file.header["srow_x"] = file.header["srow_y"]
+
+
+def damaged(tmp_path):
+    """name: (file, what its line says)"""
+    rng = np.random.default_rng(0)
+    noise = rng.integers(0, 1000, (9, 8, 7)).astype(np.int16)
+    write(tmp_path / "cut.nii.gz", noise)
+    data = (tmp_path / "cut.nii.gz").read_bytes()
+    (tmp_path / "cut.nii.gz").write_bytes(data[: len(data) // 2])
+    write(tmp_path / "short.nii", noise)
+    data = (tmp_path / "short.nii").read_bytes()
+    (tmp_path / "short.nii").write_bytes(data[:-300])
+    (tmp_path / "text.nii.gz").write_text("no volume")
+    with gzip.open(tmp_path / "zipped.nii.gz", "wb") as file:
+        file.write(b"no volume at all" * 100)
+    (tmp_path / "._a.nii.gz").write_bytes(b"\0\5\26\7")
+    nibabel.save(nibabel.MGHImage(noise.astype(np.float32), np.eye(4)), tmp_path / "m.mgz")
+    rgb = np.zeros((3, 4, 5), [("R", "u1"), ("G", "u1"), ("B", "u1")])
+    singular = write(tmp_path / "flat.nii", noise)
+    raw = bytearray(singular.read_bytes())
+    raw[280:296] = raw[296:312]
+    singular.write_bytes(raw)
+    write(tmp_path / "two.nii.gz", noise[0])
+    write(tmp_path / "five.nii.gz", noise.reshape(3, 3, 8, 1, 7))
+    write(tmp_path / "none.nii.gz", noise, change=no_codes)
+    write(tmp_path / "rgb.nii.gz", rgb)
+    return {
+        "cut.nii.gz": "not readable as NIfTI .*replace",
+        "short.nii": "not readable as NIfTI .*replace",
+        "text.nii.gz": "not readable as NIfTI .*replace",
+        "zipped.nii.gz": "not readable as NIfTI .*replace",
+        "._a.nii.gz": "macOS.*delete",
+        "m.mgz": "MGHImage, not NIfTI; convert",
+        "two.nii.gz": "2 axes.*it needs X,Y,Z",
+        "five.nii.gz": "5 axes.*it needs X,Y,Z",
+        "none.nii.gz": "no affine .sform_code and qform_code are 0.; write",
+        "flat.nii": "singular.*set_sform",
+        "rgb.nii.gz": "save it as integers or floats",
+    }
+
+
+def test_bad_files_are_one_line_with_their_name(tmp_path):
+    for name, told in damaged(tmp_path).items():
+        with pytest.raises(ValueError, match=told) as error:
+            volumes.read_image(tmp_path / name)
+        assert str(tmp_path / name) in str(error.value) and "\n" not in str(error.value), name
+    with pytest.raises(FileNotFoundError, match=r"lost\.nii: no such file"):
+        volumes.read_grid(tmp_path / "lost.nii")
+
+
+def test_labels_that_do_not_fit_are_one_line(tmp_path):
+    image, labels, affine = ras_volume()
+    grid = volumes.read_grid(write(tmp_path / "image.nii.gz", image, affine))
+
+    def refused(told, x=labels, affine=affine, numbers=3):
+        path = write(tmp_path / "l.nii.gz", x, affine)
+        with pytest.raises(ValueError, match=told) as error:
+            volumes.read_labels(path, grid, numbers)
+        assert str(error.value).startswith(f"{path}: ") and "\n" not in str(error.value)
+
+    moved = affine.copy()
+    moved[0, 3] += 2e-3
+    refused(r"affine is 0\.002 off .*image\.nii\.gz's; resample", affine=moved)
+    moved[0, 3] -= 1.5e-3
+    path = write(tmp_path / "l.nii.gz", labels, moved)
+    np.testing.assert_array_equal(volumes.read_labels(path, grid, 3), labels)
+    refused(r"\(19, 14, 8\) voxels, but .*image\.nii\.gz has \(19, 14, 9\)", labels[..., :8])
+    refused(r"holds 2, but the classes are \[0, 1\]; name it in dataset\.json", numbers=2)
+    refused(r"holds -1, but the classes", labels.astype(np.int16) - 1)
+    refused(r"holds 70000, but the classes", labels.astype(np.int32) + 70000)
+    refused(r"holds 0\.5, no whole number; resample labels by nearest", labels / 2)
+    refused(r"holds nan, no whole number", np.where(labels, labels, np.nan))
+    refused(r"2 channels; a label map has one", np.stack([labels] * 2, 3))
+
+
+# --- resampling ----------------------------------------------------------------------------------
+
+CASES = list(
+    itertools.product([(17, 12, 9), (8, 31, 5)], [(1.5, 1.5, 2.0), (0.7, 2.9, 1.1), (0.9, 1.3, 5)])
+)
+
+
+@pytest.mark.parametrize(("size", "spacing"), CASES)
+def test_resample_is_monais_spacing(size, spacing):
+    affine = np.diag([*SPACING, 1])
+    x = torch.randn(2, *size, generator=torch.Generator().manual_seed(0))
+    new = volumes.resampled_size(size, SPACING, spacing)
+    ratio = tuple(b / a for a, b in zip(SPACING, spacing))
+    image = MetaTensor(x, affine=torch.from_numpy(affine))
+    theirs = Spacing(spacing, mode="bilinear")(image).as_tensor()
+    assert new == tuple(theirs.shape[1:])
+    close(volumes.resample(x, new, ratio), theirs, 2e-6)
+
+    labels = (x[:1] * 50).round().clamp(0, 255).to(torch.uint8)
+    theirs = Spacing(spacing, mode="nearest")(MetaTensor(labels, affine=image.affine)).as_tensor()
+    ours = volumes.resample(labels, new, ratio, nearest=True)
+    assert ours.dtype == torch.uint8
+    clear = torch.ones(new, dtype=torch.bool)  # away from ties, which float32 decides
+    for axis, (n, r) in enumerate(zip(new, ratio)):
+        tie = np.abs(np.arange(n) * r % 1 - 0.5) < 1e-4
+        clear &= torch.from_numpy(~tie).reshape(-1, *[1] * (2 - axis))
+    assert clear.float().mean() > 0.4
+    assert torch.equal(ours[0][clear], theirs[0].to(torch.uint8)[clear])
+
+
+def test_resample_changes_neither_its_input_nor_what_it_need_not():
+    x = torch.rand(1, 5, 6, 7)
+    kept = x.clone()
+    assert torch.equal(volumes.resample(x, (5, 6, 7), (1, 1, 1)), x)
+    volumes.resample(x, (5, 6, 13), (1, 1, 0.5))
+    assert torch.equal(x, kept)
+
+
+# --- there and back ------------------------------------------------------------------------------
+
+
+def a_grid(size, spacing=SPACING):
+    return volumes.Grid(Path("-"), np.diag([*spacing, 1]), tuple(size), 1, b"")
+
+
+def test_equal_spacing_is_the_identity_both_ways():
+    image = np.random.default_rng(0).normal(size=(2, 12, 9, 7)).astype(np.float32)
+    image[:, :2], image[:, :, 7:] = 0, 0
+    x, place = volumes.prepare_image(image, a_grid(image.shape[1:]), SPACING, same)
+    assert x.shape == (2, 10, 7, 7)
+    close(volumes.restore(x, place, same, background=False), torch.from_numpy(image), 0)
+    # a header's rounding is not a reason to resample (and as MONAI, nothing below 0.001 mm is)
+    near = np.add(SPACING, 9e-4)
+    x, place = volumes.prepare_image(image, a_grid(image.shape[1:]), near, same)
+    close(volumes.restore(x, place, same, background=False), torch.from_numpy(image), 0)
+
+
+@pytest.mark.parametrize("spacing", [(1.5, 1.5, 2.0), (0.4, 1.0, 0.8), (3, 0.7, 2.5)])
+def test_a_ramp_comes_back(spacing):
+    """Linear there and linear back: a ramp is the same, but for a border that the grid misses."""
+    size = (40, 23, 17)
+    at = np.meshgrid(*(np.arange(n) * s for n, s in zip(size, SPACING)), indexing="ij")
+    image = (1 + at[0] * 0.3 - at[1] * 0.2 + at[2] + 5).astype(np.float32)[None]  # none is 0
+    x, place = volumes.prepare_image(image, a_grid(size), spacing, same)
+    ours = volumes.restore(x, place, same, background=False)
+    inside = np.ones(size, bool)
+    for axis, (n, m) in enumerate(zip(size, place.full)):
+        good = np.arange(n) * SPACING[axis] <= (m - 1) * spacing[axis] + 1e-9
+        good &= np.arange(n) <= n - 1 - spacing[axis] / SPACING[axis]
+        inside &= good.reshape(-1, *[1] * (2 - axis))
+    assert inside.mean() > 0.5
+    assert np.abs(ours[0].numpy() - image[0])[inside].max() < 1e-4
+    assert np.abs(ours[0].numpy() - image[0]).max() < 0.5 * sum(spacing)
+
+
+def test_restore_is_interpolation_at_the_files_voxels():
+    """Against scipy, on a box that does not begin at 0, in slabs or not."""
+    size, full, start, stop = (31, 17, 26), (24, 29, 26), (4, 5, 2), (20, 25, 19)
+    ratio = (30 / 23, 16 / 28, 1.0)
+    place = volumes.Place(size, ratio, full, start, stop)
+    logits = torch.randn(3, 16, 20, 17, generator=torch.Generator().manual_seed(1))
+    at = [np.arange(n) / r for n, r in zip(size, ratio)]
+    at = [np.minimum(a, m - 1) - s for a, m, s in zip(at, full, start)]
+    box = np.ix_(*[(a >= -0.5) & (a <= n - 0.5) for a, n in zip(at, logits.shape[1:])])
+    grid = np.meshgrid(*at, indexing="ij")
+    truth = [ndimage.map_coordinates(x.double(), grid, order=1, mode="nearest") for x in logits]
+    truth = torch.from_numpy(np.stack(truth)).softmax(0).float()
+    outside = torch.ones(size, dtype=torch.bool)
+    outside[box] = False
+    assert 0.3 < outside.float().mean() < 0.9
+    truth[:, outside] = torch.tensor([1.0, 0, 0])[:, None]
+    ours = volumes.restore(logits, place, softmax)
+    close(ours, truth, 1e-5)
+    truth[0, outside] = 0
+    close(volumes.restore(logits, place, softmax, background=False), truth, 1e-5)
+    one = volumes.restore(logits[:1], place, torch.sigmoid)
+    assert (one[0, outside] == 0).all() and (one[0][~outside] > 0).all()
+
+
+def test_restore_makes_one_result_and_small_slabs(monkeypatch):
+    seen = []
+    place = volumes.Place((64, 128, 128), (0.8,) * 3, (80, 160, 160), (0,) * 3, (80, 160, 160))
+
+    def activation(slab):
+        seen.append(slab.shape[1])
+        return slab
+
+    logits = torch.randn(20, 80, 160, 160)
+    whole = volumes.restore(logits, place, activation)
+    assert len(seen) > 1 and sum(seen) == 64 and max(seen) * 20 * 128 * 128 <= 2**24
+    seen.clear()
+    one = volumes.restore(logits[3:4], place, activation)
+    assert seen == [64]
+    close(whole[3:4], one, 0)
+
+
+def test_the_box_holds_all_that_is_not_zero():
+    image = np.zeros((2, 9, 8, 7), np.float32)
+    image[0, 3, 4, 5], image[1, 6, 2, 5] = 1, -1
+    x, place = volumes.prepare_image(image, a_grid((9, 8, 7)), SPACING, same)
+    assert place.start == (3, 2, 5) and place.stop == (7, 5, 6) and x.shape == (2, 4, 3, 1)
+    x, place = volumes.prepare_image(image * 0, a_grid((9, 8, 7)), SPACING, same)
+    assert x.shape == (2, 9, 8, 7) and place.start == (0, 0, 0)
+    # preprocessing comes first: with 1 added nothing is 0
+    x, place = volumes.prepare_image(image, a_grid((9, 8, 7)), SPACING, lambda x: x + 1)
+    assert place.stop == (9, 8, 7) and place.start != (3, 2, 5)
+
+
+# --- data sets -----------------------------------------------------------------------------------
+
+
+def prepare(entries, cache, preprocess=soft, spacing=(1.5, 1.5, 2.0), channels=1):
+    return VolumeSet(entries).prepared(spacing, preprocess, channels, cache)
+
+
+def test_samples_are_what_their_parts_make(tmp_path):
+    entries = make_set(tmp_path / "set", ("RAS", "LPS", "SLP"))
+    dataset = prepare(entries, tmp_path / "cache")
+    image, labels, affine = ras_volume()
+    first = dataset.sample(0)
+    for i in range(3):
+        sample = dataset.sample(i)
+        assert torch.equal(sample["image"], first["image"])  # stored axes do not matter
+        assert torch.equal(sample["mask"], first["mask"])
+        np.testing.assert_array_equal(sample["truth"], labels)
+        np.testing.assert_allclose(sample["affine"], affine, atol=1e-5)
+        assert sample["size"] == labels.shape and sample["file"] == entries[i].image
+        assert sample["name"] == f"v{i}" and sample["dataset"] == "set" and sample["prompt"] == ""
+    assert first["image"].dtype == torch.float32 and first["mask"].dtype == torch.uint8
+    new = MetaTensor(torch.from_numpy(image[None].astype(np.float32)), affine=torch.tensor(affine))
+    theirs = soft(Spacing((1.5, 1.5, 2.0))(new).as_tensor())
+    box = first["place"].box
+    close(first["image"], theirs[(..., *box)], 1e-5)
+    assert (theirs != 0).sum() == (first["image"] != 0).sum() and first["image"].shape[1] < len(
+        theirs[0]
+    )
+    new = MetaTensor(torch.from_numpy(labels[None]), affine=torch.tensor(affine))
+    theirs = Spacing((1.5, 1.5, 2.0), mode="nearest")(new).as_tensor()[0][box]
+    assert first["mask"].shape == theirs.shape and (first["mask"] != theirs).float().mean() < 0.02
+    voxels, offsets = first["voxels"]
+    found = np.unravel_index(voxels.numpy(), first["mask"].shape)
+    numbers = first["mask"].numpy()[found]
+    assert offsets[0] == 0 and len(voxels) == offsets[-1] == (first["mask"] > 0).sum()
+    assert (numbers[: offsets[1]] == 1).all() and (numbers[offsets[1] :] == 2).all()
+    assert offsets[1] == (first["mask"] == 1).sum() > 0
+
+
+def test_a_second_run_reads_nothing_anew(tmp_path, capsys, monkeypatch):
+    entries, cache = make_set(tmp_path / "set", ("RAS", "LPS")), tmp_path / "cache"
+    one = prepare(entries, cache).sample(0)
+    assert "preparing 2 volumes once into" in capsys.readouterr().out
+    before = contents(cache)
+    with monkeypatch.context() as patch:
+        patch.setattr(volumes, "read_image", None)
+        two = prepare(entries[:1], cache).sample(0)  # fewer, and in a data set of their own
+    assert torch.equal(one["image"], two["image"]) and not capsys.readouterr().out
+    assert contents(cache) == before
+    # other settings are other files, the number of classes of a model is none of them
+    prepare(entries, cache, partial(ramp, 0.0, 200.0))
+    prepare(entries, cache, spacing=(1.5, 1.5, 2.1))
+    made = len(contents(cache))
+    assert made == 3 * len(before)
+    prepare(entries, cache, lambda x: soft(x))
+    assert len(contents(cache)) == made
+    # and so is other content, in either file, or read by other numbers
+    size = len(before) // 2
+    other = nibabel.load(entries[1].mask)
+    stored = np.asarray(other.dataobj)
+    write(entries[1].mask, np.where(stored == 1, 255, stored), other.affine)
+    ignored = prepare(entries[1:], cache).sample(0)
+    assert len(contents(cache)) == made + size and 255 in ignored["mask"]
+    voxels, offsets = ignored["voxels"]
+    assert offsets.tolist() == [0, 0, len(voxels)] and len(voxels) == (ignored["mask"] == 2).sum()
+    swapped = prepare([replace(entries[0], labels=(0, 2, 1))], cache).sample(0)
+    assert len(contents(cache)) == made + 2 * size
+    assert torch.equal(swapped["mask"] == 2, one["mask"] == 1)
+    image = np.asarray(nibabel.load(entries[0].image).dataobj)
+    write(entries[0].image, image + 1, nibabel.load(entries[0].image).affine)
+    prepare(entries[:1], cache)
+    assert len(contents(cache)) == made + 3 * size
+
+
+def test_a_kill_leaves_nothing_half_done(tmp_path, monkeypatch):
+    entries, cache = make_set(tmp_path / "set", ("RAS", "LPS")), tmp_path / "cache"
+    right = prepare(entries, tmp_path / "right")
+    save, calls = np.save, []
+
+    def stop(file, array):
+        calls.append(array)
+        if len(calls) == 6:  # in the second volume
+            file.write(b"half")
+            raise KeyboardInterrupt
+        save(file, array)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "save", stop)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(entries, cache)
+    assert len(list(cache.glob("*.npz"))) == 1 and not list(cache.glob(".*"))
+    again = prepare(entries, cache)
+    assert contents(cache).keys() == contents(tmp_path / "right").keys()
+    for i in range(2):
+        assert torch.equal(again.sample(i)["image"], right.sample(i)["image"])
+        assert torch.equal(again.sample(i)["mask"], right.sample(i)["mask"])
+
+
+def test_workers_get_paths_and_not_voxels(tmp_path):
+    dataset = prepare(make_set(tmp_path / "set", ("RAS",) * 9), tmp_path / "cache")
+    sample = dataset.sample(1)
+    text = pickle.dumps(dataset)
+    assert len(text) / 9 < 1500 < sample["image"].numel() * 4 + sample["truth"].numel()
+    there = pickle.loads(text).subset([1, 2])
+    assert len(there) == 2 and torch.equal(there.sample(0)["image"], sample["image"])
+    before = contents(tmp_path / "cache")
+    sample["image"].zero_(), sample["mask"].fill_(9)  # whoever writes changes no file
+    assert contents(tmp_path / "cache") == before
+    assert not torch.equal(there.sample(0)["image"], sample["image"])
+
+
+def test_data_sets_that_cannot_be(tmp_path, monkeypatch):
+    entries, cache = make_set(tmp_path / "set"), tmp_path / "cache"
+    one = entries[0]
+    with pytest.raises(ValueError, match=r"v0\.nii\.gz: 1 channels, the model takes 4"):
+        prepare(entries, cache, channels=4)
+    with pytest.raises(ValueError, match="no volumes"):
+        VolumeSet([])
+    other = Entry("w", one.image, one.mask, {}, tmp_path / "w", classes=("background", "kidney"))
+    with pytest.raises(ValueError, match="other classes than .*set's; pool like with like"):
+        VolumeSet([one, other])
+    other = Entry("w", one.image, tmp_path / "lost.nii", {}, one.root, classes=one.classes)
+    with pytest.raises(FileNotFoundError, match=r"lost\.nii: no such file"):
+        prepare([other], cache)
+    assert not cache.exists()  # so far headers told all
+    monkeypatch.setattr(volumes.shutil, "disk_usage", lambda _: type("", (), {"free": 5}))
+    with pytest.raises(OSError, match="up to 0 MB needed, 0 MB free; choose another .*--cache"):
+        prepare(entries, cache)
+    monkeypatch.undo()
+    write(one.mask, np.zeros((19, 14, 9), np.uint8), nibabel.load(one.image).affine)
+    with pytest.raises(ValueError, match="all 1 label maps are empty, .*v0.nii.gz for one"):
+        prepare(entries, cache)
+
+
+def test_real_volumes(real_data, tmp_path):
+    """What the README of each says, and the way through the model's grid and back."""
+    told = {"ct_thorax3d": "120x102x112", "brain_tumour3d": "256x256x25"}
+    for name, size in told.items():
+        root = real_data / name
+        settings = json.loads((root / "dataset.json").read_text())
+        items = settings["training"][:1]
+        entries = [
+            Entry(
+                "a", root / item["image"], root / item["label"], {}, root,
+                classes=tuple(settings["labels"].values()),
+            )
+            for item in items
+        ]  # fmt: skip
+        dataset = prepare(entries, tmp_path, partial(ramp, -175.0, 250.0))
+        assert size in dataset.describe() and dataset.describe().startswith("1 volume of")
+        sample, k = dataset.sample(0), len(dataset.classes)
+        one_hot = torch.nn.functional.one_hot(sample["mask"].long(), k).permute(3, 0, 1, 2).float()
+        labels = volumes.restore(one_hot * 20, sample["place"], softmax).argmax(0)
+        found, there = labels > 0, sample["truth"] > 0
+        both = (found & (labels == sample["truth"])).sum()
+        assert 2 * both / (found.sum() + there.sum()) > 0.95, name
+
+
+# --- crops ---------------------------------------------------------------------------------------
+
+
+def crop_volume(size=(24, 20, 16), seed=0):
+    """An image that names its own voxels, 0 at one end; a mask with two classes."""
+    image = torch.arange(1, np.prod(size) + 1, dtype=torch.float32).reshape(1, *size)
+    image[:, :3] = 0
+    mask = torch.zeros(size, dtype=torch.uint8)
+    mask[10:14, 8:12, 4:9], mask[20:22, 15:18, 10:12], mask[:, :2] = 1, 2, 255
+    return image, mask, places(mask)
+
+
+def places(mask, k=3):
+    flat = [np.flatnonzero(mask.ravel() == c) for c in range(1, k)]
+    offsets = np.cumsum([0, *map(len, flat)])
+    return torch.from_numpy(np.concatenate(flat).astype(np.int32)), offsets
+
+
+def centres(monkeypatch, image, mask, voxels, n, seed=0, **more):
+    """The labels of the voxels that crops are drawn around: those crops of 1 voxel hold."""
+    rng = np.random.default_rng(seed)
+    image, mask = volumes.random_crops(image, mask, voxels, n, (1, 1, 1), rng, **more)
+    return image.flatten().long() - 1, mask.flatten()
+
+
+@pytest.mark.parametrize(("ratios", "share"), [((1, 1), 0.5), ((1, 3), 0.75), ((0, 1), 1)])
+def test_crops_around_foreground_and_background(monkeypatch, ratios, share):
+    image, mask, voxels = crop_volume()
+    at, labels = centres(monkeypatch, image, mask, voxels, 4000, ratios=ratios)
+    assert abs((labels > 0).float().mean() - share) < 0.03 and (at >= 0).all()
+    assert not (labels == 255).any()
+    # each voxel of the foreground as often as any other, and so of the background
+    assert abs((labels == 1).sum() / (labels > 0).sum() - 80 / 92) < 0.03
+    if share < 1:
+        x = at[labels == 0] // (20 * 16)
+        counts = torch.bincount(x, minlength=24)[3:].float()
+        there = ((mask == 0) & (image[0] != 0)).sum((1, 2))[3:].float()
+        expected = there / there.sum() * len(x)
+        assert ((counts - expected) ** 2 / expected).sum() < 50  # 20 degrees of freedom: p 0.0002
+
+
+def test_crops_by_class(monkeypatch):
+    image, mask, voxels = crop_volume()
+    labels = centres(monkeypatch, image, mask, voxels, 3000, ratios=(1, 2, 5))[1]
+    shares = torch.bincount(labels.long(), minlength=3) / 3000
+    close(shares, torch.tensor([1, 2, 5]) / 8, 0.03)
+    mask[mask == 1] = 0  # what is not there is not drawn
+    labels = centres(monkeypatch, image, mask, places(mask), 3000, ratios=(1, 2, 5))[1]
+    close(torch.bincount(labels.long(), minlength=3) / 3000, torch.tensor([1, 0, 5]) / 6, 0.03)
+    with pytest.raises(ValueError, match="4 ratios of crops for 3 classes"):
+        centres(monkeypatch, image, mask, voxels, 1, ratios=(1, 2, 5, 1))
+
+
+@pytest.mark.parametrize("size", [(8, 7, 16), (24, 5, 2)])
+def test_crops_lie_where_monai_puts_them(size):
+    """As often at each place along each axis as RandCropByPosNegLabel's."""
+    image, mask, voxels = crop_volume()
+    image[:, :3] = 1
+    image[:] = torch.arange(1, image.numel() + 1).reshape(image.shape)
+    mask[mask == 255] = 0
+    n = 1500
+    ours, labels = volumes.random_crops(image, mask, voxels, n, size, np.random.default_rng(0))
+    assert ours.shape == (n, 1, *size) and labels.shape == (n, *size)
+    theirs = RandCropByPosNegLabel(size, num_samples=n, image_threshold=0, pos=1, neg=1)
+    theirs.set_random_state(0)
+    theirs = torch.stack([x.as_tensor() for x in theirs(image, label=mask[None], image=image)])
+    first = (x[:, 0, 0, 0, 0].long().numpy() - 1 for x in (ours, theirs))
+    first = [np.unravel_index(x, mask.shape) for x in first]
+    for a, b, have, want in zip(*first, mask.shape, size):
+        counts = [np.bincount(x, minlength=have - want + 1) / n for x in (a, b)]
+        assert len(counts[0]) == have - want + 1 and np.abs(counts[0] - counts[1]).max() < 0.06
+    for crop, label in zip(ours[:20], labels[:20]):  # image and mask are cut alike
+        at = np.unravel_index(crop.long().flatten().numpy() - 1, mask.shape)
+        assert torch.equal(label.flatten(), mask[at])
+
+
+def test_crops_larger_than_the_volume_have_zeros_around_them():
+    image, mask, voxels = crop_volume()
+    rng = np.random.default_rng(0)
+    crops, masks = volumes.random_crops(image, mask, voxels, 3, (29, 20, 21), rng)
+    inside = (slice(2, 26), slice(None), slice(2, 18))  # 5 missing: 2 before, 3 after
+    for crop, labels in zip(crops, masks):
+        assert torch.equal(crop[(0, *inside)], image[0]) and torch.equal(labels[inside], mask)
+        assert crop.sum() == image.sum() and labels.sum() == mask.sum()
+
+
+def test_crops_of_what_is_rare_or_empty():
+    image, mask, _ = crop_volume()
+    one = torch.zeros_like(image)
+    one[0, 7, 7, 7] = 5  # the only background
+    crops, _ = volumes.random_crops(
+        one, mask * 0, places(mask * 0), 5, (1, 1, 1), np.random.default_rng(0)
+    )
+    assert (crops == 5).all()
+    rng = np.random.default_rng(0)
+    crops, _ = volumes.random_crops(one * 0, mask * 0, places(mask * 0), 5, (4, 4, 4), rng)
+    assert crops.shape == (5, 1, 4, 4, 4) and (crops == 0).all()
+
+
+# --- augmentation --------------------------------------------------------------------------------
+
+
+def test_augmentation_moves_image_and_mask_alike():
+    mask = torch.randint(0, 200, (6, 6, 5), dtype=torch.uint8)
+    image = mask[None].float().repeat(2, 1, 1, 1)
+    seen = set()
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        new, labels = volumes.augment(image, mask, rng, flip=(0.5, 0.5, 0.5), rotate90=0.5)
+        assert new.shape == image.shape and torch.equal(new[1], labels.float())
+        assert torch.equal(labels.flatten().sort().values, mask.flatten().sort().values)
+        seen.add(labels.numpy().tobytes())
+    assert len(seen) == 16  # every turn and mirror image of a square plane, either way up
+    long = torch.randint(0, 200, (6, 4, 5), dtype=torch.uint8)
+    for seed in range(5):  # a crop keeps its shape
+        new, labels = volumes.augment(
+            long[None].float(), long, np.random.default_rng(seed), rotate90=1
+        )
+        assert torch.equal(labels, long.flip(0, 1)) and torch.equal(new[0], labels.float())
+
+
+def test_augmentation_happens_as_often_as_it_is_told():
+    image, mask = torch.ones(1, 2, 2, 2), torch.zeros(2, 2, 2, dtype=torch.uint8)
+    image[0, 0] = 0.5
+    rng = np.random.default_rng(0)
+    changed, amounts = 0, []
+    for _ in range(1500):
+        new, _ = volumes.augment(image, mask, rng, scale=(0.1, 0.2), shift=(0.3, 0.5))
+        change = (new - image)[0, :, 0, 0]
+        slope = (change[1] - change[0]) / 0.5
+        offset = change[1] - slope
+        changed += np.array([abs(slope) > 1e-6, abs(offset) > 1e-6])
+        amounts.append((float(slope), float(offset)))
+    assert np.abs(changed / 1500 - [0.2, 0.5]).max() < 0.04
+    assert np.abs(np.abs(amounts).max(0) - [0.1, 0.3]).max() < 0.005
+    flips = [
+        volumes.augment(image, mask, rng, flip=(0.3, 0, 0))[0][0, 0, 0, 0] for _ in range(1500)
+    ]
+    assert abs(np.mean(flips) - (0.5 + 0.5 * 0.3)) < 0.025
+    new, labels = volumes.augment(image, mask, rng)
+    assert torch.equal(new, image) and torch.equal(labels, mask)
+
+
+def test_turning_is_monais(monkeypatch):
+    image = torch.from_numpy(ras_volume(size=(15, 11, 6))[0][None].astype(np.float32))
+    mask = torch.from_numpy(ras_volume(size=(15, 11, 6))[1])
+    for degrees in 15.0, -40.0:
+        how = {"range_z": (np.radians(-degrees),) * 2, "prob": 1, "padding_mode": "border"}
+        both = {}
+        for mode in "bilinear", "nearest":
+            x = image if mode == "bilinear" else mask[None].float()
+            both[mode] = RandRotate(**how, mode=mode)(x).as_tensor()
+        fixed = type("", (), {"random": lambda _: 0.5, "uniform": lambda _, low, high: high})()
+        ours, labels = volumes.augment(image, mask, fixed, rotate=(degrees, 1))
+        close(ours, both["bilinear"], 0.05)  # of values to 600
+        assert (labels != both["nearest"][0]).float().mean() < 0.01
+        assert labels.dtype == torch.uint8
+
+
+# --- sliding windows -----------------------------------------------------------------------------
+
+WINDOWS = [
+    ((37, 29), (16, 12), 0.5),
+    ((9, 40), (16, 13), 0.25),
+    ((21, 18, 13), (8, 8, 8), 0.5),
+    ((21, 7, 5), (8, 9, 8), 0.7),
+    ((6, 5, 4), (8, 8, 9), 0.0),
+    ((16, 8, 8), (8, 8, 8), 0.6),
+]
+
+
+def place_dependent(windows):
+    """A model whose answer depends on where in the window a voxel is."""
+    where = torch.linspace(0, 1, windows[0, 0].numel()).reshape(windows.shape[2:])
+    mean = windows.mean(tuple(range(2, windows.ndim)), keepdim=True)
+    return torch.cat([windows * 2 + where, mean + where * 3, windows.square()], 1)
+
+
+@pytest.mark.parametrize("blend", ["gaussian", "constant"])
+@pytest.mark.parametrize(("size", "window", "overlap"), WINDOWS)
+def test_sliding_windows_are_monais(size, window, overlap, blend):
+    x = torch.randn(2, *size, generator=torch.Generator().manual_seed(0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = sliding_window_inference(
+            x[None], window, 3, place_dependent, overlap=overlap, mode=blend
+        )[0]
+    ours = volumes.sliding_window(place_dependent, x, window, overlap, batch=3, blend=blend)
+    close(ours, theirs, 1e-5)
+    some = volumes.sliding_window(
+        place_dependent, x, window, overlap, batch=2, blend=blend, classes=[4, 1]
+    )
+    close(some, theirs[[4, 1]], 1e-5)
+
+
+def test_sliding_windows_take_half_precision_and_refuse_what_is_wrong():
+    x = torch.randn(1, 20, 20)
+    exact = volumes.sliding_window(same, x, (8, 8))
+    half = volumes.sliding_window(lambda x: x.bfloat16(), x, (8, 8))
+    assert half.dtype == torch.float32
+    close(exact, x, 1e-6)
+    close(half, x, 0.02)
+    with pytest.raises(ValueError, match=r"windows of \(8, 8\) became \(4, 4\); resize"):
+        volumes.sliding_window(lambda x: x[..., ::2, ::2], x, (8, 8))
+    for wrong in {"blend": "gauss"}, {"overlap": 1.0}:
+        with pytest.raises(ValueError, match="blend gaussian or constant"):
+            volumes.sliding_window(same, x, (8, 8), **wrong)
+
+
+MEMORY = """
+import torch, volumes
+torch.set_num_threads(1)
+
+def run(image, classes):  # of 200 classes, which take no memory before they are kept
+    many = lambda x: x.expand(-1, 200, -1, -1, -1)
+    volumes.sliding_window(many, image, (32, 32, 32), overlap=0, classes=classes)
+    status = open("/proc/self/status").read().split("VmHWM:")[1]
+    return int(status.split()[0]) / 1024
+
+image = torch.rand(1, 128, 128, 128)
+peaks = run(image[:, :40, :40, :40], range(20)), run(image, [3]), run(image, list(range(20)))
+print(*(peak - peaks[0] for peak in peaks[1:]))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
+def test_only_the_classes_asked_for_take_memory():
+    """A class of this image takes 8 MB, as does the sum of the weights; all classes 1.7 GB."""
+    code = [sys.executable, "-c", MEMORY]
+    done = subprocess.run(code, cwd=ROOT, capture_output=True, text=True, check=True)
+    one, twenty = map(float, done.stdout.split())
+    assert one < 8 * 2 + 25
+    assert 8 * 21 - 25 < twenty < 8 * 21 + 40
+
+
+# --- components ----------------------------------------------------------------------------------
+
+
+def test_the_largest_component_of_each_class():
+    labels = np.zeros((9, 9, 9), np.uint8)
+    labels[:3, :3, :3], labels[3, 3, 3] = 1, 1  # touch at a corner: one component
+    labels[6:8, 6:8, 6:8] = 1
+    labels[0, 8, :], labels[5, 0, 0] = 3, 3
+    kept = labels.copy()
+    ours = volumes.largest_component(labels)
+    expected = labels.copy()
+    expected[6:8, 6:8, 6:8], expected[5, 0, 0] = 0, 0
+    np.testing.assert_array_equal(ours, expected)
+    np.testing.assert_array_equal(labels, kept)
+
+
+def test_grey_shows_what_the_model_sees():
+    image = np.linspace(-1000, 1000, 8 * 9 * 10, dtype=np.float32).reshape(1, 8, 9, 10)
+    grey = volumes.grey(image, partial(ramp, -175.0, 250.0))
+    assert grey.shape == (8, 9, 10) and grey.dtype == np.uint8
+    assert (grey[image[0] < -175] == 0).all() and (grey[image[0] > 250] == 255).all()
+    assert abs(int(grey[np.abs(image[0] - 37.5) < 3].mean()) - 127) < 4
+    assert (volumes.grey(image * 0, same) == 0).all()
