@@ -15,7 +15,7 @@ import nibabel
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, close, contents
+from conftest import ROOT, close, contents, stop_at_rename
 from monai.data import MetaTensor
 from monai.inferers import sliding_window_inference
 from monai.transforms import RandCropByPosNegLabel, RandRotate, Spacing
@@ -148,6 +148,17 @@ def test_written_volumes_keep_both_transforms_and_units(tmp_path):
         assert out.header.get_xyzt_units() == ("mm", "sec") and out.header["cal_max"] == 0
     with pytest.raises(ValueError, match=r"b\.mha: a volume must be named"):
         volumes.write(tmp_path / "b.mha", labels, grid)
+
+
+def test_a_kill_leaves_the_last_good_file(tmp_path, monkeypatch):
+    _, labels, affine = ras_volume()
+    grid = volumes.read_grid(write(tmp_path / "a.nii.gz", labels, affine))
+    volumes.write(tmp_path / "out" / "b.nii.gz", labels, grid)
+    before = contents(tmp_path / "out")
+    moved = stop_at_rename(monkeypatch, tmp_path / "out" / "b.nii.gz")
+    with pytest.raises(OSError, match="stopped"):
+        volumes.write(tmp_path / "out" / "b.nii.gz", labels * 2, grid)
+    assert moved and contents(tmp_path / "out") == before
 
 
 def test_nifti_2_scales_and_floats(tmp_path):
@@ -476,6 +487,10 @@ def test_a_second_run_reads_nothing_anew(tmp_path, capsys, monkeypatch):
     assert made == 3 * len(before)
     prepare(entries, cache, lambda x: soft(x))
     assert len(contents(cache)) == made
+    # also what is made of 0 alone is a setting
+    prepare(entries, cache, lambda x: soft(x).masked_fill(x == 0, 0.5))
+    assert len(contents(cache)) == made + len(before)
+    made += len(before)
     # and so is other content, in either file, or read by other numbers
     size = len(before) // 2
     other = nibabel.load(entries[1].mask)
