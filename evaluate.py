@@ -72,8 +72,8 @@ def foreground(classes: tuple[str, ...]) -> tuple[str, ...]:
     return classes[1:] if len(classes) > 1 else classes
 
 
-def each_is(numbers: np.ndarray, classes: range) -> np.ndarray:
-    """Class numbers (*size) -> bool (n,*size): where they are each of n classes."""
+def each_is(numbers: np.ndarray, classes) -> np.ndarray:
+    """Class numbers (*size) -> bool (n,*size): where they are each of n."""
     return np.stack([numbers == k for k in classes])
 
 

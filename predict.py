@@ -217,8 +217,10 @@ def list_volumes(args, channels: int) -> dict[str, list[Path]]:
             files += layouts.volumes_in(place) if place.is_dir() else [place]
     if channels > 1:
         cases += layouts.channels_of(files).items()
-    else:  # patient_0001, patient_0002 are no channels
-        cases += [(layouts.without_ending(file), [file]) for file in files]
+    else:  # patient_0001, patient_0002 are no channels; _0000 of all is nnU-Net's ending
+        stems = [layouts.without_ending(file) for file in files]
+        end = "_0000" if all(stem.endswith("_0000") for stem in stems) else ""
+        cases += [(stem.removesuffix(end), [file]) for stem, file in zip(stems, files)]
     names = [name for name, _ in cases]
     if len({*names}) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
@@ -247,38 +249,43 @@ def predict_volumes(family, run: dict, args) -> int:
     classes = run.get("classes") or list(c.classes)
     classes = classes or [f"class {k}" for k in range(c.num_classes + c.overlapping)]
     classes = classes if len(classes) > 1 else ["background", *classes]
+    numbers = None if c.overlapping else run.get("labels")
+    if numbers is None or max(numbers) > 255:  # label maps are of bytes
+        numbers = list(range(len(classes)))
     check_threshold(1 if c.overlapping else c.num_classes, args.threshold)
     cases = list_volumes(args, c.in_channels)
     made = {name: volume_outputs(name, classes, c.overlapping, args) for name in cases}
     check_new([path for files in made.values() for path in files.values()])
+    for files in cases.values():  # before anything takes long
+        channels = sum(volumes.read_grid(file).channels for file in files)
+        volumes.check_channels(files[0], channels, c.in_channels)
     for name, files in tqdm(cases.items(), desc="predict", unit="volume", disable=None):
         image, grid = volumes.read_image(files)  # (C,X,Y,Z)
-        volumes.check_channels(files[0], image, c.in_channels)
         prepared, place = volumes.prepare_image(image, grid, c.spacing, model.preprocess)
         with torch.no_grad():
             p = recipe.predict(model, {"image": prepared, "place": place})[0].numpy()
-        write_volume(made[name], image, p, grid, model, args)
+        write_volume(made[name], image, p, grid, model, numbers, args)
     report.save_picture(Path(args.out) / "legend.png", report.legend(tuple(classes[1:])))
-    report.write_json(Path(args.out) / "classes.json", dict(enumerate(classes)))
+    report.write_json(Path(args.out) / "classes.json", dict(zip(numbers, classes)))
     print(f"{len(cases)} volumes in {args.out}")
     return 0
 
 
-def write_volume(files: dict[str, Path], image, probabilities, grid, model, args) -> None:
-    """The files of one volume (C,X,Y,Z), of probabilities (K,X,Y,Z)."""
+def write_volume(files: dict, image, probabilities, grid, model, numbers, args) -> None:
+    """The files of one volume (C,X,Y,Z), of probabilities (K,X,Y,Z); numbers: of its classes."""
     c = model.config
     masks = to_masks(probabilities, c)[1 if len(probabilities) > 1 else 0 :]  # (n,X,Y,Z)
     maps = masks.astype(np.uint8)
     if not c.overlapping:  # one map of all classes
-        maps = sum(n * mask for n, mask in enumerate(maps, 1))[None].astype(np.uint8)
+        maps = sum(k * mask for k, mask in zip(numbers[1:], maps))[None].astype(np.uint8)
     if args.largest_component:
-        maps = np.stack([volumes.largest_component(numbers) for numbers in maps])
-    for n, numbers in enumerate(maps):
-        volumes.write(files[f"mask{n}"], numbers, grid)
+        maps = np.stack([volumes.largest_component(labels) for labels in maps])
+    for n, labels in enumerate(maps):
+        volumes.write(files[f"mask{n}"], labels, grid)
     if args.probabilities:
         volumes.write(files["probability"], probabilities[-len(masks) :].max(0), grid)
     if args.overlays:
-        shown = maps > 0 if c.overlapping else each_is(maps[0], range(1, len(masks) + 1))
+        shown = maps > 0 if c.overlapping else each_is(maps[0], numbers[1:])
         grey = volumes.grey(image, model.preprocess)
         picture = report.volume_overlay(grey, None, shown, grid.spacing)
         report.save_picture(files["overlay"], picture)

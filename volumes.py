@@ -165,10 +165,10 @@ def read_image(paths: Path | Sequence[Path]) -> tuple[np.ndarray, Grid]:
     return image, grid
 
 
-def check_channels(path: Path, image: Sequence, channels: int) -> None:
-    """ValueError, one line, if an image (C,…) has not as many channels as the model takes."""
-    if len(image) != channels:
-        told = f"{len(image)} channels, the model takes {channels}"
+def check_channels(path: Path, have: int, channels: int) -> None:
+    """ValueError, one line, if an image has not as many channels as the model takes."""
+    if have != channels:
+        told = f"{have} channels, the model takes {channels}"
         raise ValueError(f"{path}: {told}; choose a model or files that fit")
 
 
@@ -445,7 +445,7 @@ class VolumeSet:
         cache = Path(cache)
         for entry, grid in zip(self.entries, self.grids):  # what headers tell, before all else
             have = grid.channels + sum(read_grid(path).channels for path in entry.more)
-            check_channels(entry.image, range(have), channels)
+            check_channels(entry.image, have, channels)
             check_grid(read_grid(entry.mask), grid)
         settings = _settings(spacing, preprocess, channels)
         with ThreadPoolExecutor() as pool:

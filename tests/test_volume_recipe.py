@@ -202,6 +202,29 @@ def test_overfit_says_so_and_needs_one_case(run, tmp_path, monkeypatch, capsys):
     assert summary["tests"]["overfit"]["dice"]["mean"] == pytest.approx(val, abs=1e-12)
 
 
+def test_numbers_with_gaps_are_written_as_they_were(tmp_path, monkeypatch, capsys):
+    root = data_set(tmp_path / "set", {"0": "background", "4": "liver", "1": "left kidney"})
+    for file in (root / "labelsTr").iterdir():
+        labels = nibabel.load(file)
+        array = np.asarray(labels.dataobj)
+        nibabel.save(nibabel.Nifti1Image(np.where(array == 2, 4, array), labels.affine), file)
+    arguments = trained(root, tmp_path / "run", "--epochs", 1)
+    code, _, error = command(monkeypatch, capsys, train, *arguments)
+    assert code == 0, error
+    arguments = ["--weights", tmp_path / "run", "--out", tmp_path / "p", "--overlap", 0, root]
+    code, _, error = command(monkeypatch, capsys, predict, *arguments)
+    assert code == 0, error
+    p, t = (np.asarray(nibabel.load(folder / "case2.nii.gz").dataobj)
+            for folder in (tmp_path / "p", root / "labelsTr"))  # fmt: skip
+    names = json.loads((tmp_path / "p/classes.json").read_text())
+    assert names == {"0": "background", "1": "left kidney", "4": "liver"}
+    assert {*np.unique(p)} <= {0, 1, 4}
+    scores = {row["class"]: row for row in rows(tmp_path / "run/test/per_image.csv")}
+    for k in (1, 4):
+        assert int(scores[names[str(k)]]["tp"]) == ((p == k) & (t == k)).sum()
+        assert int(scores[names[str(k)]]["fp"]) == ((p == k) & (t != k)).sum()
+
+
 # --- classes that overlap ------------------------------------------------------------------------
 
 

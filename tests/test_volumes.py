@@ -188,7 +188,7 @@ def test_channels_of_one_file_and_of_several(tmp_path):
         np.testing.assert_array_equal(ours, several.transpose(3, 0, 1, 2))
     assert grid.file == files[0] and volumes.read_grid(one).channels == 3
     with pytest.raises(ValueError, match=r"c\.nii\.gz: 3 channels, the model takes 4; choose"):
-        volumes.check_channels(one, ours, 4)
+        volumes.check_channels(one, len(ours), 4)
 
 
 def test_what_is_no_number_becomes_the_smallest_value(tmp_path, capsys):
