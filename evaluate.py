@@ -64,7 +64,10 @@ def predictions(model, recipe, dataset, options, title: str):
             loss = None
             if output is not None:
                 loss = float(recipe.loss(output, {"mask": item["mask"][None].to(device)})[0])
-        yield item, probabilities.cpu().numpy(), loss
+        found = probabilities.cpu().numpy()
+        del probabilities, output  # of volumes gigabytes
+        yield item, found, loss
+        del item, found
 
 
 def foreground(classes: tuple[str, ...]) -> tuple[str, ...]:
@@ -74,7 +77,7 @@ def foreground(classes: tuple[str, ...]) -> tuple[str, ...]:
 
 def each_is(numbers: np.ndarray, classes) -> np.ndarray:
     """Class numbers (*size) -> bool (n,*size): where they are each of n."""
-    return np.stack([numbers == k for k in classes])
+    return np.equal.outer(np.asarray(classes), numbers)
 
 
 def to_masks(probabilities: np.ndarray, config) -> np.ndarray:
@@ -128,7 +131,9 @@ def check_classes(model, recipe, datasets, options) -> None:
         if options.eval and k > 1 and names and list(dataset.classes) != names:
             theirs = ", ".join(names)
             raise ValueError(f"{root}: {', '.join(dataset.classes)}, but trained were {theirs}")
-        check_threshold(k, options.threshold)
+        if overlapping and options.threshold == "auto":
+            raise ValueError("--threshold auto: of one class alone; drop it")
+        check_threshold(1 if overlapping else k, options.threshold)
 
 
 def best_threshold(model, recipe, dataset, options) -> float:
@@ -150,6 +155,7 @@ def evaluate(model, recipe, dataset, options, whole: bool, title: str) -> list[d
         masks = to_masks(probabilities, model.config)
         more = probabilities if whole else None
         rows += [row | {"loss": loss} for row in score(item, masks, dataset.classes, more)]
+        del item, probabilities, masks, more  # before those of the next are made
     return check_asked(rows, dataset, options)
 
 
@@ -202,7 +208,7 @@ def score(item: dict, masks: np.ndarray, classes, probabilities=None) -> list[di
     more = None if probabilities is None else probabilities[-n:]  # without the background
     scores = score_masks(masks[-n:], truth_masks(item, n), valid, more, item.get("spacing"))
     rows = [whose(item) | {"class": k} | row for k, row in zip(names, scores, strict=True)]
-    if len(classes) > 1:
+    if len(names) > 1:
         counts = metrics.overlap(masks[0], truth[0] == 0, valid)
         counts = {key: counts[key] for key in ("tp", "fp", "fn")}
         rows.append(whose(item) | {"class": classes[0]} | counts)

@@ -209,6 +209,8 @@ def channels_of(files: list[Path]) -> dict[str, list[Path]]:
 
 def _read_labels(found: dict) -> dict:
     """`labels` of dataset.json in either direction -> fields of Entry. ValueError: it is none."""
+    if len({str(v) for v in found.values()}) < len(found):
+        raise ValueError("two labels have one name, or one number")
     if all(isinstance(name, str) and re.fullmatch(r"\d+", key) for key, name in found.items()):
         found = {name: int(key) for key, name in found.items()}
     numbers = {n: tuple(map(int, v if isinstance(v, list) else [v])) for n, v in found.items()}
@@ -246,15 +248,6 @@ def _volume_pairs(root: Path, settings: dict) -> dict[str, list[tuple[Path, Path
     return {split: some for split, some in pairs.items() if some}
 
 
-def _channel_files(image: Path) -> list[Path]:
-    """The file itself, or where it is not there nnU-Net's files of its channels."""
-    if image.is_file():
-        return [image]
-    name = re.escape(without_ending(image))
-    files = [f for f in volumes_in(image.parent) if re.match(name + r"_\d{4}\.nii", f.name)]
-    return files or [image]
-
-
 def _volume_settings(root: Path) -> dict:
     path = root / "dataset.json"
     try:
@@ -284,22 +277,34 @@ def _btcv_settings(root: Path) -> dict:
     return {"fields": fields, "pairs": {"train": [(images[n], labels[n]) for n in images]}}
 
 
-def _has_volumes(root: Path) -> bool:
-    return (
-        (root / "dataset.json").is_file() or (root / "img").is_dir() and (root / "label").is_dir()
-    )
+def has_volumes(root: Path) -> bool:
+    """Whether a folder is a data set of volumes."""
+    if (root / "img").is_dir() and (root / "label").is_dir():
+        return True
+    return (root / "dataset.json").is_file() and not (root / "images").is_dir()
 
 
 def read_volumes(root: Path, group_regex: str | None = None) -> dict[str, list[Entry]]:
     """Split -> the entries of a data set of volumes. ValueError, one line, if it is none."""
     root = Path(root).resolve()
     settings = (_volume_settings if (root / "dataset.json").is_file() else _btcv_settings)(root)
+    every = [pair for pairs in settings["pairs"].values() for pair in pairs]
+    if not every:
+        raise ValueError(f"{root}: no label maps that end in {' or '.join(NIFTI)}")
+    # Where a file is not there itself, nnU-Net's files of its channels are.
+    channels = {folder: channels_of(volumes_in(folder)) for folder in {i.parent for i, _ in every}}
+    labels = {label for _, label in every}
+    repeated = len({without_ending(label) for label in labels}) < len(labels)
     entries = {}
     for split, pairs in settings["pairs"].items():
         for image, label in pairs:
-            first, *more = _channel_files(image)
+            there = [] if image.is_file() else channels[image.parent].get(without_ending(image))
+            first, *more = there or [image]
+            name = without_ending(label)
+            if repeated:  # case1/label.nii.gz, case2/label.nii.gz
+                name = (label.parent.relative_to(root) / name).as_posix()
             place = {"group": _group(image.name, group_regex), "more": tuple(more)}
-            entry = Entry(without_ending(label), first, label, {}, root, **place)
+            entry = Entry(name, first, label, {}, root, **place)
             entries.setdefault(split, []).append(replace(entry, **settings["fields"]))
     return entries
 
@@ -314,7 +319,7 @@ def _is_pair(folder: Path) -> bool:
 def splits(root: Path) -> dict[str, Path]:
     """The splits of a data set, and where each is: an annotation file or a folder; {} if none."""
     root = Path(root)
-    if _has_volumes(root):
+    if has_volumes(root):
         return dict.fromkeys(read_volumes(root), root)
     if (root / "anns").is_dir():
         return {path.stem: path for path in sorted((root / "anns").glob("*.json"))}
@@ -333,13 +338,15 @@ def annotations(root: Path, split: str, group_regex: str | None = None) -> list[
     root = Path(root).resolve()
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: no such folder")
-    have = splits(root)
-    if _has_volumes(root):
-        if split not in have:
-            raise FileNotFoundError(f"{root}: has no split {split}, only {', '.join(have)}")
-        return read_volumes(root, group_regex)[split]
+    if has_volumes(root):
+        have = read_volumes(root, group_regex)
+        if split in have:
+            return have[split]
+    else:
+        have = splits(root)
     if not have:
-        need = "images/ and masks/, with anns/{train,val,test}.json, or in {train,val,test}/"
+        need = "images/ and masks/, with anns/{train,val,test}.json, or in {train,val,test}/; "
+        need += "volumes a dataset.json"
         raise ValueError(f"{root}: no data set; it needs {need}")
     if (root / "anns").is_dir():
         entries = read_annotations(root, split, group_regex)

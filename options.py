@@ -1,6 +1,7 @@
 """The command line of train.py: every option, and what a run makes of those that are left out."""
 
 import argparse
+import math
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import get_args
@@ -124,14 +125,14 @@ class Options:
             low, high = map(float, self.intensity)
         except ValueError:
             low = high = 0
-        if low >= high:
+        if not low < high:  # or one is nan
             told = " ".join(self.intensity)
             raise ValueError(f"--intensity {told}: two HU, the lower first, or zscore")
         return low, high
 
 
 # What may differ between a run and its resumption without changing its numbers.
-FREE = {"resume", "out", "workers", "device", "cache", "save_every", "overlays"}
+FREE = {"resume", "out", "workers", "device", "cache", "save_every", "overlays", "checkpointing"}
 
 
 def parse(description: str, arguments: list[str] | None = None) -> dict:
@@ -168,7 +169,7 @@ def as_tested(options: Options) -> Options:
     options, tested = replace(options, eval=True, epochs=0), run_config(options.weights)
     if not tested:
         return options
-    keys = ("prompt", "pseudocolor", "sam_prompts", "min_area", "jitter")  # what it was asked by
+    keys = ("prompt", "pseudocolor", "sam_prompts", "min_area", "jitter", "overlap")  # as asked
     same = {k: tested["options"].get(k) for k in keys if getattr(options, k) is None}
     return replace(options, model=tested["model"], **same)
 
@@ -225,13 +226,19 @@ def check_volumes(options: Options, family) -> None:
         raise ValueError("--score-size network: volumes are scored on their own grid, drop it")
     if options.size and len(options.size) not in ((1, 3) if family.volumes else (1,)):
         raise ValueError(f"--size {' '.join(map(str, options.size))}: one number, of volumes three")
+    sides = options.size or [64]
+    if family.volumes and (any(n % 32 or n < 32 for n in sides) or max(sides) < 64):
+        raise ValueError("--size: sides of volumes are multiples of 32, one of them 64 or more")
     if family.volumes and options.schedule == "plateau":
         raise ValueError("--schedule plateau: goes by a validation loss, which volumes have not")
     if options.overfit and (options.test or options.eval or options.fold):
         raise ValueError("--overfit: trains and tests on --data alone; drop --test, --eval, --fold")
     if options.intensity:
         options.window  # raises
-    if options.spacing and min(options.spacing) <= 0:
+    ratio = options.crop_ratio
+    if ratio and (len(ratio) < 2 or not min(ratio) >= 0 or not 0 < sum(ratio) < math.inf):
+        raise ValueError("--crop-ratio: two numbers or one a class, from 0 up and not all 0")
+    if options.spacing and not all(0 < mm < math.inf for mm in options.spacing):
         raise ValueError("--spacing: three sizes in mm, above 0")
 
 
@@ -245,6 +252,7 @@ def check_used(options: Options, settings: Settings) -> None:
         "prompts_per_image": settings.sam_prompts == "image",
         "views": options.eval,
         "keep_features": options.eval,
+        "checkpointing": options.eval,
     }
     for key, nothing in idle.items():
         if nothing and getattr(options, key):

@@ -14,6 +14,7 @@ their own grid, the numbers' names in classes.json; where classes overlap a file
 """
 
 import argparse
+import re
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -51,7 +52,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--probabilities",
         action="store_true",
-        help="also NAME_probability.png, 16 bit, / 65535; of several classes that in the mask",
+        help="also NAME_probability.png, 16 bit, / 65535 (of volumes .nii.gz, float32); of several "
+        "classes the largest but the background's",
     )
     parser.add_argument("--overlays", action="store_true", help="also NAME_overlay.png")
     parser.add_argument(
@@ -205,7 +207,7 @@ def predict(cases: list[tuple[str, Path, str]], family, run: dict, args) -> None
 def list_volumes(args, channels: int) -> dict[str, list[Path]]:
     """Name -> files of its channels, of everything that is to be predicted."""
     cases, files = [], []
-    for place in map(Path, args.inputs):
+    for place in map(Path, sorted(args.inputs)):
         if layouts.splits(place):
             entries = layouts.annotations(place, args.split)
             cases += [(entry.name, [entry.image, *entry.more]) for entry in entries]
@@ -215,12 +217,12 @@ def list_volumes(args, channels: int) -> dict[str, list[Path]]:
             raise ValueError(f"{place}: no volumes in this folder ({', '.join(layouts.NIFTI)})")
         else:
             files += layouts.volumes_in(place) if place.is_dir() else [place]
-    if channels > 1:
-        cases += layouts.channels_of(files).items()
-    else:  # patient_0001, patient_0002 are no channels; _0000 of all is nnU-Net's ending
-        stems = [layouts.without_ending(file) for file in files]
-        end = "_0000" if all(stem.endswith("_0000") for stem in stems) else ""
-        cases += [(stem.removesuffix(end), [file]) for stem, file in zip(stems, files)]
+    whole = [file for file in files if volumes.read_grid(file).channels == channels]
+    # patient_0001, patient_0002 are no channels; _0000 of all is nnU-Net's ending
+    stems = [layouts.without_ending(file) for file in whole]
+    end = "_0000" if all(stem.endswith("_0000") for stem in stems) else ""
+    cases += [(stem.removesuffix(end), [file]) for stem, file in zip(stems, whole)]
+    cases += layouts.channels_of([file for file in files if file not in whole]).items()
     names = [name for name, _ in cases]
     if len({*names}) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
@@ -230,7 +232,7 @@ def list_volumes(args, channels: int) -> dict[str, list[Path]]:
 
 def volume_outputs(name: str, classes: list[str], overlapping: bool, args) -> dict[str, Path]:
     """The files that one volume becomes."""
-    parts = [f"_{k.replace(' ', '_')}" for k in classes[1:]] if overlapping else [""]
+    parts = [re.sub(r"\W+", "_", f"_{k}") for k in classes[1:]] if overlapping else [""]
     kinds = {f"mask{n}": f"{part}.nii.gz" for n, part in enumerate(parts)}
     kinds |= {"probability": "_probability.nii.gz"} if args.probabilities else {}
     kinds |= {"overlay": "_overlay.png"} if args.overlays else {}
@@ -239,56 +241,76 @@ def volume_outputs(name: str, classes: list[str], overlapping: bool, args) -> di
 
 def predict_volumes(family, run: dict, args) -> int:
     """Writes the label maps of all volumes, and the names of their numbers."""
-    given = {"overlap": args.overlap, "window_batch": args.window_batch}
+    if args.prompt or args.boxes:
+        raise ValueError("--prompt, --boxes: this model takes volumes and nothing else")
+    if args.window_batch is not None and args.window_batch < 1:
+        raise ValueError("--window-batch must be at least 1")
+    if args.overlap is not None and not 0 <= args.overlap < 1:
+        raise ValueError(f"--overlap {args.overlap}: a share of a side, 0 to below 1")
+    trained = run.get("options", {}).get("overlap")
+    given = {"overlap": trained if args.overlap is None else args.overlap}
+    given |= {"window_batch": args.window_batch}
     given = {key: value for key, value in given.items() if value is not None}
     settings = replace(family.settings["default"], **given)
     overrides = {} if args.threshold is None else {"threshold": args.threshold}
     model = family.load(args.weights, None, settings, overrides, None).eval()
     model.to(pick_device(args.device))
     recipe, c = family.recipe(model, settings), model.config
-    classes = run.get("classes") or list(c.classes)
-    classes = classes or [f"class {k}" for k in range(c.num_classes + c.overlapping)]
-    classes = classes if len(classes) > 1 else ["background", *classes]
-    numbers = None if c.overlapping else run.get("labels")
-    if numbers is None or max(numbers) > 255:  # label maps are of bytes
-        numbers = list(range(len(classes)))
+    classes, numbers = classes_of(c, run)
     check_threshold(1 if c.overlapping else c.num_classes, args.threshold)
-    cases = list_volumes(args, c.in_channels)
+    cases, out = list_volumes(args, c.in_channels), Path(args.out)
     made = {name: volume_outputs(name, classes, c.overlapping, args) for name in cases}
-    check_new([path for files in made.values() for path in files.values()])
+    files = [path for some in made.values() for path in some.values()]
+    check_new([*files, out / "classes.json", out / "legend.png"])
     for files in cases.values():  # before anything takes long
         channels = sum(volumes.read_grid(file).channels for file in files)
         volumes.check_channels(files[0], channels, c.in_channels)
+    if not c.overlapping:
+        report.write_json(out / "classes.json", dict(zip(numbers, classes)))
+    if args.overlays:
+        report.save_picture(out / "legend.png", report.legend(tuple(classes[1:])))
     for name, files in tqdm(cases.items(), desc="predict", unit="volume", disable=None):
-        image, grid = volumes.read_image(files)  # (C,X,Y,Z)
-        prepared, place = volumes.prepare_image(image, grid, c.spacing, model.preprocess)
-        with torch.no_grad():
-            p = recipe.predict(model, {"image": prepared, "place": place})[0].numpy()
-        write_volume(made[name], image, p, grid, model, numbers, args)
-    report.save_picture(Path(args.out) / "legend.png", report.legend(tuple(classes[1:])))
-    report.write_json(Path(args.out) / "classes.json", dict(zip(numbers, classes)))
+        predict_volume(model, recipe, files, made[name], numbers, args)
     print(f"{len(cases)} volumes in {args.out}")
     return 0
 
 
-def write_volume(files: dict, image, probabilities, grid, model, numbers, args) -> None:
-    """The files of one volume (C,X,Y,Z), of probabilities (K,X,Y,Z); numbers: of its classes."""
+def classes_of(config, run: dict) -> tuple[list[str], list[int]]:
+    """Names of a model's classes, background first, and their numbers in label maps."""
+    names = list(config.classes) or [f"class {k}" for k in range(config.num_classes)]
+    names = run.get("classes") or names
+    names = names if len(names) > 1 else ["background", *names]
+    numbers = None if config.overlapping else run.get("labels")
+    if numbers and max(numbers) > 255:  # label maps are of bytes
+        print(f"numbers of the training data go up to {max(numbers)}; written are 0, 1, 2, …")
+        numbers = None
+    return names, numbers or list(range(len(names)))
+
+
+def predict_volume(model, recipe, files, outputs: dict, numbers: list[int], args) -> None:
+    """Writes the files of one volume."""
     c = model.config
-    masks = to_masks(probabilities, c)[1 if len(probabilities) > 1 else 0 :]  # (n,X,Y,Z)
-    maps = masks.astype(np.uint8)
-    if not c.overlapping:  # one map of all classes
-        maps = sum(k * mask for k, mask in zip(numbers[1:], maps))[None].astype(np.uint8)
+    image, grid = volumes.read_image(files)  # (C,X,Y,Z)
+    prepared, place = volumes.prepare_image(image, grid, c.spacing, model.preprocess)
+    with torch.no_grad():
+        found = recipe.predict(model, {"image": prepared, "place": place})[0]  # (K,X,Y,Z)
+    if c.overlapping or c.num_classes == 1:
+        inside = 1 if c.overlapping else numbers[1]
+        maps = np.where((found > c.threshold).numpy(), np.uint8(inside), np.uint8(0))  # (K,X,Y,Z)
+    else:
+        maps = np.array(numbers, np.uint8)[found.argmax(0).numpy()][None]
     if args.largest_component:
         maps = np.stack([volumes.largest_component(labels) for labels in maps])
     for n, labels in enumerate(maps):
-        volumes.write(files[f"mask{n}"], labels, grid)
+        volumes.write(outputs[f"mask{n}"], labels, grid)
     if args.probabilities:
-        volumes.write(files["probability"], probabilities[-len(masks) :].max(0), grid)
+        highest = found[1 if len(found) > 1 and not c.overlapping else 0 :].amax(0)
+        volumes.write(outputs["probability"], highest.numpy(), grid)
     if args.overlays:
         shown = maps > 0 if c.overlapping else each_is(maps[0], numbers[1:])
         grey = volumes.grey(image, model.preprocess)
         picture = report.volume_overlay(grey, None, shown, grid.spacing)
-        report.save_picture(files["overlay"], picture)
+        report.save_picture(outputs["overlay"], picture)
 
 
 if __name__ == "__main__":

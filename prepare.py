@@ -370,6 +370,9 @@ def read_splits(root, findings):
     if not names:
         need = "images/ and masks/, with anns/*.json or within train/, val/, test/"
         raise FileNotFoundError(f"{root}: no data set here; expected {need}")
+    if layouts.has_volumes(root):
+        hint = "train.py checks every file of them before it trains"
+        raise ValueError(f"{root}: holds volumes, and check reads images; {hint}")
     order = {name: k for k, name in enumerate(SPLIT_ORDER)}
     splits = {}
     for name in sorted(names, key=lambda name: (order.get(name, len(order)), name)):

@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 import layouts
 import report
+import volumes
 
 CASES = {"test": 0.15, "val": 0.30, "train": 1}  # where each split ends in a shuffled list
 LISTS = {"train": "training", "val": "validation", "test": "test"}  # their names in dataset.json
@@ -41,37 +42,24 @@ def deal(names, ends, rng):
 # --- a data set of volumes -----------------------------------------------------------------------
 
 
-def read_header(path):
-    """A volume's file -> shape, spacing in mm, and where the stored axes point to, "LAS".
+def read_grids(part, image, label):
+    """The volumes.Grid of an image of the data set in `part`, on which its label lies as well.
 
-    The first two in the order of right, front, head; channels are a fourth number of the shape.
-    ValueError, one line, if it is no NIfTI volume.
+    ValueError, one line, if a file is no NIfTI volume, or the two are on different grids.
     """
+    try:
+        grid = volumes.read_grid(part / image)
+        if label:
+            volumes.check_grid(volumes.read_grid(part / label), grid)
+    except ValueError as error:  # of a split that the download does not know
+        raise ValueError(re.sub(r"[^\s'\"]*/(image|label)sT[rs]/", r"\1 ", str(error))) from None
+    return grid
+
+
+def describe(splits, about, grids):
+    """What a data set holds, line by line."""
     import nibabel
 
-    try:
-        image = nibabel.load(path)  # the header alone
-        order = np.argsort(nibabel.io_orientation(image.affine)[:, 0])
-        shape, zooms = image.shape, image.header.get_zooms()
-        shape, zooms = [shape[k] for k in order] + list(shape[3:]), [zooms[k] for k in order]
-    except Exception as error:  # of damaged files OSError, EOFError, HeaderDataError, …
-        why = f"no readable NIfTI volume ({type(error).__name__})"
-        raise ValueError(f"{said_of(path)}: {why}; download it again") from None
-    return shape, [float(mm) for mm in zooms], "".join(nibabel.aff2axcodes(image.affine))
-
-
-def said_of(path):
-    """labelsTs/a.nii.gz -> "label a.nii.gz": the split is ours, the download does not know it."""
-    return f"{path.parent.name[:5]} {path.name}"
-
-
-def wide(shape):
-    """[72, 64, 56] -> "72x64x56"."""
-    return "x".join(map(str, shape))
-
-
-def describe(splits, about, facts):
-    """What a data set holds, line by line. facts: {image: read_header}"""
     for split in LISTS:
         labelled = sum(label is not None for _, label in splits[split])
         bare = len(splits[split]) - labelled
@@ -79,13 +67,12 @@ def describe(splits, about, facts):
         yield f"{split}: {labelled} volumes{more}"
     names = [f"{k} {name}" for k, name in about["labels"].items() if k != "0"]
     yield f"classes: {', '.join(names)}"
-    shapes, spacings, axes = zip(*facts.values())
-    channels = sorted({str(shape[3]) if len(shape) > 3 else "1" for shape in shapes})
-    ranges = [f"{min(n)} to {max(n)}" for n in zip(*(shape[:3] for shape in shapes))]
+    ranges = [f"{min(n)} to {max(n)}" for n in zip(*(grid.size for grid in grids))]
     yield f"voxels: {', '.join(ranges)} (to the right, front, head)"
-    ranges = [f"{min(mm):.2f} to {max(mm):.2f}" for mm in zip(*spacings)]
+    ranges = [f"{min(mm):.2f} to {max(mm):.2f}" for mm in zip(*(grid.spacing for grid in grids))]
     yield f"their size in mm: {', '.join(ranges)}"
-    yield f"channels: {' or '.join(channels)}"
+    yield f"channels: {' or '.join(map(str, sorted({grid.channels for grid in grids})))}"
+    axes = ["".join(nibabel.aff2axcodes(grid.affine)) for grid in grids]
     stored = Counter(axes).most_common()
     yield f"stored axes point to: {', '.join(f'{code} in {n}' for code, n in stored)}"
 
@@ -96,16 +83,13 @@ def write_data_set(out, about, splits, put, title):
     about: what dataset.json says beside the lists. splits: {split: [(image, label or None), ...]},
     files within the data set. put(part, image, label) writes these two into the folder `part`.
     """
-    cases, facts = [case for split in LISTS for case in splits[split]], {}
+    cases, grids = [case for split in LISTS for case in splits[split]], []
     with report.whole_folder(out) as part:
         for name in {Path(name).parent for case in cases for name in case if name}:
             (part / name).mkdir(parents=True, exist_ok=True)
         for image, label in tqdm(cases, desc=out.name, unit="volume", disable=None, leave=False):
             put(part, image, label)
-            facts[image] = read_header(part / image)
-            if label and (size := read_header(part / label)[0]) != facts[image][0][:3]:
-                hint = f"its image {wide(facts[image][0])}; download both again"
-                raise ValueError(f"{said_of(Path(label))}: {wide(size)} voxels, {hint}")
+            grids.append(read_grids(part, image, label))
         lists = {"num" + LISTS[split].title(): len(splits[split]) for split in LISTS}
         for split, name in LISTS.items():
             lists[name] = [
@@ -113,7 +97,7 @@ def write_data_set(out, about, splits, put, title):
                 for image, label in splits[split]
             ]
         (part / "dataset.json").write_text(json.dumps(about | lists, indent=1) + "\n")
-        said = "\n".join([*title, *describe(splits, about, facts)])
+        said = "\n".join([*title, *describe(splits, about, grids)])
         (part / "README.txt").write_text(said + "\n")
     print(f"{out}: {said}")
     return 0

@@ -744,7 +744,7 @@ def load_volumes(weights, variant, settings: Settings, overrides: dict, train_se
         first = train_set.entries[0]
         overlapping = first.regions is not None
         overrides = {"num_classes": len(first.classes) - overlapping} | overrides
-        overrides |= {"overlapping": overlapping}
+        overrides |= {"overlapping": overlapping, "classes": first.classes}
         if weights == "none":
             overrides = {"in_channels": train_set.channels} | overrides
     kind, variants = swin_unetr3d.SwinUNETR, swin_unetr3d.VARIANTS

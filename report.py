@@ -93,7 +93,8 @@ def command(main) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except torch.OutOfMemoryError:
-        message = "out of memory on the device: take a smaller --batch-size or --size"
+        message = "out of memory on the device: take a smaller --batch-size or --size, of volumes "
+        message += "--crops-per-volume or --window-batch, or --checkpointing"
     except (ValueError, OSError) as error:
         if os.environ.get("TRACEBACK"):  # for whoever looks for the place in the code
             traceback.print_exc()

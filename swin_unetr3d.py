@@ -3,9 +3,10 @@
 Papers: Hatamizadeh et al., BrainLes 2021, arXiv 2201.01266; Tang et al., CVPR 2022, arXiv
 2111.14791 (self-supervised); He et al., MICCAI 2023 (v2). Code: github.com/Project-MONAI/MONAI
 1.6.1, monai/networks/nets/swin_unetr.py and blocks/{dynunet,unetr}_block.py (Apache 2.0); its
-training, Project-MONAI/research-contributions at 21ed8e5, SwinUNETR. Weights (Apache 2.0): on the
-hub MONAI/swin_unetr_btcv_segmentation, darragh/swinunetr-btcv-{tiny,small,base}; of MONAI's release
-0.8.1 swin_unetr.*_pretrained.pt (BTCV), BraTS21's folds, and the encoder alone: model_swinvit.pt.
+training, Project-MONAI/research-contributions at 21ed8e5, SwinUNETR. Weights: on the hub
+darragh/swinunetr-btcv-{tiny,small,base} (Apache 2.0), MONAI/swin_unetr_btcv_segmentation (licence
+not checked); of MONAI-extra-test-data's release 0.8.1 (not checked) swin_unetr.*_pretrained.pt
+(BTCV), BraTS21's folds, and the encoder alone, model_swinvit.pt.
 
     volume (B,1,96,96,96), base
       swinViT.patch_embed, a convolution of 2x2x2 with stride 2: (B,48,48,48,48), x0
@@ -19,10 +20,10 @@ hub MONAI/swin_unetr_btcv_segmentation, darragh/swinunetr-btcv-{tiny,small,base}
     logits (B,14,96,96,96)
 
 Sides are multiples of 32, one at least 64. quirk: MONAI 1.5.0 changed the order in which neighbours
-merge, under the same name and with the same shapes. All released files are of before and need
+merge, under the same name, in the same shapes. All released files are older and need
 `merging="legacy"`; files of later versions need "merging". No tensor tells: RELEASED does.
-Same numbers as MONAI's with less work: `WindowedAttention`, `upsampled_conv`. Left out: two
-dimensions, dropout (0 in all files), Hyena, the heads of the self-supervised training.
+Same numbers as MONAI's with less work: `WindowedAttention`, `Normalised`, `add_upsampled_conv`, and
+channels last in memory. Left out: two dimensions, dropout (0 in all files), self-supervised heads.
 """
 
 import json
@@ -53,13 +54,20 @@ class Config:
     intensity: tuple[float, ...] | None = (-175.0, 250.0)  # HU that become 0..1; None: z-scores
     overlapping: bool = False  # a voxel may be of several classes: a sigmoid each, no softmax
     threshold: float = 0.5  # of a model with one class or overlapping ones
+    classes: tuple[str, ...] = ()  # their names, of several the background's first; (): not known
 
 
+BTCV = dict(classes=(
+    "background", "spleen", "right kidney", "left kidney", "gallbladder", "esophagus", "liver",
+    "stomach", "aorta", "inferior vena cava", "portal and splenic veins", "pancreas",
+    "right adrenal gland", "left adrenal gland",
+))  # fmt: skip
 BRATS21 = dict(image_size=(128,) * 3, spacing=(1.0,) * 3, intensity=None, overlapping=True)
+BRATS21 |= dict(classes=("background", "tumor core", "whole tumor", "enhancing tumor"))
 VARIANTS = {  # parameters
-    "tiny": Config(12),  # 4,078,220
-    "small": Config(24),  # 15,703,304
     "base": Config(),  # 62,187,296
+    "small": Config(24),  # 15,703,304
+    "tiny": Config(12),  # 4,078,220
     "tiny-v2": Config(12, v2=True),  # 4,739,180
     "small-v2": Config(24, v2=True),  # 18,347,144
     "base-v2": Config(v2=True),  # 72,762,656
@@ -68,6 +76,7 @@ VARIANTS = {  # parameters
 }
 HEADS = (3, 6, 12, 24)  # of the four stages
 WINDOW, SHIFT = 7, 3  # tokens along a side
+EPS, SLOPE = 1e-5, 0.01  # of the instance norms and the leaky ReLUs
 CHUNK = 2**22  # attention scores that exist at a time while gradients are made, 17 MB
 # The octants of a cell of 2x2x2 in the order in which they are merged.
 OCTANTS = {
@@ -161,21 +170,22 @@ class WindowedAttention(torch.autograd.Function):
             added = bias + masks[mask].reshape(N, N)  # (h,N,N)
             some = torch.cat([x[part].flatten(1, 4) for x in inputs])  # (4,n,h,7,7,7,d)
             some = some.flatten(3, 5)  # (4,n,h,N,d)
-            chunks = some.split(max(1, CHUNK // bias.numel()), 1)
-            made = [gradients(*chunk, added, dbias) for chunk in chunks]  # (3,n,h,N,d) each
-            outputs[part] = torch.cat(made, 1).view(outputs[part].shape)
+            for chunk in some.split(max(1, CHUNK // bias.numel()), 1):
+                gradients(*chunk, added, dbias)
+            outputs[part] = some[:3].view(outputs[part].shape)
         return dqkv, dbias, None, None, None
 
 
-def gradients(q: Tensor, k: Tensor, v: Tensor, dy: Tensor, bias: Tensor, dbias: Tensor) -> Tensor:
-    """Of q, k, v (n,h,N,d), stacked, given that of the result; bias's (h,N,N) is added to dbias."""
+def gradients(q: Tensor, k: Tensor, v: Tensor, dy: Tensor, bias: Tensor, dbias: Tensor) -> None:
+    """q, k, v (n,h,N,d) become their gradients, given dy of the result; dbias (h,N,N) grows."""
     scale = q.shape[3] ** -0.5
     p = torch.add(bias, q @ k.mT, alpha=scale).softmax(3)  # (n,h,N,N)
-    ds = (dy @ v.mT).to(p.dtype).mul_(p)  # (n,h,N,N)
-    ds.addcmul_(p, ds.sum(3, keepdim=True), value=-1)  # of the scores
+    dp = (dy @ v.mT).to(p.dtype)  # (n,h,N,N), half precision has a float32 bias
+    ds = torch._softmax_backward_data(dp, p, 3, p.dtype)  # of the scores
     dbias += ds.sum(0)
-    ds, p = ds.to(q.dtype), p.to(q.dtype)  # half precision has a float32 bias
-    return torch.stack((scale * (ds @ k), scale * (ds.mT @ q), p.mT @ dy))
+    ds, p = ds.to(q.dtype), p.to(q.dtype)
+    dq, dk = scale * (ds @ k), scale * (ds.mT @ q)
+    q.copy_(dq), k.copy_(dk), v.copy_(p.mT @ dy)
 
 
 class Attention(nn.Module):
@@ -197,7 +207,7 @@ class Attention(nn.Module):
         N = window[0] * window[1] * window[2]
         # quirk: a smaller window has the offsets of the first N tokens of a full one, not its own
         bias = F.embedding(index[:N, :N], self.relative_position_bias_table)  # (N,N,h)
-        bias = bias.permute(2, 0, 1)  # (h,N,N)
+        bias = bias.permute(2, 0, 1).contiguous()  # (h,N,N)
         y = WindowedAttention.apply(self.qkv(x), bias, masks, window, shifts)
         return self.proj(y.roll(shifts, (1, 2, 3))[:, :D, :H, :W])  # (B,D,H,W,C)
 
@@ -238,6 +248,58 @@ class Merging(nn.Module):
         return self.reduction(self.norm(torch.cat(cells, 4)))  # (B,D/2,H/2,W/2,2C)
 
 
+class Normalised(torch.autograd.Function):
+    """Leaky ReLU of an instance norm plus what goes round it, in the memory of its input.
+
+    For the gradients the result is enough, as all steps can be undone: two maps fewer a block.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, around: Tensor | None, slope: float) -> Tensor:
+        """x (B,C,D,H,W) is overwritten, around is of its shape, slope is that below 0."""
+        mean, var = moments(x)
+        scale, wide = (var + EPS).rsqrt(), torch.promote_types(x.dtype, torch.float32)
+        scale, shift = scale.to(wide), (-scale * mean).to(wide)  # (B,C,1,1,1)
+        torch.addcmul(shift, x, scale, out=x)
+        if around is not None:
+            x += around
+        F.leaky_relu_(x, slope)
+        ctx.mark_dirty(x)
+        ctx.save_for_backward(x, around, scale)
+        ctx.slope = slope
+        return x
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor):
+        y, around, scale = ctx.saved_tensors
+        dy = torch.ops.aten.leaky_relu_backward(dy, y, ctx.slope, True)
+        x = F.leaky_relu(y, 1 / ctx.slope)  # (B,C,D,H,W), as it was after the norm
+        if around is not None:
+            x -= around
+        dyx, dys = (t.mean((2, 3, 4), True, dtype=scale.dtype) for t in (dy * x, dy))  # (B,C,1,1,1)
+        torch.addcmul(-scale * dys, x, -scale * dyx, out=x).addcmul_(dy, scale)
+        return x, None if around is None else dy, None
+
+
+def moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance of each channel of each volume: (B,C,D,H,W) -> (B,C,1,1,1) each."""
+    if x.device.type != "cpu":
+        mean = x.mean((2, 3, 4), True, dtype=torch.promote_types(x.dtype, torch.float32))
+        return mean, x.var((2, 3, 4), correction=0, keepdim=True)
+    # `var` is slow. With channels last a batch norm is fast, but adds up a million numbers one by
+    # one, for which float32 is too short; so that of each W first, and of all then.
+    rows = x.movedim(1, 4).flatten(3).flatten(1, 2)  # (B,D*H,W*C)
+    found = zip(*(torch.batch_norm_update_stats(one, None, None, 0.0) for one in rows), strict=True)
+    mean, var = (torch.stack(t).double().view(len(x), -1, x.shape[1], 1, 1, 1) for t in found)
+    return mean.mean(1), var.mean(1) + mean.var(1, correction=0)  # from (B,W,C,1,1,1)
+
+
+def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """1x1x1 convolution as a product of matrices: x (B,C,D,H,W), weight (O,C,1,1,1)."""
+    return F.linear(x.movedim(1, 4), weight.flatten(1), bias).movedim(4, 1)  # (B,O,D,H,W)
+
+
 class ResBlock(nn.Module):
     """Two 3x3x3 convolutions and a way round them. Norms are of each channel of each volume."""
 
@@ -250,15 +312,16 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B,inputs,D,H,W) -> (B,outputs,D,H,W)."""
-        around = x if self.conv3 is None else F.instance_norm(self.conv3(x))
-        return self.rest(self.conv1(x), around)
+        around = x if self.conv3 is None else pointwise(x, self.conv3.weight)
+        y = self.conv1(x).contiguous(memory_format=torch.channels_last_3d)  # as all that follow
+        return self.rest(y, around)
 
     def rest(self, y: Tensor, around: Tensor) -> Tensor:
         """What conv1 gave, and what goes round it, both (B,outputs,D,H,W) -> the same shape."""
-        y = F.leaky_relu_(F.instance_norm(y))  # slope 0.01
-        y = F.instance_norm(self.conv2(y))
-        y += around
-        return F.leaky_relu_(y)
+        y = Normalised.apply(y, None, SLOPE)
+        if self.conv3 is not None:
+            around = Normalised.apply(around, None, 1.0)
+        return Normalised.apply(self.conv2(y), around, SLOPE)
 
 
 class Stage(nn.Module):
@@ -281,12 +344,10 @@ class SwinTransformer(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        c = config
-        self.patch_embed = nn.ModuleDict({"proj": nn.Conv3d(c.in_channels, c.feature_size, 2, 2)})
-        self.layers = nn.ModuleList(
-            Stage(c.feature_size * 2**i, heads, c.v2, OCTANTS[c.merging])
-            for i, heads in enumerate(HEADS)
-        )
+        c, f = config, config.feature_size
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv3d(c.in_channels, f, 2, 2)})
+        stages = (Stage(f * 2**i, h, c.v2, OCTANTS[c.merging]) for i, h in enumerate(HEADS))
+        self.layers = nn.ModuleList(stages)
         # For all windows of all inputs; smaller windows take their part of them.
         self.register_buffer("index", position_index(), persistent=False)
         self.register_buffer("masks", shift_masks(), persistent=False)
@@ -298,25 +359,30 @@ class SwinTransformer(nn.Module):
             maps.append(run(stage, maps[-1], self.index, self.masks))
         # The next stage sees them without this norm, which has no weights.
         maps = [F.layer_norm(x, x.shape[4:]) for x in maps]
-        return [x.permute(0, 4, 1, 2, 3).contiguous() for x in maps]
+        return [x.permute(0, 4, 1, 2, 3) for x in maps]
 
 
-def upsampled_conv(x: Tensor, up: Tensor, weight: Tensor) -> Tensor:
-    """3x3x3 convolution, padding 1, of a transposed one of 2x2x2 with stride 2, as one.
+def upsampled(x: Tensor, weight: Tensor) -> Tensor:
+    """Transposed 2x2x2 convolution with stride 2: x (B,C,d,h,w), weight (C,O,2,2,2)."""
+    y = F.linear(x.movedim(1, 4), weight.permute(2, 3, 4, 1, 0).flatten(0, 3))  # (B,d,h,w,8*O)
+    B, d, h, w, _ = y.shape
+    y = y.view(B, d, h, w, 2, 2, 2, -1).permute(0, 1, 4, 2, 5, 3, 6, 7)  # (B,d,2,h,2,w,2,O)
+    return y.reshape(B, 2 * d, 2 * h, 2 * w, -1).movedim(4, 1)  # (B,O,2d,2h,2w)
+
+
+def add_upsampled_conv(y: Tensor, x: Tensor, up: Tensor, weight: Tensor) -> None:
+    """Adds to y a 3x3x3 convolution, padding 1, of `upsampled(x, up)`, made as one.
 
     Together they are a transposed convolution of 4x4x4 with stride 2. Each output of even or odd
     place along each axis sees 2x2x2 inputs: eight convolutions at the small size, 64 products of
-    numbers where there were 216 and more. x (B,C,d,h,w), up (C,O,2,2,2), weight (O,O,3,3,3) ->
-    (B,O,2d,2h,2w).
+    numbers where there were 216 and more. x (B,C,d,h,w), up (C,O,2,2,2), weight (O,O,3,3,3),
+    y (B,O,2d,2h,2w).
     """
     both = F.conv3d(up, weight, padding=2).flip(2, 3, 4).transpose(0, 1)  # (O,C,4,4,4)
-    B, _, d, h, w = x.shape
-    y = x.new_empty(B, len(both), 2 * d, 2 * h, 2 * w)
-    x = F.pad(x, (1,) * 6)  # (B,C,d+2,h+2,w+2)
+    d, h, w = x.shape[2:]
     for i, j, k in product((0, 1), repeat=3):
-        part = x[:, :, i : i + d + 1, j : j + h + 1, k : k + w + 1]
-        y[:, :, i::2, j::2, k::2] = F.conv3d(part, both[:, :, i::2, j::2, k::2].contiguous())
-    return y
+        part = F.conv3d(x, both[:, :, i::2, j::2, k::2].contiguous(), padding=1)
+        y[:, :, i::2, j::2, k::2] += part[:, :, i : i + d, j : j + h, k : k + w]
 
 
 class UpBlock(nn.Module):
@@ -335,17 +401,17 @@ class UpBlock(nn.Module):
         C, block, up = skip.shape[1], self.conv_block, self.transp_conv.weight
         # Weights of the halves, (C,C,3,3,3) and (C,C,1,1,1).
         (up1, skip1), (up3, skip3) = (m.weight.split(C, 1) for m in (block.conv1, block.conv3))
+        y = F.conv3d(skip, skip1, padding=1)  # (B,C,D,H,W)
         # Composed weights have no use in training, and cost more than they save on small maps.
         if torch.is_grad_enabled() or x[0, 0].numel() < 8 * C:
-            x = self.transp_conv(x)  # (B,C,D,H,W)
-            y, around = F.conv3d(x, up1, padding=1), F.conv3d(x, up3)  # (B,C,D,H,W)
+            x = upsampled(x, up)  # (B,C,D,H,W)
+            y += F.conv3d(x, up1, padding=1)
+            around = pointwise(x, up3)  # (B,C,D,H,W)
         else:
-            y = upsampled_conv(x, up, up1)  # (B,C,D,H,W)
-            both = torch.einsum("ic...,oc->io...", up, up3.flatten(1))  # (inputs,C,2,2,2)
-            around = F.conv_transpose3d(x, both, stride=2)  # (B,C,D,H,W)
-        y += F.conv3d(skip, skip1, padding=1)
-        around += F.conv3d(skip, skip3)
-        return block.rest(y, F.instance_norm(around))
+            add_upsampled_conv(y, x, up, up1)
+            around = upsampled(x, torch.einsum("ic...,oc->io...", up, up3.flatten(1)))
+        around += pointwise(skip, skip3)
+        return block.rest(y, around)
 
 
 class SwinUNETR(nn.Module):
@@ -372,7 +438,7 @@ class SwinUNETR(nn.Module):
         """volume (B,C,D,H,W) as `preprocess` makes it -> logits (B,K,D,H,W)."""
         check_size(volume, self.config.in_channels)
         keep = not (self.checkpointing and torch.is_grad_enabled())
-        run = call if keep else partial(checkpoint, use_reentrant=False)
+        run = nn.Module.__call__ if keep else partial(checkpoint, use_reentrant=False)
         x0, x1, x2, x3, x4 = self.swinViT(volume, run)
         x = run(self.encoder10, x4)  # (B,16f,D/32,H/32,W/32)
         x = run(self.decoder5, x, x3)
@@ -380,7 +446,7 @@ class SwinUNETR(nn.Module):
         x = run(self.decoder3, x, run(self.encoder3, x1))
         x = run(self.decoder2, x, run(self.encoder2, x0))
         x = run(self.decoder1, x, run(self.encoder1, volume))  # (B,f,D,H,W)
-        return self.out(x)
+        return pointwise(x, self.out.weight, self.out.bias).contiguous()
 
     @classmethod
     def from_pretrained(cls, source: str | Path, num_classes=None, **overrides) -> "SwinUNETR":
@@ -398,6 +464,8 @@ class SwinUNETR(nn.Module):
             config = replace(sizes(weights), **told)
         weights, num_classes, fresh = new_classes(weights, num_classes, source)
         num_classes = num_classes or config.num_classes
+        if num_classes + config.overlapping != len(config.classes):
+            config = replace(config, classes=())
         model = cls(replace(config, num_classes=num_classes, **overrides))
         expected = model.state_dict()
         new = {n: t for n, t in expected.items() if n not in weights and re.fullmatch(fresh, n)}
@@ -408,10 +476,6 @@ class SwinUNETR(nn.Module):
             parts = dict.fromkeys(name.split(".")[0] for name in new)
             print(f"{source}: new and untrained: {', '.join(parts)}")
         return model.eval()
-
-
-def call(block: nn.Module, *inputs: Tensor) -> Tensor:
-    return block(*inputs)
 
 
 def check_size(volume: Tensor, channels: int) -> None:
@@ -428,14 +492,14 @@ def check_size(volume: Tensor, channels: int) -> None:
 FILES = ("best.safetensors", "model.safetensors", "pytorch_model.bin")
 FILES += ("model.pt", "models/model.pt", "model_swinvit.pt")
 RELEASED = {  # fields of Config; merging is legacy in all
-    "MONAI/swin_unetr_btcv_segmentation": {}, "model_swinvit.pt": {},
+    "MONAI/swin_unetr_btcv_segmentation": BTCV, "model_swinvit.pt": {},
     "self_supervised_nv_swin_unetr_5050.pt": {}, "ssl_pretrained_weights.pth": {},
-    "darragh/swinunetr-btcv-tiny": {}, "swin_unetr.tiny_5000ep_f12_lr2e-4_pretrained.pt": {},
-    "darragh/swinunetr-btcv-small": {}, "swin_unetr.small_5000ep_f24_lr2e-4_pretrained.pt": {},
-    "darragh/swinunetr-btcv-base": {}, "swin_unetr.base_5000ep_f48_lr2e-4_pretrained.pt": {},
-    "fold0_f48_ep300_4gpu_dice0_8854": BRATS21, "fold1_f48_ep300_4gpu_dice0_9059": BRATS21,
-    "fold2_f48_ep300_4gpu_dice0_8981": BRATS21, "fold3_f48_ep300_4gpu_dice0_8924": BRATS21,
-    "fold4_f48_ep300_4gpu_dice0_9035": BRATS21,
+    "darragh/swinunetr-btcv-tiny": BTCV, "swin_unetr.tiny_5000ep_f12_lr2e-4_pretrained.pt": BTCV,
+    "darragh/swinunetr-btcv-small": BTCV, "swin_unetr.small_5000ep_f24_lr2e-4_pretrained.pt": BTCV,
+    "darragh/swinunetr-btcv-base": BTCV, "swin_unetr.base_5000ep_f48_lr2e-4_pretrained.pt": BTCV,
+} | {
+    f"fold{k}_f48_ep300_4gpu_dice0_{dice}": BRATS21
+    for k, dice in enumerate((8854, 9059, 8981, 8924, 9035))
 }  # fmt: skip
 IGNORED = {
     r".*\.relative_position_index": "`position_index`",
@@ -513,9 +577,8 @@ def told_by_name(source, settings: dict, overridden: bool) -> dict:
 def new_classes(weights: dict[str, Tensor], num_classes: int | None, source) -> tuple:
     """What of a file is kept where `num_classes` are asked for, None: as many as it has.
 
-    -> its tensors, without an `out` of another number of classes; the number of classes, None if
-    nothing tells; and which tensors may be new, a pattern. ValueError of one line if a file of the
-    encoder alone is not told how many there are to be.
+    -> its tensors, without an `out` of another number of classes; that number, None if nothing
+    tells; which tensors may be new, a pattern. ValueError: an encoder alone, and no number given.
     """
     if not any(re.fullmatch(FRESH["encoder alone"], name) for name in weights):
         if num_classes is None:

@@ -189,7 +189,7 @@ def read_labels(path: Path, grid: Grid, numbers: int | Sequence[int]) -> np.ndar
         raise ValueError(f"{path}: {own.channels} channels; a label map has one, of class numbers")
     with _readable(path):
         x = np.asanyarray(file.dataobj).reshape(own.shape)
-    odd = x[x != np.rint(x)] if x.dtype.kind == "f" else ()  # nan is odd as well
+    odd = x[~(abs(x - np.rint(x)) < 1e-6)] if x.dtype.kind == "f" else ()  # nan and inf are odd
     if len(odd):
         raise ValueError(f"{path}: holds {odd[0]:g}, no whole number; resample labels by nearest")
     table = np.full(2**16, 254, np.uint8)  # 254: not named
@@ -376,7 +376,7 @@ class VolumeSet:
             raise ValueError("the data set has no volumes")
         self.entries, self.classes, self.stems = entries, entries[0].classes, stems
         for entry in entries:
-            if entry.classes != self.classes:
+            if (entry.classes, not entry.regions) != (self.classes, not entries[0].regions):
                 other = f"other classes than {entries[0].root}'s"
                 raise ValueError(f"{entry.root}: {other}; pool like with like")
         self.grids = grids or [read_grid(entry.image) for entry in entries]

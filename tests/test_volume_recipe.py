@@ -9,11 +9,14 @@ import pytest
 import torch
 from conftest import command, rows
 from monai.losses import DiceCELoss
+from scipy import ndimage
 
 import data
 import losses
 import predict
+import prepare
 import recipes
+import report
 import swin_unetr3d
 import train
 
@@ -243,8 +246,7 @@ def brats(tmp_path_factory):
 
 def test_regions_are_scored_each_and_predicted_to_a_file_each(brats, tmp_path, monkeypatch, capsys):
     arguments = ["--weights", brats.out, "--out", tmp_path / "p", "--overlap", 0]
-    arguments += ["--probabilities", "--overlays", "--largest-component", brats.root]
-    arguments.remove("--largest-component")
+    arguments += ["--probabilities", "--overlays", brats.root]
     code, _, error = command(monkeypatch, capsys, predict, *arguments)
     assert code == 0, error
     truth = np.asarray(nibabel.load(brats.root / "labelsTr/case2.nii.gz").dataobj)
@@ -257,6 +259,109 @@ def test_regions_are_scored_each_and_predicted_to_a_file_each(brats, tmp_path, m
         )
     assert (tmp_path / "p/case2_probability.nii.gz").is_file()
     assert not (tmp_path / "p/case2.nii.gz").exists()
+    assert not (tmp_path / "p/classes.json").exists()  # each file holds 0 and 1
+
+
+def test_one_region_alone_is_binary_in_scores(tmp_path, monkeypatch, capsys):
+    root = data_set(tmp_path / "set", {"background": 0, "whole": [1, 2]})
+    arguments = trained(root, tmp_path / "run", "--epochs", 1)
+    code, text, error = command(monkeypatch, capsys, train, *arguments)
+    assert code == 0, error
+    (row,) = rows(tmp_path / "run/test/per_image.csv")
+    assert row["class"] == "whole"
+
+
+def test_regions_are_not_pooled_with_classes_that_exclude_each_other(
+    brats, tmp_path, monkeypatch, capsys
+):
+    labels = {"background": 0, "whole": 1, "core": 2}
+    root = data_set(tmp_path / "other", labels, "MR", channels=2)
+    arguments = trained(brats.root, tmp_path / "run", "--epochs", 1, "--intensity", "zscore")
+    arguments.insert(arguments.index("--data") + 1, root)
+    assert "pool like with like" in refused(monkeypatch, capsys, train, *arguments)
+
+
+def test_channels_of_the_command_line_are_sorted(brats, tmp_path, monkeypatch, capsys):
+    image = nibabel.load(brats.root / "imagesTr/case0.nii.gz")
+    array = np.asarray(image.dataobj) * np.array([1, -2], np.int16)
+    for k in range(2):
+        nibabel.save(
+            nibabel.Nifti1Image(array[..., k], image.affine), tmp_path / f"c_000{k}.nii.gz"
+        )
+    nibabel.save(nibabel.Nifti1Image(array, image.affine), tmp_path / "whole.nii.gz")
+    arguments = ["--weights", brats.out, "--out", tmp_path / "p", "--overlap", 0, "--probabilities"]
+    names = "c_0001.nii.gz", "whole.nii.gz", "c_0000.nii.gz"
+    code, _, error = command(
+        monkeypatch, capsys, predict, *arguments, *(tmp_path / x for x in names)
+    )
+    assert code == 0, error
+    one, other = (np.asarray(nibabel.load(tmp_path / f"p/{x}_probability.nii.gz").dataobj)
+                  for x in ("c", "whole"))  # fmt: skip
+    assert np.array_equal(one, other)
+
+
+# --- weights alone, components, options of the run -----------------------------------------------
+
+
+def test_a_bare_file_of_weights_numbers_its_classes(run, tmp_path, monkeypatch, capsys):
+    (tmp_path / "weights.safetensors").write_bytes((run.out / "best.safetensors").read_bytes())
+    arguments = ["--model", "swin_unetr3d", "--weights", tmp_path / "weights.safetensors"]
+    arguments += ["--out", tmp_path / "p", run.root / "imagesTr/case0.nii.gz", "--overlap", 0]
+    code, _, error = command(monkeypatch, capsys, predict, *arguments)
+    assert code == 0, error
+    names = json.loads((tmp_path / "p/classes.json").read_text())
+    assert names == {"0": "class 0", "1": "class 1", "2": "class 2"}
+
+
+def test_only_the_largest_component_of_each_class_is_left(run, tmp_path, monkeypatch, capsys):
+    for out, more in ("all", []), ("largest", ["--largest-component"]):
+        arguments = ["--weights", run.out, "--out", tmp_path / out, run.root, *more]
+        code, _, error = command(monkeypatch, capsys, predict, *arguments)
+        assert code == 0, error
+    every, largest = (np.asarray(nibabel.load(tmp_path / out / "case2.nii.gz").dataobj)
+                      for out in ("all", "largest"))  # fmt: skip
+    around = np.ones((3, 3, 3))
+    assert max(ndimage.label(every == k, around)[1] for k in (1, 2)) > 1  # it is not idle
+    for k in (1, 2):
+        parts, n = ndimage.label(every == k, around)
+        sizes = np.bincount(parts.ravel())[1:]
+        expected = parts == 1 + sizes.argmax() if n else parts == 1
+        assert np.array_equal(largest == k, expected)
+
+
+def test_a_test_of_a_run_slides_windows_as_the_run_did(run, tmp_path, monkeypatch, capsys):
+    arguments = ["--weights", run.out, "--eval", "--test", run.root, "--out", tmp_path / "e"]
+    arguments += ["--workers", 0, "--overlays", 0, "--cache", run.root.parent / "cache"]
+    code, text, error = command(monkeypatch, capsys, train, *arguments)
+    assert code == 0 and "overlap=0.0" in text, error
+    found = json.loads((tmp_path / "e/test/summary.json").read_text())["tests"]["set"]["dice"]
+    assert found["mean"] == run.summary["tests"]["set"]["dice"]["mean"]
+
+
+# --- pictures ------------------------------------------------------------------------------------
+
+
+def test_three_planes_lie_as_radiologists_look():
+    """One voxel marked: to the right, in front and on top of the middle of 5 x 4 x 3 voxels."""
+    x = np.zeros((5, 4, 3), np.uint8)
+    x[3, 2, 1] = 9
+    page = report.three_planes(x, (3, 2, 1), (1.0, 1.0, 2.0))
+    assert page.shape == (6, 5 + 5 + 4)  # axial 4 x 5, coronal and sagittal 3 * 2 high
+    axial, coronal, sagittal = page[:, :5], page[:, 5:10], page[:, 10:]
+    assert np.argwhere(axial).tolist() == [[1, 1]]  # front is up, the patient's right on the left
+    assert np.argwhere(coronal).tolist() == [[2, 1], [3, 1]]  # head is up
+    assert np.argwhere(sagittal).tolist() == [[2, 1], [3, 1]]  # front is on the left
+
+
+def test_the_planes_are_those_with_most_of_the_truth():
+    image = np.zeros((6, 6, 6), np.uint8)
+    image[2, 3, 4] = 255
+    truth = np.zeros((1, 6, 6, 6), bool)
+    truth[0, 2, 1:5, 4], truth[0, 1:4, 3, 4], truth[0, 2, 3, 3:6] = True, True, True
+    picture = np.asarray(report.volume_overlay(image, truth, np.zeros_like(truth), (1, 1, 1)))
+    assert picture.shape == (6, 18, 3)
+    for plane in np.split(picture, 3, 1):  # each holds the bright voxel, now the truth's rim
+        assert (plane == report.TRUTH).all(2).any()
 
 
 # --- what is refused -----------------------------------------------------------------------------
@@ -316,7 +421,15 @@ def test_images_for_a_model_of_volumes_and_the_reverse(run, tmp_path, monkeypatc
         ("swin_unetr3d", ["--intensity", 250, -175], "the lower first"),
         ("swin_unetr3d", ["--overlap", 1], "below 1"),
         ("swin_unetr3d", ["--spacing", 1, 1, 0], "above 0"),
+        ("swin_unetr3d", ["--spacing", "nan", 1, 1], "above 0"),
+        ("swin_unetr3d", ["--intensity", "nan", 250], "the lower first"),
         ("swin_unetr3d", ["--crop-ratio", 1, 1, 1, 1], "4 ratios"),
+        ("swin_unetr3d", ["--crop-ratio", 1], "--crop-ratio"),
+        ("swin_unetr3d", ["--crop-ratio", -1, 2], "--crop-ratio"),
+        ("swin_unetr3d", ["--crop-ratio", 0, 0], "--crop-ratio"),
+        ("swin_unetr3d", ["--size", 50, 64, 64], "multiples of 32"),
+        ("swin_unetr3d", ["--size", 32], "multiples of 32"),
+        ("swin_unetr3d", ["--size", 0], "multiples of 32"),
         ("swin_unetr3d", ["--overfit", 1, "--fold", "0/2"], "--overfit"),
     ],
 )
@@ -324,6 +437,26 @@ def test_options_that_do_not_fit(run, tmp_path, model, arguments, message, monke
     given = ["--model", model, "--weights", "none", "--data", run.root, "--out", tmp_path / "r"]
     given += ["--variant", "mini", "--cache", tmp_path / "cache", "--workers", 0, *arguments]
     assert message in refused(monkeypatch, capsys, train, *given)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--prompt", "liver"], "--prompt"),
+        (["--boxes", "none.csv"], "--boxes"),
+        (["--window-batch", 0], "at least 1"),
+        (["--overlap", 1], "below 1"),
+        (["--threshold", 0.4], "the most probable"),
+    ],
+)
+def test_what_a_prediction_does_not_take(run, tmp_path, arguments, message, monkeypatch, capsys):
+    given = ["--weights", run.out, "--out", tmp_path / "p", run.root, *arguments]
+    assert message in refused(monkeypatch, capsys, predict, *given)
+    assert not (tmp_path / "p").exists()
+
+
+def test_check_is_of_images(run, monkeypatch, capsys):
+    assert "holds volumes" in refused(monkeypatch, capsys, prepare, "check", run.root)
 
 
 def test_a_hidden_file_of_macos_and_a_cut_one(run, tmp_path, monkeypatch, capsys):
