@@ -253,6 +253,9 @@ def check_used(options: Options, settings: Settings) -> None:
         "views": options.eval,
         "keep_features": options.eval,
         "checkpointing": options.eval,
+        "crops_per_volume": options.eval,
+        "crop_ratio": options.eval,
+        "eval_every": options.eval,
     }
     for key, nothing in idle.items():
         if nothing and getattr(options, key):

@@ -119,12 +119,17 @@ def check_new(files: list[Path]) -> None:
         raise ValueError(f"{there} exists already; choose another --out")
 
 
+def model_of(args) -> str:
+    """The model that NIfTI files alone tell, as one takes volumes. ValueError: others tell none."""
+    if not all(layouts.is_volume(Path(place)) for place in args.inputs):
+        raise ValueError(f"--model is missing: {args.weights} is not a run folder that says it")
+    return next(name for name, family in FAMILIES.items() if family.volumes)
+
+
 def main() -> int:
     args = parse()
     run = run_config(args.weights)
-    if args.model is None and not run:
-        raise ValueError(f"--model is missing: {args.weights} is not a run folder that says it")
-    family = FAMILIES[args.model or run["model"]]
+    family = FAMILIES[args.model or run.get("model") or model_of(args)]
     if family.volumes:
         return predict_volumes(family, run, args)
     for key in ("largest_component", "overlap", "window_batch"):

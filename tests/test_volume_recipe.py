@@ -305,7 +305,7 @@ def test_channels_of_the_command_line_are_sorted(brats, tmp_path, monkeypatch, c
 
 def test_a_bare_file_of_weights_numbers_its_classes(run, tmp_path, monkeypatch, capsys):
     (tmp_path / "weights.safetensors").write_bytes((run.out / "best.safetensors").read_bytes())
-    arguments = ["--model", "swin_unetr3d", "--weights", tmp_path / "weights.safetensors"]
+    arguments = ["--weights", tmp_path / "weights.safetensors"]  # NIfTI tells the model
     arguments += ["--out", tmp_path / "p", run.root / "imagesTr/case0.nii.gz", "--overlap", 0]
     code, _, error = command(monkeypatch, capsys, predict, *arguments)
     assert code == 0, error
@@ -327,6 +327,12 @@ def test_only_the_largest_component_of_each_class_is_left(run, tmp_path, monkeyp
         sizes = np.bincount(parts.ravel())[1:]
         expected = parts == 1 + sizes.argmax() if n else parts == 1
         assert np.array_equal(largest == k, expected)
+
+
+@pytest.mark.parametrize("idle", ["--crops-per-volume", "--eval-every"])
+def test_a_test_does_not_take_what_is_of_training(run, tmp_path, idle, monkeypatch, capsys):
+    arguments = ["--weights", run.out, "--eval", "--test", run.root, "--out", tmp_path / "e"]
+    assert "does nothing here" in refused(monkeypatch, capsys, train, *arguments, idle, 2)
 
 
 def test_a_test_of_a_run_slides_windows_as_the_run_did(run, tmp_path, monkeypatch, capsys):
