@@ -97,7 +97,9 @@ def test_text_and_picture_prompts_at_official_size(golden, official):
         for i in range(3):
             for where in ("in", "out"):
                 want = golden.get(f"out/{case}/dec{i}_{where}")
-                close(seen[f"{where}{i}"][:, :: stride["decoder"]], want)
+                # 2e-5 is for logits below 1; these reach 6, and rounding depends on the processor
+                atol = 2e-5 * max(1, want.abs().max().item())
+                close(seen[f"{where}{i}"][:, :: stride["decoder"]], want, atol)
         assert logits.shape == (2, 1, 352, 352)
         error = (logits[:, 0] - golden.get(f"out/{case}/logits")).abs().max().item()
         print(f"{case}: logits differ by {error:.1e}")
