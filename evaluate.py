@@ -120,7 +120,7 @@ def check_classes(model, recipe, datasets, options) -> None:
     overlapping = getattr(model.config, "overlapping", False)
     for dataset in datasets:
         root, have = dataset.entries[0].root, len(dataset.classes)
-        if overlapping != (getattr(dataset.entries[0], "regions", None) is not None):
+        if overlapping != (dataset.entries[0].regions is not None):
             told = "takes its classes to overlap" if overlapping else "tells classes apart"
             hint = "regions are lists of numbers in dataset.json"
             raise ValueError(f"{type(model).__name__} {told}, those of {root} are not so; {hint}")

@@ -220,9 +220,8 @@ def _read_labels(found: dict) -> dict:
     if background is None:
         raise ValueError("labels need a background, number 0")
     several = any(len(v) > 1 for v in numbers.values())
-    names = [background] + sorted((n for n in numbers if n != background), key=numbers.get)
-    if several:  # in the order in which they are given
-        names = [background] + [name for name in numbers if name != background]
+    order = numbers if several else sorted(numbers, key=numbers.get)  # regions: as they are given
+    names = [background] + [name for name in order if name != background]
     labels = tuple(sorted({n for v in numbers.values() for n in v}))
     regions = tuple(tuple(labels.index(n) for n in numbers[name]) for name in names[1:])
     names = names if len(names) > 2 or several else names[1:]

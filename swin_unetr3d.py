@@ -609,8 +609,9 @@ def preprocess(volume: Tensor, config: Config) -> Tensor:
 
 def postprocess(logits: Tensor, size: tuple[int, int, int], config: Config) -> Tensor:
     """logits (K,d,h,w) -> probabilities (K,D,H,W) at the given size."""
-    logits = F.interpolate(logits[None].float(), size, mode="trilinear", align_corners=False)[0]
-    return logits.sigmoid() if config.overlapping or len(logits) == 1 else logits.softmax(0)
+    x, same = logits.float(), logits.shape[1:] == tuple(size)
+    x = x if same else F.interpolate(x[None], size, mode="trilinear", align_corners=False)[0]
+    return x.sigmoid() if config.overlapping or len(x) == 1 else x.softmax(0)
 
 
 # shared: run_folder

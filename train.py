@@ -236,7 +236,7 @@ def write_config(options: Options, model, train_set, val_set) -> None:
         "class": type(model).__name__,
         "config": asdict(model.config),
         "classes": list(train_set.classes),
-        "labels": getattr(train_set.entries[0], "labels", None),  # their numbers in volumes
+        "labels": train_set.entries[0].labels,  # their numbers in volumes
         "recipe": options.recipe or "default",
         "options": asdict(options),
         "data": {"train": train_set.describe(), "val": val_set.describe()},

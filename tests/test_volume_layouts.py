@@ -6,6 +6,7 @@ import json
 import pytest
 
 import layouts
+import swin_unetr3d
 
 
 def make(root, files, settings=None):
@@ -112,6 +113,11 @@ def test_names_that_repeat_get_their_folders(tmp_path):
 def test_a_dataset_json_beside_images_is_passed_over(tmp_path):
     make(tmp_path, ["images/a.png", "masks/a.png"], {"anything": 1})
     assert list(layouts.splits(tmp_path)) == ["train", "val", "test"]
+
+
+def test_the_organs_of_btcv_are_those_of_its_weights():
+    """Written down twice, as a model file works alone."""
+    assert swin_unetr3d.BTCV["classes"] == layouts.BTCV
 
 
 def test_btcv_as_it_is_handed_out(tmp_path):
