@@ -660,7 +660,7 @@ def read_checkpoint(source: str | Path, files: tuple[str, ...]) -> tuple[dict[st
         path = download(str(source), files)
     config, weights = path.parent / "config.json", read_file(path)
     settings = read_file(config) if config.exists() else {}
-    for key in ("state_dict", "model"):
+    for key in ("state_dict", "model", "net"):
         weights = weights[key] if isinstance(weights.get(key), dict) else weights
     for prefix in ("module.", "net."):  # a name that would then be there twice keeps its prefix
         bare = {name: name.removeprefix(prefix) for name in weights}

@@ -1,4 +1,5 @@
 """Swin UNETR: a volume in, the class of every voxel out. Windows of attention, then a U-Net.
+And the CLIP-Driven Universal Model on it, whose classes are texts: `UniversalSwinUNETR`.
 
 Papers: Hatamizadeh et al., BrainLes 2021, arXiv 2201.01266; Tang et al., CVPR 2022, arXiv
 2111.14791 (self-supervised); He et al., MICCAI 2023 (v2). Code: github.com/Project-MONAI/MONAI
@@ -27,6 +28,7 @@ channels last in memory. Left out: two dimensions, dropout (0 in all files), sel
 """
 
 import json
+import math
 import re
 import zipfile
 from collections.abc import Callable, Iterator
@@ -57,6 +59,25 @@ class Config:
     classes: tuple[str, ...] = ()  # their names, of several the background's first; (): not known
 
 
+ORGANS = (  # of the Universal Model, in its order
+    "background", "spleen", "right kidney", "left kidney", "gall bladder", "esophagus", "liver",
+    "stomach", "aorta", "postcava", "portal vein and splenic vein", "pancreas",
+    "right adrenal gland", "left adrenal gland", "duodenum", "hepatic vessel", "right lung",
+    "left lung", "colon", "intestine", "rectum", "bladder", "prostate", "left head of femur",
+    "right head of femur", "celiac trunk", "kidney tumor", "liver tumor", "pancreas tumor",
+    "hepatic vessel tumor", "lung tumor", "colon tumor", "kidney cyst",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class UniversalConfig(Config):
+    num_classes: int = 32  # without the background, which has no code
+    spacing: tuple[float, ...] = (1.5, 1.5, 1.5)
+    overlapping: bool = True
+    classes: tuple[str, ...] = ORGANS
+    codes: str = "text"  # what stands for a class, of CODES
+
+
 BTCV = dict(classes=(
     "background", "spleen", "right kidney", "left kidney", "gallbladder", "esophagus", "liver",
     "stomach", "aorta", "inferior vena cava", "portal and splenic veins", "pancreas",
@@ -73,6 +94,10 @@ VARIANTS = {  # parameters
     "base-v2": Config(v2=True),  # 72,762,656
     "brats21": Config(in_channels=4, num_classes=3, **BRATS21),  # 62,191,941
     "mini": Config(12, num_classes=3, image_size=(64, 64, 64)),  # 4,078,077; for tests and demos
+}
+UNIVERSAL_VARIANTS = {
+    "universal": UniversalConfig(),  # 62,595,315
+    "mini": UniversalConfig(12, codes="random", image_size=(64,) * 3),  # for tests and demos
 }
 HEADS = (3, 6, 12, 24)  # of the four stages
 WINDOW, SHIFT = 7, 3  # tokens along a side
@@ -414,7 +439,7 @@ class UpBlock(nn.Module):
         return block.rest(y, around)
 
 
-class SwinUNETR(nn.Module):
+class Backbone(nn.Module):
     """`checkpointing = True` saves memory in training for time: blocks run again for gradients."""
 
     def __init__(self, config: Config):
@@ -432,20 +457,30 @@ class SwinUNETR(nn.Module):
         self.encoder4, self.encoder10 = ResBlock(4 * f, 4 * f), ResBlock(16 * f, 16 * f)
         self.decoder5, self.decoder4 = UpBlock(16 * f, 8 * f), UpBlock(8 * f, 4 * f)
         self.decoder3, self.decoder2 = UpBlock(4 * f, 2 * f), UpBlock(2 * f, f)
-        self.decoder1, self.out = UpBlock(f, f), nn.Conv3d(f, c.num_classes, 1)
+        self.decoder1 = UpBlock(f, f)
 
-    def forward(self, volume: Tensor) -> Tensor:
-        """volume (B,C,D,H,W) as `preprocess` makes it -> logits (B,K,D,H,W)."""
+    def features(self, volume: Tensor) -> tuple[Tensor, Tensor]:
+        """volume (B,C,D,H,W) as `preprocess` makes it -> (B,16f,D/32,H/32,W/32), (B,f,D,H,W)."""
         check_size(volume, self.config.in_channels)
         keep = not (self.checkpointing and torch.is_grad_enabled())
         run = nn.Module.__call__ if keep else partial(checkpoint, use_reentrant=False)
         x0, x1, x2, x3, x4 = self.swinViT(volume, run)
-        x = run(self.encoder10, x4)  # (B,16f,D/32,H/32,W/32)
-        x = run(self.decoder5, x, x3)
+        bottom = run(self.encoder10, x4)  # (B,16f,D/32,H/32,W/32)
+        x = run(self.decoder5, bottom, x3)
         x = run(self.decoder4, x, run(self.encoder4, x2))
         x = run(self.decoder3, x, run(self.encoder3, x1))
         x = run(self.decoder2, x, run(self.encoder2, x0))
-        x = run(self.decoder1, x, run(self.encoder1, volume))  # (B,f,D,H,W)
+        return bottom, run(self.decoder1, x, run(self.encoder1, volume))
+
+
+class SwinUNETR(Backbone):
+    def __init__(self, config: Config):
+        super().__init__(config)
+        self.out = nn.Conv3d(config.feature_size, config.num_classes, 1)
+
+    def forward(self, volume: Tensor) -> Tensor:
+        """volume (B,C,D,H,W) as `preprocess` makes it -> logits (B,K,D,H,W)."""
+        _, x = self.features(volume)
         return pointwise(x, self.out.weight, self.out.bias).contiguous()
 
     @classmethod
@@ -461,21 +496,172 @@ class SwinUNETR(nn.Module):
             config = Config(**run_config(settings, "SwinUNETR", source))
         else:
             told = told_by_name(source, settings, "merging" in overrides)
-            config = replace(sizes(weights), **told)
+            config = Config(**sizes(weights) | told)
         weights, num_classes, fresh = new_classes(weights, num_classes, source)
         num_classes = num_classes or config.num_classes
         if num_classes + config.overlapping != len(config.classes):
             config = replace(config, classes=())
-        model = cls(replace(config, num_classes=num_classes, **overrides))
-        expected = model.state_dict()
-        new = {n: t for n, t in expected.items() if n not in weights and re.fullmatch(fresh, n)}
-        weights |= new
-        check_complete(to_official(weights), to_official(expected), source)
-        model.load_state_dict(weights)
-        if new:
-            parts = dict.fromkeys(name.split(".")[0] for name in new)
-            print(f"{source}: new and untrained: {', '.join(parts)}")
-        return model.eval()
+        return load(
+            cls(replace(config, num_classes=num_classes, **overrides)), weights, fresh, source
+        )
+
+
+class UniversalSwinUNETR(Backbone):
+    """Finds the classes that it is asked for, each by a small network made of the class's code.
+
+    Liu et al., ICCV 2023, arXiv 2301.00785; github.com/ljwztc/CLIP-Driven-Universal-Model at
+    43c1239, model/Universal_model.py (CC BY-NC-ND 4.0). Weights: on the hub
+    ljwztc/CLIP-Driven-Universal-Model (licence not checked). Left out: its other backbones.
+
+        code of each class (k,512), CLIP's text, text_to_vision, ReLU -> (k,256)
+        (B,16f,D/32,...) of the backbone, GAP: group norm, ReLU, mean, projection -> (B,256)
+        both, controller -> (B,k,153), the weights and biases of 8 -> 8 -> 8 -> 1 channels
+        (B,f,D,H,W) of the backbone, precls_conv: group norm, ReLU, projection -> (B,8,D,H,W)
+        three 1x1x1 convolutions with the 153 numbers -> logits (B,k,D,H,W)
+
+    A code of `random` is a parameter, of `one-hot` goes through text_to_vision like a text.
+    """
+
+    CONFIG = UniversalConfig
+
+    def __init__(self, config: UniversalConfig, embedding: Tensor | None = None):
+        """embedding (K,512): the codes of "text", which nothing but CLIP can give."""
+        super().__init__(config)
+        f, K, codes = config.feature_size, config.num_classes, config.codes
+        check_codes(codes, embedding)
+        if codes == "random":
+            self.organ_embedding = nn.Embedding(K, CODE)
+        else:
+            embedding = torch.eye(K) if embedding is None else embedding.float()
+            self.register_buffer("organ_embedding", embedding)
+            self.text_to_vision = nn.Linear(embedding.shape[1], CODE)
+        self.precls_conv = nn.Sequential(
+            nn.GroupNorm(math.gcd(16, f), f), nn.ReLU(), nn.Conv3d(f, 8, 1)
+        )
+        mean = nn.AdaptiveAvgPool3d(1)
+        self.GAP = nn.Sequential(
+            nn.GroupNorm(16, 16 * f), nn.ReLU(), mean, nn.Conv3d(16 * f, CODE, 1)
+        )
+        self.controller = nn.Conv3d(2 * CODE, sum(LAYERS), 1)
+
+    def forward(self, volume: Tensor, classes: list[int] | None = None) -> Tensor:
+        """volume (B,C,D,H,W) as `preprocess` makes it, and which classes are asked for, from 0 (the
+        background is none of them), or all -> logits (B,k,D,H,W)."""
+        bottom, top = self.features(volume)
+        numbers = self.head_numbers(bottom, classes)  # (B,k,153)
+        # Of channels last in memory, group norms on a CPU are a hundred times less exact.
+        return dynamic_head(self.precls_conv(top.contiguous()), numbers)
+
+    def codes(self) -> Tensor:
+        """(K,256)."""
+        if self.config.codes == "random":
+            return self.organ_embedding.weight
+        return self.text_to_vision(self.organ_embedding).relu()
+
+    def head_numbers(self, bottom: Tensor, classes: list[int] | None = None) -> Tensor:
+        """bottom (B,16f,d,h,w) -> weights and biases of each class's network (B,k,153)."""
+        codes = self.codes() if classes is None else self.codes()[classes]  # (k,256)
+        image = self.GAP(bottom).flatten(1)  # (B,256)
+        sizes = len(image), len(codes), CODE
+        return self.control(image[:, None].expand(sizes), codes.expand(sizes))
+
+    def control(self, image: Tensor, codes: Tensor) -> Tensor:
+        """(B,k,256) each -> (B,k,153)."""
+        x = torch.cat((image, codes), 2)  # (B,k,512)
+        return F.linear(x, self.controller.weight.flatten(1), self.controller.bias)
+
+    @torch.no_grad()
+    def add_class(self, name: str, embedding: Tensor | None = None) -> None:
+        """A further class, the last; embedding (512,) is its code if codes are texts.
+
+        What the model says of the others stays as it is. Optimisers do not know what is new.
+        """
+        c, codes = self.config, self.organ_embedding
+        if name in c.classes:
+            raise ValueError(f"class {name!r} is there already")
+        check_codes(c.codes, embedding)
+        if c.codes == "random":
+            rows = torch.cat((codes.weight, torch.randn_like(codes.weight[:1])))
+            self.organ_embedding = nn.Embedding.from_pretrained(rows, freeze=False)
+        elif c.codes == "text":
+            self.organ_embedding = torch.cat((codes, embedding.to(codes)[None]))
+        else:  # a row and a column, of which the others have 0
+            self.organ_embedding = F.pad(codes, (0, 1, 0, 1))
+            self.organ_embedding[-1, -1] = 1
+            old, new = self.text_to_vision, nn.Linear(codes.shape[1] + 1, CODE).to(codes.device)
+            new.weight[:, :-1], new.bias[:] = old.weight, old.bias
+            self.text_to_vision = new
+        self.config = replace(c, num_classes=c.num_classes + 1, classes=(*c.classes, name))
+
+    @classmethod
+    def from_pretrained(
+        cls, source: str | Path, classes: list[str] | None = None, embedding=None, **overrides
+    ) -> "UniversalSwinUNETR":
+        """From a file, a folder, a run folder or a hub id; `overrides` are fields of its Config.
+
+        A file of Swin UNETR, or of its encoder alone, needs the names of the `classes` and, if
+        codes are texts, their `embedding` (K,512); the rest is new and printed. Evaluation mode.
+        """
+        weights, settings = read_checkpoint(source, UNIVERSAL_FILES + FILES)
+        weights = convert(weights)
+        found = {n: t for n, t in weights.items() if n.startswith("organ_embedding")}
+        if "format" in settings:  # a run folder of ours
+            config = cls.CONFIG(**run_config(settings, cls.__name__, source))
+        else:
+            told = told_by_name(source, settings, "merging" in overrides)
+            config = cls.CONFIG(**sizes(weights), merging=told["merging"])
+        if found:
+            name, codes = next(iter(found.items()))
+            kind = "one-hot" if codes.shape[1] != TEXT else "text"
+            kind, fresh = "random" if name.endswith("weight") else kind, ""
+            embedding, names = codes if kind == "text" else None, config.classes[1:]
+            if len(names) != len(codes):
+                names = classes or [f"class {k + 1}" for k in range(len(codes))]
+            config = replace(config, codes=kind)
+        elif classes is None:
+            raise ValueError(f"{source}: has no codes of classes; give the names of classes")
+        else:
+            weights, _, fresh = new_classes(weights, 0, source)
+            names, fresh = classes, "|".join(filter(None, (HEAD, fresh)))
+        config = replace(config, num_classes=len(names), classes=("background", *names))
+        model = cls(replace(config, **overrides), embedding)
+        return load(model, weights, fresh, source)
+
+
+CODE, TEXT = 256, 512  # numbers of a class's code and of CLIP's text
+CODES = ("text", "random", "one-hot")
+HEAD = r"(organ_embedding|text_to_vision|cross_attention|precls_conv|GAP|controller).*"
+LAYERS = (64, 64, 8, 8, 8, 1)  # numbers of a class: weights of three layers, then their biases
+PART = 4096  # voxels at a time, whose channels then stay in the cache of a processor
+
+
+def dynamic_head(x: Tensor, numbers: Tensor) -> Tensor:
+    """Runs each class's network of three 1x1x1 convolutions: x (B,8,D,H,W), numbers (B,k,153) ->
+    logits (B,k,D,H,W).
+
+    The official code repeats x for each class and convolves in groups. Here the first layers of all
+    classes are one product of matrices.
+    """
+    B, k, _ = numbers.shape
+    w1, w2, w3, b1, b2, b3 = numbers.split(LAYERS, 2)
+    w1, b1 = w1.reshape(B, 8 * k, 8), b1.reshape(B, 8 * k, 1)
+    w2, b2 = w2.reshape(B * k, 8, 8), b2.reshape(B * k, 8, 1)
+    w3, b3 = w3.reshape(B * k, 1, 8), b3.reshape(B * k, 1, 1)
+    parts = []
+    for part in x.flatten(2).split(PART, 2):  # (B,8,n)
+        y = torch.baddbmm(b1, w1, part).relu_()  # (B,8k,n)
+        y = torch.baddbmm(b2, w2, y.view(B * k, 8, -1)).relu_()  # (B*k,8,n)
+        parts.append(torch.baddbmm(b3, w3, y).view(B, k, -1))
+    return torch.cat(parts, 2).view(B, k, *x.shape[2:])
+
+
+def check_codes(codes: str, embedding: Tensor | None) -> None:
+    """ValueError of one line if codes are of no kind, or are texts and there are none."""
+    if codes not in CODES or (codes == "text") != (embedding is not None):
+        have = "no embedding" if embedding is None else "an embedding"
+        raise ValueError(
+            f"codes {codes!r} and {have}: text needs one, {' or '.join(CODES[1:])} none"
+        )
 
 
 def check_size(volume: Tensor, channels: int) -> None:
@@ -491,8 +677,10 @@ def check_size(volume: Tensor, channels: int) -> None:
 
 FILES = ("best.safetensors", "model.safetensors", "pytorch_model.bin")
 FILES += ("model.pt", "models/model.pt", "model_swinvit.pt")
+UNIVERSAL_FILES = ("best.safetensors", "clip_driven_universal_swin_unetr.pth")
 RELEASED = {  # fields of Config; merging is legacy in all
     "MONAI/swin_unetr_btcv_segmentation": BTCV, "model_swinvit.pt": {},
+    "CLIP-Driven-Universal-Model": {}, "clip_driven_universal_swin_unetr.pth": {},
     "self_supervised_nv_swin_unetr_5050.pt": {}, "ssl_pretrained_weights.pth": {},
     "darragh/swinunetr-btcv-tiny": BTCV, "swin_unetr.tiny_5000ep_f12_lr2e-4_pretrained.pt": BTCV,
     "darragh/swinunetr-btcv-small": BTCV, "swin_unetr.small_5000ep_f24_lr2e-4_pretrained.pt": BTCV,
@@ -508,7 +696,7 @@ IGNORED = {
 }
 # Other names of the encoder -> MONAI's, then MONAI's -> ours.
 RENAMES = (
-    (r"^swin_vit\.", "swinViT."), (r"^(encoder\.)?(patch_embed\.|layers\d)", r"swinViT.\2"),
+    (r"^backbone\.", ""), (r"^swin_vit\.", "swinViT."), (r"^(encoder\.)?(patch_embed\.|layers\d)", r"swinViT.\2"),
     (r"(layers\d\.0)\.0\.", r"\1."), (r"\.fc([12])\.", r".linear\1."),
     (r"\.layers(\d)\.0\.", lambda match: f".layers.{int(match[1]) - 1}."),
     (r"\.layers(\d)c\.0\.layer\.", lambda match: f".layers.{int(match[1]) - 1}.conv."),
@@ -543,23 +731,38 @@ def convert(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def to_official(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Ours -> MONAI's, for `load_state_dict` of its class."""
+    """Ours -> MONAI's or the Universal Model's, for `load_state_dict` of its class."""
     weights = {}
     for name, t in state_dict.items():
         for pattern, new in OFFICIAL:
             name = re.sub(pattern, new, name)
+        if "controller.weight" in state_dict:  # of the Universal Model's class, not of its files
+            name = re.sub(r"^(swinViT|encoder|decoder)", r"backbone.\1", name)
         weights[name] = t
         if name.endswith("relative_position_bias_table"):  # MONAI keeps an index with each
             weights[name.replace("bias_table", "index")] = position_index().to(t.device)
     return weights
 
 
-def sizes(weights: dict[str, Tensor]) -> Config:
-    """What the shapes tell."""
-    told, c = {}, Config()
+def load(model: Backbone, weights: dict[str, Tensor], fresh: str, source) -> Backbone:
+    """Fills the model; tensors whose names match `fresh` may be missing, and are then printed."""
+    expected = model.state_dict()
+    new = {n: t for n, t in expected.items() if n not in weights and re.fullmatch(fresh, n)}
+    weights = weights | new
+    check_complete(to_official(weights), to_official(expected), source)
+    model.load_state_dict(weights)
+    if new:
+        parts = dict.fromkeys(name.split(".")[0] for name in new)
+        print(f"{source}: new and untrained: {', '.join(parts)}")
+    return model.eval()
+
+
+def sizes(weights: dict[str, Tensor]) -> dict:
+    """What the shapes tell, fields of Config."""
+    told = {"v2": any(".layers.0.conv." in name for name in weights)}
     if (patches := weights.get("swinViT.patch_embed.proj.weight")) is not None:
-        told = {"feature_size": len(patches), "in_channels": patches.shape[1]}
-    return replace(c, v2=any(".layers.0.conv." in name for name in weights), **told)
+        told |= {"feature_size": len(patches), "in_channels": patches.shape[1]}
+    return told
 
 
 def told_by_name(source, settings: dict, overridden: bool) -> dict:
@@ -621,6 +824,8 @@ def run_config(settings: dict, kind: str, source) -> dict:
     if found != (kind, 1):
         raise ValueError(f"{source}: holds {found[0]} in format {found[1]}, not {kind} in 1")
     return {k: tuple(v) if isinstance(v, list) else v for k, v in settings["config"].items()}
+
+
 # end shared
 
 
@@ -641,7 +846,7 @@ def read_checkpoint(source: str | Path, files: tuple[str, ...]) -> tuple[dict[st
         path = download(str(source), files)
     config, weights = path.parent / "config.json", read_file(path)
     settings = read_file(config) if config.exists() else {}
-    for key in ("state_dict", "model"):
+    for key in ("state_dict", "model", "net"):
         weights = weights[key] if isinstance(weights.get(key), dict) else weights
     for prefix in ("module.", "net."):  # a name that would then be there twice keeps its prefix
         bare = {name: name.removeprefix(prefix) for name in weights}
@@ -702,6 +907,8 @@ def download(source: str, files: tuple[str, ...]) -> Path:
         hint = "check the connection, or fetch the file elsewhere and name it"
         raise OSError(f"{source}: not to be had from the hub ({reason}); {hint}") from None
     raise FileNotFoundError(f"{source}: the repository has none of {', '.join(files)}")
+
+
 # end shared
 
 
@@ -716,4 +923,6 @@ def check_complete(found: dict[str, Tensor], expected: dict[str, Tensor], source
     ]
     if wrong:
         raise ValueError(f"{source}: {len(wrong)} tensors do not fit: {'; '.join(wrong[:5])}")
+
+
 # end shared

@@ -48,7 +48,7 @@ MODELS = {
         "assert masks.isfinite().all()",
     ),
     "swin_unetr3d": (
-        620,
+        820,
         "model = swin_unetr3d.SwinUNETR(swin_unetr3d.VARIANTS['mini']).eval()\n"
         "out = model(torch.randn(1, 1, 64, 32, 32))\n"
         "assert out.shape == (1, 3, 64, 32, 32) and out.isfinite().all(), out.shape",
