@@ -118,6 +118,8 @@ def check_classes(model, recipe, datasets, options) -> None:
             raise ValueError("--threshold auto: of one class alone; drop it")
         return
     overlapping = getattr(model.config, "overlapping", False)
+    if hasattr(model, "add_class"):
+        return check_known(model.config.classes, datasets, options)
     for dataset in datasets:
         root, have = dataset.entries[0].root, len(dataset.classes)
         if overlapping != (dataset.entries[0].regions is not None):
@@ -134,6 +136,17 @@ def check_classes(model, recipe, datasets, options) -> None:
         if overlapping and options.threshold == "auto":
             raise ValueError("--threshold auto: of one class alone; drop it")
         check_threshold(1 if overlapping else k, options.threshold)
+
+
+def check_known(classes: tuple[str, ...], datasets, options) -> None:
+    """ValueError, one line, if data sets annotate what a Universal Model has no code of."""
+    for dataset in datasets:
+        if lost := [name for name in dataset.classes if name not in classes]:
+            root, have = dataset.entries[0].root, ", ".join(classes[1:])
+            hint = "--text-codes FILE with its code adds it"
+            raise ValueError(f"{root}: {lost[0]} is no class of the model ({have}); {hint}")
+    if options.threshold == "auto":
+        raise ValueError("--threshold auto: of one class alone; drop it")
 
 
 def best_threshold(model, recipe, dataset, options) -> float:
@@ -203,6 +216,7 @@ def score(item: dict, masks: np.ndarray, classes, probabilities=None) -> list[di
     """Scores of one entry, a dict a class, with what tells whose they are; of the background, last,
     only its counts. masks: bool (K,*size); with probabilities (K,*size) also HD95, ASSD, NSD, and
     of images average precision and Betti errors."""
+    classes = item.get("classes", classes)  # a volume knows which are annotated in it
     truth, names = item["truth"].numpy(), foreground(classes)  # (1,*size)
     valid, n = None if (truth != 255).all() else truth[0] != 255, len(names)
     more = None if probabilities is None else probabilities[-n:]  # without the background
@@ -249,6 +263,13 @@ def dice_by_entry(rows: list[dict], dataset) -> np.ndarray:
     return np.array([np.mean(some) if some else empty[name] for name, some in dice.items()])
 
 
+def spread(masks: np.ndarray, names, among) -> np.ndarray:
+    """bool (n,*size), of n names -> (m,*size) of the m `among` which they are, empty for others."""
+    whole = np.zeros((len(among), *masks.shape[1:]), bool)
+    whole[[among.index(name) for name in names]] = masks
+    return whole
+
+
 def draw(model, recipe, dataset, rows: list[dict], options, folder: Path) -> None:
     """Overlays of the worst, median and best cases by Dice, and one sheet of them all."""
     dice, names = dice_by_entry(rows, dataset), foreground(dataset.classes)
@@ -264,8 +285,9 @@ def draw(model, recipe, dataset, rows: list[dict], options, folder: Path) -> Non
     part, cards = dataset.subset([i for _, i in cases]), []
     for k, (item, probabilities, _) in enumerate(predictions(model, recipe, part, options, "draw")):
         case, i = cases[k]
-        truth = truth_masks(item, len(names))
-        masks = to_masks(probabilities, model.config)[-len(names) :]
+        own = foreground(item.get("classes", dataset.classes))  # of these
+        truth = spread(truth_masks(item, len(own)), own, names)
+        masks = spread(to_masks(probabilities, model.config)[-len(own) :], own, names)
         if recipe.prepare:
             grey = part.grey(k, model.preprocess)
             picture = report.volume_overlay(grey, truth, masks, item["spacing"])
@@ -445,7 +467,7 @@ def open_tests(options) -> dict[str, data.Dataset]:
 def open_dataset(entries: list, options):
     """Of images, or where the files are NIfTI of volumes. Raises as `data.open_dataset` does."""
     if entries and layouts.is_volume(entries[0].image):
-        return volumes.VolumeSet(entries)
+        return volumes.VolumeSet(entries, partial=options.codes is not None)
     return data.open_dataset(entries, options.cache, options.pseudocolor)
 
 

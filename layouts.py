@@ -18,8 +18,9 @@ Volumes (NIfTI): `dataset.json` as the Medical Segmentation Decathlon has it, wi
 `training`, perhaps `validation`, and `test`, of which those with a label count; or as nnU-Net has
 it, without lists: files CASE_0000.nii.gz, CASE_0001.nii.gz … of a case's channels in imagesTr/ and
 CASE.nii.gz in labelsTr/ (imagesTs/, labelsTs/: the test split). Its `labels` are read in either
-direction; a list of numbers is a region, and regions may overlap. `img/` and `label/` without it
-are BTCV's own folders, all for training.
+direction; a list of numbers is a region, and regions may overlap; that of the background are all
+that are none of the classes. `img/` and `label/` without it are BTCV's own folders, all for
+training.
 """
 
 import json
@@ -60,7 +61,8 @@ class Entry:
     classes: tuple[str, ...] = ("target",)  # in the mask: one, or the background and several
     numbers: bool = False  # the mask holds the numbers of these classes
     more: tuple[Path, ...] = ()  # files of a volume's further channels
-    labels: tuple[int, ...] | None = None  # what a volume's label map may hold, in order
+    labels: tuple[int, ...] | None = None  # what a volume's label map may hold, in order,
+    unnamed: tuple[int, ...] = ()  # and which further numbers are background there
     regions: tuple[tuple[int, ...], ...] | None = None  # of a class that overlaps: which of these
     modality: str | None = None  # of a volume, as dataset.json says
 
@@ -216,16 +218,21 @@ def _read_labels(found: dict) -> dict:
     numbers = {n: tuple(map(int, v if isinstance(v, list) else [v])) for n, v in found.items()}
     if "ignore" in numbers:
         raise ValueError("a label named ignore is not supported; write 255, which does not count")
-    background = next((name for name, v in numbers.items() if v == (0,)), None)
-    if background is None:
-        raise ValueError("labels need a background, number 0")
+    background = [name for name, v in numbers.items() if 0 in v]
+    if len(background) != 1:
+        raise ValueError("labels need one background, of number 0")
+    (background,) = background
+    unnamed = tuple(n for n in numbers[background] if n)
     several = any(len(v) > 1 for v in numbers.values())
     order = numbers if several else sorted(numbers, key=numbers.get)  # regions: as they are given
     names = [background] + [name for name in order if name != background]
-    labels = tuple(sorted({n for v in numbers.values() for n in v}))
+    labels = tuple(sorted({n for v in numbers.values() for n in v} - {*unnamed}))
+    if twice := {*unnamed} & {n for name in names[1:] for n in numbers[name]}:
+        raise ValueError(f"label {min(twice)} is background and of a class")
     regions = tuple(tuple(labels.index(n) for n in numbers[name]) for name in names[1:])
     names = names if len(names) > 2 or several else names[1:]
-    return {"classes": tuple(names), "labels": labels, "regions": regions if several else None}
+    regions = regions if several else None
+    return {"classes": tuple(names), "labels": labels, "unnamed": unnamed, "regions": regions}
 
 
 def _listed(root: Path, item) -> tuple[Path, Path] | None:

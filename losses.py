@@ -87,6 +87,22 @@ def dice_ce(
     return dice + ce, {"dice_loss": dice, "ce": ce}
 
 
+def partial_dice_bce(
+    logits: Tensor, target: Tensor, smooth: float = 1.0
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Dice + binary cross entropy of classes that are not annotated in every image.
+
+    logits (B,C,*S); target (B,C,*S) of integers: 0 or 1, 255 where a voxel does not count, -1 in
+    all of a class of an image that is not annotated for it. Such a pair of image and class has no
+    part in the loss, nor a gradient; the others count alike (Liu et al., ICCV 2023, arXiv
+    2301.00785, equation 3; their Dice has `smooth` in the denominator alone). Returns the sum, and
+    its parts by name.
+    """
+    annotated = target.flatten(2)[..., 0] >= 0  # (B,C)
+    logits, target = logits[annotated][:, None], target[annotated][:, None]  # (n,1,*S)
+    return dice_bce(logits, target, smooth)
+
+
 def sam_loss(
     logits: Tensor, iou: Tensor, target: Tensor, smooth: float = 1.0
 ) -> tuple[Tensor, dict[str, Tensor]]:

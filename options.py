@@ -14,6 +14,7 @@ from layouts import path_and_split
 from prompts import KINDS
 from protocol import Settings
 from recipes import FAMILIES, TOPOLOGY
+from swin_unetr3d import CODES
 
 
 def option(default, help: str, **argparse_too):
@@ -77,6 +78,8 @@ class Options:
     overlap: float | None = option(None, "of neighbouring windows of a volume, as a share")
     window_batch: int | None = option(None, "windows of a volume at a time, in evaluation")
     checkpointing: bool = option(False, "less memory, more time in training on volumes")
+    codes: str | None = option(None, "what stands for a class: see swin_unetr3d.py", choices=CODES)
+    text_codes: str | None = option(None, "file of them, which `prepare.py text-codes` writes")
     overfit: int | None = option(None, "train, validate and test on the first so many cases")
     negatives: float | None = option(None, "share of samples that ask for another image's target")
     prompt_study: bool = option(False, "test every prompt type, in one table")
@@ -178,6 +181,7 @@ FOR_VOLUMES = (
     "crops_per_volume", "crop_ratio", "spacing", "intensity", "overlap", "window_batch",
     "checkpointing",
 )  # fmt: skip
+FOR_UNIVERSAL = ("codes", "text_codes")
 FOR_SAM = ("sam_prompts", "jitter", "min_area", "prompts_per_image", "boxes", "topology")
 
 
@@ -199,6 +203,12 @@ def check(options: Options, family, name: str) -> None:
     if options.overlap is not None and options.overlap >= 1:
         raise ValueError(f"--overlap {options.overlap}: a share of a side, below 1")
     check_volumes(options, family)
+    for key in () if family.partial else FOR_UNIVERSAL:
+        if getattr(options, key) is not None:
+            told = f"{options.model} has no codes of classes, only universal and fewshot3d do"
+            raise ValueError(f"{flag(key)}: {told}")
+    if options.text_codes and options.codes in ("random", "one-hot"):
+        raise ValueError(f"--codes {options.codes}: takes no --text-codes, drop one")
     if options.pseudocolor is not None:
         colour_table(options.pseudocolor)
     for key in () if family.asked else FOR_SAM:

@@ -4,13 +4,16 @@
     python predict.py --weights runs/cris-kvasir_polyp --out masks --split test data/kvasir_polyp
     python predict.py --weights runs/segformer-uw_madison --out masks folder/
     python predict.py --weights MONAI/swin_unetr_btcv_segmentation --out organs ct.nii.gz
+    python predict.py ct.nii.gz --weights runs/universal-msd --classes liver spleen --out organs
 
 Images, folders of images and data sets become PNG masks (0 and 255, or class numbers in a palette
 with legend.png and classes.json) at each image's own size, named like the image (of a data set:
 like the mask). Nothing is written over. SAM is asked by the boxes of a CSV or JSON file, of images
 by their file name (image,class,x0,y0,x1,y1; see prompts.py), else by the box around each image.
 Volumes (NIfTI; a case's channels one 4-D file or CASE_0000, CASE_0001, …) become label maps on
-their own grid, the numbers' names in classes.json; where classes overlap a file for each.
+their own grid, the numbers' names in classes.json; where classes overlap a file for each. A
+Universal Model can be asked for some of its --classes alone, which takes less memory. Of such
+organs --organ-rules keep what anatomy allows: one piece, tumours within their organs (organs.py).
 """
 
 import argparse
@@ -26,6 +29,7 @@ from tqdm import tqdm
 
 import data
 import layouts
+import organs
 import report
 import volumes
 from evaluate import check_threshold, each_is, num_classes, pick_device, run_config, to_masks
@@ -56,15 +60,23 @@ def parse() -> argparse.Namespace:
         "classes the largest but the background's",
     )
     parser.add_argument("--overlays", action="store_true", help="also NAME_overlay.png")
-    parser.add_argument(
-        "--largest-component",
-        action="store_true",
-        help="of a volume: keep of each class only its largest connected component",
-    )
-    parser.add_argument("--overlap", type=float, help="of windows of a volume, 0 to below 1")
-    parser.add_argument("--window-batch", type=int, help="windows of a volume at a time")
+    volume_options(parser.add_argument)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     return parser.parse_args()
+
+
+def volume_options(add) -> None:
+    """Those that only models of volumes take, OF_VOLUMES."""
+    help = "of a volume: keep of each class only its largest connected component"
+    add("--largest-component", action="store_true", help=help)
+    help = "keep of organs their largest piece, of tumours what is in the organ; see organs.py"
+    add("--organ-rules", action="store_true", help=help)
+    add("--classes", nargs="+", metavar="NAME", help="of a Universal Model: these alone")
+    add("--overlap", type=float, help="of windows of a volume, 0 to below 1")
+    add("--window-batch", type=int, help="windows of a volume at a time")
+
+
+OF_VOLUMES = ("largest_component", "organ_rules", "classes", "overlap", "window_batch")
 
 
 def list_cases(args, trained_prompt: str | None, reads: bool) -> list[tuple[str, Path, str]]:
@@ -132,7 +144,7 @@ def main() -> int:
     family = FAMILIES[args.model or run.get("model") or model_of(args)]
     if family.volumes:
         return predict_volumes(family, run, args)
-    for key in ("largest_component", "overlap", "window_batch"):
+    for key in OF_VOLUMES:
         if getattr(args, key):
             raise ValueError(f"--{key.replace('_', '-')}: of volumes; this model takes images")
     cases = list_cases(args, run.get("options", {}).get("prompt"), family.reads)
@@ -244,8 +256,8 @@ def volume_outputs(name: str, classes: list[str], overlapping: bool, args) -> di
     return {kind: Path(args.out) / f"{name}{end}" for kind, end in kinds.items()}
 
 
-def predict_volumes(family, run: dict, args) -> int:
-    """Writes the label maps of all volumes, and the names of their numbers."""
+def volume_model(family, run: dict, args):
+    """The model and its recipe, as the run and the command line have them."""
     if args.prompt or args.boxes:
         raise ValueError("--prompt, --boxes: this model takes volumes and nothing else")
     if args.window_batch is not None and args.window_batch < 1:
@@ -260,8 +272,19 @@ def predict_volumes(family, run: dict, args) -> int:
     overrides = {} if args.threshold is None else {"threshold": args.threshold}
     model = family.load(args.weights, None, settings, overrides, None).eval()
     model.to(pick_device(args.device))
-    recipe, c = family.recipe(model, settings), model.config
+    return model, family.recipe(model, settings)
+
+
+def predict_volumes(family, run: dict, args) -> int:
+    """Writes the label maps of all volumes, and the names of their numbers."""
+    model, recipe = volume_model(family, run, args)
+    c = model.config
     classes, numbers = classes_of(c, run)
+    asked = numbers_asked(model, classes, args.classes)
+    if asked is not None:
+        classes = [classes[0], *(classes[k + 1] for k in asked)]
+    if args.organ_rules:
+        check_rules(c, classes if c.classes or run.get("classes") else [], args)
     check_threshold(1 if c.overlapping else c.num_classes, args.threshold)
     cases, out = list_volumes(args, c.in_channels), Path(args.out)
     made = {name: volume_outputs(name, classes, c.overlapping, args) for name in cases}
@@ -274,8 +297,9 @@ def predict_volumes(family, run: dict, args) -> int:
         report.write_json(out / "classes.json", dict(zip(numbers, classes)))
     if args.overlays:
         report.save_picture(out / "legend.png", report.legend(tuple(classes[1:])))
+    item = {} if asked is None else {"asked": asked}
     for name, files in tqdm(cases.items(), desc="predict", unit="volume", disable=None):
-        predict_volume(model, recipe, files, made[name], numbers, args)
+        predict_volume(model, recipe, files, made[name], item, classes, numbers, args)
     print(f"{len(cases)} volumes in {args.out}")
     return 0
 
@@ -292,13 +316,44 @@ def classes_of(config, run: dict) -> tuple[list[str], list[int]]:
     return names, numbers or list(range(len(names)))
 
 
-def predict_volume(model, recipe, files, outputs: dict, numbers: list[int], args) -> None:
-    """Writes the files of one volume."""
+def numbers_asked(model, classes: list[str], names: list[str] | None) -> list[int] | None:
+    """Numbers of classes that --classes names, the first behind the background is 0; None: all.
+
+    ValueError, one line: no class of the model, or a model that finds all classes at once.
+    """
+    if names is None:
+        return None
+    if not hasattr(model, "add_class"):
+        raise ValueError("--classes: this model finds all of its classes at once; drop it")
+    known = {name.lower(): k for k, name in enumerate(classes[1:])}
+    names = [name.lower().replace("_", " ") for name in names]
+    if lost := [name for name in names if name not in known]:
+        raise ValueError(f"--classes: the model has no {lost[0]}, only {', '.join(known)}")
+    return [known[name] for name in dict.fromkeys(names)]
+
+
+def check_rules(config, classes: list[str], args) -> None:
+    """ValueError, one line, if no rule fits; what a rule needs and is not there is printed."""
+    if not config.overlapping:
+        told = "of classes that are found one by one; this model tells them apart"
+        raise ValueError(f"--organ-rules: {told}, take --largest-component")
+    if args.largest_component:
+        raise ValueError("--organ-rules knows what is one piece; drop --largest-component")
+    if not organs.ruled(classes[1:]):
+        told = ", ".join(classes[1:]) or "nothing names the model's classes"
+        raise ValueError(f"--organ-rules: none for these classes ({told}); drop it")
+    for name, needs in organs.unruled(classes).items():
+        print(f"--organ-rules: {name} stays as it is without {', '.join(needs)}")
+
+
+def predict_volume(model, recipe, files, outputs, item: dict, classes, numbers, args) -> None:
+    """Writes the files of one volume. item: what the recipe takes besides it."""
     c = model.config
     image, grid = volumes.read_image(files)  # (C,X,Y,Z)
     prepared, place = volumes.prepare_image(image, grid, c.spacing, model.preprocess)
     with torch.no_grad():
-        found = recipe.predict(model, {"image": prepared, "place": place})[0]  # (K,X,Y,Z)
+        item = item | {"image": prepared, "place": place}
+        found = recipe.predict(model, item)[0]  # (K,X,Y,Z)
     if c.overlapping or c.num_classes == 1:
         inside = 1 if c.overlapping else numbers[1]
         maps = np.where((found > c.threshold).numpy(), np.uint8(inside), np.uint8(0))  # (K,X,Y,Z)
@@ -306,6 +361,9 @@ def predict_volume(model, recipe, files, outputs: dict, numbers: list[int], args
         maps = np.array(numbers, np.uint8)[found.argmax(0).numpy()][None]
     if args.largest_component:
         maps = np.stack([volumes.largest_component(labels) for labels in maps])
+    if args.organ_rules:
+        masks = dict(zip(classes[1:], maps.view(bool)))
+        maps = np.stack([*organs.organ_rules(masks, grid.spacing).values()]).view(np.uint8)
     for n, labels in enumerate(maps):
         volumes.write(outputs[f"mask{n}"], labels, grid)
     if args.probabilities:

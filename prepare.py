@@ -9,6 +9,7 @@
     python prepare.py btcv RAW                  writes data/btcv: abdominal CT, with a split
     python prepare.py demo-volumes              writes data/demo_volumes: synthetic abdominal CT
     python prepare.py boxes MASKS --like DATA   writes boxes.csv: prompts for SAM out of masks
+    python prepare.py text-codes --data DATA    writes text_codes.safetensors: of classes, by CLIP
 
 `demo` and `check` speak the layout of the medvlsm study (arXiv 2308.07706), with text prompts:
 
@@ -50,6 +51,7 @@ import layouts
 import prepare_volumes
 import prompts
 import report
+import textcodes
 
 
 # --- demo ----------------------------------------------------------------------------------------
@@ -1093,6 +1095,8 @@ def parser():
     add("--like", required=True, metavar="DATA", help=help)
     help = "pixels below which a component gets no box (%(default)s)"
     add("--min-area", type=positive, default=20, metavar="N", help=help)
+
+    textcodes.options(command)
     return top
 
 

@@ -65,7 +65,8 @@ def describe(splits, about, grids):
         bare = len(splits[split]) - labelled
         more = f", and {bare} without labels, to predict" if bare else ""
         yield f"{split}: {labelled} volumes{more}"
-    names = [f"{k} {name}" for k, name in about["labels"].items() if k != "0"]
+    labels = about["labels"].items()  # {"1": "liver"}, or {"liver": [1, 2]}
+    names = [f"{key} {value}" for key, value in labels if key not in ("0", "background")]
     yield f"classes: {', '.join(names)}"
     ranges = [f"{min(n)} to {max(n)}" for n in zip(*(grid.size for grid in grids))]
     yield f"voxels: {', '.join(ranges)} (to the right, front, head)"
@@ -236,17 +237,47 @@ def deal_cases(pairs, seed, where):
     return dealt
 
 
+def relabelled(about, tables):
+    """dataset.json with the labels that a file of tables, {name: {class: number or numbers}}, has
+    for its name; without a file as it is.
+
+    ValueError: one line, if no table has that name, or the numbers are not those of the download.
+    """
+    if tables is None:
+        return about
+    name, have = about.get("name"), {int(number) for number in about["labels"]}
+    try:
+        every = json.loads(tables.read_text(encoding="utf-8"))
+        labels = every.get(name)
+        listed = [v if isinstance(v, list) else [v] for v in (labels or {}).values()]
+        named = {int(number) for numbers in listed for number in numbers}
+    except (ValueError, TypeError, AttributeError) as error:
+        need = '{"Liver": {"background": 0, "liver": [1, 2], "liver tumor": [2]}, …}'
+        raise ValueError(f"{tables}: {error!r}; expected {need}") from None
+    if labels is None:
+        raise ValueError(
+            f"{tables}: has no {name!r}, only {', '.join(every)}; write its labels there"
+        )
+    if odd := sorted(have ^ named):
+        told = f"{odd[0]} is not named" if odd[0] in have else f"there is no {odd[0]}"
+        raise ValueError(f"{tables}, {name}: {told}; the numbers are {sorted(have)}")
+    return about | {"labels": labels}
+
+
 def msd(args):
     """Divides a task of the Medical Segmentation Decathlon: 70 % train, 15 % val, 15 % test.
 
     RAW is one task, Task09_Spleen.tar or what it unpacks to. The labels of its test images are kept
     back, so the test split is dealt at random from the labelled volumes, like the others; the
     images without labels are listed and can be predicted. No volume is changed or encoded anew: of
-    a folder the files get a second name (a hard link), or a copy where that is impossible.
+    a folder the files get a second name (a hard link), or a copy where that is impossible. With
+    --labels a file such as universal_labels.json says, by the task's name, what classes are made of
+    its numbers: those of the Universal Model, whose organs have their tumours in them.
     """
     report.refuse_existing(args.out)
     with opened(args.raw) as source:
         about, pairs, bare = read_listing(source, args.raw)
+        about = relabelled(about, args.labels)
         splits, origin = split_cases(pairs, deal_cases(pairs, args.seed, args.raw), bare)
 
         def put(part, *names):
@@ -317,8 +348,10 @@ def btcv(args):
     these six, which chose the epoch as well: there is no test split, compare with --test OUT:val.
     --split case deals the volumes at random, 70 % train, 15 % val, 15 % test. The images of
     Testing/ have no labels. Files get a second name (a hard link), or a copy where there is none.
+    With --labels universal_labels.json the names are the Universal Model's.
     """
     report.refuse_existing(args.out)
+    about = relabelled(BTCV_ABOUT, args.labels)
     pairs, bare = find_btcv(args.raw)
     if args.split == "case":
         dealt, title = deal_cases(pairs, args.seed, args.raw), [f"BTCV by case, seed {args.seed}"]
@@ -332,7 +365,7 @@ def btcv(args):
             folder, file = origin[name].split("/")
             link(args.raw / BTCV_FOLDERS[folder] / file, part / name)
 
-    return write_data_set(args.out, BTCV_ABOUT, splits, put, [*title, LINKED])
+    return write_data_set(args.out, about, splits, put, [*title, LINKED])
 
 
 # --- demo-volumes --------------------------------------------------------------------------------
@@ -491,12 +524,15 @@ def options(command):
     add("raw", type=Path, metavar="RAW", help="Task09_Spleen.tar, or the folder it unpacks to")
     add("--out", type=Path, required=True, help="folder to make")
     add("--seed", type=int, default=0, metavar="N", help="of the split (%(default)s)")
+    labels = {"type": Path, "metavar": "FILE", "help": "of classes, say universal_labels.json"}
+    add("--labels", **labels)
 
     add = command(btcv, "lay out BTCV's abdominal CT with a split")
     add("raw", type=Path, metavar="RAW", help="folder RawData, with Training/ and Testing/ in it")
     add("--out", type=Path, default="data/btcv", help="folder to make (%(default)s)")
     add("--split", choices=("swin-unetr", "case"), default="swin-unetr", help="(%(default)s)")
     add("--seed", type=int, default=0, metavar="N", help="of --split case (%(default)s)")
+    add("--labels", **labels)
 
     add = command(demo_volumes, "write a small synthetic data set of CT volumes")
     add("--out", type=Path, default="data/demo_volumes", help="folder to make (%(default)s)")

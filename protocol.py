@@ -42,6 +42,8 @@ class Settings:
     crops_per_volume: int | None = None  # random windows that a volume gives in a training step
     crop_ratio: tuple[float, ...] | None = None  # of those around background and foreground, or
     # around each class
+    codes: str | None = None  # what stands for a class of the Universal Model
+    text_codes: str | None = None  # file of them, see `read_codes` of recipes.py
     overlap: float | None = None  # share of a side that neighbouring windows have in common
     window_batch: int | None = None  # windows at a time
     eval_every: int = 1  # epochs between validations

@@ -20,6 +20,7 @@ protocol.py has what they are made of.
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from zlib import crc32
 
 import numpy as np
@@ -32,6 +33,7 @@ import biomedclipseg
 import clipseg
 import cris
 import dpt
+import fewshot3d
 import prompts
 import sam_decoder
 import segformer
@@ -47,6 +49,7 @@ from losses import (
     dice_loss,
     gi_tract_dice_ce,
     oct_topological_loss,
+    partial_dice_bce,
     sam_loss,
     topological_loss,
 )
@@ -668,7 +671,7 @@ def sam_recipe(model: sam_decoder.SAM, settings: Settings) -> Recipe:
 # --- volumes: Swin UNETR --------------------------------------------------------------------------
 
 
-FOR_VOLUME_SCORES = "name prompt size group dataset spacing regions place".split()
+FOR_VOLUME_SCORES = "name prompt size group dataset spacing classes regions place".split()
 
 
 def volume_inputs(sample, train, rng, config, settings) -> dict:
@@ -702,14 +705,20 @@ def volume_loss(logits: Tensor, batch: dict, of_several: Callable = dice_ce) -> 
 
 
 def volume_predict(model: nn.Module, item: dict, settings) -> tuple[Tensor, None]:
-    """Probabilities (K,X,Y,Z) on the file's own grid, axes to right, front and top."""
+    """Probabilities (K,X,Y,Z) on the file's own grid, axes to right, front and top.
+
+    Of a Universal Model of the classes item["asked"] alone, if that is there.
+    """
     c, device, image = model.config, next(model.parameters()).device, item["image"]
-    need, free = 4 * c.num_classes * image[0].numel(), 0  # bytes
+    K, net = c.num_classes, model
+    if "asked" in item:
+        K, net = len(item["asked"]), partial(model, classes=item["asked"])
+    need, free = 4 * K * image[0].numel(), 0  # bytes
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0] // 2  # the rest is for the windows
     how = {"overlap": settings.overlap, "batch": settings.window_batch, "on": device}
     how |= {"device": device if need < free else "cpu", "progress": True}
-    logits = volumes.sliding_window(model, image, c.image_size, **how).cpu()
+    logits = volumes.sliding_window(net, image, c.image_size, **how).cpu()
 
     def activation(slab):
         return model.postprocess(slab, slab.shape[1:])
@@ -735,11 +744,16 @@ def volume_recipe(model: swin_unetr3d.SwinUNETR, settings: Settings) -> Recipe:
     )
 
 
-def load_volumes(weights, variant, settings: Settings, overrides: dict, train_set):
-    """A Swin UNETR with the classes of the training set; else with those of its file.
+def check_modality(model: nn.Module, train_set) -> None:
+    """ValueError, one line: HU expected of volumes that are no CT."""
+    for entry in train_set.entries if train_set else ():
+        if model.config.intensity and "CT" not in (entry.modality or "CT").upper():
+            told = f"holds {entry.modality}, the model takes HU of {model.config.intensity}"
+            raise ValueError(f"{entry.root} {told}; --intensity zscore")
 
-    ValueError: HU expected of volumes that are no CT, say for --intensity zscore.
-    """
+
+def load_volumes(weights, variant, settings: Settings, overrides: dict, train_set):
+    """A Swin UNETR with the classes of the training set; else with those of its file."""
     if train_set is not None:
         first = train_set.entries[0]
         overlapping = first.regions is not None
@@ -749,10 +763,7 @@ def load_volumes(weights, variant, settings: Settings, overrides: dict, train_se
             overrides = {"in_channels": train_set.channels} | overrides
     kind, variants = swin_unetr3d.SwinUNETR, swin_unetr3d.VARIANTS
     model = load(kind, variants, weights, variant, settings, overrides)
-    modality = train_set and train_set.entries[0].modality
-    if modality and model.config.intensity and "CT" not in modality.upper():
-        told = f"holds {modality}, the model takes HU of {model.config.intensity}"
-        raise ValueError(f"{train_set.entries[0].root} {told}; --intensity zscore")
+    check_modality(model, train_set)
     return model
 
 
@@ -804,6 +815,138 @@ SWIN["origin"] = replace(
 )
 
 
+# --- volumes: the CLIP-Driven Universal Model -----------------------------------------------------
+
+
+def universal_inputs(sample, train, rng, config, settings) -> dict:
+    """As `volume_inputs`; of training mask (n,1,D,H,W) of label numbers, and what these are:
+    table int16 (n,K,256), of each class 1 for its numbers and else 0, 255 for what does not count,
+    all -1 if it is not annotated."""
+    item = volume_inputs(
+        sample | {"regions": None} if train else sample, train, rng, config, settings
+    )
+    numbers = [config.classes.index(name) - 1 for name in sample["classes"][1:]]
+    if not train:
+        return item | {"asked": numbers}
+    table = torch.full((config.num_classes, 256), -1, dtype=torch.int16)
+    for k, region in zip(numbers, sample["regions"]):
+        table[k] = torch.isin(torch.arange(256), torch.tensor(region))
+        table[k, 255] = 255
+    return item | {"table": table.expand(len(item["mask"]), -1, -1)}
+
+
+def annotated(batch: dict) -> Tensor:
+    """Numbers (k,) of the classes that are annotated in any of a batch."""
+    return (batch["table"][:, :, 0] >= 0).any(0).nonzero().flatten()
+
+
+def universal_forward(model: nn.Module, batch: dict) -> Tensor:
+    """Logits (B,k,D,H,W) of the annotated classes: nothing is to be learned of the others."""
+    return model(batch["image"], annotated(batch).tolist())
+
+
+def universal_loss(logits: Tensor, batch: dict) -> tuple[Tensor, dict]:
+    """Dice + BCE of each class in each crop for which it is annotated."""
+    tables = batch["table"][:, annotated(batch)]  # (B,k,256)
+    target = [table[:, mask.long()] for table, mask in zip(tables, batch["mask"][:, 0])]
+    return partial_dice_bce(logits.float(), torch.stack(target))
+
+
+def read_codes(path: str | None) -> dict[str, Tensor]:
+    """A file of `prepare.py text-codes`: class -> its code (512,). ValueError, one line."""
+    if path is None:
+        return {}
+    codes = swin_unetr3d.read_file(Path(path))
+    for name, code in codes.items():
+        if code.shape != (swin_unetr3d.TEXT,):
+            raise ValueError(f"{path}: {name} is {tuple(code.shape)}, a text of CLIP (512,)")
+    return {name.lower(): code for name, code in codes.items()}
+
+
+def load_universal(
+    kind, variants, weights, variant, settings: Settings, overrides: dict, train_set
+):
+    """A Universal Model that knows the classes of the training set; without one those of the file
+    of codes. What its weights do not know becomes a new class.
+
+    ValueError: a code that is needed and not there, other codes than those of the weights.
+    """
+    texts, names = read_codes(settings.text_codes), train_set and train_set.classes[1:]
+    codes, names = settings.codes, list(texts if names is None else names)
+
+    def code(name: str) -> Tensor | None:
+        if codes == "text" and name not in texts:
+            hint = "prepare.py text-codes makes it; or take --codes random"
+            raise ValueError(f"{settings.text_codes or '--text-codes'}: no code of {name}; {hint}")
+        return texts[name] if codes == "text" else None
+
+    if weights == "none":
+        overrides |= {"num_classes": len(names), "classes": ("background", *names), "codes": codes}
+        overrides |= {"in_channels": train_set.channels}
+        config = replace(variants[variant or next(iter(variants))], **overrides)
+        model = kind(config, torch.stack([code(n) for n in names]) if codes == "text" else None)
+    else:
+        source = weights or hub_id(settings, variant or next(iter(variants)))
+        known = codes == "text" and names and {*names} <= {*texts}
+        embedding = torch.stack([texts[name] for name in names]) if known else None
+        overrides |= {"codes": codes} if train_set else {}  # else what the weights have
+        model = kind.from_pretrained(source, names or None, embedding, **overrides)
+        if texts and model.config.codes != "text":
+            raise ValueError(
+                f"--text-codes: the codes of {source} are {model.config.codes}, drop it"
+            )
+        if new := [name for name in names if name not in model.config.classes]:
+            print(f"{source}: new classes: {', '.join(new)}")
+        for name in new:
+            model.add_class(name, code(name))
+    check_modality(model, train_set)
+    return model
+
+
+def universal_recipe(model: swin_unetr3d.UniversalSwinUNETR, settings: Settings) -> Recipe:
+    inputs = partial(universal_inputs, config=model.config, settings=settings)
+    return replace(volume_recipe(model, settings), inputs=inputs, forward=universal_forward)
+
+
+def universal_backbone(name: str) -> bool:
+    return name.startswith(("swinViT.", "encoder", "decoder"))
+
+
+UNIVERSAL = {
+    "default": replace(
+        SWIN["default"],
+        weights={"universal": "ljwztc/CLIP-Driven-Universal-Model"},
+        codes="text",
+        loss=universal_loss,
+        backbone=universal_backbone,
+    ),
+}
+# train.py of ljwztc/CLIP-Driven-Universal-Model at 43c1239, which does not run as it is (its Dice
+# sums over an axis that is not there). Left out: the zoom of Decathlon volumes, eight GPUs, the
+# lottery between data sets, crops by class in some of them (--crop-ratio).
+UNIVERSAL["origin"] = replace(
+    UNIVERSAL["default"],
+    augment={"rotate90": 0.1, "shift": (0.1, 0.2)},
+    crop_ratio=(1.0, 2.0),
+    decay_all=True,
+    epochs=2000,
+    eval_every=50,
+    warmup=0.05,
+    clip_grad=None,
+    dtype="float32",
+)
+
+
+# The few-shot study, CLIP-Driven-Universal-Model/train.py of github.com/CMPT983-Winter2023/
+# Few-Shot-3D-Medical-Segmentation at 0973c44, with the attention controller, from the BTCV file.
+# Quirk: the rate was to rise to 1e-4 over 100 epochs, of which there were 11 (and then 2 of 4
+# volumes of the new organ): it ended at 1.1e-5. Its Dice was of each slice apart, ours is not.
+FEWSHOT = {
+    "default": replace(UNIVERSAL["default"], weights={}),
+    "origin": replace(UNIVERSAL["origin"], weights={}, epochs=11, warmup=100 / 11, eval_every=1),
+}
+
+
 # --- every model by its name on the command line --------------------------------------------------
 
 
@@ -828,6 +971,11 @@ class Family:
     def asked(self) -> bool:
         """Whether the model is asked by boxes and points."""
         return self.settings["default"].sam_prompts is not None
+
+    @property
+    def partial(self) -> bool:
+        """Whether classes have codes, so that each volume may annotate other ones."""
+        return self.settings["default"].codes is not None
 
     @property
     def volumes(self) -> bool:
@@ -862,4 +1010,18 @@ FAMILIES = {
     "dpt": class_family(dpt.DPT, dpt, DPTS, "vit.", 3e-5),
     "beit": class_family(beit.BEiT, beit, BEITS, "beit.", 3e-5),
     "swin_unetr3d": Family(SWIN, swin_unetr3d.VARIANTS, load_volumes, volume_recipe, swin_encoder),
+    "universal": Family(
+        UNIVERSAL,
+        swin_unetr3d.UNIVERSAL_VARIANTS,
+        partial(load_universal, swin_unetr3d.UniversalSwinUNETR, swin_unetr3d.UNIVERSAL_VARIANTS),
+        universal_recipe,
+        universal_backbone,
+    ),
+    "fewshot3d": Family(
+        FEWSHOT,
+        fewshot3d.VARIANTS,
+        partial(load_universal, fewshot3d.AttentionUniversal, fewshot3d.VARIANTS),
+        universal_recipe,
+        universal_backbone,
+    ),
 }

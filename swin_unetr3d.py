@@ -312,12 +312,13 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     if x.device.type != "cpu":
         mean = x.mean((2, 3, 4), True, dtype=torch.promote_types(x.dtype, torch.float32))
         return mean, x.var((2, 3, 4), correction=0, keepdim=True)
-    # `var` is slow. With channels last a batch norm is fast, but adds up a million numbers one by
-    # one, for which float32 is too short; so that of each W first, and of all then.
+    # `var` is slow. With channels last a batch norm is fast, but adds up numbers one by one, and
+    # where grey levels are few all round the same way; so that of 16 parts of each W, then of all.
     rows = x.movedim(1, 4).flatten(3).flatten(1, 2)  # (B,D*H,W*C)
+    rows = rows.reshape(len(x) * math.gcd(rows.shape[1], 16), -1, rows.shape[2])
     found = zip(*(torch.batch_norm_update_stats(one, None, None, 0.0) for one in rows), strict=True)
     mean, var = (torch.stack(t).double().view(len(x), -1, x.shape[1], 1, 1, 1) for t in found)
-    return mean.mean(1), var.mean(1) + mean.var(1, correction=0)  # from (B,W,C,1,1,1)
+    return mean.mean(1), var.mean(1) + mean.var(1, correction=0)  # from (B,16*W,C,1,1,1)
 
 
 def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -459,14 +460,15 @@ class Backbone(nn.Module):
         self.decoder3, self.decoder2 = UpBlock(4 * f, 2 * f), UpBlock(2 * f, f)
         self.decoder1 = UpBlock(f, f)
 
-    def features(self, volume: Tensor) -> tuple[Tensor, Tensor]:
-        """volume (B,C,D,H,W) as `preprocess` makes it -> (B,16f,D/32,H/32,W/32), (B,f,D,H,W)."""
+    def features(self, volume: Tensor, fuse: Callable = lambda x: x) -> tuple[Tensor, Tensor]:
+        """volume (B,C,D,H,W) as `preprocess` makes it -> (B,16f,D/32,H/32,W/32), of which the
+        decoder takes what `fuse` makes of it, and (B,f,D,H,W)."""
         check_size(volume, self.config.in_channels)
         keep = not (self.checkpointing and torch.is_grad_enabled())
         run = nn.Module.__call__ if keep else partial(checkpoint, use_reentrant=False)
         x0, x1, x2, x3, x4 = self.swinViT(volume, run)
         bottom = run(self.encoder10, x4)  # (B,16f,D/32,H/32,W/32)
-        x = run(self.decoder5, bottom, x3)
+        x = run(self.decoder5, fuse(bottom), x3)
         x = run(self.decoder4, x, run(self.encoder4, x2))
         x = run(self.decoder3, x, run(self.encoder3, x1))
         x = run(self.decoder2, x, run(self.encoder2, x0))
@@ -501,9 +503,8 @@ class SwinUNETR(Backbone):
         num_classes = num_classes or config.num_classes
         if num_classes + config.overlapping != len(config.classes):
             config = replace(config, classes=())
-        return load(
-            cls(replace(config, num_classes=num_classes, **overrides)), weights, fresh, source
-        )
+        model = cls(replace(config, num_classes=num_classes, **overrides))
+        return load(model, weights, fresh, source)
 
 
 class UniversalSwinUNETR(Backbone):
@@ -518,8 +519,6 @@ class UniversalSwinUNETR(Backbone):
         both, controller -> (B,k,153), the weights and biases of 8 -> 8 -> 8 -> 1 channels
         (B,f,D,H,W) of the backbone, precls_conv: group norm, ReLU, projection -> (B,8,D,H,W)
         three 1x1x1 convolutions with the 153 numbers -> logits (B,k,D,H,W)
-
-    A code of `random` is a parameter, of `one-hot` goes through text_to_vision like a text.
     """
 
     CONFIG = UniversalConfig
@@ -535,13 +534,10 @@ class UniversalSwinUNETR(Backbone):
             embedding = torch.eye(K) if embedding is None else embedding.float()
             self.register_buffer("organ_embedding", embedding)
             self.text_to_vision = nn.Linear(embedding.shape[1], CODE)
-        self.precls_conv = nn.Sequential(
-            nn.GroupNorm(math.gcd(16, f), f), nn.ReLU(), nn.Conv3d(f, 8, 1)
-        )
-        mean = nn.AdaptiveAvgPool3d(1)
-        self.GAP = nn.Sequential(
-            nn.GroupNorm(16, 16 * f), nn.ReLU(), mean, nn.Conv3d(16 * f, CODE, 1)
-        )
+        top, bottom = nn.GroupNorm(math.gcd(16, f), f), nn.GroupNorm(16, 16 * f)
+        self.precls_conv = nn.Sequential(top, nn.ReLU(), nn.Conv3d(f, 8, 1))
+        mean = nn.AdaptiveAvgPool3d(1), nn.Conv3d(16 * f, CODE, 1)
+        self.GAP = nn.Sequential(bottom, nn.ReLU(), *mean)
         self.controller = nn.Conv3d(2 * CODE, sum(LAYERS), 1)
 
     def forward(self, volume: Tensor, classes: list[int] | None = None) -> Tensor:
@@ -562,8 +558,8 @@ class UniversalSwinUNETR(Backbone):
         """bottom (B,16f,d,h,w) -> weights and biases of each class's network (B,k,153)."""
         codes = self.codes() if classes is None else self.codes()[classes]  # (k,256)
         image = self.GAP(bottom).flatten(1)  # (B,256)
-        sizes = len(image), len(codes), CODE
-        return self.control(image[:, None].expand(sizes), codes.expand(sizes))
+        image, codes = torch.broadcast_tensors(image[:, None], codes)  # (B,k,256) each
+        return self.control(image, codes)
 
     def control(self, image: Tensor, codes: Tensor) -> Tensor:
         """(B,k,256) each -> (B,k,153)."""
@@ -586,8 +582,7 @@ class UniversalSwinUNETR(Backbone):
         elif c.codes == "text":
             self.organ_embedding = torch.cat((codes, embedding.to(codes)[None]))
         else:  # a row and a column, of which the others have 0
-            self.organ_embedding = F.pad(codes, (0, 1, 0, 1))
-            self.organ_embedding[-1, -1] = 1
+            self.organ_embedding = torch.block_diag(codes, codes.new_ones(1, 1))
             old, new = self.text_to_vision, nn.Linear(codes.shape[1] + 1, CODE).to(codes.device)
             new.weight[:, :-1], new.bias[:] = old.weight, old.bias
             self.text_to_vision = new
@@ -612,8 +607,10 @@ class UniversalSwinUNETR(Backbone):
             config = cls.CONFIG(**sizes(weights), merging=told["merging"])
         if found:
             name, codes = next(iter(found.items()))
-            kind = "one-hot" if codes.shape[1] != TEXT else "text"
-            kind, fresh = "random" if name.endswith("weight") else kind, ""
+            kind, fresh = "text" if codes.shape[1] == TEXT else "one-hot", ""
+            kind = "random" if name.endswith("weight") else kind
+            if overrides.get("codes", kind) != kind:
+                raise ValueError(f"{source}: its codes are {kind}, not {overrides['codes']}")
             embedding, names = codes if kind == "text" else None, config.classes[1:]
             if len(names) != len(codes):
                 names = classes or [f"class {k + 1}" for k in range(len(codes))]
@@ -629,7 +626,7 @@ class UniversalSwinUNETR(Backbone):
 
 
 CODE, TEXT = 256, 512  # numbers of a class's code and of CLIP's text
-CODES = ("text", "random", "one-hot")
+CODES = ("text", "random", "one-hot")  # of CLIP; a parameter (256,); like a text, but (K,)
 HEAD = r"(organ_embedding|text_to_vision|cross_attention|precls_conv|GAP|controller).*"
 LAYERS = (64, 64, 8, 8, 8, 1)  # numbers of a class: weights of three layers, then their biases
 PART = 4096  # voxels at a time, whose channels then stay in the cache of a processor
@@ -696,7 +693,8 @@ IGNORED = {
 }
 # Other names of the encoder -> MONAI's, then MONAI's -> ours.
 RENAMES = (
-    (r"^backbone\.", ""), (r"^swin_vit\.", "swinViT."), (r"^(encoder\.)?(patch_embed\.|layers\d)", r"swinViT.\2"),
+    (r"^backbone\.", ""), (r"^swin_vit\.", "swinViT."),
+    (r"^(encoder\.)?(patch_embed\.|layers\d)", r"swinViT.\2"),
     (r"(layers\d\.0)\.0\.", r"\1."), (r"\.fc([12])\.", r".linear\1."),
     (r"\.layers(\d)\.0\.", lambda match: f".layers.{int(match[1]) - 1}."),
     (r"\.layers(\d)c\.0\.layer\.", lambda match: f".layers.{int(match[1]) - 1}.conv."),
@@ -737,7 +735,7 @@ def to_official(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         for pattern, new in OFFICIAL:
             name = re.sub(pattern, new, name)
         if "controller.weight" in state_dict:  # of the Universal Model's class, not of its files
-            name = re.sub(r"^(swinViT|encoder|decoder)", r"backbone.\1", name)
+            name = re.sub(r"^(?=swinViT|encoder|decoder)", "backbone.", name)
         weights[name] = t
         if name.endswith("relative_position_bias_table"):  # MONAI keeps an index with each
             weights[name.replace("bias_table", "index")] = position_index().to(t.device)
@@ -748,9 +746,8 @@ def load(model: Backbone, weights: dict[str, Tensor], fresh: str, source) -> Bac
     """Fills the model; tensors whose names match `fresh` may be missing, and are then printed."""
     expected = model.state_dict()
     new = {n: t for n, t in expected.items() if n not in weights and re.fullmatch(fresh, n)}
-    weights = weights | new
-    check_complete(to_official(weights), to_official(expected), source)
-    model.load_state_dict(weights)
+    check_complete(to_official(weights | new), to_official(expected), source)
+    model.load_state_dict(weights | new)
     if new:
         parts = dict.fromkeys(name.split(".")[0] for name in new)
         print(f"{source}: new and untrained: {', '.join(parts)}")

@@ -235,7 +235,7 @@ def write_config(options: Options, model, train_set, val_set) -> None:
         "model": options.model,
         "class": type(model).__name__,
         "config": asdict(model.config),
-        "classes": list(train_set.classes),
+        "classes": list(getattr(model.config, "classes", ()) or train_set.classes),
         "labels": train_set.entries[0].labels,  # their numbers in volumes
         "recipe": options.recipe or "default",
         "options": asdict(options),

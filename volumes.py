@@ -23,7 +23,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 
@@ -172,14 +172,17 @@ def check_channels(path: Path, have: int, channels: int) -> None:
         raise ValueError(f"{path}: {told}; choose a model or files that fit")
 
 
-def read_labels(path: Path, grid: Grid, numbers: int | Sequence[int]) -> np.ndarray:
+def read_labels(
+    path: Path, grid: Grid, numbers: int | Sequence[int], unnamed: Sequence[int] = ()
+) -> np.ndarray:
     """A label map -> uint8 (X,Y,Z) in RAS of class numbers; 255 is kept, it does not count.
 
-    grid: its image's. numbers: those of class 0, 1, … in the file, or how many classes there are.
+    grid: its image's. numbers: those of class 0, 1, … in the file, or how many classes there are;
+    `unnamed` ones are read as the first.
     ValueError, one line: another grid, a number that is not among them or not whole.
     """
     numbers = list(range(numbers)) if isinstance(numbers, int) else list(numbers)
-    if len(numbers) > 254 or not {*numbers} <= {*range(2**16)}:
+    if len(numbers) > 254 or not {*numbers, *unnamed} <= {*range(2**16)}:
         raise ValueError(
             f"{path}: no more than 254 classes, with numbers up to 65535, are possible"
         )
@@ -194,7 +197,7 @@ def read_labels(path: Path, grid: Grid, numbers: int | Sequence[int]) -> np.ndar
         raise ValueError(f"{path}: holds {odd[0]:g}, no whole number; resample labels by nearest")
     table = np.full(2**16, 254, np.uint8)  # 254: not named
     table[255] = 255
-    table[numbers] = np.arange(len(numbers))
+    table[[*numbers, *unnamed]] = [*range(len(numbers)), *[0] * len(unnamed)]
     odd = [end for end in (x.min(), x.max()) if not 0 <= end < 2**16]
     labels = None if odd else table[x.astype(np.uint16)]
     odd = odd or x[labels == 254]
@@ -347,6 +350,17 @@ def restore(logits: Tensor, place: Place, activation: Callable, background=None)
 # --- data sets -----------------------------------------------------------------------------------
 
 
+def as_regions(entry):
+    """An entry whose classes, in small letters, are regions: (background, one, …), numbers of each.
+
+    So that what one data set annotates can be told from what another one does.
+    """
+    names = entry.classes[len(entry.classes) > 1 :]
+    regions = entry.regions or tuple((k,) for k in range(1, len(entry.labels)))
+    classes = ("background", *(name.lower().replace("_", " ") for name in names))
+    return replace(entry, classes=classes, regions=regions)
+
+
 def _hash(path: Path) -> bytes:
     digest = hashlib.sha256()
     with open(path, "rb") as file:
@@ -369,13 +383,20 @@ def _settings(spacing, preprocess: Callable, channels: int) -> bytes:
 class VolumeSet:
     """Volumes of one or several data sets; `prepared` makes their samples."""
 
-    def __init__(self, entries: list, grids: list[Grid] | None = None, stems: list | None = None):
+    def __init__(
+        self, entries: list, grids: list | None = None, stems: list | None = None, partial=False
+    ):
         """entries: layouts.Entry. FileNotFoundError, ValueError: as of `read_grid`, other classes
-        than those of the first entry."""
+        than those of the first entry, unless each may annotate a part of them (`as_regions`)."""
         if not entries:
             raise ValueError("the data set has no volumes")
+        entries = [as_regions(entry) for entry in entries] if partial else entries
         self.entries, self.classes, self.stems = entries, entries[0].classes, stems
-        for entry in entries:
+        self.partial = partial
+        if partial:
+            names = dict.fromkeys(name for entry in entries for name in entry.classes[1:])
+            self.classes = ("background", *names)
+        for entry in () if partial else entries:
             if (entry.classes, not entry.regions) != (self.classes, not entries[0].regions):
                 other = f"other classes than {entries[0].root}'s"
                 raise ValueError(f"{entry.root}: {other}; pool like with like")
@@ -392,7 +413,7 @@ class VolumeSet:
     def subset(self, indices) -> "VolumeSet":
         """The same volumes, fewer of them."""
         lists = (self.entries, self.grids, self.stems)
-        return VolumeSet(*(some and [some[i] for i in indices] for some in lists))
+        return VolumeSet(*(some and [some[i] for i in indices] for some in lists), self.partial)
 
     def describe(self) -> str:
         """What was found, in a line."""
@@ -412,14 +433,14 @@ class VolumeSet:
         """What the names of the prepared files of entry i begin with."""
         entry = self.entries[i]
         digests = map(_hash, (entry.image, *entry.more, entry.mask))
-        content = b"".join((*digests, repr(self._numbers(i)).encode(), settings))
+        content = b"".join((*digests, repr((self._numbers(i), entry.unnamed)).encode(), settings))
         return cache / hashlib.sha256(content).hexdigest()[:24]
 
     def _prepare(self, i: int, stem: Path, spacing, preprocess: Callable) -> None:
         """Writes STEM.image.npy, .mask.npy, .truth.npy, .voxels.npy and, last, .npz."""
         entry, numbers = self.entries[i], self._numbers(i)
         image, grid = read_image((entry.image, *entry.more))
-        truth = read_labels(entry.mask, grid, numbers)
+        truth = read_labels(entry.mask, grid, numbers, entry.unnamed)
         image, place = prepare_image(image, grid, spacing, preprocess)
         mask = resample(torch.from_numpy(truth[None]), place.full, place.ratio, nearest=True)
         mask = np.ascontiguousarray(mask[0][place.box])
@@ -456,7 +477,7 @@ class VolumeSet:
             self._announce(todo, spacing, channels, cache)
         for i in tqdm(todo, desc="prepare", unit="volume", disable=None, leave=False):
             self._prepare(i, stems[i], spacing, preprocess)
-        done = VolumeSet(self.entries, self.grids, stems)
+        done = VolumeSet(self.entries, self.grids, stems, self.partial)
         for root in {entry.root for entry in self.entries}:
             ours = [i for i, entry in enumerate(self.entries) if entry.root == root]
             if not any(done._index(i)["offsets"][-1] for i in ours):
@@ -498,7 +519,7 @@ class VolumeSet:
         sample["place"] = Place(**{name: tuple(x.tolist()) for name, x in index.items()})
         sample |= {"size": grid.size, "spacing": grid.spacing, "affine": grid.ras_affine}
         sample |= {"grid": grid, "prompt": "", "name": entry.name, "file": entry.image}
-        sample |= {"classes": self.classes, "regions": entry.regions, "group": entry.group}
+        sample |= {"classes": entry.classes, "regions": entry.regions, "group": entry.group}
         return sample | {"dataset": entry.root.name}
 
     def grey(self, i: int, preprocess: Callable) -> np.ndarray:

@@ -55,13 +55,14 @@ MODELS = {
     ),
 }
 FLOORS = [
-    [*MODELS, *"tokenizer losses metrics layouts data volumes prompts augment features adapters report".split()],
-    ["protocol", "evaluate", "prepare_volumes"],
+    [*MODELS, *"tokenizer losses metrics layouts data volumes prompts augment features adapters report organs".split()],
+    ["protocol", "fewshot3d", "evaluate", "prepare_volumes", "textcodes"],
     ["recipes"],
     ["options"],
     ["train", "predict", "prepare"],
+    ["studies"],
 ]
-PROGRAMS = {"train": 450, "data": 450}  # lines
+PROGRAMS = {"train": 450, "data": 450, "fewshot3d": 250}  # lines
 OURS = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 
 

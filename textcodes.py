@@ -1,0 +1,154 @@
+"""Names of classes -> their codes by the text tower of CLIP, for the Universal Model.
+
+    name          "liver"
+      template    "A computerized tomography of a liver"
+      tokens      (77,)
+      text tower, projection: not normalised, as in the released codes
+    code          float32 (512,)
+
+A file of codes is safetensors: {name: code}, names in small letters, and as metadata `template` and
+`weights`. The model is in swin_unetr3d.py. Official: pretrained_weights/clip_embedding.py of
+github.com/ljwztc/CLIP-Driven-Universal-Model at 43c1239, with OpenAI's ViT-B/32 (MIT). The tower is
+that of clipseg.py.
+"""
+
+import re
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import clipseg
+import layouts
+import report
+from swin_unetr3d import ORGANS, TEXT
+from tokenizer import CLIPTokenizer
+
+WEIGHTS = "openai/clip-vit-base-patch32"
+TEMPLATE = "A computerized tomography of a {}"
+# quirk: the released codes, and so the released weights, are of these two names with typos
+SPELLINGS = {"aorta": "arota", "celiac trunk": "celiac truck"}
+FILES = ("model.safetensors", "pytorch_model.bin", "ViT-B-32.pt")
+LENGTH = 77  # tokens
+IGNORED = {
+    r"(vision_model|visual)\..*|visual_projection\.weight": "CLIP's half that sees",
+    r"logit_scale": "temperature of its training on pairs",
+}
+
+
+class TextTower(nn.Module):
+    """The half of CLIP that reads."""
+
+    def __init__(self, dim: int, layers: int, embed_dim: int):
+        super().__init__()
+        self.text_model = clipseg.TextModel(dim, layers)
+        self.text_projection = nn.Linear(dim, embed_dim, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """tokens (B,T) -> (B,embed_dim), not normalised."""
+        return self.text_projection(self.text_model(tokens))
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path) -> "TextTower":
+        """From a file, a folder or a hub id of a whole CLIP or its text half, under the names of
+        transformers or OpenAI. In evaluation mode, float32."""
+        weights, settings = clipseg.read_checkpoint(source, FILES)
+        activation = settings.get("text_config", {}).get("hidden_act", "quick_gelu")
+        if activation != "quick_gelu":  # as LAION's CLIPs have it, in the same shapes
+            raise ValueError(f"{source}: has {activation}, OpenAI's CLIP has quick_gelu: take that")
+        text = {n: t for n, t in weights.items() if not any(re.fullmatch(p, n) for p in IGNORED)}
+        hub = any(name.startswith("text_model.") for name in text)
+        prefix = "clip." if hub else "clip_model."  # which clipseg.py knows them by
+        text = clipseg.to_official({prefix + n: t for n, t in text.items()})
+        if (projection := text.get("clip.text_projection.weight")) is None:
+            raise ValueError(f"{source}: no text tower of CLIP; take {WEIGHTS}")
+        layers = {m[1] for n in text if (m := re.match(r"clip\.text_model\.\D+(\d+)\.", n))}
+        embed_dim, dim = projection.shape
+        tower = cls(dim, len(layers), embed_dim)
+        ours = {f"clip.{n}": t for n, t in tower.state_dict().items()}
+        clipseg.check_complete(text, clipseg.to_official(ours), source)
+        text = clipseg.convert(text)
+        tower.load_state_dict({n.removeprefix("clip."): t for n, t in text.items()})
+        return tower.eval()
+
+
+@torch.no_grad()
+def encode(tower: TextTower, texts: list[str]) -> Tensor:
+    """n texts -> (n,512), not normalised. ValueError, one line: a text is too long for CLIP."""
+    tokens = CLIPTokenizer(LENGTH + 1)(texts)
+    for text, row in zip(texts, tokens):
+        if row[LENGTH]:
+            raise ValueError(f"{text!r} has more than {LENGTH} tokens; shorten it")
+    return tower(tokens[:, :LENGTH])
+
+
+def classes_of(root: Path) -> tuple[str, ...]:
+    """Names of a data set's classes, without the background's. ValueError: nothing names them."""
+    split = next(iter(layouts.splits(root)), "train")
+    entries = layouts.annotations(root, split)
+    if not entries or not entries[0].numbers:
+        raise ValueError(f"{root}: a data set without names of classes; give --classes")
+    return entries[0].classes[1:] or entries[0].classes
+
+
+def describe(codes: dict[str, Tensor]) -> str:
+    """How far apart codes are, in a line."""
+    names, n = list(codes), len(codes)
+    x = F.normalize(torch.stack(list(codes.values())), dim=1)
+    cosines = (x @ x.T).fill_diagonal_(-1)
+    if n == 1:
+        return f"1 code, of {names[0]}"
+    mean = cosines.triu(1).sum() / (n * (n - 1) / 2)
+    one, other = divmod(int(cosines.argmax()), n)
+    closest = f"{names[one]} and {names[other]} {cosines.max():.3f}"
+    return f"{n} codes; cosine between two: mean {mean:.3f}, closest {closest}"
+
+
+def text_codes(args):
+    """Writes the codes of classes, the texts of the Universal Model, and tells how close they are.
+
+    Which classes: their names, those of data sets, or the 32 of --study universal, two of which
+    then have the typos of the released codes in the text. Released codes and weights are of the
+    default template; '{}' alone is the bare name, of which the few-shot study made others.
+    """
+    report.refuse_existing(args.out)
+    if args.out.suffix != ".safetensors":
+        raise ValueError(f"--out {args.out}: codes are kept in a .safetensors")
+    if sum(map(bool, (args.classes, args.data, args.study))) != 1:
+        raise ValueError("give one of --classes, --data and --study")
+    if args.template.count("{}") != 1:
+        raise ValueError(f"--template {args.template!r}: {{}} must be in it once, for the name")
+    names = args.classes or [name for root in args.data or () for name in classes_of(root)]
+    names = ORGANS[1:] if args.study else [name.lower().replace("_", " ") for name in names]
+    names, spellings = list(dict.fromkeys(names)), SPELLINGS if args.study else {}
+    tower = TextTower.from_pretrained(args.weights)
+    if tower.text_projection.out_features != TEXT:
+        told = f"codes of {tower.text_projection.out_features} numbers, the model takes {TEXT}"
+        raise ValueError(f"{args.weights}: {told}; take {WEIGHTS}")
+    texts = [args.template.replace("{}", spellings.get(name, name)) for name in names]
+    codes = dict(zip(names, encode(tower, texts)))
+    write(args.out, codes, {"template": args.template, "weights": args.weights})
+    print(f"{args.out}: {describe(codes)}")
+    return 0
+
+
+def write(path: Path, codes: dict[str, Tensor], about: dict[str, str]) -> None:
+    """{name: (512,)} and metadata -> a file of codes."""
+    from safetensors.torch import save_file
+
+    with report.whole_file(path) as part:
+        save_file({name: code.clone() for name, code in codes.items()}, part, about)
+
+
+def options(command):
+    """The command of `prepare.py` that makes codes."""
+    add = command(text_codes, "make text codes of classes for the Universal Model")
+    add("--classes", nargs="+", metavar="NAME", help="names of classes")
+    add("--data", type=Path, nargs="+", metavar="DATA", help="data sets whose classes they are")
+    add("--study", choices=("universal",), help="the 32 of the Universal Model")
+    add("--template", default=TEMPLATE, metavar="TEXT", help="with {} for the name (%(default)s)")
+    help = "CLIP ViT-B/32: hub id, file or folder (%(default)s)"
+    add("--weights", default=WEIGHTS, help=help)
+    out = Path("text_codes.safetensors")
+    add("--out", type=Path, default=out, metavar="FILE", help="to write (%(default)s)")
