@@ -599,16 +599,16 @@ class UniversalSwinUNETR(Backbone):
         """
         weights, settings = read_checkpoint(source, UNIVERSAL_FILES + FILES)
         weights = convert(weights)
-        found = {n: t for n, t in weights.items() if n.startswith("organ_embedding")}
-        if "format" in settings:  # a run folder of ours
-            config = cls.CONFIG(**run_config(settings, cls.__name__, source))
+        found = [name for name in weights if name.startswith("organ_embedding")]
+        if "format" in settings:  # a run folder of ours, of this or the backbone's model
+            kind = cls.__name__ if found else "SwinUNETR"
+            config = cls.CONFIG(**run_config(settings, kind, source) | {"overlapping": True})
         else:
             told = told_by_name(source, settings, "merging" in overrides)
             config = cls.CONFIG(**sizes(weights), merging=told["merging"])
         if found:
-            name, codes = next(iter(found.items()))
-            kind, fresh = "text" if codes.shape[1] == TEXT else "one-hot", ""
-            kind = "random" if name.endswith("weight") else kind
+            codes, fresh = weights[found[0]], ""
+            kind = {TEXT: "text", CODE: "random"}.get(codes.shape[1], "one-hot")
             if overrides.get("codes", kind) != kind:
                 raise ValueError(f"{source}: its codes are {kind}, not {overrides['codes']}")
             embedding, names = codes if kind == "text" else None, config.classes[1:]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import command, rows
+from conftest import command, rows, write_run
 from safetensors.torch import save_file
 from test_volume_recipe import FAST, data_set, phantom
 
@@ -292,3 +292,20 @@ def test_refusals(pooled, tmp_path, monkeypatch, capsys):
     for told, arguments in cases.items():
         code, _, error = command(monkeypatch, capsys, train, *arguments, *out)
         assert code == 2 and told in error and error.count("\n") == 1, (told, error)
+
+
+def test_a_run_of_swin_unetr_lends_its_backbone(tmp_path, capsys):
+    config = replace(swin_unetr3d.VARIANTS["mini"], spacing=(3.0, 3.0, 3.0), in_channels=2)
+    torch.manual_seed(0)
+    plain = swin_unetr3d.SwinUNETR(config)
+    write_run(tmp_path, swin_unetr3d.SwinUNETR, plain.state_dict(), config)
+    names = ["liver", "spleen"]
+    model = swin_unetr3d.UniversalSwinUNETR.from_pretrained(tmp_path, names, codes="random")
+    assert model.config.spacing == (3.0, 3.0, 3.0) and model.config.overlapping
+    assert model.config.classes == ("background", "liver", "spleen")
+    told = "new and untrained: organ_embedding, precls_conv, GAP, controller"
+    assert told in capsys.readouterr().out
+    kept = plain.state_dict()
+    for name, t in model.state_dict().items():
+        assert name not in kept or torch.equal(t, kept[name]), name
+    assert sum(name in kept for name in model.state_dict()) == len(kept) - 2  # without out
