@@ -218,7 +218,7 @@ def test_numbers_of_a_class_come_from_image_and_code(mini):
 
 @torch.no_grad()
 def test_group_norms_on_maps_of_many_voxels_are_exact():
-    """With channels last in memory they are not on a CPU: 1e-3 of the deviation here, not 1e-5."""
+    """With channels last in memory they are not on a CPU: 5e-4 of the deviation here, not below 2e-5."""
     model = model_of("random", intensity=None)
     volume = torch.rand(1, 1, 96, 96, 64, generator=torch.Generator().manual_seed(0))
     top = torch.randn(1, 12, 96, 96, 64, generator=torch.Generator().manual_seed(1)) + 3
@@ -258,6 +258,9 @@ def test_a_further_class_leaves_the_others_as_they_are(codes, volume, tmp_path):
     model.add_class("kidney", torch.randn(512) if codes == "text" else None)
     assert model.config.num_classes == 4 and model.config.classes[-1] == "kidney"
     assert torch.equal(model(volume, others), before)
+    if codes == "one-hot":
+        rest = model.organ_embedding[:3, 3], model.organ_embedding[3]
+        assert torch.cat(rest).tolist() == [0, 0, 0, 0, 0, 0, 1]
     every = model(volume)
     assert every.shape == (1, 4, *SIZE)
     assert not torch.allclose(every[:, 3:], every[:, :3], atol=1e-2)
