@@ -1,0 +1,458 @@
+"""studies.py: data sets, draws, what each run is told, numbers, resuming, refusals; one real one."""
+
+import json
+import threading
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+import torch
+from conftest import command, rows
+from safetensors.torch import save_file
+
+import layouts
+import metrics
+import report
+import studies
+import train
+import volumes
+
+NAMES = ["spleen", "right kidney", "liver"]  # label numbers 1, 2, 3
+LACKS = {1, 4}  # cases without a spleen, of the training split
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """Nine tiny volumes: six train, one validates, two test; those of LACKS have no spleen."""
+    root = tmp_path_factory.mktemp("studies") / "Abdomen"
+    lists = {"training": range(6), "validation": [6], "test": [7, 8]}
+    for k in range(9):
+        mask = np.zeros((4, 4, 4), np.uint8)
+        mask[0, 0, :3] = NAMES.index("spleen") + (k not in LACKS), 2, 3
+        for kind, array in (("imagesTr", np.full((4, 4, 4), k, np.int16)), ("labelsTr", mask)):
+            (root / kind).mkdir(parents=True, exist_ok=True)
+            nibabel.save(nibabel.Nifti1Image(array, np.eye(4)), root / kind / f"ct{k}.nii.gz")
+    listed = {key: [{"image": f"imagesTr/ct{k}.nii.gz", "label": f"labelsTr/ct{k}.nii.gz"} for k in n]
+              for key, n in lists.items()}  # fmt: skip
+    labels = {"background": 0, "Spleen": 1, "Right_Kidney": 2, "liver": 3}
+    about = {"labels": labels, "channel_names": {"0": "CT"}}
+    (root / "dataset.json").write_text(json.dumps(about | listed))
+    save_file({name: torch.randn(512) for name in NAMES}, root / "codes.safetensors")
+    return root
+
+
+def score(method, k, draw, name, case):
+    """The Dice that a faked run has: new classes learn with K, a draw later is 0.1 worse."""
+    level = {"text": 0.5, "text+mlp": 0.48, "random": 0.3, "random+mlp": 0.2, "plain": 0.1}[method]
+    if name == "spleen":
+        return level + 0.05 * k - 0.1 * ((draw or 1) - 1) + (0.02 if case == "ct8" else 0)
+    return 0.8 - 0.03 * k + (0.1 if name == "liver" else 0)
+
+
+def fake(done):
+    """A train.run that only writes what a test does, and keeps the options it was given."""
+
+    def run(options):
+        method, name = Path(options.out).parts[-2:]
+        k, draw = None, None
+        if name != "base":
+            k, draw = int(name[1]), int(name[-1]) if "draw" in name else None
+        done[f"{method}/{name}"] = options
+        print("these words are for the log alone")
+        (test,) = options.test or options.data
+        (entries,) = (layouts.read_volumes(test)["test"],)
+        classes = volumes.as_regions(entries[0]).classes[1:]
+        found = []
+        for entry in entries:
+            row = {"test": "x", "dataset": "x", "name": entry.name, "group": None, "prompt": ""}
+            for c in classes:
+                dice = score(method, k or 0, draw, c, entry.name)
+                if c == "right kidney" and entry.name == "ct7":  # neither there nor found
+                    found.append(
+                        row | {"class": c, "dice": 1.0, "in_truth": False, "in_pred": False}
+                    )
+                    continue
+                found.append(
+                    row | {"class": c, "dice": dice, "in_truth": True, "in_pred": dice > 0.4}
+                )
+            found.append(row | {"class": "background", "tp": 3})
+        report.write_csv(Path(options.out) / "test" / "per_image.csv", found)
+        (Path(options.out) / "last.pt").write_text("")
+        report.write_json(Path(options.out) / "test" / "summary.json", {})
+
+    return run
+
+
+@pytest.fixture
+def study(monkeypatch, capsys, root, tmp_path):
+    """Runs the command with faked runs: (status, what it printed, its complaint, options by run)."""
+
+    def run(*arguments, out=tmp_path / "few", text=True):
+        done, codes = {}, ["--text-codes", root / "codes.safetensors"] * text
+        monkeypatch.setattr(train, "run", fake(done))
+        given = ["few-shot", "--data", root, "--out", out, "--steps", 5, *codes, *arguments]
+        if "--new-class" not in arguments:
+            given += ["--new-class", "SPLEEN"]
+        return *command(monkeypatch, capsys, studies, *given), done
+
+    run.out = tmp_path / "few"
+    return run
+
+
+SMALL = ["--k", 1, 2, "--draws", 2]
+TRAINED = ["--variant", "mini", "--weights", "none", "--size", 64, 32, 32, "--lr", "1e-3"]
+
+
+# --- runs ----------------------------------------------------------------------------------------
+
+
+def cases(data, split="train"):
+    return [entry.name for entry in layouts.read_volumes(data)[split]]
+
+
+def test_the_base_knows_nothing_of_the_new_class(study):
+    assert study(*SMALL)[0] == 0
+    found = layouts.read_volumes(study.out / "data" / "base")
+    assert {split: len(entries) for split, entries in found.items()} == {
+        "train": 6,
+        "val": 1,
+        "test": 2,
+    }
+    entry = found["train"][0]
+    assert entry.classes == ("background", "right kidney", "liver") and entry.modality == "CT"
+    truth = volumes.read_labels(
+        entry.mask, volumes.read_grid(entry.image), entry.labels, entry.unnamed
+    )
+    assert truth[0, 0, :3].tolist() == [0, 1, 2] and entry.regions == ((1,), (2,))
+
+
+def test_few_shot_sets_hold_k_volumes_with_the_new_class_alone(study):
+    assert study("--k", 2, "--draws", 1, "--steps", 5)[0] == 0
+    data = study.out / "data" / "k2-draw1"
+    found = layouts.read_volumes(data)
+    count = Counter(entry.name for entry in found["train"])
+    assert sorted(count.values()) == [2, 3]  # five steps
+    assert not {f"ct{k}" for k in LACKS} & {*count} and {e.name for e in found["val"]} <= {*count}
+    assert cases(data, "test") == ["ct7", "ct8"]
+    entry = found["train"][0]
+    assert entry.classes == ("background", "spleen")
+    truth = volumes.read_labels(
+        entry.mask, volumes.read_grid(entry.image), entry.labels, entry.unnamed
+    )
+    assert truth[0, 0, :3].tolist() == [1, 0, 0]
+
+
+def test_draws_are_nested_the_same_for_all_methods_and_for_other_k(study, tmp_path):
+    _, _, _, done = study("--k", 1, 3, 4, "--draws", 3)
+    chosen = {name: {*cases(o.data[0])} for name, o in done.items() if o.data}
+    sets = {}
+    for name, some in chosen.items():
+        sets.setdefault(name.split("/")[1], []).append(some)
+    assert all(len(same) == 5 and all(s == same[0] for s in same) for same in sets.values())
+    for draw in (1, 2, 3):
+        one, three, four = (sets[f"k{k}-draw{draw}"][0] for k in (1, 3, 4))
+        assert one < three < four and len(one) == 1 and len(three) == 3
+        assert four == {"ct0", "ct2", "ct3", "ct5"}  # all there are
+    assert len({tuple(sets[f"k3-draw{draw}"][0]) for draw in (1, 2, 3)}) > 1
+    study("--k", 1, "--draws", 2, out=tmp_path / "other")  # without the larger K
+    assert {*cases(tmp_path / "other" / "data" / "k1-draw2")} == sets["k1-draw2"][0]
+
+
+def test_what_each_run_is_told(study, root):
+    _, _, _, done = study(*SMALL, *TRAINED, "--train", "decoder", "--base-epochs", 7, "--seed", 3)
+    assert len(done) == 5 * (1 + 2 * 2) + 2  # bases, K by draws, K = 0 of text and text+mlp
+    kinds = {name.split("/")[0]: (o.model, o.codes) for name, o in done.items()}
+    assert kinds == {
+        "text": ("universal", "text"), "text+mlp": ("fewshot3d", "text"), "plain": ("swin_unetr3d", None),
+        "random": ("universal", "random"), "random+mlp": ("fewshot3d", "random"),
+    }  # fmt: skip
+    base, few, zero = done["text/base"], done["text/k2-draw2"], done["text/k0"]
+    assert (base.weights, base.variant, base.epochs, base.train) == ("none", "mini", 7, None)
+    assert (few.weights, few.variant, few.epochs, few.train) == (base.out, None, 1, "decoder")
+    assert base.data == [str(study.out / "data" / "base")] and not base.test and base.seed == 3
+    assert few.data == [str(study.out / "data" / "k2-draw2")] and few.test == [str(root)]
+    assert few.seed == 5 and few.text_codes == str(root / "codes.safetensors")
+    assert (zero.eval, zero.weights, zero.test, zero.data) == (True, base.out, [str(root)], [])
+    plain = done["plain/k2-draw2"]
+    assert (plain.test, plain.text_codes, plain.weights) == ([], None, done["plain/base"].out)
+    for options in done.values():
+        assert options.lr == options.backbone_lr == 1e-3 and options.size == [64, 32, 32]
+        assert options.resume and options.batch_size == 1
+
+
+def test_other_bases_may_start_from_that_of_plain(study):
+    extra = ["--from-plain", 2, "--base-epochs", 9, "--base-lr", 0.1, "--train", "decoder"]
+    extra += ["--methods", "random", "random+mlp"]
+    _, _, error, done = study(*SMALL, *TRAINED, *extra, text=False)
+    assert not error
+    plain = done["plain/base"]
+    assert next(iter(done)) == "plain/base" and (plain.epochs, plain.train) == (9, None)
+    assert plain.lr == plain.backbone_lr == 0.1 and plain.weights == "none"
+    for method in ("random", "random+mlp"):
+        base = done[f"{method}/base"]
+        assert (base.weights, base.epochs, base.train) == (plain.out, 2, "decoder")
+        assert base.variant is None and base.lr == base.backbone_lr == 1e-3
+        assert done[f"{method}/k1-draw2"].weights == base.out
+    assert len(done) == 1 + 2 * 5
+
+
+# --- numbers -------------------------------------------------------------------------------------
+
+
+def test_tables_by_hand(study):
+    code, out, _, _ = study(*SMALL, "--methods", "text", "plain")
+    assert code == 0 and "these words" not in out and "run 1 of 11: text, base" in out
+    assert "run 11 of 11: plain, K 2, draw 2" in out
+    text = (study.out / "table.md").read_text()
+    assert text.strip() in out
+    lines = [
+        [part.strip() for part in line.split("|")[1:-1]]
+        for line in text.splitlines()
+        if line[:1] == "|"
+    ]
+    new, seen = ({line[0]: line[1:] for line in some} for some in (lines[2:4], lines[6:8]))
+    # K = 1: of ct7 0.55 and 0.45 in the draws, of ct8 0.02 more
+    assert [x.split(" ")[0] for x in new["text"]] == ["0.510", "0.510", "0.560"]
+    assert [x.split(" ")[0] for x in new["plain"]] == ["–", "0.110", "0.160"]
+    # kidney 0.8 in ct8 alone, liver 0.9 in both
+    assert [x.split(" ")[0] for x in seen["text"]] == ["0.850", "0.820", "0.790"]
+    assert seen["text"][1] == "0.820 (-0.030 [-0.030, -0.030])" and seen["plain"][1:] == ["–", "–"]
+    assert "At K = 2 text has the highest mean. Intervals below its own: plain." in text
+    assert "2 test cases tell little" in text and (study.out / "few_shot.png").stat().st_size > 5000
+
+
+def test_results_have_a_row_a_class_and_case(study):
+    study(*SMALL, "--methods", "text", "plain")
+    found = rows(study.out / "results.csv")
+    assert Counter(row["method"] for row in found) == {
+        "text": 3 + 5 + 4 * 5,  # of the base, of K = 0, of four runs; ct7 has no right kidney
+        "plain": 3 + 4 * 2,
+    }
+    one = [
+        row for row in found if row["method"] == "text" and row["k"] == "2" and row["draw"] == "2"
+    ]
+    assert {row["phase"] for row in one} == {"after"}
+    dice = {(row["class"], row["case"]): float(row["dice"]) for row in one}
+    assert dice["spleen", "ct8"] == pytest.approx(0.5 + 0.1 - 0.1 + 0.02)
+
+
+def test_seen_classes_before_are_counted_once(study):
+    """The text methods' runs of K = 0 score the seen classes a second time."""
+    study(*SMALL, "--methods", "text")
+    found = [row for row in rows(study.out / "results.csv") if row["k"] == "0"]
+    summary = Counter((row["class"], row["case"]) for row in found if row["class"] != "spleen")
+    assert set(summary.values()) == {2}  # and their mean is taken, they agree
+
+
+def test_intervals_of_one_draw_are_those_of_the_metrics():
+    x = np.random.default_rng(1).random((1, 12, 1))
+    theirs = metrics.mean_ci(x[0, :, 0], resamples=20000)
+    ours = studies.estimate(x, resamples=20000)
+    assert ours["mean"] == pytest.approx(theirs["mean"]) and ours["n"] == 12
+    assert ours["low"] == pytest.approx(theirs["low"], abs=0.01)
+    assert ours["high"] == pytest.approx(theirs["high"], abs=0.01)
+
+
+def test_intervals_take_draws_and_cases_anew():
+    """Against the same thing in loops, with values that are not known."""
+    rng = np.random.default_rng(2)
+    x = rng.random((5, 8, 2)) + rng.random((5, 1, 1))
+    x[:, 1, 0] = x[0, 2, 1] = np.nan
+    before = rng.random((1, 8, 2))
+    means, changes = [], []
+    for _ in range(10000):
+        d, n = rng.integers(5, size=5), rng.integers(8, size=8)
+        some, old = x[d][:, n], before[:, n]
+        means.append(np.nanmean(some, (0, 1)).mean())
+        changes.append(means[-1] - old.mean((0, 1)).mean())
+    for old, expected in (None, means), (before, changes):
+        found = studies.estimate(x, old, resamples=10000)
+        low, high = np.percentile(expected, [2.5, 97.5])
+        assert abs(found["low"] - low) < 0.02 and abs(found["high"] - high) < 0.02
+    assert studies.estimate(x)["mean"] == pytest.approx(np.nanmean(x, (0, 1)).mean())
+    assert studies.estimate(x)["n"] == 40
+    pooled = metrics.mean_ci(x[:, :, 1].ravel())  # as if these were forty cases
+    own = studies.estimate(x[:, :, 1:])
+    assert own["high"] - own["low"] > pooled["high"] - pooled["low"]
+    assert studies.estimate(x * np.nan) is None
+
+
+@pytest.mark.parametrize("gap, said", [(0.0, "no difference shown: b"), (0.5, "below its own: b")])
+def test_what_is_said_comes_from_the_intervals(gap, said):
+    a = {"mean": 0.8, "low": 0.7, "high": 0.9}
+    b = {key: value - 0.05 - gap for key, value in a.items()}
+    summary = {"b": {"new": {0: None, 4: b}}, "a": {"new": {0: None, 4: a}}}
+    text = studies.sentences(summary, 60)
+    assert "At K = 4 a has the highest mean" in text and said in text and "tell little" not in text
+
+
+# --- going on ------------------------------------------------------------------------------------
+
+
+def test_goes_on_where_it_was_stopped(study, monkeypatch):
+    options = [*SMALL, "--methods", "random", "plain"]
+    _, out, _, first = study(*options)
+    table = (study.out / "table.md").read_text()
+    assert len(first) == 10 and not [*study.out.rglob("last.pt")]
+    code, out, _, done = study(*options)
+    assert code == 0 and not done and "10 of 10 runs are done already" in out
+    assert (study.out / "table.md").read_text() == table
+    (study.out / "plain" / "k1-draw2" / "test" / "summary.json").unlink()
+    _, out, _, done = study(*options, "--workers", 0)
+    assert [*done] == ["plain/k1-draw2"] and "run 8 of 10: plain, K 1, draw 2" in out
+    assert done["plain/k1-draw2"].resume
+
+
+def test_more_may_be_added(study):
+    study("--k", 1, "--draws", 1, "--methods", "random", text=False)
+    _, _, _, done = study("--k", 1, 2, "--draws", 2, "--methods", "random", text=False)
+    assert [*done] == ["random/k2-draw1", "random/k1-draw2", "random/k2-draw2"]
+    _, _, _, done = study("--k", 1, "--draws", 1, "--methods", "random", "text")
+    assert [*done] == ["text/base", "text/k0", "text/k1-draw1"]
+    _, _, _, done = study("--k", 1, "--draws", 1, "--methods", "plain", text=False)
+    assert [*done] == ["plain/base", "plain/k1-draw1"]
+
+
+def test_other_options_are_refused(study):
+    study(*SMALL, "--methods", "plain", "--lr", "1e-3")
+    for other, said in (
+        (["--lr", "1e-4"], "--lr 0.001 -> 0.0001"),
+        ([], "--lr 0.001 -> None"),
+        (["--lr", "1e-3", "--steps", 6], "--steps 5 -> 6"),
+        (["--lr", "1e-3", "--new-class", "liver"], "--new-class spleen -> liver"),
+        (["--lr", "1e-3", "--spacing", 2, 2, 2], "--spacing None -> [2.0, 2.0, 2.0]"),
+    ):
+        code, _, error, done = study(*SMALL, "--methods", "plain", *other)
+        assert code == 2 and said in error and error.count("\n") == 1 and not done
+
+
+def test_a_run_that_fails_says_which(study, monkeypatch, capsys, root):
+    def broken(options):
+        raise ValueError("no such thing")
+
+    study("--k", 1, "--draws", 1, "--methods", "plain")
+    (study.out / "plain" / "base" / "test" / "summary.json").unlink()
+    monkeypatch.setattr(train, "run", broken)
+    given = ["few-shot", "--data", root, "--out", study.out, "--steps", 5, "--k", 1, "--draws", 1]
+    given += ["--methods", "plain", "--new-class", "spleen"]
+    code, _, error = command(monkeypatch, capsys, studies, *given)
+    assert code == 2 and "plain, base failed, its log is" in error
+    assert error.endswith("error: no such thing\n")
+
+
+# --- refusals ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["--new-class", "pancreas"], "Abdomen has spleen, right kidney, liver"),
+        (["--k", 1, 5], "only 4 volumes of its training split have spleen"),
+        (["--k", 0, 1], "K = 0 is always there"),
+        (["--draws", 0], "are 1 or more"),
+        (["--epochs", 3], "--epochs: the study sets this itself"),
+        (["--model", "cris"], "--model: the study sets this itself"),
+        (["--backbone-lr", "1e-5"], "--backbone-lr: the study sets this itself"),
+        (["--colour", "red"], "unrecognized arguments: --colour red"),
+        (["--methods", "magic"], "invalid choice: 'magic'"),
+        (["--k", 2, "--variant", "huge", "--weights", "none"], "--variant huge"),
+        (["--k", 2, "--size", 30], "multiples of 32"),
+    ],
+)
+def test_refused_in_one_line(study, arguments, said):
+    code, _, error, done = study(*arguments)
+    assert code == 2 and said in error and error.count("\n") == 1 and not done
+
+
+def test_text_methods_need_their_codes(study, tmp_path):
+    code, _, error, done = study(text=False)
+    assert code == 2 and not done and error.count("\n") == 1
+    assert (
+        "text and text+mlp need it; prepare.py text-codes makes it; or --methods random plain"
+        in error
+    )
+    save_file({"liver": torch.randn(512), "spleen": torch.randn(512)}, tmp_path / "few.safetensors")
+    code, _, error, done = study("--text-codes", tmp_path / "few.safetensors", text=False)
+    assert code == 2 and not done and "few.safetensors: has no code of right kidney" in error
+
+
+def test_a_data_set_without_a_test_split_or_without_the_class_in_it(study, root, tmp_path):
+    about = json.loads((root / "dataset.json").read_text())
+    for key in ("training", "validation", "test"):
+        for pair in about[key]:
+            pair |= {kind: str(root / path) for kind, path in pair.items()}
+    for name, test, said in (
+        ("none", [], "has no split test"),
+        (
+            "lacking",
+            [about["training"][k] for k in LACKS],
+            "no volume of its test split has spleen",
+        ),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "dataset.json").write_text(json.dumps(about | {"test": test}))
+        code, _, error, done = study("--data", tmp_path / name, "--k", 1)
+        assert code == 2 and said in error and error.count("\n") == 1 and not done
+
+
+# --- a real one ----------------------------------------------------------------------------------
+
+
+def test_two_at_a_time_and_none_before_its_base(monkeypatch, tmp_path):
+    """Threads in place of processes; which of them are at work at the same time?"""
+    at_work, most, order, lock = [], [], [], threading.Lock()
+
+    def run(options):
+        with lock:
+            at_work.append(options.out)
+            most.append(len(at_work))
+        time.sleep(0.02)
+        with lock:
+            at_work.remove(options.out)
+            order.append(options.out)
+        folder = Path(options.out) / "test"
+        folder.mkdir(parents=True)
+        (folder / "summary.json").write_text("{}")
+
+    def made(name, weights="none"):
+        options = train.Options(out=str(tmp_path / name), weights=weights)
+        return studies.Run("random", None, None, options)
+
+    base = str(tmp_path / "base")
+    runs = [made("base"), *(made(str(k), base) for k in range(4)), made("other")]
+    pool = lambda jobs, *_: ThreadPoolExecutor(jobs)  # noqa: E731
+    monkeypatch.setattr(studies, "ProcessPoolExecutor", pool)
+    monkeypatch.setattr(studies, "do_one", lambda made: run(made.options))
+    studies.do(runs, 2)
+    assert sorted(order) == sorted(run.options.out for run in runs)
+    assert max(most) == 2 and {*order[:2]} == {base, str(tmp_path / "other")}
+
+
+@pytest.mark.slow
+def test_a_small_study_from_end_to_end(monkeypatch, capsys, tmp_path):
+    import prepare
+
+    made = ["demo-volumes", "--out", tmp_path / "data", "--volumes", 8]
+    assert command(monkeypatch, capsys, prepare, *made)[0] == 0
+    organs = "spleen", "right kidney", "left kidney", "liver", "aorta"
+    save_file({name: torch.randn(512) for name in organs}, tmp_path / "codes.safetensors")
+    given = ["few-shot", "--data", tmp_path / "data", "--new-class", "Liver", "--k", 1, 2]
+    given += ["--draws", 1, "--steps", 4, "--base-epochs", 1, *TRAINED, "--spacing", 4, 7, 8]
+    given += ["--text-codes", tmp_path / "codes.safetensors", "--out", tmp_path / "out"]
+    given += ["--workers", 0, "--overlays", 0, "--overlap", 0, "--crops-per-volume", 1]
+    given += ["--cache", tmp_path / "cache"]
+    code, out, error = command(monkeypatch, capsys, studies, *given)
+    assert code == 0, error
+    found = rows(tmp_path / "out" / "results.csv")
+    assert {row["method"] for row in found} == {*studies.METHODS}
+    after = [row for row in found if row["k"] != "0"]
+    assert {row["class"] for row in after if row["method"] == "plain"} == {"liver"}
+    assert "aorta" in {row["class"] for row in after if row["method"] == "text"}
+    assert all(0 <= float(row["dice"]) <= 1 for row in found)
+    code, again, _ = command(monkeypatch, capsys, studies, *given)
+    assert code == 0 and "17 of 17 runs are done already" in again
+    assert again.split("already\n")[1] in out
