@@ -76,8 +76,9 @@ class Run:
         return Path(self.options.out) / "test"
 
 
-def do_one(run: Run) -> None:
+def do_one(run: Run, threads: int) -> None:
     """What a run prints is in its log.txt alone."""
+    torch.set_num_threads(threads)
     with open(os.devnull, "w") as null, contextlib.redirect_stdout(null):
         train.run(run.options)
     (run.test.parent / "last.pt").unlink(missing_ok=True)
@@ -90,16 +91,16 @@ def do(runs: list[Run], jobs: int) -> None:
     if len(todo) < len(runs):
         print(f"{len(runs) - len(todo)} of {len(runs)} runs are done already")
     bar, doing = tqdm(None, "study", len(todo), unit="run", disable=None), {}
-    threads = max(1, torch.get_num_threads() // jobs)
-    spawn, how = multiprocessing.get_context("spawn"), (torch.set_num_threads, (threads,))
-    pool = ProcessPoolExecutor(jobs, spawn, *how) if jobs > 1 else Here()
+    spawn, cores = multiprocessing.get_context("spawn"), torch.get_num_threads()
+    pool = ProcessPoolExecutor(jobs, spawn) if jobs > 1 else Here()
     with pool, bar:
         while todo:
             open_now = {run.options.out for run in todo.values()}
             free = [n for n in todo if n not in doing and todo[n].options.weights not in open_now]
+            threads = max(1, cores // min(jobs, len(free) + len(doing)))  # all where one waits
             for n in free[: jobs - len(doing)]:
                 tqdm.write(f"run {n} of {len(runs)}: {todo[n]}")
-                doing[n] = pool.submit(do_one, todo[n])
+                doing[n] = pool.submit(do_one, todo[n], threads)
             wait(doing.values(), return_when=FIRST_COMPLETED)
             for n in [n for n, future in doing.items() if future.done()]:
                 run = todo.pop(n)
@@ -354,9 +355,8 @@ def values(study: FewShot, rows: list[dict], method: str, k: int, classes: list[
     cases = sorted({row["patient"] or row["case"] for row in rows})
     x, n = np.zeros((2, study.draws if k else 1, len(cases), len(classes)))
     for row in rows:
-        draw = row["draw"] or 1
-        if (row["method"], row["k"]) == (method, k) and row["class"] in classes and draw <= len(x):
-            place = draw - 1, cases.index(row["patient"] or row["case"])
+        if (row["method"], row["k"]) == (method, k) and row["class"] in classes:
+            place = (row["draw"] or 1) - 1, cases.index(row["patient"] or row["case"])
             x[(*place, classes.index(row["class"]))] += float(row["dice"])
             n[(*place, classes.index(row["class"]))] += 1
     return np.where(n, x / np.maximum(n, 1), np.nan)

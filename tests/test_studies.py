@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import nibabel
 import numpy as np
@@ -146,6 +147,30 @@ def test_few_shot_sets_hold_k_volumes_with_the_new_class_alone(study):
     assert truth[0, 0, :3].tolist() == [1, 0, 0]
 
 
+def test_files_of_several_channels_stay_together(study, root, tmp_path):
+    """nnU-Net's CASE_0000 and CASE_0001, without lists in dataset.json."""
+    data = tmp_path / "channels"
+    for kind, cases_of in (("Tr", range(3)), ("Ts", [7])):
+        for place in (f"images{kind}", f"labels{kind}"):
+            (data / place).mkdir(parents=True)
+        for k in cases_of:
+            for channel in (0, 1):
+                image = data / f"images{kind}" / f"ct{k}_000{channel}.nii.gz"
+                image.write_bytes((root / "imagesTr" / f"ct{k}.nii.gz").read_bytes())
+            label = (root / "labelsTr" / f"ct{k}.nii.gz").read_bytes()
+            (data / f"labels{kind}" / f"ct{k}.nii.gz").write_bytes(label)
+    labels = {"background": 0, "spleen": 1, "kidney": 2, "liver": 3}
+    about = {"labels": labels, "channel_names": {"0": "T1", "1": "T2"}}
+    (data / "dataset.json").write_text(json.dumps(about))
+    code, _, error, _ = study("--data", data, "--k", 2, "--draws", 1, "--methods", "plain")
+    assert code == 0, error
+    for name in ("base", "k2-draw1"):
+        for entries in layouts.read_volumes(study.out / "data" / name).values():
+            for entry in entries:
+                ends = [path.name.split("_")[1] for path in (entry.image, *entry.more)]
+                assert ends == ["0000.nii.gz", "0001.nii.gz"] and entry.modality == "T1, T2"
+
+
 def test_draws_are_nested_the_same_for_all_methods_and_for_other_k(study, tmp_path):
     _, _, _, done = study("--k", 1, 3, 4, "--draws", 3)
     chosen = {name: {*cases(o.data[0])} for name, o in done.items() if o.data}
@@ -246,6 +271,18 @@ def test_seen_classes_before_are_counted_once(study):
     found = [row for row in rows(study.out / "results.csv") if row["k"] == "0"]
     summary = Counter((row["class"], row["case"]) for row in found if row["class"] != "spleen")
     assert set(summary.values()) == {2}  # and their mean is taken, they agree
+
+
+def test_several_volumes_of_a_patient_are_one_case():
+    study = SimpleNamespace(draws=2)
+    dice = {("a1", "a"): (0.2, 0.4), ("a2", "a"): (0.6, 0.8), ("b1", "b"): (0.5, 0.7)}
+    made = [
+        {"method": "text", "k": 2, "draw": d, "class": "liver", "case": case, "patient": patient,
+         "dice": dice[case, patient][d - 1]}
+        for d in (1, 2) for case, patient in dice
+    ]  # fmt: skip
+    x = studies.values(study, made, "text", 2, ["liver"])
+    np.testing.assert_allclose(x[..., 0], [[0.4, 0.5], [0.6, 0.7]])
 
 
 def test_intervals_of_one_draw_are_those_of_the_metrics():
@@ -426,10 +463,20 @@ def test_two_at_a_time_and_none_before_its_base(monkeypatch, tmp_path):
     runs = [made("base"), *(made(str(k), base) for k in range(4)), made("other")]
     pool = lambda jobs, *_: ThreadPoolExecutor(jobs)  # noqa: E731
     monkeypatch.setattr(studies, "ProcessPoolExecutor", pool)
-    monkeypatch.setattr(studies, "do_one", lambda made: run(made.options))
+    threads = {}
+
+    def do_one(made, n):
+        threads[Path(made.options.out).name] = n
+        run(made.options)
+
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    monkeypatch.setattr(studies, "do_one", do_one)
     studies.do(runs, 2)
     assert sorted(order) == sorted(run.options.out for run in runs)
     assert max(most) == 2 and {*order[:2]} == {base, str(tmp_path / "other")}
+    assert {*threads.values()} == {2}
+    studies.do([made("alone"), *(made(f"then{k}", str(tmp_path / "alone")) for k in (1, 2))], 2)
+    assert [threads[name] for name in ("alone", "then1", "then2")] == [4, 2, 2]
 
 
 @pytest.mark.slow

@@ -139,7 +139,7 @@ def test_btcv_as_it_is_handed_out(tmp_path):
     "settings, message",
     [
         ({"training": []}, "has no 'labels'"),
-        ({"labels": {"liver": 1}}, "need a background"),
+        ({"labels": {"liver": 1}}, "need one background"),
         ({"labels": {"background": 0, "liver": "one"}}, "invalid literal"),
         ({"labels": {"background": 0, "liver": 1, "ignore": 2}}, "ignore"),
         ({"labels": {"background": 0, "liver": 1, "tumour": 1}}, "one name, or one number"),
