@@ -908,17 +908,13 @@ def universal_recipe(model: swin_unetr3d.UniversalSwinUNETR, settings: Settings)
     return replace(volume_recipe(model, settings), inputs=inputs, forward=universal_forward)
 
 
-def universal_backbone(name: str) -> bool:
-    return name.startswith(("swinViT.", "encoder", "decoder"))
-
-
 UNIVERSAL = {
     "default": replace(
         SWIN["default"],
         weights={"universal": "ljwztc/CLIP-Driven-Universal-Model"},
         codes="text",
         loss=universal_loss,
-        backbone=universal_backbone,
+        backbone=swin_encoder,  # as of Swin UNETR, so that --train decoder leaves the same alone
     ),
 }
 # train.py of ljwztc/CLIP-Driven-Universal-Model at 43c1239, which does not run as it is (its Dice
@@ -1015,13 +1011,13 @@ FAMILIES = {
         swin_unetr3d.UNIVERSAL_VARIANTS,
         partial(load_universal, swin_unetr3d.UniversalSwinUNETR, swin_unetr3d.UNIVERSAL_VARIANTS),
         universal_recipe,
-        universal_backbone,
+        swin_encoder,
     ),
     "fewshot3d": Family(
         FEWSHOT,
         fewshot3d.VARIANTS,
         partial(load_universal, fewshot3d.AttentionUniversal, fewshot3d.VARIANTS),
         universal_recipe,
-        universal_backbone,
+        swin_encoder,
     ),
 }
