@@ -70,11 +70,6 @@ def predictions(model, recipe, dataset, options, title: str):
         del item, found
 
 
-def foreground(classes: tuple[str, ...]) -> tuple[str, ...]:
-    """The classes that are scored: of several all but the first."""
-    return classes[1:] if len(classes) > 1 else classes
-
-
 def each_is(numbers: np.ndarray, classes) -> np.ndarray:
     """Class numbers (*size) -> bool (n,*size): where they are each of n."""
     return np.equal.outer(np.asarray(classes), numbers)
@@ -113,13 +108,14 @@ def check_threshold(k: int, threshold) -> None:
 def check_classes(model, recipe, datasets, options) -> None:
     """ValueError, one line, if a data set has other classes than the model. SAM has none."""
     k, names = num_classes(model), run_config(options.weights).get("classes")
-    if recipe.ask:
-        if options.threshold == "auto" and len(datasets[0].classes) > 1:
-            raise ValueError("--threshold auto: of one class alone; drop it")
-        return
     overlapping = getattr(model.config, "overlapping", False)
+    several = overlapping or (recipe.ask and len(datasets[0].classes) > 1)
+    if several and options.threshold == "auto":
+        raise ValueError("--threshold auto: of one class alone; drop it")
+    if recipe.ask:
+        return
     if hasattr(model, "add_class"):
-        return check_known(model.config.classes, datasets, options)
+        return check_known(model.config.classes, datasets)
     for dataset in datasets:
         root, have = dataset.entries[0].root, len(dataset.classes)
         if overlapping != (dataset.entries[0].regions is not None):
@@ -133,20 +129,16 @@ def check_classes(model, recipe, datasets, options) -> None:
         if options.eval and k > 1 and names and list(dataset.classes) != names:
             theirs = ", ".join(names)
             raise ValueError(f"{root}: {', '.join(dataset.classes)}, but trained were {theirs}")
-        if overlapping and options.threshold == "auto":
-            raise ValueError("--threshold auto: of one class alone; drop it")
         check_threshold(1 if overlapping else k, options.threshold)
 
 
-def check_known(classes: tuple[str, ...], datasets, options) -> None:
+def check_known(classes: tuple[str, ...], datasets) -> None:
     """ValueError, one line, if data sets annotate what a Universal Model has no code of."""
     for dataset in datasets:
         if lost := [name for name in dataset.classes if name not in classes]:
             root, have = dataset.entries[0].root, ", ".join(classes[1:])
             hint = "--text-codes FILE with its code adds it"
             raise ValueError(f"{root}: {lost[0]} is no class of the model ({have}); {hint}")
-    if options.threshold == "auto":
-        raise ValueError("--threshold auto: of one class alone; drop it")
 
 
 def best_threshold(model, recipe, dataset, options) -> float:
@@ -217,7 +209,7 @@ def score(item: dict, masks: np.ndarray, classes, probabilities=None) -> list[di
     only its counts. masks: bool (K,*size); with probabilities (K,*size) also HD95, ASSD, NSD, and
     of images average precision and Betti errors."""
     classes = item.get("classes", classes)  # a volume knows which are annotated in it
-    truth, names = item["truth"].numpy(), foreground(classes)  # (1,*size)
+    truth, names = item["truth"].numpy(), layouts.foreground(classes)  # (1,*size)
     valid, n = None if (truth != 255).all() else truth[0] != 255, len(names)
     more = None if probabilities is None else probabilities[-n:]  # without the background
     scores = score_masks(masks[-n:], truth_masks(item, n), valid, more, item.get("spacing"))
@@ -245,7 +237,7 @@ def validate(model, recipe, dataset, options) -> dict[str, float]:
     """val_loss, val_dice, val_iou, and the distances if asked for: means as those of a test."""
     distances = options.val_distances
     rows = evaluate(model, recipe, dataset, options, distances, "validate")
-    summary = metrics.summarise(rows, foreground(dataset.classes))
+    summary = metrics.summarise(rows, layouts.foreground(dataset.classes))
     names = ["dice", "iou"] + ["hd95", "assd", "nsd"] * distances
     losses = [row["loss"] for row in rows if row["loss"] is not None]  # volumes have none
     loss = {"val_loss": float(np.mean(losses))} if losses else {}
@@ -272,7 +264,7 @@ def spread(masks: np.ndarray, names, among) -> np.ndarray:
 
 def draw(model, recipe, dataset, rows: list[dict], options, folder: Path) -> None:
     """Overlays of the worst, median and best cases by Dice, and one sheet of them all."""
-    dice, names = dice_by_entry(rows, dataset), foreground(dataset.classes)
+    dice, names = dice_by_entry(rows, dataset), layouts.foreground(dataset.classes)
     order = np.argsort(dice, kind="stable")[: np.isfinite(dice).sum()]  # nan comes last
     n = min(options.overlays, len(order))
     if n == 0:
@@ -285,7 +277,7 @@ def draw(model, recipe, dataset, rows: list[dict], options, folder: Path) -> Non
     part, cards = dataset.subset([i for _, i in cases]), []
     for k, (item, probabilities, _) in enumerate(predictions(model, recipe, part, options, "draw")):
         case, i = cases[k]
-        own = foreground(item.get("classes", dataset.classes))  # of these
+        own = layouts.foreground(item.get("classes", dataset.classes))  # of these
         truth = spread(truth_masks(item, len(own)), own, names)
         masks = spread(to_masks(probabilities, model.config)[-len(own) :], own, names)
         if recipe.prepare:
@@ -314,7 +306,7 @@ def test(model, recipe, tests: dict, options) -> dict:
             rows, summaries[name], more = prompted_test(model, recipe, dataset, options, name)
         else:
             rows, more = evaluate(model, recipe, dataset, options, True, f"test {name}"), {}
-            summaries[name] = metrics.summarise(rows, foreground(dataset.classes))
+            summaries[name] = metrics.summarise(rows, layouts.foreground(dataset.classes))
             prompt = f", prompt {options.prompt}" if recipe.read else ""
             print(f"test {name}{prompt}:\n{report.table(summaries[name])}")
         for table, some in ({"image": rows} | more).items():
@@ -331,7 +323,7 @@ def test(model, recipe, tests: dict, options) -> dict:
 def prompted_test(model, recipe, dataset, options, name: str) -> tuple[list, dict, dict]:
     """Scores of what prompts give: those that the run asks by, whole, and of each component; and
     beside them what others give. Printed; returns rows, summary, further tables."""
-    names, main = foreground(dataset.classes), options.sam_prompts
+    names, main = layouts.foreground(dataset.classes), options.sam_prompts
     by_source, parts = study(model, recipe, dataset, options, f"test {name}", main)
     rows = check_asked(by_source[main], dataset, options)
     summary = metrics.summarise(rows, names)
@@ -467,7 +459,10 @@ def open_tests(options) -> dict[str, data.Dataset]:
 def open_dataset(entries: list, options):
     """Of images, or where the files are NIfTI of volumes. Raises as `data.open_dataset` does."""
     if entries and layouts.is_volume(entries[0].image):
-        return volumes.VolumeSet(entries, partial=options.codes is not None)
+        if options.codes is None:
+            return volumes.VolumeSet(entries)
+        # Of a model with codes each data set may annotate other classes.
+        return volumes.VolumeSet([*map(layouts.as_regions, entries)], partial=True)
     return data.open_dataset(entries, options.cache, options.pseudocolor)
 
 

@@ -226,11 +226,8 @@ class TextSwinUNETR(Backbone):
             told = swin_unetr3d.told_by_name(source, settings, "merging" in overrides)
             told |= {option: f"{part}.weight" in weights for part, option in PARTS.items()}
             config = TextConfig(**swin_unetr3d.sizes(weights) | told)
-        weights, num_classes, fresh = swin_unetr3d.new_classes(weights, num_classes, source)
-        num_classes = num_classes or config.num_classes
-        if num_classes + config.overlapping != len(config.classes):
-            config = replace(config, classes=())
-        model = cls(replace(config, num_classes=num_classes, **overrides))
+        weights, config, fresh = swin_unetr3d.new_classes(weights, num_classes, config, source)
+        model = cls(replace(config, **overrides))
         name = "decoder5.transp_conv.weight"
         if model.config.concat and not config.concat and name in weights:
             image = weights[name]  # (16f,8f,2,2,2)

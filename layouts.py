@@ -42,6 +42,16 @@ BTCV = (
 SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 
 
+def foreground(classes: tuple[str, ...]) -> tuple[str, ...]:
+    """The classes that are scored: of several all but the first."""
+    return classes[1:] if len(classes) > 1 else classes
+
+
+def plain_name(name: str) -> str:
+    """A class's name as the Universal Model writes it: small letters, blanks for _."""
+    return name.lower().replace("_", " ")
+
+
 def is_prompt_type(text: str) -> bool:
     """Whether a prompt option names types (p6, "p6,p3", random) rather than being a text itself."""
     return re.fullmatch(r"random|p\d+(,p\d+)*", text) is not None
@@ -235,6 +245,14 @@ def _read_labels(found: dict) -> dict:
     return {"classes": tuple(names), "labels": labels, "unnamed": unnamed, "regions": regions}
 
 
+def as_regions(entry: Entry) -> Entry:
+    """A volume whose classes, by their plain names, are regions: (background, one, …), and of each
+    its numbers. So that what one data set annotates can be told from what another one does."""
+    names = map(plain_name, foreground(entry.classes))
+    regions = entry.regions or tuple((k,) for k in range(1, len(entry.labels)))
+    return replace(entry, classes=("background", *names), regions=regions)
+
+
 def _listed(root: Path, item) -> tuple[Path, Path] | None:
     """Image and label of an item of a list in dataset.json; None without a label."""
     if not isinstance(item, dict) or not item.get("label"):
@@ -308,7 +326,8 @@ def read_volumes(root: Path, group_regex: str | None = None) -> dict[str, list[E
             first, *more = there or [image]
             name = without_ending(label)
             if repeated:  # case1/label.nii.gz, case2/label.nii.gz
-                name = (label.parent.relative_to(root) / name).as_posix()
+                base = root if label.is_relative_to(root) else label.anchor
+                name = (label.parent.relative_to(base) / name).as_posix()
             place = {"group": _group(image.name, group_regex), "more": tuple(more)}
             entry = Entry(name, first, label, {}, root, **place)
             entries.setdefault(split, []).append(replace(entry, **settings["fields"]))

@@ -138,6 +138,15 @@ class Options:
 FREE = {"resume", "out", "workers", "device", "cache", "save_every", "overlays", "checkpointing"}
 
 
+def check_same(place: Path, theirs: dict, mine: dict) -> None:
+    """ValueError, one line, if what a folder was begun with is not what it is to go on with."""
+    keys = [k for k in theirs | mine if k not in FREE and theirs.get(k) != mine.get(k)]
+    if keys:
+        words = [f"{flag(key)} {theirs.get(key)} -> {mine.get(key)}" for key in keys]
+        hint = "keep those, or choose another --out"
+        raise ValueError(f"{place} was begun with other options ({', '.join(words)}); {hint}")
+
+
 def parse(description: str, arguments: list[str] | None = None) -> dict:
     """The options that were given, by name."""
     parser = report.Parser(description)
@@ -203,18 +212,16 @@ def check(options: Options, family, name: str) -> None:
     if options.overlap is not None and options.overlap >= 1:
         raise ValueError(f"--overlap {options.overlap}: a share of a side, below 1")
     check_volumes(options, family)
-    for key in () if family.partial else FOR_UNIVERSAL:
-        if getattr(options, key) is not None:
-            told = f"{options.model} has no codes of classes, only universal and fewshot3d do"
-            raise ValueError(f"{flag(key)}: {told}")
     if options.text_codes and options.codes in ("random", "one-hot"):
         raise ValueError(f"--codes {options.codes}: takes no --text-codes, drop one")
     if options.pseudocolor is not None:
         colour_table(options.pseudocolor)
-    for key in () if family.asked else FOR_SAM:
-        if getattr(options, key) is not None:
-            told = f"{options.model} takes no boxes or points, only SAM does"
-            raise ValueError(f"{flag(key)}: {told}")
+    for keys, fits, told in (
+        (FOR_SAM, family.asked, "takes no boxes or points, only SAM does"),
+        (FOR_UNIVERSAL, family.partial, "has no codes of classes, only universal and fewshot3d do"),
+    ):
+        if given := [key for key in keys if not fits and getattr(options, key) is not None]:
+            raise ValueError(f"{flag(given[0])}: {options.model} {told}")
     if options.prompt_study and not family.reads:
         raise ValueError(f"--prompt-study: {options.model} reads no text")
     least = {"batch_size": 1, "grad_accum_steps": 1, "min_area": 1, "crops_per_volume": 1}

@@ -21,6 +21,9 @@ What differs from the official code, where it is plainly wrong or knows no other
 
 import numpy as np
 
+from layouts import plain_name
+from volumes import components, largest_components
+
 ORGANS = (
     "spleen", "right kidney", "left kidney", "gall bladder", "esophagus", "liver", "stomach",
     "aorta", "postcava", "pancreas", "right adrenal gland", "left adrenal gland", "duodenum",
@@ -40,10 +43,10 @@ def organ_rules(masks: dict[str, np.ndarray], spacing=(1.5, 1.5, 1.5)) -> dict[s
     Axes grow to the right, front and top; spacing in mm. Names are those of the Universal Model,
     capitals and _ do not matter. A rule of several classes needs all of them.
     """
-    names = {name.lower().replace("_", " "): name for name in masks}
+    names = {plain_name(name): name for name in masks}
     given, found = {plain: masks[name] for plain, name in names.items()}, {}
     for name, mask in given.items():
-        found[name] = pieces(mask, 1) if name in (*ORGANS, *LUNGS) else mask
+        found[name] = largest_components(mask, 1) if name in (*ORGANS, *LUNGS) else mask
     if given.keys() >= {VEINS, PANCREAS}:
         found[VEINS] = not_below(given[VEINS], found[PANCREAS])
     if given.keys() >= {*LUNGS}:
@@ -51,46 +54,22 @@ def organ_rules(masks: dict[str, np.ndarray], spacing=(1.5, 1.5, 1.5)) -> dict[s
     for tumor, organs in INSIDE.items():
         if given.keys() >= {tumor, *organs}:
             whole = np.logical_or.reduce([given[name] for name in organs])
-            found[tumor] = given[tumor] & grown(pieces(whole, len(organs)), spacing)
+            found[tumor] = given[tumor] & grown(largest_components(whole, len(organs)), spacing)
     return {names[plain]: mask for plain, mask in found.items()}
 
 
 def ruled(names) -> set[str]:
     """Which of these classes the rules are about."""
     about = {*ORGANS, *LUNGS, VEINS, *INSIDE}
-    return {name for name in names if name.lower().replace("_", " ") in about}
+    return {name for name in names if plain_name(name) in about}
 
 
 def unruled(names) -> dict[str, list[str]]:
     """Classes whose rule is not applied -> the classes that it needs and that are not there."""
-    plain = {name.lower().replace("_", " ") for name in names}
+    plain = {*map(plain_name, names)}
     needs = INSIDE | {VEINS: (PANCREAS,)}
     lost = {name: [need for need in needs[name] if need not in plain] for name in needs}
     return {name: lost[name] for name in lost if name in plain and lost[name]}
-
-
-def parts_of(mask: np.ndarray) -> tuple[tuple[slice, ...], np.ndarray, np.ndarray] | None:
-    """Bool (X,Y,Z) -> the box around it, the number of each voxel's piece in it (0: none), and the
-    numbers of all pieces, the largest first, with their sizes (n,2). None if it is empty."""
-    from scipy import ndimage
-
-    if not mask.any():
-        return None
-    (box,) = ndimage.find_objects(mask.view(np.uint8))
-    parts, n = ndimage.label(mask[box], np.ones((3, 3, 3)))
-    sizes = np.bincount(parts[parts > 0], minlength=n + 1)[1:]
-    order = np.argsort(-sizes, kind="stable")
-    return box, parts, np.stack([order + 1, sizes[order]], 1)
-
-
-def pieces(mask: np.ndarray, most: int) -> np.ndarray:
-    """Bool (X,Y,Z) -> its largest pieces, at most so many."""
-    if (found := parts_of(mask)) is None or len(found[2]) <= most:
-        return mask
-    box, parts, sizes = found
-    result = np.zeros_like(mask)
-    result[box] = np.isin(parts, sizes[:most, 0])
-    return result
 
 
 def not_below(mask: np.ndarray, other: np.ndarray) -> np.ndarray:
@@ -103,7 +82,7 @@ def not_below(mask: np.ndarray, other: np.ndarray) -> np.ndarray:
 def lungs(right: np.ndarray, left: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Bool (X,Y,Z) each -> the same."""
     both = right | left
-    if (found := parts_of(both)) is None:
+    if (found := components(both)) is None:
         return right, left
     box, parts, sizes = found
     kept = np.zeros_like(both)

@@ -325,8 +325,8 @@ def numbers_asked(model, classes: list[str], names: list[str] | None) -> list[in
         return None
     if not hasattr(model, "add_class"):
         raise ValueError("--classes: this model finds all of its classes at once; drop it")
-    known = {name.lower(): k for k, name in enumerate(classes[1:])}
-    names = [name.lower().replace("_", " ") for name in names]
+    known = {layouts.plain_name(name): k for k, name in enumerate(classes[1:])}
+    names = [*map(layouts.plain_name, names)]
     if lost := [name for name in names if name not in known]:
         raise ValueError(f"--classes: the model has no {lost[0]}, only {', '.join(known)}")
     return [known[name] for name in dict.fromkeys(names)]

@@ -42,6 +42,7 @@ import upernet
 import volumes
 from augment import Augment, GITractAugment
 from data import Dataset
+from layouts import plain_name
 from losses import (
     cldice_loss,
     dice_bce,
@@ -822,12 +823,10 @@ def universal_inputs(sample, train, rng, config, settings) -> dict:
     """As `volume_inputs`; of training mask (n,1,D,H,W) of label numbers, and what these are:
     table int16 (n,K,256), of each class 1 for its numbers and else 0, 255 for what does not count,
     all -1 if it is not annotated."""
-    item = volume_inputs(
-        sample | {"regions": None} if train else sample, train, rng, config, settings
-    )
     numbers = [config.classes.index(name) - 1 for name in sample["classes"][1:]]
     if not train:
-        return item | {"asked": numbers}
+        return volume_inputs(sample, train, rng, config, settings) | {"asked": numbers}
+    item = volume_inputs(sample | {"regions": None}, train, rng, config, settings)
     table = torch.full((config.num_classes, 256), -1, dtype=torch.int16)
     for k, region in zip(numbers, sample["regions"]):
         table[k] = torch.isin(torch.arange(256), torch.tensor(region))
@@ -860,7 +859,7 @@ def read_codes(path: str | None) -> dict[str, Tensor]:
     for name, code in codes.items():
         if code.shape != (swin_unetr3d.TEXT,):
             raise ValueError(f"{path}: {name} is {tuple(code.shape)}, a text of CLIP (512,)")
-    return {name.lower(): code for name, code in codes.items()}
+    return {plain_name(name): code for name, code in codes.items()}
 
 
 def load_universal(
@@ -873,6 +872,7 @@ def load_universal(
     """
     texts, names = read_codes(settings.text_codes), train_set and train_set.classes[1:]
     codes, names = settings.codes, list(texts if names is None else names)
+    variant = variant or next(iter(variants))
 
     def code(name: str) -> Tensor | None:
         if codes == "text" and name not in texts:
@@ -883,10 +883,10 @@ def load_universal(
     if weights == "none":
         overrides |= {"num_classes": len(names), "classes": ("background", *names), "codes": codes}
         overrides |= {"in_channels": train_set.channels}
-        config = replace(variants[variant or next(iter(variants))], **overrides)
+        config = replace(variants[variant], **overrides)
         model = kind(config, torch.stack([code(n) for n in names]) if codes == "text" else None)
     else:
-        source = weights or hub_id(settings, variant or next(iter(variants)))
+        source = weights or hub_id(settings, variant)
         known = codes == "text" and names and {*names} <= {*texts}
         embedding = torch.stack([texts[name] for name in names]) if known else None
         overrides |= {"codes": codes} if train_set else {}  # else what the weights have

@@ -1,7 +1,7 @@
 """Studies: many runs of train.py as one command, which goes on where it was stopped.
 
     python studies.py few-shot --data data/demo_volumes --new-class spleen --k 1 2 4 8 --draws 3
-        --out runs/few-shot --text-codes codes.safetensors --variant mini --weights none --lr 1e-3
+        --text-codes text_codes.safetensors --variant mini --weights none --out runs/few-shot
 
 Options that are not a study's own are train.py's, for all its runs.
 
@@ -53,7 +53,7 @@ import recipes
 import report
 import train
 import volumes
-from options import FREE, Options, flag
+from options import Options, flag
 
 # --- what all studies share ----------------------------------------------------------------------
 
@@ -124,18 +124,13 @@ class Here(Executor):
         return future
 
 
-def check_same(path: Path, mine: dict, later: str) -> None:
+def keep_options(path: Path, mine: dict, later: str) -> None:
     """Writes a study's options. ValueError, one line, if it was begun with others; that of the name
     `later` may be None at one time."""
     mine = json.loads(json.dumps(mine, default=str))
     theirs = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else mine
     mine[later] = mine[later] or theirs[later]
-    known = theirs | {later: theirs[later] or mine[later]}
-    keys = [key for key in known | mine if key not in FREE and known.get(key) != mine.get(key)]
-    if keys:
-        words = [f"{flag(key)} {known.get(key)} -> {mine.get(key)}" for key in keys]
-        hint = "keep those, or choose another --out"
-        raise ValueError(f"{path.parent} was begun with other options ({', '.join(words)}); {hint}")
+    options.check_same(path.parent, theirs | {later: theirs[later] or mine[later]}, mine)
     report.write_json(path, mine)
 
 
@@ -221,6 +216,7 @@ class FewShot:
     from_plain: int | None  # epochs
     methods: list[str]
     text_codes: str | None
+    jobs: int
     given: dict  # options of train.py
 
     def open(self) -> None:
@@ -228,19 +224,19 @@ class FewShot:
         if odd := [key for key in SET if key in self.given]:
             hint = "--base-epochs, --from-plain, --steps say how long"
             raise ValueError(f"{flag(odd[0])}: the study sets this itself, drop it; {hint}")
-        numbers = self.draws, self.steps, self.base_epochs or 1, self.from_plain or 1
+        numbers = self.draws, self.steps, self.jobs, self.base_epochs or 1, self.from_plain or 1
         if min(*self.k, *numbers) < 1:
-            told = "--k, --draws, --steps and epochs are 1 or more; K = 0 is always there"
+            told = "--k, --draws, --steps, --jobs, epochs are 1 or more; K = 0 is always there"
             raise ValueError(told)
         if not layouts.has_volumes(self.data):
             raise ValueError(f"{self.data}: no data set of volumes; see prepare.py demo-volumes")
         self.splits, self.known = layouts.read_volumes(self.data), {}
         if lost := [split for split in ("train", "test") if split not in self.splits]:
             raise ValueError(f"{self.data}: has no split {lost[0]}, and the study needs it")
-        first = volumes.as_regions(self.splits["train"][0])
+        first = layouts.as_regions(self.splits["train"][0])
         numbers = [[first.labels[i] for i in region] for region in first.regions]
         self.classes = dict(zip(first.classes[1:], numbers, strict=True))  # name -> in label maps
-        name, have = self.new_class.lower().replace("_", " "), ", ".join(self.classes)
+        name, have = layouts.plain_name(self.new_class), ", ".join(self.classes)
         if name not in self.classes or len(self.classes) == 1:
             told = f"{self.data} has {have}; one of them, and others to be seen before"
             raise ValueError(f"--new-class {self.new_class}: {told}")
@@ -445,14 +441,13 @@ def plot(path: Path, study: FewShot, summary: dict) -> None:
 
 def few_shot(args: argparse.Namespace, given: dict) -> None:
     """The whole study."""
-    own = {k: v for k, v in vars(args).items() if k not in ("command", "jobs")}
-    study = FewShot(**own, given=given)
+    study = FewShot(**{k: v for k, v in vars(args).items() if k != "command"}, given=given)
     study.open()
     keys = "new_class", "steps", "base_epochs", "base_lr", "from_plain", "text_codes"
     told = {"data": study.data.resolve()} | {key: getattr(study, key) for key in keys} | given
-    check_same(study.out / "study.json", told, "text_codes")
+    keep_options(study.out / "study.json", told, "text_codes")
     runs = study.plan()
-    do(runs, args.jobs)
+    do(runs, study.jobs)
     rows = [row for run in runs for row in read_scores(run)]
     report.write_csv(study.out / "results.csv", rows)
     summary = summarise(study, rows)
@@ -464,12 +459,6 @@ def few_shot(args: argparse.Namespace, given: dict) -> None:
 
 
 # --- command line --------------------------------------------------------------------------------
-
-
-def positive(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise ValueError(text)
-    return number
 
 
 def parse() -> tuple[argparse.Namespace, dict]:
@@ -488,7 +477,7 @@ def parse() -> tuple[argparse.Namespace, dict]:
     add("--base-lr", type=float, help="of a base run; else --lr")
     add("--from-plain", type=int, metavar="EPOCHS", help="of the other bases, on that of plain")
     add("--methods", nargs="+", choices=METHODS, default=[*METHODS], help="all, or some")
-    add("--jobs", type=positive, default=1, help="runs at a time (%(default)s)")
+    add("--jobs", type=int, default=1, help="runs at a time (%(default)s)")
     add("--text-codes", help="file of `prepare.py text-codes` with every class")
     args, rest = parser.parse_known_args()
     return args, options.parse("options of train.py", rest)

@@ -499,12 +499,8 @@ class SwinUNETR(Backbone):
         else:
             told = told_by_name(source, settings, "merging" in overrides)
             config = Config(**sizes(weights) | told)
-        weights, num_classes, fresh = new_classes(weights, num_classes, source)
-        num_classes = num_classes or config.num_classes
-        if num_classes + config.overlapping != len(config.classes):
-            config = replace(config, classes=())
-        model = cls(replace(config, num_classes=num_classes, **overrides))
-        return load(model, weights, fresh, source)
+        weights, config, fresh = new_classes(weights, num_classes, config, source)
+        return load(cls(replace(config, **overrides)), weights, fresh, source)
 
 
 class UniversalSwinUNETR(Backbone):
@@ -618,7 +614,7 @@ class UniversalSwinUNETR(Backbone):
         elif classes is None:
             raise ValueError(f"{source}: has no codes of classes; give the names of classes")
         else:
-            weights, _, fresh = new_classes(weights, 0, source)
+            weights, _, fresh = new_classes(weights, 0, config, source)
             names, fresh = classes, "|".join(filter(None, (HEAD, fresh)))
         config = replace(config, num_classes=len(names), classes=("background", *names))
         model = cls(replace(config, **overrides), embedding)
@@ -774,21 +770,25 @@ def told_by_name(source, settings: dict, overridden: bool) -> dict:
     return told
 
 
-def new_classes(weights: dict[str, Tensor], num_classes: int | None, source) -> tuple:
+def new_classes(weights: dict[str, Tensor], num_classes: int | None, config: Config, source):
     """What of a file is kept where `num_classes` are asked for, None: as many as it has.
 
-    -> its tensors, without an `out` of another number of classes; that number, None if nothing
-    tells; which tensors may be new, a pattern. ValueError: an encoder alone, and no number given.
+    -> its tensors, without an `out` of another number of classes; the config, with names only if as
+    many; which tensors may be new, a pattern. ValueError: an encoder alone, and no number given.
     """
+    out, fresh = weights.get("out.weight"), ""
     if not any(re.fullmatch(FRESH["encoder alone"], name) for name in weights):
         if num_classes is None:
             raise ValueError(f"{source}: the encoder alone, without a decoder; give num_classes")
-        return weights, num_classes, FRESH["encoder alone"]
-    out = weights.get("out.weight")
-    if out is None or num_classes in (None, len(out)):
-        return weights, num_classes if out is None else len(out), ""
-    kept = {n: t for n, t in weights.items() if not re.fullmatch(FRESH["classes"], n)}
-    return kept, num_classes, FRESH["classes"]
+        fresh = FRESH["encoder alone"]
+    elif out is not None and num_classes in (None, len(out)):
+        num_classes = len(out)
+    elif out is not None:
+        fresh = FRESH["classes"]
+        weights = {n: t for n, t in weights.items() if not re.fullmatch(fresh, n)}
+    num_classes = num_classes or config.num_classes
+    classes = config.classes if len(config.classes) == num_classes + config.overlapping else ()
+    return weights, replace(config, num_classes=num_classes, classes=classes), fresh
 
 
 def preprocess(volume: Tensor, config: Config) -> Tensor:
@@ -821,8 +821,6 @@ def run_config(settings: dict, kind: str, source) -> dict:
     if found != (kind, 1):
         raise ValueError(f"{source}: holds {found[0]} in format {found[1]}, not {kind} in 1")
     return {k: tuple(v) if isinstance(v, list) else v for k, v in settings["config"].items()}
-
-
 # end shared
 
 
@@ -904,8 +902,6 @@ def download(source: str, files: tuple[str, ...]) -> Path:
         hint = "check the connection, or fetch the file elsewhere and name it"
         raise OSError(f"{source}: not to be had from the hub ({reason}); {hint}") from None
     raise FileNotFoundError(f"{source}: the repository has none of {', '.join(files)}")
-
-
 # end shared
 
 
@@ -920,6 +916,4 @@ def check_complete(found: dict[str, Tensor], expected: dict[str, Tensor], source
     ]
     if wrong:
         raise ValueError(f"{source}: {len(wrong)} tensors do not fit: {'; '.join(wrong[:5])}")
-
-
 # end shared

@@ -89,7 +89,7 @@ def classes_of(root: Path) -> tuple[str, ...]:
     entries = layouts.annotations(root, split)
     if not entries or not entries[0].numbers:
         raise ValueError(f"{root}: a data set without names of classes; give --classes")
-    return entries[0].classes[1:] or entries[0].classes
+    return layouts.foreground(entries[0].classes)
 
 
 def describe(codes: dict[str, Tensor]) -> str:
@@ -120,7 +120,7 @@ def text_codes(args):
     if args.template.count("{}") != 1:
         raise ValueError(f"--template {args.template!r}: {{}} must be in it once, for the name")
     names = args.classes or [name for root in args.data or () for name in classes_of(root)]
-    names = ORGANS[1:] if args.study else [name.lower().replace("_", " ") for name in names]
+    names = ORGANS[1:] if args.study else map(layouts.plain_name, names)
     names, spellings = list(dict.fromkeys(names)), SPELLINGS if args.study else {}
     tower = TextTower.from_pretrained(args.weights)
     if tower.text_projection.out_features != TEXT:

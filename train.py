@@ -34,7 +34,7 @@ import evaluate
 import layouts
 import report
 from adapters import merge_lora, merged_state_dict, save_adapter
-from options import FREE, Options, flag, parse, resolve
+from options import Options, check_same, parse, resolve
 from protocol import Settings, choose_trained, keep_features, lr_factor
 from recipes import FAMILIES
 
@@ -221,10 +221,7 @@ def can_resume(options: Options) -> bool:
             print(f"{out} holds nothing to go on from; starting at the beginning")
         return False
     theirs = asdict(Options()) | json.loads((out / "config.json").read_text())["options"]
-    changed = [key for key in mine if key not in FREE and mine[key] != theirs.get(key)]
-    if changed:
-        words = [f"{flag(key)} {theirs.get(key)} -> {mine[key]}" for key in changed]
-        raise ValueError(f"{out} was begun with other options ({', '.join(words)}); keep those")
+    check_same(out, {key: theirs.get(key) for key in mine}, mine)  # older runs may have had others
     return True
 
 

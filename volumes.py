@@ -23,7 +23,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 
@@ -350,17 +350,6 @@ def restore(logits: Tensor, place: Place, activation: Callable, background=None)
 # --- data sets -----------------------------------------------------------------------------------
 
 
-def as_regions(entry):
-    """An entry whose classes, in small letters, are regions: (background, one, …), numbers of each.
-
-    So that what one data set annotates can be told from what another one does.
-    """
-    names = entry.classes[len(entry.classes) > 1 :]
-    regions = entry.regions or tuple((k,) for k in range(1, len(entry.labels)))
-    classes = ("background", *(name.lower().replace("_", " ") for name in names))
-    return replace(entry, classes=classes, regions=regions)
-
-
 def _hash(path: Path) -> bytes:
     digest = hashlib.sha256()
     with open(path, "rb") as file:
@@ -386,11 +375,11 @@ class VolumeSet:
     def __init__(
         self, entries: list, grids: list | None = None, stems: list | None = None, partial=False
     ):
-        """entries: layouts.Entry. FileNotFoundError, ValueError: as of `read_grid`, other classes
-        than those of the first entry, unless each may annotate a part of them (`as_regions`)."""
+        """entries: layouts.Entry. partial: each, as layouts.as_regions makes it, may annotate a
+        part of the classes. FileNotFoundError, ValueError: as of `read_grid`, or, if not partial,
+        other classes than those of the first entry."""
         if not entries:
             raise ValueError("the data set has no volumes")
-        entries = [as_regions(entry) for entry in entries] if partial else entries
         self.entries, self.classes, self.stems = entries, entries[0].classes, stems
         self.partial = partial
         if partial:
@@ -472,7 +461,8 @@ class VolumeSet:
         with ThreadPoolExecutor() as pool:
             n = range(len(self))
             stems = list(pool.map(lambda i: self._stem(i, settings, cache), n))
-        todo = [i for i, stem in enumerate(stems) if not Path(f"{stem}.npz").is_file()]
+        once = {stem: i for i, stem in enumerate(stems)}  # a volume may be listed several times
+        todo = [i for stem, i in once.items() if not Path(f"{stem}.npz").is_file()]
         if todo:
             self._announce(todo, spacing, channels, cache)
         for i in tqdm(todo, desc="prepare", unit="volume", disable=None, leave=False):
@@ -689,17 +679,38 @@ def sliding_window(
     return result[(..., *(slice(d // 2, d // 2 + n) for d, n in zip(lack, size)))]
 
 
-def largest_component(labels: np.ndarray) -> np.ndarray:
-    """Labels uint8 (X,Y,Z) -> of each class its largest component alone (26 neighbours)."""
+def components(mask: np.ndarray) -> tuple[tuple[slice, ...], np.ndarray, np.ndarray] | None:
+    """Bool (X,Y,Z) -> the box around it, the number of each voxel's component in it (0: none; 26
+    neighbours), and the numbers of all, the largest first, with their sizes (n,2). None if empty.
+    """
     from scipy import ndimage
 
-    labels, around = labels.copy(), np.ones((3,) * labels.ndim)
+    if not mask.any():
+        return None
+    (box,) = ndimage.find_objects(mask.view(np.uint8))
+    parts, n = ndimage.label(mask[box], np.ones((3, 3, 3)))
+    sizes = np.bincount(parts[parts > 0], minlength=n + 1)[1:]
+    order = np.argsort(-sizes, kind="stable")
+    return box, parts, np.stack([order + 1, sizes[order]], 1)
+
+
+def largest_components(mask: np.ndarray, most: int) -> np.ndarray:
+    """Bool (X,Y,Z) -> its largest components, at most so many."""
+    if (found := components(mask)) is None or len(found[2]) <= most:
+        return mask
+    box, parts, sizes = found
+    result = np.zeros_like(mask)
+    result[box] = np.isin(parts, sizes[:most, 0])
+    return result
+
+
+def largest_component(labels: np.ndarray) -> np.ndarray:
+    """Labels uint8 (X,Y,Z) -> of each class its largest component alone."""
+    from scipy import ndimage
+
+    labels = labels.copy()
     for k, box in enumerate(ndimage.find_objects(labels), 1):
-        if box is None:
-            continue
-        inside = labels[box] == k
-        parts, n = ndimage.label(inside, around)
-        if n > 1:
-            largest = np.bincount(parts.ravel())[1:].argmax() + 1
-            labels[box][inside & (parts != largest)] = 0
+        if box is not None:
+            inside = labels[box] == k
+            labels[box][inside & ~largest_components(inside, 1)] = 0
     return labels

@@ -29,6 +29,14 @@ def machine() -> str:
     return f"{name}, {torch.get_num_threads()} threads, {versions}, {datetime.date.today()}"
 
 
+def settle(args) -> None:
+    """Threads, and full float32. ValueError: a GPU that is not there."""
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch finds no GPU here; leave it out for the CPU")
+    torch.set_num_threads(args.threads)
+    torch.backends.cudnn.allow_tf32 = False
+
+
 def now() -> float:
     """Seconds, once the GPU has done all that it was told."""
     if torch.cuda.is_available():

@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from common import HEADER, ROOT, in_fresh_process, in_turns, machine, peak_memory, row
+from common import HEADER, ROOT, in_fresh_process, in_turns, machine, peak_memory, row, settle
 from torch import nn
 
 sys.path.insert(0, str(ROOT))
@@ -163,8 +163,6 @@ def arguments() -> argparse.Namespace:
     args = parser.parse_args()
     args.size = args.size or sam_decoder.VARIANTS[args.variant].image_size
     args.batch_size = args.batch_size or (8 if args.device == "cuda" else 1)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch finds no GPU here; leave it out for the CPU")
     return args
 
 
@@ -192,8 +190,7 @@ def all_kinds(args) -> dict[str, dict]:
 
 def main() -> int:
     args = arguments()
-    torch.set_num_threads(args.threads)
-    torch.backends.cudnn.allow_tf32 = False
+    settle(args)
     kinds, speed = all_kinds(args), []
     if args.memory:
         whose, kind = args.memory

@@ -14,7 +14,7 @@ import sys
 
 import torch
 import torch.nn.functional as F
-from common import HEADER, ROOT, in_fresh_process, in_turns, machine, peak_memory, row
+from common import HEADER, ROOT, in_fresh_process, in_turns, machine, peak_memory, row, settle
 
 sys.path.insert(0, str(ROOT))
 
@@ -76,10 +76,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--memory", nargs=3, help=argparse.SUPPRESS)  # whose, part, k: a child
     args = parser.parse_args()
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch finds no GPU here; leave it out for the CPU")
-    torch.set_num_threads(args.threads)
-    torch.backends.cudnn.allow_tf32 = False
+    settle(args)
     if args.memory:
         whose, part, k = args.memory
         print(peak_memory(work(whose, part, int(k), args.side, args.device)))

@@ -65,6 +65,19 @@ def close(ours, theirs, atol=2e-5):
     torch.testing.assert_close(ours, theirs, rtol=0, atol=atol)
 
 
+def shapes(state) -> dict[str, tuple]:
+    return {name: tuple(t.shape) for name, t in state.items()}
+
+
+def randomised(model):
+    """All tensors do something; those of a new model would hide what norms do."""
+    from recipe import fill
+
+    filled = {n: torch.from_numpy(fill(n, s)) for n, s in shapes(model.state_dict()).items()}
+    model.load_state_dict(filled)
+    return model.eval()
+
+
 def write_run(folder, kind, state, config, /, **more) -> Path:
     """A run folder with the weights of a model of class `kind`."""
     folder.mkdir(exist_ok=True)

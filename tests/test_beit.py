@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, close, write_run
+from conftest import ROOT, close, shapes, write_run
 from PIL import Image
 from torch import nn
 from transformers import (
@@ -84,10 +84,6 @@ def close_to_scale(ours, theirs, tolerance):
 
 
 # --- transformers, live --------------------------------------------------------------------------
-
-
-def shapes(state) -> dict:
-    return {name: tuple(t.shape) for name, t in state.items()}
 
 
 @pytest.mark.parametrize("variant", COUNTS)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, close, write_run
+from conftest import ROOT, close, randomised, shapes, write_run
 from recipe import fill
 
 import fewshot3d
@@ -19,18 +19,6 @@ MINI = replace(fewshot3d.VARIANTS["mini"], num_classes=4, classes=("background",
 SIDES = (96, 32, 32)
 TEXT = replace(fewshot3d.TEXT_VARIANTS["mini"], image_size=SIDES)
 ALL = {"attention": True, "concat": True, "contrast": True}
-
-
-def shapes(state) -> dict[str, tuple]:
-    return {name: tuple(t.shape) for name, t in state.items()}
-
-
-def randomised(model):
-    """All tensors do something; those of a new model would hide what norms do."""
-    state = model.state_dict()
-    filled = {n: torch.from_numpy(fill(n, tuple(t.shape))) for n, t in state.items()}
-    model.load_state_dict(filled)
-    return model.eval()
 
 
 def golden(name: str) -> tuple:

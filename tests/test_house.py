@@ -55,8 +55,8 @@ MODELS = {
     ),
 }
 FLOORS = [
-    [*MODELS, *"tokenizer losses metrics layouts data volumes prompts augment features adapters report organs".split()],
-    ["protocol", "fewshot3d", "evaluate", "prepare_volumes", "textcodes"],
+    [*MODELS, *"tokenizer losses metrics layouts data volumes prompts augment features adapters report".split()],
+    ["protocol", "fewshot3d", "organs", "evaluate", "prepare_volumes", "textcodes"],
     ["recipes"],
     ["options"],
     ["train", "predict", "prepare"],

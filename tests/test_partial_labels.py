@@ -91,7 +91,7 @@ def test_a_set_of_volumes_with_other_classes_each(tmp_path):
         for k, x in enumerate((KIDNEY, tumour, {"0": "background", "1": "tumour", "2": "LIVER"}))
     ]
     entries = [layouts.annotations(root, "train")[0] for root in roots]
-    part = volumes.VolumeSet(entries, partial=True)
+    part = volumes.VolumeSet([*map(layouts.as_regions, entries)], partial=True)
     assert part.classes == ("background", "left kidney", "liver", "liver tumor", "tumour")
     assert [e.classes[1:] for e in part.entries] == [
         ("left kidney",),
@@ -103,7 +103,7 @@ def test_a_set_of_volumes_with_other_classes_each(tmp_path):
     binary = layouts.annotations(
         data_set(tmp_path / "b", {"0": "background", "1": "Spleen"}), "train"
     )
-    (entry,) = volumes.VolumeSet(binary, partial=True).entries
+    (entry,) = map(layouts.as_regions, binary)
     assert entry.classes == ("background", "spleen") and entry.regions == ((1,),)
 
 
@@ -111,7 +111,8 @@ def batch_of(tmp_path, config):
     """A training batch of a volume whose kidney and one whose liver and tumour are annotated."""
     tumour = {"background": 0, "whole": [1, 2], "liver": [2]}
     roots = data_set(tmp_path / "a", KIDNEY), data_set(tmp_path / "b", tumour)
-    part = volumes.VolumeSet([layouts.annotations(r, "train")[0] for r in roots], partial=True)
+    entries = [layouts.as_regions(layouts.annotations(r, "train")[0]) for r in roots]
+    part = volumes.VolumeSet(entries, partial=True)
     part = part.prepared(config.spacing, lambda x: x, 1, tmp_path / "cache")
     settings = replace(recipes.UNIVERSAL["default"], augment={}, crops_per_volume=2)
     how = {"config": config, "settings": settings}

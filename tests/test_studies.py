@@ -66,7 +66,7 @@ def fake(done):
         print("these words are for the log alone")
         (test,) = options.test or options.data
         (entries,) = (layouts.read_volumes(test)["test"],)
-        classes = volumes.as_regions(entries[0]).classes[1:]
+        classes = layouts.as_regions(entries[0]).classes[1:]
         found = []
         for entry in entries:
             row = {"test": "x", "dataset": "x", "name": entry.name, "group": None, "prompt": ""}

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, close, write_run
+from conftest import ROOT, close, shapes, write_run
 from monai.networks.nets import SwinUNETR as Official
 from monai.networks.nets import swin_unetr as official_file
 from monai.networks.nets.swin_unetr import PatchMergingV2
@@ -49,10 +49,6 @@ def filled(shapes: dict[str, tuple], seed: int = 0) -> dict[str, torch.Tensor]:
     index = Official(1, 2, feature_size=12).swinViT.layers1[0].blocks[0].attn
     index = index.relative_position_index
     return {n: index.clone() if n.endswith("_index") else t for n, t in state.items()}
-
-
-def shapes(state) -> dict[str, tuple]:
-    return {name: tuple(t.shape) for name, t in state.items()}
 
 
 def randomised(model: SwinUNETR) -> SwinUNETR:

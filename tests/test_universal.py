@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, close, write_run
+from conftest import ROOT, close, randomised, shapes, write_run
 from recipe import fill
 
 import swin_unetr3d
@@ -18,18 +18,6 @@ GOLDEN = ROOT / "tests/golden/universal_swinunetr.npz"
 KEYS = json.loads((ROOT / "tests/golden/monai_keys.json").read_text())
 MINI = UniversalConfig(12, num_classes=3, classes=("background", "liver", "spleen", "aorta"))
 SIZE = (64, 32, 32)
-
-
-def shapes(state) -> dict[str, tuple]:
-    return {name: tuple(t.shape) for name, t in state.items()}
-
-
-def randomised(model):
-    """All tensors do something; those of a new model would hide what norms do."""
-    state = model.state_dict()
-    filled = {n: torch.from_numpy(fill(n, tuple(t.shape))) for n, t in state.items()}
-    model.load_state_dict(filled)
-    return model.eval()
 
 
 def model_of(codes: str, dtype=torch.float32, **more) -> UniversalSwinUNETR:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, write_run
+from conftest import ROOT, shapes, write_run
 from PIL import Image
 from recipe import fill
 from torch import nn
@@ -65,10 +65,6 @@ def mini():
 def only_auxiliary_missing(official, state) -> bool:
     missing, unexpected = official.load_state_dict(state, strict=False)
     return not unexpected and bool(missing) and all(n.startswith("auxiliary_") for n in missing)
-
-
-def shapes(state) -> dict[str, tuple]:
-    return {name: tuple(t.shape) for name, t in state.items()}
 
 
 # --- the same numbers as transformers ------------------------------------------------------------

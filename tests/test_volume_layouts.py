@@ -108,6 +108,11 @@ def test_names_that_repeat_get_their_folders(tmp_path):
     files = [name for case in cases for name in case.values()]
     root = make(tmp_path, files, {"labels": ORGANS, "training": cases})
     assert [entry.name for entry in layouts.annotations(root, "train")] == ["a/label", "b/label"]
+    # A list of these files in another folder, as a study writes it.
+    listed = [{key: str(root / name) for key, name in case.items()} for case in cases]
+    other = make(tmp_path / "other", ["x"], {"labels": ORGANS, "training": listed})
+    names = [entry.name for entry in layouts.annotations(other, "train")]
+    assert len({*names}) == 2 and [name[-7:] for name in names] == ["a/label", "b/label"]
 
 
 def test_a_dataset_json_beside_images_is_passed_over(tmp_path):

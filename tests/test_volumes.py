@@ -438,6 +438,15 @@ def prepare(entries, cache, preprocess=soft, spacing=(1.5, 1.5, 2.0), channels=1
     return VolumeSet(entries).prepared(spacing, preprocess, channels, cache)
 
 
+def test_a_volume_that_is_listed_several_times_is_prepared_once(tmp_path, monkeypatch):
+    entries, done, one = make_set(tmp_path / "set", ("RAS", "LPS")), [], VolumeSet._prepare
+    told = lambda self, i, *more: done.append(i) or one(self, i, *more)  # noqa: E731
+    monkeypatch.setattr(VolumeSet, "_prepare", told)
+    dataset = prepare([*entries, *entries, entries[0]], tmp_path / "cache")
+    assert len(done) == 2 and len(dataset) == 5
+    assert torch.equal(dataset.sample(0)["image"], dataset.sample(4)["image"])
+
+
 def test_samples_are_what_their_parts_make(tmp_path):
     entries = make_set(tmp_path / "set", ("RAS", "LPS", "SLP"))
     dataset = prepare(entries, tmp_path / "cache")
