@@ -433,7 +433,7 @@ def plot(path: Path, study: FewShot, summary: dict) -> None:
         axes.set_title(title)
         axes.grid(alpha=0.3)
     both[0].set_ylim(0, 1)
-    both[0].legend()
+    figure.legend(*both[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
     with report.whole_file(path) as part:
         figure.savefig(part, format="png", dpi=110)
     plt.close(figure)
