@@ -115,7 +115,7 @@ def check_classes(model, recipe, datasets, options) -> None:
     if recipe.ask:
         return
     if hasattr(model, "add_class"):
-        return check_known(model.config.classes, datasets)
+        return check_known(model.config.classes, datasets, options.eval)
     for dataset in datasets:
         root, have = dataset.entries[0].root, len(dataset.classes)
         if overlapping != (dataset.entries[0].regions is not None):
@@ -132,12 +132,12 @@ def check_classes(model, recipe, datasets, options) -> None:
         check_threshold(1 if overlapping else k, options.threshold)
 
 
-def check_known(classes: tuple[str, ...], datasets) -> None:
+def check_known(classes: tuple[str, ...], datasets, tests_alone: bool) -> None:
     """ValueError, one line, if data sets annotate what a Universal Model has no code of."""
     for dataset in datasets:
         if lost := [name for name in dataset.classes if name not in classes]:
             root, have = dataset.entries[0].root, ", ".join(classes[1:])
-            hint = "--text-codes FILE with its code adds it"
+            hint = "--text-codes FILE with its code adds it" if tests_alone else "nothing trains it"
             raise ValueError(f"{root}: {lost[0]} is no class of the model ({have}); {hint}")
 
 
@@ -345,10 +345,10 @@ def write_summary(folder: Path, model, options, summaries: dict, tables: dict) -
     kept = ("model", "weights", "recipe", "prompt", "sam_prompts", "score_size")
     summary = {key: getattr(options, key) for key in kept}
     summary |= {"threshold": model.config.threshold, "tests": summaries}
-    report.write_json(folder / "summary.json", summary)
     for name, rows in tables.items():
         if rows:
             report.write_csv(folder / f"per_{name}.csv", rows)
+    report.write_json(folder / "summary.json", summary)  # the last: studies take it as a sign
     return summary
 
 

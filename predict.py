@@ -132,7 +132,7 @@ def check_new(files: list[Path]) -> None:
 
 
 def model_of(args) -> str:
-    """The model that NIfTI files alone tell, as one takes volumes. ValueError: others tell none."""
+    """The model that NIfTI files alone tell, the first of volumes. ValueError: others tell none."""
     if not all(layouts.is_volume(Path(place)) for place in args.inputs):
         raise ValueError(f"--model is missing: {args.weights} is not a run folder that says it")
     return next(name for name, family in FAMILIES.items() if family.volumes)

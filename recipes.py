@@ -857,8 +857,9 @@ def read_codes(path: str | None) -> dict[str, Tensor]:
         return {}
     codes = swin_unetr3d.read_file(Path(path))
     for name, code in codes.items():
-        if code.shape != (swin_unetr3d.TEXT,):
-            raise ValueError(f"{path}: {name} is {tuple(code.shape)}, a text of CLIP (512,)")
+        if (found := getattr(code, "shape", None)) != (swin_unetr3d.TEXT,):
+            told = f"{name} is {tuple(found)}" if found else f"{name} is no tensor"
+            raise ValueError(f"{path}: {told}, a code (512,); prepare.py text-codes makes codes")
     return {plain_name(name): code for name, code in codes.items()}
 
 
@@ -881,6 +882,8 @@ def load_universal(
         return texts[name] if codes == "text" else None
 
     if weights == "none":
+        if train_set is None:
+            raise ValueError("--weights none: nothing was trained; give those of a run or a file")
         overrides |= {"num_classes": len(names), "classes": ("background", *names), "codes": codes}
         overrides |= {"in_channels": train_set.channels}
         config = replace(variants[variant], **overrides)
@@ -892,9 +895,8 @@ def load_universal(
         overrides |= {"codes": codes} if train_set else {}  # else what the weights have
         model = kind.from_pretrained(source, names or None, embedding, **overrides)
         if texts and model.config.codes != "text":
-            raise ValueError(
-                f"--text-codes: the codes of {source} are {model.config.codes}, drop it"
-            )
+            told = f"the codes of {source} are {model.config.codes}"
+            raise ValueError(f"--text-codes: {told}, drop it")
         if new := [name for name in names if name not in model.config.classes]:
             print(f"{source}: new classes: {', '.join(new)}")
         for name in new:
@@ -914,14 +916,15 @@ UNIVERSAL = {
         weights={"universal": "ljwztc/CLIP-Driven-Universal-Model"},
         codes="text",
         loss=universal_loss,
-        backbone=swin_encoder,  # as of Swin UNETR, so that --train decoder leaves the same alone
-    ),
+    ),  # backbone as of Swin UNETR, so that --train decoder leaves the same alone
 }
 # train.py of ljwztc/CLIP-Driven-Universal-Model at 43c1239, which does not run as it is (its Dice
-# sums over an axis that is not there). Left out: the zoom of Decathlon volumes, eight GPUs, the
-# lottery between data sets, crops by class in some of them (--crop-ratio).
+# sums over an axis that is not there). It starts from the BTCV file: --weights. Left out: the zoom
+# of Decathlon volumes, eight GPUs, the lottery between data sets, crops by class in some of them
+# (--crop-ratio).
 UNIVERSAL["origin"] = replace(
     UNIVERSAL["default"],
+    weights={},
     augment={"rotate90": 0.1, "shift": (0.1, 0.2)},
     crop_ratio=(1.0, 2.0),
     decay_all=True,
@@ -936,10 +939,11 @@ UNIVERSAL["origin"] = replace(
 # The few-shot study, CLIP-Driven-Universal-Model/train.py of github.com/CMPT983-Winter2023/
 # Few-Shot-3D-Medical-Segmentation at 0973c44, with the attention controller, from the BTCV file.
 # Quirk: the rate was to rise to 1e-4 over 100 epochs, of which there were 11 (and then 2 of 4
-# volumes of the new organ): it ended at 1.1e-5. Its Dice was of each slice apart, ours is not.
+# volumes of the new organ): it ended at 1.1e-5. Left out: its Dice of each slice apart; what three
+# of its four crops learned from the first one's image (--recipe origin is not "chain" of ATTEND).
 FEWSHOT = {
     "default": replace(UNIVERSAL["default"], weights={}),
-    "origin": replace(UNIVERSAL["origin"], weights={}, epochs=11, warmup=100 / 11, eval_every=1),
+    "origin": replace(UNIVERSAL["origin"], epochs=11, warmup=100 / 11, eval_every=1),
 }
 
 

@@ -24,7 +24,8 @@ is forgotten. Methods:
 Without --from-plain every base is trained by itself, at --base-lr for --base-epochs; with it only
 plain's, from which the others then start, for so many epochs: less time, and less luck. --variant
 and --weights are of runs that do not start from a base, --train, --lora-rank and --adapter-dim of
-those that do. All parts that a model trains learn at one rate.
+those that do. All parts that a model trains learn at one rate. --weights that know the new class
+make all of this void: none, or a Swin UNETR (its encoder, say) that was trained without it.
 
 --out holds data/ (a dataset.json for each set of volumes), a run folder for each run (METHOD/base,
 METHOD/k2-draw1; without last.pt, which only going on needs), results.csv (a row a method, K, draw,
@@ -34,11 +35,14 @@ class and case), table.md and few_shot.png.
 import argparse
 import contextlib
 import csv
+import hashlib
 import json
 import multiprocessing
 import os
 import sys
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from concurrent.futures import (
+    FIRST_COMPLETED, BrokenExecutor, Executor, Future, ProcessPoolExecutor, wait,
+)  # fmt: skip
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -108,6 +112,9 @@ def do(runs: list[Run], jobs: int) -> None:
                     log = run.test.parent / "log.txt"
                     tqdm.write(f"{run} failed, its log is {log}", sys.stderr)
                     pool.shutdown(cancel_futures=True)
+                    if isinstance(error, BrokenExecutor):
+                        hint = "for want of memory? Fewer --jobs take less; what is done is kept"
+                        raise OSError(f"the process of a run was killed, {hint}")
                     raise error
                 bar.update()
 
@@ -124,14 +131,14 @@ class Here(Executor):
         return future
 
 
-def keep_options(path: Path, mine: dict, later: str) -> None:
-    """Writes a study's options. ValueError, one line, if it was begun with others; that of the name
-    `later` may be None at one time."""
+def same_options(path: Path, mine: dict, later: str) -> dict:
+    """What is to be kept of a study's options. ValueError, one line, if it was begun with others;
+    that of the name `later` may be None at one time."""
     mine = json.loads(json.dumps(mine, default=str))
     theirs = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else mine
     mine[later] = mine[later] or theirs[later]
     options.check_same(path.parent, theirs | {later: theirs[later] or mine[later]}, mine)
-    report.write_json(path, mine)
+    return mine
 
 
 def class_means(values, by_draw, by_case) -> np.ndarray:
@@ -224,8 +231,11 @@ class FewShot:
         if odd := [key for key in SET if key in self.given]:
             hint = "--base-epochs, --from-plain, --steps say how long"
             raise ValueError(f"{flag(odd[0])}: the study sets this itself, drop it; {hint}")
-        numbers = self.draws, self.steps, self.jobs, self.base_epochs or 1, self.from_plain or 1
-        if min(*self.k, *numbers) < 1:
+        if "weights" not in self.given:
+            hint = "none, or those of a Swin UNETR that was trained without the new class"
+            raise ValueError(f"--weights is missing: {hint}")
+        numbers = self.draws, self.steps, self.jobs, self.base_epochs, self.from_plain
+        if min(*self.k, *(n for n in numbers if n is not None)) < 1:
             told = "--k, --draws, --steps, --jobs, epochs are 1 or more; K = 0 is always there"
             raise ValueError(told)
         if not layouts.has_volumes(self.data):
@@ -241,7 +251,11 @@ class FewShot:
             told = f"{self.data} has {have}; one of them, and others to be seen before"
             raise ValueError(f"--new-class {self.new_class}: {told}")
         self.new_class, self.k = name, sorted({*self.k})
+        self.methods = [*dict.fromkeys(self.methods)]
         self.seen = [other for other in self.classes if other != name]
+        if "plain" in self.methods and len(self.seen) == 1:
+            told = f"would go on with its head for {self.seen[0]}, as one class is as many as one"
+            raise ValueError(f"--methods plain: {told}; name the others")
         self.check_codes()
 
     def check_codes(self) -> None:
@@ -279,14 +293,19 @@ class FewShot:
         first, labels = self.splits["train"][0], {k: self.classes[k] for k in classes}
         rest = {*first.labels, *first.unnamed}.difference(*labels.values())
         content = {"labels": {"background": sorted(rest)} | labels}
-        content["modality"] = first.modality or "unknown"
+        content["modality"] = first.modality
         for split, key in ("train", "training"), ("val", "validation"), ("test", "test"):
             # An image of several files, CASE_0000 and so on, is listed as CASE.
             pairs = ((e.image.parent / e.mask.name if e.more else e.image, e.mask)
                      for e in splits.get(split, ()))  # fmt: skip
             content[key] = [{"image": str(image), "label": str(label)} for image, label in pairs]
-        report.write_json(self.out / "data" / name / "dataset.json", content)
-        return str(self.out / "data" / name)
+        path = self.out / "data" / name / "dataset.json"
+        begun = path.is_file() and (self.out / "study.json").is_file()
+        if begun and json.loads(path.read_text(encoding="utf-8")) != content:
+            told = f"holds other volumes than {self.data} now gives"
+            raise ValueError(f"{path.parent}: {told}; choose another --out")
+        report.write_json(path, content)
+        return str(path.parent)
 
     def run(self, method: str, k: int | None = None, draw: int | None = None, **own) -> Run:
         """One of the runs. Its options are train.py's, the method's, and its own."""
@@ -335,14 +354,20 @@ class FewShot:
 # --- few-shot: its results -----------------------------------------------------------------------
 
 
-def read_scores(run: Run) -> list[dict]:
+def read_scores(study: FewShot, run: Run) -> list[dict]:
     """Rows of results.csv: of each class the cases in which truth or prediction has it."""
+    (root,) = run.options.test or run.options.data
+    tested = layouts.read_volumes(root)["test"]  # whose names are not the same in each data set
+    cases = {e.name: own.name for e, own in zip(tested, study.splits["test"], strict=True)}
     with open(run.test / "per_image.csv", newline="", encoding="utf-8") as file:
         found = [row for row in csv.DictReader(file) if "True" in (row["in_truth"], row["in_pred"])]
     who = {"method": run.method, "k": run.k or 0, "draw": run.draw}
     who |= {"phase": "after" if run.k else "before"}
-    names = {"class": "class", "case": "name", "patient": "group", "dice": "dice"}
-    return [who | {new: row[name] for new, name in names.items()} for row in found]
+    return [
+        who | {"class": row["class"], "case": cases[row["name"]], "patient": row["group"]}
+        | {"dice": row["dice"]}
+        for row in found
+    ]  # fmt: skip
 
 
 def values(study: FewShot, rows: list[dict], method: str, k: int, classes: list[str]) -> np.ndarray:
@@ -445,10 +470,14 @@ def few_shot(args: argparse.Namespace, given: dict) -> None:
     study.open()
     keys = "new_class", "steps", "base_epochs", "base_lr", "from_plain", "text_codes"
     told = {"data": study.data.resolve()} | {key: getattr(study, key) for key in keys} | given
-    keep_options(study.out / "study.json", told, "text_codes")
+    if study.text_codes:
+        digest = hashlib.sha256(Path(study.text_codes).read_bytes()).hexdigest()
+        told["text_codes"] += f" ({digest[:8]})"
+    told = same_options(study.out / "study.json", told, "text_codes")
     runs = study.plan()
+    report.write_json(study.out / "study.json", told)
     do(runs, study.jobs)
-    rows = [row for run in runs for row in read_scores(run)]
+    rows = [row for run in runs for row in read_scores(study, run)]
     report.write_csv(study.out / "results.csv", rows)
     summary = summarise(study, rows)
     text = tables(study, summary, len({row["patient"] or row["case"] for row in rows}))

@@ -523,7 +523,7 @@ class UniversalSwinUNETR(Backbone):
         """embedding (K,512): the codes of "text", which nothing but CLIP can give."""
         super().__init__(config)
         f, K, codes = config.feature_size, config.num_classes, config.codes
-        check_codes(codes, embedding)
+        check_codes(codes, embedding, K, TEXT)
         if codes == "random":
             self.organ_embedding = nn.Embedding(K, CODE)
         else:
@@ -571,7 +571,7 @@ class UniversalSwinUNETR(Backbone):
         c, codes = self.config, self.organ_embedding
         if name in c.classes:
             raise ValueError(f"class {name!r} is there already")
-        check_codes(c.codes, embedding)
+        check_codes(c.codes, embedding, TEXT)
         if c.codes == "random":
             rows = torch.cat((codes.weight, torch.randn_like(codes.weight[:1])))
             self.organ_embedding = nn.Embedding.from_pretrained(rows, freeze=False)
@@ -611,8 +611,8 @@ class UniversalSwinUNETR(Backbone):
             if len(names) != len(codes):
                 names = classes or [f"class {k + 1}" for k in range(len(codes))]
             config = replace(config, codes=kind)
-        elif classes is None:
-            raise ValueError(f"{source}: has no codes of classes; give the names of classes")
+        elif not classes or (embedding is None and overrides.get("codes", "text") == "text"):
+            raise ValueError(f"{source}: no codes; give names of classes and, of texts, embedding")
         else:
             weights, _, fresh = new_classes(weights, 0, config, source)
             names, fresh = classes, "|".join(filter(None, (HEAD, fresh)))
@@ -648,13 +648,13 @@ def dynamic_head(x: Tensor, numbers: Tensor) -> Tensor:
     return torch.cat(parts, 2).view(B, k, *x.shape[2:])
 
 
-def check_codes(codes: str, embedding: Tensor | None) -> None:
-    """ValueError of one line if codes are of no kind, or are texts and there are none."""
+def check_codes(codes: str, embedding: Tensor | None, *shape: int) -> None:
+    """ValueError of one line if codes are of no kind, or are texts and there are none so shaped."""
+    have = "no embedding" if embedding is None else f"embedding {tuple(embedding.shape)}"
     if codes not in CODES or (codes == "text") != (embedding is not None):
-        have = "no embedding" if embedding is None else "an embedding"
-        raise ValueError(
-            f"codes {codes!r} and {have}: text needs one, {' or '.join(CODES[1:])} none"
-        )
+        raise ValueError(f"codes {codes!r} and {have}: of {', '.join(CODES)} text alone has one")
+    if embedding is not None and embedding.shape != shape:
+        raise ValueError(f"{have}: what classes there are take {shape}")
 
 
 def check_size(volume: Tensor, channels: int) -> None:
@@ -726,11 +726,11 @@ def convert(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def to_official(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """Ours -> MONAI's or the Universal Model's, for `load_state_dict` of its class."""
-    weights = {}
+    weights, universal = {}, any(n.startswith(("controller", "GAP")) for n in state_dict)
     for name, t in state_dict.items():
         for pattern, new in OFFICIAL:
             name = re.sub(pattern, new, name)
-        if "controller.weight" in state_dict:  # of the Universal Model's class, not of its files
+        if universal:  # of its class, not of its files
             name = re.sub(r"^(?=swinViT|encoder|decoder)", "backbone.", name)
         weights[name] = t
         if name.endswith("relative_position_bias_table"):  # MONAI keeps an index with each

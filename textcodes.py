@@ -54,7 +54,7 @@ class TextTower(nn.Module):
         """From a file, a folder or a hub id of a whole CLIP or its text half, under the names of
         transformers or OpenAI. In evaluation mode, float32."""
         weights, settings = clipseg.read_checkpoint(source, FILES)
-        activation = settings.get("text_config", {}).get("hidden_act", "quick_gelu")
+        activation = settings.get("text_config", settings).get("hidden_act", "quick_gelu")
         if activation != "quick_gelu":  # as LAION's CLIPs have it, in the same shapes
             raise ValueError(f"{source}: has {activation}, OpenAI's CLIP has quick_gelu: take that")
         text = {n: t for n, t in weights.items() if not any(re.fullmatch(p, n) for p in IGNORED)}

@@ -458,11 +458,14 @@ class VolumeSet:
             check_channels(entry.image, have, channels)
             check_grid(read_grid(entry.mask), grid)
         settings = _settings(spacing, preprocess, channels)
+        keys = [(entry.root, entry.image, entry.mask) for entry in self.entries]
+        once = {key: i for i, key in enumerate(keys)}  # a volume may be listed several times
         with ThreadPoolExecutor() as pool:
-            n = range(len(self))
-            stems = list(pool.map(lambda i: self._stem(i, settings, cache), n))
-        once = {stem: i for i, stem in enumerate(stems)}  # a volume may be listed several times
-        todo = [i for stem, i in once.items() if not Path(f"{stem}.npz").is_file()]
+            found = pool.map(lambda i: self._stem(i, settings, cache), once.values())
+            by_key = dict(zip(once, found))
+        stems = [by_key[key] for key in keys]
+        fresh = {by_key[key]: i for key, i in once.items()}  # two files may hold the same
+        todo = [i for stem, i in fresh.items() if not Path(f"{stem}.npz").is_file()]
         if todo:
             self._announce(todo, spacing, channels, cache)
         for i in tqdm(todo, desc="prepare", unit="volume", disable=None, leave=False):

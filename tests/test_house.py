@@ -55,7 +55,10 @@ MODELS = {
     ),
 }
 FLOORS = [
-    [*MODELS, *"tokenizer losses metrics layouts data volumes prompts augment features adapters report".split()],
+    [
+        *MODELS,
+        *"tokenizer losses metrics layouts data volumes prompts augment features adapters report".split(),
+    ],
     ["protocol", "fewshot3d", "organs", "evaluate", "prepare_volumes", "textcodes"],
     ["recipes"],
     ["options"],

@@ -255,11 +255,13 @@ def test_text_codes_train_and_ask_for_what_was_never_trained(tmp_path, monkeypat
 def test_refusals(pooled, tmp_path, monkeypatch, capsys):
     root, _ = pooled
     save_file({"left kidney": torch.randn(3)}, tmp_path / "short.safetensors")
+    torch.save({"net": {"a": torch.ones(512)}, "epoch": 3}, tmp_path / "model.pth")
     sets, out = ["--data", root / "kidney"], ["--out", tmp_path / "x", "--cache", tmp_path]
     text = ["--model", "universal", *FAST, *sets]
+    bare = ["--model", "universal", "--weights", "none", "--variant", "mini"]
     cases = {
         "--text-codes: no code of left kidney": text,
-        "short.safetensors: left kidney is (3,), a text of CLIP (512,)": [
+        "short.safetensors: left kidney is (3,), a code (512,); prepare.py": [
             *text,
             "--text-codes",
             tmp_path / "short.safetensors",
@@ -285,6 +287,15 @@ def test_refusals(pooled, tmp_path, monkeypatch, capsys):
             "--text-codes",
             tmp_path / "short.safetensors",
         ],
+        "model.pth: net is no tensor": [*text, "--text-codes", tmp_path / "model.pth"],
+        "--weights none: nothing was trained": [*bare, "--eval", "--test", root / "kidney"],
+        "is no class of the model (left kidney); nothing trains it": [
+            *MODEL,
+            *sets,
+            "--test",
+            root / "liver",
+        ],
+        "no pretrained weights": ["--model", "universal", "--recipe", "origin", *sets],
         "pool like with like": [
             "--model",
             "swin_unetr3d",

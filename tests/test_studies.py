@@ -5,6 +5,7 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,6 +16,7 @@ import torch
 from conftest import command, rows
 from safetensors.torch import save_file
 
+import evaluate
 import layouts
 import metrics
 import report
@@ -95,7 +97,19 @@ def study(monkeypatch, capsys, root, tmp_path):
     def run(*arguments, out=tmp_path / "few", text=True):
         done, codes = {}, ["--text-codes", root / "codes.safetensors"] * text
         monkeypatch.setattr(train, "run", fake(done))
-        given = ["few-shot", "--data", root, "--out", out, "--steps", 5, *codes, *arguments]
+        given = [
+            "few-shot",
+            "--data",
+            root,
+            "--out",
+            out,
+            "--steps",
+            5,
+            "--weights",
+            "none",
+            *codes,
+        ]
+        given += arguments
         if "--new-class" not in arguments:
             given += ["--new-class", "SPLEEN"]
         return *command(monkeypatch, capsys, studies, *given), done
@@ -367,6 +381,82 @@ def test_other_options_are_refused(study):
         assert code == 2 and said in error and error.count("\n") == 1 and not done
 
 
+def test_a_run_counts_as_done_once_all_is_written(tmp_path, monkeypatch):
+    def full(path, rows):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(report, "write_csv", full)
+    model = SimpleNamespace(config=SimpleNamespace(threshold=0.5))
+    with pytest.raises(OSError):
+        evaluate.write_summary(tmp_path, model, train.Options(), {}, {"image": [{"dice": 1}]})
+    assert not (tmp_path / "summary.json").exists()
+
+
+def test_a_refused_call_leaves_its_folder_free(study):
+    for wrong in (["--size", 30], ["--variant", "huge"]):
+        assert study("--k", 1, "--draws", 1, *wrong)[0] == 2
+    assert study("--k", 1, "--draws", 1, "--size", 64)[0] == 0
+
+
+def test_other_volumes_or_codes_are_refused(study, root, tmp_path):
+    """What a finished run was made of is not what its neighbours would be."""
+    about = json.loads((root / "dataset.json").read_text())
+    for pair in (pair for key in ("training", "validation", "test") for pair in about[key]):
+        pair |= {kind: str(root / path) for kind, path in pair.items()}
+    (tmp_path / "set").mkdir()
+    about.pop("channel_names")
+    path, codes = tmp_path / "set" / "dataset.json", tmp_path / "codes.safetensors"
+    path.write_text(json.dumps(about))
+    codes.write_bytes((root / "codes.safetensors").read_bytes())
+    given = ["--data", path.parent, "--k", 1, "--draws", 1, "--methods", "text"]
+    given += ["--text-codes", codes]
+    assert study(*given, text=False)[0] == 0
+    code, out, _, done = study(*given, text=False)
+    assert code == 0 and not done and "3 of 3 runs are done already" in out
+    assert layouts.read_volumes(study.out / "data" / "base")["train"][0].modality is None
+    more = ["--methods", "plain"]  # which reads none of the codes
+    assert study(*given, *more, text=False)[0] == 0
+    path.write_text(json.dumps(about | {"training": about["training"][1:]}))
+    code, _, error, done = study(*given, text=False)
+    assert code == 2 and not done and "holds other volumes than" in error
+    path.write_text(json.dumps(about))
+    save_file({name: torch.randn(512) for name in NAMES}, codes)
+    code, _, error, done = study(*given, text=False)
+    assert code == 2 and not done and "begun with other options (--text-codes" in error
+
+
+def test_cases_are_the_same_whatever_a_set_calls_them(study, root, tmp_path):
+    """case1/label.nii.gz, case2/label.nii.gz: the data sets of a study name them by other folders."""
+    about, n = json.loads((root / "dataset.json").read_text()), 0
+    for key in ("training", "validation", "test"):
+        for pair in about[key]:
+            folder, n = tmp_path / "set" / f"case{n}", n + 1
+            folder.mkdir(parents=True)
+            for kind, path in pair.items():
+                (folder / f"{kind}.nii.gz").write_bytes((root / path).read_bytes())
+                pair[kind] = f"case{n - 1}/{kind}.nii.gz"
+    (tmp_path / "set" / "dataset.json").write_text(json.dumps(about))
+    assert study("--data", tmp_path / "set", *SMALL)[0] == 0
+    found = rows(study.out / "results.csv")
+    assert {row["case"] for row in found} == {"case7/label", "case8/label"}
+    assert "mean over 2 draws and 2 test cases" in (study.out / "table.md").read_text()
+
+
+def test_a_process_that_is_killed_is_one_line(study, monkeypatch):
+    class Killed(studies.Here):
+        def submit(self, function, *arguments):
+            future = studies.Future()
+            future.set_exception(BrokenProcessPool("terminated abruptly"))
+            return future
+
+    monkeypatch.setattr(studies, "ProcessPoolExecutor", lambda *_: Killed())
+    code, _, error, _ = study("--k", 1, "--draws", 1, "--methods", "plain", "--jobs", 2)
+    assert code == 2 and error.endswith(
+        "error: the process of a run was killed, for want of memory? "
+        "Fewer --jobs take less; what is done is kept\n"
+    )
+
+
 def test_a_run_that_fails_says_which(study, monkeypatch, capsys, root):
     def broken(options):
         raise ValueError("no such thing")
@@ -375,7 +465,7 @@ def test_a_run_that_fails_says_which(study, monkeypatch, capsys, root):
     (study.out / "plain" / "base" / "test" / "summary.json").unlink()
     monkeypatch.setattr(train, "run", broken)
     given = ["few-shot", "--data", root, "--out", study.out, "--steps", 5, "--k", 1, "--draws", 1]
-    given += ["--methods", "plain", "--new-class", "spleen"]
+    given += ["--methods", "plain", "--new-class", "spleen", "--weights", "none"]
     code, _, error = command(monkeypatch, capsys, studies, *given)
     assert code == 2 and "plain, base failed, its log is" in error
     assert error.endswith("error: no such thing\n")
@@ -391,6 +481,9 @@ def test_a_run_that_fails_says_which(study, monkeypatch, capsys, root):
         (["--k", 1, 5], "only 4 volumes of its training split have spleen"),
         (["--k", 0, 1], "K = 0 is always there"),
         (["--draws", 0], "are 1 or more"),
+        (["--base-epochs", 0], "are 1 or more"),
+        (["--from-plain", 0], "are 1 or more"),
+        (["--jobs", 0], "are 1 or more"),
         (["--epochs", 3], "--epochs: the study sets this itself"),
         (["--model", "cris"], "--model: the study sets this itself"),
         (["--backbone-lr", "1e-5"], "--backbone-lr: the study sets this itself"),
@@ -403,6 +496,28 @@ def test_a_run_that_fails_says_which(study, monkeypatch, capsys, root):
 def test_refused_in_one_line(study, arguments, said):
     code, _, error, done = study(*arguments)
     assert code == 2 and said in error and error.count("\n") == 1 and not done
+
+
+def test_weights_must_be_told(monkeypatch, capsys, root, tmp_path):
+    """Those of the recipes were trained with the new class."""
+    given = ["few-shot", "--data", root, "--out", tmp_path / "out", "--new-class", "spleen"]
+    code, _, error = command(monkeypatch, capsys, studies, *given, "--k", 1, "--methods", "random")
+    assert code == 2 and "--weights is missing: none, or those of a Swin UNETR that" in error
+
+
+def test_a_plain_head_for_one_class_would_be_the_old_one(study, root, tmp_path):
+    about = json.loads((root / "dataset.json").read_text())
+    for pair in (pair for key in ("training", "validation", "test") for pair in about[key]):
+        pair |= {kind: str(root / path) for kind, path in pair.items()}
+    about["labels"] = {"background": [0, 3], "spleen": 1, "kidney": 2}
+    (tmp_path / "two").mkdir()
+    (tmp_path / "two" / "dataset.json").write_text(json.dumps(about))
+    given = ["--data", tmp_path / "two", "--k", 1, "--draws", 1, "--methods", "random"]
+    code, _, error, done = study(*given, "plain", text=False)
+    assert (
+        code == 2 and not done and "--methods plain: would go on with its head for kidney" in error
+    )
+    assert study(*given, "random", text=False)[0] == 0
 
 
 def test_text_methods_need_their_codes(study, tmp_path):

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from test_clipseg import save_archive
 from test_online import constants, reach
 from torch import nn
-from transformers import CLIPConfig, CLIPModel, CLIPTextModelWithProjection
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModelWithProjection
 
 import clipseg
 import prepare
@@ -294,11 +294,16 @@ def test_other_clips_and_data_without_names(theirs, demo, weights, tmp_path, mon
     (tmp_path / "laion").mkdir()
     save_file(theirs.state_dict(), tmp_path / "laion/model.safetensors")
     (tmp_path / "laion/config.json").write_text('{"text_config": {"hidden_act": "gelu"}}')
+    (tmp_path / "half").mkdir()
+    gelu = CLIPTextConfig(**SMALL, num_hidden_layers=1, hidden_act="gelu", projection_dim=512)
+    CLIPTextModelWithProjection(gelu).save_pretrained(tmp_path / "half")
+    capsys.readouterr()  # its progress
     (tmp_path / "mine.safetensors").write_bytes(b"mine")
     out = tmp_path / "out.safetensors"
     for arguments, message in (
         (["--classes", "x", "--weights", tmp_path / "wide"], "codes of 768 numbers, the model"),
         (["--classes", "x", "--weights", tmp_path / "laion"], "has gelu, OpenAI's CLIP has quick"),
+        (["--classes", "x", "--weights", tmp_path / "half"], "half: has gelu, OpenAI's CLIP has"),
         (["--data", demo, "--weights", weights], "without names of classes; give --classes"),
         (["--classes", "x", "--out", tmp_path / "mine.safetensors"], "exists already"),
     ):

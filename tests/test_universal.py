@@ -286,7 +286,7 @@ def test_a_backbone_gets_a_new_head(plain, file, codes, tmp_path, capsys):
     path, state = tmp_path / "model.pt", plain if file == "Swin UNETR" else encoder_alone(plain)
     torch.save({"state_dict": state}, path)
     embedding = torch.randn(2, 512) if codes == "text" else None
-    with pytest.raises(ValueError, match="no codes of classes; give the names of classes"):
+    with pytest.raises(ValueError, match="no codes; give names of classes and, of texts, em"):
         UniversalSwinUNETR.from_pretrained(path, embedding=embedding, codes=codes)
     model = UniversalSwinUNETR.from_pretrained(path, ["liver", "lung"], embedding, codes=codes)
     assert model.config == replace(
@@ -310,16 +310,25 @@ def test_a_backbone_gets_a_new_head(plain, file, codes, tmp_path, capsys):
 
 def test_a_backbone_needs_the_texts_of_its_classes(plain, tmp_path):
     torch.save({"state_dict": plain}, tmp_path / "model.pt")
-    expected = "codes 'text' and no embedding: text needs one, random or one-hot none"
-    with pytest.raises(ValueError, match=expected):
+    with pytest.raises(ValueError, match="no codes; give names of classes and, of texts, em"):
         UniversalSwinUNETR.from_pretrained(tmp_path, ["liver"])
-    with pytest.raises(ValueError, match="codes 'random' and an embedding: text needs one"):
+    said = r"codes 'random' and embedding \(1, 512\): of text, random, one-hot text alone has one"
+    with pytest.raises(ValueError, match=said):
         UniversalSwinUNETR.from_pretrained(tmp_path, ["liver"], torch.ones(1, 512), codes="random")
+    for shape in (2, 512), (1, 768), (512,):
+        with pytest.raises(
+            ValueError, match=re.escape(f"{shape}: what classes there are take (1, 512)")
+        ):
+            UniversalSwinUNETR.from_pretrained(tmp_path, ["liver"], torch.ones(shape))
 
 
 def test_a_hole_is_named(mini, tmp_path):
     state = swin_unetr3d.to_official(mini.state_dict())
-    for name in ("controller.bias", "backbone.decoder3.conv_block.conv3.conv.weight"):
+    for name in (
+        "controller.bias",
+        "controller.weight",
+        "backbone.decoder3.conv_block.conv3.conv.weight",
+    ):
         rest = {n: t for n, t in state.items() if n != name}
         with pytest.raises(ValueError, match=f"1 tensors do not fit: {name} is missing"):
             UniversalSwinUNETR.from_pretrained(released(rest, tmp_path))
@@ -337,15 +346,19 @@ def test_volumes_that_do_not_fit_are_told(mini, shape):
 
 @pytest.mark.parametrize("codes", ["texts", "", "one_hot"])
 def test_codes_that_do_not_exist_are_told(codes):
-    with pytest.raises(ValueError, match=f"codes {codes!r} and no embedding: text needs one, "):
+    with pytest.raises(ValueError, match=f"codes {codes!r} and no embedding: of text, random"):
         UniversalSwinUNETR(replace(MINI, codes=codes))
 
 
 def test_a_further_class_needs_the_code_of_its_kind():
     with pytest.raises(ValueError, match="codes 'text' and no embedding"):
         model_of("text").add_class("kidney")
-    with pytest.raises(ValueError, match="codes 'random' and an embedding"):
+    with pytest.raises(ValueError, match=r"codes 'random' and embedding \(512,\)"):
         model_of("random").add_class("kidney", torch.ones(512))
+    with pytest.raises(
+        ValueError, match=r"embedding \(1, 512\): what classes there are take \(512,\)"
+    ):
+        model_of("text").add_class("kidney", torch.ones(1, 512))
 
 
 def test_codes_of_another_kind_than_the_file_s_are_told(mini, tmp_path):

@@ -11,7 +11,6 @@ from conftest import command, rows
 from monai.losses import DiceCELoss
 from scipy import ndimage
 
-import data
 import losses
 import predict
 import prepare
