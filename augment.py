@@ -31,6 +31,11 @@ def mirror_prompt(prompt: str, axis: str) -> str | None:
     return re.sub(side, lambda match: words[match[0].lower()], prompt, flags=re.I)
 
 
+def sided(classes: tuple[str, ...], axis: str) -> bool:
+    """Whether the name of a class tells a side, which a mirrored image would make false."""
+    return any(mirror_prompt(name, axis) != name for name in classes)
+
+
 MIRRORS = {"hflip": "horizontal", "vflip": "vertical"}
 LIGHTS = {"bright": 1.25, "dark": 0.8}  # what brightness is multiplied by
 VIEWS = ("original", *MIRRORS, *LIGHTS)
@@ -65,10 +70,11 @@ class Augment:
     brightness: float = 0.2  # relative change; hue and saturation stay, since prompts name colours
     contrast: float = 0.2
 
-    def __call__(self, image, mask, prompt: str, size: int | None, rng: np.random.Generator):
+    def __call__(self, image, mask, prompt: str, size: int | None, rng, classes=()):
         """uint8 (3,H,W), int64 (H,W), str -> uint8 (3,size,size), int64 (size,size), str.
 
-        size None: the image keeps its own.
+        size None: the image keeps its own. rng: numpy's Generator. classes: names of the mask's;
+        no flip where one of them tells a side.
         """
         image, mask = (
             tv_tensors.Image(image),
@@ -80,7 +86,7 @@ class Augment:
             ("vertical", v2.RandomVerticalFlip),
         ):
             mirrored = mirror_prompt(prompt, axis)
-            if rng.random() < self.flip and mirrored is not None:
+            if rng.random() < self.flip and mirrored is not None and not sided(classes, axis):
                 steps, prompt = [*steps, flip(1.0)], mirrored
         shift, scale = (self.shift, self.shift), (1 - self.scale, 1 + self.scale)
         bilinear = v2.InterpolationMode.BILINEAR
@@ -108,8 +114,11 @@ class GITractAugment:
     light: float = 0.2  # contrast, and brightness as a share of 255
     holes: tuple[int, int] = (5, 8)  # of side // 20 pixels, where image and mask become 0
 
-    def __call__(self, image, mask, prompt: str, size: int, rng: np.random.Generator):
-        """uint8 (3,H,W), int64 (H,W), str -> uint8 (3,size,size), int64 (size,size), str."""
+    def __call__(self, image, mask, prompt: str, size: int, rng, classes=()):
+        """uint8 (3,H,W), int64 (H,W), str -> uint8 (3,size,size), int64 (size,size), str.
+
+        quirk: flips whatever the classes are called.
+        """
         both = image, mask[None].to(torch.uint8)
         both = [F.interpolate(x[None], (size, size))[0] for x in both]  # nearest, as cv2 finds it
         for axis in (2, 1):

@@ -19,6 +19,7 @@ None), `dataset`.
 import functools
 import hashlib
 import os
+import secrets
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -186,7 +187,7 @@ def _cache(entries: list, folder: Path) -> tuple[Path, np.ndarray]:
     width, the mask's threshold (-1: its numbers count), its number of foreground pixels.
     """
     pixels, index = (folder / f"{_content_key(entries)}{end}" for end in (".bin", ".npy"))
-    if index.is_file():  # it is written last: where it is, the pixels are whole
+    if index.is_file() and pixels.is_file():  # it is written last: the pixels then are whole
         return pixels, np.load(index)
     folder.mkdir(parents=True, exist_ok=True)
     images = {entry.image for entry in entries}
@@ -197,7 +198,7 @@ def _cache(entries: list, folder: Path) -> tuple[Path, np.ndarray]:
     if need > free:
         short = f"{need / 1e6:,.0f} MB needed, {free / 1e6:,.0f} MB free"
         raise OSError(f"{folder}: {short}; choose another folder with --cache")
-    part = pixels.with_suffix(f".{os.getpid()}")
+    part = pixels.with_suffix(f".{secrets.token_hex(4)}")  # containers share process ids
     try:
         with open(part, "wb") as file:
             rows = _decode(entries, file)
@@ -257,11 +258,19 @@ class Dataset:
         sample |= {"name": entry.name, "file": entry.image}
         return sample | {"group": entry.group, "dataset": entry.root.name}
 
+    @functools.cached_property
+    def _texts(self) -> dict[Path, set[str]]:
+        """Image -> the prompts of all its entries."""
+        found = {}
+        for entry in self.entries:
+            found.setdefault(entry.image, set()).update(*entry.prompts.values())
+        return found
+
     def absent_prompt(self, i: int, kind: str, rng: np.random.Generator) -> str:
-        """A prompt of another image of the same data set, whose text entry i does not have: all
+        """A prompt of another image of the same data set, whose text no entry of image i has: all
         that tells that its target is not in image i. ValueError if all are alike."""
         mine = self.entries[i]
-        texts = {text for texts in mine.prompts.values() for text in texts}
+        texts = self._texts[mine.image]
         for j in rng.permutation(len(self)):
             other = self.entries[j]
             if other.root == mine.root and other.image != mine.image:
@@ -331,8 +340,8 @@ class Items(torch.utils.data.Dataset):
 
 def batches_per_epoch(n: int, size: int) -> int:
     """Batches of `size` in n items. A last one of a single item is left out, unless all are such:
-    batch normalisation has nothing to normalise one vector by."""
-    return n // size + (n % size > (1 if size > 1 else 0))
+    batch normalisation has nothing to normalise one vector by. n is 1 or more."""
+    return max(1, n // size + (n % size > (1 if size > 1 else 0)))
 
 
 def train_batches(n: int, size: int, epochs: int, seed: int, start: int):

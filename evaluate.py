@@ -43,6 +43,15 @@ def run_config(weights: str | None) -> dict:
     return config if "format" in config else {}
 
 
+def patients_of(run: dict, places: list) -> str | None:
+    """--group-regex of a run, if a data set of one of its names is among places: one that lists no
+    splits is then divided as it was for the training."""
+    asked = run.get("options", {})
+    names = {Path(root).name for root in asked.get("data", ())}
+    there = {Path(layouts.path_and_split(place)[0]).name for place in places}
+    return asked.get("group_regex") if names & there else None
+
+
 def predictions(model, recipe, dataset, options, title: str):
     """Yields for every entry its item, its probabilities (K,*size), and its loss (or None); not for
     those of which `nothing_asked` is true.
@@ -108,6 +117,7 @@ def check_threshold(k: int, threshold) -> None:
 def check_classes(model, recipe, datasets, options) -> None:
     """ValueError, one line, if a data set has other classes than the model. SAM has none."""
     k, names = num_classes(model), run_config(options.weights).get("classes")
+    released = () if names else getattr(model.config, "classes", ())
     overlapping = getattr(model.config, "overlapping", False)
     several = overlapping or (recipe.ask and len(datasets[0].classes) > 1)
     if several and options.threshold == "auto":
@@ -129,6 +139,9 @@ def check_classes(model, recipe, datasets, options) -> None:
         if options.eval and k > 1 and names and list(dataset.classes) != names:
             theirs = ", ".join(names)
             raise ValueError(f"{root}: {', '.join(dataset.classes)}, but trained were {theirs}")
+        if options.eval and layouts.moved(dataset.classes, released):
+            told = f"{root}: {', '.join(dataset.classes)}, the model's: {', '.join(released)}"
+            raise ValueError(f"{told}; scores would be of other classes")
         check_threshold(1 if overlapping else k, options.threshold)
 
 
@@ -311,6 +324,7 @@ def test(model, recipe, tests: dict, options) -> dict:
             print(f"test {name}{prompt}:\n{report.table(summaries[name])}")
         for table, some in ({"image": rows} | more).items():
             tables.setdefault(table, []).extend({"test": name} | row for row in some)
+        write_tables(folder, tables)  # what follows may fail
         where = folder / "overlays" / (name.replace(":", "-") if len(tests) > 1 else "")
         draw(model, recipe, dataset, rows, options, where)
         if options.overlays:
@@ -339,15 +353,19 @@ def prompted_test(model, recipe, dataset, options, name: str) -> tuple[list, dic
     return rows, summary, {"component": parts, "prompt": sum(by_source.values(), [])}
 
 
+def write_tables(folder: Path, tables: dict) -> None:
+    for name, rows in tables.items():
+        if rows:
+            report.write_csv(folder / f"per_{name}.csv", rows)
+
+
 def write_summary(folder: Path, model, options, summaries: dict, tables: dict) -> dict:
     """summary.json and per_image.csv, of SAM also per_component.csv and per_prompt.csv; returns
     what is in the first."""
     kept = ("model", "weights", "recipe", "prompt", "sam_prompts", "score_size")
     summary = {key: getattr(options, key) for key in kept}
     summary |= {"threshold": model.config.threshold, "tests": summaries}
-    for name, rows in tables.items():
-        if rows:
-            report.write_csv(folder / f"per_{name}.csv", rows)
+    write_tables(folder, tables)
     report.write_json(folder / "summary.json", summary)  # the last: studies take it as a sign
     return summary
 
@@ -427,9 +445,12 @@ def study(model, recipe, dataset, options, title: str, main=None) -> tuple[dict,
 
 
 def prompt_study(model, recipe, tests: dict, options) -> dict:
-    """Scores of every test set with every prompt type, in one table; returns the summary."""
+    """Scores of every test set with every prompt type, in one table; returns the summary.
+    ValueError, one line: there is no type that all entries of a set have."""
     summaries, every = {}, []
     for name, dataset in tests.items():
+        if not sources(recipe, dataset, options):
+            raise ValueError(f"--prompt-study: {name} has no type of prompt that all entries have")
         rows, _ = study(model, recipe, dataset, options, f"study {name}")
         summaries[name] = {k: metrics.summarise(r, dataset.classes) for k, r in rows.items()}
         every += [{"test": name, "type": kind} | row for kind in rows for row in rows[kind]]

@@ -52,6 +52,12 @@ def plain_name(name: str) -> str:
     return name.lower().replace("_", " ")
 
 
+def moved(classes: tuple[str, ...], others: tuple[str, ...]) -> bool:
+    """Whether one of the classes is among the others, but has another number there."""
+    places = {plain_name(name): k for k, name in enumerate(others)}
+    return any(places.get(plain_name(name), k) != k for k, name in enumerate(classes))
+
+
 def is_prompt_type(text: str) -> bool:
     """Whether a prompt option names types (p6, "p6,p3", random) rather than being a text itself."""
     return re.fullmatch(r"random|p\d+(,p\d+)*", text) is not None
@@ -116,7 +122,10 @@ def _locate(root: Path, kind: str, name: str, split: str) -> Path:
 
 def _group(image: str, group_regex: str | None) -> str | None:
     """What the expression, or its first group, matches in an image's name."""
-    match = re.search(group_regex, image) if group_regex else None
+    try:
+        match = re.search(group_regex, image) if group_regex else None
+    except re.error as error:
+        raise ValueError(f"--group-regex {group_regex}: {error}") from None
     if group_regex and not match:
         raise ValueError(f"--group-regex {group_regex} finds nothing in {image}")
     return match[match.re.groups and 1] if match else None
@@ -127,6 +136,8 @@ def _entry(root: Path, split: str, item: dict, group_regex: str | None) -> Entry
     prompts = {k: [v] if isinstance(v, str) else list(v) for k, v in item["prompts"].items()}
     if not all(isinstance(text, str) for texts in prompts.values() for text in texts):
         raise TypeError("prompts must be strings or lists of strings")
+    if label is not None and not (type(label) is int and 0 <= label < 255):
+        raise TypeError(f"label {label!r} of {mask} is no number from 0 to 254")
     name = os.path.splitext(mask)[0] + (f"-{int(label)}" if label is not None else "")
     paths = _locate(root, "images", image, split), _locate(root, "masks", mask, split)
     return Entry(name, *paths, prompts, root, label, _group(image, group_regex))
@@ -443,6 +454,8 @@ def train_and_val(
             theirs = annotations(root, "val", group_regex)
         if fold_of:
             ours, theirs = fold(ours + theirs, fold_of)
+        if not ours:
+            raise ValueError(f"{root}: its split train is empty")
         if not theirs:
             groups = len({entry.group or entry.image for entry in ours})
             if groups == 1:

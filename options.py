@@ -9,8 +9,8 @@ from typing import get_args
 import report
 from augment import VIEWS
 from data import colour_table
-from evaluate import run_config
-from layouts import path_and_split
+from evaluate import patients_of, run_config
+from layouts import is_prompt_type, path_and_split
 from prompts import KINDS
 from protocol import Settings
 from recipes import FAMILIES, TOPOLOGY
@@ -181,8 +181,11 @@ def as_tested(options: Options) -> Options:
     options, tested = replace(options, eval=True, epochs=0), run_config(options.weights)
     if not tested:
         return options
-    keys = ("prompt", "pseudocolor", "sam_prompts", "min_area", "jitter", "overlap")  # as asked
+    keys = ("prompt", "pseudocolor", "sam_prompts", "min_area", "jitter", "overlap", "fold")
     same = {k: tested["options"].get(k) for k in keys if getattr(options, k) is None}
+    same["seed"] = options.seed or tested["options"].get("seed", 0)  # which also divides data sets
+    if options.group_regex is None:
+        same["group_regex"] = patients_of(tested, options.data + options.test)
     return replace(options, model=tested["model"], **same)
 
 
@@ -224,9 +227,13 @@ def check(options: Options, family, name: str) -> None:
             raise ValueError(f"{flag(given[0])}: {options.model} {told}")
     if options.prompt_study and not family.reads:
         raise ValueError(f"--prompt-study: {options.model} reads no text")
+    if options.prompt_study and options.score_size == "network":
+        raise ValueError("--score-size network: --prompt-study scores at the image's size, drop it")
+    if options.eval and options.weights == "none":
+        raise ValueError("--weights none: nothing was trained; give those of a run or a file")
     least = {"batch_size": 1, "grad_accum_steps": 1, "min_area": 1, "crops_per_volume": 1}
-    least |= {"window_batch": 1, "eval_every": 1, "overfit": 1, "overlap": 0}
-    for key, low in (least | {"jitter": 0, "prompts_per_image": 0}).items():
+    least |= {"window_batch": 1, "eval_every": 1, "overfit": 1, "overlap": 0, "max_steps": 1}
+    for key, low in (least | {"jitter": 0, "prompts_per_image": 0, "epochs": 0}).items():
         if getattr(options, key) is not None and getattr(options, key) < low:
             raise ValueError(f"{flag(key)} must be at least {low}")
 
@@ -273,10 +280,17 @@ def check_used(options: Options, settings: Settings) -> None:
         "crops_per_volume": options.eval,
         "crop_ratio": options.eval,
         "eval_every": options.eval,
+        "lora_rank": settings.train != "lora",
+        "adapter_dim": settings.train != "adapters",
+        "warmup": settings.schedule == "plateau",
     }
     for key, nothing in idle.items():
         if nothing and getattr(options, key):
             raise ValueError(f"{flag(key)}: does nothing here, drop it")
+    if settings.schedule == "multistep" and not settings.milestones:
+        raise ValueError("--schedule multistep: this recipe has no milestones; take another")
+    if options.negatives and not is_prompt_type(settings.prompt):
+        raise ValueError("--negatives: of prompt types; a text for all images is absent in none")
 
 
 def resolve(options: Options) -> tuple[Options, Settings]:

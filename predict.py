@@ -32,7 +32,9 @@ import layouts
 import organs
 import report
 import volumes
-from evaluate import check_threshold, each_is, num_classes, pick_device, run_config, to_masks
+from evaluate import (
+    check_threshold, each_is, num_classes, patients_of, pick_device, run_config, to_masks,
+)  # fmt: skip
 from prompts import read_class_boxes
 from recipes import FAMILIES
 
@@ -79,9 +81,9 @@ def volume_options(add) -> None:
 OF_VOLUMES = ("largest_component", "organ_rules", "classes", "overlap", "window_batch")
 
 
-def list_cases(args, trained_prompt: str | None, reads: bool) -> list[tuple[str, Path, str]]:
+def list_cases(args, run: dict, reads: bool) -> list[tuple[str, Path, str]]:
     """(name, image file, text) of everything that is to be predicted."""
-    cases = []
+    cases, trained_prompt = [], run.get("options", {}).get("prompt")
     if not reads:
         if args.prompt:
             raise ValueError("--prompt: this model reads no text")
@@ -91,7 +93,7 @@ def list_cases(args, trained_prompt: str | None, reads: bool) -> list[tuple[str,
             kind = trained_prompt if args.prompt is None else args.prompt
             if kind is None:
                 raise ValueError(f"{place}: --prompt is missing: a prompt type (p0…p9) or a text")
-            for entry in layouts.annotations(place, args.split):
+            for entry in layouts.annotations(place, args.split, patients_of(run, args.inputs)):
                 cases.append((entry.name, entry.image, entry.text(kind)))
             continue
         if not place.exists():
@@ -147,7 +149,7 @@ def main() -> int:
     for key in OF_VOLUMES:
         if getattr(args, key):
             raise ValueError(f"--{key.replace('_', '-')}: of volumes; this model takes images")
-    cases = list_cases(args, run.get("options", {}).get("prompt"), family.reads)
+    cases = list_cases(args, run, family.reads)
     check_new([path for name, _, _ in cases for path in outputs(name, args).values()])
     if args.boxes and not family.asked:
         raise ValueError("--boxes: this model is not asked by boxes")
@@ -221,12 +223,12 @@ def predict(cases: list[tuple[str, Path, str]], family, run: dict, args) -> None
 # --- volumes -------------------------------------------------------------------------------------
 
 
-def list_volumes(args, channels: int) -> dict[str, list[Path]]:
+def list_volumes(args, run: dict, channels: int) -> dict[str, list[Path]]:
     """Name -> files of its channels, of everything that is to be predicted."""
     cases, files = [], []
     for place in map(Path, sorted(args.inputs)):
         if layouts.splits(place):
-            entries = layouts.annotations(place, args.split)
+            entries = layouts.annotations(place, args.split, patients_of(run, args.inputs))
             cases += [(entry.name, [entry.image, *entry.more]) for entry in entries]
         elif not place.exists():
             raise FileNotFoundError(f"{place}: no such volume or folder")
@@ -286,7 +288,7 @@ def predict_volumes(family, run: dict, args) -> int:
     if args.organ_rules:
         check_rules(c, classes if c.classes or run.get("classes") else [], args)
     check_threshold(1 if c.overlapping else c.num_classes, args.threshold)
-    cases, out = list_volumes(args, c.in_channels), Path(args.out)
+    cases, out = list_volumes(args, run, c.in_channels), Path(args.out)
     made = {name: volume_outputs(name, classes, c.overlapping, args) for name in cases}
     files = [path for some in made.values() for path in some.values()]
     check_new([*files, out / "classes.json", out / "legend.png"])

@@ -63,7 +63,8 @@ def describe(splits, about, grids):
     for split in LISTS:
         labelled = sum(label is not None for _, label in splits[split])
         bare = len(splits[split]) - labelled
-        more = f", and {bare} without labels, to predict" if bare else ""
+        folder = "imagesTs" if split == "test" else "imagesTr"
+        more = f", and {bare} without labels, for predict.py {folder}" if bare else ""
         yield f"{split}: {labelled} volumes{more}"
     labels = about["labels"].items()  # {"1": "liver"}, or {"liver": [1, 2]}
     names = [f"{key} {value}" for key, value in labels if key not in ("0", "background")]
@@ -269,10 +270,11 @@ def msd(args):
 
     RAW is one task, Task09_Spleen.tar or what it unpacks to. The labels of its test images are kept
     back, so the test split is dealt at random from the labelled volumes, like the others; the
-    images without labels are listed and can be predicted. No volume is changed or encoded anew: of
-    a folder the files get a second name (a hard link), or a copy where that is impossible. With
-    --labels a file such as universal_labels.json says, by the task's name, what classes are made of
-    its numbers: those of the Universal Model, whose organs have their tumours in them.
+    images without labels are listed beside, for predict.py OUT/imagesTs. No volume is changed or
+    encoded anew: of a folder the files get a second name (a hard link), or a copy where that is
+    impossible. With --labels a file such as universal_labels.json says, by the task's name, what
+    classes are made of its numbers: those of the Universal Model, whose organs have their tumours
+    in them.
     """
     report.refuse_existing(args.out)
     with opened(args.raw) as source:

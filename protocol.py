@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from adapters import add_lora, is_lora
-from augment import MIRRORS, Augment, mirror_prompt, view
+from augment import MIRRORS, Augment, mirror_prompt, sided, view
 from data import Dataset, Items, loader
 from features import Rows, fingerprint, keep
 from layouts import is_prompt_type
@@ -139,10 +139,13 @@ def image_inputs(sample, train, rng, config, look, read, augment, views, preproc
 
     In evaluation also that of `for_scores`; a sample without a mask gives an item without one.
     """
+    classes = sample["classes"]
+    views = [v for v in views if v not in MIRRORS or not sided(classes, MIRRORS[v])]
     sample = one_view(sample, views, rng) if train else sample
     prompt, mask = sample["prompt"], sample.get("mask")
     if train and augment is not None:
-        image, mask, prompt = augment(sample["image"], mask, prompt, config.image_size, rng)
+        how = prompt, config.image_size, rng, classes
+        image, mask, prompt = augment(sample["image"], mask, *how)
         mean, std = (torch.tensor(x)[:, None, None] for x in (config.mean, config.std))  # (3,1,1)
         item = {"image": (image / 255 - mean) / std, "mask": mask[None].float()}  # (3,S,S), (1,S,S)
     else:

@@ -42,7 +42,7 @@ import upernet
 import volumes
 from augment import Augment, GITractAugment
 from data import Dataset
-from layouts import plain_name
+from layouts import moved, plain_name
 from losses import (
     cldice_loss,
     dice_bce,
@@ -200,6 +200,8 @@ def load_cris(
             "text_length": 77
         } | overrides  # long enough for every prompt; short ones are trimmed
         return cris.CRIS(replace(cris.VARIANTS[variant or "rn50"], **config))
+    if weights is None and train_set is None:
+        raise ValueError("--weights is missing: CLIP alone, which is the default, segments nothing")
     if weights is None:
         weights = hub_id(settings, variant or "rn50")
         print(
@@ -283,6 +285,8 @@ def load_biomedclipseg(weights, variant, settings: Settings, overrides: dict, tr
     overrides = with_adapters(settings) | overrides
     if weights == "none":
         return biomedclipseg.BiomedCLIPSeg(replace(biomedclipseg.VARIANTS[variant], **overrides))
+    if weights is None and settings.decoder is None and train_set is None:
+        raise ValueError("--weights is missing: BiomedCLIP, which is the default, has no decoder")
     if weights is None:
         weights, decoder = hub_id(settings, variant), settings.decoder
     return biomedclipseg.BiomedCLIPSeg.from_pretrained(weights, decoder, **overrides)
@@ -759,11 +763,15 @@ def load_volumes(weights, variant, settings: Settings, overrides: dict, train_se
         first = train_set.entries[0]
         overlapping = first.regions is not None
         overrides = {"num_classes": len(first.classes) - overlapping} | overrides
-        overrides |= {"overlapping": overlapping, "classes": first.classes}
+        overrides |= {"overlapping": overlapping}
         if weights == "none":
             overrides = {"in_channels": train_set.channels} | overrides
     kind, variants = swin_unetr3d.SwinUNETR, swin_unetr3d.VARIANTS
     model = load(kind, variants, weights, variant, settings, overrides)
+    if train_set is not None:
+        if weights != "none" and moved(first.classes, had := model.config.classes):
+            print(f"the head of {', '.join(had)} learns {', '.join(first.classes)}")
+        model.config = replace(model.config, classes=first.classes)
     check_modality(model, train_set)
     return model
 

@@ -5,6 +5,7 @@ import colorsys
 import csv
 import json
 import os
+import secrets
 import shutil
 import sys
 import time
@@ -32,7 +33,7 @@ def whole_file(path: Path):
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}")
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}")  # containers share process ids
     try:
         yield part
         with open(part, "rb+") as file:
@@ -92,9 +93,12 @@ def command(main) -> None:
         sys.exit(main())
     except KeyboardInterrupt:
         sys.exit(130)
-    except torch.OutOfMemoryError:
-        message = "out of memory on the device: take a smaller --batch-size or --size, of volumes "
-        message += "--crops-per-volume or --window-batch, or --checkpointing"
+    except (MemoryError, RuntimeError) as error:
+        full = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if not full and "can't allocate memory" not in str(error):  # as torch says it of a CPU
+            raise
+        message = "out of memory: take a smaller --batch-size or --size, of volumes also fewer "
+        message += "--classes, --crops-per-volume or --window-batch, or --checkpointing"
     except (ValueError, OSError) as error:
         if os.environ.get("TRACEBACK"):  # for whoever looks for the place in the code
             traceback.print_exc()

@@ -92,7 +92,7 @@ VARIANTS = {  # parameters
     "tiny-v2": Config(12, v2=True),  # 4,739,180
     "small-v2": Config(24, v2=True),  # 18,347,144
     "base-v2": Config(v2=True),  # 72,762,656
-    "brats21": Config(in_channels=4, num_classes=3, **BRATS21),  # 62,191,941
+    "brats21": Config(in_channels=4, num_classes=3, **BRATS21),  # 62,191,941; FLAIR, T1ce, T1, T2
     "mini": Config(12, num_classes=3, image_size=(64, 64, 64)),  # 4,078,077; for tests and demos
 }
 UNIVERSAL_VARIANTS = {
@@ -310,8 +310,8 @@ class Normalised(torch.autograd.Function):
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and variance of each channel of each volume: (B,C,D,H,W) -> (B,C,1,1,1) each."""
     if x.device.type != "cpu":
-        mean = x.mean((2, 3, 4), True, dtype=torch.promote_types(x.dtype, torch.float32))
-        return mean, x.var((2, 3, 4), correction=0, keepdim=True)
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        return x.mean((2, 3, 4), True), x.var((2, 3, 4), correction=0, keepdim=True)
     # `var` is slow. With channels last a batch norm is fast, but adds up numbers one by one, and
     # where grey levels are few all round the same way; so that of 16 parts of each W, then of all.
     rows = x.movedim(1, 4).flatten(3).flatten(1, 2)  # (B,D*H,W*C)

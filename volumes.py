@@ -18,6 +18,7 @@ import hashlib
 import itertools
 import math
 import os
+import secrets
 import shutil
 import zlib
 from collections.abc import Callable, Sequence
@@ -192,9 +193,12 @@ def read_labels(
         raise ValueError(f"{path}: {own.channels} channels; a label map has one, of class numbers")
     with _readable(path):
         x = np.asanyarray(file.dataobj).reshape(own.shape)
-    odd = x[~(abs(x - np.rint(x)) < 1e-6)] if x.dtype.kind == "f" else ()  # nan and inf are odd
-    if len(odd):
-        raise ValueError(f"{path}: holds {odd[0]:g}, no whole number; resample labels by nearest")
+    if x.dtype.kind == "f":  # scaled by a header, 1 may be read as 0.9999999998
+        odd = x[~(abs(x - np.rint(x)) < 1e-3)]  # and nan and inf are odd
+        if len(odd):
+            told = f"holds {odd[0]:g}, no whole number"
+            raise ValueError(f"{path}: {told}; resample labels by nearest")
+        x = np.rint(x)
     table = np.full(2**16, 254, np.uint8)  # 254: not named
     table[255] = 255
     table[[*numbers, *unnamed]] = [*range(len(numbers)), *[0] * len(unnamed)]
@@ -210,7 +214,7 @@ def read_labels(
 @contextmanager
 def _whole_file(path: Path):
     """Yields a temporary name beside `path`; what is written there then takes the path's place."""
-    part = path.with_name(f".{os.getpid()}.{path.name}")
+    part = path.with_name(f".{secrets.token_hex(4)}.{path.name}")  # containers share process ids
     try:
         yield part
         with open(part, "rb+") as file:
@@ -365,7 +369,7 @@ def _settings(spacing, preprocess: Callable, channels: int) -> bytes:
     probe = x.sign() * (10 ** x.abs() - 1)  # -1e5 … 1e5, finer around 0
     probe[::5] = 0
     done = preprocess(probe.float().reshape(channels, 16, 16, 16)).float()
-    rules = "rules 1"  # raise the number when the way of preparing changes
+    rules = "rules 2"  # raise the number when the way of preparing changes
     return repr((rules, [float(mm) for mm in spacing])).encode() + done.numpy().tobytes()
 
 
@@ -465,7 +469,9 @@ class VolumeSet:
             by_key = dict(zip(once, found))
         stems = [by_key[key] for key in keys]
         fresh = {by_key[key]: i for key, i in once.items()}  # two files may hold the same
-        todo = [i for stem, i in fresh.items() if not Path(f"{stem}.npz").is_file()]
+        ends = "npz", "image.npy", "mask.npy", "truth.npy", "voxels.npy"
+        whole = {s for s in fresh if all(Path(f"{s}.{end}").is_file() for end in ends)}
+        todo = [i for stem, i in fresh.items() if stem not in whole]
         if todo:
             self._announce(todo, spacing, channels, cache)
         for i in tqdm(todo, desc="prepare", unit="volume", disable=None, leave=False):

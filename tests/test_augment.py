@@ -46,3 +46,19 @@ def test_augmentation_moves_image_and_mask_together_and_tells_the_prompt():
     before = torch.get_rng_state()
     again = [still(image, mask, prompt, 64, np.random.default_rng(5))[0] for _ in range(2)]
     assert torch.equal(*again) and torch.equal(before, torch.get_rng_state())
+
+
+def test_nothing_is_mirrored_whose_class_tells_a_side():
+    image = torch.arange(64, dtype=torch.uint8).repeat(3, 64, 1)  # brighter to the right
+    image += 2 * torch.arange(64, dtype=torch.uint8)[:, None]  # and downwards
+    mask, still = torch.zeros(64, 64, dtype=torch.int64), augment.Augment(0.5, 0, 0, 0, 0, 0)
+    ways = {}
+    for classes in ("stomach", "liver"), ("left lung", "right lung"), ("upper lobe",):
+        for seed in range(24):
+            x = still(image, mask, "", 64, np.random.default_rng(seed), classes)[0][0].int()
+            way = x[0, 63] > x[0, 0], x[63, 0] > x[0, 0]
+            ways.setdefault(classes[0], set()).add(tuple(map(bool, way)))
+    every = {(True, True), (True, False), (False, True), (False, False)}
+    assert ways["stomach"] == every
+    assert ways["left lung"] == {(True, True), (True, False)}
+    assert ways["upper lobe"] == {(True, True), (False, True)}

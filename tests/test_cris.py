@@ -110,11 +110,11 @@ def test_every_official_name_and_shape(golden):
     assert list(cris.to_official(cris.convert(ours))) == list(ours)
 
 
-def test_outputs_and_gradients_equal_the_official_ones(golden, tmp_path, capsys):
+def test_outputs_equal_the_official_ones(golden, tmp_path, capsys):
     state = golden.weights()
     model = cris.CRIS.from_pretrained(as_released(state, tmp_path / "best_model.pth"), dropout=0.0)
     assert "17, 0" in capsys.readouterr().out  # the settings that no tensor tells
-    image, tokens, mask = golden.inputs()
+    image, tokens, _ = golden.inputs()
     tolerance = {"rn50": 0.057, "rn101": 0.44}[golden.variant]  # four times its own float32 error
     with torch.no_grad():
         error = (model(image, tokens) - golden.out("logits")).abs().max()
@@ -124,6 +124,16 @@ def test_outputs_and_gradients_equal_the_official_ones(golden, tmp_path, capsys)
     print(f"{golden.variant}: float64 {error64:.1e}, float32 {error:.1e}")
     assert error64 <= 1e-6 * 17, first_difference(model, golden, torch.float64)
 
+
+# RN101 takes half a minute and differs by depth alone; its outputs are compared above.
+QUICK = [pytest.param(v, marks=[pytest.mark.slow] * (v != "rn50")) for v in VARIANTS]
+
+
+@pytest.mark.parametrize("golden", QUICK, indirect=True)
+def test_gradients_equal_the_official_ones(golden, tmp_path):
+    path = as_released(golden.weights(), tmp_path / "best_model.pth")
+    model = cris.CRIS.from_pretrained(path, dropout=0.0).double()
+    image, tokens, mask = golden.inputs()
     model.train()
     target = F.interpolate(mask.double(), (104, 104), mode="nearest")
     loss = F.binary_cross_entropy_with_logits(model(image.double(), tokens), target)
@@ -221,7 +231,7 @@ def save_archive(state, path):
 
 
 @pytest.mark.parametrize("form", ["archive", "hub"])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", QUICK)
 def test_clip_alone_fills_the_towers_bit_for_bit(variant, form, tmp_path, capsys):
     state = {}
     for name, shape, dtype in clip_names(variant):

@@ -205,6 +205,14 @@ BROKEN = {
         ValueError,
         "entry 0",
     ),
+    **{
+        f"label {label!r}": (
+            lambda root, label=label: rewrite(root, lambda x: [x[0] | {"label": label}]),
+            ValueError,
+            f"label {label!r} of",
+        )
+        for label in ("2", 1.0, 300, True)
+    },
     "one name twice": (
         lambda root: rewrite(root, lambda x: [x[0], x[0] | {"prompts": {"p1": "b"}}]),
         ValueError,
@@ -255,6 +263,10 @@ def test_the_cache_is_made_once_and_notices_a_changed_file(tmp_path, capsys):
     as_image(np.zeros((40, 60, 3), np.uint8)).save(root / "images/a.png")
     changed = opened(root, tmp_path)
     assert changed.path != first.path and not changed.pixels(0)[0].any()
+    changed.path.unlink()  # by somebody who needs the room
+    capsys.readouterr()
+    assert not opened(root, tmp_path).pixels(0)[0].any()
+    assert "decoding 2 images once" in capsys.readouterr().out
 
 
 def test_no_room_for_the_cache(tmp_path, monkeypatch):
@@ -269,6 +281,24 @@ def test_a_dataset_travels_to_workers_without_its_pixels(tmp_path):
     packed = pickle.dumps(dataset)
     assert len(packed) < 4000
     assert np.array_equal(pickle.loads(packed).pixels(1)[0], dataset.pixels(1)[0])
+
+
+def test_what_another_entry_of_the_image_has_is_not_absent(tmp_path):
+    root = write_set(tmp_path / "set", {name: palette_mask() for name in ("a.png", "b.png")})
+    one, other = json.loads((root / "anns/train.json").read_text())
+    texts = ("lung", one), ("heart", one), ("liver", other), ("heart", other)
+    rewrite(root, lambda _: [item | {"label": k, "prompts": {"p1": text}}
+                             for k, (text, item) in enumerate(texts, 1)])  # fmt: skip
+    dataset, rng = opened(root, tmp_path), np.random.default_rng(0)
+    asked = [{dataset.absent_prompt(i, "p1", rng) for _ in range(20)} for i in range(4)]
+    assert asked == [{"liver"}, {"liver"}, {"lung"}, {"lung"}]
+
+
+def test_an_empty_training_split_is_told(tmp_path):
+    root = good_set(tmp_path)
+    rewrite(root, lambda x: [])
+    with pytest.raises(ValueError, match="set: its split train is empty"):
+        layouts.train_and_val([root], 0)
 
 
 def test_validation_is_split_off_by_patient(tmp_path, capsys):
@@ -298,6 +328,8 @@ def test_batches_are_the_same_from_anywhere():
         seen = [i for batch in whole for e, i in batch if e == epoch]
         assert len(seen) == len(set(seen)) == 9
     assert whole[0] != [(0, i) for _, i in whole[3]]  # another order in another epoch
+    assert list(data.train_batches(1, 16, 2, 0, 0)) == [[(0, 0)], [(1, 0)]]  # --overfit 1
+    assert [data.batches_per_epoch(n, 4) for n in (1, 3, 4, 5, 6, 8)] == [1, 1, 1, 1, 2, 2]
     assert data.batches_per_epoch(10, 1) == 10 and data.batches_per_epoch(11, 3) == 4
 
 

@@ -84,6 +84,8 @@ def test_a_folder_without_splits_is_divided_once_and_for_all(tmp_path):
     groups = [{entry.group for entry in entries} for entries in names.values()]
     assert not (groups[0] & groups[1] | groups[0] & groups[2] | groups[1] & groups[2])
     assert set.union(*groups) == {f"case{k}" for k in range(20)}
+    with pytest.raises(ValueError, match=r"--group-regex case\(: missing \)"):
+        layouts.annotations(root, "test", "case(")
     again = layouts.annotations(root, "test", r"case\d+")
     assert again == names["test"] and again[0].classes == ("target",)
 

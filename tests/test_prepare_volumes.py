@@ -115,7 +115,7 @@ def test_a_task_is_divided(task, tmp_path, capsys):
     said = capsys.readouterr().out
     assert said == f"{tmp_path / 'out'}: " + (tmp_path / "out" / "README.txt").read_text()
     for line in (
-        "train: 14 volumes", "val: 3 volumes", "test: 3 volumes, and 3 without labels, to predict",
+        "train: 14 volumes", "val: 3 volumes", "test: 3 volumes, and 3 without labels, for predict.py imagesTs",
         "classes: 1 spleen", "stored axes point to: LAS in 23", prepare_volumes.LINKED,
         "voxels: 4 to 4, 5 to 5, 6 to 8 (to the right, front, head)", "channels: 1",
         "their size in mm: 0.80 to 0.80, 0.80 to 0.80, 5.00 to 5.00",

@@ -197,7 +197,7 @@ class Prompts(list):
         return self.tokenize(super().__getitem__(i))[0]
 
 
-@pytest.mark.parametrize("start", ["fork", "spawn"])
+@pytest.mark.parametrize("start", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_word_pieces_work_in_loader_workers(start):
     texts = [c["text"] for c in TOY["cases"]]
     expected = WordPieceTokenizer(TOY["vocab"], 40)(texts)

@@ -17,11 +17,14 @@ from safetensors.torch import load_file
 
 import cris
 import data
+import evaluate
 import layouts
 import predict
 import protocol
 import recipes
+import report
 import train
+from options import resolve
 
 
 def arguments(options: train.Options) -> list[str]:
@@ -121,7 +124,7 @@ def test_network_size_scores_are_those_of_the_network_s_grid(options, demo, tmp_
     assert 0.2 < ratio < 0.3  # a quarter of the pixels
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_run_stopped_in_mid_epoch_and_resumed_equals_one_that_was_not(options, tmp_path, workers):
     whole = replace(options, out=str(tmp_path / "whole"), batch_size=8, ema=0.9, workers=workers)
     train.run(whole)
@@ -157,13 +160,14 @@ def same_run(one, other):
         assert torch.equal(value, states[1]["model"][name]), name
 
 
-def test_killed_at_five_random_moments_and_resumed_ends_the_same(options, tmp_path):
+@pytest.mark.parametrize("times", [2, pytest.param(5, marks=pytest.mark.slow)])
+def test_killed_at_random_moments_and_resumed_ends_the_same(options, tmp_path, times):
     longer = replace(options, epochs=4, batch_size=8, save_every=0.005, workers=1)
     train.run(replace(longer, out=str(tmp_path / "whole")))
     killed = tmp_path / "killed"
     words = arguments(replace(longer, out=str(killed), resume=True))
     moments, kills = random.Random(0), 0
-    while kills < 5:
+    while kills < times:
         process = subprocess.Popen(
             [sys.executable, ROOT / "train.py", *words],
             stdout=subprocess.PIPE,
@@ -223,6 +227,31 @@ REFUSED = {
         "--device cuda:7: not on this machine",
     ),
     "not a device": (lambda o, d: replace(o, device="tpu9"), "--device tpu9: unknown"),
+    "no steps": (lambda o, d: replace(o, max_steps=0), "--max-steps must be at least 1"),
+    "fewer than no epochs": (lambda o, d: replace(o, epochs=-1), "--epochs must be at least 0"),
+    "a test of nothing": (lambda o, d: replace(o, epochs=0), "--weights none: nothing was trained"),
+    "a test of CLIP": (
+        lambda o, d: replace(o, epochs=0, weights=None, variant=None),
+        "--weights is missing: CLIP alone",
+    ),
+    "no milestones": (lambda o, d: replace(o, schedule="multistep"), "has no milestones"),
+    "warm-up of a plateau": (
+        lambda o, d: replace(o, schedule="plateau", warmup=0.2),
+        "--warmup: does nothing here",
+    ),
+    "rank of nothing": (lambda o, d: replace(o, lora_rank=4), "--lora-rank: does nothing here"),
+    "width of nothing": (
+        lambda o, d: replace(o, adapter_dim=4),
+        "--adapter-dim: does nothing here",
+    ),
+    "a text that is absent in none": (
+        lambda o, d: replace(o, prompt="a polyp", negatives=0.2),
+        "--negatives: of prompt types",
+    ),
+    "a study at another size": (
+        lambda o, d: replace(o, prompt_study=True, score_size="network"),
+        "--score-size network: --prompt-study",
+    ),
     "batch of none": (lambda o, d: replace(o, batch_size=0), "--batch-size must be at least 1"),
     "size": (lambda o, d: replace(o, size=[50]), "32"),
     "a loss that is no number": (
@@ -382,3 +411,60 @@ def test_busi_s_one_bit_masks_are_scored_at_their_own_size(real_data, options):
     for row in rows(f"{options.out}/test/per_image.csv"):
         mask = np.asarray(Image.open(busi / "masks" / f"{row['name']}.png"))
         assert mask.dtype == bool and int(row["tp"]) + int(row["fn"]) == mask.sum() > 0
+
+
+def test_a_test_divides_a_set_as_the_training_did(tmp_path):
+    """Of a folder without lists of splits, by patients: else it would test on training images."""
+    told = {"data": ["data/flat"], "group_regex": "case(.)", "seed": 3, "fold": "1/5"}
+    run = {"format": 1, "model": "segformer", "options": told}
+    (tmp_path / "config.json").write_text(json.dumps(run))
+    asked = train.Options(weights=str(tmp_path), eval=True)
+
+    def found(**more):
+        done = resolve(replace(asked, **more))[0]
+        return done.group_regex, done.seed, done.fold
+
+    assert found(test=["../data/flat"]) == ("case(.)", 3, "1/5")
+    assert found(test=["data/flat:val"]) == ("case(.)", 3, "1/5")
+    assert found(test=["data/other"]) == (None, 3, "1/5")
+    assert found(data=["data/flat"], threshold="auto", seed=4) == ("case(.)", 4, "1/5")
+    assert found(test=["data/flat"], group_regex="x", fold="0/2") == ("x", 3, "0/2")
+
+
+def test_scores_are_written_before_what_may_fail(options, monkeypatch, capsys):
+    def broken(*_):
+        raise OSError("the drive went")
+
+    monkeypatch.setattr(evaluate, "draw", broken)
+    code, _, error = command(monkeypatch, capsys, train, *arguments(replace(options, epochs=1)))
+    assert code == 2 and "the drive went" in error
+    assert (train.Path(options.out) / "test/per_image.csv").stat().st_size > 1000
+    assert not (train.Path(options.out) / "test/summary.json").exists()
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")]
+)
+def test_a_memory_that_is_full_is_one_line(error, monkeypatch, capsys):
+    def main():
+        raise error
+
+    monkeypatch.setattr(train, "main", main)
+    code, _, told = command(monkeypatch, capsys, train)
+    assert code == 2 and told.startswith("error: out of memory") and told.count("\n") == 1
+
+
+def test_other_errors_of_torch_are_not_hidden(monkeypatch, capsys):
+    def main():
+        raise RuntimeError("shapes do not fit")
+
+    monkeypatch.setattr(train, "main", main)
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        command(monkeypatch, capsys, train)
+
+
+def test_two_processes_of_one_number_do_not_share_a_file(tmp_path):
+    with report.whole_file(tmp_path / "x") as one, report.whole_file(tmp_path / "x") as other:
+        assert one != other
+        one.write_text("1"), other.write_text("2")
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]

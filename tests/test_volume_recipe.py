@@ -1,6 +1,7 @@
 """Volumes through the loop: crops and losses, a run, its scores and files, what is refused."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import nibabel
@@ -11,6 +12,7 @@ from conftest import command, rows
 from monai.losses import DiceCELoss
 from scipy import ndimage
 
+import evaluate
 import losses
 import predict
 import prepare
@@ -404,6 +406,34 @@ def test_other_classes_than_trained(run, tmp_path, monkeypatch, capsys):
     root = data_set(tmp_path / "set", ORGANS | {"2": "spleen"})
     arguments = ["--weights", run.out, "--eval", "--test", root, "--out", tmp_path / "e"]
     assert "trained were background, left kidney" in refused(monkeypatch, capsys, train, *arguments)
+
+
+def test_classes_in_another_order_than_a_released_file_s(tmp_path, monkeypatch, capsys):
+    """As many, but FLARE's liver has the number of BTCV's spleen."""
+    file = tmp_path / "swin_unetr.tiny_5000ep_f12_lr2e-4_pretrained.pt"
+    config = replace(swin_unetr3d.VARIANTS["tiny"], image_size=(64,) * 3)
+    torch.manual_seed(0)
+    state = swin_unetr3d.to_official(swin_unetr3d.SwinUNETR(config).state_dict())
+    torch.save({"state_dict": state}, file)
+    names = swin_unetr3d.BTCV["classes"]
+    orders = {"same": names, "mine": [f"x{name}" for name in names], "flare": [*names]}
+    orders["flare"][1], orders["flare"][6] = names[6], names[1]
+    model, settings = recipes.FAMILIES["swin_unetr3d"], recipes.SWIN["default"]
+    for name, order in orders.items():
+        entries = [SimpleNamespace(regions=None, classes=tuple(order), root=name, modality="CT")]
+        some = SimpleNamespace(entries=entries, classes=tuple(order))
+        loaded = model.load(file, None, settings, {}, None)
+        how = SimpleNamespace(weights=file, eval=True, threshold=None)
+        recipe, check = model.recipe(loaded, settings), evaluate.check_classes
+        if name == "flare":
+            with pytest.raises(ValueError, match="flare: background, liver, .* of other classes"):
+                check(loaded, recipe, [some], how)
+        else:
+            check(loaded, recipe, [some], how)
+        capsys.readouterr()
+        trained = model.load(file, None, settings, {}, some)
+        told = "the head of background, spleen" in capsys.readouterr().out
+        assert told == (name == "flare") and trained.config.classes == tuple(order)
 
 
 def test_images_for_a_model_of_volumes_and_the_reverse(run, tmp_path, monkeypatch, capsys):

@@ -215,6 +215,15 @@ def test_labels_by_their_numbers(tmp_path):
     x[2, 0] = 0  # floats that are whole
     path = write(tmp_path / "l.nii.gz", x.astype(np.float64))
     assert volumes.read_labels(path, volumes.read_grid(path), (0, 2, 500)).max() == 2
+    x[0], x[2, 0] = 13, 0  # whole but for the scale of their header
+    file = nibabel.Nifti1Image(x.astype(np.float64), np.eye(4))
+    file.header.set_data_dtype(np.int16)
+    nibabel.save(file, tmp_path / "l.nii.gz")
+    stored = nibabel.load(tmp_path / "l.nii.gz").get_fdata()
+    assert 12.99 < stored.max() < 13  # what truncation would make 12 of
+    assert np.array_equal(
+        volumes.read_labels(tmp_path / "l.nii.gz", volumes.read_grid(path), 14), x
+    )
     x[0], x[2, 0] = 1, 255  # named, it is a class
     path = write(tmp_path / "l.nii.gz", x)
     ours = volumes.read_labels(path, volumes.read_grid(path), (0, 1, 2, 255))
@@ -446,6 +455,10 @@ def test_a_volume_that_is_listed_several_times_is_prepared_once(tmp_path, monkey
         monkeypatch.setattr(VolumeSet, name, told)
     dataset = prepare([*entries, *entries, entries[0]], tmp_path / "cache")
     assert sorted(done) == ["_prepare"] * 2 + ["_stem"] * 2 and len(dataset) == 5
+    next((tmp_path / "cache").glob("*.image.npy")).unlink()  # by somebody who needs the room
+    dataset = prepare(entries, tmp_path / "cache")
+    assert done.count("_prepare") == 3
+    dataset = prepare([*entries, *entries, entries[0]], tmp_path / "cache")
     assert torch.equal(dataset.sample(0)["image"], dataset.sample(4)["image"])
 
 
