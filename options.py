@@ -229,8 +229,6 @@ def check(options: Options, family, name: str) -> None:
         raise ValueError(f"--prompt-study: {options.model} reads no text")
     if options.prompt_study and options.score_size == "network":
         raise ValueError("--score-size network: --prompt-study scores at the image's size, drop it")
-    if options.eval and options.weights == "none":
-        raise ValueError("--weights none: nothing was trained; give those of a run or a file")
     least = {"batch_size": 1, "grad_accum_steps": 1, "min_area": 1, "crops_per_volume": 1}
     least |= {"window_batch": 1, "eval_every": 1, "overfit": 1, "overlap": 0, "max_steps": 1}
     for key, low in (least | {"jitter": 0, "prompts_per_image": 0, "epochs": 0}).items():
@@ -267,7 +265,8 @@ def check_volumes(options: Options, family) -> None:
 
 
 def check_used(options: Options, settings: Settings) -> None:
-    """ValueError, one line: an option that would do nothing beside the others."""
+    """ValueError, one line: what would do nothing, or nothing that means anything, beside the
+    others."""
     keeps, topology = settings.keep_features, settings.topology not in (None, "none")
     idle = {
         "compile": keeps or settings.sam_prompts is not None,  # which encode and decode apart
@@ -287,6 +286,8 @@ def check_used(options: Options, settings: Settings) -> None:
     for key, nothing in idle.items():
         if nothing and getattr(options, key):
             raise ValueError(f"{flag(key)}: does nothing here, drop it")
+    if options.eval and options.weights == "none":
+        raise ValueError("--weights none: nothing was trained; give those of a run or a file")
     if settings.schedule == "multistep" and not settings.milestones:
         raise ValueError("--schedule multistep: this recipe has no milestones; take another")
     if options.negatives and not is_prompt_type(settings.prompt):
