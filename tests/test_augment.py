@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import augment
+import protocol
 
 
 @pytest.mark.parametrize(
@@ -62,3 +63,18 @@ def test_nothing_is_mirrored_whose_class_tells_a_side():
     assert ways["stomach"] == every
     assert ways["left lung"] == {(True, True), (True, False)}
     assert ways["upper lobe"] == {(True, True), (False, True)}
+
+
+def test_no_view_is_mirrored_whose_class_tells_a_side():
+    picture = torch.zeros(3, 8, 8, dtype=torch.uint8)
+    picture[:, :, 6:] = 200
+    how = dict(config=None, look=lambda s: {"image": s["image"]}, read=None, augment=None)
+    how |= dict(views=("original", "hflip"), preprocess_mask=lambda mask, _: mask)
+    found = {}
+    for classes in ("stomach", "liver"), ("left lung", "right lung"):
+        sample = {"image": picture, "mask": picture[0].long(), "prompt": "", "classes": classes}
+        items = [
+            protocol.image_inputs(sample, True, np.random.default_rng(k), **how) for k in range(9)
+        ]
+        found[classes[0]] = {bool(item["image"][0, 0, 0]) for item in items}
+    assert found == {"stomach": {False, True}, "left lung": {False}}

@@ -1,6 +1,7 @@
 """Class maps: what a folder is recognised as, how masks are read, what is refused, folds."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from PIL import Image
 
 import data
 import layouts
+import predict
 
 CLASSES = {"0": "background", "1": "large bowel", "2": "small bowel", "3": "stomach"}
 RNG = np.random.default_rng(0)
@@ -88,6 +90,11 @@ def test_a_folder_without_splits_is_divided_once_and_for_all(tmp_path):
         layouts.annotations(root, "test", "case(")
     again = layouts.annotations(root, "test", r"case\d+")
     assert again == names["test"] and again[0].classes == ("target",)
+    args = SimpleNamespace(inputs=[str(root)], prompt=None, split="test")
+    run = {
+        "options": {"data": ["elsewhere/flat"], "group_regex": r"case\d+"}
+    }  # is divided as it was
+    assert [name for name, _, _ in predict.list_cases(args, run, False)] == [e.name for e in again]
 
 
 ONE = {"0": "background", "1": "polyp"}

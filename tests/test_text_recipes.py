@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -292,3 +293,15 @@ def test_a_threshold_is_found_in_validation(options, demo):
         dice[float(threshold)] = np.mean([row["dice"] for row in scores])
     saved = json.loads((train.Path(options.out) / "config.json").read_text())
     assert dice[saved["config"]["threshold"]] == max(dice.values())
+
+
+def test_towers_that_no_decoder_reads_are_not_tested():
+    settings = recipes.BIOMEDCLIPSEG["origin"]
+    with pytest.raises(ValueError, match="--weights is missing: BiomedCLIP"):
+        recipes.load_biomedclipseg(None, None, settings, {}, None)
+
+
+def test_a_study_of_prompts_needs_a_type_of_all():
+    some = SimpleNamespace(entries=[SimpleNamespace(prompts=p) for p in ({"p1": ["a"]}, {})])
+    with pytest.raises(ValueError, match="busi has no type of prompt that all entries have"):
+        evaluate.prompt_study(None, SimpleNamespace(read=True), {"busi": some}, None)
