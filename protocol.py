@@ -140,8 +140,9 @@ def image_inputs(sample, train, rng, config, look, read, augment, views, preproc
     In evaluation also that of `for_scores`; a sample without a mask gives an item without one.
     """
     classes = sample["classes"]
-    views = [v for v in views if v not in MIRRORS or not sided(classes, MIRRORS[v])]
-    sample = one_view(sample, views, rng) if train else sample
+    if train:
+        views = [v for v in views if v not in MIRRORS or not sided(classes, MIRRORS[v])]
+        sample = one_view(sample, views, rng)
     prompt, mask = sample["prompt"], sample.get("mask")
     if train and augment is not None:
         how = prompt, config.image_size, rng, classes

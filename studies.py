@@ -363,11 +363,10 @@ def read_scores(study: FewShot, run: Run) -> list[dict]:
         found = [row for row in csv.DictReader(file) if "True" in (row["in_truth"], row["in_pred"])]
     who = {"method": run.method, "k": run.k or 0, "draw": run.draw}
     who |= {"phase": "after" if run.k else "before"}
-    return [
-        who | {"class": row["class"], "case": cases[row["name"]], "patient": row["group"]}
-        | {"dice": row["dice"]}
-        for row in found
-    ]  # fmt: skip
+    names = {"class": "class", "case": "name", "patient": "group", "dice": "dice"}
+    for row in found:
+        row["name"] = cases[row["name"]]
+    return [who | {new: row[name] for new, name in names.items()} for row in found]
 
 
 def values(study: FewShot, rows: list[dict], method: str, k: int, classes: list[str]) -> np.ndarray:

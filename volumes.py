@@ -468,10 +468,10 @@ class VolumeSet:
             found = pool.map(lambda i: self._stem(i, settings, cache), once.values())
             by_key = dict(zip(once, found))
         stems = [by_key[key] for key in keys]
-        fresh = {by_key[key]: i for key, i in once.items()}  # two files may hold the same
         ends = "npz", "image.npy", "mask.npy", "truth.npy", "voxels.npy"
-        whole = {s for s in fresh if all(Path(f"{s}.{end}").is_file() for end in ends)}
-        todo = [i for stem, i in fresh.items() if stem not in whole]
+        lacks = {stem: i for i, stem in enumerate(stems)
+                 if not all(Path(f"{stem}.{end}").is_file() for end in ends)}  # fmt: skip
+        todo = list(lacks.values())
         if todo:
             self._announce(todo, spacing, channels, cache)
         for i in tqdm(todo, desc="prepare", unit="volume", disable=None, leave=False):

@@ -48,6 +48,14 @@ def root(tmp_path_factory):
     return root
 
 
+def from_elsewhere(root) -> dict:
+    """The dataset.json of `root`, as it is to be in another folder."""
+    about = json.loads((root / "dataset.json").read_text())
+    for pair in (pair for key in ("training", "validation", "test") for pair in about[key]):
+        pair |= {kind: str(root / path) for kind, path in pair.items()}
+    return about
+
+
 def score(method, k, draw, name, case):
     """The Dice that a faked run has: new classes learn with K, a draw later is 0.1 worse."""
     level = {"text": 0.5, "text+mlp": 0.48, "random": 0.3, "random+mlp": 0.2, "plain": 0.1}[method]
@@ -400,9 +408,7 @@ def test_a_refused_call_leaves_its_folder_free(study):
 
 def test_other_volumes_or_codes_are_refused(study, root, tmp_path):
     """What a finished run was made of is not what its neighbours would be."""
-    about = json.loads((root / "dataset.json").read_text())
-    for pair in (pair for key in ("training", "validation", "test") for pair in about[key]):
-        pair |= {kind: str(root / path) for kind, path in pair.items()}
+    about = from_elsewhere(root)
     (tmp_path / "set").mkdir()
     about.pop("channel_names")
     path, codes = tmp_path / "set" / "dataset.json", tmp_path / "codes.safetensors"
@@ -506,9 +512,7 @@ def test_weights_must_be_told(monkeypatch, capsys, root, tmp_path):
 
 
 def test_a_plain_head_for_one_class_would_be_the_old_one(study, root, tmp_path):
-    about = json.loads((root / "dataset.json").read_text())
-    for pair in (pair for key in ("training", "validation", "test") for pair in about[key]):
-        pair |= {kind: str(root / path) for kind, path in pair.items()}
+    about = from_elsewhere(root)
     about["labels"] = {"background": [0, 3], "spleen": 1, "kidney": 2}
     (tmp_path / "two").mkdir()
     (tmp_path / "two" / "dataset.json").write_text(json.dumps(about))
@@ -533,10 +537,7 @@ def test_text_methods_need_their_codes(study, tmp_path):
 
 
 def test_a_data_set_without_a_test_split_or_without_the_class_in_it(study, root, tmp_path):
-    about = json.loads((root / "dataset.json").read_text())
-    for key in ("training", "validation", "test"):
-        for pair in about[key]:
-            pair |= {kind: str(root / path) for kind, path in pair.items()}
+    about = from_elsewhere(root)
     for name, test, said in (
         ("none", [], "has no split test"),
         (
