@@ -172,7 +172,8 @@ def evaluate(model, recipe, dataset, options, whole: bool, title: str) -> list[d
     for item, probabilities, loss in predictions(model, recipe, dataset, options, title):
         masks = to_masks(probabilities, model.config)
         more = probabilities if whole else None
-        rows += [row | {"loss": loss} for row in score(item, masks, dataset.classes, more)]
+        scores = score(item, masks, dataset.classes, more, options.tolerance)
+        rows += [row | {"loss": loss} for row in scores]
         del item, probabilities, masks, more  # before those of the next are made
     return check_asked(rows, dataset, options)
 
@@ -199,15 +200,15 @@ def whose(item: dict) -> dict:
 
 
 def score_masks(
-    found: np.ndarray, there: np.ndarray, valid, probabilities=None, spacing=None
+    found: np.ndarray, there: np.ndarray, valid, probabilities=None, spacing=None, tolerance=1.0
 ) -> list[dict]:
     """metrics.score_image, and with the probabilities of the masks all other scores, too.
 
-    Of volumes, which have a spacing in mm, these are the distances alone.
+    Of volumes, which have a spacing in mm, these are the distances alone. tolerance: of the NSD, in
+    mm where there is a spacing, else in pixels.
     """
-    rows = metrics.score_image(
-        found, there, valid, spacing, with_distances=probabilities is not None
-    )
+    distances = probabilities is not None
+    rows = metrics.score_image(found, there, valid, spacing, tolerance, distances)
     if probabilities is None or spacing is not None:
         return rows
     inside = True if valid is None else valid
@@ -217,15 +218,19 @@ def score_masks(
     return rows
 
 
-def score(item: dict, masks: np.ndarray, classes, probabilities=None) -> list[dict]:
+def score(
+    item: dict, masks: np.ndarray, classes, probabilities=None, tolerance=1.0
+) -> list[dict]:
     """Scores of one entry, a dict a class, with what tells whose they are; of the background, last,
-    only its counts. masks: bool (K,*size); with probabilities (K,*size) also HD95, ASSD, NSD, and
-    of images average precision and Betti errors."""
+    only its counts. masks: bool (K,*size); with probabilities (K,*size) also HD95, ASSD, NSD at
+    `tolerance`, and of images average precision and Betti errors."""
     classes = item.get("classes", classes)  # a volume knows which are annotated in it
     truth, names = item["truth"].numpy(), layouts.foreground(classes)  # (1,*size)
     valid, n = None if (truth != 255).all() else truth[0] != 255, len(names)
     more = None if probabilities is None else probabilities[-n:]  # without the background
-    scores = score_masks(masks[-n:], truth_masks(item, n), valid, more, item.get("spacing"))
+    scores = score_masks(
+        masks[-n:], truth_masks(item, n), valid, more, item.get("spacing"), tolerance
+    )
     rows = [whose(item) | {"class": k} | row for k, row in zip(names, scores, strict=True)]
     if len(names) > 1:
         counts = metrics.overlap(masks[0], truth[0] == 0, valid)
@@ -234,16 +239,32 @@ def score(item: dict, masks: np.ndarray, classes, probabilities=None) -> list[di
     return rows
 
 
-def score_parts(item: dict, probabilities: np.ndarray, iou, threshold: float) -> list[dict]:
+def score_parts(
+    item: dict, probabilities: np.ndarray, iou, threshold: float, tolerance: float = 1.0
+) -> list[dict]:
     """Scores of the mask of each prompt, (Q,H,W), against that prompt's own truth: a dict each."""
     parts, classes = item["parts"].numpy(), item["classes"]  # (Q,H,W)
     valid = None if (parts[0] != 255).all() else parts[0] != 255
-    rows = score_masks(probabilities > threshold, parts == 1, valid, probabilities)
+    rows = score_masks(
+        probabilities > threshold, parts == 1, valid, probabilities, tolerance=tolerance
+    )
     for k, (row, number) in enumerate(zip(rows, item["numbers"].tolist())):
         name = classes[number] if len(classes) > 1 else classes[0]
         rows[k] = whose(item) | {"class": name, "component": k} | row
         rows[k]["iou_estimate"] = float(iou.flatten()[k])
     return rows
+
+
+def summarise(rows: list[dict], dataset, options) -> dict:
+    """Return metrics.summarise of a data set's rows; beside distances nsd_tolerance, distance_unit.
+
+    The unit is mm for volumes, else px: pixels of the masks that were compared.
+    """
+    summary = metrics.summarise(rows, layouts.foreground(dataset.classes))
+    if "nsd" in summary:
+        unit = "mm" if isinstance(dataset, volumes.VolumeSet) else "px"
+        summary |= {"nsd_tolerance": options.tolerance, "distance_unit": unit}
+    return summary
 
 
 def validate(model, recipe, dataset, options) -> dict[str, float]:
@@ -319,7 +340,7 @@ def test(model, recipe, tests: dict, options) -> dict:
             rows, summaries[name], more = prompted_test(model, recipe, dataset, options, name)
         else:
             rows, more = evaluate(model, recipe, dataset, options, True, f"test {name}"), {}
-            summaries[name] = metrics.summarise(rows, layouts.foreground(dataset.classes))
+            summaries[name] = summarise(rows, dataset, options)
             prompt = f", prompt {options.prompt}" if recipe.read else ""
             print(f"test {name}{prompt}:\n{report.table(summaries[name])}")
         for table, some in ({"image": rows} | more).items():
@@ -337,17 +358,17 @@ def test(model, recipe, tests: dict, options) -> dict:
 def prompted_test(model, recipe, dataset, options, name: str) -> tuple[list, dict, dict]:
     """Scores of what prompts give: those that the run asks by, whole, and of each component; and
     beside them what others give. Printed; returns rows, summary, further tables."""
-    names, main = layouts.foreground(dataset.classes), options.sam_prompts
+    main = options.sam_prompts
     by_source, parts = study(model, recipe, dataset, options, f"test {name}", main)
     rows = check_asked(by_source[main], dataset, options)
-    summary = metrics.summarise(rows, names)
+    summary = summarise(rows, dataset, options)
     print(f"test {name}, asked by {main}:\n{report.table(summary)}")
     if parts:
-        summary["components"] = metrics.summarise(parts, names)
+        summary["components"] = summarise(parts, dataset, options)
         print(f"  each component:\n{report.table(summary['components'])}")
     if without := len(dataset) - len({row["name"] for row in rows}):
         print(f"  {without} images have nothing to ask for and are not scored")
-    every = {source: metrics.summarise(some, names) for source, some in by_source.items() if some}
+    every = {kind: summarise(some, dataset, options) for kind, some in by_source.items() if some}
     summary["prompts"] = every
     print(f"  by what is asked, of an image's classes:\n{report.study_table(every)}")
     return rows, summary, {"component": parts, "prompt": sum(by_source.values(), [])}
@@ -365,6 +386,8 @@ def write_summary(folder: Path, model, options, summaries: dict, tables: dict) -
     kept = ("model", "weights", "recipe", "prompt", "sam_prompts", "score_size")
     summary = {key: getattr(options, key) for key in kept}
     summary |= {"threshold": model.config.threshold, "tests": summaries}
+    summary |= {"intervals": report.INTERVALS}
+    print(f"{report.INTERVALS}; {report.ABSENT}")
     write_tables(folder, tables)
     report.write_json(folder / "summary.json", summary)  # the last: studies take it as a sign
     return summary
@@ -437,10 +460,11 @@ def study(model, recipe, dataset, options, title: str, main=None) -> tuple[dict,
                 probabilities, output = recipe.predict(model, item | kept)
                 p = probabilities.cpu().numpy()
                 whole = p if kind == main else None
-                rows[kind] += score(item, to_masks(p, model.config), dataset.classes, whole)
+                masks = to_masks(p, model.config)
+                rows[kind] += score(item, masks, dataset.classes, whole, options.tolerance)
                 if kind == main and output is not None:
                     each = recipe.each(model, item, output).cpu().numpy()  # (Q,H,W)
-                    parts += score_parts(item, each, output[1], threshold)
+                    parts += score_parts(item, each, output[1], threshold, options.tolerance)
     return rows, parts
 
 

@@ -116,8 +116,16 @@ class Options:
     group_regex: str | None = option(None, "what in an image's name names the patient")
     score_size: str = option("image", "score at its own or the network's size", choices=SIZES)
     val_distances: bool = option(False, "HD95, ASSD and NSD also in validation, not only in tests")
+    nsd_tolerance: float | None = option(
+        None, "distance within which NSD counts a boundary as hit: mm (volumes) or pixels; else 1"
+    )
     overlays: int = option(3, "how many of the worst, median and best cases to draw")
     save_every: float = option(10.0, "minutes between saved states within an epoch")
+
+    @property
+    def tolerance(self) -> float:
+        """NSD tolerance in mm (volumes) or pixels (images); 1 unless --nsd-tolerance sets it."""
+        return 1.0 if self.nsd_tolerance is None else self.nsd_tolerance
 
     @property
     def window(self) -> tuple[float, float] | None:
@@ -182,6 +190,8 @@ def as_tested(options: Options) -> Options:
     if not tested:
         return options
     keys = ("prompt", "pseudocolor", "sam_prompts", "min_area", "jitter", "overlap", "fold")
+    if not options.prompt_study:  # which computes no distances
+        keys += ("nsd_tolerance",)
     same = {k: tested["options"].get(k) for k in keys if getattr(options, k) is None}
     same["seed"] = options.seed or tested["options"].get("seed", 0)  # which also divides data sets
     if options.group_regex is None:
@@ -215,6 +225,7 @@ def check(options: Options, family, name: str) -> None:
     if options.overlap is not None and options.overlap >= 1:
         raise ValueError(f"--overlap {options.overlap}: a share of a side, below 1")
     check_volumes(options, family)
+    check_tolerance(options)
     if options.text_codes and options.codes in ("random", "one-hot"):
         raise ValueError(f"--codes {options.codes}: takes no --text-codes, drop one")
     if options.pseudocolor is not None:
@@ -264,6 +275,14 @@ def check_volumes(options: Options, family) -> None:
         raise ValueError("--spacing: three sizes in mm, above 0")
 
 
+def check_tolerance(options: Options) -> None:
+    """Raise ValueError, one line, if --nsd-tolerance is not a finite distance above 0."""
+    tolerance = options.nsd_tolerance
+    if tolerance is not None and not 0 < tolerance < math.inf:
+        unit = "a distance above 0, in mm for volumes and in pixels for images"
+        raise ValueError(f"--nsd-tolerance {tolerance:g}: must be {unit}")
+
+
 def check_used(options: Options, settings: Settings) -> None:
     """ValueError, one line: what would do nothing, or nothing that means anything, beside the
     others."""
@@ -282,6 +301,7 @@ def check_used(options: Options, settings: Settings) -> None:
         "lora_rank": settings.train != "lora",
         "adapter_dim": settings.train != "adapters",
         "warmup": settings.schedule == "plateau",
+        "nsd_tolerance": options.prompt_study and (options.eval or not options.val_distances),
     }
     for key, nothing in idle.items():
         if nothing and getattr(options, key):

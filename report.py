@@ -286,8 +286,28 @@ def curves(path: Path, history: list[dict]) -> None:
 # --- words ----------------------------------------------------------------------------------------
 
 
+# Said once a test: what the intervals are, and what no interval of this kind can hold.
+INTERVALS = "95 % intervals: expanded percentile bootstrap"
+ABSENT = "failures that the test cases do not contain are in no interval"
+
+
 def interval(score: dict) -> str:
-    return f"[{score['low']:.4f}, {score['high']:.4f}]  n={score['n']}"
+    """Return "[low, high]  n=cases" of a mean; one case has no interval."""
+    ends = "[no interval]   "
+    if not np.isnan(score["low"]):
+        ends = f"[{score['low']:.4f}, {score['high']:.4f}]"
+    return f"{ends}  n={score['n']}"
+
+
+def score_label(name: str, summary: dict) -> str:
+    """Return the name of a score as a table shows it: distances with their unit, NSD with its
+    tolerance, where the summary has them."""
+    unit = summary.get("distance_unit")
+    if unit is None or name not in ("hd95", "assd", "nsd"):
+        return name
+    if name == "nsd":
+        return f"nsd ({summary['nsd_tolerance']:g} {unit})"
+    return f"{name} ({unit})"
 
 
 def table(summary: dict) -> str:
@@ -299,11 +319,13 @@ def table(summary: dict) -> str:
     }
     lines = []
     for name, score in scores.items():
-        lines.append(f"  {name:12} {score['mean']:8.4f}  {interval(score)}")
+        label = score_label(name, summary)
+        lines.append(f"  {label:12} {score['mean']:8.4f}  {interval(score)}")
     classes = summary.get("classes", {})
     width = max([12, *map(len, classes)])
     for name, of in classes.items():
-        more = f"  HD95 {of['hd95']['mean']:.2f}" if "hd95" in of else ""
+        unit = summary.get("distance_unit", "")
+        more = f"  HD95 {of['hd95']['mean']:.2f} {unit}".rstrip() if "hd95" in of else ""
         dice = f"Dice {of['dice']['mean']:.4f}  {interval(of['dice'])}"
         lines.append(f"  {name:{width}} {dice}  IoU {of['iou']['mean']:.4f}{more}")
     if "macro_f1_pooled" in summary:

@@ -52,6 +52,7 @@ import torch
 from tqdm import tqdm
 
 import layouts
+import metrics
 import options
 import recipes
 import report
@@ -156,10 +157,14 @@ def estimate(values, before=None, resamples: int = 2000) -> dict | None:
     (1,N,C), with its 95 % interval: {"mean", "low", "high", "n"}; n of the (D,N) are known. None if
     none is.
 
-    Percentile bootstrap that takes draws and cases anew: scores of a case in several draws are not
-    independent, nor are those of the cases of a draw.
+    Expanded percentile bootstrap (metrics.interval_percentiles) that takes draws and cases anew:
+    scores of a case in several draws are not independent, nor are those of the cases of a draw. It
+    is expanded for the smaller of both numbers, that of known cases and, where there are several,
+    that of known draws, which is the careful choice. Low and high are nan if one case is known.
     """
-    if not (n := int((~np.isnan(values)).any(2).sum())):
+    known = ~np.isnan(values).all(2)  # (D,N)
+    n = int(known.sum())
+    if n == 0:
         return None
     rng, taken = np.random.default_rng(0), []
     for size in values.shape[:2]:
@@ -168,8 +173,10 @@ def estimate(values, before=None, resamples: int = 2000) -> dict | None:
     means = class_means(values, *taken)
     if before is not None:
         means = means - class_means(before, np.ones((len(means), 1)), taken[1])
-    low, high = np.nanpercentile(means[1:], [2.5, 97.5])
-    return {"mean": float(means[0]), "low": float(low), "high": float(high), "n": n}
+    draws, cases = int(known.any(1).sum()), int(known.any(0).sum())
+    independent = min(draws, cases) if draws > 1 else cases
+    low, high = metrics.interval(means[1:], independent)
+    return {"mean": float(means[0]), "low": low, "high": high, "n": n}
 
 
 def cell(score: dict | None, sign: str = "") -> str:
@@ -177,6 +184,8 @@ def cell(score: dict | None, sign: str = "") -> str:
     if score is None:
         return "–"
     mean, low, high = (f"{score[key]:{sign}.3f}" for key in ("mean", "low", "high"))
+    if np.isnan(score["low"]):
+        return f"{mean} [no interval]"
     return f"{mean} [{low}, {high}]"
 
 
@@ -401,17 +410,22 @@ def sentences(summary: dict, cases: int) -> str:
     """What the numbers say of the largest K, and what they can't say."""
     last = {method: list(scores["new"].values())[-1] for method, scores in summary.items()}
     best = max(last, key=lambda method: last[method]["mean"])
-    level = [m for m, score in last.items() if m != best and score["high"] >= last[best]["low"]]
-    below = [m for m in last if m != best and m not in level]
+    # A comparison with nan is false: without intervals no method is below the best one.
+    below = [m for m, score in last.items() if m != best and score["high"] < last[best]["low"]]
+    level = [m for m in last if m != best and m not in below]
+    no_intervals = np.isnan(last[best]["low"])
     k = list(summary[best]["new"])[-1]
     said = [f"At K = {k} {best} has the highest mean."]
-    if level:
+    if level and no_intervals:
+        said += ["One case has no interval: no difference between methods is shown."]
+    elif level:
         said += [f"Intervals that overlap with its own, no difference shown: {', '.join(level)}."]
     if below:
         said += [f"Intervals below its own: {', '.join(below)}."]
     said += ["Each method has one base model, whose luck is in all its numbers."]
     if cases < 50:
-        said += [f"{cases} test cases tell little: below 50 the intervals are too narrow."]
+        said += [f"{cases} test cases tell little: below 50 intervals tend to be too narrow."]
+    said += [f"{report.INTERVALS}; {report.ABSENT}."]
     return " ".join(said)
 
 

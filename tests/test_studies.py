@@ -316,8 +316,12 @@ def test_intervals_of_one_draw_are_those_of_the_metrics():
     assert ours["high"] == pytest.approx(theirs["high"], abs=0.01)
 
 
-def test_intervals_take_draws_and_cases_anew():
-    """Against the same thing in loops, with values that are not known."""
+def test_intervals_take_draws_and_cases_anew(monkeypatch):
+    """Against the same thing in loops, with values that are not known.
+
+    Plain percentiles are compared, since those of 5 draws are nearly the extremes.
+    """
+    monkeypatch.setattr(metrics, "interval_percentiles", lambda n: (2.5, 97.5))
     rng = np.random.default_rng(2)
     x = rng.random((5, 8, 2)) + rng.random((5, 1, 1))
     x[:, 1, 0] = x[0, 2, 1] = np.nan
@@ -340,6 +344,32 @@ def test_intervals_take_draws_and_cases_anew():
     assert studies.estimate(x * np.nan) is None
 
 
+@pytest.mark.parametrize(
+    "draws, cases, independent", [(1, 12, 12), (5, 12, 5), (5, 3, 3), (2, 50, 2)]
+)
+def test_intervals_are_expanded_for_the_fewest(draws, cases, independent, monkeypatch):
+    asked = []
+    monkeypatch.setattr(metrics, "interval_percentiles", lambda n: asked.append(n) or (2.5, 97.5))
+    x = np.random.default_rng(3).random((draws, cases + 1, 2))
+    x[:, -1] = np.nan  # a case that does not count
+    studies.estimate(x)
+    assert asked == [independent]
+
+
+def test_one_case_has_no_interval():
+    x = np.random.default_rng(4).random((3, 1, 1))
+    one = studies.estimate(x)
+    assert one["mean"] == pytest.approx(x.mean()) and np.isnan([one["low"], one["high"]]).all()
+    assert studies.cell(one) == f"{x.mean():.3f} [no interval]"
+    change = studies.estimate(x, x[:1])
+    assert np.isnan(change["low"]) and studies.cell(change, "+").endswith("[no interval]")
+
+    worse = one | {"mean": one["mean"] - 0.1}
+    summary = {"b": {"new": {4: worse}}, "a": {"new": {4: one}}}
+    text = studies.sentences(summary, 1)
+    assert "no difference between methods is shown" in text and "below its own" not in text
+
+
 @pytest.mark.parametrize("gap, said", [(0.0, "no difference shown: b"), (0.5, "below its own: b")])
 def test_what_is_said_comes_from_the_intervals(gap, said):
     a = {"mean": 0.8, "low": 0.7, "high": 0.9}
@@ -347,6 +377,7 @@ def test_what_is_said_comes_from_the_intervals(gap, said):
     summary = {"b": {"new": {0: None, 4: b}}, "a": {"new": {0: None, 4: a}}}
     text = studies.sentences(summary, 60)
     assert "At K = 4 a has the highest mean" in text and said in text and "tell little" not in text
+    assert "expanded percentile bootstrap" in text and "in no interval" in text
 
 
 # --- going on ------------------------------------------------------------------------------------
