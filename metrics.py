@@ -45,7 +45,7 @@ METRICS = (*OVERLAPS, "hd95", "assd", "nsd", "ap", "betti0_error", "betti1_error
 # Relative slack of the NSD's tolerance. A spacing that comes from a float32 affine or header is off
 # by up to 1e-7, so that five steps of 0.4 mm are 2.00000003 mm.
 SLACK = 1e-6
-FEW_MISSES = 5  # fewer missed cases than this say little of how often a case is missed
+FEW_FAILURES = 5  # fewer cases of Dice 0 than this say little of how often a case fails
 
 
 # --- one image ------------------------------------------------------------------------------------
@@ -216,14 +216,14 @@ def interval(resampled, n):
     return float(low), float(high)
 
 
-def miss_rate_bound(misses, n):
-    """Return the largest share of missed cases, 0-1, that `misses` of n leave possible.
+def failure_rate_bound(failures, n):
+    """Return the largest share of failed cases, 0-1, that `failures` of n leave possible.
 
-    This is the exact one-sided 95 % bound of Clopper and Pearson; without misses it is near 3 / n.
+    This is the exact one-sided 95 % bound of Clopper and Pearson; without failures it is near 3/n.
     """
-    if misses >= n:
+    if failures >= n:
         return 1.0
-    return float(betaincinv(misses + 1, n - misses, 0.95))
+    return float(betaincinv(failures + 1, n - failures, 0.95))
 
 
 def mean_ci(values, groups=None, resamples=2000, seed=0):
@@ -250,10 +250,10 @@ def mean_ci(values, groups=None, resamples=2000, seed=0):
     return {"mean": float(mean), "low": low, "high": high, "n": n}
 
 
-def _warning(n, missed):
-    """Return a line on why the intervals of n cases, of which `missed` are missed, say little.
+def _warning(n, failures):
+    """Return why the intervals of n cases, of which `failures` have Dice 0, say little.
 
-    None if there are 50 cases or more and FEW_MISSES of them or more are missed.
+    None if there are 50 cases or more and FEW_FAILURES of them or more have failed.
     """
     if n == 0:
         return "n = 0: no case counts"
@@ -262,11 +262,11 @@ def _warning(n, missed):
         parts.append("n = 1: one case has no interval")
     elif n < 50:
         parts.append(f"n = {n}: below 50 the 95 % intervals tend to be too narrow")
-    if missed < FEW_MISSES:
-        bound = 100 * miss_rate_bound(missed, n)
+    if failures < FEW_FAILURES:
+        bound = 100 * failure_rate_bound(failures, n)
         parts.append(
-            f"{missed} of {n} cases with a miss or false alarm: below {FEW_MISSES} the intervals "
-            f"tend to be too narrow, and the true share may be up to {bound:.2g} %"
+            f"{failures} of {n} cases have Dice 0, too few for a good interval: "
+            f"their true share may be up to {bound:.2g} %"
         )
     return "; ".join(parts) or None
 
@@ -285,7 +285,8 @@ def _summary(rows, class_names, metrics):
         if row["in_truth"] != row["in_pred"]
     }
     summary["misses"] = len(missed)
-    warning = _warning(summary["n"], len({cases[image] for image, _ in missed}))
+    failed = {cases[image] for image, row in zip(images, rows) if row["dice"] == 0}
+    warning = _warning(summary["n"], len(failed))
     if warning:
         summary["warning"] = warning
     for metric in metrics:
@@ -319,13 +320,12 @@ def summarise(rows, class_names):
     "class"; several of one name and class are its components, and their mean is the image's score.
     class_names: without the background; a single one means binary or prompted masks.
     Returns images, n (patients where known, else images), misses (an image once a class, however
-    many components miss), a warning if n < 50 or fewer than FEW_MISSES cases (patients where known)
-    have a miss, `mean_ci` of every metric and dice_pooled, iou_pooled and so on. With several
-    classes these are means over the classes, and "classes" holds the same for each class, over the
-    images that have it; pooled counts are of all images, since specificity is about where a class
-    is not. Rows of another class are the background's, with tp, fp and fn alone: they count in
-    `macro_f1_pooled`, what the GI-tract study (and torchmetrics' macro F1) calls Dice, and nowhere
-    else.
+    many components miss), a warning if n < 50 or if fewer than FEW_FAILURES cases have Dice 0,
+    `mean_ci` of every metric and dice_pooled, iou_pooled and so on. With several classes these are
+    means over the classes, and "classes" holds the same for each class, over the images that have
+    it; pooled counts are of all images, since specificity is about where a class is not. Rows of
+    another class are the background's, with tp, fp and fn alone: they count in `macro_f1_pooled`,
+    what the GI-tract study (and torchmetrics' macro F1) calls Dice, and nowhere else.
     """
     metrics = [metric for metric in METRICS if metric in rows[0]]
     if len(class_names) == 1:

@@ -334,7 +334,8 @@ def table(summary: dict) -> str:
     what = "classes in images" if classes else "images"
     lines.append(f"  misses and false alarms: {summary['misses']} of {cases} {what}")
     if "warning" in summary:
-        lines.append(f"  {summary['warning']}")
+        for warning in summary["warning"].split("; "):
+            lines.append(f"  {warning}")
     return "\n".join(lines)
 
 

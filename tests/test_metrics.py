@@ -1,10 +1,14 @@
 """metrics.py against monai, scipy and numbers computed by hand."""
 
 import json
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from conftest import command, rows
 from monai.metrics import (
     compute_average_surface_distance,
     compute_dice,
@@ -12,11 +16,18 @@ from monai.metrics import (
     compute_iou,
     compute_surface_dice,
 )
+from PIL import Image
 from scipy.ndimage import gaussian_filter
 from scipy.spatial.transform import Rotation
 from scipy.stats import beta, bootstrap, norm, t
 
+import evaluate
 import metrics
+import options as command_line
+import predict
+import report
+import train
+import volumes
 
 
 def random_mask(rng, shape):
@@ -297,11 +308,11 @@ def test_one_case_has_no_interval(groups):
     assert np.isnan(metrics.mean_ci([[0.5, 0.9]])["low"])  # one case, two classes
 
 
-def test_bound_of_the_miss_rate():
-    """The exact bound: with this rate so few misses or fewer happen in 5 % of all test sets."""
-    assert metrics.miss_rate_bound(0, 100) == pytest.approx(1 - 0.05 ** (1 / 100))
-    assert metrics.miss_rate_bound(3, 50) == pytest.approx(beta.ppf(0.95, 4, 47))
-    assert metrics.miss_rate_bound(1, 1) == 1
+def test_bound_of_the_failure_rate():
+    """The exact bound: with this rate so few failures or fewer happen in 5 % of all test sets."""
+    assert metrics.failure_rate_bound(0, 100) == pytest.approx(1 - 0.05 ** (1 / 100))
+    assert metrics.failure_rate_bound(3, 50) == pytest.approx(beta.ppf(0.95, 4, 47))
+    assert metrics.failure_rate_bound(1, 1) == 1
 
 
 def test_interval_is_seeded_and_does_not_depend_on_the_order():
@@ -366,7 +377,7 @@ def test_coverage_where_misses_are_rare(n, misses, plain, expanded):
     Expanding mends what small samples lack: 20 cases without misses go from 0.92 to 0.94. It does
     not mend rare misses. A third of all samples of 50 cases, and an eighth of those of 100, hold
     none of the 2 % that are missed, and no bootstrap resamples what a sample does not contain:
-    that is why a summary warns of fewer than 5 misses and gives the bound of their rate.
+    that is why a summary warns of fewer than 5 failures and gives the bound of their rate.
     """
     rng = np.random.default_rng(0)
     true_mean = 0.9 * (1 - misses)
@@ -445,14 +456,14 @@ def test_summary_of_binary_masks():
     [
         (49, 5, ["n = 49: below 50 the 95 % intervals tend to be too narrow"]),
         (50, 5, []),
-        (50, 4, ["4 of 50 cases", "may be up to 17 %"]),
+        (50, 4, ["4 of 50 cases have Dice 0", "may be up to 17 %"]),
         (50, 1, ["1 of 50 cases", "may be up to 9.1 %"]),
         (100, 0, ["0 of 100 cases", "may be up to 3 %"]),
         (20, 0, ["n = 20: below 50", "0 of 20 cases", "may be up to 14 %"]),
         (1, 0, ["n = 1: one case has no interval", "0 of 1 cases"]),
     ],
 )
-def test_warnings_of_few_cases_and_of_few_misses(count, misses, warnings):
+def test_warnings_of_few_cases_and_of_few_failures(count, misses, warnings):
     cases = {f"{i}": [(EMPTY if i < misses else SQUARE, SQUARE)] for i in range(count)}
     summary = metrics.summarise(rows_of(cases, ["polyp"]), ["polyp"])
     assert ("warning" in summary) == bool(warnings)
@@ -460,8 +471,14 @@ def test_warnings_of_few_cases_and_of_few_misses(count, misses, warnings):
         assert warning in summary["warning"]
 
 
-def test_few_misses_are_counted_in_patients():
-    """Eight missed images of two patients are two missed cases."""
+def test_a_mask_beside_the_target_is_a_failure_too():
+    cases = {f"{i}": [(square((20, 20)) if i < 5 else SQUARE, SQUARE)] for i in range(60)}
+    summary = metrics.summarise(rows_of(cases, ["polyp"]), ["polyp"])
+    assert summary["misses"] == 0 and "warning" not in summary
+
+
+def test_few_failures_are_counted_in_patients():
+    """Eight missed images of two patients are two failed cases."""
     cases = {(f"{i}", f"{i // 4}"): [(EMPTY if i < 8 else SQUARE, SQUARE)] for i in range(240)}
     summary = metrics.summarise(rows_of(cases, ["polyp"]), ["polyp"])
     assert summary["misses"] == 8 and summary["n"] == 60
@@ -580,3 +597,111 @@ def test_rows_may_carry_ap_and_betti_errors():
     assert summary["betti0_error"]["mean"] == pytest.approx(4 / 3)
     assert summary["betti1_error"]["mean"] == pytest.approx(2 / 3)
     assert "ap" not in metrics.summarise(components("1", None, [0.5]), ["polyp"])
+
+
+# --- the tolerance, the intervals and the warnings of a run -----------------------------------------
+
+
+def monai_nsd(pred, truth, tolerance, spacing=None):
+    """monai's surface Dice of two masks that are not both empty."""
+    masks = [torch.tensor(mask)[None, None] for mask in (pred, truth)]
+    where = {"class_thresholds": [tolerance], "include_background": True, "spacing": spacing}
+    return compute_surface_dice(*masks, **where).nan_to_num(0).item()
+
+
+def test_the_nsd_tolerance_of_a_run(options, demo, tmp_path, monkeypatch, capsys):
+    """It is printed with its unit, stands in summary.json, and later tests of the run keep it."""
+    options = replace(options, epochs=1, overlays=0, nsd_tolerance=2.5, val_distances=True)
+    options = replace(options, threshold=0.1)  # below what a new model says, so that masks are full
+    train.run(options)
+    out = capsys.readouterr().out
+    assert "nsd (2.5 px)" in out and "hd95 (px)" in out and "assd (px)" in out
+    assert out.count("expanded percentile bootstrap") == 1
+    assert out.count("failures that the test cases do not contain are in no interval") == 1
+    run = Path(options.out)
+    summary = json.loads((run / "test" / "summary.json").read_text())
+    scores = summary["tests"]["demo"]
+    assert scores["nsd_tolerance"] == 2.5 and scores["distance_unit"] == "px"
+    assert summary["intervals"] == "95 % intervals: expanded percentile bootstrap"
+
+    # monai scores the masks that predict.py writes.
+    masks = tmp_path / "masks"
+    arguments = demo, "--weights", run, "--out", masks, "--device", "cpu"
+    assert command(monkeypatch, capsys, predict, *arguments)[0] == 0
+
+    def nsd_of_files(tolerance):
+        values = []
+        for row in rows(run / "test" / "per_image.csv"):
+            mask = np.asarray(Image.open(masks / f"{row['name']}.png")) > 0
+            truth = np.asarray(Image.open(demo / "masks" / f"{row['name']}.png")) > 0
+            values.append(monai_nsd(mask, truth, tolerance))
+        return np.mean(values)
+
+    assert scores["nsd"]["mean"] == pytest.approx(nsd_of_files(2.5), abs=1e-6)
+
+    # A test of the run keeps its tolerance, or takes another one.
+    for given, tolerance in ((None, 2.5), (1.0, 1.0)):
+        again = command_line.Options(
+            weights=options.out, eval=True, test=[f"{demo}:test"], out=str(tmp_path / f"{given}"),
+            cache=options.cache, workers=0, overlays=0, nsd_tolerance=given,
+        )  # fmt: skip
+        tested = train.run(again)["tests"]["demo"]
+        assert tested["nsd_tolerance"] == tolerance
+        assert tested["nsd"]["mean"] == pytest.approx(nsd_of_files(tolerance), abs=1e-6)
+        assert f"nsd ({tolerance:g} px)" in capsys.readouterr().out
+
+
+def test_validation_scores_nsd_at_the_tolerance(monkeypatch):
+    """The tolerance reaches validation too, which scores distances with --val-distances."""
+    pred, truth = np.stack([SQUARE])[None], torch.tensor(np.roll(SQUARE, 3, 0))[None].long()
+    item = {"dataset": "d", "name": "a", "group": None, "prompt": "", "truth": truth}
+    monkeypatch.setattr(
+        evaluate, "predictions", lambda *_: iter([(dict(item), pred[0].astype(float), None)])
+    )
+    dataset = SimpleNamespace(classes=("polyp",))
+    model = SimpleNamespace(config=SimpleNamespace(threshold=0.5))
+    for tolerance in (1.0, 2.0, 3.0):
+        options = SimpleNamespace(val_distances=True, tolerance=tolerance)
+        scores = evaluate.validate(model, None, dataset, options)
+        expected = monai_nsd(SQUARE, np.roll(SQUARE, 3, 0), tolerance)
+        assert scores["val_nsd"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_nsd_tolerance_of_volumes_is_in_mm():
+    rng = np.random.default_rng(5)
+    pred, truth = random_mask(rng, (12, 10, 8)), random_mask(rng, (12, 10, 8))
+    item = {"dataset": "d", "name": "a", "group": None, "prompt": ""}
+    item |= {"truth": torch.tensor(truth)[None].long(), "spacing": (0.8, 0.8, 2.5)}
+    (row,) = evaluate.score(item, pred[None], ("liver",), pred[None].astype(float), 1.6)
+    assert row["nsd"] == pytest.approx(monai_nsd(pred, truth, 1.6, (0.8, 0.8, 2.5)), abs=1e-6)
+
+    dataset = volumes.VolumeSet.__new__(volumes.VolumeSet)
+    dataset.classes = ("liver",)
+    summary = evaluate.summarise([row], dataset, command_line.Options(nsd_tolerance=1.6))
+    assert summary["nsd_tolerance"] == 1.6 and summary["distance_unit"] == "mm"
+    table = report.table(summary)
+    assert "nsd (1.6 mm)" in table and "hd95 (mm)" in table
+
+
+def test_tables_say_that_one_case_has_no_interval(tmp_path):
+    summary = metrics.summarise(rows_of({"a": [(HALF, SQUARE)]}, ["polyp"]), ["polyp"])
+    for text in (report.table(summary), report.study_table({"p1": summary})):
+        assert "0.6667 [no interval]" in text.replace("  [", " [") and "n=1" in text
+    assert "n = 1: one case has no interval" in report.table(summary)
+    report.write_json(tmp_path / "summary.json", summary)
+    written = json.loads((tmp_path / "summary.json").read_text())
+    assert written["dice"]["low"] is None and written["dice"]["high"] is None
+
+
+@pytest.mark.parametrize("tolerance", ["0", "-1", "nan", "inf", "2mm"])
+def test_an_nsd_tolerance_that_is_none_is_one_line(tolerance, demo, tmp_path, monkeypatch, capsys):
+    arguments = "--data", demo, "--out", tmp_path / "run", "--nsd-tolerance", tolerance
+    code, _, err = command(monkeypatch, capsys, train, *arguments)
+    assert code == 2 and "--nsd-tolerance" in err and err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_nsd_tolerance_where_nothing_is_measured(demo, tmp_path, monkeypatch, capsys):
+    arguments = "--data", demo, "--out", tmp_path / "run", "--nsd-tolerance", 2, "--prompt-study"
+    code, _, err = command(monkeypatch, capsys, train, *arguments, "--model", "clipseg")
+    assert code == 2 and err == "error: --nsd-tolerance: does nothing here, drop it\n"
