@@ -117,7 +117,8 @@ class GITractAugment:
     def __call__(self, image, mask, prompt: str, size: int, rng, classes=()):
         """uint8 (3,H,W), int64 (H,W), str -> uint8 (3,size,size), int64 (size,size), str.
 
-        quirk: flips whatever the classes are called.
+        quirk: flips whatever the classes are called. Where nearest neighbour falls exactly between
+        two source pixels, the result may differ by one source pixel from OpenCV's.
         """
         both = image, mask[None].to(torch.uint8)
         both = [F.interpolate(x[None], (size, size))[0] for x in both]  # nearest, as cv2 finds it

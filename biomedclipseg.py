@@ -427,7 +427,11 @@ def preprocess(image, config: Config) -> Tensor:
 
 
 def preprocess_mask(mask: Tensor, config: Config) -> Tensor:
-    """mask (H,W) in 0..1 -> (1,S,S) float32 in the geometry of `preprocess`, to train with."""
+    """mask (H,W) in 0..1 -> (1,S,S) float32 in the geometry of `preprocess`, to train with.
+
+    Nearest neighbour. Where a position falls exactly between two source pixels, the result may
+    differ by one source pixel from that of PIL or OpenCV.
+    """
     size = (config.image_size, config.image_size)
     return F.interpolate(mask[None, None].float(), size, mode="nearest-exact")[0]  # PIL's nearest
 

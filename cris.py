@@ -439,7 +439,11 @@ def preprocess(image, config: Config) -> Tensor:
 
 
 def preprocess_mask(mask: Tensor, config: Config) -> Tensor:
-    """mask (H,W) in 0..1 -> (1,S,S) float32 in the geometry of `preprocess`, to train with."""
+    """mask (H,W) in 0..1 -> (1,S,S) float32 in the geometry of `preprocess`, to train with.
+
+    Nearest neighbour (letterbox: bilinear). Where a position falls exactly between two source
+    pixels, the result may differ by one source pixel from that of PIL or OpenCV.
+    """
     size, mask = (config.image_size, config.image_size), mask[None].float()
     if config.pixels == "letterbox":
         return letterbox(mask, size, "bilinear")

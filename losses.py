@@ -1,5 +1,10 @@
 """Losses, each written out.
 
+All want float32 (or float64) logits and probabilities, and the Dice losses refuse others with a
+ValueError. In float16 a sum over more than 65,504 pixels is infinite: Dice would be 1 whatever the
+prediction, and cross entropy NaN. In bfloat16 sums keep three digits. Under autocast, convert first
+(`logits.float()`), as the training loop does.
+
 Soft Dice has many spellings; ours, per image and class, with p the probability and t the target, is
 
     dice_loss = 1 - (2 sum(p t) + smooth) / (sum(p) + sum(t) + smooth)
@@ -16,11 +21,19 @@ from scipy.ndimage import generate_binary_structure, minimum_filter
 from torch import Tensor
 
 
+def check_precision(x: Tensor) -> None:
+    """Raise ValueError if x is in half precision, in which sums over pixels overflow or round."""
+    if x.dtype in (torch.float16, torch.bfloat16):
+        raise ValueError(f"losses need float32 or float64, got {x.dtype}; convert with .float()")
+
+
 def dice_loss(p: Tensor, t: Tensor, smooth: float = 1.0, keep: Tensor | None = None) -> Tensor:
     """Probabilities and targets in 0..1, (B,C,*S) -> loss per image and class (B,C).
 
-    `keep`, of a shape that broadcasts to theirs, is 0 where a pixel does not count.
+    `keep`, of a shape that broadcasts to theirs, is 0 where a pixel does not count. Raises
+    ValueError if p is in half precision.
     """
+    check_precision(p)
     if keep is not None:
         p, t = p * keep, t * keep
     p, t = p.flatten(2), t.flatten(2)  # (B,C,N)
@@ -150,8 +163,10 @@ def cldice_loss(
     Probabilities and targets in 0..1, (B,C,H,W), and `keep` as for `dice_loss` -> loss per image
     and class (B,C). `iterations` as for `soft_skeleton`. Beside `topological_loss` the one that is
     pooling alone and never leaves the GPU (on the CPU it is the dearer one), but it adds up how
-    much of the lines is missed or invented, whether or not that tears or joins anything.
+    much of the lines is missed or invented, whether or not that tears or joins anything. Raises
+    ValueError if p is in half precision.
     """
+    check_precision(p)
     if keep is not None:
         p, t = p * keep, t * keep
     lines_p, lines_t = (soft_skeleton(x, iterations).flatten(2) for x in (p, t))  # (B,C,N)

@@ -605,7 +605,11 @@ def preprocess(image, config: Config) -> Tensor:
 
 
 def preprocess_mask(mask: Tensor, config: Config) -> Tensor:
-    """mask (H,W) -> (1,S,S) float32 in the geometry of `preprocess`, to train with."""
+    """mask (H,W) -> (1,S,S) float32 in the geometry of `preprocess`, to train with.
+
+    Nearest neighbour. Where a position falls exactly between two source pixels, the result may
+    differ by one source pixel from that of PIL or OpenCV.
+    """
     h, w = frame_size(mask.shape, config)
     mask = F.interpolate(mask[None, None].float(), (h, w), mode="nearest-exact")[0]  # PIL's nearest
     return F.pad(mask, (0, config.image_size - w, 0, config.image_size - h))  # (1,S,S)

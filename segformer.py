@@ -366,7 +366,11 @@ def preprocess(image, config: Config) -> Tensor:
 
 
 def preprocess_mask(mask: Tensor, config: Config) -> Tensor:
-    """mask (H,W) of class numbers -> (1,S,S) float32 in the geometry of `preprocess`."""
+    """mask (H,W) of class numbers -> (1,S,S) float32 in the geometry of `preprocess`.
+
+    Nearest neighbour. Where a position falls exactly between two source pixels, the result may
+    differ by one source pixel from that of PIL or OpenCV.
+    """
     mode = "nearest" if config.resample == "cv2 nearest" else "nearest-exact"  # which is PIL's
     return F.interpolate(mask[None, None].float(), (config.image_size,) * 2, mode=mode)[0]
 

@@ -10,7 +10,8 @@ CLIP: Radford et al. 2021 (arXiv 2103.00020); official code openai/CLIP, clip/si
     look up, add start and end, cut, pad           49406 273 6833 814 261 320 11021 49407 0 ...
 
 Left out: `ftfy`, which repairs broken encodings first. Only texts with mojibake, ligatures, curly
-quotes, full-width or decomposed characters differ; write such prompts in plain characters.
+quotes, full-width or decomposed characters, or control characters (which it removes) differ; write
+such prompts in plain characters.
 
 `clip_merges.txt.xz` holds OpenAI's merge table (MIT licence, Copyright (c) 2021 OpenAI): lines 2 to
 48,895 of bpe_simple_vocab_16e6.txt.gz (the rest is not used), which openai/CLIP and the wheel of

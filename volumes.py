@@ -282,7 +282,8 @@ def _at_all(x: Tensor, positions: Sequence[Tensor], nearest: bool = False) -> Te
 def resample(x: Tensor, size, ratio, nearest: bool = False) -> Tensor:
     """x (C,X,Y,Z) -> (C,*size): index j of an axis is x at j * ratio, beyond the border as on it.
 
-    Linear, or `nearest` for labels. As MONAI's Spacing does it.
+    Linear, or `nearest` for labels. As MONAI's Spacing does it. Where nearest falls exactly between
+    two source voxels, libraries differ by one source voxel.
     """
     steps = [torch.arange(n, dtype=torch.float64) * r for n, r in zip(size, ratio)]
     return _at_all(x, steps, nearest)

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from monai.losses import DiceLoss
 
-from losses import dice_bce, dice_ce, dice_loss
+from losses import cldice_loss, dice_bce, dice_ce, dice_loss, gi_tract_dice_ce
 
 torch.manual_seed(0)
 LOGITS = torch.randn(3, 2, 9, 7, dtype=torch.float64)
@@ -89,3 +89,15 @@ def test_gradients():
     assert torch.autograd.gradcheck(lambda x: dice_bce(x, MASKS)[0], logits)
     target = torch.randint(0, 2, (3, 9, 7))
     assert torch.autograd.gradcheck(lambda x: dice_ce(x, target)[0], logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("loss", [dice_bce, dice_ce, gi_tract_dice_ce, dice_loss, cldice_loss])
+def test_half_precision_is_refused(loss, dtype):
+    """In float16 the sums of a 352-pixel mask overflow: Dice was 1 whatever the prediction."""
+    logits = torch.zeros(1, 2, 352, 352)
+    masks = torch.ones(1, 2, 352, 352)
+    target = masks[:, 0].long() if loss in (dice_ce, gi_tract_dice_ce) else masks
+    loss(logits, target)
+    with pytest.raises(ValueError, match="losses need float32 or float64"):
+        loss(logits.to(dtype), target)
