@@ -5,13 +5,20 @@
 
 The name of the file says what is in it: a changed weight, setting or image is another file. A run
 that was killed left whole rows, and the next one goes on behind them.
+
+The file is a .npy of records, each a row and the CRC-32 of its number and its bytes. `keep` checks
+all rows and computes damaged ones again; `Rows` checks each row at its first read in a process.
 """
 
 import hashlib
 import os
 import shutil
+import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -30,21 +37,77 @@ def fingerprint(tensors: dict[str, Tensor], *settings) -> str:
     return key.hexdigest()[:24]
 
 
-def whole_rows(part: Path) -> int:
-    """How many rows a killed run left; a row that was cut, or a cut header, is taken away."""
+@dataclass(frozen=True)
+class Header:
+    """What the header of a file says: where the rows begin, how many, and their values."""
+
+    size: int  # bytes before the first record
+    count: int
+    kind: np.dtype  # of the values
+    shape: tuple[int, ...]  # of a row
+
+    @property
+    def record(self) -> int:
+        """Bytes of a record: the row and its checksum."""
+        return record_dtype(self.kind, self.shape).itemsize
+
+
+def record_dtype(kind: np.dtype, shape: tuple[int, ...]) -> np.dtype:
+    """Return the dtype of a record: a row of this shape, then its checksum."""
+    return np.dtype([("row", kind, shape), ("checksum", "<u4")])
+
+
+def checksum(number: int, values) -> int:
+    """Return the CRC-32 of a row's number and of its bytes, so that a row has a place, too."""
+    return zlib.crc32(values, number)
+
+
+def is_intact(number: int, record: bytes) -> bool:
+    """Return True if a record's checksum is that of its number and row."""
+    values = memoryview(record)[:-4]
+    return checksum(number, values) == int.from_bytes(record[-4:], "little")
+
+
+def read_header(file: BinaryIO) -> Header | None:
+    """Return the header of an open file, which then stands at the first record.
+
+    None if it is damaged, or if it is of an older version, whose rows had no checksum.
+    """
     try:
-        with open(part, "rb+") as file:
-            npy.read_magic(file)
-            shape, _, dtype = npy.read_array_header_1_0(file)
-            header, size = file.tell(), int(np.prod(shape[1:])) * dtype.itemsize
-            done = (part.stat().st_size - header) // size
-            file.truncate(header + done * size if done else 0)
+        npy.read_magic(file)
+        shape, _, dtype = npy.read_array_header_1_0(file)
+    except Exception:  # numpy raises errors of many kinds for the bytes of a damaged header
+        return None
+    if dtype.names != ("row", "checksum") or len(shape) != 1:
+        return None
+    values, row_shape = dtype["row"].base, dtype["row"].shape
+    if dtype != record_dtype(values, row_shape):
+        return None
+    return Header(file.tell(), shape[0], values, row_shape)
+
+
+def damaged_rows(file: BinaryIO, header: Header) -> Iterator[int]:
+    """Yield the numbers of all rows that are missing, cut or changed, reading the whole file."""
+    file.seek(header.size)
+    numbers = range(header.count)
+    for number in tqdm(numbers, "check", unit="row", disable=None, leave=False):
+        record = file.read(header.record)
+        if len(record) < header.record or not is_intact(number, record):
+            yield number
+
+
+def whole_rows(part: Path) -> int:
+    """Return how many whole rows a killed run left; cut away the first damaged one and the rest."""
+    if not part.is_file():
+        return 0
+    with open(part, "rb+") as file:
+        header = read_header(file)
+        if header is not None:
+            done = next(damaged_rows(file, header), header.count)
+            file.truncate(header.size + done * header.record if done else 0)
             return done
-    except FileNotFoundError:
-        return 0
-    except ValueError:
-        part.unlink()
-        return 0
+    part.unlink()
+    return 0
 
 
 def keep(
@@ -53,14 +116,63 @@ def keep(
     """Rows 0 to n-1 as `dtype` (n, ...), mapped read-only from `path`, computed if it is not there.
 
     dtype: float16 or float32. `compute(start)` yields the rows from number `start` on, tensors of
-    one shape. The size is told before anything is written. Raises OSError, one line, if the disk
-    has no room for it.
+    one shape. The size is told before anything is written. Rows of a file that are damaged are
+    computed again, as is a whole file of an older version; a printed line says so. Raises OSError,
+    one line, if the disk has no room for it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    kind = np.dtype(dtype).newbyteorder("<")
     with FileLock(path.with_suffix(".lock")):  # another run may be at the same file: wait for it
+        if path.is_file() and not _repair(path, n, compute, kind):
+            print(f"{path}: damaged or of an older version; computing all of it again", flush=True)
+            path.unlink()
         if not path.is_file():
-            _compute(path, n, compute, what, np.dtype(dtype).newbyteorder("<"))
-    return np.load(path, mmap_mode="r")
+            _compute(path, n, compute, what, kind)
+    return np.load(path, mmap_mode="r")["row"]
+
+
+def _repair(path: Path, n: int, compute: Callable, kind: np.dtype) -> bool:
+    """Compute the damaged rows of a file again, in place; False if its header is not right.
+
+    Other runs may have mapped the file: it is not replaced and never becomes shorter.
+    """
+    with open(path, "rb+") as file:
+        header = read_header(file)
+        if header is None or (header.count, header.kind) != (n, kind):
+            return False
+        damaged = list(damaged_rows(file, header))
+        if not damaged:
+            return True
+        count = f"{len(damaged)} of {n} rows are damaged, the first is row {damaged[0]}"
+        print(f"{path}: {count}; computing them again", flush=True)
+
+        for start, length in _runs(damaged):
+            for number, tensor in enumerate(islice(compute(start), length), start):
+                if tuple(tensor.shape) != header.shape:
+                    return False
+                file.seek(header.size + number * header.record)
+                file.write(_record(number, tensor, kind))
+        file.flush()
+        os.fsync(file.fileno())
+    return True
+
+
+def _runs(numbers: list[int]) -> list[tuple[int, int]]:
+    """Return sorted numbers as runs of consecutive ones: (first, length) each."""
+    runs = []
+    for number in numbers:
+        if runs and number == sum(runs[-1]):
+            first, length = runs.pop()
+            runs.append((first, length + 1))
+        else:
+            runs.append((number, 1))
+    return runs
+
+
+def _record(number: int, tensor: Tensor, kind: np.dtype) -> bytes:
+    """Return the bytes of a row and its checksum."""
+    values = tensor.to("cpu").numpy().astype(kind).tobytes()
+    return values + checksum(number, values).to_bytes(4, "little")
 
 
 def _compute(path: Path, n: int, compute: Callable, what: str, kind: np.dtype) -> None:
@@ -69,17 +181,18 @@ def _compute(path: Path, n: int, compute: Callable, what: str, kind: np.dtype) -
     start = whole_rows(part)
     with open(part, "ab") as file, tqdm(None, what, n, False, initial=start, disable=None) as bar:
         for number, tensor in enumerate(compute(start) if start < n else (), start):
-            row = tensor.to("cpu").numpy().astype(kind)
+            record = _record(number, tensor, kind)
             if number == start:
-                need, free = (n - start) * row.nbytes, shutil.disk_usage(path.parent).free
+                need, free = (n - start) * len(record), shutil.disk_usage(path.parent).free
                 print(f"keeping {what} in {path} ({need / 1e6:,.1f} MB)", flush=True)
                 if need > free:
                     short = f"{need / 1e6:,.0f} MB needed, {free / 1e6:,.0f} MB free"
                     raise OSError(f"{path.parent}: {short}; choose another folder with --cache")
             if number == 0:
-                head = {"descr": kind.str, "fortran_order": False, "shape": (n, *row.shape)}
+                descr = npy.dtype_to_descr(record_dtype(kind, tuple(tensor.shape)))
+                head = {"descr": descr, "fortran_order": False, "shape": (n,)}
                 npy.write_array_header_1_0(file, head)
-            file.write(row.tobytes())
+            file.write(record)
             bar.update()
         file.flush()
         os.fsync(file.fileno())
@@ -90,13 +203,27 @@ class Rows:
     """The rows of a file that `keep` made, as tensors; mapped on first use, in each process."""
 
     def __init__(self, path: Path):
-        self.path, self._rows = path, None
+        self.path = path
+        self._records = None
+        self._checked = None
 
     def __getstate__(self):
-        return {"path": self.path, "_rows": None}  # pickling a memory map would copy it
+        # Pickling a memory map would copy it.
+        return {"path": self.path, "_records": None, "_checked": None}
 
     def __getitem__(self, i: int) -> Tensor:
-        """Row i, of the dtype that it was kept in."""
-        if self._rows is None:
-            self._rows = np.load(self.path, mmap_mode="r")
-        return torch.from_numpy(self._rows[i].copy())
+        """Return row i, of the dtype that it was kept in.
+
+        Raises OSError, one line, if it was damaged since `keep` checked it. Each process checks a
+        row when it reads it for the first time.
+        """
+        if self._records is None:
+            self._records = np.load(self.path, mmap_mode="r")
+            self._checked = np.zeros(len(self._records), bool)
+        values = self._records["row"][i].copy()
+        if not self._checked[i]:
+            if checksum(i, values) != self._records["checksum"][i]:
+                hint = "run again with --resume, which computes it again"
+                raise OSError(f"{self.path}: row {i} was damaged while this run read it; {hint}")
+            self._checked[i] = True
+        return torch.from_numpy(values)

@@ -1,10 +1,12 @@
 """Kept features: computed once, gone on with after a kill, noticed when anything changes."""
 
 import os
+import pickle
 import signal
 import subprocess
 import sys
 import time
+import zlib
 
 import numpy as np
 import pytest
@@ -36,9 +38,27 @@ def test_rows_are_computed_once(tmp_path, capsys):
     assert "features of 5 images" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("left", [1, 60, 128, 128 + 5, 128 + 12, 128 + 30, 128 + 60])
+HEADER, RECORD = 192, 16  # bytes; six float16 and four of the checksum
+KEPT = HEADER + 5 * RECORD
+
+
+def made(path, starts=None):
+    """Five rows in a file; `starts` collects where each computation began."""
+
+    def compute(start):
+        if starts is not None:
+            starts.append(start)
+        return map(row, range(start, 5))
+
+    return features.keep(path, 5, compute, "five rows")
+
+
+@pytest.mark.parametrize(
+    "left",
+    [1, 60, 192, 192 + 5, 192 + 12, 192 + 16, 192 + 31, 192 + 32, 192 + 79, 192 + 80],
+)
 def test_what_a_killed_run_left_is_gone_on_from(left, tmp_path):
-    """`left` bytes were written: a cut header, whole rows of 12 bytes, or a cut row."""
+    """`left` bytes were written: a cut header, whole rows of 16 bytes, or a cut row."""
     whole = tmp_path / "whole.npy"
     features.keep(whole, 5, lambda start: map(row, range(start, 5)), "")
     starts, path = [], tmp_path / "key.npy"
@@ -49,8 +69,150 @@ def test_what_a_killed_run_left_is_gone_on_from(left, tmp_path):
         return map(row, range(start, 5))
 
     features.keep(path, 5, compute, "")
-    assert starts == ([max(0, left - 128) // 12] if left < 128 + 60 else [])
+    assert starts == ([max(0, left - HEADER) // RECORD] if left < KEPT else [])
     assert path.read_bytes() == whole.read_bytes()
+
+
+def test_the_file_is_a_npy_of_rows_and_their_crc(tmp_path):
+    """As anyone can check with numpy and zlib alone."""
+    path = tmp_path / "key.npy"
+    made(path)
+    assert path.stat().st_size == KEPT
+    records = np.load(path)
+    for i, record in enumerate(records):
+        values = row(i).numpy().astype("<f2")
+        np.testing.assert_array_equal(record["row"], values)
+        assert record["checksum"] == zlib.crc32(values.tobytes(), i)
+
+
+def zero(start, stop=None):
+    def change(content):
+        end = len(content) if stop is None else stop
+        return content[:start] + bytes(end - start) + content[end:]
+
+    return change
+
+
+def flip(place):
+    return lambda content: content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+
+
+def swap(content):
+    """Rows 1 and 2 in each other's place, each with its own checksum."""
+    first, second = HEADER + RECORD, HEADER + 2 * RECORD
+    rest = second + RECORD
+    return content[:first] + content[second:rest] + content[first:second] + content[rest:]
+
+
+DAMAGE = {  # what happened to the file -> where computing began again
+    "all of it is zero": (zero(0), [0]),
+    "its header is zero": (zero(0, HEADER), [0]),
+    "its rows are zero": (zero(HEADER), [0]),
+    "its tail is zero": (zero(HEADER + 3 * RECORD), [3]),
+    "a row is zero": (zero(HEADER + RECORD, HEADER + 2 * RECORD), [1]),
+    "half a row is zero": (zero(HEADER + RECORD, HEADER + RECORD + 8), [1]),
+    "a bit of the first row": (flip(HEADER + 3), [0]),
+    "a bit of the last row": (flip(HEADER + 4 * RECORD), [4]),
+    "a bit of a checksum": (flip(HEADER + 3 * RECORD - 1), [2]),
+    "two places": (lambda x: flip(HEADER)(flip(HEADER + 3 * RECORD)(x)), [0, 3]),
+    "a bit of the dtype": (lambda x: x.replace(b"<f2", b"<i2"), [0]),
+    "a bit of the shape": (lambda x: x.replace(b"(2, 3)", b"(3, 3)"), [0, 0]),
+    "a bit of the number of rows": (lambda x: x.replace(b"(5,)", b"(4,)"), [0]),
+    "a bracket of the header": (lambda x: x.replace(b"(5,)", b"(5,("), [0]),
+    "its end is cut off": (lambda x: x[: HEADER + 2 * RECORD + 7], [2]),
+    "nothing is left": (lambda x: b"", [0]),
+    "rows changed places": (swap, [1]),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damage_is_computed_again_and_said(damage, tmp_path, capsys):
+    change, expected = DAMAGE[damage]
+    path = tmp_path / "key.npy"
+    made(path)
+    whole = path.read_bytes()
+    damaged = change(whole)
+    assert damaged != whole
+    path.write_bytes(damaged)
+    capsys.readouterr()
+    starts = []
+    rows = made(path, starts)
+    np.testing.assert_array_equal(rows, torch.stack([row(i) for i in range(5)]).numpy())
+    assert starts == expected
+    assert path.read_bytes() == whole
+    said = [line for line in capsys.readouterr().out.splitlines() if "computing" in line]
+    assert said and all(line.startswith(f"{path}: ") for line in said)
+    made(path, starts)
+    assert starts == expected and "computing" not in capsys.readouterr().out
+
+
+def test_only_damaged_rows_are_computed_again(tmp_path):
+    path = tmp_path / "key.npy"
+    computed = []
+
+    def compute(start):
+        for i in range(start, 100):
+            computed.append(i)
+            yield row(i)
+
+    features.keep(path, 100, compute, "")
+    with open(path, "rb+") as file:
+        for i in (7, 8, 9, 50, 99):
+            file.seek(HEADER + i * RECORD + 2)
+            file.write(b"\xff")
+    computed.clear()
+    features.keep(path, 100, compute, "")
+    assert computed == [7, 8, 9, 50, 99]
+
+
+@pytest.mark.parametrize("kind", ["float16", "float32"])
+def test_a_file_of_an_older_version_is_computed_again(kind, tmp_path, capsys):
+    """Its rows have no checksum, and they are other ones, so that a misreading shows."""
+    path = tmp_path / "key.npy"
+    np.save(path, np.ones((5, 2, 3), kind))
+    np.testing.assert_array_equal(made(path), torch.stack([row(i) for i in range(5)]).numpy())
+    assert f"{path}: damaged or of an older version" in capsys.readouterr().out
+    # So is what a killed run of an older version left.
+    path.unlink()
+    np.save(path.with_suffix(".npy"), np.ones((5, 2, 3), kind))
+    os.replace(path, path.with_suffix(".part"))
+    starts = []
+    np.testing.assert_array_equal(
+        made(path, starts), torch.stack([row(i) for i in range(5)]).numpy()
+    )
+    assert starts == [0]
+
+
+def test_damaged_rows_that_a_killed_run_left_are_not_gone_on_from(tmp_path):
+    """After a power cut the tail of a file may be zero although its size is right."""
+    path = tmp_path / "key.npy"
+    made(path)
+    whole = path.read_bytes()
+    left = whole[: HEADER + 2 * RECORD] + bytes(2 * RECORD)
+    path.with_suffix(".part").write_bytes(left)
+    path.unlink()
+    starts = []
+    made(path, starts)
+    assert starts == [2] and path.read_bytes() == whole
+
+
+def test_each_process_checks_a_row_when_it_first_reads_it(tmp_path):
+    path = tmp_path / "key.npy"
+    made(path)
+    rows = features.Rows(path)
+    assert torch.equal(rows[1], row(1).half())
+    for place in (HEADER + RECORD, HEADER + 3 * RECORD):
+        content = flip(place)(path.read_bytes())
+        with open(path, "rb+") as file:  # the same file, which stays mapped
+            file.write(content)
+    rows[1]  # was checked: reading it again costs nothing
+    with pytest.raises(OSError, match="key.npy: row 3 was damaged while .*--resume") as error:
+        rows[3]
+    assert "\n" not in str(error.value)
+    other = pickle.loads(pickle.dumps(rows))  # as a worker of a data loader has it
+    assert torch.equal(other[2], row(2).half())
+    with pytest.raises(OSError, match="row 1 was damaged"):
+        other[1]
 
 
 def test_killed_at_any_moment(tmp_path):
@@ -75,7 +237,7 @@ def test_killed_at_any_moment(tmp_path):
             os.kill(process.pid, signal.SIGKILL)
         process.stdout.read()
         process.wait()
-    rows = np.load(path)
+    rows = np.load(path)["row"]
     np.testing.assert_array_equal(rows, np.arange(40.0)[:, None].repeat(1000, 1))
     assert starts[0] == 0 and starts == sorted(starts)
 
