@@ -21,6 +21,7 @@ import hashlib
 import os
 import secrets
 import shutil
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from operator import itemgetter
@@ -180,15 +181,40 @@ def _decode(entries: list, file) -> np.ndarray:
     return np.hstack([np.array(places, dtype=np.int64), _rules(entries, values)])
 
 
+# shared: file_checksum
+def file_checksum(path: Path) -> int:
+    """Return the CRC-32 of a file's bytes; about a second a GB."""
+    crc = 0
+    with open(path, "rb") as file:
+        for block in iter(lambda: file.read(2**20), b""):
+            crc = zlib.crc32(block, crc)
+    return crc
+# end shared
+
+
+def _trailer(pixels: Path, rows: bytes) -> bytes:
+    """Return what an index ends with: the checksums of the file of pixels and of its own bytes."""
+    checksums = file_checksum(pixels), zlib.crc32(rows)
+    return b"".join(checksum.to_bytes(4, "little") for checksum in checksums)
+
+
+def _is_intact(pixels: Path, index: Path) -> bool:
+    """Return True if both files hold what was written; False also for those of older versions."""
+    content = index.read_bytes()
+    return content[-8:] == _trailer(pixels, content[:-8])
+
+
 def _cache(entries: list, folder: Path) -> tuple[Path, np.ndarray]:
-    """Decodes all pixels into `folder/KEY.bin`, unless that is there already.
+    """Decodes all pixels into `folder/KEY.bin`, unless that is there already, undamaged.
 
     Returns the file and int64 rows (n,6): where the image begins, where the mask begins, height,
     width, the mask's threshold (-1: its numbers count), its number of foreground pixels.
     """
     pixels, index = (folder / f"{_content_key(entries)}{end}" for end in (".bin", ".npy"))
     if index.is_file() and pixels.is_file():  # it is written last: the pixels then are whole
-        return pixels, np.load(index)
+        if _is_intact(pixels, index):
+            return pixels, np.load(index)
+        print(f"{pixels}: damaged or of an older version; decoding the images again", flush=True)
     folder.mkdir(parents=True, exist_ok=True)
     images = {entry.image for entry in entries}
     areas = {path: np.prod(open_image(path, decode=False).size) for path in images}
@@ -207,6 +233,9 @@ def _cache(entries: list, folder: Path) -> tuple[Path, np.ndarray]:
         os.replace(part, pixels)
         with open(part, "wb") as file:
             np.save(file, rows)
+        trailer = _trailer(pixels, part.read_bytes())
+        with open(part, "ab") as file:  # np.load does not read what follows the array
+            file.write(trailer)
         os.replace(part, index)
     finally:
         part.unlink(missing_ok=True)

@@ -13,7 +13,9 @@ import pytest
 import torch
 from conftest import ROOT
 
+import data
 import features
+import layouts
 
 
 def row(i: int) -> torch.Tensor:
@@ -280,3 +282,51 @@ def test_two_runs_at_once_share_one_computation(tmp_path):
     said = b"".join(process.communicate()[0] for process in both)
     assert [process.returncode for process in both] == [0, 0]
     assert said.count(b"row") == 6
+
+
+# --- the cache of decoded images ------------------------------------------------------------------
+
+
+def zero_file(path, start, end=None):
+    path.write_bytes(zero(start, end)(path.read_bytes()))
+
+
+def drop_checksums(path):
+    """As older versions wrote it."""
+    path.write_bytes(path.read_bytes()[:-8])
+
+
+PIXEL_DAMAGE = {
+    "pixels are zero": (".bin", lambda path: zero_file(path, 0)),
+    "the tail of the pixels is zero": (".bin", lambda path: zero_file(path, 20000)),
+    "a bit of the pixels": (".bin", lambda path: path.write_bytes(flip(777)(path.read_bytes()))),
+    "pixels are cut off": (".bin", lambda path: path.write_bytes(path.read_bytes()[:-1])),
+    "no pixels are left": (".bin", lambda path: path.write_bytes(b"")),
+    "the index is zero": (".npy", lambda path: zero_file(path, 0)),
+    "a threshold in the index": (".npy", lambda path: zero_file(path, 128 + 32, 128 + 40)),
+    "the index is cut off": (".npy", lambda path: path.write_bytes(path.read_bytes()[:100])),
+    "an older version": (".npy", drop_checksums),
+}
+
+
+@pytest.mark.parametrize("damage", PIXEL_DAMAGE)
+def test_damaged_pixels_are_decoded_again_and_said(damage, demo, tmp_path, capsys):
+    ending, change = PIXEL_DAMAGE[damage]
+    entries = layouts.annotations(demo, "val")
+    whole = data.open_dataset(entries, tmp_path)
+    expected = [whole.sample(i, "p6") for i in range(len(whole))]
+    (path,) = tmp_path.glob(f"*{ending}")
+    capsys.readouterr()
+    data.open_dataset(entries, tmp_path)
+    assert capsys.readouterr().out == ""  # it is read as it is
+
+    change(path)
+    again = data.open_dataset(entries, tmp_path)
+    said = f"{path.with_suffix('.bin')}: damaged or of an older version; decoding the images again"
+    assert said in capsys.readouterr().out
+    for i, sample in enumerate(expected):
+        ours = again.sample(i, "p6")
+        assert torch.equal(ours["image"], sample["image"])
+        assert torch.equal(ours["mask"], sample["mask"])
+    data.open_dataset(entries, tmp_path)
+    assert capsys.readouterr().out == ""
