@@ -36,11 +36,24 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def run_config(weights: str | None) -> dict:
-    """config.json of a run folder; {} for all other weights (a hub folder's is of another kind)."""
-    path = Path(str(weights)) / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return config if "format" in config else {}
+def run_config(weights: str | Path | None) -> dict:
+    """Return the config.json of the training run that weights come from, {} if none is known.
+
+    weights: a run folder, or a file in one (RUN/best.safetensors): both are the same run. All
+    programs ask here. A config.json without "format" is not ours (the hub's). Raises ValueError if
+    the file is damaged.
+    """
+    if weights is None:
+        return {}
+    place = Path(weights)
+    path = (place.parent if place.is_file() else place) / "config.json"
+    if not path.is_file():
+        return {}
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not readable as JSON ({error}); replace the file") from None
+    return config if isinstance(config, dict) and "format" in config else {}
 
 
 def patients_of(run: dict, places: list) -> str | None:
@@ -154,16 +167,76 @@ def check_known(classes: tuple[str, ...], datasets, tests_alone: bool) -> None:
             raise ValueError(f"{root}: {lost[0]} is no class of the model ({have}); {hint}")
 
 
+THRESHOLDS = [k / 20 for k in range(1, 20)]  # 0.05, 0.10, …, 0.95
+
+
+def takes_threshold(model, recipe, dataset) -> bool:
+    """Return True if one threshold decides what is foreground, so that --threshold auto works."""
+    if getattr(model.config, "overlapping", False) or num_classes(model) > 1:
+        return False
+    return not (recipe.ask and len(dataset.classes) > 1)
+
+
+def search_threshold(model, recipe, dataset, options, title: str) -> tuple[dict, dict]:
+    """Score a validation set at every one of THRESHOLDS, in one pass.
+
+    Returns the scores of `validate` at the threshold with the highest mean Dice (the lowest such
+    one) with that threshold as val_threshold, and the mean Dice of each threshold. Memory grows by
+    three numbers an image and threshold. Raises ValueError as `check_asked`.
+    """
+    cases = []  # a row an image, all but what depends on the threshold
+    scores = []  # of each image and threshold: Dice, IoU, whether anything is predicted
+    losses = []
+    for item, probabilities, loss in predictions(model, recipe, dataset, options, title):
+        rows = []
+        for threshold in THRESHOLDS:
+            rows += score(item, probabilities > threshold, dataset.classes)  # one: a single class
+        cases.append(rows[0])
+        scores.append([(row["dice"], row["iou"], row["in_pred"]) for row in rows])
+        if loss is not None:
+            losses.append(loss)
+    check_asked(cases, dataset, options)
+
+    # Means as in `metrics.summarise`: of patients where they are known, else of images.
+    dice, iou, is_predicted = np.array(scores, float).transpose(2, 1, 0)  # (thresholds,n) each
+    groups = []
+    for row in cases:
+        groups.append((row["dataset"], row["name"] if row["group"] is None else row["group"]))
+    means = [metrics.mean_ci(values, groups)["mean"] for values in dice]
+
+    best = int(np.argmax(means))
+    threshold = THRESHOLDS[best]
+    result = {"val_loss": float(np.mean(losses))} if losses else {}
+    result["val_dice"] = means[best]
+    result["val_iou"] = metrics.mean_ci(iou[best], groups)["mean"]
+    result["val_threshold"] = threshold
+    if not is_predicted[best].any() and any(row["in_truth"] for row in cases):
+        where = f"the best threshold, {threshold:g}"
+        if not is_predicted.any():
+            where = f"every threshold from {THRESHOLDS[0]:g} to {THRESHOLDS[-1]:g}"
+        print(f"{title}: all predictions are empty at {where}")
+    return result, dict(zip(THRESHOLDS, means, strict=True))
+
+
 def best_threshold(model, recipe, dataset, options) -> float:
-    """The one of 0.05, 0.10, ..., 0.95 with the highest mean Dice."""
-    thresholds, dice = np.arange(1, 20) / 20, []
-    for item, probabilities, _ in predictions(model, recipe, dataset, options, "threshold"):
-        masks = [probabilities > threshold for threshold in thresholds]
-        dice.append([score(item, m, dataset.classes)[0]["dice"] for m in masks])
-    mean = np.mean(dice, axis=0)
-    best = float(thresholds[mean.argmax()])
-    print(f"threshold {best}: validation Dice {mean.max():.4f}, {mean[9]:.4f} at 0.5")
+    """Return the threshold with the highest mean Dice, and print it."""
+    scores, dice = search_threshold(model, recipe, dataset, options, "threshold")
+    best = scores["val_threshold"]
+    print(f"threshold {best}: validation Dice {dice[best]:.4f}, {dice[0.5]:.4f} at 0.5")
     return best
+
+
+def say_if_empty(rows: list[dict], model, recipe, dataset, options, title: str) -> None:
+    """Print a line if no prediction has any foreground although the ground truth has some."""
+    scored = [row for row in rows if "in_pred" in row]
+    if any(row["in_pred"] for row in scored) or not any(row["in_truth"] for row in scored):
+        return
+    message = f"{title}: all predictions are empty"
+    if takes_threshold(model, recipe, dataset):
+        message += f", nothing is above the threshold {model.config.threshold:g}"
+        if options.threshold != "auto":
+            message += "; --threshold auto chooses the threshold and the epoch in validation"
+    print(message)
 
 
 def evaluate(model, recipe, dataset, options, whole: bool, title: str) -> list[dict]:
@@ -268,14 +341,30 @@ def summarise(rows: list[dict], dataset, options) -> dict:
 
 
 def validate(model, recipe, dataset, options) -> dict[str, float]:
-    """val_loss, val_dice, val_iou, and the distances if asked for: means as those of a test."""
+    """Return val_loss, val_dice, val_iou and, if asked for, distances: means as those of a test.
+
+    With --threshold auto these are the scores at the best threshold, val_threshold. Distances then
+    take a second pass, at that threshold.
+    """
+    scores = {}
+    config = model.config
+    if options.threshold == "auto":
+        scores, _ = search_threshold(model, recipe, dataset, options, "validate")
+        if not options.val_distances:
+            return scores
+        model.config = replace(config, threshold=scores["val_threshold"])
+
     distances = options.val_distances
     rows = evaluate(model, recipe, dataset, options, distances, "validate")
+    model.config = config
+    if options.threshold != "auto":  # else it has been said
+        say_if_empty(rows, model, recipe, dataset, options, "validate")
+
     summary = metrics.summarise(rows, layouts.foreground(dataset.classes))
     names = ["dice", "iou"] + ["hd95", "assd", "nsd"] * distances
     losses = [row["loss"] for row in rows if row["loss"] is not None]  # volumes have none
     loss = {"val_loss": float(np.mean(losses))} if losses else {}
-    return loss | {f"val_{name}": summary[name]["mean"] for name in names}
+    return scores | loss | {f"val_{name}": summary[name]["mean"] for name in names}
 
 
 def dice_by_entry(rows: list[dict], dataset) -> np.ndarray:
@@ -343,6 +432,7 @@ def test(model, recipe, tests: dict, options) -> dict:
             summaries[name] = summarise(rows, dataset, options)
             prompt = f", prompt {options.prompt}" if recipe.read else ""
             print(f"test {name}{prompt}:\n{report.table(summaries[name])}")
+            say_if_empty(rows, model, recipe, dataset, options, f"test {name}")
         for table, some in ({"image": rows} | more).items():
             tables.setdefault(table, []).extend({"test": name} | row for row in some)
         write_tables(folder, tables)  # what follows may fail
@@ -363,6 +453,7 @@ def prompted_test(model, recipe, dataset, options, name: str) -> tuple[list, dic
     rows = check_asked(by_source[main], dataset, options)
     summary = summarise(rows, dataset, options)
     print(f"test {name}, asked by {main}:\n{report.table(summary)}")
+    say_if_empty(rows, model, recipe, dataset, options, f"test {name}")
     if parts:
         summary["components"] = summarise(parts, dataset, options)
         print(f"  each component:\n{report.table(summary['components'])}")
@@ -481,6 +572,8 @@ def prompt_study(model, recipe, tests: dict, options) -> dict:
         examples = {kind: cases[0]["prompt"] for kind, cases in rows.items()}
         print(f"test {name}, every type of prompt:")
         print(report.study_table(summaries[name], examples))
+        every_row = sum(rows.values(), [])
+        say_if_empty(every_row, model, recipe, dataset, options, f"test {name}")
     return write_summary(Path(options.out) / "test", model, options, summaries, {"image": every})
 
 
@@ -501,10 +594,20 @@ def open_tests(options) -> dict[str, data.Dataset]:
     return tests
 
 
+def earlier_run(options) -> dict:
+    """Return the config.json of the run that is tested or resumed, {} if there is none."""
+    if options.eval:
+        return run_config(options.weights)
+    return run_config(options.out) if options.resume else {}
+
+
 def open_dataset(entries: list, options):
     """Of images, or where the files are NIfTI of volumes. Raises as `data.open_dataset` does."""
     if entries and layouts.is_volume(entries[0].image):
         if options.codes is None:
+            run = earlier_run(options)
+            if run.get("config", {}).get("overlapping"):
+                entries = [layouts.as_overlapping(entry, run["classes"]) for entry in entries]
             return volumes.VolumeSet(entries)
         # Of a model with codes each data set may annotate other classes.
         return volumes.VolumeSet([*map(layouts.as_regions, entries)], partial=True)

@@ -18,9 +18,11 @@ Volumes (NIfTI): `dataset.json` as the Medical Segmentation Decathlon has it, wi
 `training`, perhaps `validation`, and `test`, of which those with a label count; or as nnU-Net has
 it, without lists: files CASE_0000.nii.gz, CASE_0001.nii.gz … of a case's channels in imagesTr/ and
 CASE.nii.gz in labelsTr/ (imagesTs/, labelsTs/: the test split). Its `labels` are read in either
-direction; a list of numbers is a region, and regions may overlap; that of the background are all
-that are none of the classes. `img/` and `label/` without it are BTCV's own folders, all for
-training.
+direction. `img/` and `label/` without it are BTCV's own folders, all for training.
+
+Regions: as in nnU-Net, classes overlap if one of them is a list of more than one number. A list of
+one number is that number. Unlike in nnU-Net, the background has no say in this: numbers listed with
+it become 0. `"overlapping": true` makes regions of classes that are single numbers.
 """
 
 import json
@@ -230,8 +232,14 @@ def channels_of(files: list[Path]) -> dict[str, list[Path]]:
     return cases
 
 
-def _read_labels(found: dict) -> dict:
-    """`labels` of dataset.json in either direction -> fields of Entry. ValueError: it is none."""
+def _read_labels(found: dict, overlapping: bool = False) -> dict:
+    """Read `labels` of dataset.json, in either direction, into fields of Entry.
+
+    overlapping: classes are regions even if each is a single number. Raises ValueError if these
+    are no labels.
+    """
+    if not isinstance(overlapping, bool):
+        raise ValueError("overlapping must be true or false")
     if len({str(v) for v in found.values()}) < len(found):
         raise ValueError("two labels have one name, or one number")
     if all(isinstance(name, str) and re.fullmatch(r"\d+", key) for key, name in found.items()):
@@ -243,13 +251,19 @@ def _read_labels(found: dict) -> dict:
     if len(background) != 1:
         raise ValueError("labels need one background, of number 0")
     (background,) = background
-    unnamed = tuple(n for n in numbers[background] if n)
-    several = any(len(v) > 1 for v in numbers.values())
+    unnamed = tuple(n for n in numbers.pop(background) if n)
+
+    # What the background lists does not make the other classes overlap.
+    several = overlapping or any(len({*v}) > 1 for v in numbers.values())
     order = numbers if several else sorted(numbers, key=numbers.get)  # regions: as they are given
-    names = [background] + [name for name in order if name != background]
-    labels = tuple(sorted({n for v in numbers.values() for n in v} - {*unnamed}))
-    if twice := {*unnamed} & {n for name in names[1:] for n in numbers[name]}:
+    names = [background, *order]
+    labels = tuple(sorted({0}.union(*numbers.values())))
+    if twice := {*unnamed} & {*labels}:
         raise ValueError(f"label {min(twice)} is background and of a class")
+    if not all(numbers.values()):
+        raise ValueError("a label lists no number")
+    if not several and len(labels) - 1 < len(numbers):
+        raise ValueError("two labels have one number")
     regions = tuple(tuple(labels.index(n) for n in numbers[name]) for name in names[1:])
     names = names if len(names) > 2 or several else names[1:]
     regions = regions if several else None
@@ -262,6 +276,21 @@ def as_regions(entry: Entry) -> Entry:
     names = map(plain_name, foreground(entry.classes))
     regions = entry.regions or tuple((k,) for k in range(1, len(entry.labels)))
     return replace(entry, classes=("background", *names), regions=regions)
+
+
+def as_overlapping(entry: Entry, names: list[str]) -> Entry:
+    """Return a volume with regions in place of classes, for runs whose model has regions.
+
+    Before the background had no say, a list of numbers there made regions of all classes: `names`
+    is what such a run calls them, background first. All other entries are returned as they are.
+    """
+    if entry.regions is not None or not entry.unnamed:
+        return entry
+    numbers = {name: k for k, name in enumerate(foreground(entry.classes), 1)}
+    if {*numbers} != {*names[1:]}:
+        return entry
+    regions = tuple((numbers[name],) for name in names[1:])
+    return replace(entry, classes=tuple(names), regions=regions)
 
 
 def _listed(root: Path, item) -> tuple[Path, Path] | None:
@@ -287,7 +316,7 @@ def _volume_settings(root: Path) -> dict:
     path = root / "dataset.json"
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
-        settings |= {"fields": _read_labels(settings["labels"])}
+        settings |= {"fields": _read_labels(settings["labels"], settings.get("overlapping", False))}
         channels = settings.get("channel_names") or settings.get("modality") or {}
         kinds = channels.values() if isinstance(channels, dict) else [channels]
         modality = ", ".join(map(str, kinds)) or None

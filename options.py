@@ -103,7 +103,10 @@ class Options:
         None, "side of the model's input in pixels; of volumes one or three", nargs="+"
     )
     threshold: float | str | None = option(
-        None, "a foreground pixel's probability; auto: the best in validation", type=probability
+        None,
+        "probability above which a pixel is foreground; auto: each validation finds the best, and "
+        "its Dice chooses the epoch",
+        type=probability,
     )
     dtype: str | None = option(None, "of training on a GPU; all else is float32", choices=DTYPES)
     compile: bool = option(False, "torch.compile")

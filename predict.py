@@ -142,6 +142,12 @@ def model_of(args) -> str:
 
 def main() -> int:
     args = parse()
+    with report.claim(Path(args.out)):
+        return predict_inputs(args)
+
+
+def predict_inputs(args) -> int:
+    """Predict all inputs into --out, which no other process writes to."""
     run = run_config(args.weights)
     family = FAMILIES[args.model or run.get("model") or model_of(args)]
     if family.volumes:

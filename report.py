@@ -3,6 +3,7 @@
 import argparse
 import colorsys
 import csv
+import errno
 import json
 import os
 import secrets
@@ -10,13 +11,18 @@ import shutil
 import sys
 import time
 import traceback
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 # green and magenta: apart on tissue, also for the colour-blind
 TRUTH, PREDICTION = (0, 230, 90), (255, 0, 200)
@@ -50,14 +56,128 @@ def refuse_existing(out: Path) -> None:
 
 @contextmanager
 def whole_folder(out: Path):
-    """Yields a name beside `out` for a folder, which takes that place when all went well."""
-    part = out.with_name(f".{out.name}.{os.getpid()}")
-    shutil.rmtree(part, ignore_errors=True)  # of a killed run whose number has come round again
+    """Yield a name beside `out` for a folder, which takes the place of `out` if all went well.
+
+    Raises ValueError if `out` has content, or if another process is making it at this moment.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with locked(out.with_name(f".{out.name}.lock"), out) as is_locked:
+        if out.exists() and any(out.iterdir()):  # made since the program looked
+            refuse_existing(out)
+
+        # Without locks two processes may be here: each then needs a name of its own.
+        ending = "part" if is_locked else secrets.token_hex(4)
+        part = out.with_name(f".{out.name}.{ending}")
+        shutil.rmtree(part, ignore_errors=True)  # left by a killed process
+        try:
+            yield part
+            os.replace(part, out)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+
+
+# --- one process a folder -------------------------------------------------------------------------
+
+LOCK_DESCRIPTORS = set()  # of the locks that this process holds
+
+
+def close_locks_in_child() -> None:
+    """Close inherited locks: a data-loading process must not keep the lock of a killed parent."""
+    for descriptor in LOCK_DESCRIPTORS:
+        os.close(descriptor)
+    LOCK_DESCRIPTORS.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=close_locks_in_child)
+
+
+@contextmanager
+def claim(folder: Path):
+    """Keep every other process out of an output folder for as long as this one works in it.
+
+    The folder is made if it is missing, and removed again if nothing was written to it. Raises
+    ValueError if another process has claimed the folder or if this is one of several processes.
+    """
+    refuse_several_processes()
+    is_new = not folder.exists()
     try:
-        yield part
-        os.replace(part, out)
+        with locked(folder / ".lock", folder):
+            yield
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        if is_new:
+            with suppress(OSError):  # it is not empty
+                folder.rmdir()
+
+
+@contextmanager
+def locked(path: Path, folder: Path):
+    """Hold an operating-system lock on the file `path`, so that only one process writes `folder`.
+
+    The system releases the lock when the process ends, even after kill -9: a leftover file locks
+    nothing. Yields True, or False, after saying so, where the file system has no locks. Raises
+    ValueError if another process holds the lock.
+    """
+    try:
+        descriptor = open_locked(path)
+    except BlockingIOError:
+        message = "another process is writing to this folder; wait until it ends, or choose "
+        raise ValueError(f"{folder}: {message}another --out") from None
+    if descriptor is None:
+        path.unlink(missing_ok=True)
+        print(f"{folder}: the file system has no locks; start no second process on this folder")
+        yield False
+        return
+
+    LOCK_DESCRIPTORS.add(descriptor)
+    try:
+        yield True
+    finally:
+        path.unlink(missing_ok=True)  # before the lock is released, see `open_locked`
+        LOCK_DESCRIPTORS.discard(descriptor)
+        os.close(descriptor)
+
+
+def open_locked(path: Path) -> int | None:
+    """Open and lock a file, which is made if it is missing. Return its descriptor.
+
+    None: the system or the file system has no locks. Raises BlockingIOError if another process
+    holds the lock.
+    """
+    if fcntl is None:
+        return None
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except FileNotFoundError:  # the last holder has removed its empty folder
+            continue
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(descriptor)
+            if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES):
+                raise BlockingIOError(error.errno, "locked", str(path)) from None
+            return None
+
+        # The last holder may have removed the file between our open and our lock. A lock on a
+        # removed file keeps nobody out: try again with the file that now has the name.
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                return descriptor
+        os.close(descriptor)
+
+
+def refuse_several_processes() -> None:
+    """Raise ValueError if torchrun, or a launcher like it, started this as one of several."""
+    size = os.environ.get("WORLD_SIZE", "")
+    has_rank = "RANK" in os.environ or "LOCAL_RANK" in os.environ
+    if has_rank and size.isdecimal() and int(size) > 1:
+        message = "several processes are not supported yet; start a single one, without torchrun"
+        raise ValueError(f"WORLD_SIZE is {size}: {message}")
+
+
+# --- tables, errors and the log -------------------------------------------------------------------
 
 
 def write_json(path: Path, content) -> None:

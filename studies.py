@@ -301,7 +301,7 @@ class FewShot:
         """A dataset.json of some of the volumes, in which only these classes are annotated."""
         first, labels = self.splits["train"][0], {k: self.classes[k] for k in classes}
         rest = {*first.labels, *first.unnamed}.difference(*labels.values())
-        content = {"labels": {"background": sorted(rest)} | labels}
+        content = {"labels": {"background": sorted(rest)} | labels, "overlapping": True}
         content["modality"] = first.modality
         for split, key in ("train", "training"), ("val", "validation"), ("test", "test"):
             # An image of several files, CASE_0000 and so on, is listed as CASE.
@@ -310,7 +310,9 @@ class FewShot:
             content[key] = [{"image": str(image), "label": str(label)} for image, label in pairs]
         path = self.out / "data" / name / "dataset.json"
         begun = path.is_file() and (self.out / "study.json").is_file()
-        if begun and json.loads(path.read_text(encoding="utf-8")) != content:
+        held = {"overlapping": True}  # which older studies did not write
+        held |= json.loads(path.read_text(encoding="utf-8")) if begun else {}
+        if begun and held != content:
             told = f"holds other volumes than {self.data} now gives"
             raise ValueError(f"{path.parent}: {told}; choose another --out")
         report.write_json(path, content)
@@ -480,6 +482,12 @@ def plot(path: Path, study: FewShot, summary: dict) -> None:
 def few_shot(args: argparse.Namespace, given: dict) -> None:
     """The whole study."""
     study = FewShot(**{k: v for k, v in vars(args).items() if k != "command"}, given=given)
+    with report.claim(study.out):
+        do_few_shot(study, given)
+
+
+def do_few_shot(study: FewShot, given: dict) -> None:
+    """`few_shot` in a folder that no other process writes to."""
     study.open()
     keys = "new_class", "steps", "base_epochs", "base_lr", "from_plain", "text_codes"
     told = {"data": study.data.resolve()} | {key: getattr(study, key) for key in keys} | given

@@ -72,11 +72,14 @@ class Run:
 
         self.epoch, self.batch, self.step = 0, 0, 0  # `batch` counts within the epoch
         self.sums, self.history = {}, []  # losses of this epoch so far; the rows of metrics.csv
-        self.best, self.best_epoch = -1.0, 0
+        self.best, self.best_epoch = -1.0, 0  # highest validation Dice, and the epoch that had it
+        # The epoch whose weights are kept, and its scores: one as good as the best may be later.
+        self.chosen = {"epoch": 0, "dice": math.nan, "loss": None, "threshold": None}
 
     def save(self) -> None:
         """Everything that going on needs, to last.pt. Data and augmentation need only seeds."""
         state = {name: getattr(self, name) for name in self.PLACE}
+        state["chosen"] = self.chosen
         state |= {k: getattr(self, k).state_dict() for k in self.PARTS if getattr(self, k)}
         cuda = torch.cuda.get_rng_state_all() if self.device.type == "cuda" else []
         state |= {"random": torch.get_rng_state(), "random_cuda": cuda}
@@ -87,12 +90,28 @@ class Run:
         state = torch.load(self.out / "last.pt", map_location="cpu", weights_only=True)
         for name in self.PLACE:
             setattr(self, name, state[name])
+        self.chosen = state["chosen"] if "chosen" in state else self.first_best()
+        self.use_threshold()
         for name in self.PARTS:
             if getattr(self, name):
                 getattr(self, name).load_state_dict(state[name])
         torch.set_rng_state(state["random"])
         if state["random_cuda"] and self.device.type == "cuda":
             torch.cuda.set_rng_state_all(state["random_cuda"])
+
+    def first_best(self) -> dict:
+        """Return `chosen` as it was before last.pt held it: the first epoch with the best Dice."""
+        dice = self.best if self.best_epoch else math.nan
+        chosen = {"epoch": self.best_epoch, "dice": dice, "loss": None, "threshold": None}
+        for row in self.history:
+            if row["epoch"] == self.best_epoch:
+                chosen["loss"] = row.get("val_loss")
+        return chosen
+
+    def use_threshold(self) -> None:
+        """Give the model the threshold that --threshold auto chose with the kept weights."""
+        if self.chosen["threshold"] is not None:
+            self.model.config = replace(self.model.config, threshold=self.chosen["threshold"])
 
     def train_mode(self) -> None:
         """Training mode, but not for modules that are frozen whole: norms keep their statistics."""
@@ -174,16 +193,46 @@ class Run:
         print(f"epoch {self.epoch + 1}/{o.epochs}  step {self.step}  {words}")
         self.history.append(row)
         self.epoch, self.batch, self.sums = self.epoch + 1, 0, {}
-        if validates and row["val_dice"] > self.best + self.settings.min_delta:
-            self.best, self.best_epoch = row["val_dice"], self.epoch
-            if self.options.train != "all":  # the small copy
-                with report.whole_file(self.out / "adapter.safetensors") as part:
-                    save_adapter(model, part)
-            with report.whole_file(self.out / "best.safetensors") as part:
-                save_file({k: v.contiguous() for k, v in merged_state_dict(model).items()}, part)
+        if validates and self.is_chosen(row):
+            self.keep_weights(model, row)
         report.write_csv(self.out / "metrics.csv", self.history)
         report.curves(self.out / "curves.png", self.history)
         self.save()  # last: a kill before it means that the epoch's end is done again
+
+    def is_chosen(self, row: dict) -> bool:
+        """Return True if the weights of the epoch of `row` replace the kept ones.
+
+        A validation Dice more than min_delta above the best replaces them, becomes the best, and
+        patience counts from there. Exactly the best Dice is a tie: `wins_tie` decides, and patience
+        goes on counting. A rise of min_delta or less, where a recipe has one, is neither: it does
+        not replace the weights, as it is no improvement, and it does not raise what the next epoch
+        is compared with. A NaN replaces only a NaN.
+        """
+        dice = row["val_dice"]
+        if dice > self.best + self.settings.min_delta:
+            self.best, self.best_epoch = dice, row["epoch"]
+            return True
+        if math.isnan(dice):
+            return math.isnan(self.chosen["dice"])
+        return dice == self.best and wins_tie(row.get("val_loss"), self.chosen["loss"])
+
+    def keep_weights(self, model, row: dict) -> None:
+        """Write the weights of the epoch of `row`, and what they are chosen by, to the run folder.
+
+        model: the one that was validated, with --ema the average.
+        """
+        if self.options.train != "all":  # the small copy
+            with report.whole_file(self.out / "adapter.safetensors") as part:
+                save_adapter(model, part)
+        with report.whole_file(self.out / "best.safetensors") as part:
+            save_file({k: v.contiguous() for k, v in merged_state_dict(model).items()}, part)
+
+        threshold = row.get("val_threshold")
+        self.chosen = {"epoch": row["epoch"], "dice": row["val_dice"]}
+        self.chosen |= {"loss": row.get("val_loss"), "threshold": threshold}
+        if threshold is not None:
+            self.use_threshold()
+            write_config(self.options, self.model, self.train_set, self.val_set)
 
     def patience_lost(self) -> bool:
         waited, least = self.epoch - self.best_epoch, self.settings.min_epochs
@@ -206,6 +255,19 @@ class Run:
             self.end_epoch()
         if self.patience_lost():
             print(f"stopped: validation Dice has not become better since epoch {self.best_epoch}")
+
+
+def wins_tie(loss: float | None, kept_loss: float | None) -> bool:
+    """Return True if, of two epochs with one validation Dice, the later one is to be kept.
+
+    The lower validation loss wins. Of equal losses, or without any (volumes have none), the later
+    epoch wins. A loss that is NaN or infinite never does.
+    """
+    if loss is None:
+        return kept_loss is None
+    if not math.isfinite(loss):
+        return False
+    return kept_loss is None or not math.isfinite(kept_loss) or loss <= kept_loss
 
 
 # --- the program ---------------------------------------------------------------------------------
@@ -255,8 +317,11 @@ def load_model(options: Options, settings: Settings, train_set, device: torch.de
     return load(options.weights, options.variant, settings, overrides, train_set).to(device)
 
 
-def fit(options: Options, settings: Settings, model, recipe, sets, resume: bool) -> None:
-    """Trains what is to be trained; the model then is the best one."""
+def fit(options: Options, settings: Settings, model, recipe, sets, resume: bool) -> dict:
+    """Train what is to be trained, then load the best weights into `model`.
+
+    Returns which epoch they are of: `Run.chosen`.
+    """
     family = FAMILIES[options.model]
     choose_trained(model, family, settings)
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
@@ -280,6 +345,16 @@ def fit(options: Options, settings: Settings, model, recipe, sets, resume: bool)
     run.fit()
     merge_lora(model)
     model.load_state_dict(load_file(run.out / "best.safetensors", device=str(device)))
+    return run.chosen
+
+
+def describe_choice(chosen: dict, tests: dict) -> str:
+    """Return a line that says which epoch's weights were kept."""
+    words = "testing the weights" if tests else "best.safetensors holds the weights"
+    score = f"validation Dice {chosen['dice']:.4f}"
+    if chosen["threshold"] is not None:
+        score += f" at threshold {chosen['threshold']:g}"
+    return f"{words} of epoch {chosen['epoch']} ({score})"
 
 
 def open_sets(options: Options) -> tuple[dict, dict]:
@@ -319,10 +394,14 @@ def fit_and_test(options: Options, settings: Settings, device: torch.device, res
         )
     if options.boxes:
         recipe = evaluate.with_boxes(recipe, tests, options.boxes)
+    threshold = None
     if not options.eval:
-        fit(options, settings, model, recipe, list(sets.values()), resume)
+        chosen = fit(options, settings, model, recipe, list(sets.values()), resume)
+        threshold = chosen["threshold"]
+        print(describe_choice(chosen, tests))
     if options.threshold == "auto":
-        threshold = evaluate.best_threshold(model, recipe, sets["val"], options)
+        if threshold is None:  # nothing was trained, or only before validations chose a threshold
+            threshold = evaluate.best_threshold(model, recipe, sets["val"], options)
         model.config = replace(model.config, threshold=threshold)
         if not options.eval:
             write_config(options, model, *sets.values())
@@ -331,10 +410,15 @@ def fit_and_test(options: Options, settings: Settings, device: torch.device, res
 
 
 def run(options: Options) -> dict:
-    """All that the command line does. Returns the summary of the test, {} without one."""
+    """Do all that the command line asks for. Return the summary of the test, {} without one."""
     options, settings = resolve(options)
+    with report.claim(Path(options.out)):
+        return run_in_folder(options, settings)
+
+
+def run_in_folder(options: Options, settings: Settings) -> dict:
+    """`run` in a folder that no other process writes to."""
     device, resume = evaluate.pick_device(options.device), can_resume(options)
-    Path(options.out).mkdir(parents=True, exist_ok=True)
     with open(Path(options.out) / "log.txt", "a", 1, encoding="utf-8") as file:
         with contextlib.redirect_stdout(report.Log(sys.stdout, file)):
             return fit_and_test(options, settings, device, resume)
@@ -342,10 +426,15 @@ def run(options: Options) -> dict:
 
 def main() -> int:
     given = parse(__doc__)
-    saved = Path(given.get("out", "")) / "config.json"
-    if given.get("resume") and saved.is_file():  # --resume --out RUN is enough
-        given = json.loads(saved.read_text())["options"] | given
-    run(Options(**given))
+    if not given.get("resume") or "out" not in given:
+        run(Options(**given))
+        return 0
+
+    with report.claim(Path(given["out"])):
+        saved = Path(given["out"]) / "config.json"
+        if saved.is_file():  # --resume --out RUN is enough
+            given = json.loads(saved.read_text())["options"] | given
+        run_in_folder(*resolve(Options(**given)))
     return 0
 
 

@@ -10,6 +10,7 @@ from PIL import Image
 
 import cris
 import predict
+import report
 
 
 @pytest.fixture(scope="module")
@@ -139,3 +140,15 @@ def test_a_data_set_needs_its_prompts(demo, weights, tmp_path, monkeypatch, caps
     assert code == 0, err
     names = {f"{item['mask_name']}" for item in json.loads((demo / "anns/val.json").read_text())}
     assert {path.name for path in (tmp_path / "m").iterdir()} == names
+
+
+def test_two_at_once_do_not_share_a_folder(images, weights, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "masks"
+    with report.claim(out):
+        code, _, error = command(
+            monkeypatch, capsys, predict, images, "--model", "cris", "--weights", weights,
+            "--prompt", "a", "--out", out,
+        )  # fmt: skip
+        assert [path.name for path in out.iterdir()] == [".lock"]
+    assert code == 2 and error.count("\n") == 1
+    assert f"{out}: another process is writing to this folder" in error

@@ -383,12 +383,27 @@ def test_folder_appears_whole_or_not_at_all(tmp_path, monkeypatch, good):
 
 
 def test_leavings_of_a_killed_run_do_not_get_in(tmp_path, good):
-    stale = tmp_path / f".d.{os.getpid()}" / "images" / "99999.png"
+    stale = tmp_path / ".d.part" / "images" / "99999.png"
     stale.parent.mkdir(parents=True)
     stale.write_bytes(b"stale")
+    (tmp_path / ".d.lock").touch()
     assert prepare.main(["demo", "--out", str(tmp_path / "d"), *SMALL]) == 0
     assert contents(tmp_path / "d") == contents(good)
     assert [path.name for path in tmp_path.iterdir()] == ["d"]
+
+
+def test_two_at_once_do_not_make_one_folder(tmp_path, capsys):
+    out = tmp_path / "d"
+    with report.locked(tmp_path / ".d.lock", out):
+        assert program(["demo", "--out", str(out), *SMALL]) == 2
+    error = capsys.readouterr().err
+    assert f"{out}: another process is writing" in error and error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+    out.mkdir()
+    (out / "of another process").touch()  # made since the program looked
+    with pytest.raises(ValueError, match="exists already"), report.whole_folder(out):
+        raise AssertionError("not reached")
 
 
 def test_kill_leaves_nothing_half(tmp_path):

@@ -650,3 +650,9 @@ def test_a_small_study_from_end_to_end(monkeypatch, capsys, tmp_path):
     code, again, _ = command(monkeypatch, capsys, studies, *given)
     assert code == 0 and "17 of 17 runs are done already" in again
     assert again.split("already\n")[1] in out
+
+
+def test_two_studies_at_once_do_not_share_a_folder(study):
+    with report.claim(study.out):
+        code, _, error, done = study(*SMALL)
+    assert code == 2 and f"{study.out}: another process is writing" in error and not done

@@ -1,12 +1,16 @@
 """The training program: what it leaves behind, what resuming gives, what it refuses."""
 
+import errno
 import json
+import math
 import random
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -101,6 +105,9 @@ def test_evaluation_only_repeats_the_test_and_takes_other_prompts(options, demo,
         cache=options.cache,
     )
     assert train.run(again)["tests"] == trained["tests"]  # prompt and size are the run's
+    file = replace(again, weights=f"{options.out}/best.safetensors", out=str(tmp_path / "file"))
+    summary = train.run(replace(file, model="segformer"))  # whose file it is, its run says
+    assert summary["tests"] == trained["tests"] and summary["model"] == "cris"
     other = replace(
         again, prompt="p0", out=str(tmp_path / "p0"), test=[f"{demo}:val", f"{demo}:other_blob"]
     )
@@ -468,3 +475,290 @@ def test_two_processes_of_one_number_do_not_share_a_file(tmp_path):
         assert one != other
         one.write_text("1"), other.write_text("2")
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+# --- which epoch is kept -------------------------------------------------------------------------
+
+NAN = math.nan
+EPOCHS = {  # (validation Dice, validation loss) of each epoch, epoch kept, epoch patience waits for
+    "of three misses the lowest loss": ([(0, 0.9), (0, 0.5), (0, 0.7)], 2, 1),
+    "without losses the last": ([(0, None), (0, None), (0, None)], 3, 1),
+    "of equal losses the last": ([(0.5, 0.4), (0.5, 0.4)], 2, 1),
+    "a higher loss does not win": ([(0.5, 0.4), (0.5, 0.6)], 1, 1),
+    "a higher Dice wins with any loss": ([(0.5, 0.1), (0.6, 0.9), (0.6, 1.0)], 2, 2),
+    "a lower Dice never wins": ([(0.5, 0.9), (0.4, 0.1)], 1, 1),
+    "a tie with what was kept, not with the first": ([(0, 0.9), (0, 0.5), (0, 0.6)], 2, 1),
+    "a loss that is NaN does not win": ([(0.5, 0.4), (0.5, NAN)], 1, 1),
+    "and loses": ([(0.5, NAN), (0.5, 0.9)], 2, 1),
+    "infinity does not win": ([(0.5, NAN), (0.5, math.inf)], 1, 1),
+    "a Dice that is NaN does not win": ([(NAN, 0.1), (0.2, 0.9), (NAN, 0.0)], 2, 2),
+    "and is kept if there is nothing else": ([(NAN, 0.1), (NAN, 0.2)], 2, 0),
+}
+LEAST = {  # the same with a min_delta of 0.01
+    "a rise below it is none": ([(0.5, 0.9), (0.505, 0.1), (0.509, 0.1)], 1, 1),
+    "the very same Dice is a tie": ([(0.5, 0.9), (0.505, 0.1), (0.5, 0.5)], 3, 1),
+    "a rise above it wins": ([(0.5, 0.9), (0.505, 0.1), (0.511, 2.0)], 3, 3),
+    "of three misses the lowest loss": ([(0, 0.9), (0, 0.5), (0, 0.7)], 2, 1),
+}
+
+
+@pytest.mark.parametrize(
+    "least, case",
+    [(0.0, case) for case in EPOCHS.values()] + [(0.01, case) for case in LEAST.values()],
+    ids=[*EPOCHS, *(f"min_delta: {name}" for name in LEAST)],
+)
+def test_which_epoch_is_kept(least, case):
+    scores, kept, waits_for = case
+    run = object.__new__(train.Run)
+    run.settings = SimpleNamespace(min_delta=least)
+    run.best, run.best_epoch = -1.0, 0
+    run.chosen = {"epoch": 0, "dice": NAN, "loss": None, "threshold": None}
+    for epoch, (dice, loss) in enumerate(scores, 1):
+        row = {"epoch": epoch, "val_dice": dice} | ({} if loss is None else {"val_loss": loss})
+        if run.is_chosen(row):
+            run.chosen = {"epoch": epoch, "dice": dice, "loss": loss, "threshold": None}
+    assert (run.chosen["epoch"], run.best_epoch) == (kept, waits_for)
+
+
+def test_of_equal_dice_the_weights_of_the_lowest_loss_are_tested(options, monkeypatch, capsys):
+    """Patience counts from the first of them; a last.pt without the choice goes on with that."""
+    losses, weights = iter([0.9, 0.5, 0.7]), []
+
+    def validate(model, *_):
+        weights.append({name: value.clone() for name, value in model.state_dict().items()})
+        return {"val_loss": next(losses), "val_dice": 0.0, "val_iou": 0.0}
+
+    monkeypatch.setattr(evaluate, "validate", validate)
+    options = replace(options, epochs=9, patience=2, size=[32], overlays=0)
+    train.run(options)
+    out, text = Path(options.out), capsys.readouterr().out
+    best = load_file(out / "best.safetensors")
+    assert len(weights) == 3 and all(torch.equal(best[name], x) for name, x in weights[1].items())
+    assert any(not torch.equal(best[name], x) for name, x in weights[0].items())
+    assert "testing the weights of epoch 2 (validation Dice 0.0000)" in text
+    assert "since epoch 1" in text
+
+    state = torch.load(out / "last.pt", weights_only=True)
+    assert state["best_epoch"] == 1 and state["chosen"]["loss"] == 0.5
+    del state["chosen"]
+    torch.save(state, out / "last.pt")
+    train.run(replace(options, resume=True))
+    assert "testing the weights of epoch 1 (validation Dice 0.0000)" in capsys.readouterr().out
+
+
+# --- --threshold auto ----------------------------------------------------------------------------
+
+
+def made_predictions(monkeypatch, cases):
+    """Stand-in for the model: cases are (name, patient, probabilities (n,), truth (n,), loss)."""
+
+    def predictions(*_):
+        for name, group, probabilities, truth, loss in cases:
+            truth = torch.tensor(truth)[None, None]  # (1,1,n)
+            item = {"name": name, "group": group, "dataset": "x", "prompt": "", "truth": truth}
+            yield item, np.array(probabilities, np.float32)[None, None], loss
+
+    monkeypatch.setattr(evaluate, "predictions", predictions)
+    entries = [SimpleNamespace(root="x")]
+    dataset = SimpleNamespace(classes=("target",), entries=entries)
+    options = SimpleNamespace(threshold="auto", min_area=1, val_distances=False)
+    recipe = SimpleNamespace(ask=None)
+    model = SimpleNamespace(config=SimpleNamespace(threshold=0.5))
+    return model, recipe, dataset, options
+
+
+def test_a_validation_finds_its_threshold_by_hand(monkeypatch, capsys):
+    """Dice of a is 2/3 below 0.12, 1 below 0.32, 0 above; of b, twice, 1 below 0.22, 0 above.
+
+    Patient q has b alone; of equal means (0.15 and 0.20) the lower threshold is taken.
+    """
+    a = ("a", "p", [0.32, 0.12], [1, 0], 1.0)
+    b = ("b", "q", [0.22, 0.02], [1, 0], 3.0)
+    c = ("c", "q", [0.22, 0.02], [1, 0], 3.0)
+    given = made_predictions(monkeypatch, [a, b, c])
+    scores, dice = evaluate.search_threshold(*given, "validate")
+    assert scores == {
+        "val_loss": pytest.approx(7 / 3), "val_dice": 1.0, "val_iou": 1.0, "val_threshold": 0.15,
+    }  # fmt: skip
+    assert list(dice) == pytest.approx(list(np.arange(1, 20) / 20))
+    assert dice[0.1] == pytest.approx((2 / 3 + 1) / 2)  # of two patients, not of three images
+    assert dice[0.25] == 0.5 and dice[0.35] == dice[0.95] == 0
+    assert evaluate.validate(*given) == scores and not capsys.readouterr().out
+
+
+def test_predictions_that_are_all_empty_are_said(monkeypatch, capsys):
+    low = [("a", None, [0.4, 0.1], [1, 0], 1.0), ("b", None, [0.3, 0.1], [1, 1], 1.0)]
+    model, recipe, dataset, options = made_predictions(monkeypatch, low)
+    model.eval = lambda: None
+    options.threshold = None
+    assert evaluate.validate(model, recipe, dataset, options)["val_dice"] == 0
+    text = capsys.readouterr().out
+    assert "validate: all predictions are empty, nothing is above the threshold 0.5" in text
+    assert "--threshold auto" in text and text.count("\n") == 1
+
+    model.config.threshold = 0.35
+    evaluate.validate(model, recipe, dataset, options)
+    assert not capsys.readouterr().out  # a has some
+
+    none = [("a", None, [0.01, 0.02], [1, 0], 1.0)]
+    given = made_predictions(monkeypatch, none)
+    evaluate.validate(*given)
+    text = capsys.readouterr().out
+    assert "all predictions are empty at every threshold from 0.05 to 0.95" in text
+    healthy = [("a", None, [0.01, 0.02], [0, 0], 1.0)]
+    evaluate.validate(*made_predictions(monkeypatch, healthy))
+    assert not capsys.readouterr().out  # as empty as the ground truth
+
+
+def test_the_threshold_of_each_validation_chooses_the_epoch(
+    options, demo, tmp_path, monkeypatch, capsys
+):
+    passes, predictions = [], evaluate.predictions
+
+    def counted(*arguments):
+        passes.append(arguments[-1])
+        return predictions(*arguments)
+
+    monkeypatch.setattr(evaluate, "predictions", counted)
+    auto = replace(options, threshold="auto", epochs=2, lr=3e-3, size=[32], overlays=1)
+    whole = replace(auto, out=str(tmp_path / "whole"))
+    summary = train.run(whole)
+    text = capsys.readouterr().out
+    assert passes == ["validate", "validate", "test demo", "draw"]  # none only for the threshold
+
+    history = rows(f"{whole.out}/metrics.csv")
+    best = max(history, key=lambda row: float(row["val_dice"]))
+    threshold = float(best["val_threshold"])
+    saved = json.loads(Path(whole.out, "config.json").read_text())["config"]
+    assert saved["threshold"] == summary["threshold"] == threshold
+    told = f"epoch {best['epoch']} (validation Dice {float(best['val_dice']):.4f} at threshold"
+    assert f"testing the weights of {told} {threshold:g})" in text
+
+    model = cris.CRIS.from_pretrained(whole.out)  # that Dice is what a plain evaluation gives
+    recipe = recipes.cris_recipe(model, recipes.CRIS["default"])
+    val = data.open_dataset(layouts.annotations(demo, "val"), options.cache)
+    found = evaluate.evaluate(model, recipe, val, replace(options, prompt="p6"), False, "")
+    dice = np.mean([row["dice"] for row in found])
+    assert dice == pytest.approx(float(best["val_dice"]), abs=1e-6)
+
+    class Stop(Exception):
+        pass
+
+    def stop(*_):
+        raise Stop
+
+    halves = replace(auto, out=str(tmp_path / "halves"))
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(train.Run, "patience_lost", lambda run: stop() if run.epoch else False)
+        train.run(halves)
+    train.run(replace(halves, resume=True))
+    same_run(tmp_path / "whole", tmp_path / "halves")
+    again = json.loads((tmp_path / "halves/config.json").read_text())["config"]
+    assert again["threshold"] == threshold
+
+
+# --- the run that weights are from ---------------------------------------------------------------
+
+
+def test_a_file_in_a_run_folder_is_of_that_run(tmp_path, monkeypatch):
+    run, hub = {"format": 1, "model": "cris"}, {"model_type": "clip"}
+    for name, content in ("run", run), ("hub", hub), ("list", ["format"]):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(content))
+        (tmp_path / name / "best.safetensors").touch()
+    for weights in "run", "run/best.safetensors":
+        assert evaluate.run_config(tmp_path / weights) == run
+        assert evaluate.run_config(str(tmp_path / weights)) == run
+    monkeypatch.chdir(tmp_path)
+    assert evaluate.run_config("run/best.safetensors") == run
+    (tmp_path / "None").mkdir()
+    (tmp_path / "None/config.json").write_text(json.dumps(run))
+    others = None, "none", "hub", "hub/best.safetensors", "list", "list/best.safetensors"
+    for weights in *others, "run/missing.pth", "owner/name@main", "nowhere":
+        assert evaluate.run_config(weights) == {}
+    (tmp_path / "run/config.json").write_text("{")
+    with pytest.raises(ValueError, match="run/config.json: not readable as JSON"):
+        evaluate.run_config("run/best.safetensors")
+
+
+# --- one process a folder ------------------------------------------------------------------------
+
+
+def test_a_second_process_is_refused_and_a_killed_one_leaves_no_lock(
+    options, monkeypatch, capsys
+):
+    words = arguments(replace(options, epochs=1000, workers=1, batch_size=4))
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    first = subprocess.Popen([sys.executable, ROOT / "train.py", *words], **pipes)
+    log = Path(options.out, "log.txt")
+    while not log.is_file() or "parameters on" not in log.read_text():
+        time.sleep(0.05)
+        assert first.poll() is None, first.stderr.read()
+
+    for second in words, ["--resume", "--out", options.out]:
+        code, text, error = command(monkeypatch, capsys, train, *second)
+        assert code == 2 and not text and error.count("\n") == 1, error
+        assert f"{options.out}: another process is writing to this folder" in error
+    assert first.poll() is None
+
+    first.send_signal(signal.SIGKILL)  # its data-loading process lives on for some seconds
+    assert first.wait() == -signal.SIGKILL
+    assert Path(options.out, ".lock").exists()  # but it locks nothing
+    with report.claim(Path(options.out)):
+        pass
+    assert not Path(options.out, ".lock").exists()
+
+
+def test_a_claim_leaves_nothing_behind(tmp_path):
+    folder = tmp_path / "deep" / "run"
+    with report.claim(folder):
+        with pytest.raises(ValueError, match="run: another process"), report.claim(folder):
+            raise AssertionError("not reached")
+        assert folder.is_dir()
+    assert not folder.exists()  # nothing was written
+    with pytest.raises(KeyError), report.claim(folder):
+        (folder / "log.txt").touch()
+        raise KeyError
+    assert [path.name for path in folder.iterdir()] == ["log.txt"]
+
+
+def test_a_lock_on_a_file_that_was_removed_meanwhile_is_none(tmp_path, monkeypatch):
+    """The last holder removes the file between another one's open and its lock."""
+    path, flock, calls = tmp_path / ".lock", report.fcntl.flock, []
+
+    def late(descriptor, how):
+        calls.append(descriptor)
+        if len(calls) == 1:
+            path.unlink()
+        flock(descriptor, how)
+
+    monkeypatch.setattr(report.fcntl, "flock", late)
+    with report.locked(path, tmp_path):
+        assert len(calls) == 2 and path.exists()
+        with pytest.raises(ValueError, match="another process"), report.locked(path, tmp_path):
+            raise AssertionError("not reached")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_without_locks_a_run_goes_on_and_says_so_once(number, tmp_path, monkeypatch, capsys):
+    def none(*_):
+        raise OSError(number, "no locks here")
+
+    monkeypatch.setattr(report.fcntl, "flock", none)
+    with report.claim(tmp_path):
+        assert not list(tmp_path.iterdir())
+    text = capsys.readouterr().out
+    assert f"{tmp_path}: the file system has no locks" in text and text.count("\n") == 1
+
+
+@pytest.mark.parametrize("rank", ["RANK", "LOCAL_RANK"])
+def test_several_processes_are_refused(rank, options, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    report.refuse_several_processes()  # one of a cluster's jobs has no rank
+    monkeypatch.setenv(rank, "1")
+    code, _, error = command(monkeypatch, capsys, train, *arguments(options))
+    assert code == 2 and error.count("\n") == 1 and "WORLD_SIZE is 2" in error
+    assert not Path(options.out).exists()
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    report.refuse_several_processes()

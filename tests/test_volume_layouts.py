@@ -74,6 +74,54 @@ def test_regions_overlap(tmp_path):
     assert numbers == [[1, 4], [1, 2, 4], [4]]
 
 
+@pytest.mark.parametrize(
+    "labels",
+    [
+        {"background": [0, 3], "spleen": 2, "liver": 1},
+        {"background": [3, 0], "spleen": [2], "liver": [1]},
+        {"spleen": 2, "background": [0, 3], "liver": [1]},
+    ],
+)
+def test_a_background_of_several_numbers_makes_no_regions(tmp_path, labels):
+    (a, _) = layouts.annotations(decathlon(tmp_path, labels), "train")
+    assert a.classes == ("background", "liver", "spleen") and a.labels == (0, 1, 2)
+    assert a.regions is None and a.unnamed == (3,)
+
+
+def test_regions_and_a_background_of_several_numbers(tmp_path):
+    labels = {"background": [0, 3], "TC": [1, 4], "WT": [1, 2, 4]}
+    (a, _) = layouts.annotations(decathlon(tmp_path, labels), "train")
+    assert a.classes == ("background", "TC", "WT") and a.labels == (0, 1, 2, 4)
+    assert a.regions == ((1, 3), (1, 2, 3)) and a.unnamed == (3,)
+
+
+def test_a_list_of_one_number_is_that_number(tmp_path):
+    (a, _) = layouts.annotations(decathlon(tmp_path, {"background": [0], "x": [2]}), "train")
+    assert (a.classes, a.labels, a.regions, a.unnamed) == (("x",), (0, 2), None, ())
+    (a, _) = layouts.annotations(decathlon(tmp_path, {"background": 0, "x": [2, 2]}), "train")
+    assert a.regions is None and a.labels == (0, 2)
+
+
+def test_regions_of_single_numbers_are_asked_for(tmp_path):
+    root = decathlon(tmp_path, {"background": [0, 3], "spleen": 2, "liver": 1})
+    settings = json.loads((root / "dataset.json").read_text())
+    (root / "dataset.json").write_text(json.dumps(settings | {"overlapping": True}))
+    (a, _) = layouts.annotations(root, "train")
+    assert a.classes == ("background", "spleen", "liver") and a.regions == ((2,), (1,))
+
+
+def test_a_run_with_regions_from_such_a_background_can_be_tested(tmp_path):
+    """Its model has regions, in the order in which dataset.json gave them then."""
+    labels = {"background": [0, 3], "spleen": 2, "liver": 1}
+    (a, _) = layouts.annotations(decathlon(tmp_path, labels), "train")
+    names = ["background", "spleen", "liver"]
+    old = layouts.as_overlapping(a, names)
+    assert old.classes == tuple(names) and old.regions == ((2,), (1,)) and old.unnamed == (3,)
+    assert layouts.as_overlapping(a, ["background", "kidney"]) == a
+    (plain, _) = layouts.annotations(decathlon(tmp_path), "train")  # classes that never overlapped
+    assert layouts.as_overlapping(plain, ["background", "liver", "spleen"]) == plain
+
+
 def test_nnunet_lists_no_files(tmp_path):
     files = ["imagesTr/p1_0000.nii.gz", "imagesTr/p1_0001.nii.gz", "labelsTr/p1.nii.gz"]
     files += ["imagesTr/p10_0000.nii.gz", "imagesTr/p10_0001.nii.gz", "labelsTr/p10.nii.gz"]
@@ -149,6 +197,9 @@ def test_btcv_as_it_is_handed_out(tmp_path):
         ({"labels": {"background": 0, "liver": 1, "ignore": 2}}, "ignore"),
         ({"labels": {"background": 0, "liver": 1, "tumour": 1}}, "one name, or one number"),
         ({"labels": {"0": "background", "1": "liver", "2": "liver"}}, "one name, or one number"),
+        ({"labels": {"background": 0, "liver": 1, "tumour": [1]}}, "two labels have one number"),
+        ({"labels": {"background": 0, "liver": []}}, "a label lists no number"),
+        ({"labels": ORGANS, "overlapping": "yes"}, "overlapping must be true or false"),
         ({"labels": ["background"]}, "no data set of volumes"),
         ({"labels": ORGANS, "training": [{"label": "x.nii.gz"}]}, "has no 'image'"),
     ],

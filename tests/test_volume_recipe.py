@@ -8,7 +8,7 @@ import nibabel
 import numpy as np
 import pytest
 import torch
-from conftest import command, rows
+from conftest import command, contents, rows
 from monai.losses import DiceCELoss
 from scipy import ndimage
 
@@ -227,6 +227,63 @@ def test_numbers_with_gaps_are_written_as_they_were(tmp_path, monkeypatch, capsy
     for k in (1, 4):
         assert int(scores[names[str(k)]]["tp"]) == ((p == k) & (t == k)).sum()
         assert int(scores[names[str(k)]]["fp"]) == ((p == k) & (t != k)).sum()
+
+    # The file of weights is the run: names and numbers are its own.
+    file = tmp_path / "run/best.safetensors"
+    arguments = ["--weights", file, "--out", tmp_path / "f", "--overlap", 0, root]
+    code, _, error = command(monkeypatch, capsys, predict, *arguments)
+    assert code == 0, error
+    assert contents(tmp_path / "f") == contents(tmp_path / "p")
+
+
+def test_a_background_of_several_numbers_leaves_one_label_map(tmp_path, monkeypatch, capsys):
+    root = data_set(tmp_path / "set", {"background": [0, 1], "left kidney": 5, "liver": 2})
+    arguments = trained(root, tmp_path / "run", "--epochs", 1, "--max-steps", 1)
+    code, _, error = command(monkeypatch, capsys, train, *arguments)
+    assert code == 0, error
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    assert config["classes"] == ["background", "liver", "left kidney"]
+    assert config["labels"] == [0, 2, 5] and not config["config"]["overlapping"]
+    assert config["config"]["num_classes"] == 3
+    truth = np.asarray(nibabel.load(root / "labelsTr/case2.nii.gz").dataobj)
+    for row in rows(tmp_path / "run/test/per_image.csv"):
+        if row["class"] == "liver":
+            assert int(row["tp"]) + int(row["fn"]) == (truth == 2).sum()
+        if row["class"] == "background":  # the kidney's voxels, numbered 1, are among it
+            assert int(row["tp"]) + int(row["fn"]) == (truth != 2).sum()
+
+    arguments = ["--weights", tmp_path / "run", "--out", tmp_path / "p", "--overlap", 0, root]
+    code, _, error = command(monkeypatch, capsys, predict, *arguments)
+    assert code == 0, error
+    assert {*contents(tmp_path / "p")} == {"case2.nii.gz", "classes.json"}
+    names = json.loads((tmp_path / "p/classes.json").read_text())
+    assert names == {"0": "background", "2": "liver", "5": "left kidney"}
+    found = np.asarray(nibabel.load(tmp_path / "p/case2.nii.gz").dataobj)
+    assert {*np.unique(found)} <= {0, 2, 5}
+
+
+def test_a_run_begun_when_such_a_background_made_regions_is_tested(
+    tmp_path, monkeypatch, capsys
+):
+    labels = {"background": [0, 1], "spleen": 5, "liver": 2}
+    root = data_set(tmp_path / "set", labels)
+    about = json.loads((root / "dataset.json").read_text())
+    (root / "dataset.json").write_text(json.dumps(about | {"overlapping": True}))  # as it was read
+    arguments = trained(root, tmp_path / "run", "--epochs", 1, "--max-steps", 1)
+    code, _, error = command(monkeypatch, capsys, train, *arguments)
+    assert code == 0, error
+    (root / "dataset.json").write_text(json.dumps(about))
+    scores = rows(tmp_path / "run/test/per_image.csv")
+
+    arguments = ["--weights", tmp_path / "run", "--eval", "--test", root, "--out", tmp_path / "e"]
+    arguments += ["--workers", 0, "--overlays", 0, "--cache", tmp_path / "cache"]
+    code, _, error = command(monkeypatch, capsys, train, *arguments)
+    assert code == 0, error
+    assert rows(tmp_path / "e/test/per_image.csv") == scores
+
+    code, _, error = command(monkeypatch, capsys, train, "--resume", "--out", tmp_path / "run")
+    assert code == 0, error
+    assert rows(tmp_path / "run/test/per_image.csv") == scores
 
 
 # --- classes that overlap ------------------------------------------------------------------------
