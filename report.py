@@ -60,7 +60,6 @@ def whole_folder(out: Path):
 
     Raises ValueError if `out` has content, or if another process is making it at this moment.
     """
-    out.parent.mkdir(parents=True, exist_ok=True)
     with locked(out.with_name(f".{out.name}.lock"), out) as is_locked:
         if out.exists() and any(out.iterdir()):  # made since the program looked
             refuse_existing(out)
@@ -100,14 +99,8 @@ def claim(folder: Path):
     ValueError if another process has claimed the folder or if this is one of several processes.
     """
     refuse_several_processes()
-    is_new = not folder.exists()
-    try:
-        with locked(folder / ".lock", folder):
-            yield
-    finally:
-        if is_new:
-            with suppress(OSError):  # it is not empty
-                folder.rmdir()
+    with locked(folder / ".lock", folder):
+        yield
 
 
 @contextmanager
@@ -115,27 +108,32 @@ def locked(path: Path, folder: Path):
     """Hold an operating-system lock on the file `path`, so that only one process writes `folder`.
 
     The system releases the lock when the process ends, even after kill -9: a leftover file locks
-    nothing. Yields True, or False, after saying so, where the file system has no locks. Raises
-    ValueError if another process holds the lock.
+    nothing. Folders around `path` that are missing are made, and removed again if they stay empty.
+    Yields True, or False, after saying so, where the file system has no locks. Raises ValueError if
+    another process holds the lock.
     """
+    missing = [place for place in path.parents if not place.exists()]  # the innermost first
     try:
         descriptor = open_locked(path)
     except BlockingIOError:
         message = "another process is writing to this folder; wait until it ends, or choose "
         raise ValueError(f"{folder}: {message}another --out") from None
+
     if descriptor is None:
         path.unlink(missing_ok=True)
         print(f"{folder}: the file system has no locks; start no second process on this folder")
-        yield False
-        return
-
-    LOCK_DESCRIPTORS.add(descriptor)
+    else:
+        LOCK_DESCRIPTORS.add(descriptor)
     try:
-        yield True
+        yield descriptor is not None
     finally:
-        path.unlink(missing_ok=True)  # before the lock is released, see `open_locked`
-        LOCK_DESCRIPTORS.discard(descriptor)
-        os.close(descriptor)
+        if descriptor is not None:
+            path.unlink(missing_ok=True)  # before the lock is released, see `open_locked`
+            LOCK_DESCRIPTORS.discard(descriptor)
+            os.close(descriptor)
+        for place in missing:
+            with suppress(OSError):  # it is not empty
+                place.rmdir()
 
 
 def open_locked(path: Path) -> int | None:
