@@ -332,6 +332,7 @@ class ImageFacts:
     size: tuple[int, int]  # H, W
     mode: str  # PIL's, as stored
     digest: bytes  # of the decoded pixels, so that a copy saved in another format is found
+    non_finite: bool = False  # holds NaN or infinite pixels
 
 
 @dataclass
@@ -339,6 +340,7 @@ class MaskFacts:
     size: tuple[int, int]
     mode: str
     counts: np.ndarray  # (256,) pixels of each value
+    turned: bool = False  # like its image, though nothing tells whether it had to be
 
     @property
     def largest(self):
@@ -348,9 +350,10 @@ class MaskFacts:
 def image_facts(path):
     """What an image file holds, or the error that says why it cannot be read."""
     try:
-        pixels = data.read_image(path)
+        pixels, non_finite = data.load_image(path)
         digest = hashlib.blake2b(str(pixels.shape).encode() + pixels.tobytes()).digest()
-        return ImageFacts(pixels.shape[:2], data.open_image(path, decode=False).mode, digest)
+        mode = data.open_image(path, decode=False).mode
+        return ImageFacts(pixels.shape[:2], mode, digest, non_finite)
     except (ValueError, OSError) as error:
         return error
 
@@ -359,9 +362,10 @@ def mask_facts(entry, image):
     """The same for an entry's mask; `image` is what image_facts found for the entry's image."""
     try:
         upright_as = entry.image if isinstance(image, ImageFacts) else None
-        mask = data.read_mask(entry.mask, upright_as, entry.label is not None or entry.numbers)
+        mask, turned = data.entry_mask(entry, upright_as)
         counts = np.bincount(mask.ravel(), minlength=256)
-        return MaskFacts(mask.shape, data.open_image(entry.mask, decode=False).mode, counts)
+        mode = data.open_image(entry.mask, decode=False).mode
+        return MaskFacts(mask.shape, mode, counts, turned)
     except (ValueError, OSError) as error:
         return error
 
@@ -417,6 +421,20 @@ def check_sizes(splits, images, masks, findings):
             if image and mask and image.size != mask.size:
                 line = f"{entry.mask}: {wide(mask.size)}, its image {wide(image.size)} ({split})"
                 findings["masks and images of different sizes"].append(line)
+
+
+def check_pixels(images, masks, findings):
+    """Add findings for images with non-finite pixels and for masks whose orientation is a guess."""
+    for path, fact in images.items():
+        if fact.non_finite:
+            line = f"{path}: holds NaN or infinite pixels, read as 0"
+            findings["images with NaN or infinite pixels"].append(line)
+
+    kind = "masks turned like their images, though they may be upright (see --mask-orientation)"
+    for path, fact in masks.items():
+        if fact.turned:
+            line = f"{path}: has no EXIF tag and its image's orientation does not change the size"
+            findings[kind].append(line)
 
 
 def check_masks(root, splits, masks, findings):
@@ -545,8 +563,11 @@ def check(args):
     findings, seen = defaultdict(list), []
     for root in args.data:
         splits = read_splits(root, findings)
+        for split, entries in splits.items():
+            splits[split] = data.with_mask_orientation(entries, args.mask_orientation)
         images, masks = read_files(splits, findings)
         check_sizes(splits, images, masks, findings)
+        check_pixels(images, masks, findings)
         shares, rules = check_masks(root, splits, masks, findings)
         texts = check_prompts(root, splits, findings)
         for split, entries in splits.items():
@@ -1084,6 +1105,9 @@ def parser():
 
     add = command(check, "read data sets and report what is wrong")
     add("data", type=Path, nargs="+", metavar="DATA", help="folder with images/, masks/, anns/")
+    help = "how masks without an EXIF tag lie where the size cannot tell: stored like the image, "
+    help += "or upright; without it they are turned and listed"
+    add("--mask-orientation", choices=data.ORIENTATIONS, help=help)
 
     download_options(command)
     prepare_volumes.options(command)
