@@ -820,6 +820,37 @@ def read_mat(path, axes):
     return [found[key] for key in axes]
 
 
+MISPLACED = 0.01  # largest share of a volume's annotated columns with boundaries out of place
+
+
+def without_misplaced(path, key, boundaries, height):
+    """Return boundaries (N,L,W) where columns with boundaries out of place are NaN.
+
+    From top to bottom each boundary must lie less than one row above the one before it, the last
+    not above the first, and all within the image, to within one row. Raises ValueError, one line, if more than MISPLACED of the
+    volume's complete columns are out of place: then the file is not what it should be.
+    """
+    complete = np.isfinite(boundaries).all(1)  # (N,W)
+    rows = np.where(complete[:, None], boundaries, 1.0)  # (N,L,W), without NaN
+    disordered = (np.diff(rows, axis=1) <= -1).any(1)  # (N,W)
+    disordered |= rows[:, -1] < rows[:, 0]
+    outside = ((rows < 0) | (rows > height + 1)).any(1)  # (N,W)
+    misplaced = disordered | outside
+
+    if misplaced.sum() > MISPLACED * complete.sum():
+        slice_number, column = np.argwhere(misplaced)[0].tolist()
+        shown = ", ".join(f"{row:g}" for row in rows[slice_number, :, column])
+        reason = f"outside the image's rows 1 to {height}"
+        if disordered[slice_number, column]:
+            reason = "not in order from top to bottom"
+        raise ValueError(
+            f"{path}: {key} has {misplaced.sum():,} of {complete.sum():,} columns with boundaries "
+            f"out of place, first in slice {slice_number}, column {column}: rows {shown} are "
+            f"{reason}; download it again"
+        )
+    return np.where(misplaced[:, None], np.nan, boundaries)
+
+
 def layer_map(boundaries, height):
     """Rows of boundaries, float (L,W) -> uint8 (H,W): how many lie at or above each pixel's centre.
 
@@ -846,7 +877,9 @@ def dme_slices(path, annotator):
     """The slices of a volume of Chiu 2015; fluid lies over the layers."""
     axes = {key.format(annotator): names for key, names in DME_AXES.items()}
     images, layers, fluid = read_mat(path, axes)
-    for n, image, mask in annotated_slices(images, np.moveaxis(layers, 2, 0)):  # (N,8,W)
+    layers = np.moveaxis(layers, 2, 0)  # (N,8,W)
+    layers = without_misplaced(path, f"manualLayers{annotator}", layers, len(images))
+    for n, image, mask in annotated_slices(images, layers):
         mask[mask == 8] = 0  # under the last boundary: background again, as above the first
         mask[(fluid[..., n] > 0) & (mask != 255)] = 8  # the regions are numbered; NaN is none
         yield n, image, mask
@@ -855,7 +888,9 @@ def dme_slices(path, annotator):
 def amd_slices(path, every):
     """The slices of a volume of Farsiu 2014."""
     images, layers = read_mat(path, AMD_AXES)
-    yield from annotated_slices(images, layers.swapaxes(1, 2), every)  # (N,3,W)
+    layers = layers.swapaxes(1, 2)  # (N,3,W)
+    layers = without_misplaced(path, "layerMaps", layers, len(images))
+    yield from annotated_slices(images, layers, every)
 
 
 def write_volume(path, slices, name, folder, classes):
@@ -887,6 +922,7 @@ def describe_volumes(splits, found, classes):
     counts = sum(found.values(), Counter())
     gaps = f"{counts['gaps']:,} of {counts['columns']:,} columns lack a boundary and are 255"
     yield f"slices are cut to their annotated columns; within these {gaps}: they do not count"
+    yield "a boundary out of order or outside the image counts as lacking"
     yield "a boundary's rows count from 1; the pixel whose centre it meets lies below it"
     yield "masks are palette images: read their indices, not their colours"
     yield "slices are numbered from 0; scores by patient: --group-regex '[a-z]+[0-9]+'"
