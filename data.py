@@ -29,7 +29,9 @@ import os
 import re
 import secrets
 import shutil
+import struct
 import sys
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -58,6 +60,21 @@ NATIVE = {
 }
 
 
+# What Pillow raises about damaged files.
+UNREADABLE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    LookupError,
+    TypeError,
+    OverflowError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+
+
 @contextmanager
 def _one_line_errors(path: Path):
     """Turn what Pillow raises about an unreadable file into one line that names it."""
@@ -65,7 +82,7 @@ def _one_line_errors(path: Path):
         yield
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except UNREADABLE as error:
         raise ValueError(f"{path}: not readable as an image ({error}); replace the file") from None
 
 
@@ -184,10 +201,26 @@ def sixteen_bit_colours(path: Path, orientation: int | None = None) -> np.ndarra
 
 
 def upright(image: Image.Image, orientation: int | None = None) -> Image.Image:
-    """Return the image turned by its EXIF orientation, or by the given one (2..8)."""
-    if orientation is not None:
-        image.getexif()[ORIENTATION] = orientation
-    return ImageOps.exif_transpose(image)
+    """Return an opened image turned by its EXIF orientation, or by the given one (2..8)."""
+    with _one_line_errors(image.filename):  # damaged EXIF data
+        if orientation is not None:
+            image.getexif()[ORIENTATION] = orientation
+        turned = ImageOps.exif_transpose(image)
+    if image.format == "TIFF" and image.mode == "I":
+        is_wide = image.tag_v2.get(258) == (32,)  # BitsPerSample
+        turned.is_unsigned = is_wide and image.tag_v2.get(339, (1,)) == (1,)  # SampleFormat
+    return turned
+
+
+def grey_values(image: Image.Image) -> np.ndarray:
+    """Return the values of a decoded image of one channel, upright or not, (H,W).
+
+    Pillow reads unsigned integers of 32 bits as signed ones; these are unsigned again.
+    """
+    values = np.asarray(image)
+    if getattr(image, "is_unsigned", False):
+        return values.view(np.uint32)
+    return values
 
 
 def stretch(x: np.ndarray, path: Path) -> tuple[np.ndarray, bool]:
@@ -218,7 +251,7 @@ def load_image(path: Path) -> tuple[np.ndarray, bool]:
 
     image = upright(open_image(path))
     if image.mode == "F" or image.mode.startswith("I"):  # floats, 16- and 32-bit integers
-        grey, non_finite = stretch(np.asarray(image), path)  # (H,W)
+        grey, non_finite = stretch(grey_values(image), path)  # (H,W)
         return np.repeat(grey[..., None], 3, axis=2), non_finite
     if image.mode == "P":  # a palette may hold transparency, which only RGBA can take
         image = image.convert("RGBA")
@@ -238,11 +271,14 @@ def mask_turn(path: Path, image: Path, orientation: str | None) -> tuple[int | N
     decides; without it the mask is turned, which is a guess.
     """
     stored = open_image(image, decode=False)
-    number = stored.getexif().get(ORIENTATION)
+    with _one_line_errors(image):
+        number = stored.getexif().get(ORIENTATION)
     if number not in range(2, 9):
         return None, False
     mask = open_image(path, decode=False)
-    if ORIENTATION in mask.getexif():
+    with _one_line_errors(path):
+        has_own_tag = ORIENTATION in mask.getexif()
+    if has_own_tag:
         return None, False
 
     stored_size = stored.size
@@ -298,7 +334,7 @@ def mask_values(mask: Image.Image, path: Path, numbers: bool) -> np.ndarray:
     if numbers and mask.mode == "PA":
         return np.asarray(mask)[..., 0]
     if mask.mode == "L" or mask.mode[0] in "IF":
-        return np.asarray(mask)
+        return grey_values(mask)
 
     has_alpha = mask.mode.upper() in ("LA", "PA", "RGBA")  # also La and RGBa, premultiplied
     if has_alpha or (mask.mode == "P" and "transparency" in mask.info):

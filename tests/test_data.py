@@ -438,10 +438,16 @@ def test_16_bit_colours_are_turned(tmp_path):
 
 @pytest.mark.parametrize("order", ["<", ">"])
 @pytest.mark.parametrize("compressed", [False, True])
-@pytest.mark.parametrize("dtype", [np.float32, np.int16, np.uint16])
+@pytest.mark.parametrize("dtype", [np.float32, np.int16, np.uint16, np.uint32])
 def test_grey_tiffs_of_either_byte_order(order, compressed, dtype, tmp_path):
     x = np.random.default_rng(3).integers(0, 3000, (6, 8, 1)).astype(dtype)
+    if dtype == np.uint32:
+        x = x * np.uint32(1_400_000)  # above the largest signed number
     (tmp_path / "x.tif").write_bytes(tiff_bytes(x, order, compressed))
+    if dtype == np.uint32 and order == ">":
+        with pytest.raises(ValueError, match="not readable as an image"):  # Pillow knows it not
+            data.read_image(tmp_path / "x.tif")
+        return
     read = data.read_image(tmp_path / "x.tif")
     assert np.array_equal(read, np.repeat(stretched(x), 3, axis=2))
 
@@ -696,6 +702,14 @@ def test_previews_in_a_tiff_do_not_count(tag, value, counts, tmp_path):
             data.read_image(path)
     else:
         assert np.array_equal(data.read_mask(path), np.asarray(FRAMES[0]))
+
+
+@pytest.mark.parametrize("ending", ["png", "webp"])
+def test_damaged_exif_data_is_one_line(ending, tmp_path):
+    path = tmp_path / f"a.{ending}"
+    FRAMES[0].save(path, exif=b"M?\0*\0\0\0\x08" + bytes(20))  # MM is what it begins with
+    with pytest.raises(ValueError, match=f"a.{ending}: not readable as an image"):
+        data.read_image(path)
 
 
 def turned_set(tmp_path, number, ending="png", size=(40, 60)):
