@@ -827,8 +827,9 @@ def without_misplaced(path, key, boundaries, height):
     """Return boundaries (N,L,W) where columns with boundaries out of place are NaN.
 
     From top to bottom each boundary must lie less than one row above the one before it, the last
-    not above the first, and all within the image, to within one row. Raises ValueError, one line, if more than MISPLACED of the
-    volume's complete columns are out of place: then the file is not what it should be.
+    not above the first, and all within the image, to within one row. Raises ValueError, one line,
+    if more than MISPLACED of the volume's complete columns are out of place: then the file is not
+    what it should be.
     """
     complete = np.isfinite(boundaries).all(1)  # (N,W)
     rows = np.where(complete[:, None], boundaries, 1.0)  # (N,L,W), without NaN
