@@ -611,6 +611,7 @@ def open_dataset(entries: list, options):
             return volumes.VolumeSet(entries)
         # Of a model with codes each data set may annotate other classes.
         return volumes.VolumeSet([*map(layouts.as_regions, entries)], partial=True)
+    entries = data.with_mask_orientation(entries, options.mask_orientation)
     return data.open_dataset(entries, options.cache, options.pseudocolor)
 
 

@@ -83,6 +83,7 @@ class Entry:
     unnamed: tuple[int, ...] = ()  # and which further numbers are background there
     regions: tuple[tuple[int, ...], ...] | None = None  # of a class that overlaps: which of these
     modality: str | None = None  # of a volume, as dataset.json says
+    mask_orientation: str | None = None  # of an image mask: --mask-orientation
 
     def types(self, kind: str) -> list[str]:
         """The types that an option draws from: those it lists, or for `random` all but empty p0."""

@@ -8,7 +8,7 @@ from typing import get_args
 
 import report
 from augment import VIEWS
-from data import colour_table
+from data import ORIENTATIONS, colour_table
 from evaluate import patients_of, run_config
 from layouts import is_prompt_type, path_and_split
 from prompts import KINDS
@@ -58,6 +58,12 @@ class Options:
     feature_dtype: str | None = option(None, "of these files", choices=["float16", "float32"])
     views: list[str] | None = option(
         None, "all the augmentation there is; kept features: made of each", nargs="+", choices=VIEWS
+    )
+    mask_orientation: str | None = option(
+        None,
+        "how masks without an EXIF tag lie where the size cannot tell: stored like the image, "
+        "or upright",
+        choices=ORIENTATIONS,
     )
     pseudocolor: str | None = option(None, "a colour map of matplotlib for grey images: bone, jet")
     sam_prompts: str | None = option(None, "what SAM is asked by, of the truth", choices=KINDS)
@@ -195,6 +201,7 @@ def as_tested(options: Options) -> Options:
     keys = ("prompt", "pseudocolor", "sam_prompts", "min_area", "jitter", "overlap", "fold")
     if not options.prompt_study:  # which computes no distances
         keys += ("nsd_tolerance",)
+    keys = (*keys, "mask_orientation")
     same = {k: tested["options"].get(k) for k in keys if getattr(options, k) is None}
     same["seed"] = options.seed or tested["options"].get("seed", 0)  # which also divides data sets
     if options.group_regex is None:
@@ -255,7 +262,7 @@ def check_volumes(options: Options, family) -> None:
     for key in () if family.volumes else FOR_VOLUMES:
         if getattr(options, key):
             raise ValueError(f"{flag(key)}: {options.model} takes images; this is for volumes")
-    for key in ("pseudocolor", "views") if family.volumes else ():
+    for key in ("pseudocolor", "views", "mask_orientation") if family.volumes else ():
         if getattr(options, key):
             raise ValueError(f"{flag(key)}: {options.model} takes volumes; this is for images")
     if family.volumes and options.score_size == "network":

@@ -157,6 +157,8 @@ def predict_inputs(args) -> int:
             raise ValueError(f"--{key.replace('_', '-')}: of volumes; this model takes images")
     cases = list_cases(args, run, family.reads)
     check_new([path for name, _, _ in cases for path in outputs(name, args).values()])
+    for _, file, _ in cases:
+        data.open_image(file, decode=False)  # refuses several pages before a mask is written
     if args.boxes and not family.asked:
         raise ValueError("--boxes: this model is not asked by boxes")
     predict(cases, family, run, args)
@@ -208,8 +210,11 @@ def predict(cases: list[tuple[str, Path, str]], family, run: dict, args) -> None
     classes = classes or [f"class {number}" for number in range(num_classes(model))]
     check_threshold(1 if ask else len(classes), args.threshold)
     colours = run.get("options", {}).get("pseudocolor")
+    non_finite = []
     for name, file, prompt in tqdm(cases, desc="predict", unit="image", disable=None):
-        image = data.read_image(file)  # (H,W,3)
+        image, has_non_finite = data.load_image(file)  # (H,W,3)
+        if has_non_finite:
+            non_finite.append(file)
         pixels = data.pseudocolor(image, colours).transpose(2, 0, 1).copy()
         sample = {"image": torch.from_numpy(pixels), "prompt": prompt, "name": name}
         sample |= {"file": file, "size": image.shape[:2], "classes": tuple(classes)}
@@ -220,6 +225,8 @@ def predict(cases: list[tuple[str, Path, str]], family, run: dict, args) -> None
         made = pictures(probabilities, model.config, image, args, skip=bool(ask))
         for kind, path in outputs(name, args).items():
             report.save_picture(path, made[kind])
+    if non_finite:
+        print(data.non_finite_line(list(dict.fromkeys(non_finite))))
     k = len(classes)
     if k > 1:
         report.save_picture(Path(args.out) / "legend.png", report.legend(tuple(classes[1:])))

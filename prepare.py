@@ -332,6 +332,7 @@ class ImageFacts:
     size: tuple[int, int]  # H, W
     mode: str  # PIL's, as stored
     digest: bytes  # of the decoded pixels, so that a copy saved in another format is found
+    non_finite: bool = False  # holds NaN or infinite pixels
 
 
 @dataclass
@@ -339,6 +340,7 @@ class MaskFacts:
     size: tuple[int, int]
     mode: str
     counts: np.ndarray  # (256,) pixels of each value
+    turned: bool = False  # like its image, though nothing tells whether it had to be
 
     @property
     def largest(self):
@@ -348,9 +350,10 @@ class MaskFacts:
 def image_facts(path):
     """What an image file holds, or the error that says why it cannot be read."""
     try:
-        pixels = data.read_image(path)
+        pixels, non_finite = data.load_image(path)
         digest = hashlib.blake2b(str(pixels.shape).encode() + pixels.tobytes()).digest()
-        return ImageFacts(pixels.shape[:2], data.open_image(path, decode=False).mode, digest)
+        mode = data.open_image(path, decode=False).mode
+        return ImageFacts(pixels.shape[:2], mode, digest, non_finite)
     except (ValueError, OSError) as error:
         return error
 
@@ -359,9 +362,10 @@ def mask_facts(entry, image):
     """The same for an entry's mask; `image` is what image_facts found for the entry's image."""
     try:
         upright_as = entry.image if isinstance(image, ImageFacts) else None
-        mask = data.read_mask(entry.mask, upright_as, entry.label is not None or entry.numbers)
+        mask, turned = data.entry_mask(entry, upright_as)
         counts = np.bincount(mask.ravel(), minlength=256)
-        return MaskFacts(mask.shape, data.open_image(entry.mask, decode=False).mode, counts)
+        mode = data.open_image(entry.mask, decode=False).mode
+        return MaskFacts(mask.shape, mode, counts, turned)
     except (ValueError, OSError) as error:
         return error
 
@@ -417,6 +421,20 @@ def check_sizes(splits, images, masks, findings):
             if image and mask and image.size != mask.size:
                 line = f"{entry.mask}: {wide(mask.size)}, its image {wide(image.size)} ({split})"
                 findings["masks and images of different sizes"].append(line)
+
+
+def check_pixels(images, masks, findings):
+    """Add findings for images with non-finite pixels and for masks whose orientation is a guess."""
+    for path, fact in images.items():
+        if fact.non_finite:
+            line = f"{path}: holds NaN or infinite pixels, read as 0"
+            findings["images with NaN or infinite pixels"].append(line)
+
+    kind = "masks turned like their images, though they may be upright (see --mask-orientation)"
+    for path, fact in masks.items():
+        if fact.turned:
+            line = f"{path}: has no EXIF tag and its image's orientation does not change the size"
+            findings[kind].append(line)
 
 
 def check_masks(root, splits, masks, findings):
@@ -545,8 +563,11 @@ def check(args):
     findings, seen = defaultdict(list), []
     for root in args.data:
         splits = read_splits(root, findings)
+        for split, entries in splits.items():
+            splits[split] = data.with_mask_orientation(entries, args.mask_orientation)
         images, masks = read_files(splits, findings)
         check_sizes(splits, images, masks, findings)
+        check_pixels(images, masks, findings)
         shares, rules = check_masks(root, splits, masks, findings)
         texts = check_prompts(root, splits, findings)
         for split, entries in splits.items():
@@ -799,6 +820,38 @@ def read_mat(path, axes):
     return [found[key] for key in axes]
 
 
+MISPLACED = 0.01  # largest share of a volume's annotated columns with boundaries out of place
+
+
+def without_misplaced(path, key, boundaries, height):
+    """Return boundaries (N,L,W) where columns with boundaries out of place are NaN.
+
+    From top to bottom each boundary must lie less than one row above the one before it, the last
+    not above the first, and all within the image, to within one row. Raises ValueError, one line,
+    if more than MISPLACED of the volume's complete columns are out of place: then the file is not
+    what it should be.
+    """
+    complete = np.isfinite(boundaries).all(1)  # (N,W)
+    rows = np.where(complete[:, None], boundaries, 1.0)  # (N,L,W), without NaN
+    disordered = (np.diff(rows, axis=1) <= -1).any(1)  # (N,W)
+    disordered |= rows[:, -1] < rows[:, 0]
+    outside = ((rows < 0) | (rows > height + 1)).any(1)  # (N,W)
+    misplaced = disordered | outside
+
+    if misplaced.sum() > MISPLACED * complete.sum():
+        slice_number, column = np.argwhere(misplaced)[0].tolist()
+        shown = ", ".join(f"{row:g}" for row in rows[slice_number, :, column])
+        reason = f"outside the image's rows 1 to {height}"
+        if disordered[slice_number, column]:
+            reason = "not in order from top to bottom"
+        raise ValueError(
+            f"{path}: {key} has {misplaced.sum():,} of {complete.sum():,} columns with boundaries "
+            f"out of place, first in slice {slice_number}, column {column}: rows {shown} are "
+            f"{reason}; download it again"
+        )
+    return np.where(misplaced[:, None], np.nan, boundaries)
+
+
 def layer_map(boundaries, height):
     """Rows of boundaries, float (L,W) -> uint8 (H,W): how many lie at or above each pixel's centre.
 
@@ -825,7 +878,9 @@ def dme_slices(path, annotator):
     """The slices of a volume of Chiu 2015; fluid lies over the layers."""
     axes = {key.format(annotator): names for key, names in DME_AXES.items()}
     images, layers, fluid = read_mat(path, axes)
-    for n, image, mask in annotated_slices(images, np.moveaxis(layers, 2, 0)):  # (N,8,W)
+    layers = np.moveaxis(layers, 2, 0)  # (N,8,W)
+    layers = without_misplaced(path, f"manualLayers{annotator}", layers, len(images))
+    for n, image, mask in annotated_slices(images, layers):
         mask[mask == 8] = 0  # under the last boundary: background again, as above the first
         mask[(fluid[..., n] > 0) & (mask != 255)] = 8  # the regions are numbered; NaN is none
         yield n, image, mask
@@ -834,7 +889,9 @@ def dme_slices(path, annotator):
 def amd_slices(path, every):
     """The slices of a volume of Farsiu 2014."""
     images, layers = read_mat(path, AMD_AXES)
-    yield from annotated_slices(images, layers.swapaxes(1, 2), every)  # (N,3,W)
+    layers = layers.swapaxes(1, 2)  # (N,3,W)
+    layers = without_misplaced(path, "layerMaps", layers, len(images))
+    yield from annotated_slices(images, layers, every)
 
 
 def write_volume(path, slices, name, folder, classes):
@@ -866,6 +923,7 @@ def describe_volumes(splits, found, classes):
     counts = sum(found.values(), Counter())
     gaps = f"{counts['gaps']:,} of {counts['columns']:,} columns lack a boundary and are 255"
     yield f"slices are cut to their annotated columns; within these {gaps}: they do not count"
+    yield "a boundary out of order or outside the image counts as lacking"
     yield "a boundary's rows count from 1; the pixel whose centre it meets lies below it"
     yield "masks are palette images: read their indices, not their colours"
     yield "slices are numbered from 0; scores by patient: --group-regex '[a-z]+[0-9]+'"
@@ -1084,6 +1142,9 @@ def parser():
 
     add = command(check, "read data sets and report what is wrong")
     add("data", type=Path, nargs="+", metavar="DATA", help="folder with images/, masks/, anns/")
+    help = "how masks without an EXIF tag lie where the size cannot tell: stored like the image, "
+    help += "or upright; without it they are turned and listed"
+    add("--mask-orientation", choices=data.ORIENTATIONS, help=help)
 
     download_options(command)
     prepare_volumes.options(command)

@@ -3,11 +3,14 @@
 import json
 import os
 import pickle
+import struct
+import zlib
 
 import numpy as np
 import pytest
 import torch
 from PIL import ExifTags, Image
+from scipy import ndimage
 
 import data
 import layouts
@@ -350,3 +353,424 @@ def test_loader_gives_the_same_with_any_number_of_workers(tmp_path):
 def drawn(sample, train, rng):
     """A recipe's inputs for the test above: one number that the item's generator draws."""
     return {"x": torch.tensor(rng.random())}
+
+
+# --- which pixels a file holds -------------------------------------------------------------------
+
+
+def png_bytes(x, colour_type):
+    """A PNG of uint16 (H,W,C), written by hand: Pillow writes no 16-bit colours."""
+    H, W, C = x.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in x)
+    header = struct.pack(">IIBBBBB", W, H, 16, colour_type, 0, 0, 0)
+    content = b"\x89PNG\r\n\x1a\n"
+    for kind, part in ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")):
+        check = struct.pack(">I", zlib.crc32(kind + part))
+        content += struct.pack(">I", len(part)) + kind + part + check
+    return content
+
+
+def tiff_bytes(x, order="<", compressed=False, planes=False, **more):
+    """A TIFF of (H,W,C), of uint16, int16 or float32, in either byte order. more: further tags."""
+    H, W, C = x.shape
+    kinds = {"u": 1, "i": 2, "f": 3}
+    pixels = x.astype(x.dtype.newbyteorder(order))
+    parts = [pixels[..., k] for k in range(C)] if planes else [pixels]
+    parts = [part.tobytes() for part in parts]
+    if compressed:
+        parts = [zlib.compress(part) for part in parts]
+    starts = [8 + sum(map(len, parts[:k])) for k in range(len(parts))]
+
+    tags = {256: [W], 257: [H], 258: [8 * x.dtype.itemsize] * C, 259: [8 if compressed else 1]}
+    tags |= {262: [2 if C > 1 else 1], 273: starts, 277: [C], 278: [H]}
+    tags |= {279: [len(part) for part in parts], 284: [2 if planes else 1]}
+    tags |= {338: [2]} if C == 4 else {}
+    tags |= {339: [kinds[x.dtype.kind]] * C} | {int(k[1:]): v for k, v in more.items()}
+
+    pixels = b"".join(parts)
+    ifd = struct.pack(order + "H", len(tags))
+    beyond, place = b"", 8 + len(pixels) + 2 + 12 * len(tags) + 4
+    for tag in sorted(tags):
+        value = struct.pack(f"{order}{len(tags[tag])}I", *tags[tag])
+        if len(value) > 4:
+            place_here = struct.pack(order + "I", place + len(beyond))
+            beyond, value = beyond + value, place_here
+        ifd += struct.pack(order + "HHI", tag, 4, len(tags[tag])) + value
+    head = (b"II" if order == "<" else b"MM") + struct.pack(order + "HI", 42, 8 + len(pixels))
+    return head + pixels + ifd + struct.pack(order + "I", 0) + beyond
+
+
+def stretched(x):
+    low, high = x.min(), x.max()
+    return np.round((x.astype(float) - low) * 255 / (high - low))
+
+
+COLOURS_16 = np.random.default_rng(7).integers(5000, 5200, (6, 8, 4)).astype(np.uint16)
+DEEP = {
+    "png rgb": lambda x: (png_bytes(x[..., :3], 2), x[..., :3]),
+    "png rgba": lambda x: (png_bytes(x, 6), x[..., :3]),
+    "png grey + alpha": lambda x: (png_bytes(x[..., :2], 4), x[..., [0, 0, 0]]),
+    "tiff": lambda x: (tiff_bytes(x[..., :3]), x[..., :3]),
+    "tiff rgba": lambda x: (tiff_bytes(x), x[..., :3]),
+    "tiff big-endian": lambda x: (tiff_bytes(x[..., :3], ">"), x[..., :3]),
+    "tiff deflated": lambda x: (tiff_bytes(x[..., :3], "<", True), x[..., :3]),
+    "tiff big-endian deflated": lambda x: (tiff_bytes(x[..., :3], ">", True), x[..., :3]),
+}
+
+
+@pytest.mark.parametrize("kind", DEEP)
+def test_16_bits_a_channel_are_stretched_as_16_bit_grey_is(kind, tmp_path):
+    """All values share their high bytes, 19 and 20, but for two in a hundred."""
+    content, colours = DEEP[kind](COLOURS_16)
+    path = tmp_path / "x"
+    path.write_bytes(content)
+    read = data.read_image(path)
+    assert read.dtype == np.uint8 and np.array_equal(read, stretched(colours))
+
+
+def test_16_bit_colours_are_turned(tmp_path):
+    path = tmp_path / "x.png"
+    path.write_bytes(png_bytes(COLOURS_16[..., :3], 2))
+    assert np.array_equal(data.sixteen_bit_colours(path), COLOURS_16[..., :3])
+    turned = data.sixteen_bit_colours(path, orientation=6)
+    assert np.array_equal(turned, np.rot90(COLOURS_16[..., :3], -1))
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("compressed", [False, True])
+@pytest.mark.parametrize("dtype", [np.float32, np.int16, np.uint16, np.uint32])
+def test_grey_tiffs_of_either_byte_order(order, compressed, dtype, tmp_path):
+    x = np.random.default_rng(3).integers(0, 3000, (6, 8, 1)).astype(dtype)
+    if dtype == np.uint32:
+        x = x * np.uint32(1_400_000)  # above the largest signed number
+    (tmp_path / "x.tif").write_bytes(tiff_bytes(x, order, compressed))
+    if dtype == np.uint32 and order == ">":
+        with pytest.raises(ValueError, match="not readable as an image"):  # Pillow knows it not
+            data.read_image(tmp_path / "x.tif")
+        return
+    read = data.read_image(tmp_path / "x.tif")
+    assert np.array_equal(read, np.repeat(stretched(x), 3, axis=2))
+
+
+def test_wide_channels_that_cannot_be_had_are_refused(tmp_path):
+    planes = tmp_path / "planes.tif"
+    planes.write_bytes(tiff_bytes(COLOURS_16[..., :3], planes=True))
+    with pytest.raises(ValueError, match="planes.tif: .*separate colour planes.* save it as PNG"):
+        data.read_image(planes)
+    wide = tmp_path / "wide.ppm"
+    wide.write_bytes(b"P6\n8 6\n65535\n" + COLOURS_16[..., :3].astype(">u2").tobytes())
+    with pytest.raises(ValueError, match="wide.ppm: 16 bits a channel of this kind"):
+        data.read_image(wide)
+    premultiplied = tmp_path / "premultiplied.tif"
+    premultiplied.write_bytes(tiff_bytes(COLOURS_16, _338=[1]))
+    with pytest.raises(ValueError, match="16 bits a channel of this kind .RGBa."):
+        data.read_image(premultiplied)
+
+
+def test_masks_of_16_bit_colours(tmp_path):
+    path = tmp_path / "a.png"
+    classes = (BLOB * 3).astype(np.uint16)
+    for mask, numbers, expected in (
+        (classes, True, classes),  # the high byte of 3 is 0
+        ((BLOB * 65535).astype(np.uint16), False, BLOB * 255),
+    ):
+        path.write_bytes(png_bytes(np.repeat(mask[..., None], 3, axis=2), 2))
+        assert np.array_equal(data.read_mask(path, numbers=numbers), expected)
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")  # of arithmetic with NaN
+def test_pixels_that_are_no_numbers_become_0_and_the_rest_is_stretched(tmp_path, capsys):
+    ramp = np.linspace(-3, 4, 60)[None].repeat(40, 0).astype(np.float32)
+    spoilt = ramp.copy()
+    spoilt[0, 30], spoilt[1], spoilt[2], spoilt[3] = np.nan, np.nan, np.inf, -np.inf
+    finite = np.isfinite(spoilt)
+    full = as_image(BLOB.astype(np.uint8) * 255)
+    root = write_set(tmp_path / "set", {"a.png": full, "b.png": full, "c.png": full})
+    for name, image in (("a", spoilt), ("b", ramp), ("c", spoilt)):
+        Image.fromarray(image).save(root / "images" / f"{name}.tif")
+    rewrite(root, lambda x: [item | {"img_name": item["img_name"][:1] + ".tif"} for item in x])
+
+    read = data.read_image(root / "images/a.tif")
+    assert not read[~finite].any()
+    assert np.array_equal(read[finite], np.repeat(stretched(ramp)[..., None], 3, 2)[finite])
+    for _ in "decoded", "from the cache":
+        dataset = opened(root, tmp_path)
+        assert np.array_equal(dataset.pixels(2)[0], read)
+        lines = [line for line in capsys.readouterr().out.splitlines() if "decoding" not in line]
+        assert lines == [f"{root}: 2 images (a.tif, c.tif) with NaN or infinite pixels, read as 0"]
+
+    Image.fromarray(np.full((40, 60), np.nan, np.float32)).save(root / "images/a.tif")
+    with pytest.raises(ValueError, match="a.tif: no pixel is a finite number"):
+        opened(root, tmp_path)
+
+
+def with_alpha(colour, hidden, alpha=BLOB * 255):
+    """RGBA: a colour where the blob is, another one elsewhere."""
+    colours = np.where(BLOB[..., None], np.uint8(colour), np.uint8(hidden))
+    return as_image(np.dstack([colours, alpha]).astype(np.uint8))
+
+
+def palette_with_alpha(colours, alphas):
+    """Index 0 outside and 1 inside the blob."""
+    mask = as_image(BLOB.astype(np.uint8))
+    mask = Image.frombytes("P", mask.size, mask.tobytes())
+    mask.putpalette(colours + [0] * 762)
+    mask.info["transparency"] = bytes(alphas)
+    return mask
+
+
+WHITE, BLACK, RED, GREY = [255] * 3, [0] * 3, [250, 9, 9], [200] * 3
+STROKE = with_alpha(RED, BLACK, np.where(BLOB, 255, 0))
+FAINT = np.array(with_alpha(RED, BLACK))
+FAINT[30, 30:40] = [170, 85, 0, 3]  # colours of faint pixels are rounded by whoever drew them
+ALPHA = {
+    "white, drawn in alpha": with_alpha(WHITE, WHITE),
+    "black, drawn in alpha": with_alpha(BLACK, BLACK),
+    "grey + alpha": Image.merge(
+        "LA", [as_image(np.full(BLOB.shape, 255, np.uint8)), as_image(BLOB * np.uint8(255))]
+    ),
+    "red stroke on hidden white": with_alpha(RED, WHITE),
+    "red stroke on hidden black": STROKE,
+    "faint pixels": as_image(FAINT),
+    "colours and alpha agree": with_alpha(WHITE, BLACK),
+    "alpha 1": with_alpha(WHITE, WHITE, np.where(BLOB, 1, 0)),
+    "opaque": with_alpha(WHITE, BLACK, np.full(BLOB.shape, 255)),
+    "alpha forgotten": with_alpha(WHITE, BLACK, np.zeros(BLOB.shape)),
+    "palette, white in alpha": palette_with_alpha(WHITE + WHITE, [0, 255]),
+    "palette, hidden white": palette_with_alpha(WHITE + RED, [0, 255]),
+    "palette, opaque": palette_with_alpha(BLACK + RED, [255, 255]),
+}
+
+
+@pytest.mark.parametrize("kind", ALPHA)
+def test_masks_with_an_alpha_channel(kind, tmp_path):
+    root = write_set(tmp_path / "set", {"a.png": as_image(BLOB)})
+    mask = ALPHA[kind]
+    mask.save(root / "masks/a.png")
+    assert Image.open(root / "masks/a.png").mode == mask.mode
+    assert np.array_equal(opened(root, tmp_path).pixels(0)[1], BLOB)
+
+
+def test_soft_alpha_is_cut_at_a_half(tmp_path):
+    ramp = np.arange(256, dtype=np.uint8)[None].repeat(4, 0)
+    mask = np.dstack([np.full_like(ramp, 255)] * 3 + [ramp])
+    as_image(mask).save(tmp_path / "a.png")
+    assert np.array_equal(data.read_mask(tmp_path / "a.png"), ramp)
+
+
+def test_nothing_drawn_in_alpha_is_empty(tmp_path):
+    with_alpha(WHITE, WHITE, np.zeros(BLOB.shape)).save(tmp_path / "a.png")
+    assert not data.read_mask(tmp_path / "a.png").any()
+
+
+HOLE = np.zeros(BLOB.shape)
+HOLE[:, :30] = 255
+UNCLEAR = {
+    "a photo cut out": as_image(
+        np.dstack([RNG.integers(0, 255, (40, 60, 3)), BLOB * 255]).astype(np.uint8)
+    ),
+    "white on black in a field of view": with_alpha(WHITE, BLACK, HOLE),
+    "black on hidden white": with_alpha(BLACK, WHITE),
+    "palette": palette_with_alpha(GREY + RED, [128, 255]),
+}
+
+
+@pytest.mark.parametrize("kind", UNCLEAR)
+def test_colours_and_alpha_that_contradict_each_other_are_refused(kind, tmp_path):
+    UNCLEAR[kind].save(tmp_path / "a.png")
+    words = "a.png: colours and transparency both vary, .*save the mask as a grey image"
+    with pytest.raises(ValueError, match=words):
+        data.read_mask(tmp_path / "a.png")
+
+
+def test_class_numbers_are_colours_whatever_is_transparent(tmp_path):
+    numbers = np.zeros(BLOB.shape, np.uint8)
+    numbers[:5], numbers[20:] = 1, 2
+    path = tmp_path / "a.png"
+    alpha = (numbers > 0) * np.uint8(255)
+    as_image(np.dstack([numbers] * 3 + [alpha])).save(path)
+    assert np.array_equal(data.read_mask(path, numbers=True), numbers)
+    alpha[0, 0] = 0  # a class that is hidden
+    as_image(np.dstack([numbers] * 3 + [alpha])).save(path)
+    with pytest.raises(ValueError, match="colours and transparency both vary"):
+        data.read_mask(path, numbers=True)
+    palette = palette_with_alpha(BLACK + BLACK, [0, 255])
+    palette.save(path)
+    assert np.array_equal(data.read_mask(path, numbers=True), BLOB)
+
+
+def test_float_masks_are_cut_at_a_half(tmp_path):
+    soft = np.array([[0, 0.2, 0.499, 0.5, 0.95, 1]] * 6, np.float32)
+    Image.fromarray(soft).save(tmp_path / "soft.tif")
+    read = data.read_mask(tmp_path / "soft.tif")
+    assert np.array_equal(read > 127, soft >= 0.5) and read[0].tolist() == [0, 51, 127, 128, 242, 255]
+
+    root = write_set(tmp_path / "set", {"hard.png": as_image(BLOB), "soft.png": as_image(BLOB)})
+    for name, value in (("hard", 1), ("soft", 0.95)):
+        (root / f"masks/{name}.png").unlink()
+        Image.fromarray((BLOB * value).astype(np.float32)).save(root / f"masks/{name}.tif")
+    rewrite(root, lambda x: [i | {"mask_name": i["mask_name"][:4] + ".tif"} for i in x])
+    dataset = opened(root, tmp_path)
+    assert all(np.array_equal(dataset.pixels(i)[1], BLOB) for i in (0, 1))
+
+
+NUMBERS = {
+    # values of the blob, class numbers?, what is read or said
+    "instances below 256": (np.uint16(155), False, 155),
+    "12 bits": (np.uint16(4095), False, 255),
+    "32 bits": (np.int32(65535), False, 255),
+    "instance 300": (np.uint16(300), False, "holds values from 0 to 300; a binary mask holds 0 and"),
+    "class 300": (np.uint16(300), True, "holds class number 300; class numbers go from 0 to 254"),
+    "class 65535": (np.uint16(65535), True, "holds class number 65535; "),
+    "class 255": (np.uint16(255), True, 255),
+    "class -1": (np.int32(-1), True, "holds class number -1; "),
+    "-1": (np.int32(-1), False, "holds values from -1 to 0; "),
+    "class 2.0": (np.float32(2), True, 2),
+    "class 2.5": (np.float32(2.5), True, "holds 2.5, but class numbers are whole"),
+    "class 300.0": (np.float32(300), True, "holds class number 300; "),
+    "255.0": (np.float32(255), False, 255),
+    "nan": (np.float32(np.nan), False, "holds NaN or infinite pixels, which no mask may"),
+}
+
+
+@pytest.mark.parametrize("kind", NUMBERS)
+def test_values_that_no_byte_holds(kind, tmp_path):
+    value, numbers, expected = NUMBERS[kind]
+    path = tmp_path / "a.tif"
+    Image.fromarray(np.where(BLOB, value, value.dtype.type(0))).save(path)
+    if isinstance(expected, int):
+        assert np.array_equal(data.read_mask(path, numbers=numbers), BLOB * expected)
+        return
+    with pytest.raises(ValueError, match=f"a.tif: {expected}"):
+        data.read_mask(path, numbers=numbers)
+
+
+def test_16_bit_masks_with_soft_edges_are_scaled_and_numbers_beside_65535_are_not(tmp_path):
+    path = tmp_path / "a.tif"
+    disc = np.hypot(*np.mgrid[-20:20, -30:30]) < 15
+    soft = ndimage.zoom(disc * 65535.0, 4, order=1).round().astype(np.uint16)
+    assert len(np.unique(soft)) > 20
+    Image.fromarray(soft).save(path)
+    assert np.array_equal(data.read_mask(path), np.round(soft / 257.0))
+    numbered = (disc * 65535).astype(np.uint16)
+    numbered[:4, :4] = 120  # an object that scaling would turn into background
+    Image.fromarray(numbered).save(path)
+    with pytest.raises(ValueError, match="holds values from 0 to 65535; a binary mask holds"):
+        data.read_mask(path)
+
+
+def test_one_class_in_classes_json_may_be_drawn_in_any_range(tmp_path):
+    root = write_set(tmp_path / "set", {"a.png": as_image(BLOB.astype(np.uint16) * 65535)})
+    (root / "classes.json").write_text('{"0": "background", "1": "nuclei"}')
+    assert np.array_equal(opened(root, tmp_path).pixels(0)[1], BLOB)
+    (root / "classes.json").write_text('{"0": "background", "1": "nuclei", "2": "debris"}')
+    with pytest.raises(ValueError, match="a.png: holds class number 65535"):
+        opened(root, tmp_path)
+
+
+FRAMES = [as_image(RNG.integers(0, 255, (40, 60), dtype=np.uint8)) for _ in range(3)]
+
+
+@pytest.mark.parametrize("ending", ["tif", "gif", "png", "webp"])
+def test_files_of_several_pages_are_refused(ending, tmp_path):
+    path = tmp_path / f"a.{ending}"
+    FRAMES[0].save(path, save_all=True, append_images=FRAMES[1:])
+    for read in data.read_image, data.read_mask, lambda path: data.open_image(path, decode=False):
+        with pytest.raises(ValueError, match=f"a.{ending}: holds 3 pages or frames.* of its own"):
+            read(path)
+    FRAMES[0].save(path, **{"lossless": True} if ending == "webp" else {})
+    assert np.array_equal(data.read_mask(path), np.asarray(FRAMES[0]))
+
+
+def test_further_pictures_of_a_photograph_do_not_count(tmp_path):
+    path = tmp_path / "a.jpg"
+    FRAMES[0].save(path, format="MPO", save_all=True, append_images=FRAMES[1:])
+    assert Image.open(path).n_frames == 3
+    read = data.read_image(path)[..., 0].astype(int)
+    assert np.abs(read - np.asarray(FRAMES[0])).mean() < 20 < np.abs(read - FRAMES[1]).mean()
+
+
+@pytest.mark.parametrize("tag, value, counts", [(254, 1, False), (254, 4, False), (255, 2, False),
+                                               (254, 2, True), (254, 0, True)])  # fmt: skip
+def test_previews_in_a_tiff_do_not_count(tag, value, counts, tmp_path):
+    path = tmp_path / "a.tif"
+    preview = FRAMES[1].resize((15, 10))
+    preview.encoderinfo = {"tiffinfo": {tag: value}}
+    FRAMES[0].save(path, save_all=True, append_images=[preview])
+    if counts:
+        with pytest.raises(ValueError, match="holds 2 pages"):
+            data.read_image(path)
+    else:
+        assert np.array_equal(data.read_mask(path), np.asarray(FRAMES[0]))
+
+
+@pytest.mark.parametrize("ending", ["png", "webp"])
+def test_damaged_exif_data_is_one_line(ending, tmp_path):
+    path = tmp_path / f"a.{ending}"
+    FRAMES[0].save(path, exif=b"M?\0*\0\0\0\x08" + bytes(20))  # MM is what it begins with
+    with pytest.raises(ValueError, match=f"a.{ending}: not readable as an image"):
+        data.read_image(path)
+
+
+def turned_set(tmp_path, number, ending="png", size=(40, 60)):
+    """An image of a given orientation, and its mask stored like it; the blob as seen upright."""
+    full = np.zeros(size, np.uint8)
+    full[2:12, 5:25] = 255
+    root = write_set(tmp_path / "set", {"a.png": as_image(full), "b.png": as_image(full)})
+    shown = {3: np.rot90(full, 2), 2: full[:, ::-1], 4: full[::-1], 6: np.rot90(full, -1)}[number]
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = number
+    image = as_image(np.repeat(full[..., None], 3, axis=2) // 2)
+    image.save(root / f"images/turned.{ending}", exif=exif)
+    names = {"img_name": f"turned.{ending}"}
+    rewrite(root, lambda x: [x[0] | names, x[1]])
+    return root, full > 0, shown > 0
+
+
+def opened_as(root, tmp_path, orientation):
+    entries = data.with_mask_orientation(layouts.annotations(root, "train"), orientation)
+    return data.open_dataset(entries, tmp_path / "cache")
+
+
+@pytest.mark.parametrize("number, size", [(2, (40, 60)), (3, (40, 60)), (4, (40, 60)), (6, (40, 40))])
+def test_what_no_size_tells_of_a_mask_s_orientation_is_said_or_decided(
+    number, size, tmp_path, capsys
+):
+    root, stored, shown = turned_set(tmp_path, number, size=size)
+    for orientation, expected in ((None, shown), ("stored", shown), ("upright", stored)):
+        for _ in "decoded", "from the cache":
+            dataset = opened_as(root, tmp_path, orientation)
+            assert np.array_equal(dataset.pixels(0)[1], expected), orientation
+            assert np.array_equal(dataset.pixels(1)[1], stored)
+            said = [line for line in capsys.readouterr().out.splitlines() if "turned" in line]
+            if orientation is not None:
+                assert not said
+                continue
+            (line,) = said
+            assert line.startswith(f"{root}: 1 mask (a.png) turned like the image's EXIF orient")
+            assert "set --mask-orientation stored or upright" in line
+
+
+@pytest.mark.parametrize("ending", ["png", "jpg", "tif"])
+@pytest.mark.parametrize("orientation", [None, "stored", "upright"])
+def test_sizes_tell_of_a_mask_s_orientation(ending, orientation, tmp_path, capsys):
+    root, stored, shown = turned_set(tmp_path, 6, ending)
+    assert np.array_equal(opened_as(root, tmp_path, orientation).pixels(0)[1], shown)
+    as_image(shown).save(root / "masks/a.png")
+    assert np.array_equal(opened_as(root, tmp_path, orientation).pixels(0)[1], shown)
+    assert "turned like" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("ending", ["png", "tif"])
+def test_a_tag_of_the_mask_s_own_counts(ending, tmp_path, capsys):
+    root, stored, shown = turned_set(tmp_path, 3)
+    exif = Image.Exif()
+    for number, expected in ((1, stored), (3, shown)):
+        exif[ExifTags.Base.Orientation] = number
+        (root / "masks/a.png").unlink(missing_ok=True)
+        as_image(stored).save(root / f"masks/a.{ending}", exif=exif)
+        rewrite(root, lambda x: [x[0] | {"mask_name": f"a.{ending}"}, x[1]])
+        for orientation in None, "stored", "upright":
+            dataset = opened_as(root, tmp_path, orientation)
+            assert np.array_equal(dataset.pixels(0)[1], expected)
+    assert "turned like" not in capsys.readouterr().out

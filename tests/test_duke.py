@@ -182,6 +182,68 @@ def test_masks_read_as_a_data_set(dme, amd, tmp_path, which):
     assert prepare.main(["check", str(out)]) == 0
 
 
+def kinds_of_volumes():
+    """(command, boundaries (N,L,W) of a volume, the same as the file holds them, name of a file)."""
+    dme, amd = dme_volume((60, 50, 4))["manualLayers1"], amd_volume((60, 50, 4), (1, 2, 3))
+    return {
+        "duke-dme": (np.moveaxis(dme, 2, 0), "manualLayers1", "Subject_04.mat"),
+        "duke-amd": (amd["layerMaps"].swapaxes(1, 2), "layerMaps", amd_name("AMD", 1003)),
+    }
+
+
+def save_boundaries(root, which, boundaries):
+    """Writes a download in which one volume of 60x50 pixels has these boundaries, (N,L,W)."""
+    if which == "duke-dme":
+        held = dme_volume((60, 50, 4))
+        held["manualLayers1"] = np.moveaxis(boundaries, 0, 2)
+        return dme_download(root, Subject_04=held)
+    held = amd_volume((60, 50, 4), (1, 2, 3)) | {"layerMaps": boundaries.swapaxes(1, 2)}
+    savemat(amd_download(root) / amd_name("AMD", 1003), held)
+    return root
+
+
+SHIFTS = {
+    "reversed": (lambda x: x[:, ::-1], "not in order from top to bottom"),
+    "two swapped": (lambda x: x[:, [*range(x.shape[1] - 2), -1, -2]], "not in order from top to b"),
+    "1,000 rows down": (lambda x: x + 1000, "outside the image's rows 1 to 60"),
+    "1,000 rows up": (lambda x: x - 1000, "outside the image's rows 1 to 60"),
+    "one slice": (lambda x: x + np.array([0, 1000, 0, 0])[:, None, None], "outside the image's"),
+    "infinite": (lambda x: np.where(x == x.max(where=x == x, initial=0), np.inf, x), None),
+}
+
+
+@pytest.mark.parametrize("which", ["duke-dme", "duke-amd"])
+@pytest.mark.parametrize("shift", SHIFTS)
+def test_boundaries_out_of_place_are_refused(which, shift, tmp_path, monkeypatch, capsys):
+    boundaries, key, file = kinds_of_volumes()[which]
+    change, said = SHIFTS[shift]
+    root = save_boundaries(tmp_path / "download", which, change(boundaries))
+    arguments = which, root, "--out", tmp_path / "out"
+    code, text, error = command(monkeypatch, capsys, prepare, *arguments)
+    assert code == 2 and text == "" and error.count("\n") == 1
+    if said is None:  # as a column without a boundary, which no slice then has whole
+        assert "no slice has a column with all boundaries" in error
+        return
+    assert f"{file}: {key} has " in error and said in error and "first in slice 1, column 0" in error
+    assert [path.name for path in tmp_path.iterdir()] == ["download"]
+
+
+@pytest.mark.parametrize("which", ["duke-dme", "duke-amd"])
+def test_a_single_column_out_of_place_does_not_count(which, tmp_path):
+    boundaries, _, _ = kinds_of_volumes()[which]
+    boundaries[1, 0, 20] = 40.0  # the first boundary, below all others
+    boundaries[1, 0, 30] = boundaries[1, 1, 30] + 0.9  # as much as a rounded drawing may cross
+    boundaries[1, -1, 40] = 61.0
+    root = save_boundaries(tmp_path / "download", which, boundaries)
+    masks = pictures(run(which, root, tmp_path / "out", *["--every", "1"][:2 * (which[5] == "a")]),
+                     "masks")  # fmt: skip
+    name = "subject04_slice01" if which == "duke-dme" else "amd1003_slice01"
+    ignored = (masks[name][1] == 255).all(0)
+    assert np.flatnonzero(ignored).tolist() == [20]
+    said = (tmp_path / "out" / "README.txt").read_text()
+    assert "within these 1 of " in said and "out of order or outside the image counts as" in said
+
+
 # --- splits --------------------------------------------------------------------------------------
 
 

@@ -92,6 +92,7 @@ REFUSED = {
     ),
     "truncated": (["{broken}", "--prompt", "a"], "broken.jpg: not readable as an image"),
     "no images": (["{empty}", "--prompt", "a"], "no images in this folder"),
+    "several pages": (["{images}", "{stack}", "--prompt", "a"], "stack.tif: holds 2 pages or"),
     "no such device": (["{images}", "--prompt", "a", "--device", "cuda:9"], "not on this machine"),
 }
 
@@ -101,12 +102,30 @@ def test_what_the_user_did_wrong_is_one_line(kind, images, weights, tmp_path, mo
     broken, empty = tmp_path / "broken.jpg", tmp_path / "empty"
     broken.write_bytes((images / "colour.jpg").read_bytes()[:-400])
     empty.mkdir()
+    stack, page = tmp_path / "stack.tif", Image.new("L", (40, 50))
+    page.save(stack, save_all=True, append_images=[page])
+    places = {"images": images, "broken": broken, "empty": empty, "stack": stack}
     words, message = REFUSED[kind]
-    words = [word.format(images=images, broken=broken, empty=empty) for word in words]
+    words = [word.format(**places) for word in words]
     common = ["--model", "cris", "--weights", weights, "--out", tmp_path / "masks"]
     code, _, err = command(monkeypatch, capsys, predict, *words, *common)
     assert code == 2 and message in err and err.count("\n") == 1, err
     assert not (tmp_path / "masks").exists()
+
+
+def test_pixels_that_are_no_numbers_are_said_once(weights, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for name, value in {"a": np.nan, "b": 0.5, "c": np.inf}.items():
+        image = np.random.default_rng(0).random((40, 50), np.float32)
+        image[:3] = value
+        Image.fromarray(image).save(folder / f"{name}.tif")
+    code, said, _ = command(
+        monkeypatch, capsys, predict, folder, "--model", "cris", "--weights", weights,
+        "--prompt", "a", "--out", tmp_path / "masks", "--device", "cpu",
+    )  # fmt: skip
+    assert code == 0 and said.count("NaN") == 1
+    assert "2 images (a.tif, c.tif) with NaN or infinite pixels, read as 0\n" in said
 
 
 def test_weights_must_say_or_be_told_what_they_are(images, weights, tmp_path, monkeypatch, capsys):

@@ -3,6 +3,7 @@
 import colorsys
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -434,10 +435,11 @@ def copy(good, tmp_path):
 
 def check(capsys, *roots):
     """Exit status and printed text of `check`, which must leave every file as it was."""
-    before = [stamps(root) for root in roots]
+    folders = [root for root in roots if isinstance(root, Path)]
+    before = [stamps(root) for root in folders]
     capsys.readouterr()
     status = prepare.main(["check", *map(str, roots)])
-    assert [stamps(root) for root in roots] == before
+    assert [stamps(root) for root in folders] == before
     return status, capsys.readouterr().out
 
 
@@ -673,10 +675,58 @@ def test_overlap_across_data_sets(good, tmp_path, capsys):
 # --- command line --------------------------------------------------------------------------------
 
 
+def rewrite_images(root, change):
+    """Replaces the training images by what `change` saves."""
+    for entry in annotations(root, "train"):
+        path = root / "images" / entry["img_name"]
+        image = Image.open(path)
+        image.load()
+        change(image, path)
+
+
+def test_masks_whose_orientation_nothing_tells(copy, capsys):
+    """The images are stored upside down, or as they are; the masks have no tag."""
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    rewrite_images(copy, lambda image, path: image.save(path, exif=exif))
+    shares = []
+    for words in [], ["--mask-orientation", "stored"], ["--mask-orientation", "upright"]:
+        status, text = check(capsys, copy, *words)
+        assert status == (not words)
+        shares.append(re.search("foreground .*", text)[0])
+        if not words:
+            count = len(annotations(copy, "train"))
+            assert "masks turned like their images, though they may be upright (see --mask" in text
+            assert f"): {count}\n" in text
+    assert len({*shares}) == 1
+
+
+def test_images_with_pixels_that_are_no_numbers(copy, capsys):
+    def spoil(image, path):
+        x = np.array(image.convert("F"))
+        x[:4] = np.nan
+        Image.fromarray(x).save(path, format="TIFF")
+
+    rewrite_images(copy, spoil)
+    status, text = check(capsys, copy)
+    count = len(annotations(copy, "train"))
+    assert status == 1 and f"findings: {count}\n" in text
+    assert f"images with NaN or infinite pixels: {count}\n" in text
+
+
+def test_files_of_several_pages(copy, capsys):
+    rewrite_images(copy, lambda x, path: x.save(path, format="TIFF", save_all=True,
+                                                append_images=[x]))  # fmt: skip
+    status, text = check(capsys, copy)
+    assert status == 1 and "holds 2 pages or frames" in text
+    assert f"unreadable files: {len(annotations(copy, 'train'))}\n" in text
+
+
 @pytest.mark.parametrize(
     "command, said",
     [
         ("check nowhere", "nowhere"),
+        ("check . --mask-orientation turned", "--mask-orientation"),
         ("check .", "anns"),
         ("check", "DATA"),
         ("demo --images 5", "--images 5"),

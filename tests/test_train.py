@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, command, rows
-from PIL import Image
+from PIL import ExifTags, Image
 from safetensors.torch import load_file
 
 import cris
@@ -436,6 +437,45 @@ def test_a_test_divides_a_set_as_the_training_did(tmp_path):
     assert found(test=["data/other"]) == (None, 3, "1/5")
     assert found(data=["data/flat"], threshold="auto", seed=4) == ("case(.)", 4, "1/5")
     assert found(test=["data/flat"], group_regex="x", fold="0/2") == ("x", 3, "0/2")
+
+
+def test_mask_orientation_is_kept_for_later_tests(tmp_path):
+    run = {"format": 1, "model": "segformer", "options": {"mask_orientation": "stored"}}
+    (tmp_path / "config.json").write_text(json.dumps(run))
+    asked = train.Options(weights=str(tmp_path), eval=True, test=["data/other"])
+    assert resolve(asked)[0].mask_orientation == "stored"
+    other = replace(asked, mask_orientation="upright")
+    assert resolve(other)[0].mask_orientation == "upright"
+    volumes = train.Options(model="swin_unetr3d", data=["a"], mask_orientation="stored")
+    with pytest.raises(ValueError, match="--mask-orientation: swin_unetr3d takes volumes"):
+        resolve(volumes)
+
+
+@pytest.mark.parametrize("orientation", [None, "upright"])
+def test_mask_orientation_reaches_training_and_a_resumed_run(
+    orientation, options, demo, tmp_path, monkeypatch, capsys
+):
+    """Of images that are stored upside down, whose masks have no tag."""
+    turned = shutil.copytree(demo, tmp_path / "turned")
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 3
+    for path in (turned / "images").iterdir():
+        Image.open(path).save(path, exif=exif)
+    first = replace(options, model="segformer", data=[str(turned)], cache=str(tmp_path / "cache"),
+                    epochs=1, max_steps=1, overlays=0, mask_orientation=orientation)  # fmt: skip
+    code, said, _ = command(monkeypatch, capsys, train, *arguments(first))
+    assert code == 0
+    lines = [line for line in said.splitlines() if "turned like their images' EXIF" in line]
+    assert len(lines) == (3 if orientation is None else 0)  # train, val, test
+    kept = json.loads(Path(options.out, "config.json").read_text())["options"]
+    assert kept["mask_orientation"] == orientation
+
+    code, said, _ = command(monkeypatch, capsys, train, "--resume", "--out", options.out)
+    assert code == 0 and "decoding" not in said
+    other = "stored" if orientation == "upright" else "upright"
+    words = "--resume", "--out", options.out, "--mask-orientation", other
+    code, _, error = command(monkeypatch, capsys, train, *words)
+    assert code == 2 and f"--mask-orientation {orientation} -> {other}" in error
 
 
 def test_scores_are_written_before_what_may_fail(options, monkeypatch, capsys):
