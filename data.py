@@ -597,27 +597,28 @@ def _decode(entries: list, file) -> np.ndarray:
     return np.hstack([np.array(places, dtype=np.int64), _rules(entries, values), flags])
 
 
-# shared: file_checksum
-def file_checksum(path: Path) -> int:
-    """Return the CRC-32 of a file's bytes; about a second a GB."""
-    crc = 0
-    with open(path, "rb") as file:
-        for block in iter(lambda: file.read(2**20), b""):
-            crc = zlib.crc32(block, crc)
-    return crc
+# shared: checksums
+def checksums(paths) -> bytes:
+    """Return a line for each file: its CRC-32 and its name. Reads about a GB a second."""
+    lines = []
+    for path in paths:
+        crc = 0
+        with open(path, "rb") as file:
+            for block in iter(lambda: file.read(2**20), b""):
+                crc = zlib.crc32(block, crc)
+        lines.append(f"{crc:08x}  {path.name}\n")
+    return "".join(lines).encode()
+
+
+def is_intact(paths, listed: Path) -> bool:
+    """Return True if the files are as the file of their checksums lists them.
+
+    False if one of them is missing, or if they are of an older version, without checksums.
+    """
+    if not all(path.is_file() for path in (*paths, listed)):
+        return False
+    return listed.read_bytes() == checksums(paths)
 # end shared
-
-
-def _trailer(pixels: Path, rows: bytes) -> bytes:
-    """Return what an index ends with: the checksums of the file of pixels and of its own bytes."""
-    checksums = file_checksum(pixels), zlib.crc32(rows)
-    return b"".join(checksum.to_bytes(4, "little") for checksum in checksums)
-
-
-def _is_intact(pixels: Path, index: Path) -> bool:
-    """Return True if both files hold what was written; False also for those of older versions."""
-    content = index.read_bytes()
-    return content[-8:] == _trailer(pixels, content[:-8])
 
 
 def _cache(entries: list, folder: Path) -> tuple[Path, np.ndarray]:
@@ -628,8 +629,9 @@ def _cache(entries: list, folder: Path) -> tuple[Path, np.ndarray]:
     entry's NON_FINITE and TURNED.
     """
     pixels, index = (folder / f"{_content_key(entries)}{end}" for end in (".bin", ".npy"))
-    if index.is_file() and pixels.is_file():  # it is written last: the pixels then are whole
-        if _is_intact(pixels, index):
+    listed = index.with_suffix(".crc")  # checksums, written last
+    if index.is_file() and pixels.is_file():
+        if is_intact([pixels, index], listed):
             return pixels, np.load(index)
         print(f"{pixels}: damaged or of an older version; decoding the images again", flush=True)
     folder.mkdir(parents=True, exist_ok=True)
@@ -650,10 +652,9 @@ def _cache(entries: list, folder: Path) -> tuple[Path, np.ndarray]:
         os.replace(part, pixels)
         with open(part, "wb") as file:
             np.save(file, rows)
-        trailer = _trailer(pixels, part.read_bytes())
-        with open(part, "ab") as file:  # np.load does not read what follows the array
-            file.write(trailer)
         os.replace(part, index)
+        part.write_bytes(checksums([pixels, index]))
+        os.replace(part, listed)
     finally:
         part.unlink(missing_ok=True)
     return pixels, rows

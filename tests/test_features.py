@@ -284,16 +284,11 @@ def test_two_runs_at_once_share_one_computation(tmp_path):
     assert said.count(b"row") == 6
 
 
-# --- the cache of decoded images ------------------------------------------------------------------
+# --- the caches of decoded images and prepared volumes ----------------------------------------------
 
 
 def zero_file(path, start, end=None):
     path.write_bytes(zero(start, end)(path.read_bytes()))
-
-
-def drop_checksums(path):
-    """As older versions wrote it."""
-    path.write_bytes(path.read_bytes()[:-8])
 
 
 PIXEL_DAMAGE = {
@@ -305,7 +300,8 @@ PIXEL_DAMAGE = {
     "the index is zero": (".npy", lambda path: zero_file(path, 0)),
     "a threshold in the index": (".npy", lambda path: zero_file(path, 128 + 32, 128 + 40)),
     "the index is cut off": (".npy", lambda path: path.write_bytes(path.read_bytes()[:100])),
-    "an older version": (".npy", drop_checksums),
+    "an older version": (".crc", lambda path: path.unlink()),
+    "the checksums": (".crc", lambda path: zero_file(path, 0)),
 }
 
 
@@ -329,4 +325,34 @@ def test_damaged_pixels_are_decoded_again_and_said(damage, demo, tmp_path, capsy
         assert torch.equal(ours["image"], sample["image"])
         assert torch.equal(ours["mask"], sample["mask"])
     data.open_dataset(entries, tmp_path)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("name", ["image.npy", "mask.npy", "truth.npy", "voxels.npy", "npz", "crc"])
+@pytest.mark.parametrize("change", [lambda x: x[:128] + bytes(len(x) - 128), lambda x: x[:-1]])
+def test_damaged_volumes_are_prepared_again_and_said(name, change, tmp_path, capsys):
+    """Also a whole cache of an older version, which has no checksums."""
+    from test_volumes import make_set, prepare
+
+    entries, cache = make_set(tmp_path / "set", ("RAS",)), tmp_path / "cache"
+    parts = ("image", "mask", "truth")
+    whole = prepare(entries, cache).sample(0)
+    expected = {part: whole[part].clone() for part in parts}
+    offsets = whole["voxels"][1].copy()
+    capsys.readouterr()
+    prepare(entries, cache)
+    assert capsys.readouterr().out == ""
+
+    (path,) = cache.glob(f"*.{name}")
+    path.write_bytes(change(path.read_bytes()))
+    if name == "crc":
+        path.unlink()
+    stem = path.name.split(".")[0]
+    again = prepare(entries, cache).sample(0)
+    said = f"{cache / stem}.*: damaged or of an older version; preparing the volume again"
+    assert said in capsys.readouterr().out
+    for part in parts:
+        assert torch.equal(again[part], expected[part])
+    np.testing.assert_array_equal(again["voxels"][1], offsets)
+    prepare(entries, cache)
     assert capsys.readouterr().out == ""
