@@ -39,6 +39,7 @@ from evaluate import (
     check_threshold, each_is, num_classes, patients_of, pick_device, read_image_boxes, run_config,
     to_masks,
 )  # fmt: skip
+from protocol import describe_cuts
 from recipes import FAMILIES
 
 
@@ -253,6 +254,9 @@ def predict(cases: list[tuple[str, Path, str]], family, run: dict, args) -> None
     legend, names = Path(args.out) / "legend.png", Path(args.out) / "classes.json"
     shared = [legend, names] if len(classes) > 1 else []
     check_outputs([*shared, *case_outputs(cases, args)], Path(args.out))
+    cuts = describe_cuts({prompt for _, _, prompt in cases}, recipe.tokenizer)
+    if cuts:
+        print(f"prompts: {cuts}")
     colours = run.get("options", {}).get("pseudocolor")
     for name, file, prompt in tqdm(cases, desc="predict", unit="image", disable=None):
         image = data.read_image(file)  # (H,W,3)

@@ -50,7 +50,6 @@ import data
 import layouts
 import prepare_volumes
 import prompts
-import protocol
 import report
 import textcodes
 
@@ -555,13 +554,15 @@ def tokenizers_of(model):
 
 def describe_tokens(model, tokenizers, texts):
     """What a model sees of the prompts, as (heading, text) lines: equal ones, and those it cuts."""
+    from protocol import describe_cuts  # here, for the same reason
+
     for recipes, tokenizer in tokenizers.items():
         lines = []
         for kind, counter in texts.items():
             different = {tuple(tokenizer(text)[0].tolist()) for text in counter}
             if len(different) < len(counter):
                 lines.append((kind, f"{len(counter)} texts, only {len(different)} to the model"))
-            cuts = protocol.describe_cuts(counter, tokenizer)
+            cuts = describe_cuts(counter, tokenizer)
             if cuts:
                 lines.append((kind, cuts))
         cut = "" if lines else "; no text is cut"

@@ -252,9 +252,9 @@ def cut_texts(texts, tokenizer) -> list[str]:
 def describe_cuts(texts, tokenizer) -> str:
     """Return a phrase about the texts that the model cuts, with the longest one as an example.
 
-    Returns "" if there are none.
+    Returns "" if there are none, or if the model has no tokenizer.
     """
-    cut = cut_texts(texts, tokenizer)
+    cut = cut_texts(texts, tokenizer) if tokenizer else []
     if not cut:
         return ""
 

@@ -310,11 +310,14 @@ def check_prompts(options: Options, tokenizer, sets: dict, tests: dict) -> None:
     for dataset in [*sets.values(), *tests.values()]:
         dataset.compare_prompts_by(tokenizer)
         for entry in dataset.entries:
-            texts.update(entry.texts(options.prompt))
+            kinds = entry.prompts if options.prompt_study else [options.prompt]
+            for kind in kinds:
+                texts.update(entry.texts(kind))
 
     cuts = describe_cuts(texts, tokenizer)
     if cuts:
-        print(f"prompt {options.prompt}: {cuts}")
+        title = "prompts of all types" if options.prompt_study else f"prompt {options.prompt}"
+        print(f"{title}: {cuts}")
     if options.negatives and not options.eval:
         sets["train"].check_negatives(options.prompt)
 
