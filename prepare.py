@@ -554,6 +554,8 @@ def tokenizers_of(model):
 
 def describe_tokens(model, tokenizers, texts):
     """What a model sees of the prompts, as (heading, text) lines: equal ones, and those it cuts."""
+    if not tokenizers:
+        return
     from protocol import describe_cuts  # here, for the same reason
 
     for recipes, tokenizer in tokenizers.items():
