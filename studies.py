@@ -326,14 +326,16 @@ class FewShot:
 
         path = self.out / "data" / name / "dataset.json"
         link = path.with_name(LINK)
+        is_linked = link.is_symlink() and link.resolve() == first.root
         if path.is_file() and (self.out / "study.json").is_file():
             same = read_listing(path, first.root) == content
-            if not same or (link.exists() and link.resolve() != first.root):
+            if not same or (link.is_symlink() and not is_linked):
                 told = f"holds other volumes than {self.data} now gives"
                 raise ValueError(f"{path.parent}: {told}; choose another --out")
         path.parent.mkdir(parents=True, exist_ok=True)
-        link.unlink(missing_ok=True)
-        link.symlink_to(first.root, target_is_directory=True)
+        if not is_linked:
+            link.unlink(missing_ok=True)
+            link.symlink_to(first.root, target_is_directory=True)
         report.write_json(path, content)
         return str(path.parent)
 
