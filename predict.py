@@ -150,7 +150,7 @@ def check_outputs(files: list[Path], out: Path) -> None:
         if not target.is_relative_to(folder):
             raise ValueError(f"{path}: lies outside --out {out} (at {target}); nothing was written")
         if os.path.lexists(path):
-            raise ValueError(f"{path}: already exists and is not overwritten; choose another --out")
+            raise ValueError(f"{path} exists already and is not overwritten; choose another --out")
         if target in targets:
             raise ValueError(
                 f"{path} would be written twice: two inputs have the same name, or one is named "

@@ -190,7 +190,7 @@ def test_links_in_out_do_not_lead_out_of_it(weights, tmp_path, monkeypatch, caps
     (out / "g").unlink()
     (out / "g").mkdir()
     (out / "g/a.png").symlink_to(out / "nowhere.png")
-    assert "g/a.png: already exists" in tried(monkeypatch, capsys, *given, "--out", out)
+    assert "g/a.png exists already" in tried(monkeypatch, capsys, *given, "--out", out)
     assert not list(elsewhere.iterdir()) and not (out / "nowhere.png").exists()
 
     # --out itself may be a link.
@@ -208,7 +208,7 @@ def test_links_in_out_do_not_lead_out_of_it(weights, tmp_path, monkeypatch, caps
         (["a.png", "a.png"], "a.png would be written twice"),
         (["a.png", "g/../a.png"], "a.png would be written twice"),
         (["a.png", "a.png/b.png"], "would be a file and a folder"),
-        (["a.png", "old.png"], "old.png: already exists"),
+        (["a.png", "old.png"], "old.png exists already"),
     ],
 )
 def test_outputs_are_new_different_and_inside(names, said, tmp_path):
@@ -244,7 +244,7 @@ def test_the_legend_overwrites_nothing(image, old, class_run, tmp_path, monkeypa
     given = ["--weights", class_run, "--out", out, tmp_path / "in"]
     if old or image == "legend.png":
         message = tried(monkeypatch, capsys, *given)
-        assert "legend.png" in message or "classes.json: already exists" in message
+        assert "legend.png" in message or "classes.json exists already" in message
         assert contents(tmp_path) == before
     else:
         code, _, err = command(monkeypatch, capsys, predict, *given, "--device", "cpu")
