@@ -669,6 +669,7 @@ class Dataset:
     def __init__(self, entries: list, rows: np.ndarray, path: Path, colours: str | None = None):
         self.entries, self.rows, self.path, self.colours = entries, rows, path, colours
         self.classes = entries[0].classes
+        self.tokenizer = None  # see `compare_prompts_by`
         self._bytes = None  # mapped on first use, in each process
 
     def __getstate__(self):
@@ -680,7 +681,9 @@ class Dataset:
     def subset(self, indices) -> "Dataset":
         """The same pixels, fewer entries."""
         entries = [self.entries[i] for i in indices]
-        return Dataset(entries, self.rows[indices], self.path, self.colours)
+        part = Dataset(entries, self.rows[indices], self.path, self.colours)
+        part.tokenizer = self.tokenizer
+        return part
 
     def pixels(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         """Image uint8 (H,W,3), a view of the file, and mask uint8 (H,W) of entry i."""
@@ -705,26 +708,78 @@ class Dataset:
         sample |= {"name": entry.name, "file": entry.image}
         return sample | {"group": entry.group, "dataset": entry.root.name}
 
+    def compare_prompts_by(self, tokenizer) -> None:
+        """Compare prompts by the token ids that a model's tokenizer, text -> (1,T), gives them."""
+        self.tokenizer = tokenizer
+        for cached in ("_keys", "_prompts"):
+            self.__dict__.pop(cached, None)
+
+    def prompt_key(self, text: str) -> tuple:
+        """Return what a model sees of a prompt: texts with equal keys are the same prompt.
+
+        These are the token ids of `tokenizer`. Without one, texts that differ only in case and
+        blanks are the same, as they are to CLIP's and BERT's tokenizers.
+        """
+        if self.tokenizer is None:
+            return tuple(text.lower().split())
+        if text not in self._keys:
+            self._keys[text] = tuple(self.tokenizer(text)[0].tolist())
+        return self._keys[text]
+
     @functools.cached_property
-    def _texts(self) -> dict[Path, set[str]]:
-        """Image -> the prompts of all its entries."""
-        found = {}
+    def _keys(self) -> dict[str, tuple]:
+        """Text -> its token ids."""
+        return {}
+
+    @functools.cached_property
+    def _prompts(self) -> dict[Path, set[tuple]]:
+        """Image -> the keys of the prompts of all its entries."""
+        keys = {}
         for entry in self.entries:
-            found.setdefault(entry.image, set()).update(*entry.prompts.values())
-        return found
+            for texts in entry.prompts.values():
+                keys.setdefault(entry.image, set()).update(map(self.prompt_key, texts))
+        return keys
+
+    def check_negatives(self, kind: str) -> None:
+        """Raise ValueError if an image has no `absent_prompt`."""
+        asked = {}  # data set -> the keys of its prompts of this kind
+        for entry in self.entries:
+            asked.setdefault(entry.root, set()).update(map(self.prompt_key, entry.texts(kind)))
+
+        for entry in self.entries:
+            if asked[entry.root] <= self._prompts.get(entry.image, set()):
+                raise self._no_absent_prompt(entry, kind)
+
+    def _no_absent_prompt(self, entry, kind: str) -> ValueError:
+        root, image = entry.root.name, entry.image.name
+        return ValueError(
+            f"{root}: --negatives needs prompts that differ to the model; all {kind} prompts of "
+            f"other images are also prompts of {image}"
+        )
 
     def absent_prompt(self, i: int, kind: str, rng: np.random.Generator) -> str:
-        """A prompt of another image of the same data set, whose text no entry of image i has: all
-        that tells that its target is not in image i. ValueError if all are alike."""
+        """Return a prompt of another image of the same data set that no entry of image i has.
+
+        To the model, see `prompt_key`. This is all that tells that its target is not in image i.
+        Raises ValueError if all prompts are alike.
+        """
         mine = self.entries[i]
-        texts = self._texts[mine.image]
+        present = self._prompts.get(mine.image, set())
+        others = []
         for j in rng.permutation(len(self)):
             other = self.entries[j]
             if other.root == mine.root and other.image != mine.image:
                 prompt = other.text(kind, rng)
-                if prompt not in texts:
+                if self.prompt_key(prompt) not in present:
                     return prompt
-        raise ValueError(f"{mine.root.name}: --negatives needs prompts that differ; {kind} do not")
+                others.append(other)
+
+        # The draw from several texts of an entry may have missed the one that is absent.
+        for other in others:
+            for prompt in other.texts(kind):
+                if self.prompt_key(prompt) not in present:
+                    return prompt
+        raise self._no_absent_prompt(mine, kind)
 
     def describe(self) -> str:
         """What was found, in a line."""

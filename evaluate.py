@@ -489,13 +489,27 @@ def with_boxes(recipe, tests: dict, path: str):
     if len(tests) != 1:
         raise ValueError(f"--boxes {path}: for one test set, not {len(tests)}")
     (dataset,) = tests.values()
-    files = {entry.image.name: entry.image for entry in dataset.entries}
-    if len(files) < len(dataset):
-        hint = "boxes name their image by its file name"
-        raise ValueError(f"--boxes: {len(dataset)} entries of {len(files)} file names; {hint}")
-    sizes = {e.image.name: tuple(row[2:4]) for e, row in zip(dataset.entries, dataset.rows)}
-    boxes, _ = prompts.read_class_boxes(path, sizes, dataset.classes)
+    images, names = [], []
+    for entry in dataset.entries:
+        images.append(entry.image)
+        names.append(layouts.name_in_images(entry.image, entry.root))
+    sizes = [tuple(row[2:4]) for row in dataset.rows]
+    boxes, _ = read_image_boxes(path, images, names, sizes, dataset.classes)
     return replace(recipe, ask=partial(recipe.ask, boxes=boxes))
+
+
+def read_image_boxes(path, images: list[Path], names: list[str], sizes: list, classes=None):
+    """Read the boxes of n images from a file: {image file: [(class or None, box), ...]}, classes.
+
+    names: the images' paths as `prompts.ImageNames` takes them. sizes: their (H,W). Raises
+    ValueError if an image is listed twice, as the masks of two entries: a box names only the image.
+    """
+    if len({*images}) < len(images):
+        image = next(image for image in images if images.count(image) > 1)
+        count = images.count(image)
+        raise ValueError(f"--boxes: {image} has {count} masks; a box does not say which it is for")
+    paths = dict(zip(images, names))
+    return prompts.read_class_boxes(path, dict(zip(images, sizes)), classes, paths)
 
 
 def sources(recipe, dataset, options) -> list[str]:

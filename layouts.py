@@ -23,13 +23,16 @@ direction. `img/` and `label/` without it are BTCV's own folders, all for traini
 Regions: as in nnU-Net, classes overlap if one of them is a list of more than one number. A list of
 one number is that number. Unlike in nnU-Net, the background has no say in this: numbers listed with
 it become 0. `"overlapping": true` makes regions of classes that are single numbers.
+
+File names in these JSON files are relative and stay below their folder (`check_name`). Symbolic
+links on the disk are followed.
 """
 
 import json
 import os
 import re
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import numpy as np
 
@@ -63,6 +66,53 @@ def moved(classes: tuple[str, ...], others: tuple[str, ...]) -> bool:
 def is_prompt_type(text: str) -> bool:
     """Whether a prompt option names types (p6, "p6,p3", random) rather than being a text itself."""
     return re.fullmatch(r"random|p\d+(,p\d+)*", text) is not None
+
+
+def prompt_option(text: str) -> str:
+    """Return a prompt option in canonical form: "P6, p1" becomes "p6,p1", other texts stay.
+
+    Raises ValueError for a text that seems to list prompt types in another way, such as "p6 p1":
+    as a literal text it would mean nothing.
+    """
+    pieces = [piece.strip().lower() for piece in text.split(",")]
+    canonical = ",".join(piece for piece in pieces if piece)
+    if is_prompt_type(canonical):
+        return canonical
+
+    kind, gap = r"(p\s*\d+|random)", r"[\s,;|/+&]+"
+    if re.fullmatch(f"{kind}({gap}{kind})*", canonical):
+        raise ValueError(f"--prompt {text!r}: write prompt types like p6 or p6,p1, or random alone")
+    return text
+
+
+def check_name(name: str, key: str) -> str:
+    """Return the file name that `key` of a JSON file gives, if it stays below its folder.
+
+    Raises ValueError if it is absolute or climbs out with `..`, in POSIX or in Windows notation,
+    whatever the system: data sets travel. Raises TypeError if it is not a string.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"{key} {name!r} is not a string")
+
+    windows = PureWindowsPath(name)  # understands / and \
+    if PurePosixPath(name).is_absolute() or windows.drive or windows.root:
+        raise ValueError(f"{key} {name!r} is an absolute path; write it relative to its folder")
+
+    depth = 0
+    for part in windows.parts:
+        depth += -1 if part == ".." else 1
+        if depth < 0:
+            raise ValueError(f"{key} {name!r} leaves its folder with ..; keep the file below it")
+    return name
+
+
+def name_in_images(image: Path, root: Path) -> str:
+    """Return an image's path within the images folder of its data set, with / between folders."""
+    parts = image.relative_to(root).parts if image.is_relative_to(root) else image.parts[-1:]
+    for k, part in enumerate(parts[:-1]):
+        if part in FOLDERS[0]:
+            return "/".join(parts[k + 1 :])
+    return "/".join(parts)
 
 
 @dataclass(frozen=True)
@@ -135,7 +185,9 @@ def _group(image: str, group_regex: str | None) -> str | None:
 
 
 def _entry(root: Path, split: str, item: dict, group_regex: str | None) -> Entry:
-    image, mask, label = item["img_name"], item["mask_name"], item.get("label")
+    image = check_name(item["img_name"], "img_name")
+    mask = check_name(item["mask_name"], "mask_name")
+    label = item.get("label")
     prompts = {k: [v] if isinstance(v, str) else list(v) for k, v in item["prompts"].items()}
     if not all(isinstance(text, str) for texts in prompts.values() for text in texts):
         raise TypeError("prompts must be strings or lists of strings")
@@ -154,7 +206,7 @@ def read_annotations(root: Path, split: str, group_regex: str | None = None) -> 
     """
     root = Path(root).resolve()
     path, entries, number = root / "anns" / f"{split}.json", {}, None
-    if not path.is_file():
+    if split not in splits(root) or not path.is_file():
         have = ", ".join(splits(root)) or "none"
         raise FileNotFoundError(f"{path}: no such annotation file; splits here: {have}")
     try:
@@ -298,14 +350,24 @@ def _listed(root: Path, item) -> tuple[Path, Path] | None:
     """Image and label of an item of a list in dataset.json; None without a label."""
     if not isinstance(item, dict) or not item.get("label"):
         return None
-    return root / item["image"], root / item["label"]
+    image = check_name(item["image"], "image")
+    label = check_name(item["label"], "label")
+    return root / image, root / label
 
 
 def _volume_pairs(root: Path, settings: dict) -> dict[str, list[tuple[Path, Path]]]:
     """Split -> (image, label map) of its cases, from dataset.json's lists or the folders."""
     keys = {"train": "training", "val": "validation", "test": "test"}
-    lists = {split: settings.get(key, []) for split, key in keys.items()}
-    pairs = {k: list(filter(None, (_listed(root, x) for x in items))) for k, items in lists.items()}
+    pairs = {}
+    for split, key in keys.items():
+        pairs[split] = []
+        for number, item in enumerate(settings.get(key, [])):
+            try:
+                pair = _listed(root, item)
+            except ValueError as error:
+                raise ValueError(f"{key} entry {number}: {error}") from None
+            if pair is not None:
+                pairs[split].append(pair)
     for split, end in ("train", "Tr"), ("test", "Ts"):
         if not pairs[split]:  # nnU-Net lists none
             images, labels = root / f"images{end}", root / f"labels{end}"
@@ -367,8 +429,7 @@ def read_volumes(root: Path, group_regex: str | None = None) -> dict[str, list[E
             first, *more = there or [image]
             name = without_ending(label)
             if repeated:  # case1/label.nii.gz, case2/label.nii.gz
-                base = root if label.is_relative_to(root) else label.anchor
-                name = (label.parent.relative_to(base) / name).as_posix()
+                name = (label.parent.relative_to(root) / name).as_posix()
             place = {"group": _group(image.name, group_regex), "more": tuple(more)}
             entry = Entry(name, first, label, {}, root, **place)
             entries.setdefault(split, []).append(replace(entry, **settings["fields"]))

@@ -10,7 +10,7 @@ import report
 from augment import VIEWS
 from data import ORIENTATIONS, colour_table
 from evaluate import patients_of, run_config
-from layouts import is_prompt_type, path_and_split
+from layouts import is_prompt_type, path_and_split, prompt_option
 from prompts import KINDS
 from protocol import Settings
 from recipes import FAMILIES, TOPOLOGY
@@ -173,7 +173,10 @@ def parse(description: str, arguments: list[str] | None = None) -> dict:
             kind = get_args(kind)[0]
         how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
         parser.add_argument(flag(spec.name), default=argparse.SUPPRESS, **how | spec.metadata)
-    return vars(parser.parse_args(arguments))
+    given = vars(parser.parse_args(arguments))
+    if given.get("prompt"):  # here too: --resume compares it with the run's
+        given["prompt"] = prompt_option(given["prompt"])
+    return given
 
 
 def with_views(settings: Settings, options: Options, family) -> Settings:
@@ -326,6 +329,8 @@ def check_used(options: Options, settings: Settings) -> None:
 
 def resolve(options: Options) -> tuple[Options, Settings]:
     """Fills what is open from the tested run folder and from the recipe; checks the rest."""
+    if options.prompt and not options.resume:  # a run's own prompt stays as it was trained
+        options = replace(options, prompt=prompt_option(options.prompt))
     options = as_tested(options)
     family, name = FAMILIES[options.model], options.recipe or "default"
     check(options, family, name)

@@ -8,8 +8,9 @@
 
 Images, folders of images and data sets become PNG masks (0 and 255, or class numbers in a palette
 with legend.png and classes.json) at each image's own size, named like the image (of a data set:
-like the mask). Nothing is written over. SAM is asked by the boxes of a CSV or JSON file, of images
-by their file name (image,class,x0,y0,x1,y1; see prompts.py), else by the box around each image.
+like the mask). Existing files are never overwritten. SAM is asked by the boxes of a CSV or JSON
+file (image,class,x0,y0,x1,y1; see prompts.py), whose images are file names or, where these repeat,
+paths relative to the folder of images; without boxes by the box around each image.
 Volumes (NIfTI; a case's channels one 4-D file or CASE_0000, CASE_0001, …) become label maps on
 their own grid, the numbers' names in classes.json; where classes overlap a file for each. A
 Universal Model can be asked for some of its --classes alone, which takes less memory. Of such
@@ -17,7 +18,9 @@ organs --organ-rules keep what anatomy allows: one piece, tumours within their o
 """
 
 import argparse
+import os
 import re
+from collections import Counter
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -33,9 +36,10 @@ import organs
 import report
 import volumes
 from evaluate import (
-    check_threshold, each_is, num_classes, patients_of, pick_device, run_config, to_masks,
+    check_threshold, each_is, num_classes, patients_of, pick_device, read_image_boxes, run_config,
+    to_masks,
 )  # fmt: skip
-from prompts import read_class_boxes
+from protocol import describe_cuts
 from recipes import FAMILIES
 
 
@@ -64,7 +68,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--overlays", action="store_true", help="also NAME_overlay.png")
     volume_options(parser.add_argument)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.prompt is not None:
+        args.prompt = layouts.prompt_option(args.prompt)
+    return args
 
 
 def volume_options(add) -> None:
@@ -123,14 +130,38 @@ def outputs(name: str, args) -> dict[str, Path]:
     }
 
 
-def check_new(files: list[Path]) -> None:
-    """ValueError, one line, if one of these would be written over or twice."""
-    if len(set(files)) < len(files):
-        twice = next(path for path in files if files.count(path) > 1)
-        raise ValueError(f"{twice} would be written twice: two inputs have the same name")
-    there = next((path for path in files if path.exists()), None)
-    if there is not None:
-        raise ValueError(f"{there} exists already; choose another --out")
+def case_outputs(cases, args) -> list[Path]:
+    """Return the files of all cases."""
+    files = []
+    for name, _, _ in cases:
+        files += outputs(name, args).values()
+    return files
+
+
+def check_outputs(files: list[Path], out: Path) -> None:
+    """Raise ValueError unless all files are new, different and inside the folder `out`.
+
+    Links are followed, as writing would do. Called before anything is written.
+    """
+    folder = out.resolve()
+    targets = {}  # where a file really goes -> the file
+    for path in files:
+        target = path.resolve()
+        if not target.is_relative_to(folder):
+            raise ValueError(f"{path}: lies outside --out {out} (at {target}); nothing was written")
+        if os.path.lexists(path):
+            raise ValueError(f"{path} exists already and is not overwritten; choose another --out")
+        if target in targets:
+            raise ValueError(
+                f"{path} would be written twice: two inputs have the same name, or one is named "
+                "like a file that is added (legend.png, NAME_overlay.png); rename it"
+            )
+        targets[target] = path
+
+    for target, path in targets.items():
+        blocking = next((parent for parent in target.parents if parent in targets), None)
+        if blocking is not None:
+            raise ValueError(f"{path}: {targets[blocking]} would be a file and a folder")
 
 
 def model_of(args) -> str:
@@ -156,7 +187,7 @@ def predict_inputs(args) -> int:
         if getattr(args, key):
             raise ValueError(f"--{key.replace('_', '-')}: of volumes; this model takes images")
     cases = list_cases(args, run, family.reads)
-    check_new([path for name, _, _ in cases for path in outputs(name, args).values()])
+    check_outputs(case_outputs(cases, args), Path(args.out))
     for _, file, _ in cases:
         data.open_image(file, decode=False)  # refuses several pages before a mask is written
     if args.boxes and not family.asked:
@@ -166,11 +197,30 @@ def predict_inputs(args) -> int:
     return 0
 
 
+def image_names(images: list[Path], inputs: list[str]) -> list[str]:
+    """Return the images' paths within their input folder or their data set's images folder.
+
+    With several data sets the folder of the data set comes first where a path occurs twice.
+    """
+    roots = [Path(place).resolve() for place in inputs if layouts.splits(Path(place))]
+    names, longer_names = [], []
+    for image in images:
+        root = next((root for root in roots if image.is_relative_to(root)), None)
+        name = image.name if root is None else layouts.name_in_images(image, root)
+        names.append(name)
+        longer_names.append(name if root is None else f"{root.name}/{name}")
+
+    counts = Counter(names)
+    return [long if counts[name] > 1 else name for name, long in zip(names, longer_names)]
+
+
 def ask_by(recipe, cases, classes: list[str] | None, args):
     """SAM's recipe asking by the boxes of a file or by the whole image; and the classes."""
     if args.boxes:
-        sizes = {file.name: data.read_image(file).shape[:2] for _, file, _ in cases}
-        boxes, classes = read_class_boxes(args.boxes, sizes, classes)
+        images = [file for _, file, _ in cases]
+        sizes = [data.read_image(file).shape[:2] for file in images]
+        names = image_names(images, args.inputs)
+        boxes, classes = read_image_boxes(args.boxes, images, names, sizes, classes)
         return partial(recipe.ask, source="given boxes", boxes=boxes), classes
     if classes and len(classes) > 1:
         told = ", ".join(classes[1:])
@@ -209,6 +259,12 @@ def predict(cases: list[tuple[str, Path, str]], family, run: dict, args) -> None
         ask, classes = ask_by(recipe, cases, classes, args)
     classes = classes or [f"class {number}" for number in range(num_classes(model))]
     check_threshold(1 if ask else len(classes), args.threshold)
+    legend, names = Path(args.out) / "legend.png", Path(args.out) / "classes.json"
+    shared = [legend, names] if len(classes) > 1 else []
+    check_outputs([*shared, *case_outputs(cases, args)], Path(args.out))
+    cuts = describe_cuts({prompt for _, _, prompt in cases}, recipe.tokenizer)
+    if cuts:
+        print(f"prompts: {cuts}")
     colours = run.get("options", {}).get("pseudocolor")
     non_finite = []
     for name, file, prompt in tqdm(cases, desc="predict", unit="image", disable=None):
@@ -227,10 +283,9 @@ def predict(cases: list[tuple[str, Path, str]], family, run: dict, args) -> None
             report.save_picture(path, made[kind])
     if non_finite:
         print(data.non_finite_line(list(dict.fromkeys(non_finite))))
-    k = len(classes)
-    if k > 1:
-        report.save_picture(Path(args.out) / "legend.png", report.legend(tuple(classes[1:])))
-        report.write_json(Path(args.out) / "classes.json", dict(enumerate(classes)))
+    if shared:
+        report.save_picture(legend, report.legend(tuple(classes[1:])))
+        report.write_json(names, dict(enumerate(classes)))
 
 
 # --- volumes -------------------------------------------------------------------------------------
@@ -304,7 +359,9 @@ def predict_volumes(family, run: dict, args) -> int:
     cases, out = list_volumes(args, run, c.in_channels), Path(args.out)
     made = {name: volume_outputs(name, classes, c.overlapping, args) for name in cases}
     files = [path for some in made.values() for path in some.values()]
-    check_new([*files, out / "classes.json", out / "legend.png"])
+    shared = [] if c.overlapping else [out / "classes.json"]
+    shared += [out / "legend.png"] if args.overlays else []
+    check_outputs([*shared, *files], out)
     for files in cases.values():  # before anything takes long
         channels = sum(volumes.read_grid(file).channels for file in files)
         volumes.check_channels(files[0], channels, c.in_channels)

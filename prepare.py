@@ -558,9 +558,42 @@ def describe(splits, images, masks, shares, rules, texts):
         yield kind, f"{len(counter)} text{'s' * (len(counter) > 1)}: {example}"
 
 
+def tokenizers_of(model):
+    """{recipes: tokenizer} of a model that reads, for each text length; {} without a model."""
+    if model is None:
+        return {}
+    from recipes import FAMILIES  # here, as importing every model takes a second
+
+    readers = [name for name, family in FAMILIES.items() if family.reads]
+    if model not in readers:
+        raise ValueError(f"--model {model}: reads no prompts; take one of {', '.join(readers)}")
+    return FAMILIES[model].tokenizers()
+
+
+def describe_tokens(model, tokenizers, texts):
+    """What a model sees of the prompts, as (heading, text) lines: equal ones, and those it cuts."""
+    if not tokenizers:
+        return
+    from protocol import describe_cuts  # here, for the same reason
+
+    for recipes, tokenizer in tokenizers.items():
+        lines = []
+        for kind, counter in texts.items():
+            different = {tuple(tokenizer(text)[0].tolist()) for text in counter}
+            if len(different) < len(counter):
+                lines.append((kind, f"{len(counter)} texts, only {len(different)} to the model"))
+            cuts = describe_cuts(counter, tokenizer)
+            if cuts:
+                lines.append((kind, cuts))
+        cut = "" if lines else "; no text is cut"
+        yield model, f"takes {tokenizer.length} tokens of a prompt (--recipe {recipes}){cut}"
+        yield from lines
+
+
 def check(args):
     """Reports on whole data sets; 1 if there are findings."""
     findings, seen = defaultdict(list), []
+    tokenizers = tokenizers_of(args.model)
     for root in args.data:
         splits = read_splits(root, findings)
         for split, entries in splits.items():
@@ -575,6 +608,8 @@ def check(args):
                 seen.append((image, split, images[image].digest))
         print(root)
         for heading, text in describe(splits, images, masks, shares, rules, texts):
+            print(f"  {heading:13} {text}")
+        for heading, text in describe_tokens(args.model, tokenizers, texts):
             print(f"  {heading:13} {text}")
     check_overlap(seen, findings)
     total = sum(map(len, findings.values()))
@@ -1001,17 +1036,22 @@ def duke_amd(args):
 
 
 def images_of(place):
-    """{name of a mask: image file} of a data set, PATH[:split], or a folder of images."""
+    """{name of a mask: image file} of a data set, PATH[:split], or a folder of images; and
+    {image file: the name that a file of boxes has for it}."""
     path, split = layouts.path_and_split(place)
     if layouts.splits(path):
-        return {entry.name: entry.image for entry in layouts.annotations(path, split)}
+        entries = layouts.annotations(path, split)
+        paths = {e.image: layouts.name_in_images(e.image, e.root) for e in entries}
+        names = prompts.ImageNames(paths)
+        short_names = {image: names.shortest(image) for image in paths}
+        return {entry.name: entry.image for entry in entries}, short_names
     if not Path(place).is_dir():
         raise FileNotFoundError(f"--like {place}: no such folder of images or data set")
     images = {}
     for file in sorted(Path(place).iterdir()):
         if file.suffix.lower() in layouts.ENDINGS and images.setdefault(file.stem, file) != file:
             raise ValueError(f"{file}: a second image of this name, with another ending")
-    return images
+    return images, {file: file.name for file in images.values()}
 
 
 def find_masks(folder, images, place):
@@ -1030,7 +1070,7 @@ def find_masks(folder, images, place):
     return found
 
 
-def boxes_of(path, image, classes, min_area):
+def boxes_of(path, image, name, classes, min_area):
     """A row of boxes.csv for each component of a mask. ValueError: not the image's mask."""
     mask = data.read_mask(path, numbers=classes is not None)  # upright, as predict.py has made it
     size = data.read_image(image).shape[:2]
@@ -1046,7 +1086,7 @@ def boxes_of(path, image, classes, min_area):
     rows = []
     for found in prompts.components(mask, range(1, len(classes)), min_area):
         corners = zip(("x0", "y0", "x1", "y1"), found.box.astype(int).tolist())
-        rows.append({"image": image.name, "class": classes[found.label], **dict(corners)})
+        rows.append({"image": name, "class": classes[found.label], **dict(corners)})
     return rows
 
 
@@ -1058,7 +1098,8 @@ def boxes(args):
     both corners inside the box. An image without components has no row.
     """
     report.refuse_existing(args.out)
-    images, rows, count = images_of(args.like), [], 0
+    images, image_names = images_of(args.like)
+    rows, count = [], 0
     for folder in args.masks:
         found, names = find_masks(folder, images, args.like), folder / "classes.json"
         classes = layouts.read_classes(names) if names.is_file() else None
@@ -1067,7 +1108,7 @@ def boxes(args):
         count += len(found)
         bar = tqdm(found.items(), desc="boxes", unit="mask", disable=None, leave=False)
         for path, image in bar:
-            rows += boxes_of(path, image, classes, args.min_area)
+            rows += boxes_of(path, image, image_names[image], classes, args.min_area)
     if not rows:
         raise ValueError(f"{count} masks have no component of {args.min_area} pixels: no boxes")
     report.write_csv(args.out, rows)
@@ -1145,6 +1186,8 @@ def parser():
     help = "how masks without an EXIF tag lie where the size cannot tell: stored like the image, "
     help += "or upright; without it they are turned and listed"
     add("--mask-orientation", choices=data.ORIENTATIONS, help=help)
+    help = "count the prompts that this model cuts at its text length: cris, clipseg, biomedclipseg"
+    add("--model", metavar="NAME", help=help)
 
     download_options(command)
     prepare_volumes.options(command)

@@ -11,6 +11,7 @@ the mask of its one component: what else the class has in the image is backgroun
 import csv
 import json
 import math
+import posixpath
 from pathlib import Path
 from typing import NamedTuple
 
@@ -165,24 +166,69 @@ def _whole_class(mask: np.ndarray, classes: list[int]) -> Prompt:
 # --- boxes from files -----------------------------------------------------------------------------
 
 
-def read_boxes(
-    path, sizes: dict[str, tuple[int, int]], classes=None
-) -> dict[str, list[tuple[str | None, np.ndarray]]]:
+def plain_path(name: str) -> str:
+    """Return a path with / between folders and without `.` and inner `..` parts."""
+    return posixpath.normpath(name.replace("\\", "/"))
+
+
+class ImageNames:
+    """Decides which image a name in a file of boxes means.
+
+    paths: {image: its path within the input folder or the data set's images folder}. A name with
+    folders (`g/a.png`, `g\\a.png`, `./a.png`) is such a path. A bare file name (`a.png`) means the
+    image of that name in whichever folder.
+    """
+
+    def __init__(self, paths: dict):
+        self.paths = {image: plain_path(path) for image, path in paths.items()}
+        self.by_path, self.by_file_name = {}, {}
+        for image, path in self.paths.items():
+            self.by_path.setdefault(path, []).append(image)
+            self.by_file_name.setdefault(posixpath.basename(path), []).append(image)
+
+    def find(self, name: str):
+        """Return the image of this name. Raises ValueError if none fits, or several do."""
+        path = plain_path(name)
+        is_bare = path == name and "/" not in path  # not ./a.png
+        fitting = (self.by_file_name if is_bare else self.by_path).get(path, [])
+        if not fitting:
+            example = next(iter(self.paths.values()), "a.png")
+            raise ValueError(
+                f"unknown image {name}, it is none of those that are asked for; names are "
+                f"relative to the folder of images, such as {example}"
+            )
+        if len(fitting) > 1:
+            names = ", ".join(self.shortest(image) for image in fitting[:3])
+            raise ValueError(f"{name} fits {len(fitting)} images; add its folder, as in {names}")
+        return fitting[0]
+
+    def shortest(self, image) -> str:
+        """Return the bare file name if only this image has it, else the path with its folder."""
+        path = self.paths[image]
+        file_name = posixpath.basename(path)
+        if len(self.by_file_name[file_name]) == 1:
+            return file_name
+        return path if "/" in path else f"./{path}"
+
+
+def read_boxes(path, sizes: dict, classes=None, names: dict | None = None) -> dict:
     """Boxes from a file, by image: {image: [(class or None, float32 (4,) x0 y0 x1 y1), ...]}.
 
     path: a .csv file with the header image,x0,y0,x1,y1 and perhaps class, in any order, or a .json
-    file with a list of objects of the same keys. sizes: (H,W) of the images that may be named, by
-    file name. classes: the names that a class may have; None: any. Boxes lie in 0..W and 0..H; the
-    order in the file is kept. Raises FileNotFoundError or ValueError, one line with the place.
+    file with a list of objects of the same keys. sizes: (H,W) of the images that may be named.
+    classes: the names that a class may have; None: any. names: the images' paths as `ImageNames`
+    takes them; None: the keys of `sizes`. Boxes lie in 0..W and 0..H; the order in the file is
+    kept. Raises FileNotFoundError or ValueError, one line with the place.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file of boxes")
+    names = ImageNames({image: image for image in sizes} if names is None else names)
     boxes, where = {}, path
     try:
         for place, row in _rows(path):
             where = f"{path}, {place}"
-            image, name, box = _row(row, sizes, classes)
+            image, name, box = _row(row, sizes, classes, names)
             boxes.setdefault(image, []).append((name, box))
             where = path  # of what fails between rows
     except (ValueError, csv.Error) as error:  # not UTF-8 and not JSON are ValueErrors
@@ -192,21 +238,22 @@ def read_boxes(
     return boxes
 
 
-def read_class_boxes(path, sizes: dict[str, tuple[int, int]], classes=None):
+def read_class_boxes(path, sizes: dict, classes=None, names: dict | None = None):
     """`read_boxes` for data of these classes, and the classes; None: those that the file names.
 
     Of several classes the first is the background, and a box must be called one of the others; of
     one class it may be called anything.
     """
     several = classes is not None and len(classes) > 1
-    boxes = read_boxes(path, sizes, classes[1:] if several else None)
+    boxes = read_boxes(path, sizes, classes[1:] if several else None, names)
     named = {name: image for image, found in boxes.items() for name, _ in found}
     if classes is None:
-        names = sorted(named.keys() - {None})
-        classes = ["background", *names] if len(names) > 1 else names or ["target"]
+        own = sorted(named.keys() - {None})
+        classes = ["background", *own] if len(own) > 1 else own or ["target"]
     if len(classes) > 1 and None in named:
+        image = named[None] if names is None else names[named[None]]
         told = ", ".join(classes[1:])
-        raise ValueError(f"{path}: a box of {named[None]} has no class; there are {told}")
+        raise ValueError(f"{path}: a box of {image} has no class; there are {told}")
     return boxes, classes
 
 
@@ -225,17 +272,15 @@ def _rows(path: Path):
     yield from ((f"entry {i}", row) for i, row in enumerate(rows))
 
 
-def _row(row: dict, sizes: dict, classes) -> tuple[str, str | None, np.ndarray]:
+def _row(row: dict, sizes: dict, classes, names: ImageNames) -> tuple:
     """Image, class and box of one row; ValueError says what is wrong with it."""
     corners = ("x0", "y0", "x1", "y1")
     if lost := [key for key in ("image", *corners) if row.get(key) in (None, "")]:
         raise ValueError(f"has no {', '.join(lost)}")
     if more := [str(key) for key in row if key not in ("image", "class", *corners)]:
         raise ValueError(f"has more than image, class, x0, y0, x1, y1: {', '.join(more)}")
-    image = str(row["image"])
+    image = names.find(str(row["image"]))
     name = None if row.get("class") in (None, "") else str(row["class"])
-    if image not in sizes:
-        raise ValueError(f"unknown image {image}, it is none of those that are asked for")
     if classes is not None and name is not None and name not in classes:
         raise ValueError(f"unknown class {name}; there are {', '.join(classes)}")
     try:
@@ -250,5 +295,5 @@ def _row(row: dict, sizes: dict, classes) -> tuple[str, str | None, np.ndarray]:
         raise ValueError(f"box {text} is inverted; expected x0 <= x1 and y0 <= y1")
     H, W = sizes[image]
     if x0 < 0 or y0 < 0 or x1 > W or y1 > H:
-        raise ValueError(f"box {text} lies outside {image}, which is {W}x{H}")
+        raise ValueError(f"box {text} lies outside {row['image']}, which is {W}x{H}")
     return image, name, np.float32(box)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from textwrap import shorten
 
 import torch
 import torch.nn.functional as F
@@ -102,6 +103,7 @@ class Recipe:
     groups: Callable
     look: Callable | None = None  # sample -> what `inputs` makes of its image, or kept features
     read: Callable | None = None  # prompt -> the tensors that `inputs` makes of it, of text models
+    tokenizer: Callable | None = None  # of text models: texts -> ids (B,T)
     collate: Callable | None = None  # items -> a training batch; None: their tensors stacked
     ask: Callable | None = None  # (sample, source) -> SAM's prompts of a sample, see `sam_prompts`
     each: Callable | None = None  # (model, item, output) -> probabilities (Q,H,W) of each prompt
@@ -187,14 +189,18 @@ def dice_bce_at_mask_size(logits: Tensor, batch: dict) -> tuple[Tensor, dict]:
 
 
 def texts_per_batch(dataset: Dataset, kind: str, batch_size: int) -> float:
-    """How many different texts a training batch holds on average."""
-    share = {}  # text -> its share of all draws
+    """Return the mean number of prompts in a training batch that differ to the model.
+
+    Prompts are compared by `Dataset.prompt_key`.
+    """
+    share = {}  # key of a prompt -> its share of all draws
     for entry in dataset.entries:
         kinds = entry.types(kind) if is_prompt_type(kind) else [kind]
         for k in kinds:
             texts = entry.prompts.get(k, [kind])  # a literal text stands for itself
             for text in texts:
-                share[text] = share.get(text, 0) + 1 / (len(dataset) * len(kinds) * len(texts))
+                key = dataset.prompt_key(text)
+                share[key] = share.get(key, 0) + 1 / (len(dataset) * len(kinds) * len(texts))
     return sum(1 - (1 - p) ** batch_size for p in share.values())
 
 
@@ -234,7 +240,34 @@ def image_recipe(file, model, settings: Settings, forward: Callable, read=None) 
 
 def prompted_recipe(file, model: nn.Module, settings: Settings, tokenizer) -> Recipe:
     read = partial(tokens, tokenizer=tokenizer)
-    return image_recipe(file, model, settings, prompted_forward, read)
+    recipe = image_recipe(file, model, settings, prompted_forward, read)
+    return replace(recipe, tokenizer=tokenizer)
+
+
+def cut_texts(texts, tokenizer) -> list[str]:
+    """Return the texts that have more tokens than the model takes, and so lose their end."""
+    return [text for text in texts if tokenizer.count(text) > tokenizer.length]
+
+
+def describe_cuts(texts, tokenizer) -> str:
+    """Return a phrase about the texts that the model cuts, with the longest one as an example.
+
+    Returns "" if there are none, or if the model has no tokenizer.
+    """
+    cut = cut_texts(texts, tokenizer) if tokenizer else []
+    if not cut:
+        return ""
+
+    example = max(sorted(cut), key=tokenizer.count)
+    tokens_of_example = tokenizer.count(example)
+    words = example.split()
+    while words and tokenizer.count(" ".join(words)) > tokenizer.length:
+        words.pop()
+    return (
+        f"{len(cut)} of {len(texts)} texts are cut at the model's {tokenizer.length} tokens; "
+        f"“{shorten(example, 60, placeholder=' …')}” has {tokens_of_example} and ends after "
+        f"“{' '.join(words[-3:])}”"
+    )
 
 
 def hub_id(settings: Settings, variant: str) -> str:

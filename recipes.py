@@ -179,26 +179,43 @@ CRIS = {
 }
 
 
+# CLIP's own length, at which CRIS starts from CLIP or from scratch: long enough for nearly every
+# prompt; short ones are trimmed.
+FROM_CLIP = {"text_length": 77}
+
+
+def clip_tokenizer(config) -> CLIPTokenizer:
+    """Return the tokenizer of a model with a CLIP text tower."""
+    return CLIPTokenizer(config.text_length, config.pad_token)
+
+
 def load_cris(
     weights, variant, settings: Settings, overrides: dict, train_set: Dataset | None
 ) -> cris.CRIS:
     """CRIS from `weights`; from CLIP of the hub if None, and that is said; from scratch if "none".
 
     Its batch norm over the sentence vectors sees no variance where all texts of a batch are the
-    same, and ruins evaluation: it then stays in evaluation mode.
+    same to the model, and ruins evaluation: it then stays in evaluation mode.
     """
-    if train_set is not None:
-        texts = texts_per_batch(train_set, settings.prompt, settings.batch_size)
-        if texts < 2:
-            print(
-                f"a batch holds {texts:.1f} different texts on average: the batch norm over texts, "
-                "neck.txt_proj.1, stays in evaluation mode"
-            )
-            overrides = {"freeze_text_norm": True} | overrides
+    model = make_cris(weights, variant, settings, overrides, train_set)
+    if train_set is None or "freeze_text_norm" in overrides:
+        return model
+
+    train_set.compare_prompts_by(clip_tokenizer(model.config))
+    texts = texts_per_batch(train_set, settings.prompt, settings.batch_size)
+    if texts < 2:
+        print(
+            f"a batch holds {texts:.1f} different texts on average: the batch norm over texts, "
+            "neck.txt_proj.1, stays in evaluation mode"
+        )
+        model.config = replace(model.config, freeze_text_norm=True)
+    return model
+
+
+def make_cris(weights, variant, settings, overrides, train_set) -> cris.CRIS:
+    """Return CRIS as `load_cris` starts from it."""
     if weights == "none":
-        config = {
-            "text_length": 77
-        } | overrides  # long enough for every prompt; short ones are trimmed
+        config = FROM_CLIP | overrides
         return cris.CRIS(replace(cris.VARIANTS[variant or "rn50"], **config))
     if weights is None and train_set is None:
         raise ValueError("--weights is missing: CLIP alone, which is the default, segments nothing")
@@ -213,8 +230,7 @@ def load_cris(
 
 
 def cris_recipe(model: cris.CRIS, settings: Settings) -> Recipe:
-    tokenizer = CLIPTokenizer(model.config.text_length, model.config.pad_token)
-    return prompted_recipe(cris, model, settings, tokenizer)
+    return prompted_recipe(cris, model, settings, clip_tokenizer(model.config))
 
 
 # --- CLIPSeg and BiomedCLIPSeg --------------------------------------------------------------------
@@ -293,15 +309,23 @@ def load_biomedclipseg(weights, variant, settings: Settings, overrides: dict, tr
 
 
 def clipseg_recipe(model: clipseg.CLIPSeg, settings: Settings) -> Recipe:
-    tokenizer = CLIPTokenizer(model.config.text_length, model.config.pad_token)
-    return prompted_recipe(clipseg, model, settings, tokenizer)
+    return prompted_recipe(clipseg, model, settings, clip_tokenizer(model.config))
+
+
+def bert_vocabulary(config) -> Path | list[str]:
+    """Return the vocab.txt that a config names, or the characters of a model without one."""
+    return biomedclipseg.find_vocabulary(config.vocabulary) if config.vocabulary else CHARACTERS
+
+
+def bert_tokenizer(config) -> WordPieceTokenizer:
+    """Return the tokenizer of a model with a BERT text tower."""
+    return WordPieceTokenizer(bert_vocabulary(config), config.text_length, config.pad_token)
 
 
 def biomedclipseg_recipe(model: biomedclipseg.BiomedCLIPSeg, settings: Settings) -> Recipe:
     c = model.config
-    vocabulary = biomedclipseg.find_vocabulary(c.vocabulary) if c.vocabulary else CHARACTERS
-    tokenizer = WordPieceTokenizer(vocabulary, c.text_length, c.pad_token)
-    files = {"vocab.txt": vocabulary} if c.vocabulary else {}
+    tokenizer = bert_tokenizer(c)
+    files = {"vocab.txt": bert_vocabulary(c)} if c.vocabulary else {}
     return replace(prompted_recipe(biomedclipseg, model, settings, tokenizer), files=files)
 
 
@@ -403,12 +427,12 @@ def sam_prompts(sample, source, settings, rng=None, boxes=None) -> list:
     """The prompts (prompts.py) of one sample, in training with rng.
 
     source: one of prompts.KINDS, made of the mask; "jittered boxes", as in training, but always the
-    same; "given boxes": those of `boxes`, {image file: [(class, box)]},
+    same; "given boxes": those of `boxes`, {image file as a path: [(class, box)]},
     which have no truth. Without a mask "image" is all that can be asked.
     """
     names = sample["classes"]
     if source == "given boxes":
-        given = boxes.get(sample["file"].name, [])
+        given = boxes.get(sample["file"], [])
         numbers = [names.index(name) if len(names) > 1 else 1 for name, _ in given]
         return [prompts.Prompt(k, None, box, *NO_POINTS) for k, (_, box) in zip(numbers, given)]
     if "mask" not in sample:
@@ -969,6 +993,21 @@ class Family:
     backbone: Callable  # parameters, by name, that `--train decoder` leaves as they are
     keeps: bool = False  # has encode_image: what it gives can be kept
     lora: dict = field(default_factory=dict)  # how add_lora updates it, if not all linear layers
+    tokenizer: Callable | None = None  # (Config) -> tokenizer, of a model that reads
+    text_config: dict = field(default_factory=dict)  # Config fields that training starts with
+
+    def tokenizers(self) -> dict[str, Callable]:
+        """Return {names of recipes: tokenizer} for each text length at which training starts.
+
+        Needs no weights, but BiomedCLIPSeg needs its vocabulary.
+        """
+        variant = next(iter(self.variants.values()))
+        configs, recipes = {}, {}
+        for name, settings in self.settings.items():
+            config = replace(variant, **self.text_config | settings.config)
+            configs.setdefault(config.text_length, config)
+            recipes.setdefault(config.text_length, []).append(name)
+        return {", ".join(recipes[n]): self.tokenizer(config) for n, config in configs.items()}
 
     @property
     def reads(self) -> bool:
@@ -992,9 +1031,23 @@ class Family:
 
 
 FAMILIES = {
-    "cris": Family(CRIS, cris.VARIANTS, load_cris, cris_recipe, clip_towers),
+    "cris": Family(
+        CRIS,
+        cris.VARIANTS,
+        load_cris,
+        cris_recipe,
+        clip_towers,
+        tokenizer=clip_tokenizer,
+        text_config=FROM_CLIP,
+    ),
     "clipseg": Family(
-        CLIPSEG, clipseg.VARIANTS, load_clipseg, clipseg_recipe, clipseg_towers, keeps=True
+        CLIPSEG,
+        clipseg.VARIANTS,
+        load_clipseg,
+        clipseg_recipe,
+        clipseg_towers,
+        keeps=True,
+        tokenizer=clip_tokenizer,
     ),
     "biomedclipseg": Family(
         BIOMEDCLIPSEG,
@@ -1003,6 +1056,7 @@ FAMILIES = {
         biomedclipseg_recipe,
         clipseg_towers,
         keeps=True,
+        tokenizer=bert_tokenizer,
     ),
     "sam_decoder": Family(
         SAM,

@@ -27,7 +27,7 @@ and --weights are of runs that do not start from a base, --train, --lora-rank an
 those that do. All parts that a model trains learn at one rate. --weights that know the new class
 make all of this void: none, or a Swin UNETR (its encoder, say) that was trained without it.
 
---out holds data/ (a dataset.json for each set of volumes), a run folder for each run (METHOD/base,
+--out holds data/ (of each set of volumes a dataset.json, and a link to --data), runs (METHOD/base,
 METHOD/k2-draw1; without last.pt, which only going on needs), results.csv (a row a method, K, draw,
 class and case), table.md and few_shot.png.
 """
@@ -213,6 +213,25 @@ SET = (
 )  # fmt: skip
 
 
+LINK = "source"  # in a data set of a study, beside dataset.json: the folder of the volumes
+
+
+def name_by_link(file: Path, root: Path) -> str:
+    """Return the name that a study's dataset.json has for a file of the data set `root`."""
+    return f"{LINK}/{file.relative_to(root).as_posix()}"
+
+
+def read_listing(path: Path, root: Path) -> dict:
+    """Return a study's dataset.json. Absolute paths, as in older studies, go by the link."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    for key in ("training", "validation", "test"):
+        for case in content.get(key, []):
+            for kind, name in case.items():
+                if Path(name).is_relative_to(root):
+                    case[kind] = name_by_link(Path(name), root)
+    return content
+
+
 def reads(method: str) -> bool:
     return METHODS[method].get("codes") == "text"
 
@@ -298,23 +317,36 @@ class FewShot:
         return found
 
     def write_set(self, name: str, classes: list[str], **splits) -> str:
-        """A dataset.json of some of the volumes, in which only these classes are annotated."""
+        """Write a dataset.json of some of the volumes, in which only these classes are annotated.
+
+        Its file names go through a link to the data set beside it.
+        """
         first, labels = self.splits["train"][0], {k: self.classes[k] for k in classes}
         rest = {*first.labels, *first.unnamed}.difference(*labels.values())
         content = {"labels": {"background": sorted(rest)} | labels, "overlapping": True}
         content["modality"] = first.modality
         for split, key in ("train", "training"), ("val", "validation"), ("test", "test"):
-            # An image of several files, CASE_0000 and so on, is listed as CASE.
-            pairs = ((e.image.parent / e.mask.name if e.more else e.image, e.mask)
-                     for e in splits.get(split, ()))  # fmt: skip
-            content[key] = [{"image": str(image), "label": str(label)} for image, label in pairs]
+            content[key] = []
+            for entry in splits.get(split, ()):
+                # An image of several files, CASE_0000 and so on, is listed as CASE.
+                image = entry.image.parent / entry.mask.name if entry.more else entry.image
+                files = {"image": image, "label": entry.mask}
+                content[key].append({k: name_by_link(f, first.root) for k, f in files.items()})
+
         path = self.out / "data" / name / "dataset.json"
-        begun = path.is_file() and (self.out / "study.json").is_file()
-        held = {"overlapping": True}  # which older studies did not write
-        held |= json.loads(path.read_text(encoding="utf-8")) if begun else {}
-        if begun and held != content:
-            told = f"holds other volumes than {self.data} now gives"
-            raise ValueError(f"{path.parent}: {told}; choose another --out")
+        link = path.with_name(LINK)
+        is_linked = link.is_symlink() and link.resolve() == first.root
+        if path.is_file() and (self.out / "study.json").is_file():
+            listing = {"overlapping": True}  # which older studies did not write
+            listing |= read_listing(path, first.root)
+            same = listing == content
+            if not same or (link.is_symlink() and not is_linked):
+                told = f"holds other volumes than {self.data} now gives"
+                raise ValueError(f"{path.parent}: {told}; choose another --out")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not is_linked:
+            link.unlink(missing_ok=True)
+            link.symlink_to(first.root, target_is_directory=True)
         report.write_json(path, content)
         return str(path.parent)
 
@@ -370,6 +402,9 @@ def read_scores(study: FewShot, run: Run) -> list[dict]:
     (root,) = run.options.test or run.options.data
     tested = layouts.read_volumes(root)["test"]  # whose names are not the same in each data set
     cases = {e.name: own.name for e, own in zip(tested, study.splits["test"], strict=True)}
+    for own in study.splits["test"]:  # older runs named cases of repeated names by their full path
+        folder = own.mask.parent.relative_to(own.mask.anchor)
+        cases.setdefault((folder / layouts.without_ending(own.mask)).as_posix(), own.name)
     with open(run.test / "per_image.csv", newline="", encoding="utf-8") as file:
         found = [row for row in csv.DictReader(file) if "True" in (row["in_truth"], row["in_pred"])]
     who = {"method": run.method, "k": run.k or 0, "draw": run.draw}

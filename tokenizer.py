@@ -73,9 +73,17 @@ class CLIPTokenizer:
     def __call__(self, texts):
         """str or list of B str -> ids (B, length) int64; a text that is too long loses its tail."""
         texts = [texts] if isinstance(texts, str) else texts
-        # Unescaped twice: the web holds "&amp;lt;".
-        texts = [html.unescape(html.unescape(text)).lower() for text in texts]
+        texts = [self.clean(text) for text in texts]
         return _rows(_byte_pair_encoder(), texts, START, END, self.length, self.pad_token)
+
+    @staticmethod
+    def clean(text: str) -> str:
+        """Unescape HTML, twice because the web holds "&amp;lt;", and lower-case."""
+        return html.unescape(html.unescape(text)).lower()
+
+    def count(self, text: str) -> int:
+        """Return the number of ids of a text with start and end, before it is cut to `length`."""
+        return len(_byte_pair_encoder().encode(self.clean(text)).ids) + 2
 
 
 # PubMedBERT's order. In a text they stand for themselves, as in every BERT tokenizer.
@@ -112,6 +120,10 @@ class WordPieceTokenizer:
         """str or list of B str -> ids (B, length) int64; a text that is too long loses its tail."""
         texts = [texts] if isinstance(texts, str) else texts
         return _rows(self.encoder, texts, self.start, self.end, self.length, self.pad_token)
+
+    def count(self, text: str) -> int:
+        """Return the number of ids of a text with start and end, before it is cut to `length`."""
+        return len(self.encoder.encode(text).ids) + 2
 
 
 def _rows(encoder, texts, start, end, length, pad_token):

@@ -35,7 +35,7 @@ import layouts
 import report
 from adapters import merge_lora, merged_state_dict, save_adapter
 from options import Options, check_same, parse, resolve
-from protocol import Settings, choose_trained, keep_features, lr_factor
+from protocol import Settings, choose_trained, describe_cuts, keep_features, lr_factor
 from recipes import FAMILIES
 
 # --- the loop ------------------------------------------------------------------------------------
@@ -376,6 +376,27 @@ def open_sets(options: Options) -> tuple[dict, dict]:
     return sets, tests
 
 
+def check_prompts(options: Options, tokenizer, sets: dict, tests: dict) -> None:
+    """Hand the model's tokenizer to the data sets, which compare prompts by it; say what is cut.
+
+    Raises ValueError if --negatives cannot find a prompt of another image that differs.
+    """
+    texts = set()
+    for dataset in [*sets.values(), *tests.values()]:
+        dataset.compare_prompts_by(tokenizer)
+        for entry in dataset.entries:
+            kinds = entry.prompts if options.prompt_study else [options.prompt]
+            for kind in kinds:
+                texts.update(entry.texts(kind))
+
+    cuts = describe_cuts(texts, tokenizer)
+    if cuts:
+        title = "prompts of all types" if options.prompt_study else f"prompt {options.prompt}"
+        print(f"{title}: {cuts}")
+    if options.negatives and not options.eval:
+        sets["train"].check_negatives(options.prompt)
+
+
 def fit_and_test(options: Options, settings: Settings, device: torch.device, resume: bool) -> dict:
     given = {key: value for key, value in asdict(options).items() if value not in (None, [])}
     print("  ".join(f"{key}={value}" for key, value in given.items()))
@@ -387,6 +408,8 @@ def fit_and_test(options: Options, settings: Settings, device: torch.device, res
     model = load_model(options, settings, sets.get("train"), device)
     recipe = family.recipe(model, settings)
     evaluate.check_classes(model, recipe, [*sets.values(), *tests.values()], options)
+    if recipe.tokenizer:
+        check_prompts(options, recipe.tokenizer, sets, tests)
     if recipe.prepare:
         sets, tests = (
             {name: recipe.prepare(part, options.cache) for name, part in parts.items()}

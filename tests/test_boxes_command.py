@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,13 +10,18 @@ from conftest import command, rows
 from PIL import Image
 
 import data
+import evaluate
 import layouts
+import predict
 import prepare
 import prompts
+import recipes
 import report
+import sam_decoder
 
 NAMES = {"0": "background", "1": "stomach", "2": "small bowel"}
 CORNERS = ("x0", "y0", "x1", "y1")
+SAM = replace(sam_decoder.VARIANTS["mini"], image_size=64)
 
 
 def pieces(size, *rectangles):
@@ -275,3 +281,62 @@ def test_wrong_options(binary, images, tmp_path, monkeypatch, capsys, options):
     code, text, error = command(monkeypatch, capsys, prepare, *arguments)
     assert code == 2 and text == "" and error.count("\n") == 1
     assert not (tmp_path / "boxes.csv").exists()
+
+
+# --- files of one name in two folders -------------------------------------------------------------
+
+
+@pytest.fixture
+def patients(tmp_path):
+    """A data set with a slice0.png of two patients, one of no patient, and a name of its own."""
+    root = tmp_path / "patients"
+    names = {"g/slice0.png": 2, "h/slice0.png": 12, "slice0.png": 22, "h/slice1.png": 5}
+    for name, x0 in names.items():
+        save(root / "images" / name, pieces((30, 40)))
+        save(root / "masks" / name, pieces((30, 40), (255, x0, 3, x0 + 6, 8)))
+    entries = [{"img_name": name, "mask_name": name, "prompts": {}} for name in names]
+    (root / "anns").mkdir()
+    (root / "anns/test.json").write_text(json.dumps(entries))
+    return root
+
+
+def test_boxes_of_files_of_one_name_are_read_back(patients, tmp_path):
+    """prepare.py boxes names what train.py --eval --boxes reads."""
+    made = run(patients / "masks", tmp_path / "boxes.csv", patients)
+    assert {row[0]: row[2] for row in made} == {
+        "g/slice0.png": 2, "h/slice0.png": 12, "./slice0.png": 22, "slice1.png": 5,
+    }  # fmt: skip
+    dataset = data.open_dataset(layouts.annotations(patients, "test"), tmp_path / "cache")
+    recipe = recipes.sam_recipe(sam_decoder.SAM(SAM), recipes.SAM["default"])
+    asking = evaluate.with_boxes(recipe, {"test": dataset}, str(tmp_path / "boxes.csv")).ask
+    for i, x0 in enumerate((2, 12, 22, 5)):
+        ((box, _),) = asking(dataset.sample(i, ""), source="given boxes")["shown"]
+        assert box.tolist() == [x0, 3, x0 + 6, 8]
+
+    sheet = tmp_path / "bare.csv"
+    sheet.write_text("image,x0,y0,x1,y1\nslice0.png,1,1,5,5\n")
+    with pytest.raises(ValueError, match="bare.csv, line 2: slice0.png fits 3 images; add its"):
+        evaluate.with_boxes(recipe, {"test": dataset}, str(sheet))
+    sheet.write_text("image,x0,y0,x1,y1\nslice1.png,1,1,5,5\n")
+    evaluate.with_boxes(recipe, {"test": dataset}, str(sheet))
+
+
+def test_a_box_does_not_say_which_mask_of_an_image_it_is_for(patients, tmp_path):
+    entries = layouts.annotations(patients, "test")
+    entries[1] = replace(entries[1], image=entries[0].image)
+    dataset = data.open_dataset(entries, tmp_path / "cache")
+    sheet = tmp_path / "boxes.csv"
+    sheet.write_text("image,x0,y0,x1,y1\nslice1.png,1,1,5,5\n")
+    with pytest.raises(ValueError, match="g/slice0.png has 2 masks"):
+        evaluate.with_boxes(None, {"test": dataset}, str(sheet))
+
+
+def test_images_of_two_data_sets(patients, tmp_path):
+    """Their folders tell the files of one path apart."""
+    other = tmp_path / "other"
+    shutil.copytree(patients, other)
+    images = [entry.image for root in (patients, other) for entry in layouts.annotations(root, "test")]
+    names = predict.image_names(images, [str(patients), str(other)])
+    assert names[0] == "patients/g/slice0.png" and names[4] == "other/g/slice0.png"
+    assert predict.image_names(images[:4], [str(patients)])[0] == "g/slice0.png"
+    assert predict.image_names([tmp_path / "x/a.png"], [str(tmp_path / "x")]) == ["a.png"]

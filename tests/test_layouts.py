@@ -219,3 +219,107 @@ def test_too_few_images_to_divide_are_told(tmp_path):
         (tmp_path / "set" / kind).mkdir(parents=True)
     with pytest.raises(ValueError, match="0 images or patients, too few for 10"):
         layouts.annotations(tmp_path / "set", "train")
+
+
+# --- names and prompts ----------------------------------------------------------------------------
+
+
+def listed(root, *items):
+    """A data set with anns/train.json."""
+    (root / "anns").mkdir(parents=True)
+    (root / "anns/train.json").write_text(json.dumps([{"prompts": {}} | item for item in items]))
+    return root
+
+
+@pytest.mark.parametrize("key", ["img_name", "mask_name"])
+@pytest.mark.parametrize(
+    "name, said",
+    [
+        ("/data/a.png", "is an absolute path"),
+        ("C:\\data\\a.png", "is an absolute path"),
+        ("C:/data/a.png", "is an absolute path"),
+        ("c:a.png", "is an absolute path"),
+        ("\\\\server\\share\\a.png", "is an absolute path"),
+        ("\\a.png", "is an absolute path"),
+        ("../a.png", "leaves its folder"),
+        ("g/../../a.png", "leaves its folder"),
+        ("./g/h/../../../a.png", "leaves its folder"),
+        ("..\\a.png", "leaves its folder"),
+        ("g\\..\\..\\a.png", "leaves its folder"),
+        ("..", "leaves its folder"),
+    ],
+)
+def test_names_stay_below_their_folder(tmp_path, key, name, said):
+    good = {"img_name": "a.png", "mask_name": "a.png"}
+    root = listed(tmp_path / "set", good, good | {"mask_name": "b.png", key: name})
+    with pytest.raises(ValueError) as error:
+        layouts.annotations(root, "train")
+    path = root / "anns/train.json"
+    message = str(error.value)
+    assert message.startswith(f"{path}, entry 1: {key} {name!r} {said}") and "\n" not in message
+
+
+@pytest.mark.parametrize("name", ["a.png", "./g/a.png", "g/../a.png", "..a.png", "a..png", "g/..a"])
+def test_other_names_are_taken(tmp_path, name):
+    root = listed(tmp_path / "set", {"img_name": name, "mask_name": name})
+    (entry,) = layouts.annotations(root, "train")
+    assert entry.image == root.resolve() / "images" / name
+
+
+def test_a_name_that_is_a_list_is_one_line(tmp_path):
+    root = listed(tmp_path / "set", {"img_name": "a.png", "mask_name": ["a.png", "b.png"]})
+    with pytest.raises(ValueError, match="entry 0.*mask_name .* is not a string"):
+        layouts.annotations(root, "train")
+
+
+def test_links_on_the_disk_are_followed(tmp_path):
+    """images/ and a folder in masks/ may lie on another disk."""
+    pair(tmp_path / "disk", "a", square(255))
+    root = listed(tmp_path / "set", {"img_name": "a.png", "mask_name": "old/a.png"})
+    (root / "images").symlink_to(tmp_path / "disk/images")
+    (root / "masks").mkdir()
+    (root / "masks/old").symlink_to(tmp_path / "disk/masks")
+    dataset = opened(root, "train", tmp_path)
+    assert (dataset.pixels(0)[1] == square(1)).all()
+
+
+def test_a_split_is_a_name_too(tmp_path):
+    root = listed(tmp_path / "set", {"img_name": "a.png", "mask_name": "a.png"})
+    (root / "other.json").write_text("[]")
+    with pytest.raises(FileNotFoundError, match="splits here: train"):
+        layouts.annotations(root, "../other")
+
+
+def test_paths_within_the_images_folder(tmp_path):
+    for name in ("images/g/a.png", "test/images/a.png", "val/imagesgreyscale/a.png"):
+        expected = name.split("/", 1 if name.startswith("images") else 2)[-1]
+        assert layouts.name_in_images(tmp_path / name, tmp_path) == expected
+    assert layouts.name_in_images(tmp_path / "a/images/b.png", tmp_path / "a/images") == "b.png"
+
+
+@pytest.mark.parametrize(
+    "typed, expected",
+    [
+        ("p6", "p6"),
+        ("P6", "p6"),
+        (" P6 ", "p6"),
+        ("p6, p1", "p6,p1"),
+        ("P6,P3", "p6,p3"),
+        ("P10 ,p1,", "p10,p1"),
+        ("Random", "random"),
+        # texts
+        ("", ""),
+        ("P6 polyp", "P6 polyp"),
+        ("one pink polyp, left", "one pink polyp, left"),
+        ("Polyp", "Polyp"),
+        ("random noise", "random noise"),
+    ],
+)
+def test_prompt_types_are_read_in_any_case(typed, expected):
+    assert layouts.prompt_option(typed) == expected
+
+
+@pytest.mark.parametrize("typed", ["p6 p1", "P6;P1", "p 6", "p6,random", "p1 p2,p3", "p6/p3"])
+def test_what_only_looks_like_prompt_types_is_refused(typed):
+    with pytest.raises(ValueError, match="write prompt types like p6 or p6,p1"):
+        layouts.prompt_option(typed)

@@ -433,12 +433,13 @@ def copy(good, tmp_path):
     return Path(shutil.copytree(good, tmp_path / "set"))
 
 
-def check(capsys, *roots):
+def check(capsys, *roots, model=None):
     """Exit status and printed text of `check`, which must leave every file as it was."""
     folders = [root for root in roots if isinstance(root, Path)]
     before = [stamps(root) for root in folders]
     capsys.readouterr()
-    status = prepare.main(["check", *map(str, roots)])
+    options = ["--model", model] if model else []
+    status = prepare.main(["check", *map(str, roots), *options])
     assert [stamps(root) for root in folders] == before
     return status, capsys.readouterr().out
 
@@ -652,6 +653,50 @@ def test_class_map_with_labels(copy, capsys):
         status == 1
         and f"{test[0]['mask_name']}: no pixel == 3, the largest is 2 (other_blob)" in text
     )
+
+
+def test_prompts_that_a_model_cuts_are_counted(copy, capsys):
+    """Words of one token each, with start and end: CLIPSeg takes 77, CRIS of RefCOCO 17."""
+    texts = {"p2": ["red " * 15], "p3": ["red " * 16], "p4": ["red " * 75], "p5": ["red " * 76]}
+    for path in (copy / "anns").glob("*.json"):
+        edit(copy, path.stem, lambda entries: [e["prompts"].update(texts) for e in entries])
+    status, text = check(capsys, copy)
+    assert status == 0 and "tokens" not in text
+
+    status, text = check(capsys, copy, model="clipseg")
+    lines = [line.split(maxsplit=1) for line in text.splitlines()]
+    heading = ["clipseg", "takes 77 tokens of a prompt (--recipe default, origin)"]
+    assert status == 0 and lines.count(heading) == 1
+    cut = [line for line in lines if " cut " in line[-1]]
+    assert len(cut) == 1 and cut[0][0] == "p5"
+    assert cut[0][1].startswith("1 of 1 texts are cut at the model's 77 tokens; “red red red")
+    assert cut[0][1].endswith("has 78 and ends after “red red red”")
+
+    _, text = check(capsys, copy, model="cris")
+    refcoco = text[text.index("takes 17 tokens of a prompt (--recipe refcoco)") :]
+    kinds = [line.split()[0] for line in refcoco.splitlines() if " cut " in line]
+    assert kinds == ["p3", "p4", "p5"]
+    assert "takes 77 tokens of a prompt (--recipe default, origin)" in text
+
+
+def test_prompts_that_are_the_same_to_a_model_are_counted(copy, capsys):
+    def spell(entries):
+        for i, entry in enumerate(entries):
+            entry["prompts"]["p1"] = ("polyp", "Polyp", " POLYP")[i % 3]
+
+    for path in (copy / "anns").glob("*.json"):
+        edit(copy, path.stem, spell)
+    _, text = check(capsys, copy, model="clipseg")
+    assert "p1            3 texts, only 1 to the model" in text
+    _, text = check(capsys, copy, model="cris")
+    assert text.count("3 texts, only 1 to the model") == 2
+
+
+def test_a_set_without_long_prompts_has_none_cut(good, capsys):
+    _, text = check(capsys, good, model="clipseg")
+    assert "takes 77 tokens of a prompt (--recipe default, origin); no text is cut" in text
+    with pytest.raises(ValueError, match="segformer: reads no prompts; take one of cris, clipseg"):
+        check(capsys, good, model="segformer")
 
 
 def test_split_without_entries(copy, capsys):

@@ -8,6 +8,7 @@ import pytest
 from prompts import (
     KINDS,
     Component,
+    ImageNames,
     box_prompt,
     components,
     deepest_point,
@@ -303,3 +304,63 @@ def test_malformed_files_are_refused_in_one_line(tmp_path, ending, text, error):
 def test_a_missing_file_is_said(tmp_path):
     with pytest.raises(FileNotFoundError, match="none.csv: no such file of boxes"):
         read_boxes(tmp_path / "none.csv", SIZES)
+
+
+# --- which image a name means ---------------------------------------------------------------------
+
+PATHS = {1: "g/slice0.png", 2: "h/slice0.png", 3: "slice0.png", 4: "h/slice1.png", 5: "a/h/b.png"}
+
+
+@pytest.mark.parametrize(
+    "name, image",
+    [
+        ("g/slice0.png", 1),
+        ("./h/slice0.png", 2),
+        ("h\\slice0.png", 2),
+        ("h/../g/slice0.png", 1),
+        ("./slice0.png", 3),
+        ("slice1.png", 4),
+        ("b.png", 5),
+        ("a\\h/b.png", 5),
+    ],
+)
+def test_a_name_means_one_image(name, image):
+    assert ImageNames(PATHS).find(name) == image
+
+
+@pytest.mark.parametrize("name", ["h/b.png", "../g/slice0.png", "/g/slice0.png", "C:\\b.png", "B.png"])
+def test_names_of_no_image_are_refused(name):
+    with pytest.raises(ValueError, match="unknown image .*, such as g/slice0.png"):
+        ImageNames(PATHS).find(name)
+
+
+def test_a_bare_name_of_several_images_is_refused():
+    expected = "fits 3 images; add its folder, as in g/slice0.png, h/slice0.png, ./slice0.png"
+    with pytest.raises(ValueError, match=expected):
+        ImageNames(PATHS).find("slice0.png")
+
+
+def test_the_shortest_name_means_its_image():
+    names = ImageNames(PATHS)
+    shortest = {image: names.shortest(image) for image in PATHS}
+    assert shortest == PATHS | {3: "./slice0.png", 4: "slice1.png", 5: "b.png"}
+    for image, name in shortest.items():
+        assert names.find(name) == image
+
+
+def test_boxes_of_files_of_one_name_stay_apart(tmp_path):
+    sizes = {1: (10, 20), 2: (30, 40)}
+    paths = {1: "g/a.png", 2: "h/a.png"}
+    header = "image,x0,y0,x1,y1\n"
+    path = write(tmp_path, header + "g/a.png,1,2,3,4\nh\\a.png,5,6,39,29\n")
+    boxes = read_boxes(path, sizes, names=paths)
+    assert {image: [box.tolist() for _, box in found] for image, found in boxes.items()} == {
+        1: [[1, 2, 3, 4]],
+        2: [[5, 6, 39, 29]],
+    }
+    path = write(tmp_path, header + "g/a.png,1,2,39,4\n")  # would fit into the other one
+    with pytest.raises(ValueError, match="line 2: box 1 2 39 4 lies outside g/a.png, .* 20x10"):
+        read_boxes(path, sizes, names=paths)
+    path = write(tmp_path, header + "g/a.png,1,2,3,4\na.png,1,2,3,4\n")
+    with pytest.raises(ValueError, match="boxes.csv, line 3: a.png fits 2 images"):
+        read_boxes(path, sizes, names=paths)

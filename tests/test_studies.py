@@ -48,11 +48,13 @@ def root(tmp_path_factory):
     return root
 
 
-def from_elsewhere(root) -> dict:
-    """The dataset.json of `root`, as it is to be in another folder."""
+def from_elsewhere(root, folder) -> dict:
+    """The dataset.json of `root`, as it is to be in another folder, which links to the files."""
+    folder.mkdir()
+    (folder / "files").symlink_to(root)
     about = json.loads((root / "dataset.json").read_text())
     for pair in (pair for key in ("training", "validation", "test") for pair in about[key]):
-        pair |= {kind: str(root / path) for kind, path in pair.items()}
+        pair |= {kind: f"files/{path}" for kind, path in pair.items()}
     return about
 
 
@@ -439,8 +441,7 @@ def test_a_refused_call_leaves_its_folder_free(study):
 
 def test_other_volumes_or_codes_are_refused(study, root, tmp_path):
     """What a finished run was made of is not what its neighbours would be."""
-    about = from_elsewhere(root)
-    (tmp_path / "set").mkdir()
+    about = from_elsewhere(root, tmp_path / "set")
     about.pop("channel_names")
     path, codes = tmp_path / "set" / "dataset.json", tmp_path / "codes.safetensors"
     path.write_text(json.dumps(about))
@@ -477,6 +478,31 @@ def test_cases_are_the_same_whatever_a_set_calls_them(study, root, tmp_path):
     found = rows(study.out / "results.csv")
     assert {row["case"] for row in found} == {"case7/label", "case8/label"}
     assert "mean over 2 draws and 2 test cases" in (study.out / "table.md").read_text()
+
+
+def test_a_study_that_lists_absolute_paths_goes_on(study, root, tmp_path):
+    """Older studies listed the volumes by absolute paths; names go through a link now."""
+    given = ["--k", 1, "--draws", 1, "--methods", "plain"]
+    assert study(*given)[0] == 0
+    for path in (study.out / "data").glob("*/dataset.json"):
+        content = json.loads(path.read_text())
+        for case in content["training"] + content["validation"] + content["test"]:
+            assert all(name.startswith("source/") for name in case.values())
+            case |= {kind: str(root / name.removeprefix("source/")) for kind, name in case.items()}
+        path.write_text(json.dumps(content))
+        path.with_name("source").unlink()
+
+    code, out, error, done = study(*given)
+    assert code == 0 and not done and "are done already" in out, error
+    (entry, *_) = layouts.annotations(study.out / "data" / "base", "train")
+    assert entry.image.resolve() == root / "imagesTr/ct0.nii.gz"
+
+    # The same names below another folder are other volumes.
+    for link in (study.out / "data").glob("*/source"):
+        link.unlink()
+        link.symlink_to(tmp_path)
+    code, _, error, done = study(*given)
+    assert code == 2 and not done and "holds other volumes than" in error
 
 
 def test_a_process_that_is_killed_is_one_line(study, monkeypatch):
@@ -543,9 +569,8 @@ def test_weights_must_be_told(monkeypatch, capsys, root, tmp_path):
 
 
 def test_a_plain_head_for_one_class_would_be_the_old_one(study, root, tmp_path):
-    about = from_elsewhere(root)
+    about = from_elsewhere(root, tmp_path / "two")
     about["labels"] = {"background": [0, 3], "spleen": 1, "kidney": 2}
-    (tmp_path / "two").mkdir()
     (tmp_path / "two" / "dataset.json").write_text(json.dumps(about))
     given = ["--data", tmp_path / "two", "--k", 1, "--draws", 1, "--methods", "random"]
     code, _, error, done = study(*given, "plain", text=False)
@@ -568,17 +593,17 @@ def test_text_methods_need_their_codes(study, tmp_path):
 
 
 def test_a_data_set_without_a_test_split_or_without_the_class_in_it(study, root, tmp_path):
-    about = from_elsewhere(root)
     for name, test, said in (
         ("none", [], "has no split test"),
         (
             "lacking",
-            [about["training"][k] for k in LACKS],
+            LACKS,
             "no volume of its test split has spleen",
         ),
     ):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "dataset.json").write_text(json.dumps(about | {"test": test}))
+        about = from_elsewhere(root, tmp_path / name)
+        about["test"] = [about["training"][k] for k in test]
+        (tmp_path / name / "dataset.json").write_text(json.dumps(about))
         code, _, error, done = study("--data", tmp_path / name, "--k", 1)
         assert code == 2 and said in error and error.count("\n") == 1 and not done
 

@@ -1,6 +1,7 @@
 """CLIPSeg and BiomedCLIPSeg in the loop: what trains, kept features, negatives, prompt study."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from types import SimpleNamespace
@@ -19,7 +20,8 @@ import layouts
 import protocol
 import recipes
 import train
-from tokenizer import CHARACTERS
+from options import resolve
+from tokenizer import CHARACTERS, CLIPTokenizer, WordPieceTokenizer
 
 MODELS = {"clipseg": clipseg.CLIPSeg, "biomedclipseg": biomedclipseg.BiomedCLIPSeg}
 
@@ -305,3 +307,148 @@ def test_a_study_of_prompts_needs_a_type_of_all():
     some = SimpleNamespace(entries=[SimpleNamespace(prompts=p) for p in ({"p1": ["a"]}, {})])
     with pytest.raises(ValueError, match="busi has no type of prompt that all entries have"):
         evaluate.prompt_study(None, SimpleNamespace(read=True), {"busi": some}, None)
+
+
+# --- prompts as the model sees them ---------------------------------------------------------------
+
+
+def with_prompts(demo, *prompts, split="train"):
+    """Entries of the demo set with other texts, of type p1."""
+    entries = layouts.annotations(demo, split)
+    return [replace(e, prompts={"p1": [text]}) for e, text in zip(entries, prompts, strict=False)]
+
+
+def with_texts(demo, root, texts, kind="p1"):
+    """A copy of the demo set whose n-th image is asked for by the n-th text, and so on."""
+    (root / "anns").mkdir(parents=True)
+    for folder in ("images", "masks"):
+        (root / folder).symlink_to(demo / folder)
+    for split in ("train", "val", "test"):
+        listed = json.loads((demo / f"anns/{split}.json").read_text())
+        for i, entry in enumerate(listed):
+            entry["prompts"] = {kind: texts[i % len(texts)]}
+        (root / f"anns/{split}.json").write_text(json.dumps(listed))
+    return root
+
+
+def ids(tokenizer, text):
+    return tuple(tokenizer(text)[0].tolist())
+
+
+ONE_PROMPT = ["polyp", "Polyp", "POLYP", "polyp ", " polyp", "pol&#121;p"]
+
+
+def test_absent_prompts_have_other_tokens(demo, options):
+    """Whatever the texts look like; CLIP's tokenizer unescapes HTML, too."""
+    texts = [*ONE_PROMPT, "Flat  Lesion", "flat lesion"]
+    dataset = data.open_dataset(with_prompts(demo, *texts), options.cache)
+    tokenizer = CLIPTokenizer(77)
+    dataset.compare_prompts_by(tokenizer)
+    for i, text in enumerate(texts):
+        for seed in range(20):
+            absent = dataset.absent_prompt(i, "p1", np.random.default_rng(seed))
+            assert absent in texts and ids(tokenizer, absent) != ids(tokenizer, text)
+    dataset.check_negatives("p1")
+    part = dataset.subset([*range(6)])
+    with pytest.raises(ValueError, match="--negatives needs prompts that differ to the model"):
+        part.check_negatives("p1")
+    with pytest.raises(ValueError, match="--negatives needs prompts that differ to the model"):
+        part.absent_prompt(3, "p1", np.random.default_rng(0))
+
+
+def test_prompts_that_are_cut_to_the_same_tokens_are_the_same(demo, options):
+    texts = ["one small red polyp on the left", "one small red polyp on the right"]
+    dataset = data.open_dataset(with_prompts(demo, *texts), options.cache)
+    dataset.compare_prompts_by(CLIPTokenizer(7))  # start, five words, end
+    with pytest.raises(ValueError, match="needs prompts that differ"):
+        dataset.check_negatives("p1")
+    dataset.compare_prompts_by(CLIPTokenizer(17))
+    dataset.check_negatives("p1")
+    assert dataset.absent_prompt(0, "p1", np.random.default_rng(0)) == texts[1]
+
+
+def test_unknown_words_are_one_token_to_bert(demo, options):
+    """Words that the vocabulary lacks are all [UNK]."""
+    vocabulary = [*CHARACTERS[:5], "polyp"]
+    dataset = data.open_dataset(with_prompts(demo, "adenoma", "naevus"), options.cache)
+    dataset.compare_prompts_by(WordPieceTokenizer(vocabulary, 16))
+    with pytest.raises(ValueError, match="needs prompts that differ"):
+        dataset.check_negatives("p1")
+
+
+def test_without_a_tokenizer_case_and_blanks_do_not_count(demo, options):
+    dataset = data.open_dataset(with_prompts(demo, *ONE_PROMPT[:5]), options.cache)
+    with pytest.raises(ValueError, match="needs prompts that differ"):
+        dataset.absent_prompt(0, "p1", np.random.default_rng(0))
+
+
+def test_an_absent_prompt_is_found_among_several_texts(demo, options):
+    """Also if the draw of a text hits one that is present each time."""
+    entries = with_prompts(demo, "polyp", "polyp")
+    entries[1] = replace(entries[1], prompts={"p1": ["polyp"] * 99 + ["lesion"]})
+    dataset = data.open_dataset(entries, options.cache)
+    for seed in range(5):
+        assert dataset.absent_prompt(0, "p1", np.random.default_rng(seed)) == "lesion"
+
+
+def test_texts_of_a_batch_are_counted_as_the_model_sees_them(demo, options):
+    dataset = data.open_dataset(with_prompts(demo, *ONE_PROMPT[:4]), options.cache)
+    dataset.compare_prompts_by(CLIPTokenizer(77))
+    assert protocol.texts_per_batch(dataset, "p1", 8) == pytest.approx(1)
+    dataset = data.open_dataset(with_prompts(demo, *ONE_PROMPT[:3], "lesion"), options.cache)
+    dataset.compare_prompts_by(CLIPTokenizer(77))
+    two = 1 - 0.25**2 + 1 - 0.75**2  # three quarters of all draws, and a quarter
+    assert protocol.texts_per_batch(dataset, "p1", 2) == pytest.approx(two)
+
+
+@pytest.mark.parametrize("texts, frozen", [(ONE_PROMPT, True), (["polyp", "lesion", "fold"], False)])
+def test_cris_keeps_its_text_norm_where_all_prompts_are_the_same(demo, options, texts, frozen):
+    dataset = data.open_dataset(with_prompts(demo, *texts * 2), options.cache)
+    settings = replace(recipes.CRIS["default"], prompt="p1")
+    model = recipes.load_cris("none", "mini", settings, {"image_size": 64}, dataset)
+    assert model.config.freeze_text_norm is frozen
+    model.train()
+    assert model.neck.txt_proj[1].training is not frozen
+    given = {"image_size": 64, "freeze_text_norm": not frozen}  # of a recipe: it decides
+    model = recipes.load_cris("none", "mini", settings, given, dataset)
+    assert model.config.freeze_text_norm is not frozen
+
+
+def test_negatives_are_refused_before_training(demo, tmp_path, monkeypatch, capsys):
+    root = with_texts(demo, tmp_path / "set", ["polyp", "Polyp", "POLYP "])
+    words = ["--model", "clipseg", "--variant", "mini", "--weights", "none", "--data", root]
+    words += ["--out", tmp_path / "run", "--cache", tmp_path / "cache", "--workers", 0]
+    words += ["--size", 64, "--prompt", "p1", "--negatives", 0.001]
+    code, _, err = command(monkeypatch, capsys, train, *words)
+    assert code == 2 and "set: --negatives needs prompts that differ to the model" in err
+    assert err.strip().count("\n") == 0 and not (tmp_path / "run/last.pt").exists()
+
+
+def test_types_are_read_in_any_case_and_cut_prompts_are_said(
+    demo, tmp_path, monkeypatch, capsys
+):
+    """76 words of one token fit between start and end in 78, not in CLIP's 77."""
+    root = with_texts(demo, tmp_path / "set", ["red " * 76, "red " * 75, "blue"], kind="p3")
+    words = ["--model", "clipseg", "--variant", "mini", "--weights", "none", "--data", root]
+    words += ["--out", tmp_path / "run", "--cache", tmp_path / "cache", "--workers", 0]
+    words += ["--size", 64, "--max-steps", 1, "--batch-size", 4, "--device", "cpu"]
+    code, said, err = command(monkeypatch, capsys, train, *words, "--prompt", " P3, p3")
+    assert code == 0, err
+    assert json.loads((tmp_path / "run/config.json").read_text())["options"]["prompt"] == "p3,p3"
+    (line,) = [line for line in said.splitlines() if " cut " in line]
+    assert re.match("prompt p3,p3: 1 of 3 texts are cut at the model's 77 tokens; “red red", line)
+    assert line.endswith("has 78 and ends after “red red red”")
+    code, _, err = command(monkeypatch, capsys, train, *words, "--prompt", "P3 p1")
+    assert code == 2 and "--prompt 'P3 p1': write prompt types like p6 or p6,p1" in err
+
+
+def test_a_run_that_was_trained_on_a_literal_type_keeps_its_prompt(options, tmp_path):
+    """Older runs took P6 for a text: they are resumed and tested as they were trained."""
+    assert resolve(replace(options, prompt="P6"))[0].prompt == "p6"
+    assert resolve(replace(options, prompt="P6", resume=True))[0].prompt == "P6"
+    config = replace(clipseg.VARIANTS["mini"], image_size=64)
+    state = clipseg.CLIPSeg(config).state_dict()
+    old = {"options": {"prompt": "P6", "data": []}}
+    run = write_run(tmp_path / "old", clipseg.CLIPSeg, state, config, **old)
+    again = replace(options, variant=None, weights=str(run), eval=True, prompt=None)
+    assert resolve(again)[0].prompt == "P6"

@@ -91,6 +91,13 @@ def test_batches():
     assert tokenize([]).shape == (0, 9)
 
 
+def test_texts_are_counted_before_they_are_cut():
+    texts = [row["text"] for row in GOLDEN["rows"]] + ["", "Polyp &amp;amp; fold"]
+    for text in texts:
+        whole = CLIPTokenizer(1000, pad_token=-1)(text)[0]
+        assert CLIPTokenizer(17).count(text) == (whole >= 0).sum()
+
+
 class Texts(list):
     def __getitem__(self, i):
         return CLIPTokenizer(17)(super().__getitem__(i))[0]

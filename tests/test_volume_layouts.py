@@ -156,11 +156,34 @@ def test_names_that_repeat_get_their_folders(tmp_path):
     files = [name for case in cases for name in case.values()]
     root = make(tmp_path, files, {"labels": ORGANS, "training": cases})
     assert [entry.name for entry in layouts.annotations(root, "train")] == ["a/label", "b/label"]
-    # A list of these files in another folder, as a study writes it.
-    listed = [{key: str(root / name) for key, name in case.items()} for case in cases]
+    # A list of these files in another folder, which links to them, as a study writes it.
+    listed = [{key: f"source/{name}" for key, name in case.items()} for case in cases]
     other = make(tmp_path / "other", ["x"], {"labels": ORGANS, "training": listed})
-    names = [entry.name for entry in layouts.annotations(other, "train")]
-    assert len({*names}) == 2 and [name[-7:] for name in names] == ["a/label", "b/label"]
+    (other / "source").symlink_to(root)
+    entries = layouts.annotations(other, "train")
+    assert [entry.name for entry in entries] == ["source/a/label", "source/b/label"]
+    assert all(entry.image.is_file() and entry.mask.is_file() for entry in entries)
+
+
+@pytest.mark.parametrize("key", ["image", "label"])
+@pytest.mark.parametrize(
+    "name, said",
+    [
+        ("/scans/a.nii.gz", "is an absolute path"),
+        ("C:\\scans\\a.nii.gz", "is an absolute path"),
+        ("../a.nii.gz", "leaves its folder"),
+        ("imagesTr/../../a.nii.gz", "leaves its folder"),
+        ("imagesTr\\..\\..\\a.nii.gz", "leaves its folder"),
+    ],
+)
+def test_names_stay_below_their_folder(tmp_path, key, name, said):
+    cases = [pair("a"), pair("b") | {key: name}]
+    root = make(tmp_path, [], {"labels": ORGANS, "training": [pair("c")], "validation": cases})
+    with pytest.raises(ValueError) as error:
+        layouts.annotations(root, "train")
+    message = str(error.value)
+    assert str(root / "dataset.json") in message and "validation entry 1" in message
+    assert f"{key} {name!r} {said}" in message and "\n" not in message
 
 
 def test_a_dataset_json_beside_images_is_passed_over(tmp_path):
