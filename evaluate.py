@@ -629,6 +629,46 @@ def open_dataset(entries: list, options):
     return data.open_dataset(entries, options.cache, options.pseudocolor)
 
 
+def check_prepared(sets: dict, tests: dict, options) -> None:
+    """Look over all prepared volumes of a run, and print what was noticed so far.
+
+    ValueError, one line: label maps of 0 and 255 where 255 is rather a class than a mark.
+    """
+    volumes.check_255([*sets.values(), *tests.values()])
+    if not options.overfit:  # whose splits are the same on purpose
+        say_shared(sets, tests)
+    volumes.notices.print()
+
+
+def say_shared(sets: dict, tests: dict) -> None:
+    """Print a line if volumes are in two of train, val and test.
+
+    By name within a data set, or by their voxels, whatever the files are called. A test of another
+    split (--test PATH:val) is one on purpose.
+    """
+    splits = [(name, dataset) for name, dataset in sets.items()]
+    splits += [("test", dataset) for name, dataset in tests.items() if ":" not in name]
+    first = {}  # name or voxels -> split, entry's name
+    shared = {}  # (split, entry) -> text
+    for split, dataset in splits:
+        for i, entry in enumerate(dataset.entries):
+            keys = {"voxels": dataset.digest(i), "name": (entry.root, entry.name)}
+            for how, key in keys.items():
+                other, name = first.setdefault((how, key), (split, entry.name))
+                if other != split:
+                    by = ", by name alone" if how == "name" else ""
+                    same = f"{name} ({other} and {split}{by})"
+                    differs = f"{name} ({other}) is {entry.name} ({split})"
+                    text = same if name == entry.name else differs
+                    shared.setdefault((split, entry.root, entry.name), text)
+    if shared:
+        names = ", ".join(list(shared.values())[:3])
+        more = f" and {len(shared) - 3} more" if len(shared) > 3 else ""
+        told = "volumes are" if len(shared) > 1 else "volume is"
+        end = "scores on them do not show how the model does on new patients"
+        print(f"{len(shared)} {told} in two splits: {names}{more}; {end}")
+
+
 def check_kind(datasets, takes_volumes: bool, model: str) -> None:
     """ValueError, one line: images for a model that takes volumes, or the other way round."""
     for dataset in datasets:

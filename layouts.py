@@ -278,11 +278,48 @@ def volumes_in(folder: Path) -> list[Path]:
 
 
 def channels_of(files: list[Path]) -> dict[str, list[Path]]:
-    """Case -> its files: nnU-Net ends a channel's file in _0000, _0001, …"""
+    """Return {case: its files}; nnU-Net ends the file of a channel in _0000, _0001, …
+
+    Numbers that do not go from 0000 on without a gap, such as the years 2018 to 2021, are part of
+    the name: each file then is a case. ValueError, one line, if two cases have one name.
+    """
+    numbered = {}
+    for file in files:
+        match = re.fullmatch(r"(.*)_([0-9]{4})", without_ending(file))
+        if match:
+            numbered.setdefault(match[1], []).append((int(match[2]), file))
+
+    case_of = {}
+    for case, channels in numbered.items():
+        numbers = sorted(number for number, _ in channels)
+        if numbers == list(range(len(numbers))):
+            case_of |= {file: case for _, file in channels}
+
     cases = {}
     for file in files:
-        cases.setdefault(re.sub(r"_\d{4}$", "", without_ending(file)), []).append(file)
+        case = case_of.get(file, without_ending(file))
+        cases.setdefault(case, []).append(file)
+    for case, some in cases.items():
+        are_channels = all(file in case_of for file in some)
+        if len(some) > 1 and not are_channels:
+            raise ValueError(f"{some[1]}: a second volume named {case}; rename or move one")
+        some.sort(key=without_ending)
     return cases
+
+
+def label_numbers(name: str, value) -> tuple[int, ...]:
+    """Return the numbers of a label of dataset.json, an integer or a list of them.
+
+    ValueError: one is no whole number, say 1.5, true or "1.5"; int() would make 1 of each.
+    """
+    numbers = []
+    for number in value if isinstance(value, list) else [value]:
+        is_whole = type(number) is int or (isinstance(number, float) and number.is_integer())
+        is_whole = is_whole or (isinstance(number, str) and re.fullmatch(r"-?[0-9]+", number))
+        if not is_whole:
+            raise ValueError(f"label {name} is {json.dumps(number)}; it must be a whole number")
+        numbers.append(int(number))
+    return tuple(numbers)
 
 
 def _read_labels(found: dict, overlapping: bool = False) -> dict:
@@ -297,7 +334,7 @@ def _read_labels(found: dict, overlapping: bool = False) -> dict:
         raise ValueError("two labels have one name, or one number")
     if all(isinstance(name, str) and re.fullmatch(r"\d+", key) for key, name in found.items()):
         found = {name: int(key) for key, name in found.items()}
-    numbers = {n: tuple(map(int, v if isinstance(v, list) else [v])) for n, v in found.items()}
+    numbers = {name: label_numbers(name, value) for name, value in found.items()}
     if "ignore" in numbers:
         raise ValueError("a label named ignore is not supported; write 255, which does not count")
     background = [name for name, v in numbers.items() if 0 in v]
@@ -419,7 +456,8 @@ def read_volumes(root: Path, group_regex: str | None = None) -> dict[str, list[E
     if not every:
         raise ValueError(f"{root}: no label maps that end in {' or '.join(NIFTI)}")
     # Where a file is not there itself, nnU-Net's files of its channels are.
-    channels = {folder: channels_of(volumes_in(folder)) for folder in {i.parent for i, _ in every}}
+    folders = {image.parent for image, _ in every if not image.is_file()}
+    channels = {folder: channels_of(volumes_in(folder)) for folder in folders}
     labels = {label for _, label in every}
     repeated = len({without_ending(label) for label in labels}) < len(labels)
     entries = {}

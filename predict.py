@@ -182,7 +182,8 @@ def predict_inputs(args) -> int:
     run = run_config(args.weights)
     family = FAMILIES[args.model or run.get("model") or model_of(args)]
     if family.volumes:
-        return predict_volumes(family, run, args)
+        with volumes.notices.together():
+            return predict_volumes(family, run, args)
     for key in OF_VOLUMES:
         if getattr(args, key):
             raise ValueError(f"--{key.replace('_', '-')}: of volumes; this model takes images")
@@ -421,7 +422,10 @@ def check_rules(config, classes: list[str], args) -> None:
 def predict_volume(model, recipe, files, outputs, item: dict, classes, numbers, args) -> None:
     """Writes the files of one volume. item: what the recipe takes besides it."""
     c = model.config
-    image, grid = volumes.read_image(files)  # (C,X,Y,Z)
+    fill = volumes.fill_value(model.preprocess, c.in_channels)
+    image, grid = volumes.read_image(files, fill)  # (C,X,Y,Z)
+    if c.intensity:
+        volumes.say_if_not_hu(files[0], volumes.hu_facts(image))
     prepared, place = volumes.prepare_image(image, grid, c.spacing, model.preprocess)
     with torch.no_grad():
         item = item | {"image": prepared, "place": place}

@@ -45,12 +45,15 @@ def deal(names, ends, rng):
 def read_grids(part, image, label):
     """The volumes.Grid of an image of the data set in `part`, on which its label lies as well.
 
-    ValueError, one line, if a file is no NIfTI volume, or the two are on different grids.
+    Both are read to their end, so that damage is found. ValueError, one line, if a file is damaged
+    or no NIfTI volume, or the two are on different grids.
     """
     try:
         grid = volumes.read_grid(part / image)
+        volumes.check_whole(part / image)
         if label:
             volumes.check_grid(volumes.read_grid(part / label), grid)
+            volumes.check_whole(part / label)
     except ValueError as error:  # of a split that the download does not know
         raise ValueError(re.sub(r"[^\s'\"]*/(image|label)sT[rs]/", r"\1 ", str(error))) from None
     return grid
@@ -86,7 +89,7 @@ def write_data_set(out, about, splits, put, title):
     files within the data set. put(part, image, label) writes these two into the folder `part`.
     """
     cases, grids = [case for split in LISTS for case in splits[split]], []
-    with report.whole_folder(out) as part:
+    with report.whole_folder(out) as part, volumes.notices.together(part, out):
         for name in {Path(name).parent for case in cases for name in case if name}:
             (part / name).mkdir(parents=True, exist_ok=True)
         for image, label in tqdm(cases, desc=out.name, unit="volume", disable=None, leave=False):
@@ -250,8 +253,8 @@ def relabelled(about, tables):
     try:
         every = json.loads(tables.read_text(encoding="utf-8"))
         labels = every.get(name)
-        listed = [v if isinstance(v, list) else [v] for v in (labels or {}).values()]
-        named = {int(number) for numbers in listed for number in numbers}
+        listed = [layouts.label_numbers(key, value) for key, value in (labels or {}).items()]
+        named = {number for numbers in listed for number in numbers}
     except (ValueError, TypeError, AttributeError) as error:
         need = '{"Liver": {"background": 0, "liver": [1, 2], "liver tumor": [2]}, …}'
         raise ValueError(f"{tables}: {error!r}; expected {need}") from None

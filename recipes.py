@@ -760,7 +760,10 @@ def volume_recipe(model: swin_unetr3d.SwinUNETR, settings: Settings) -> Recipe:
     c = model.config
 
     def prepare(dataset, cache):
-        return dataset.prepared(c.spacing, model.preprocess, c.in_channels, cache)
+        prepared = dataset.prepared(c.spacing, model.preprocess, c.in_channels, cache)
+        if c.intensity:
+            prepared.check_hu()
+        return prepared
 
     return Recipe(
         partial(volume_inputs, config=c, settings=settings),

@@ -306,6 +306,7 @@ class FewShot:
             self.known[entry.mask] = bool(np.isin(truth, places).any())
         return self.known[entry.mask]
 
+    @volumes.notices.together()
     def drawn(self, draw: int) -> list:
         """The volumes of a draw, of which the first K serve. ValueError, one line: too few."""
         entries, most, seed = self.splits["train"], max(self.k), self.given.get("seed", 0)

@@ -795,13 +795,16 @@ def preprocess(volume: Tensor, config: Config) -> Tensor:
     """volume (C,D,H,W) at the config's spacing, axes to right, front, top -> (C,D,H,W) float32.
 
     HU of a range become 0..1; or in each channel what is not 0 gets mean 0 and deviation 1.
+    Voxels that are NaN or infinite count for neither and become 0.
     """
     x = volume.float()
+    finite = x.isfinite()
     if config.intensity is not None:
         low, high = config.intensity
-        return ((x - low) / (high - low)).clamp(0, 1)
-    inside = x != 0
+        return torch.where(finite, ((x - low) / (high - low)).clamp(0, 1), 0)
+    inside = finite & (x != 0)
     n = inside.sum((1, 2, 3), keepdim=True).clamp(min=1)  # (C,1,1,1)
+    x = torch.where(inside, x, 0)
     x = x - x.sum((1, 2, 3), keepdim=True) / n
     deviation = ((x * inside).square().sum((1, 2, 3), keepdim=True) / n).sqrt()
     return torch.where(inside, x / torch.where(deviation > 0, deviation, 1), 0)

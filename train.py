@@ -33,6 +33,7 @@ import data
 import evaluate
 import layouts
 import report
+import volumes
 from adapters import merge_lora, merged_state_dict, save_adapter
 from options import Options, check_same, parse, resolve
 from protocol import Settings, choose_trained, describe_cuts, keep_features, lr_factor
@@ -415,6 +416,7 @@ def fit_and_test(options: Options, settings: Settings, device: torch.device, res
             {name: recipe.prepare(part, options.cache) for name, part in parts.items()}
             for parts in (sets, tests)
         )
+        evaluate.check_prepared(sets, tests, options)
     if options.boxes:
         recipe = evaluate.with_boxes(recipe, tests, options.boxes)
     threshold = None
@@ -443,7 +445,8 @@ def run_in_folder(options: Options, settings: Settings) -> dict:
     """`run` in a folder that no other process writes to."""
     device, resume = evaluate.pick_device(options.device), can_resume(options)
     with open(Path(options.out) / "log.txt", "a", 1, encoding="utf-8") as file:
-        with contextlib.redirect_stdout(report.Log(sys.stdout, file)):
+        log = contextlib.redirect_stdout(report.Log(sys.stdout, file))
+        with log, volumes.notices.together():
             return fit_and_test(options, settings, device, resume)
 
 

@@ -4,8 +4,14 @@ to train on, sliding windows, and the way back to the voxels of the file.
 How files are read
 - Axes are turned and permuted, never resampled, so that they grow to the right, front and top
   (RAS); what is written lies on the voxels of the image's file again. Arrays are (X,Y,Z).
-- What is not a finite number becomes the smallest value of its channel, and that is printed.
+- Voxels that are NaN or infinite are left out of statistics: they become 0 where the model treats 0
+  as background (z-scores), else the smallest value of their channel.
+- Compressed files are read to their end and their checksums are verified.
+- Headers whose sform, qform, pixdim or unit contradict each other are corrected by a written rule
+  (`_reconcile`, `_to_millimetres`) or refused. What is written has the corrected header.
 - Label maps hold whole numbers that the data set names; 255: the voxel does not count.
+- What a user must know of files that are read all the same is printed, one line for all of them
+  (`notices`).
 
 A sample is a dict. On the prepared grid, cut to the box of what is not 0, `image` float32
 (C,x,y,z), `mask` uint8 (x,y,z), and `voxels`, where each class is (for `random_crops`). On the
@@ -15,6 +21,7 @@ from one to the other (for `restore`), `grid` (for `write`), `prompt` "", `name`
 """
 
 import hashlib
+import io
 import itertools
 import math
 import os
@@ -24,7 +31,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
 from pathlib import Path
 
@@ -33,6 +40,322 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
+
+# --- what is said of files -----------------------------------------------------------------------
+
+
+def name_files(files: dict[Path, str]) -> str:
+    """Return the first three files with their details, and the number of the others."""
+    names = []
+    for file, detail in list(files.items())[:3]:
+        names.append(f"{file} ({detail})" if detail else str(file))
+    more = len(files) - len(names)
+    return ", ".join(names) + (f" and {more} more" if more else "")
+
+
+class Notices:
+    """Print what a user must know of files that are read: each fact once, files together.
+
+    A notice is printed at once, or at the end of `together`, a line for all files that it is true
+    of. A process says the same of a file only once, however often it is read.
+    """
+
+    def __init__(self):
+        self.waiting = {}  # sentence -> {file: detail}
+        self.said = set()  # (sentence, file)
+        self.depth = 0  # of `together`
+
+    def add(self, sentence: str, file: Path, detail: str = "") -> None:
+        if (sentence, file) in self.said:
+            return
+        self.said.add((sentence, file))
+        self.waiting.setdefault(sentence, {})[file] = detail
+        if not self.depth:
+            self.print()
+
+    def print(self) -> None:
+        """Print what waits."""
+        waiting = self.waiting
+        self.waiting = {}
+        for sentence, files in waiting.items():
+            print(f"{name_files(files)}: {sentence}", flush=True)
+
+    @contextmanager
+    def together(self, folder: Path | None = None, becomes: Path | None = None):
+        """Hold notices back until the end of the block, also where it ends with an error.
+
+        Files of `folder`, which will be renamed, are named by what it `becomes`.
+        """
+        self.depth += 1
+        try:
+            yield
+        finally:
+            self.depth -= 1
+            if folder:
+                self._rename(folder, becomes)
+            if not self.depth:
+                self.print()
+
+
+    def _rename(self, folder: Path, becomes: Path) -> None:
+        for sentence, files in self.waiting.items():
+            named = {}
+            for file, detail in files.items():
+                is_inside = file.is_relative_to(folder)
+                named[becomes / file.relative_to(folder) if is_inside else file] = detail
+            self.waiting[sentence] = named
+
+
+notices = Notices()
+
+# --- compressed files ----------------------------------------------------------------------------
+
+GZIP = b"\x1f\x8b"  # what every member of a gzip file begins with
+
+
+class GzipReader(io.BufferedIOBase):
+    """Read a gzip file of one or several members forwards, verifying each member at its end.
+
+    zlib compares checksum and length of a member only when its end is read, so that whoever stops
+    after the last byte wanted learns nothing of damage. `finish` reads the rest.
+    Raises zlib.error for damaged data, EOFError for data that ends too early.
+    """
+
+    BLOCK = 2**16  # bytes read at a time
+
+    def __init__(self, file):
+        self.file = file
+        self.inflater = zlib.decompressobj(wbits=31)  # gzip
+        self.compressed = b""  # read from the file and not yet decompressed
+        self.position = 0  # in the decompressed data
+        self.trailing = 0  # bytes after the last member
+        self.finished = False
+
+    def readable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.position
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        """Skip to a later position. Raises OSError for an earlier one."""
+        if whence != 0 or offset < self.position:
+            raise OSError("a gzip stream is read forwards only")
+        while self.position < offset:
+            if not self._decompress(min(offset - self.position, 2**20)):
+                break
+        return self.position
+
+    def read(self, size: int = -1) -> bytes:
+        parts = []
+        while size:
+            part = self._decompress(size if size > 0 else 2**20)
+            if not part:
+                break
+            parts.append(part)
+            size = size - len(part) if size > 0 else size
+        return b"".join(parts)
+
+    def readinto(self, buffer) -> int:
+        view = memoryview(buffer).cast("B")
+        done = 0
+        while done < len(view):
+            part = self._decompress(min(len(view) - done, 2**20))
+            if not part:
+                break
+            view[done : done + len(part)] = part
+            done += len(part)
+        return done
+
+    def finish(self) -> None:
+        """Read to the end, a block at a time, so that every checksum is verified."""
+        while self._decompress(2**20):
+            pass
+
+    def _decompress(self, limit: int) -> bytes:
+        """Return up to `limit` of the following bytes; none at the end."""
+        while not self.finished:
+            if self.inflater.eof:
+                self._next_member()
+                continue
+            if not self.compressed:
+                self.compressed = self.file.read(self.BLOCK)
+            if not self.compressed:
+                raise EOFError("the compressed data ends too early")
+            part = self.inflater.decompress(self.compressed, limit)
+            ended = self.inflater.eof
+            self.compressed = self.inflater.unused_data if ended else self.inflater.unconsumed_tail
+            if part:
+                self.position += len(part)
+                return part
+        return b""
+
+    def _next_member(self) -> None:
+        """Begin with a further member; other bytes are counted as trailing."""
+        if len(self.compressed) < len(GZIP):
+            self.compressed += self.file.read(self.BLOCK)
+        if self.compressed.startswith(GZIP):
+            self.inflater = zlib.decompressobj(wbits=31)
+            return
+        self.finished = True
+        while self.compressed:
+            self.trailing += len(self.compressed)
+            self.compressed = self.file.read(self.BLOCK)
+
+
+@contextmanager
+def _decompressed(path: Path):
+    """Yield a file open for reading, decompressed if it is gzip, and whether it is."""
+    with open(path, "rb") as file:
+        compressed = file.read(len(GZIP)) == GZIP
+        file.seek(0)
+        yield (GzipReader(file) if compressed else file), compressed
+
+
+# --- headers -------------------------------------------------------------------------------------
+
+UNITS = {1: ("metre", 1e3), 3: ("micron", 1e-3)}  # of NIfTI's xyzt_units: name, mm
+PLAUSIBLE = 0.05, 20.0  # mm, sides of a voxel
+BY_QFORM = (
+    "the sform is the bare 1 mm identity, qform and pixdim say otherwise; the qform is used, and "
+    "written as sform as well"
+)
+BY_SFORM = (
+    "qform and pixdim are the bare 1 mm identity, the sform says otherwise; the sform is used, and "
+    "written as qform as well"
+)
+OTHER_AXES = "the axes of sform and qform differ; the sform is used"
+
+
+def mm_text(spacing) -> str:
+    """Return spacing in mm as text: 0.8 x 0.8 x 5 mm."""
+    return " x ".join(f"{float(side):.4g}" for side in spacing) + " mm"
+
+
+def _norms(affine: np.ndarray) -> np.ndarray:
+    """Return the spacing (3,) of an affine (4,4)."""
+    return np.linalg.norm(affine[:3, :3], axis=0)
+
+
+def _is_bare(affine: np.ndarray) -> bool:
+    """Return True for axes of 1 mm along the patient's, from 0: what nobody has set."""
+    return bool((np.abs(affine[:3, :3]) == np.eye(3)).all() and not affine[:3, 3].any())
+
+
+def _is_plausible(spacing: np.ndarray) -> bool:
+    low, high = PLAUSIBLE
+    return bool((spacing >= low * (1 - 1e-6)).all() and (spacing <= high * (1 + 1e-6)).all())
+
+
+def _read_header(path: Path):
+    """Return the NIfTI header of a file as it is stored; None if it holds none.
+
+    nibabel mends some fields when it loads a file, a spacing of 0 among them.
+    ValueError, one line: a name whose ending does not say how the file is stored.
+    """
+    import nibabel
+
+    with _decompressed(path) as (stream, compressed):
+        block = stream.read(540)
+    for kind in nibabel.Nifti1Header, nibabel.Nifti2Header:
+        size = kind.template_dtype.itemsize
+        sizes = [int.from_bytes(block[:4], order) for order in ("little", "big")]
+        if len(block) < size or size not in sizes or not kind.may_contain_header(block):
+            continue
+        name = path.name.lower()
+        if name.endswith(".nii.gz") and not compressed:
+            raise ValueError(f"{path}: is not compressed; rename it to .nii")
+        if name.endswith(".nii") and compressed:
+            raise ValueError(f"{path}: is compressed; rename it to .nii.gz")
+        return kind(block[:size], check=False)
+    return None
+
+
+def _check_header(path: Path, header) -> None:
+    """ValueError, one line, if a header does not say where voxels lie."""
+    hint = "write the right one with set_sform of nibabel"
+    if not header["sform_code"] and not header["qform_code"]:
+        codes = "sform_code and qform_code are 0"
+        raise ValueError(f"{path}: has no affine ({codes}); {hint}")
+
+    spacing = header["pixdim"][1:4]
+    if not np.isfinite(spacing).all() or not spacing.all():
+        told = f"its pixdim says voxels of {mm_text(spacing)}"
+        raise ValueError(f"{path}: {told}; write the right one with header.set_zooms of nibabel")
+
+    if header["sform_code"]:
+        affine = header.get_sform()
+    else:
+        affine = _qform(header)
+        if affine is None:
+            told = "its qform is no rotation (the quaternion is longer than 1)"
+            raise ValueError(f"{path}: {told}; write the right one with set_qform of nibabel")
+    if not np.isfinite(affine).all() or np.linalg.matrix_rank(affine[:3, :3]) < 3:
+        singular = f"its affine is singular, {affine[:3].tolist()}"
+        raise ValueError(f"{path}: {singular}; {hint}")
+
+
+def _qform(header) -> np.ndarray | None:
+    """Return the affine (4,4) of quaternion and pixdim, whatever its code; None if it is none."""
+    try:
+        affine = header.get_qform()
+    except ValueError:
+        return None
+    return affine if np.isfinite(affine).all() else None
+
+
+def _reconcile(path: Path, header) -> None:
+    """Make the sform of a header agree with qform and pixdim where that is safe.
+
+    A spacing of the sform within 1 % of pixdim is taken as it is. Else, if exactly one of sform
+    and qform is the bare 1 mm identity, the other one is used and written as both.
+    ValueError, one line, if they contradict each other in another way.
+    """
+    if not header["sform_code"]:
+        return  # the qform has no spacing but pixdim
+    sform = header.get_sform()
+    qform = _qform(header)
+    spacing = np.abs(header["pixdim"][1:4].astype(np.float64))
+    if np.abs(_norms(sform) / spacing - 1).max() <= 0.01:
+        if header["qform_code"] and qform is not None:
+            apart = np.abs(sform[:3, :3] / _norms(sform) - qform[:3, :3] / spacing).max()
+            if apart > 0.01:
+                notices.add(OTHER_AXES, path)
+        return
+
+    sform_is_bare = _is_bare(sform)
+    qform_is_bare = qform is not None and _is_bare(qform)
+    if sform_is_bare == qform_is_bare or qform is None:
+        told = f"its sform says voxels of {mm_text(_norms(sform))}, its pixdim {mm_text(spacing)}"
+        hint = "write the right one with set_sform and set_qform of nibabel"
+        raise ValueError(f"{path}: {told}; {hint}")
+    used = qform if sform_is_bare else sform
+    header.set_sform(used, int(header["sform_code"]))
+    header.set_qform(used, int(header["qform_code"]))
+    notices.add(BY_QFORM if sform_is_bare else BY_SFORM, path, mm_text(_norms(used)))
+
+
+def _to_millimetres(path: Path, header) -> None:
+    """Convert a header in metres or microns to mm; ValueError, one line, if that is absurd."""
+    spacing = _norms(header.get_best_affine())
+    name, factor = UNITS.get(int(header["xyzt_units"]) & 7, ("", 1.0))
+    if not name:
+        if not _is_plausible(spacing):
+            low, high = PLAUSIBLE
+            told = f"voxels outside of {low:g} to {high:g} mm; is the header's unit right?"
+            notices.add(told, path, mm_text(spacing))
+        return
+    if not _is_plausible(spacing * factor):
+        told = f"its unit is the {name}, which makes voxels of {mm_text(spacing * factor)}"
+        hint = "correct it with header.set_xyzt_units of nibabel"
+        raise ValueError(f"{path}: {told}; {hint}")
+    header["pixdim"][1:4] *= factor
+    for field in ("srow_x", "srow_y", "srow_z", "qoffset_x", "qoffset_y", "qoffset_z"):
+        header[field] = header[field] * factor
+    header["xyzt_units"] = int(header["xyzt_units"]) & ~7 | 2  # mm
+    told = f"the header's unit is the {name}; read and written in mm"
+    notices.add(told, path, mm_text(spacing * factor))
+
 
 # --- files ---------------------------------------------------------------------------------------
 
@@ -45,7 +368,7 @@ class Grid:
     affine: np.ndarray  # (4,4), stored indices -> mm
     shape: tuple[int, ...]  # as stored
     channels: int
-    header: bytes  # of NIfTI: both transforms and their codes, units
+    header: bytes  # of NIfTI: both transforms and their codes, units; corrected where it was wrong
 
     @cached_property
     def axes(self) -> np.ndarray:
@@ -90,22 +413,59 @@ def _readable(path: Path):
     try:
         yield
     except (*damage, OSError, EOFError, ValueError, zlib.error) as error:
+        if getattr(error, "errno", None):  # the disk's, not the file's
+            raise OSError(f"{path}: {error.strerror}") from None
         why = (str(error) or type(error).__name__).splitlines()[0]
+        if isinstance(error, zlib.error):
+            why = f"its compressed data is damaged: {why.rpartition(': ')[2]}"
+        if isinstance(error, damage[0]) and not path.name.lower().endswith((".nii", ".nii.gz")):
+            raise ValueError(f"{path}: not NIfTI ({why}); convert it to .nii.gz") from None
         raise ValueError(f"{path}: not readable as NIfTI ({why}); replace the file") from None
 
 
-def _open(path: Path):
-    """A file -> nibabel's image, voxels not yet read, and its Grid; errors as of `read_grid`."""
+def _load(path: Path, header):
+    """Return nibabel's image of a file, voxels not yet read, by what `_read_header` found in it."""
     import nibabel
 
+    with _readable(path):
+        if header is None or not bytes(header["magic"]).startswith(b"n+"):
+            return nibabel.load(path)  # a header beside its voxels, or another kind of file
+        block = header.binaryblock
+        kind = nibabel.Nifti1Image if len(block) == 348 else nibabel.Nifti2Image
+        no_extensions = bytes(4)
+        return kind.from_stream(io.BytesIO(block + no_extensions))
+
+
+def _open(path: Path):
+    """A file -> nibabel's image, voxels not yet read, and its Grid; errors as of `read_grid`.
+
+    A header that cannot be right may be that of a damaged file, which then is what is said.
+    """
     path = Path(path)
+    try:
+        return _open_by_header(path)
+    except ValueError:
+        if path.is_file():
+            with _readable(path), _decompressed(path) as (stream, compressed):
+                if compressed:
+                    stream.finish()
+        raise
+
+
+def _open_by_header(path: Path):
+    """As `_open`, reading no more than the header."""
     if path.name.startswith("._"):
         raise ValueError(f"{path}: no volume, but what macOS leaves beside one; delete it")
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
-    with _readable(path):
-        file = nibabel.load(path)
-    kind, shape, affine, hint = type(file).__name__, file.shape, file.affine, "set_sform of nibabel"
+    try:
+        header = _read_header(path)
+    except (EOFError, zlib.error):
+        header = None  # nibabel says so
+    if header is not None:
+        _check_header(path, header)
+    file = _load(path, header)
+    kind, shape = type(file).__name__, file.shape
     if not kind.startswith("Nifti"):
         raise ValueError(f"{path}: holds {kind}, not NIfTI; convert it to .nii.gz")
     if len(shape) not in (3, 4) or 0 in shape:
@@ -114,14 +474,63 @@ def _open(path: Path):
         )
     if file.get_data_dtype().kind not in "iuf":
         raise ValueError(f"{path}: holds {file.get_data_dtype()}; save it as integers or floats")
-    if not file.header["sform_code"] and not file.header["qform_code"]:
-        codes = "sform_code and qform_code are 0"
-        raise ValueError(f"{path}: has no affine ({codes}); write the right one with {hint}")
-    if not np.isfinite(affine).all() or np.linalg.matrix_rank(affine[:3, :3]) < 3:
-        singular = f"its affine is singular, {affine[:3].tolist()}"
-        raise ValueError(f"{path}: {singular}; write the right one with {hint}")
+    need = math.prod(shape) * file.get_data_dtype().itemsize
+    if need > 1100 * path.stat().st_size and not file.file_map["image"].filename:
+        with _readable(path):  # gzip compresses to a thousandth at most
+            raise EOFError(f"{path.stat().st_size:,} bytes cannot hold {need:,}")
+    header = file.header.copy()
+    _check_header(path, header)  # of a file in two parts, .hdr and .img
+    _reconcile(path, header)
+    _to_millimetres(path, header)
     channels = shape[3] if len(shape) == 4 else 1
-    return file, Grid(path, affine, tuple(shape[:3]), channels, file.header.binaryblock)
+    affine = header.get_best_affine()
+    return file, Grid(path, affine, tuple(shape[:3]), channels, header.binaryblock)
+
+
+def _read_voxels(file, path: Path, dtype=None) -> np.ndarray:
+    """Return the voxels of an opened file as stored, scaled by its header.
+
+    A compressed file is read to its end in the same pass, and its checksums are verified.
+    ValueError, one line, if it is damaged.
+    """
+    from nibabel.arrayproxy import ArrayProxy
+
+    stored = file.dataobj
+    spec = stored.shape, stored.dtype, stored.offset, stored.slope, stored.inter
+    place = file.file_map["image"].filename or path
+    with _readable(path), _decompressed(place) as (stream, compressed):
+        if not compressed:
+            return np.asanyarray(ArrayProxy(place, spec), dtype)
+        voxels = np.asanyarray(ArrayProxy(stream, spec, mmap=False), dtype)
+        _finish(path, stream)
+    return voxels
+
+
+def _finish(path: Path, stream: GzipReader) -> None:
+    """Verify the rest of a compressed file; bytes after its end are said."""
+    stream.finish()
+    if stream.trailing:
+        told = "bytes after the end of the compressed data are ignored; its checksum is right"
+        notices.add(told, path, f"{stream.trailing:,}")
+
+
+def check_whole(path: Path) -> None:
+    """ValueError, one line, if a file is damaged or holds fewer voxels than its header says.
+
+    Of a compressed file the checksums are verified; it is read a block at a time.
+    """
+    path = Path(path)
+    file, _ = _open(path)
+    stored = file.dataobj
+    need = stored.offset + math.prod(stored.shape) * stored.dtype.itemsize
+    place = Path(file.file_map["image"].filename or path)
+    with _readable(path), _decompressed(place) as (stream, compressed):
+        have = place.stat().st_size
+        if compressed:
+            _finish(path, stream)
+            have = stream.tell()
+        if have < need:
+            raise EOFError(f"{have:,} bytes of {need:,}")
 
 
 def read_grid(path: Path) -> Grid:
@@ -141,29 +550,46 @@ def check_grid(grid: Grid, other: Grid) -> None:
         raise ValueError(f"{grid.file}: its affine is {away:.3g} off {other.file}'s; {hint}")
 
 
-def read_image(paths: Path | Sequence[Path]) -> tuple[np.ndarray, Grid]:
+def read_image(
+    paths: Path | Sequence[Path], fill: float | None = None
+) -> tuple[np.ndarray, Grid]:
     """One file (X,Y,Z) or (X,Y,Z,C), or several on one grid -> float32 (C,X,Y,Z) in RAS, its grid.
 
-    Errors as of `read_grid` and `check_grid`, or a channel without a finite number.
+    fill: the value of voxels that are NaN or infinite; None for the smallest of their channel.
+    Errors as of `read_grid` and `check_grid`, a damaged file, or a channel without a finite number.
     """
     opened = [_open(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
     grid = opened[0][1]
     image = np.empty((sum(own.channels for _, own in opened), *grid.size), np.float32)
     channels = iter(image)
     for file, own in opened:
+        stored = _read_voxels(file, own.file, np.float32)
         check_grid(own, grid)
-        with _readable(own.file):
-            stored = file.get_fdata(dtype=np.float32, caching="unchanged")
         stored = stored.reshape(*own.shape, own.channels)
+        replaced = 0
         for x, channel in zip(np.moveaxis(own.to_ras(stored), 3, 0), channels):
             channel[:] = x
             bad = ~np.isfinite(channel)
             if bad.all():
                 raise ValueError(f"{own.file}: a channel has no finite number; replace the file")
             if bad.any():
-                channel[bad] = low = channel[~bad].min()
-                print(f"{own.file}: {bad.sum()} voxels are not finite; read as {low:g}")
+                channel[bad] = channel[~bad].min() if fill is None else fill
+                replaced += int(bad.sum())
+        if replaced:
+            become = "the smallest value of their channel" if fill is None else f"{fill:g}"
+            told = f"NaN or infinite voxels become {become}"
+            notices.add(told, own.file, f"{replaced:,} voxels")
     return image, grid
+
+
+def fill_value(preprocess: Callable, channels: int) -> float | None:
+    """Return what voxels that are NaN or infinite become, the `fill` of `read_image`.
+
+    0 if `preprocess` leaves 0 as it is, as z-scores of what is not 0 do: such voxels then count
+    neither for the mean nor for the deviation, and are 0 afterwards. Else None.
+    """
+    probe, done = _probe(preprocess, channels)
+    return 0.0 if (done[probe == 0] == 0).all() else None
 
 
 def check_channels(path: Path, have: int, channels: int) -> None:
@@ -188,11 +614,11 @@ def read_labels(
             f"{path}: no more than 254 classes, with numbers up to 65535, are possible"
         )
     file, own = _open(path)
+    x = _read_voxels(file, own.file)  # first, as damage may be that of the header
     check_grid(own, grid)
     if own.channels > 1:
         raise ValueError(f"{path}: {own.channels} channels; a label map has one, of class numbers")
-    with _readable(path):
-        x = np.asanyarray(file.dataobj).reshape(own.shape)
+    x = x.reshape(own.shape)
     if x.dtype.kind == "f":  # scaled by a header, 1 may be read as 0.9999999998
         odd = x[~(abs(x - np.rint(x)) < 1e-3)]  # and nan and inf are odd
         if len(odd):
@@ -363,14 +789,20 @@ def _hash(path: Path) -> bytes:
     return digest.digest()
 
 
+def _probe(preprocess: Callable, channels: int) -> tuple[Tensor, Tensor]:
+    """Return values of -1e5 … 1e5, finer around 0, and their outputs, (channels,16,16,16) each."""
+    x = torch.linspace(-5, 5, channels * 16**3, dtype=torch.float64)
+    probe = x.sign() * (10 ** x.abs() - 1)
+    probe[::5] = 0
+    probe = probe.float().reshape(channels, 16, 16, 16)
+    return probe, preprocess(probe).float()
+
+
 def _settings(spacing, preprocess: Callable, channels: int) -> bytes:
     """What prepared voxels depend on besides the files; of `preprocess` what it makes of a probe,
     so that settings which do not matter to it do not count."""
-    x = torch.linspace(-5, 5, channels * 16**3, dtype=torch.float64)
-    probe = x.sign() * (10 ** x.abs() - 1)  # -1e5 … 1e5, finer around 0
-    probe[::5] = 0
-    done = preprocess(probe.float().reshape(channels, 16, 16, 16)).float()
-    rules = "rules 2"  # raise the number when the way of preparing changes
+    _, done = _probe(preprocess, channels)
+    rules = "rules 3"  # raise the number when the way of preparing changes
     return repr((rules, [float(mm) for mm in spacing])).encode() + done.numpy().tobytes()
 
 
@@ -411,6 +843,81 @@ def _is_prepared(stem: Path) -> bool:
     if not whole:
         print(f"{stem}.*: damaged or of an older version; preparing the volume again", flush=True)
     return whole
+
+
+# Hounsfield units, measured on the CT of an abdomen and of a thorax, on boxes and windows of them:
+# the share of voxels in AIR_AND_FAT is 0.54 and 0.73 for whole volumes, above 0.21 for boxes around
+# organs, above 0.036 for boxes of 48 voxels and 0.0001 for volumes whose intercept of -1024 was
+# lost. The share in LIFTED is at most 0.005 for whole volumes, 0.095 for boxes of 32 voxels, and
+# 0.41 and 0.60 where the intercept was lost.
+AIR_AND_FAT = -1100, 0
+LIFTED = 824, 1224  # soft tissue and fat, 1024 too high
+
+
+def hu_facts(image: np.ndarray) -> np.ndarray:
+    """Return of an image its smallest and largest value, the shares in AIR_AND_FAT and LIFTED."""
+    shares = []
+    for low, high in (AIR_AND_FAT, LIFTED):
+        inside = (image >= low) & (image < high)
+        shares.append(np.count_nonzero(inside) / image.size)
+    return np.array([image.min(), image.max(), *shares], np.float64)
+
+
+def is_hu(facts: np.ndarray) -> bool:
+    """Return False if the values of `hu_facts` cannot be Hounsfield units of a body.
+
+    Cut and windowed CT passes, windows that begin at 0 included: they end below 1000 HU. Values of
+    0 to 1 or to 255 are taken for grey levels.
+    """
+    _, largest, air_and_fat, lifted = facts
+    if lifted >= 0.25:
+        return False
+    return air_and_fat >= 0.005 or not (largest > 1000 or largest <= 1 or largest == 255)
+
+
+def say_if_not_hu(file: Path, facts: np.ndarray) -> None:
+    """Say so if the values of a file cannot be Hounsfield units."""
+    if not is_hu(facts):
+        told = "the model takes CT in Hounsfield units (air -1000, water 0), and these hardly are "
+        told += "(was the intercept, often -1024, lost?)"
+        notices.add(told, file, f"values {facts[0]:g} to {facts[1]:g}")
+
+
+def _digest(image: np.ndarray) -> np.ndarray:
+    """Return a hash of an image's size and voxels: uint8 (16,)."""
+    digest = hashlib.blake2b(repr(image.shape).encode(), digest_size=16)
+    digest.update(np.ascontiguousarray(image))
+    return np.frombuffer(digest.digest(), np.uint8)
+
+
+def _only_255(files: dict[Path, str], n: int) -> str:
+    """Return what is wrong with label maps whose only number beside 0 is 255."""
+    hint = "255 marks voxels that do not count, so nothing is labelled there; write the class's "
+    hint += "number in its place, or leave these files out if they are void"
+    return f"{name_files(files)}: {len(files)} of {n} label maps hold 0 and 255 alone; {hint}"
+
+
+def check_255(sets: Sequence["VolumeSet"]) -> None:
+    """Look over prepared sets for label maps of 0 and 255, which have nothing but void.
+
+    ValueError, one line: no label map of their data set has 255 beside a class, so that it is
+    rather a class than a mark. Where others have both, it is said which files hold no class.
+    """
+    roots = {}
+    for some in sets:
+        for root in dict.fromkeys(entry.root for entry in some.entries):
+            roots.setdefault(root, []).append(some)
+    for root, some in roots.items():
+        alone, beside, masks = {}, {}, set()
+        for dataset in some:
+            ours = [i for i, entry in enumerate(dataset.entries) if entry.root == root]
+            alone |= dataset.with_255(False, ours)
+            beside |= dataset.with_255(True, ours)
+            masks |= {dataset.entries[i].mask for i in ours}
+        if alone and not beside:
+            raise ValueError(_only_255(alone, len(masks)))
+        for file in alone:
+            notices.add("the label map holds 255 (does not count) and no class", file)
 
 
 class VolumeSet:
@@ -469,11 +976,14 @@ class VolumeSet:
         content = b"".join((*digests, repr((self._numbers(i), entry.unnamed)).encode(), settings))
         return cache / hashlib.sha256(content).hexdigest()[:24]
 
-    def _prepare(self, i: int, stem: Path, spacing, preprocess: Callable) -> None:
+    def _prepare(self, i: int, stem: Path, spacing, preprocess: Callable, fill) -> None:
         """Writes STEM.image.npy, .mask.npy, .truth.npy, .voxels.npy and, last, .npz."""
         entry, numbers = self.entries[i], self._numbers(i)
-        image, grid = read_image((entry.image, *entry.more))
+        image, grid = read_image((entry.image, *entry.more), fill)
         truth = read_labels(entry.mask, grid, numbers, entry.unnamed)
+        facts = {"hu": hu_facts(image), "digest": _digest(image)}
+        facts["labelled"] = np.count_nonzero((truth > 0) & (truth < 255))
+        facts["ignored"] = np.count_nonzero(truth == 255)
         image, place = prepare_image(image, grid, spacing, preprocess)
         mask = resample(torch.from_numpy(truth[None]), place.full, place.ratio, nearest=True)
         mask = np.ascontiguousarray(mask[0][place.box])
@@ -487,14 +997,14 @@ class VolumeSet:
             with _whole_file(Path(f"{stem}.{name}.npy")) as part, open(part, "wb") as file:
                 np.save(file, np.ascontiguousarray(x))
         with _whole_file(Path(f"{stem}.npz")) as part, open(part, "wb") as file:
-            np.savez(file, offsets=offsets, **vars(place))
+            np.savez(file, offsets=offsets, **vars(place), **facts)
 
     def prepared(self, spacing, preprocess: Callable, channels: int, cache: Path) -> "VolumeSet":
         """The same volumes at `spacing` in mm and as `preprocess`, (C,x,y,z) -> the same shape,
         makes them; written into the folder `cache` once for their content and these settings.
 
         ValueError, OSError, one line: as reading raises them, another number of channels, label
-        maps that are all empty, a full disk.
+        maps that are all empty or hold 0 and 255 alone, a full disk.
         """
         cache = Path(cache)
         for entry, grid in zip(self.entries, self.grids):  # what headers tell, before all else
@@ -513,14 +1023,18 @@ class VolumeSet:
         todo = list(lacks.values())
         if todo:
             self._announce(todo, spacing, channels, cache)
+        fill = fill_value(preprocess, channels)
         for i in tqdm(todo, desc="prepare", unit="volume", disable=None, leave=False):
-            self._prepare(i, stems[i], spacing, preprocess)
+            self._prepare(i, stems[i], spacing, preprocess, fill)
             with _whole_file(Path(f"{stems[i]}.crc")) as part:
                 part.write_bytes(checksums([Path(f"{stems[i]}{end}") for end in PREPARED]))
         done = VolumeSet(self.entries, self.grids, stems, self.partial)
         for root in {entry.root for entry in self.entries}:
             ours = [i for i, entry in enumerate(self.entries) if entry.root == root]
             if not any(done._index(i)["offsets"][-1] for i in ours):
+                alone = done.with_255(beside=False, indices=ours)
+                if alone:
+                    raise ValueError(_only_255(alone, len(ours)))
                 one = self.entries[ours[0]].mask
                 raise ValueError(f"{root}: all {len(ours)} label maps are empty, {one} for one")
         return done
@@ -544,19 +1058,42 @@ class VolumeSet:
         with np.load(f"{self.stems[i]}.npz") as file:
             return dict(file)
 
+    def with_255(self, beside: bool, indices: Sequence[int] | None = None) -> dict[Path, str]:
+        """Return the label maps that hold 255 (does not count) beside classes, or else without any.
+
+        Of a prepared set: {file: ""}.
+        """
+        files = {}
+        for i in range(len(self)) if indices is None else indices:
+            index = self._index(i)
+            if index["ignored"] and bool(index["labelled"]) == beside:
+                files[self.entries[i].mask] = ""
+        return files
+
+    def digest(self, i: int) -> str:
+        """Return a hash of the voxels of entry i, of a prepared set."""
+        return self._index(i)["digest"].tobytes().hex()
+
+    def check_hu(self) -> None:
+        """Say which CT volumes of a prepared set are not in Hounsfield units."""
+        for i, entry in enumerate(self.entries):
+            if "CT" in (entry.modality or "CT").upper():
+                say_if_not_hu(entry.image, self._index(i)["hu"])
+
     def sample(self, i: int, kind: str = "", rng: np.random.Generator | None = None) -> dict:
         """The sample dict of the module's docstring; its voxels are read when they are used.
 
         kind and rng, of prompts, are there as `data.Dataset.sample` has them.
         """
         entry, grid, index = self.entries[i], self.grids[i], self._index(i)
-        sample, offsets = {}, index.pop("offsets")
+        sample, offsets = {}, index["offsets"]
         for name in ("image", "mask", "truth", "voxels"):
             # copied on write: the files stay as they are, whatever becomes of the tensors
             array = np.load(f"{self.stems[i]}.{name}.npy", mmap_mode="c")
             sample[name] = torch.from_numpy(array)
         sample["voxels"] = sample["voxels"], offsets
-        sample["place"] = Place(**{name: tuple(x.tolist()) for name, x in index.items()})
+        place = {field.name: tuple(index[field.name].tolist()) for field in fields(Place)}
+        sample["place"] = Place(**place)
         sample |= {"size": grid.size, "spacing": grid.spacing, "affine": grid.ras_affine}
         sample |= {"grid": grid, "prompt": "", "name": entry.name, "file": entry.image}
         sample |= {"classes": entry.classes, "regions": entry.regions, "group": entry.group}
@@ -565,7 +1102,8 @@ class VolumeSet:
     def grey(self, i: int, preprocess: Callable) -> np.ndarray:
         """`grey` of the image of entry i."""
         entry = self.entries[i]
-        return grey(read_image((entry.image, *entry.more))[0], preprocess)
+        fill = fill_value(preprocess, self.channels)
+        return grey(read_image((entry.image, *entry.more), fill)[0], preprocess)
 
 
 def grey(image: np.ndarray, preprocess: Callable) -> np.ndarray:

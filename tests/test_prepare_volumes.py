@@ -239,6 +239,52 @@ DEFECTS = {
 }
 
 
+def flip(path):
+    """Change a bit of the checksum, far behind what a reader of the header comes across."""
+    data = bytearray(gzip.compress(gzip.decompress(path.read_bytes()) + bytes(2**21)))
+    data[-6] ^= 4
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    "name", ["imagesTr/spleen_6.nii.gz", "labelsTr/spleen_9.nii.gz", "imagesTs/spleen_1.nii.gz"]
+)
+@pytest.mark.parametrize("packed", [False, True])
+def test_damaged_volumes_are_not_taken_over(tmp_path, monkeypatch, capsys, name, packed):
+    source = write_task(tmp_path / "raw", 5)
+    flip(source / name)
+    if packed:
+        source = tmp_path / "raw.tar"
+        with tarfile.open(source, "w") as tar:
+            tar.add(tmp_path / "raw", "Task09_Spleen")
+    arguments = "msd", source, "--out", tmp_path / "out"
+    code, text, error = command(monkeypatch, capsys, prepare, *arguments)
+    kind = name.split("sT")[0]
+    assert code == 2 and text == "" and error.count("\n") == 1
+    assert f"{kind} {name.split('/')[1]}: " in error and "replace the file" in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_said_of_volumes_is_one_line(tmp_path, monkeypatch, capsys):
+    source = write_task(tmp_path / "raw", 5)
+    for path in sorted((source / "imagesTr").glob("spleen*")):
+        path.write_bytes(path.read_bytes() + b"more")
+    arguments = "msd", source, "--out", tmp_path / "out"
+    code, text, error = command(monkeypatch, capsys, prepare, *arguments)
+    assert code == 0, error
+    (line,) = [line for line in text.splitlines() if "bytes after the end" in line]
+    assert line.count(str(tmp_path / "out" / "images")) == 3 and " and 2 more: " in line
+
+
+def test_label_numbers_of_a_table_are_whole(tmp_path, monkeypatch, capsys):
+    source, table = write_task(tmp_path / "raw", 5), tmp_path / "labels.json"
+    table.write_text(json.dumps({"Spleen": {"background": 0, "spleen": 1.5}}))
+    arguments = "msd", source, "--labels", table, "--out", tmp_path / "out"
+    code, _, error = command(monkeypatch, capsys, prepare, *arguments)
+    assert code == 2 and error.count("\n") == 1
+    assert "labels.json" in error and "label spleen is 1.5; it must be a whole number" in error
+
+
 @pytest.mark.parametrize("defect", DEFECTS)
 def test_defects_are_one_line_and_leave_nothing(tmp_path, monkeypatch, capsys, defect):
     root = write_task(tmp_path / "raw", 5)
@@ -268,6 +314,15 @@ def test_defects_of_a_tar(task, tmp_path, monkeypatch, capsys):
 
 
 # --- btcv ----------------------------------------------------------------------------------------
+
+
+def test_damaged_volumes_of_btcv(tmp_path, monkeypatch, capsys):
+    root = write_btcv(tmp_path / "RawData")
+    flip(root / "Training" / "label" / "label0022.nii.gz")
+    arguments = "btcv", root, "--out", tmp_path / "out"
+    code, _, error = command(monkeypatch, capsys, prepare, *arguments)
+    assert code == 2 and "label label0022.nii.gz: " in error and "replace the file" in error
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.fixture(scope="module")

@@ -138,6 +138,47 @@ def test_nnunet_lists_no_files(tmp_path):
     assert [entry.name for entry in layouts.annotations(root, "test")] == ["p2"]
 
 
+@pytest.mark.parametrize(
+    ("names", "cases"),
+    [
+        (["a_0000", "a_0001", "a_0002"], {"a": 3}),
+        (["a_0001", "a_0000"], {"a": 2}),
+        (["m_2018", "m_2019", "m_2020"], {"m_2018": 1, "m_2019": 1, "m_2020": 1}),
+        (["a_0001", "a_0002"], {"a_0001": 1, "a_0002": 1}),
+        (["a_0000", "a_0002"], {"a_0000": 1, "a_0002": 1}),
+        (["m_2018_0000", "m_2018_0001", "m_2019_0000"], {"m_2018": 2, "m_2019": 1}),
+        (["a_0000", "b_0001", "c"], {"a": 1, "b_0001": 1, "c": 1}),
+        (["a_000", "a_00001"], {"a_000": 1, "a_00001": 1}),
+    ],
+)
+def test_channels_go_from_0000_on_without_a_gap(tmp_path, names, cases):
+    files = [tmp_path / f"{name}.nii.gz" for name in names]
+    found = layouts.channels_of(files)
+    assert {case: len(some) for case, some in found.items()} == cases
+    assert all(some == sorted(some) for some in found.values())
+    assert sorted(sum(found.values(), [])) == sorted(files)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["x/a_0000.nii.gz", "y/a_0000.nii.gz"],
+        ["a_0000.nii.gz", "a_0000.nii"],
+        ["a_0000.nii.gz", "a_0001.nii.gz", "a.nii.gz"],
+    ],
+)
+def test_two_volumes_of_one_name_are_not_joined(tmp_path, names):
+    with pytest.raises(ValueError, match="a second volume named a"):
+        layouts.channels_of([tmp_path / name for name in names])
+
+
+def test_years_are_no_channels_in_a_data_set(tmp_path):
+    files = [f"{kind}/m_201{k}.nii.gz" for kind in ("imagesTr", "labelsTr") for k in (8, 9)]
+    root = make(tmp_path, files, {"labels": ORGANS})
+    entries = layouts.annotations(root, "train")
+    assert [(entry.name, entry.more) for entry in entries] == [("m_2018", ()), ("m_2019", ())]
+
+
 def test_validation_of_the_list_and_folds_of_nnunet(tmp_path):
     root = decathlon(tmp_path)
     settings = json.loads((root / "dataset.json").read_text())
@@ -216,7 +257,13 @@ def test_btcv_as_it_is_handed_out(tmp_path):
     [
         ({"training": []}, "has no 'labels'"),
         ({"labels": {"liver": 1}}, "need one background"),
-        ({"labels": {"background": 0, "liver": "one"}}, "invalid literal"),
+        ({"labels": {"background": 0, "liver": "one"}}, 'label liver is "one"; it must be a whole'),
+        ({"labels": {"background": 0, "liver": 1.5}}, "label liver is 1.5; it must be a whole"),
+        ({"labels": {"background": 0, "liver": True}}, "label liver is true; it must be a whole"),
+        ({"labels": {"background": 0, "liver": "1.5"}}, 'label liver is "1.5"; it must be a whole'),
+        ({"labels": {"background": 0, "liver": [1, 2.5]}}, "label liver is 2.5; it must be"),
+        ({"labels": {"background": False, "liver": 1}}, "label background is false; it must"),
+        ({"labels": {"background": 0, "liver": None}}, "label liver is null; it must be"),
         ({"labels": {"background": 0, "liver": 1, "ignore": 2}}, "ignore"),
         ({"labels": {"background": 0, "liver": 1, "tumour": 1}}, "one name, or one number"),
         ({"labels": {"0": "background", "1": "liver", "2": "liver"}}, "one name, or one number"),

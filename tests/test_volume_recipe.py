@@ -551,6 +551,160 @@ def test_check_is_of_images(run, monkeypatch, capsys):
     assert "holds volumes" in refused(monkeypatch, capsys, prepare, "check", run.root)
 
 
+def set_lists(root, **lists):
+    """Replace lists of dataset.json by cases of these names."""
+    settings = json.loads((root / "dataset.json").read_text())
+    for key, names in lists.items():
+        pairs = [{k: f"./{k}sTr/{x}.nii.gz" for k in ("image", "label")} for x in names]
+        settings[key] = pairs
+    (root / "dataset.json").write_text(json.dumps(settings))
+
+
+def lines_of(text, words):
+    return [line for line in text.splitlines() if words in line]
+
+
+def test_volumes_in_two_splits_are_a_line(tmp_path, monkeypatch, capsys):
+    root = data_set(tmp_path / "set", n=4)
+    for kind in "imagesTr", "labelsTr":  # the voxels of case0 under another name, another header
+        volume = nibabel.load(root / kind / "case0.nii.gz")
+        volume.header["descrip"] = b"copy"
+        nibabel.save(volume, root / kind / "other.nii.gz")
+    lists = {"training": ["case0", "case1", "case3"], "validation": ["case1", "case2"]}
+    set_lists(root, **lists, test=["other", "case2"])
+    arguments = trained(root, tmp_path / "run", "--epochs", 1)
+    code, text, error = command(monkeypatch, capsys, train, *arguments)
+    assert code == 0, error  # training goes on
+    (line,) = lines_of(text, "in two splits")
+    assert line.startswith(
+        "3 volumes are in two splits: case1 (train and val), case0 (train) is other (test), "
+        "case2 (val and test); "
+    )
+    assert line in (tmp_path / "run/log.txt").read_text()
+
+
+
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        ({}, "case1 (train and val)"),
+        ({"fold": "0/2"}, "case1 (train and val)"),
+        ({"eval": True}, None),  # nothing is trained
+        ({"overfit": 1}, None),
+        ({"val": ["case2"]}, None),
+        ({"val": ["case2"], "test": ["ROOT:val"]}, None),
+        ({"val": ["case2"], "test": ["ROOT:train"]}, None),
+        ({"val": ["case2"], "data": ["ROOT", "ROOT"], "test": ["ROOT"]}, None),
+        ({"val": ["case2"], "fold": "1/3"}, None),
+        ({"val": []}, None),  # a part of train validates
+    ],
+)
+def test_what_is_in_two_splits_on_purpose_is_not_said(tmp_path, capsys, options, names):
+    root = data_set(tmp_path / "set", n=4)
+    options = dict(options)
+    val = options.pop("val", ["case1", "case2"])
+    set_lists(root, training=["case0", "case1"], validation=val, test=["case3"])
+    if options.get("fold") == "0/2":  # which leaves the repeated case in both
+        folds = [{"train": ["case0", "case1"], "val": ["case1", "case2"]}] * 2
+        (root / "splits_final.json").write_text(json.dumps(folds))
+    for key in "data", "test":
+        if key in options:
+            options[key] = [place.replace("ROOT", str(root)) for place in options[key]]
+    options = train.Options(**{"model": "swin_unetr3d", "data": [str(root)], "seed": 0} | options)
+    sets, tests = train.open_sets(options)
+    for some in sets, tests:
+        for name, dataset in some.items():
+            some[name] = dataset.prepared((4, 4, 4), torch.sigmoid, 1, tmp_path / "cache")
+    capsys.readouterr()
+    evaluate.check_prepared(sets, tests, options)
+    found = lines_of(capsys.readouterr().out, "in two splits")
+    assert len(found) == (names is not None)
+    assert names is None or f"volume is in two splits: {names}; scores" in found[0]
+
+
+def test_label_maps_of_0_and_255(tmp_path, monkeypatch, capsys):
+    """An empty prediction would have a Dice of 1 on each."""
+    root = data_set(tmp_path / "set", {"0": "background", "1": "lesion"})
+    names = sorted((root / "labelsTr").iterdir())
+    for file in names:
+        labels = nibabel.load(file)
+        values = (np.asarray(labels.dataobj) > 0).astype(np.uint8)
+        values *= 255 if file == names[2] else 1
+        nibabel.save(nibabel.Nifti1Image(values, labels.affine), file)
+    arguments = trained(root, tmp_path / "some", "--epochs", 1)
+    set_lists(root, test=["case1", "case2"])
+    error = refused(monkeypatch, capsys, train, *arguments)
+    assert "case2.nii.gz: 1 of 3 label maps hold 0 and 255 alone" in error
+
+
+def test_years_are_not_channels(brats, tmp_path, monkeypatch, capsys):
+    image = nibabel.load(brats.root / "imagesTr/case0.nii.gz")
+    (tmp_path / "in").mkdir()
+    for year in 2018, 2019:  # as many as the model has channels
+        channel = np.asarray(image.dataobj)[..., 0]
+        file = tmp_path / f"in/mueller_{year}.nii.gz"
+        nibabel.save(nibabel.Nifti1Image(channel, image.affine), file)
+    arguments = ["--weights", brats.out, "--out", tmp_path / "p", tmp_path / "in"]
+    error = refused(monkeypatch, capsys, predict, *arguments)
+    assert "mueller_2018.nii.gz: 1 channels, the model takes 2" in error
+    assert not (tmp_path / "p").exists()
+
+
+def test_a_header_that_contradicts_itself_changes_no_prediction(run, tmp_path, monkeypatch, capsys):
+    """A bare sform, and metres: predicted as the right file, on a grid that nibabel reads alike."""
+    original = nibabel.load(run.root / "imagesTr/case0.nii.gz")
+    stored = np.asarray(original.dataobj)
+    files = [tmp_path / f"{name}.nii.gz" for name in ("right", "bare", "metres")]
+    nibabel.save(nibabel.Nifti1Image(stored, AFFINE), files[0])
+    bare = nibabel.Nifti1Image(stored, AFFINE)
+    bare.set_qform(AFFINE, 1), bare.set_sform(np.eye(4), 2)
+    nibabel.save(bare, files[1])
+    metres = nibabel.Nifti1Image(stored, np.diag([1e-3, 1e-3, 1e-3, 1]) @ AFFINE)
+    metres.header.set_xyzt_units("meter")
+    nibabel.save(metres, files[2])
+    arguments = ["--weights", run.out, "--out", tmp_path / "p", "--overlap", 0]
+    code, text, error = command(monkeypatch, capsys, predict, *arguments, *files)
+    assert code == 0, error
+    written = [nibabel.load(tmp_path / "p" / file.name) for file in files]
+    for volume in written:
+        assert np.array_equal(np.asarray(volume.dataobj), np.asarray(written[0].dataobj))
+        np.testing.assert_allclose(volume.affine, AFFINE, atol=1e-5)
+        np.testing.assert_allclose(volume.header["pixdim"][1:4], [4, 4.2, 5], rtol=1e-6)
+    (line,) = lines_of(text, "the qform is used, and written as sform")
+    assert line.startswith(f"{files[1]} (4 x 4.2 x 5 mm): ")
+    (line,) = lines_of(text, "the header's unit is the metre; read and written in mm")
+    assert line.startswith(f"{files[2]} (4 x 4.2 x 5 mm): ")
+
+
+def test_ct_that_lost_its_intercept_is_said(run, tmp_path, monkeypatch, capsys):
+    original = nibabel.load(run.root / "imagesTr/case0.nii.gz")
+    for k in range(4):
+        lifted = (np.asarray(original.dataobj) + 1024).clip(0).astype(np.uint16)
+        nibabel.save(nibabel.Nifti1Image(lifted, AFFINE), tmp_path / f"{k}.nii.gz")
+    nibabel.save(original, tmp_path / "right.nii.gz")
+    arguments = ["--weights", run.out, "--out", tmp_path / "p", "--overlap", 0, tmp_path]
+    code, text, error = command(monkeypatch, capsys, predict, *arguments)
+    assert code == 0, error
+    (line,) = lines_of(text, "Hounsfield units")
+    assert "0.nii.gz (values " in line and " and 1 more: " in line and "right" not in line
+
+
+@pytest.mark.parametrize("kind", ["imagesTr", "labelsTr"])
+def test_a_damaged_file_trains_and_predicts_nothing(run, tmp_path, kind, monkeypatch, capsys):
+    root = data_set(tmp_path / "set")
+    file = root / kind / "case0.nii.gz"
+    data = bytearray(file.read_bytes())
+    data[-5] ^= 1  # of the checksum or length: no voxel changes
+    file.write_bytes(data)
+    arguments = trained(root, tmp_path / "run", "--epochs", 1)
+    error = refused(monkeypatch, capsys, train, *arguments)
+    assert f"{file}: " in error and "replace the file" in error
+    arguments = ["--weights", run.out, "--out", tmp_path / "p", "--overlap", 0, file]
+    error = refused(monkeypatch, capsys, predict, *arguments)
+    assert f"{file}: " in error and "replace the file" in error
+    assert not list((tmp_path / "p").glob("*.nii.gz"))
+
+
 def test_a_hidden_file_of_macos_and_a_cut_one(run, tmp_path, monkeypatch, capsys):
     whole = (run.root / "imagesTr/case0.nii.gz").read_bytes()
     (tmp_path / "._a.nii.gz").write_bytes(b"\0" * 100)

@@ -6,7 +6,9 @@ import json
 import pickle
 import subprocess
 import sys
+import tracemalloc
 import warnings
+import zlib
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,6 +23,7 @@ from monai.inferers import sliding_window_inference
 from monai.transforms import RandCropByPosNegLabel, RandRotate, Spacing
 from scipy import ndimage
 
+import swin_unetr3d
 import volumes
 from layouts import Entry
 from volumes import VolumeSet
@@ -198,8 +201,8 @@ def test_what_is_no_number_becomes_the_smallest_value(tmp_path, capsys):
     ours, _ = volumes.read_image(write(tmp_path / "a.nii.gz", x))
     assert ours[0, 0, 0, :2].tolist() == [-1000, -1000] and ours[1, 3, 3, 3] == -7
     assert (ours == 50).sum() == 240 - 2 - 3
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2 and "2 voxels are not finite; read as -1000" in lines[0]
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "a.nii.gz (3 voxels): NaN or infinite voxels become the smallest value" in line
     x[..., 1] = np.nan
     with pytest.raises(ValueError, match=r"a\.nii\.gz: a channel has no finite number"):
         volumes.read_image(write(tmp_path / "a.nii.gz", x))
@@ -310,6 +313,237 @@ def test_labels_that_do_not_fit_are_one_line(tmp_path):
     refused(r"holds 0\.5, no whole number; resample labels by nearest", labels / 2)
     refused(r"holds nan, no whole number", np.where(labels, labels, np.nan))
     refused(r"2 channels; a label map has one", np.stack([labels] * 2, 3))
+
+
+# --- damaged files -------------------------------------------------------------------------------
+
+
+def noise_volume(path):
+    """A file of noise, whose compressed data fills nearly the whole file."""
+    noise = np.random.default_rng(1).integers(0, 100, (9, 8, 7)).astype(np.uint8)
+    return write(path, noise), noise
+
+
+def decompressed_or_none(data: bytes) -> bytes | None:
+    """What Python's gzip, which reads to the end, makes of a file; None if it is damaged."""
+    try:
+        return gzip.decompress(data)
+    except (OSError, EOFError, zlib.error):
+        return None
+
+
+def test_a_flipped_bit_anywhere_is_found(tmp_path):
+    path, noise = noise_volume(tmp_path / "a.nii.gz")
+    data = path.read_bytes()
+    whole = gzip.decompress(data)
+    grid = volumes.read_grid(path)
+    damaged = 0
+    for place in [*range(10, len(data) - 8, 5), *range(len(data) - 8, len(data))]:
+        flipped = bytearray(data)
+        flipped[place] ^= 1 << place % 8
+        path.write_bytes(flipped)
+        if decompressed_or_none(bytes(flipped)) == whole:
+            np.testing.assert_array_equal(volumes.read_image(path)[0][0], noise)
+            continue
+        damaged += 1
+        readings = volumes.read_image, partial(volumes.read_labels, grid=grid, numbers=100)
+        for reading in *readings, volumes.check_whole:
+            with pytest.raises(ValueError, match="a.nii.gz: .*; replace the file") as error:
+                reading(path)
+            assert "\n" not in str(error.value)
+    assert damaged > 100
+
+
+def test_a_gzip_file_may_have_several_members(tmp_path, capsys):
+    path, noise = noise_volume(tmp_path / "a.nii.gz")
+    whole = gzip.decompress(path.read_bytes())
+    for ends in (100,), (352,), (17, 400, 401, 700), (len(whole),):
+        cuts = [0, *ends, len(whole)]
+        members = [gzip.compress(whole[a:b]) for a, b in itertools.pairwise(cuts)]
+        path.write_bytes(b"".join(members))
+        np.testing.assert_array_equal(volumes.read_image(path)[0][0], noise)
+        volumes.check_whole(path)
+        path.write_bytes(b"".join(members)[:-1])  # the length of the last one is cut
+        with pytest.raises(ValueError, match="replace the file"):
+            volumes.read_image(path)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("more", [b"\0" * 512, b"garbage", b"\x1f", b"x" * 200_000])
+def test_bytes_after_the_end_are_said(tmp_path, capsys, more):
+    path, noise = noise_volume(tmp_path / "a.nii.gz")
+    path.write_bytes(path.read_bytes() + more)
+    for _ in range(2):  # a file that is read again is not said again
+        np.testing.assert_array_equal(volumes.read_image(path)[0][0], noise)
+        volumes.check_whole(path)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"{path} ({len(more):,}): bytes after the end")
+
+
+def test_what_follows_the_voxels_is_read_in_blocks(tmp_path):
+    """Its end is verified, and memory does not grow with it: 64 MB are checked in below 4 MB."""
+    path, noise = noise_volume(tmp_path / "a.nii.gz")
+    data = gzip.compress(gzip.decompress(path.read_bytes()) + bytes(2**26), 1)
+    path.write_bytes(data)
+    tracemalloc.start()
+    np.testing.assert_array_equal(volumes.read_image(path)[0][0], noise)
+    volumes.check_whole(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4 * 2**20
+    path.write_bytes(data[:-8] + bytes(8))
+    with pytest.raises(ValueError, match="incorrect data check.*replace the file"):
+        volumes.check_whole(path)
+
+
+def test_check_whole_finds_what_is_missing(tmp_path):
+    path, _ = noise_volume(tmp_path / "a.nii")
+    volumes.check_whole(path)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="855 bytes of 856.*replace the file"):
+        volumes.check_whole(path)
+    packed = tmp_path / "b.nii.gz"
+    packed.write_bytes(gzip.compress(path.read_bytes()))
+    with pytest.raises(ValueError, match="855 bytes of 856.*replace the file"):
+        volumes.check_whole(packed)
+
+
+def test_only_damaged_files_are_to_be_replaced(tmp_path):
+    path, _ = noise_volume(tmp_path / "a.nii")
+    (tmp_path / "b.nii.gz").write_bytes(path.read_bytes())
+    (tmp_path / "c.nii").write_bytes(gzip.compress(path.read_bytes()))
+    (tmp_path / "d.nrrd").write_text("NRRD0005")
+    told = {"b.nii.gz": "rename it to .nii$", "c.nii": "rename it to .nii.gz$"}
+    told |= {"d.nrrd": "not NIfTI .*convert it to .nii.gz$"}
+    for name, message in told.items():
+        with pytest.raises(ValueError, match=message):
+            volumes.read_image(tmp_path / name)
+
+
+# --- headers that contradict themselves ----------------------------------------------------------
+
+
+def header_file(path, sform=None, qform=None, kind=nibabel.Nifti1Image, unit=None, patch=None):
+    """A file with these two transforms, codes 2 and 1, and the bytes of `patch` at their places."""
+    x = np.arange(60, dtype=np.int16).reshape(3, 4, 5)
+    affine = np.diag([-2.0, 2.5, 3, 1])
+    affine[:3, 3] = 10, 20, 30
+    file = kind(x, affine)
+    file.set_sform(affine if sform is None else sform, 2)
+    file.set_qform(affine if qform is None else qform, 1)
+    if unit:
+        file.header.set_xyzt_units(unit, "sec")
+    nibabel.save(file, path)
+    data = bytearray(gzip.decompress(path.read_bytes()))
+    for place, value in (patch or {}).items():
+        data[place : place + len(value)] = value
+    path.write_bytes(gzip.compress(bytes(data)))
+    return path, x, affine
+
+
+def check_read_and_written(path, x, affine, unit):
+    """Read as `affine` says, and a label map on its grid says nothing else, to nibabel."""
+    image, grid = volumes.read_image(path)
+    np.testing.assert_allclose(grid.affine, affine, atol=1e-5)
+    np.testing.assert_array_equal(image[0], x[::-1])  # the first axis points to the left
+    out = path.parent / "out.nii.gz"
+    volumes.write(out, x[::-1].astype(np.uint8), grid)
+    header = nibabel.load(out).header
+    np.testing.assert_array_equal(np.asarray(nibabel.load(out).dataobj), x)
+    for written in header.get_sform(), header.get_qform():
+        np.testing.assert_allclose(written, affine, atol=1e-5)
+    np.testing.assert_allclose(header["pixdim"][1:4], [2, 2.5, 3], rtol=1e-6)
+    assert header.get_xyzt_units()[0] == unit
+
+
+@pytest.mark.parametrize("kind", [nibabel.Nifti1Image, nibabel.Nifti2Image])
+@pytest.mark.parametrize("code", [0, 1])
+def test_a_bare_identity_gives_way_to_the_other_transform(tmp_path, capsys, kind, code):
+    for bare in np.eye(4), np.diag([-1.0, -1, 1, 1]):
+        for which in "sform", "qform":
+            path = tmp_path / f"{which}{int(bare[0, 0])}.nii.gz"
+            path, x, affine = header_file(path, **{which: bare}, kind=kind)
+            if code == 0:  # the qform's values count, whatever its code
+                at = 252 if kind is nibabel.Nifti1Image else 344
+                data = bytearray(gzip.decompress(path.read_bytes()))
+                data[at : at + 4 if at == 344 else at + 2] = bytes(4 if at == 344 else 2)
+                path.write_bytes(gzip.compress(bytes(data)))
+                assert nibabel.load(path).header["qform_code"] == 0
+            check_read_and_written(path, x, affine, "unknown")
+            (line,) = capsys.readouterr().out.splitlines()
+            other = "qform" if which == "sform" else "sform"
+            assert line.startswith(f"{path} (2 x 2.5 x 3 mm): ") and f"the {other} is used" in line
+
+
+@pytest.mark.parametrize(("unit", "factor"), [("meter", 1e-3), ("micron", 1e3)])
+@pytest.mark.parametrize("kind", [nibabel.Nifti1Image, nibabel.Nifti2Image])
+def test_metres_and_microns_become_mm(tmp_path, capsys, unit, factor, kind):
+    affine = np.diag([-2.0, 2.5, 3, 1])
+    affine[:3, 3] = 10, 20, 30
+    scaled = affine * np.array([factor] * 3 + [1])[:, None]
+    path, x, _ = header_file(tmp_path / "a.nii.gz", scaled, scaled, kind, unit)
+    check_read_and_written(path, x, affine, "mm")
+    (line,) = capsys.readouterr().out.splitlines()
+    assert f"a.nii.gz (2 x 2.5 x 3 mm): the header's unit is the {unit[:4]}" in line.replace(
+        "metre", "mete"
+    )
+
+
+def number(value) -> bytes:
+    return np.float32(value).tobytes()
+
+
+CONTRADICTIONS = [
+    ({"sform": np.diag([3.0, 3, 3, 1])}, "sform says voxels of 3 x 3 x 3 mm, its pixdim 2 x 2.5 x"),
+    ({"sform": np.diag([-2.0, 2.55, 3, 1])}, "sform says voxels of 2 x 2.55 x 3 mm"),
+    ({"qform": np.diag([1.0, 1, 2, 1])}, "its pixdim 1 x 1 x 2 mm; write the right one"),
+    ({"unit": "meter"}, "its unit is the metre, which makes voxels of 2000 x 2500 x 3000 mm"),
+    ({"unit": "micron"}, "its unit is the micron, which makes voxels of 0.002 x 0.0025 x 0.003"),
+    ({"patch": {80: number(0)}}, "pixdim says voxels of 0 x 2.5 x 3 mm; write the right"),
+    ({"patch": {84: number(np.nan)}}, "pixdim says voxels of 2 x nan x 3 mm"),
+    ({"patch": {88: number(np.inf)}}, "pixdim says voxels of 2 x 2.5 x inf mm"),
+    ({"patch": {280: number(np.nan)}}, "affine is singular, ..nan"),
+    ({"patch": {254: b"\0\0", 256: number(1) * 3}}, "its qform is no rotation .*set_qform"),
+]
+
+
+@pytest.mark.parametrize(("how", "message"), CONTRADICTIONS)
+def test_other_contradictions_are_refused(tmp_path, how, message):
+    path, _, _ = header_file(tmp_path / "a.nii.gz", **how)
+    with pytest.raises(ValueError, match=message) as error:
+        volumes.read_grid(path)
+    text = str(error.value)
+    assert text.startswith(f"{path}: ") and "\n" not in text and "replace" not in text
+
+
+def test_axes_that_differ_are_those_of_the_sform(tmp_path, capsys):
+    turn = np.eye(4)
+    turn[:2, :2] = [[np.cos(0.3), -np.sin(0.3)], [np.sin(0.3), np.cos(0.3)]]
+    sform = turn @ np.diag([-2.0, 2.5, 3, 1])
+    path, _, _ = header_file(tmp_path / "a.nii.gz", sform)
+    grid = volumes.read_grid(path)
+    np.testing.assert_allclose(grid.affine, sform, atol=1e-6)
+    assert capsys.readouterr().out == f"{path}: {volumes.OTHER_AXES}\n"
+    sform = np.diag([-2.015, 2.5, 3, 1])  # 0.75 % and another origin: nothing to be said
+    assert volumes.read_grid(header_file(tmp_path / "b.nii.gz", sform)[0]).spacing[0] > 2.01
+    assert capsys.readouterr().out == ""
+
+
+def test_a_line_names_three_files_and_counts_the_rest(tmp_path, capsys):
+    paths = [header_file(tmp_path / f"{k}.nii.gz", np.eye(4))[0] for k in range(5)]
+    with volumes.notices.together():
+        for path in paths * 2:
+            volumes.read_grid(path)
+        assert capsys.readouterr().out == ""
+    (line,) = capsys.readouterr().out.splitlines()
+    assert all(str(path) in line for path in paths[:3]) and "3.nii.gz" not in line
+    assert " and 2 more: the sform is the bare" in line
+    volumes.read_image(paths[4])
+    assert capsys.readouterr().out == ""
+    with pytest.raises(KeyError), volumes.notices.together():
+        volumes.read_grid(header_file(tmp_path / "6.nii.gz", np.eye(4))[0])
+        raise KeyError
+    assert "6.nii.gz" in capsys.readouterr().out  # also where an error ends the block
 
 
 # --- resampling ----------------------------------------------------------------------------------
@@ -591,6 +825,112 @@ def test_data_sets_that_cannot_be(tmp_path, monkeypatch):
     write(one.mask, np.zeros((19, 14, 9), np.uint8), nibabel.load(one.image).affine)
     with pytest.raises(ValueError, match="all 1 label maps are empty, .*v0.nii.gz for one"):
         prepare(entries, cache)
+
+
+def of_values(root, *maps):
+    """A data set of noise with these label maps uint8 (6,5,4)."""
+    entries = []
+    for i, labels in enumerate(maps):
+        image = np.random.default_rng(i).integers(-150, 300, (6, 5, 4)).astype(np.int16)
+        files = write(root / f"i{i}.nii.gz", image), write(root / f"l{i}.nii.gz", labels)
+        entries.append(Entry(f"v{i}", *files, {}, root, classes=("lesion",), labels=(0, 1)))
+    return entries
+
+
+def label_map(*numbers):
+    labels = np.zeros((6, 5, 4), np.uint8)
+    labels.ravel()[: len(numbers)] = numbers
+    return labels
+
+
+def test_label_maps_of_0_and_255_are_not_empty(tmp_path):
+    entries = of_values(tmp_path, label_map(255), label_map(255, 255))
+    with pytest.raises(ValueError, match="l0.nii.gz, .*l1.nii.gz: 2 of 2 label maps hold 0 and"):
+        prepare(entries, tmp_path / "cache")
+    with pytest.raises(ValueError, match="2 of 2 label maps hold 0 and 255"):  # now prepared
+        prepare(entries, tmp_path / "cache")
+
+
+def test_255_beside_classes_is_a_mark_and_alone_is_not(tmp_path, capsys):
+    plain, alone, both = label_map(1), label_map(255), label_map(1, 255)
+    entries = of_values(tmp_path / "a", plain, alone, plain, label_map())
+    sets = [prepare(entries[:2], tmp_path / "cache"), prepare(entries[2:], tmp_path / "cache")]
+    with pytest.raises(ValueError, match="l1.nii.gz: 1 of 4 label maps hold 0 and 255 alone"):
+        volumes.check_255(sets)
+    entries = of_values(tmp_path / "b", plain, alone, both)
+    sets = [prepare(entries[:2], tmp_path / "cache"), prepare(entries[2:], tmp_path / "cache")]
+    capsys.readouterr()
+    volumes.check_255(sets)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "b/l1.nii.gz: the label map holds 255 (does not count) and no class" in line
+    entries = of_values(tmp_path / "c", plain, both, label_map())
+    volumes.check_255([prepare(entries, tmp_path / "cache")])
+    named = of_values(tmp_path / "d", label_map(255))  # 255 is a class there
+    volumes.check_255([prepare([replace(named[0], labels=(0, 255))], tmp_path / "cache")])
+    lines = [x for x in capsys.readouterr().out.splitlines() if not x.startswith("preparing")]
+    assert lines == []
+
+
+def test_z_scores_leave_out_what_is_no_number(tmp_path, capsys):
+    """Mean and deviation of what is finite and not 0, by numpy; the rest becomes 0."""
+    x = np.random.default_rng(0).normal(50, 20, (8, 7, 6, 2)).astype(np.float32)
+    x[0], x[:, 0, :, 0] = 0, np.nan
+    x[7, 6, 5] = np.inf, -np.inf
+    entry = of_values(tmp_path, label_map(1))[0]
+    write(entry.image, x), write(entry.mask, np.ones((8, 7, 6), np.uint8))
+    config = replace(swin_unetr3d.VARIANTS["mini"], intensity=None)
+    scores = partial(swin_unetr3d.preprocess, config=config)
+    sample = prepare([entry], tmp_path / "c", scores, (1, 1, 1), 2).sample(0)
+    expected = np.zeros((2, 8, 7, 6), np.float32)
+    for k in range(2):
+        counts = np.isfinite(x[..., k]) & (x[..., k] != 0)
+        values = x[..., k][counts].astype(np.float64)
+        expected[k][counts] = (values - values.mean()) / values.std()
+    box = sample["place"].box
+    close(sample["image"], torch.from_numpy(expected[(slice(None), *box)]), 1e-5)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "NaN" in line]
+    assert lines == [f"{entry.image} (50 voxels): NaN or infinite voxels become 0"]
+    channels = torch.from_numpy(x).permute(3, 0, 1, 2)  # the model file alone does the same
+    close(scores(channels), torch.from_numpy(expected), 1e-5)
+    assert volumes.fill_value(scores, 2) == 0
+    assert volumes.fill_value(partial(ramp, -175.0, 250.0), 1) is None
+
+
+def test_hounsfield_units_are_told_from_others(real_data):
+    """Real CT: whole, in boxes of 48 voxels, in windows; not with another offset or as grey."""
+    rng = np.random.default_rng(0)
+    for name in "ct_abdomen3d", "ct_thorax3d":
+        path = real_data / name / "imagesTr" / "ct_001.nii.gz"
+        ct = np.asarray(nibabel.load(path).dataobj).astype(np.float32)
+        inside = np.asarray(nibabel.load(real_data / name / "labelsTr" / path.name).dataobj) > 0
+        windows = (-175, 250), (-100, 300), (0, 80), (0, 400)
+        honest = [ct, *(ct.clip(*window) for window in windows)]
+        lifted = [ct + 1024, (ct + 1024).clip(0), ct + 32768]
+        grey = (ct.clip(-175, 250) + 175) / 425
+        others = [*lifted, grey, np.rint(grey * 255)]
+        for centre in rng.permutation(np.argwhere(inside))[:30]:
+            start = np.clip(centre - 24, 0, np.array(ct.shape) - 48)
+            box = tuple(slice(a, a + 48) for a in start)
+            honest.append(ct[box])
+            others += [x[box] for x in lifted]
+        assert all(volumes.is_hu(volumes.hu_facts(x)) for x in honest), name
+        assert not any(volumes.is_hu(volumes.hu_facts(x)) for x in others), name
+
+
+def test_ct_that_is_not_in_hu_is_said_of_every_run(tmp_path, capsys):
+    entries = of_values(tmp_path, label_map(1), label_map(1), label_map(1))
+    for entry in entries:
+        image = np.asarray(nibabel.load(entry.image).dataobj)
+        write(entry.image, (image + 1024).astype(np.uint16))
+    for _ in range(2):  # the second one finds them prepared
+        entries[2] = replace(entries[2], modality="MR")
+        with volumes.notices.together():
+            prepare(entries, tmp_path / "cache").check_hu()
+        out = capsys.readouterr().out
+        lines = [line for line in out.splitlines() if "Hounsfield" in line]
+        assert len(lines) == 1 and "i0.nii.gz (values 8" in lines[0] and "i1.nii" in lines[0]
+        assert "i2.nii.gz" not in lines[0]
+        volumes.notices.said.clear()  # as another process
 
 
 def test_real_volumes(real_data, tmp_path):
