@@ -550,7 +550,9 @@ def read_config(weights: dict[str, Tensor], settings: dict, overrides: dict, sou
     kinds = ((f"{layer}layer_norm1.bias", 0), (layer + tables, 1), (f"{layer}mlp.lin1.bias", 0))
     kinds = [sizes(*kind) for kind in (*kinds, (r"mask_decoder\..*layer_norm\d\.bias", 0))]
     if not all(kinds):
-        raise ValueError(f"{source}: not SAM, whose names start with vision_ or image_encoder.")
+        kind = recognise(weights) or "no file that is known"
+        told = "SAM's names start with vision_encoder. or image_encoder."
+        raise ValueError(f"{source}: not SAM, but {kind}; {told}")
     dim, d, mlp_dim, out_dim = map(mode, kinds)
     depth = 1 + max(int(match[1]) for name in shapes if (match := re.match(layer, name)))
     rows = {i: sizes(rf"vision_encoder\.layers\.{i}\.{tables}", 0) for i in range(depth)}
@@ -949,16 +951,16 @@ KINDS = {
     r"parametrizations\.\w+\.\d+\.(up|down)$": "an adapter.safetensors of a run",
     r"visual\.trunk\.": "BiomedCLIP",
     r"(neck\.txt_proj|visual\.attnpool\.connect)\.": "CRIS",
-    r"clip\.(text|vision)_model\.|clip_model\.": "CLIPSeg",
+    r"(clip\.(text|vision)_model|clip_model)\.": "CLIPSeg",
     r"(film_mul|trans_conv|transposed_convolution)\.": "a decoder of CLIPSeg without CLIP",
     r"visual\.(conv1|layer1)\.": "CLIP (names of OpenAI)",
     r"(text|vision)_model\.embeddings\.": "CLIP (names of transformers)",
     r"(mask_decoder|prompt_encoder)\.": "SAM",
     r"organ_embedding": "the Universal Model",
     r"swinViT\.": "a Swin UNETR",
-    r"segformer\.": "a SegFormer",
+    r"(segformer\.|encoder\.patch_embeddings\.\d\.proj\.)": "a SegFormer",
     r"beit\.": "a BEiT",
-    r"dpt\.": "a DPT",
+    r"(dpt\.|reassemble\.\d\.)": "a DPT",
     r"backbone\.encoder\.stages\.": "a UPerNet on ConvNeXt",
     r"layer4\.\d\.conv1\.": "a ResNet",
 }
