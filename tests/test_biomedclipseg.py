@@ -670,7 +670,7 @@ def test_a_wrong_file_is_named(tmp_path):
         "txt_encoding.pth": "holds a single tensor, float16 of shape (32, 512)",
     }
     as_decoder = {
-        "hub/biomedclip": "seems to be BiomedCLIP, which has no decoder of CLIPSeg",
+        "hub/biomedclip/open_clip_pytorch_model.bin": "seems to be BiomedCLIP, which has no dec",
         "ViT-B-16.pt": "seems to be CLIP (names of OpenAI), which has no decoder of CLIPSeg",
         "lora.pth": "seems to be a LoRA of SAM's image encoder (names of SAMed), which has no dec",
         "segformer.bin": "seems to be a SegFormer, which has no decoder",
