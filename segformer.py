@@ -427,26 +427,6 @@ def read_checkpoint(source: str | Path, files: tuple[str, ...]) -> tuple[dict[st
     return weights, settings
 
 
-def unwrap(content: dict, path: Path) -> dict[str, Tensor]:
-    """Return the state dict in what a training program saved. Raise ValueError if there is none."""
-    weights = content
-    for key in ("state_dict", "model", "net"):
-        if isinstance(weights.get(key), dict):
-            weights = weights[key]
-
-    for name, value in weights.items():
-        if not isinstance(name, str):
-            kind = type(name).__name__
-            raise ValueError(f"{path}: no state dict, its key {name!r:.80} is of type {kind}")
-        if not isinstance(value, Tensor):
-            raise ValueError(f"{path}: no state dict, its {name!r} is not a tensor")
-
-    for prefix in ("module.", "net."):  # a name that would then be there twice keeps its prefix
-        bare = {name: name.removeprefix(prefix) for name in weights}
-        weights = {n if bare[n] in weights else bare[n]: t for n, t in weights.items()}
-    return weights
-
-
 def read_file(path: Path) -> dict:
     """Return the content of a .json or .safetensors file, a TorchScript archive or a pickle.
 
@@ -455,10 +435,12 @@ def read_file(path: Path) -> dict:
     try:
         content = parse_file(path)
     except Exception as error:
-        if "Unsupported global" in str(error):
-            error = "it has code in it; where it was made, torch.save(model.state_dict(), path)"
         reason = " ".join(f"{error!r:.150}".split())
-        raise ValueError(f"{path}: cannot be read, get the whole file: {reason}") from None
+        hint = "get the whole file"
+        if "Unsupported global" in str(error) or "is not run" in str(error):
+            reason = str(error) if "is not run" in str(error) else "it has code in it"
+            hint = "where it was made, torch.save(model.state_dict(), path)"
+        raise ValueError(f"{path}: cannot be read ({reason}); {hint}") from None
     if isinstance(content, dict):
         return content
 
@@ -483,6 +465,28 @@ def parse_file(path: Path):
     if is_torchscript(path):
         return read_torchscript(path)
     return torch.load(path, map_location="cpu", weights_only=True)
+# end shared
+
+
+# shared: unwrap
+def unwrap(content: dict, path: Path) -> dict[str, Tensor]:
+    """Return the state dict in what a training program saved. Raise ValueError if there is none."""
+    weights = content
+    for key in ("state_dict", "model", "net"):
+        if isinstance(weights.get(key), dict):
+            weights = weights[key]
+
+    for name, value in weights.items():
+        if not isinstance(name, str):
+            kind = type(name).__name__
+            raise ValueError(f"{path}: no state dict, its key {name!r:.80} is of type {kind}")
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{path}: no state dict, its {name!r} is not a tensor")
+
+    for prefix in ("module.", "net."):  # a name that would then be there twice keeps its prefix
+        bare = {name: name.removeprefix(prefix) for name in weights}
+        weights = {n if bare[n] in weights else bare[n]: t for n, t in weights.items()}
+    return weights
 # end shared
 
 
