@@ -570,11 +570,13 @@ def read_file(path: Path) -> dict:
     try:
         content = parse_file(path)
     except Exception as error:
-        reason = " ".join(f"{error!r:.150}".split())
+        said = str(error)
+        reason = f"{error!r:.150}"
         hint = "get the whole file"
-        if "Unsupported global" in str(error) or "is not run" in str(error):
-            reason = str(error) if "is not run" in str(error) else "it has code in it"
+        if "Unsupported global" in said or "is not run" in said:
+            reason = f"{said:.150}" if "is not run" in said else "it has code in it"
             hint = "where it was made, torch.save(model.state_dict(), path)"
+        reason = " ".join(reason.split())
         raise ValueError(f"{path}: cannot be read ({reason}); {hint}") from None
     if isinstance(content, dict):
         return content
