@@ -550,9 +550,10 @@ def read_config(weights: dict[str, Tensor], settings: dict, overrides: dict, sou
     kinds = ((f"{layer}layer_norm1.bias", 0), (layer + tables, 1), (f"{layer}mlp.lin1.bias", 0))
     kinds = [sizes(*kind) for kind in (*kinds, (r"mask_decoder\..*layer_norm\d\.bias", 0))]
     if not all(kinds):
-        kind = recognise(weights) or "no file that is known"
-        told = "SAM's names start with vision_encoder. or image_encoder."
-        raise ValueError(f"{source}: not SAM, but {kind}; {told}")
+        kind = recognise(weights)
+        hint = f" The file seems to be {kind}." if kind else ""
+        told = f"not SAM, whose names start with vision_ or image_encoder.{hint}"
+        raise ValueError(f"{source}: {told}")
     dim, d, mlp_dim, out_dim = map(mode, kinds)
     depth = 1 + max(int(match[1]) for name in shapes if (match := re.match(layer, name)))
     rows = {i: sizes(rf"vision_encoder\.layers\.{i}\.{tables}", 0) for i in range(depth)}
