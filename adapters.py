@@ -26,6 +26,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -82,6 +83,30 @@ def add_lora(
             parametrize.register_parametrization(module, key, lora)
 
 
+# shared: tensor_fault
+def tensor_fault(found: Tensor | None, expected: Tensor | None) -> str:
+    """Return what is wrong with a tensor of a file, "" if nothing is."""
+    shape = "missing" if found is None else tuple(found.shape)
+    expected_shape = "no such tensor" if expected is None else tuple(expected.shape)
+    if shape != expected_shape:
+        return f"is {shape}, expected {expected_shape}"
+    if not expected.is_floating_point():
+        return ""
+
+    if found.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        kind = str(found.dtype).removeprefix("torch.")
+        return f"holds {kind} numbers, expected float16, bfloat16, float32 or float64"
+    if found.layout != torch.strided or found.is_meta:
+        return "is sparse or has no values, expected a dense tensor"
+    if found.numel():
+        low, high = torch.aminmax(found.detach())  # NaN if any value is; ten times isfinite's speed
+        largest = torch.finfo(expected.dtype).max
+        if not -largest <= low.item() <= high.item() <= largest:
+            return f"holds NaN, infinity or values beyond {str(expected.dtype)[6:]}"
+    return ""
+# end shared
+
+
 def is_lora(name: str) -> bool:
     """Whether a parameter or tensor of this name belongs to an update."""
     return name.endswith((".down", ".up")) and "parametrizations." in name
@@ -126,8 +151,9 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
 def load_adapter(model: nn.Module, path: str | Path) -> None:
     """What `save_adapter` wrote, into the plain model that its training began with, ready to go on.
 
-    Raises ValueError, with the model as it was, if the file is no adapter, is cut off or does not
-    fit. Only names and shapes can tell: other weights of the same shapes give another model.
+    Raises ValueError, with the model as it was, if the file is no adapter, is cut off, does not fit
+    or holds NaN, infinity or another kind of numbers. Only names and shapes can tell: other weights
+    of the same shapes give another model.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -135,7 +161,7 @@ def load_adapter(model: nn.Module, path: str | Path) -> None:
         with safe_open(path, "pt") as file:
             places = json.loads((file.metadata() or {})["lora"])
             found = {name: file.get_tensor(name) for name in file.keys()}
-    except (SafetensorError, KeyError) as error:
+    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: no file of save_adapter, or cut off ({error})") from None
     plain, parameters = model.state_dict(), dict(model.named_parameters())
     updates, wrong = [], []
@@ -151,7 +177,13 @@ def load_adapter(model: nn.Module, path: str | Path) -> None:
         updates.append((module.rstrip("."), key, lora))
         needed |= {f"{name}.{part}": t for part, t in lora.state_dict().items()}
     fitting = plain | needed
-    wrong += [n for n, t in found.items() if n not in fitting or fitting[n].shape != t.shape]
+    for name, tensor in found.items():
+        if name not in fitting or fitting[name].shape != tensor.shape:
+            wrong.append(name)
+            continue
+        fault = tensor_fault(tensor, fitting[name])
+        if fault:
+            wrong.append(f"{name} {fault}")
     wrong += [name for name in needed if name not in found]
     if wrong:
         raise ValueError(f"{path} does not fit this model: {', '.join(wrong[:3])} ({len(wrong)})")

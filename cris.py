@@ -22,6 +22,9 @@ Tokens: copy `tokenizer.py` too, or use any CLIP tokenizer. Left out: loss and d
 
 import json
 import math
+import pickle
+import re
+import sys
 import zipfile
 from dataclasses import dataclass, replace
 from functools import partial
@@ -423,12 +426,27 @@ def letterbox(x: Tensor, size: tuple[int, int], mode: str, back: bool = False) -
     return F.grid_sample(x[None], grid[None], mode, align_corners=False)[0]
 
 
+# shared: to_rgb
+def to_rgb(image):
+    """Return a PIL image in RGB. Raise ValueError for 16-bit and float images.
+
+    Pillow would cut their values off at 255, so that they came out white, or black.
+    """
+    if image.mode in ("I", "F") or image.mode.startswith("I;"):
+        raise ValueError(
+            f"an image of mode {image.mode} (16 bits or floats) has no fixed range: scale its "
+            "values to 0..255 and pass Image.fromarray(array.astype('uint8'))"
+        )
+    return image.convert("RGB")
+# end shared
+
+
 def preprocess(image, config: Config) -> Tensor:
     """PIL image -> (3,S,S) float32, normalised."""
     import numpy as np
     from PIL import Image
 
-    size, image = (config.image_size, config.image_size), image.convert("RGB")
+    size, image = (config.image_size, config.image_size), to_rgb(image)
     if config.pixels != "letterbox":
         image = image.resize(size, Image.Resampling.BILINEAR)
     mean, std = (torch.tensor(x)[:, None, None] for x in (config.mean, config.std))  # (3,1,1)
@@ -475,11 +493,11 @@ def run_config(settings: dict, kind: str, source) -> dict:
 
 # shared: read_checkpoint
 def read_checkpoint(source: str | Path, files: tuple[str, ...]) -> tuple[dict[str, Tensor], dict]:
-    """Weights and settings from a file, a folder or the hub (`owner/name`, `owner/name@revision`).
+    """Load weights and settings from a file, a folder or the hub (`owner/name`, or `…@revision`).
 
-    Of a folder or repository the first of `files` that is there. -> state dict without the wrappers
-    and prefixes of training programs, and the config.json beside it ({} if there is none). What is
-    missing, damaged or of another kind is a FileNotFoundError or ValueError of one line.
+    A folder or repository gives the first of `files` that it has. Return the state dict without the
+    wrappers and prefixes of training programs, and the config.json beside it ({} if there is none).
+    Raise FileNotFoundError or ValueError, one line, for a file that is missing or holds no weights.
     """
     path = Path(source)
     if path.is_dir():
@@ -488,39 +506,202 @@ def read_checkpoint(source: str | Path, files: tuple[str, ...]) -> tuple[dict[st
             raise FileNotFoundError(f"{source}: has none of {', '.join(files)}; name the file")
     elif not path.exists():
         path = download(str(source), files)
-    config, weights = path.parent / "config.json", read_file(path)
+
+    weights = unwrap(read_file(path), path)
+    config = path.parent / "config.json"
     settings = read_file(config) if config.exists() else {}
-    for key in ("state_dict", "model", "net"):
-        weights = weights[key] if isinstance(weights.get(key), dict) else weights
-    for prefix in ("module.", "net."):  # a name that would then be there twice keeps its prefix
-        bare = {name: name.removeprefix(prefix) for name in weights}
-        weights = {n if bare[n] in weights else bare[n]: t for n, t in weights.items()}
-    if other := [name for name, t in weights.items() if not isinstance(t, Tensor)]:
-        raise ValueError(f"{path}: no state dict, its {other[0]!r} is not a tensor")
     return weights, settings
 
 
 def read_file(path: Path) -> dict:
-    """What is in a .json or .safetensors file, a TorchScript archive, a pickle without code."""
+    """Return the content of a .json or .safetensors file, a TorchScript archive or a pickle.
+
+    No code in a file is run. Raise ValueError, one line, if it is damaged or holds something else.
+    """
     try:
-        with open(path, "rb") as file:
-            if file.read(64).lstrip().startswith((b"<", b"version https://git-lfs")):
-                raise ValueError("a web page or Git LFS pointer")
-        if path.suffix == ".json":
-            return json.loads(path.read_text())
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        if zipfile.is_zipfile(path) and "/constants.pkl" in str(zipfile.ZipFile(path).namelist()):
-            return torch.jit.load(path, map_location="cpu").state_dict()
-        return dict(torch.load(path, map_location="cpu", weights_only=True))
+        content = parse_file(path)
     except Exception as error:
-        if "Unsupported global" in str(error):
-            error = "it has code in it; where it was made, torch.save(model.state_dict(), path)"
-        raise ValueError(f"{path}: cannot be read, get the whole file: {error!r:.150}") from None
+        said = str(error)
+        reason = f"{error!r:.150}"
+        hint = "get the whole file"
+        if "Unsupported global" in said or "is not run" in said:
+            reason = f"{said:.150}" if "is not run" in said else "it has code in it"
+            hint = "where it was made, torch.save(model.state_dict(), path)"
+        reason = " ".join(reason.split())
+        raise ValueError(f"{path}: cannot be read ({reason}); {hint}") from None
+    if isinstance(content, dict):
+        return content
+
+    kind = f"a {type(content).__name__}"
+    if isinstance(content, Tensor):
+        dtype = str(content.dtype).removeprefix("torch.")
+        kind = f"a single tensor, {dtype} of shape {tuple(content.shape)}"
+    raise ValueError(f"{path}: holds {kind}, not named tensors (a state dict)")
 
 
+def parse_file(path: Path):
+    """Return whatever a file holds; its first bytes, suffix and records say how it is read."""
+    with open(path, "rb") as file:
+        if file.read(64).lstrip().startswith((b"<", b"version https://git-lfs")):
+            raise ValueError("a web page or Git LFS pointer")
+    if path.suffix == ".json":
+        return json.loads(path.read_text())
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    if is_torchscript(path):
+        return read_torchscript(path)
+    return torch.load(path, map_location="cpu", weights_only=True)
+# end shared
+
+
+# shared: unwrap
+def unwrap(content: dict, path: Path) -> dict[str, Tensor]:
+    """Return the state dict in what a training program saved. Raise ValueError if there is none."""
+    weights = content
+    for key in ("state_dict", "model", "net"):
+        if isinstance(weights.get(key), dict):
+            weights = weights[key]
+
+    for name, value in weights.items():
+        if not isinstance(name, str):
+            kind = type(name).__name__
+            raise ValueError(f"{path}: no state dict, its key {name!r:.80} is of type {kind}")
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{path}: no state dict, its {name!r} is not a tensor")
+
+    for prefix in ("module.", "net."):  # a name that would then be there twice keeps its prefix
+        bare = {name: name.removeprefix(prefix) for name in weights}
+        weights = {n if bare[n] in weights else bare[n]: t for n, t in weights.items()}
+    return weights
+# end shared
+
+
+# shared: script_unpickler
+class ScriptObject:
+    """An inert stand-in for an object of the archive: `state` is what was saved of it."""
+
+    def __init__(self, *arguments):
+        self.state = arguments
+
+    def __setstate__(self, state):
+        self.state = state
+
+
+class ScriptUnpickler(pickle.Unpickler):
+    """Reads data.pkl, in which classes of the archive become inert and foreign ones an error."""
+
+    def __init__(self, file, archive: zipfile.ZipFile, root: str):
+        super().__init__(file)
+        self.archive, self.root, self.storages = archive, root, {}
+
+    def find_class(self, module: str, name: str):
+        if module.split(".")[0] == "__torch__":
+            return type(name, (ScriptObject,), {"qualified_name": f"{module}.{name}"})
+        if module == "torch" and name in STORAGES:
+            return STORAGES[name]
+        # Bound methods and built-in types: a pickle cannot change them.
+        known = {"torch._utils._rebuild_tensor_v2": self.tensor, "torch.device": str}
+        known |= {"collections.OrderedDict": dict, "builtins.complex": complex}
+        known["torch._utils._rebuild_parameter"] = self.first
+        if module == "torch.jit._pickle":  # lists and dictionaries with the type of their items
+            for kind in ("build_intlist", "build_doublelist", "build_boollist", "build_tensorlist"):
+                known[f"{module}.{kind}"] = self.first
+            known[f"{module}.restore_type_tag"] = self.first
+        if f"{module}.{name}" not in known:
+            raise pickle.UnpicklingError(f"it calls {module}.{name}, which is not run")
+        return known[f"{module}.{name}"]
+
+    def persistent_load(self, place: tuple) -> Tensor:
+        """Return a storage as a tensor of one axis; tensors that share it then share memory."""
+        _, dtype, key, _, _ = place
+        if key not in self.storages:
+            numbers = bytearray(self.archive.read(f"{self.root}/data/{key}"))
+            flat = torch.empty(0, dtype=dtype)
+            if numbers:  # frombuffer takes no empty ones
+                flat = torch.frombuffer(numbers, dtype=dtype)
+            self.storages[key] = flat
+        return self.storages[key]
+
+    def tensor(self, storage: Tensor, offset, size, stride, requires_grad, hooks, *more) -> Tensor:
+        if any(more):
+            raise pickle.UnpicklingError(f"a tensor has {more}, which is not read")
+        return storage.as_strided(size, stride, offset)
+
+    def first(self, value, *_):
+        return value
+
+
+STORAGES = {
+    "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
+    "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool, "ComplexFloatStorage": torch.complex64,
+    "ComplexDoubleStorage": torch.complex128,
+}  # fmt: skip
+# end shared
+
+
+# shared: torchscript
+def is_torchscript(path: Path) -> bool:
+    """Return True for an archive of torch.jit.save."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("/constants.pkl") for name in archive.namelist())
+
+
+def read_torchscript(path: Path) -> dict[str, Tensor]:
+    """Return `torch.jit.load(path).state_dict()`, but without running any code of the archive."""
+    with zipfile.ZipFile(path) as archive:
+        root = archive.namelist()[0].partition("/")[0]
+        if f"{root}/byteorder" in archive.namelist():
+            order = archive.read(f"{root}/byteorder").decode()
+            if order != sys.byteorder:
+                raise ValueError(f"its numbers are {order}-endian, those here {sys.byteorder}")
+        with archive.open(f"{root}/data.pkl") as file:
+            module = ScriptUnpickler(file, archive, root).load()
+        return script_tensors(module, archive, root)
+
+
+def script_tensors(module: ScriptObject, archive: zipfile.ZipFile, root: str, prefix="") -> dict:
+    """Return the parameters and buffers of a module and of those in it, by their dotted names.
+
+    The archive's code, read as text, says which attributes they are. Raise ValueError if a module
+    makes its tensors by `__setstate__`, since that would have to be run.
+    """
+    *parents, name = type(module).qualified_name.split(".")
+    code = archive.read(f"{root}/code/{'/'.join(parents)}.py").decode()
+    body = re.search(rf"^class {re.escape(name)}\(Module\):\n((?: .*\n|\n)*)", code, re.M)
+    if body is None:  # an object that is no module
+        return {}
+
+    fields = re.split(r"^  def ", body[1], maxsplit=1, flags=re.M)[0]
+    names = {"parameters": [], "buffers": []}
+    for kind, listed in re.findall(r"^  __(parameters|buffers)__ = \[(.*)\]", fields, re.M):
+        names[kind] = re.findall(r'"(.*?)"', listed)
+    if "  def __setstate__(" in body[1]:
+        if any(names.values()) or " __torch__." in fields:
+            kind = type(module).qualified_name
+            raise ValueError(f"{kind} makes its tensors by code (__setstate__), which is not run")
+        return {}
+
+    # Like torch.jit: a buffer is declared as Tensor, not as Optional[Tensor].
+    declared = re.findall(r'^  (?:__annotations__\["(.*?)"\] =|(\w+) :) Tensor$', fields, re.M)
+    declared = {quoted or plain for quoted, plain in declared}
+    chosen = {*names["parameters"]} | declared.intersection(names["buffers"])
+    tensors = {}
+    for attribute, value in module.state.items():
+        if isinstance(value, ScriptObject):
+            tensors |= script_tensors(value, archive, root, f"{prefix}{attribute}.")
+        elif isinstance(value, Tensor) and attribute in chosen:
+            tensors[prefix + attribute] = value
+    return tensors
+# end shared
+
+
+# shared: download
 def download(source: str, files: tuple[str, ...]) -> Path:
     """The first of `files` in a repository of the hub, config.json beside it; cached or fetched."""
     import huggingface_hub as hub
@@ -554,15 +735,76 @@ def download(source: str, files: tuple[str, ...]) -> Path:
 # end shared
 
 
+# shared: tensor_fault
+def tensor_fault(found: Tensor | None, expected: Tensor | None) -> str:
+    """Return what is wrong with a tensor of a file, "" if nothing is."""
+    shape = "missing" if found is None else tuple(found.shape)
+    expected_shape = "no such tensor" if expected is None else tuple(expected.shape)
+    if shape != expected_shape:
+        return f"is {shape}, expected {expected_shape}"
+    if not expected.is_floating_point():
+        return ""
+
+    if found.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        kind = str(found.dtype).removeprefix("torch.")
+        return f"holds {kind} numbers, expected float16, bfloat16, float32 or float64"
+    if found.layout != torch.strided or found.is_meta:
+        return "is sparse or has no values, expected a dense tensor"
+    if found.numel():
+        low, high = torch.aminmax(found.detach())  # NaN if any value is; ten times isfinite's speed
+        largest = torch.finfo(expected.dtype).max
+        if not -largest <= low.item() <= high.item() <= largest:
+            return f"holds NaN, infinity or values beyond {str(expected.dtype)[6:]}"
+    return ""
+# end shared
+
+
 # shared: check_complete
 def check_complete(found: dict[str, Tensor], expected: dict[str, Tensor], source) -> None:
-    """Raise a ValueError that names the first tensors in which two state dicts differ."""
-    found, expected = ({n: tuple(t.shape) for n, t in x.items()} for x in (found, expected))
-    wrong = [
-        f"{n} is {found.get(n, 'missing')}, expected {expected.get(n, 'no such tensor')}"
-        for n in expected | found
-        if found.get(n) != expected.get(n)
-    ]
-    if wrong:
-        raise ValueError(f"{source}: {len(wrong)} tensors do not fit: {'; '.join(wrong[:5])}")
+    """Raise ValueError, one line, that names the first tensors that do not fit.
+
+    Names and shapes must be the expected ones. What fills a floating-point tensor must be finite
+    floating-point numbers; what fills an index may be of any type.
+    """
+    faults = []
+    for name in expected | found:
+        fault = tensor_fault(found.get(name), expected.get(name))
+        if fault:
+            faults.append(f"{name} {fault}")
+    if not faults:
+        return
+
+    hint = ""
+    if len(faults) > len(expected) / 2 and recognise(found):
+        hint = f"; the file seems to be {recognise(found)}"
+    raise ValueError(f"{source}: {len(faults)} tensors do not fit: {'; '.join(faults[:5])}{hint}")
+
+
+# Names that only one kind of file has, the most special kinds first.
+KINDS = {
+    r"w_[ab]_\d+$": "a LoRA of SAM's image encoder (names of SAMed)",
+    r"parametrizations\.\w+\.\d+\.(up|down)$": "an adapter.safetensors of a run",
+    r"visual\.trunk\.": "BiomedCLIP",
+    r"(neck\.txt_proj|visual\.attnpool\.connect)\.": "CRIS",
+    r"(clip\.(text|vision)_model|clip_model)\.": "CLIPSeg",
+    r"(film_mul|trans_conv|transposed_convolution)\.": "a decoder of CLIPSeg without CLIP",
+    r"visual\.(conv1|layer1)\.": "CLIP (names of OpenAI)",
+    r"(text|vision)_model\.embeddings\.": "CLIP (names of transformers)",
+    r"(mask_decoder|prompt_encoder)\.": "SAM",
+    r"organ_embedding": "the Universal Model",
+    r"swinViT\.": "a Swin UNETR",
+    r"(segformer\.|encoder\.patch_embeddings\.\d\.proj\.)": "a SegFormer",
+    r"beit\.": "a BEiT",
+    r"(dpt\.|reassemble\.\d\.)": "a DPT",
+    r"backbone\.encoder\.stages\.": "a UPerNet on ConvNeXt",
+    r"layer4\.\d\.conv1\.": "a ResNet",
+}
+
+
+def recognise(weights: dict[str, Tensor]) -> str:
+    """Return which known kind of file has tensors of these names, "" if none."""
+    for pattern, kind in KINDS.items():
+        if any(re.match(rf"(.*\.)?{pattern}", name) for name in weights):
+            return kind
+    return ""
 # end shared

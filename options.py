@@ -13,7 +13,7 @@ from evaluate import patients_of, run_config
 from layouts import is_prompt_type, path_and_split, prompt_option
 from prompts import KINDS
 from protocol import Settings
-from recipes import FAMILIES, TOPOLOGY
+from recipes import FAMILIES, TOPOLOGY, second_file
 from swin_unetr3d import CODES
 
 
@@ -47,6 +47,12 @@ class Options:
     model: str = option("cris", "which model", choices=sorted(FAMILIES))
     variant: str | None = option(None, "which size of it, a key of the model's VARIANTS")
     weights: str | None = option(None, "hub id (id@revision), file, run folder; none: from scratch")
+    clip: str | None = option(
+        None, "CLIP ViT-B/16 beside the original release's --weights rd64-uni-refined.pth (clipseg)"
+    )
+    decoder: str | None = option(
+        None, "CLIPSeg whose decoder biomedclipseg starts from; else the recipe's"
+    )
     recipe: str | None = option(None, "default, or a published protocol: see recipes.py")
     data: list[str] = option([], "data sets to train and validate on; several are pooled")
     test: list[str] = option([], "data sets to test on, PATH[:split]; else --data's test splits")
@@ -229,6 +235,11 @@ def check(options: Options, family, name: str) -> None:
         raise ValueError(f"--variant {options.variant}: {options.model} has {have}")
     if options.variant is not None and options.weights not in (None, "none"):
         raise ValueError("--variant: leave it out, --weights say themselves what they are")
+    second = second_file(options.model, options.clip, options.decoder)
+    if second and options.weights == "none":
+        raise ValueError(f"--{[*second][0]}: with --weights none nothing is loaded; remove it")
+    if options.clip and options.weights is None:
+        raise ValueError("--clip: the default weights have CLIP in them; remove it")
     if not family.reads and (options.prompt or options.negatives):
         raise ValueError(f"--prompt, --negatives: {options.model} reads no text")
     if not options.data and (not options.test or not options.eval or options.threshold == "auto"):
@@ -336,7 +347,7 @@ def resolve(options: Options) -> tuple[Options, Settings]:
     check(options, family, name)
     settings = family.settings[name]
     shared = {spec.name for spec in fields(Settings)} & {spec.name for spec in fields(Options)}
-    shared -= {"weights"}
+    shared -= {"weights", "decoder"}  # --decoder replaces the recipe's when the model is loaded
     given = {key: getattr(options, key) for key in shared if getattr(options, key) is not None}
     if options.weights == "none" and options.backbone_lr is None:  # nothing is pretrained
         given["backbone_lr"] = given.get("lr", settings.lr)

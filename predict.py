@@ -40,13 +40,17 @@ from evaluate import (
     to_masks,
 )  # fmt: skip
 from protocol import describe_cuts
-from recipes import FAMILIES
+from recipes import FAMILIES, second_file
 
 
 def parse() -> argparse.Namespace:
     parser = report.Parser(__doc__)
     parser.add_argument("inputs", nargs="+", help="images, folders of images, data sets")
     parser.add_argument("--weights", required=True, help="run folder, file, or hub id")
+    help = "clipseg: CLIP ViT-B/16 for --weights that are the original release's decoder alone"
+    parser.add_argument("--clip", help=help)
+    help = "biomedclipseg: a CLIPSeg whose decoder is used, for --weights that are BiomedCLIP alone"
+    parser.add_argument("--decoder", help=help)
     parser.add_argument(
         "--model", choices=sorted(FAMILIES), help="which model; a run folder says it itself"
     )
@@ -180,7 +184,9 @@ def main() -> int:
 def predict_inputs(args) -> int:
     """Predict all inputs into --out, which no other process writes to."""
     run = run_config(args.weights)
-    family = FAMILIES[args.model or run.get("model") or model_of(args)]
+    name = args.model or run.get("model") or model_of(args)
+    family = FAMILIES[name]
+    second = second_file(name, args.clip, args.decoder)
     if family.volumes:
         with volumes.notices.together():
             return predict_volumes(family, run, args)
@@ -193,7 +199,7 @@ def predict_inputs(args) -> int:
         data.open_image(file, decode=False)  # refuses several pages before a mask is written
     if args.boxes and not family.asked:
         raise ValueError("--boxes: this model is not asked by boxes")
-    predict(cases, family, run, args)
+    predict(cases, family, run, second, args)
     print(f"{len(cases)} masks in {args.out}")
     return 0
 
@@ -249,10 +255,13 @@ def pictures(probabilities, config, image: np.ndarray, args, skip: int) -> dict:
     return made
 
 
-def predict(cases: list[tuple[str, Path, str]], family, run: dict, args) -> None:
-    """Writes the files of all cases; of several classes also their names and colours."""
+def predict(cases: list[tuple[str, Path, str]], family, run: dict, second: dict, args) -> None:
+    """Writes the files of all cases; of several classes also their names and colours.
+
+    second: the argument of from_pretrained that --clip or --decoder is.
+    """
     settings, ask = family.settings["default"], None
-    overrides = {} if args.threshold is None else {"threshold": args.threshold}
+    overrides = second if args.threshold is None else second | {"threshold": args.threshold}
     model = family.load(args.weights, None, settings, overrides, None).eval()
     model.to(pick_device(args.device))
     recipe, classes = family.recipe(model, settings), run.get("classes")

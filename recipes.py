@@ -294,18 +294,25 @@ def load_clipseg(weights, variant, settings: Settings, overrides: dict, train_se
 
 
 def load_biomedclipseg(weights, variant, settings: Settings, overrides: dict, train_set):
-    """BiomedCLIPSeg from `weights`; from scratch if "none"; if None from BiomedCLIP of the hub and,
-    where the recipe has one, a CLIPSeg's decoder.
+    """Load BiomedCLIPSeg from `weights`; from scratch if "none", from the recipe's if None.
+
+    Weights that are BiomedCLIP alone get the recipe's decoder, or a new one if it has none.
+    Raises ValueError if that would be tested without training.
     """
-    variant, decoder = variant or "biomedclipseg", None
+    variant = variant or "biomedclipseg"
     overrides = with_adapters(settings) | overrides
     if weights == "none":
         return biomedclipseg.BiomedCLIPSeg(replace(biomedclipseg.VARIANTS[variant], **overrides))
-    if weights is None and settings.decoder is None and train_set is None:
-        raise ValueError("--weights is missing: BiomedCLIP, which is the default, has no decoder")
     if weights is None:
-        weights, decoder = hub_id(settings, variant), settings.decoder
-    return biomedclipseg.BiomedCLIPSeg.from_pretrained(weights, decoder, **overrides)
+        if train_set is None and not (settings.decoder or overrides.get("decoder")):
+            raise ValueError("--weights is missing: BiomedCLIP, the default, has no decoder")
+        weights = hub_id(settings, variant)
+
+    kind = biomedclipseg.BiomedCLIPSeg
+    model = kind.from_pretrained(weights, default_decoder=settings.decoder, **overrides)
+    if model.decoder_source is None and train_set is None:
+        raise ValueError(f"{weights}: BiomedCLIP alone has no decoder to test; --decoder names one")
+    return model
 
 
 def clipseg_recipe(model: clipseg.CLIPSeg, settings: Settings) -> Recipe:
@@ -892,9 +899,14 @@ def read_codes(path: str | None) -> dict[str, Tensor]:
         return {}
     codes = swin_unetr3d.read_file(Path(path))
     for name, code in codes.items():
+        if not isinstance(name, str):
+            told = f"{name!r:.80} is not the name of a class"
+            raise ValueError(f"{path}: {told}; prepare.py text-codes makes codes")
         if (found := getattr(code, "shape", None)) != (swin_unetr3d.TEXT,):
             told = f"{name} is {tuple(found)}" if found else f"{name} is no tensor"
             raise ValueError(f"{path}: {told}, a code (512,); prepare.py text-codes makes codes")
+    expected = torch.empty(swin_unetr3d.TEXT)
+    swin_unetr3d.check_complete(codes, dict.fromkeys(codes, expected), path)  # finite floats
     return {plain_name(name): code for name, code in codes.items()}
 
 
@@ -998,6 +1010,7 @@ class Family:
     lora: dict = field(default_factory=dict)  # how add_lora updates it, if not all linear layers
     tokenizer: Callable | None = None  # (Config) -> tokenizer, of a model that reads
     text_config: dict = field(default_factory=dict)  # Config fields that training starts with
+    second_file: str | None = None  # the option (clip, decoder) that names a second file of weights
 
     def tokenizers(self) -> dict[str, Callable]:
         """Return {names of recipes: tokenizer} for each text length at which training starts.
@@ -1051,6 +1064,7 @@ FAMILIES = {
         clipseg_towers,
         keeps=True,
         tokenizer=clip_tokenizer,
+        second_file="clip",
     ),
     "biomedclipseg": Family(
         BIOMEDCLIPSEG,
@@ -1060,6 +1074,7 @@ FAMILIES = {
         clipseg_towers,
         keeps=True,
         tokenizer=bert_tokenizer,
+        second_file="decoder",
     ),
     "sam_decoder": Family(
         SAM,
@@ -1090,3 +1105,16 @@ FAMILIES = {
         swin_encoder,
     ),
 }
+
+
+def second_file(name: str, clip: str | None, decoder: str | None) -> dict:
+    """Return the argument of from_pretrained that --clip or --decoder is, {} without them.
+
+    Raises ValueError, one line, if the model `name` has no use for it.
+    """
+    given = {key: value for key, value in (("clip", clip), ("decoder", decoder)) if value}
+    for key in given:
+        if FAMILIES[name].second_file != key:
+            users = [other for other, family in FAMILIES.items() if family.second_file == key]
+            raise ValueError(f"--{key}: {name} has no use for it, only {users[0]} has; remove it")
+    return given

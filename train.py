@@ -37,7 +37,7 @@ import volumes
 from adapters import merge_lora, merged_state_dict, save_adapter
 from options import Options, check_same, parse, resolve
 from protocol import Settings, choose_trained, describe_cuts, keep_features, lr_factor
-from recipes import FAMILIES
+from recipes import FAMILIES, second_file
 
 # --- the loop ------------------------------------------------------------------------------------
 
@@ -88,7 +88,15 @@ class Run:
             torch.save(state, part)
 
     def load(self) -> None:
-        state = torch.load(self.out / "last.pt", map_location="cpu", weights_only=True)
+        path = self.out / "last.pt"
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # cut off, or a pickle that calls something
+            reason = (str(error).strip() or repr(error)).splitlines()[0]
+            raise ValueError(
+                f"{path}: cannot be read, so the run cannot be resumed ({reason:.150}); "
+                "start again with another --out"
+            ) from None
         for name in self.PLACE:
             setattr(self, name, state[name])
         self.chosen = state["chosen"] if "chosen" in state else self.first_best()
@@ -302,6 +310,8 @@ def write_config(options: Options, model, train_set, val_set) -> None:
         "data": {"train": train_set.describe(), "val": val_set.describe()},
         "versions": {"torch": torch.__version__, "torchvision": torchvision.__version__},
     }
+    if hasattr(model, "decoder_source"):  # BiomedCLIPSeg's; None: it started untrained
+        content["decoder"] = model.decoder_source
     report.write_json(Path(options.out) / "config.json", content)
 
 
@@ -314,6 +324,7 @@ def load_model(options: Options, settings: Settings, train_set, device: torch.de
     overrides |= {"spacing": tuple(options.spacing)} if options.spacing else {}
     overrides |= {"intensity": options.window} if options.intensity else {}
     overrides |= {} if options.threshold in (None, "auto") else {"threshold": options.threshold}
+    overrides |= second_file(options.model, options.clip, options.decoder)
     load = FAMILIES[options.model].load
     return load(options.weights, options.variant, settings, overrides, train_set).to(device)
 

@@ -111,6 +111,15 @@ def real_data() -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def real_weights(real_data) -> Path:
+    """Small real checkpoints that lie beside the real data sets on some machines."""
+    folder = real_data / "real_weights"
+    if not (folder / "rd64-uni-refined.pth").is_file():
+        pytest.skip(f"no real weights at {folder}")
+    return folder
+
+
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: minutes; run by `make test-slow`")
     config.addinivalue_line("markers", "online: needs the hub; run by `make test-online`")

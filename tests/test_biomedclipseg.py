@@ -11,7 +11,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, write_run
+from conftest import ROOT, command, write_run
 from hub import Hub
 from open_clip.hf_model import HFTextEncoder
 from PIL import Image
@@ -23,7 +23,12 @@ from transformers import BertConfig, CLIPSegConfig
 from transformers.models.clipseg.modeling_clipseg import CLIPSegDecoder
 
 import biomedclipseg
+import options as options_module
+import predict
+import recipes
+import train
 from biomedclipseg import VARIANTS, BiomedCLIPSeg
+from options import Options
 from tokenizer import CHARACTERS, WordPieceTokenizer
 
 FILE = np.load(ROOT / "tests/golden/biomedclipseg.npz")
@@ -497,6 +502,229 @@ def test_what_is_something_else_is_refused(tmp_path):
     for taps in ((2, 1, 3), (1, 1, 2), (1, 2, 4), (-1, 0, 1)):
         with pytest.raises(ValueError, match="blocks of 0 to 3"):
             BiomedCLIPSeg(replace(MINI, taps=taps))
+
+
+# --- which decoder --------------------------------------------------------------------------------
+
+
+def other_decoder(state, offset):
+    """The same state with another decoder."""
+    return {n: t + offset if n.startswith("decoder.") else t for n, t in state.items()}
+
+
+def as_original_release(state) -> dict[str, torch.Tensor]:
+    """The decoder under the original release's names, of which the hub's are known by hand."""
+    original = {"reduce.weight": torch.ones(32, 128), "reduce.bias": torch.ones(32)}
+    for name, t in state.items():
+        if not name.startswith("decoder.") or "k_proj" in name or "v_proj" in name:
+            continue
+        if "q_proj" in name:
+            t = torch.cat([state[name.replace("q_proj", f"{x}_proj")] for x in "qkv"])
+            name = name.replace("q_proj.", "in_proj_")
+        name = name.removeprefix("decoder.").replace("transposed_convolution", "trans_conv")
+        name = name.replace("layers", "blocks").replace("layer_norm", "norm")
+        original[name.replace("mlp.fc", "linear")] = t
+    return original
+
+
+def recipe_files(tmp_path, monkeypatch) -> tuple[dict, dict, dict]:
+    """BiomedCLIP and two CLIPSegs in the place of the hub's -> state, files, paths of decoders."""
+    state = mini_state()
+    files = write_hub_files(state, tmp_path / "hub")
+    named = write_hub_files(other_decoder(state, 1), tmp_path / "named")
+    settings = recipes.FAMILIES["biomedclipseg"].settings
+    for recipe in settings:
+        towers, decoder = {"biomedclipseg": str(files["source"])}, settings[recipe].decoder
+        decoder = str(files["decoder"]) if decoder else None
+        here = replace(settings[recipe], weights=towers, decoder=decoder)
+        monkeypatch.setitem(settings, recipe, here)
+    return state, files, named
+
+
+def loaded_by(train_set, **given):
+    """The model that train.py begins with."""
+    options = Options(model="biomedclipseg", data=["somewhere"], workers=0, **given)
+    options, settings = options_module.resolve(options)
+    return train.load_model(options, settings, train_set, torch.device("cpu"))
+
+
+def assert_decoder(model, state, source):
+    assert model.decoder_source == (None if source is None else str(source))
+    for name, t in model.state_dict().items():
+        assert torch.equal(t, state[name]), name
+
+
+@pytest.mark.parametrize("recipe", ["default", "origin-d"])
+def test_the_default_weights_by_name_are_the_default(recipe, tmp_path, monkeypatch, capsys):
+    state, files, named = recipe_files(tmp_path, monkeypatch)
+    file = files["source"] / "open_clip_pytorch_model.bin"
+    for weights in (None, str(files["source"]), str(file)):  # id of the hub, folder, file
+        capsys.readouterr()
+        model = loaded_by([1], weights=weights, recipe=recipe)
+        assert_decoder(model, state, files["decoder"])
+        assert "the decoder comes from " in capsys.readouterr().out
+        model = loaded_by([1], weights=weights, recipe=recipe, decoder=str(named["decoder"]))
+        assert_decoder(model, other_decoder(state, 1), named["decoder"])
+
+
+def test_a_recipe_without_a_decoder_and_weights_with_one(tmp_path, monkeypatch):
+    state, files, named = recipe_files(tmp_path, monkeypatch)
+    source = str(files["source"])
+    assert loaded_by([1], weights=source, recipe="origin").decoder_source is None
+    model = loaded_by([1], weights=source, recipe="origin", decoder=str(named["decoder"]))
+    assert_decoder(model, other_decoder(state, 1), named["decoder"])
+    for weights in (None, source):
+        with pytest.raises(ValueError, match="BiomedCLIP.* has no decoder"):
+            loaded_by(None, weights=weights, recipe="origin", eval=True, test=["somewhere"])
+
+    own = other_decoder(state, 2)
+    whole = str(run_folder(tmp_path / "run", own)["source"])
+    for recipe in (None, "default", "origin", "origin-d"):
+        assert_decoder(loaded_by([1], weights=whole, recipe=recipe), own, whole)
+    model = loaded_by([1], weights=whole, decoder=str(named["decoder"]))
+    assert_decoder(model, other_decoder(state, 1), named["decoder"])
+
+
+def test_a_run_records_its_decoder(demo, tmp_path, monkeypatch, capsys):
+    _, files, named = recipe_files(tmp_path, monkeypatch)
+    words = ["--model", "biomedclipseg", "--weights", files["source"], "--size", 64, "--epochs", 1]
+    words += ["--data", demo, "--max-steps", 1, "--cache", tmp_path / "cache", "--workers", 0]
+    for name, more, expected in (
+        ("a", [], files["decoder"]),
+        ("b", ["--decoder", named["decoder"]], named["decoder"]),
+        ("c", ["--recipe", "origin", "--batch-size", 4], None),
+    ):
+        out = tmp_path / name
+        code, _, error = command(monkeypatch, capsys, train, *words, *more, "--out", out)
+        assert code == 0, error
+        config = json.loads((out / "config.json").read_text())
+        assert config["decoder"] == (None if expected is None else str(expected))
+        # As a run folder of before, which knew no --decoder, it still resumes.
+        for key in ("clip", "decoder"):
+            config["options"].pop(key)
+        (out / "config.json").write_text(json.dumps(config))
+        code, _, error = command(monkeypatch, capsys, train, "--resume", "--out", out, *more)
+        assert code == (0 if not more or name == "c" else 2), error
+
+    words = [min((demo / "images").iterdir()), "--prompt", "x", "--model", "biomedclipseg"]
+    words += ["--weights", files["source"], "--probabilities"]
+    for name, more in (("e", []), ("f", ["--decoder", named["decoder"]])):
+        out = ["--out", tmp_path / name]
+        code, _, error = command(monkeypatch, capsys, predict, *words, *more, *out)
+        assert code == 0, error
+    one, other = (next((tmp_path / n).glob("*_probability.png")).read_bytes() for n in "ef")
+    assert one != other
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["--model", "segformer"], "--decoder: segformer has no use for it, only biomedclipseg"),
+        (["--model", "biomedclipseg", "--weights", "none"], "--decoder: with --weights none"),
+    ],
+)
+def test_a_decoder_that_does_nothing_is_refused(words, said, demo, tmp_path, monkeypatch, capsys):
+    words = [*words, "--decoder", "x", "--data", demo, "--out", tmp_path / "run"]
+    code, _, error = command(monkeypatch, capsys, train, *words)
+    assert code == 2 and said in error and error.count("\n") == 1, error
+
+
+def test_a_decoder_of_the_original_release(tmp_path):
+    state = mini_state()
+    files = write_hub_files(other_decoder(state, 1), tmp_path / "hub")
+    torch.save(as_original_release(state), tmp_path / "rd64-uni-refined.pth")
+    model = BiomedCLIPSeg.from_pretrained(files["source"], tmp_path / "rd64-uni-refined.pth")
+    assert all(torch.equal(t, state[name]) for name, t in model.state_dict().items())
+
+    # Its whole module has CLIP twice besides, which is not wanted.
+    whole = {"clip_model.visual.conv1.weight": torch.ones(1), "model.conv1.weight": torch.ones(1)}
+    torch.save(whole | as_original_release(state), tmp_path / "whole.pth")
+    model = BiomedCLIPSeg.from_pretrained(files["source"], tmp_path / "whole.pth")
+    assert all(torch.equal(t, state[name]) for name, t in model.state_dict().items())
+
+    damaged = as_original_release(state)
+    damaged["blocks.1.self_attn.in_proj_weight"] = torch.ones(())
+    torch.save(damaged, tmp_path / "damaged.pth")
+    with pytest.raises(ValueError, match=r"damaged.pth: .*layers\.1\.self_attn\.\w+ is"):
+        BiomedCLIPSeg.from_pretrained(files["source"], tmp_path / "damaged.pth")
+
+
+def test_a_wrong_file_is_named(tmp_path):
+    state = mini_state()
+    files = write_hub_files(state, tmp_path / "hub")
+    torch.save(as_original_release(state), tmp_path / "rd64-uni-refined.pth")
+    torch.save({f"w_{x}_000": torch.zeros(4, 8) for x in "ab"}, tmp_path / "lora.pth")
+    torch.save({"visual.conv1.weight": torch.zeros(8, 3, 16, 16)}, tmp_path / "ViT-B-16.pt")
+    name = "segformer.encoder.patch_embeddings.0.proj.weight"
+    torch.save({name: torch.zeros(8, 3, 7, 7)}, tmp_path / "segformer.bin")
+    torch.save(torch.zeros(32, 512).half(), tmp_path / "txt_encoding.pth")
+    clip = {"clip.vision_model.post_layernorm.bias": torch.zeros(8)}
+    decoder = {n: t for n, t in state.items() if n.startswith("decoder.")}
+    torch.save(clip | decoder, tmp_path / "clipseg.pth")
+    as_weights = {
+        "rd64-uni-refined.pth": "is a decoder of CLIPSeg without CLIP, not BiomedCLIPSeg; take Bio",
+        "clipseg.pth": "is CLIPSeg, not BiomedCLIPSeg; take BiomedCLIP as weights and this file",
+        "ViT-B-16.pt": "seems to be CLIP (names of OpenAI), neither BiomedCLIP nor BiomedCLIPSeg",
+        "lora.pth": "seems to be a LoRA of SAM's image encoder",
+        "segformer.bin": "seems to be a SegFormer, neither",
+        "txt_encoding.pth": "holds a single tensor, float16 of shape (32, 512)",
+    }
+    as_decoder = {
+        "hub/biomedclip/open_clip_pytorch_model.bin": "seems to be BiomedCLIP, which has no dec",
+        "ViT-B-16.pt": "seems to be CLIP (names of OpenAI), which has no decoder of CLIPSeg",
+        "lora.pth": "seems to be a LoRA of SAM's image encoder (names of SAMed), which has no dec",
+        "segformer.bin": "seems to be a SegFormer, which has no decoder",
+        "txt_encoding.pth": "holds a single tensor, float16 of shape (32, 512)",
+    }
+    for table, role in ((as_weights, "source"), (as_decoder, "decoder")):
+        for name, said in table.items():
+            with pytest.raises(ValueError) as caught:
+                BiomedCLIPSeg.from_pretrained(**files | {role: tmp_path / name})
+            message = str(caught.value)
+            assert message.startswith(str(tmp_path / name)) and said in message, message
+            assert "\n" not in message
+
+
+@torch.no_grad()
+def test_the_real_decoder_equals_transformers_and_recorded_numbers(real_weights, tmp_path):
+    """rd64-refined's decoder below towers of three layers; taps and numbers of a separate check."""
+    config = replace(VARIANTS["biomedclipseg"], layers=3, text_layers=1, vocab_size=9)
+    config = replace(config, taps=(0, 1, 2))
+    towers = BiomedCLIPSeg(config).biomedclip.state_dict()
+    torch.save(towers, tmp_path / "open_clip_pytorch_model.bin")
+    more = {"layers": 3, "text_layers": 1, "vocab_size": 9, "taps": (0, 1, 2)}
+    decoder = real_weights / "rd64-uni-refined.pth"
+    model = BiomedCLIPSeg.from_pretrained(tmp_path, decoder, **more)
+    assert model.config == config
+    clipseg = CLIPSegConfig(
+        vision_config={"patch_size": 16}, reduce_dim=64, use_complex_transposed_convolution=True
+    )
+    official = CLIPSegDecoder(clipseg).eval()
+    for layer in official.layers:  # its default takes the softmax in float32
+        layer.self_attn.config._attn_implementation = "sdpa"
+    from test_clipseg import real_decoder
+
+    state = {n.removeprefix("decoder."): t for n, t in real_decoder(decoder).items()}
+    official.load_state_dict(state)  # strict
+
+    generator = torch.Generator().manual_seed(0)
+    taps = torch.randn(2, 3, 485, 768, generator=generator)
+    taps[..., 133] += 8
+    taps[..., 408] -= 20
+    condition = torch.randn(2, 512, generator=generator) * 0.4
+    results = {}
+    for dtype in (torch.float32, torch.float64):
+        x, c = taps.to(dtype), condition.to(dtype)
+        ours = model.to(dtype).decode(biomedclipseg.with_grid(x, 22, 22), condition=c)
+        theirs = official.to(dtype)(x.unbind(1), c).logits[:, None]
+        results[dtype] = ours.double(), theirs.double()
+    single, rounded = results[torch.float32]
+    double, expected = results[torch.float64]
+    assert (double - expected).abs().max() <= 1e-6 * expected.abs().max()
+    assert (single - expected).abs().max() <= max(2e-5, 4 * (rounded - expected).abs().max())
+    recorded = torch.tensor([-3.8998, -3.7136, -3.4716], dtype=torch.float64)
+    assert (double[0, 0, 0, :3] - recorded).abs().max() < 1e-4
+    assert abs(double.mean() + 2.7214) < 1e-4 and abs(double.std() - 0.9962) < 1e-4
 
 
 # --- the hub --------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import zlib
 from dataclasses import replace
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, close, write_run
+from conftest import ROOT, close, command, write_run
 from PIL import Image
 from recipe import fill
 from safetensors.torch import save_file
@@ -18,7 +19,10 @@ from torch import nn
 from transformers import CLIPSegConfig, CLIPSegForImageSegmentation
 
 import clipseg
+import predict
+import train
 from clipseg import CLIPSeg
+from tokenizer import CLIPTokenizer
 
 OFFICIAL = ("rd64-refined", "rd64", "rd16")
 MINI = clipseg.VARIANTS["mini"]
@@ -596,7 +600,174 @@ def test_an_empty_picture_prompt_is_refused(mini):
         mini.visual_prompt(torch.randn(3, 128, 128), torch.zeros(1, 128, 128))
 
 
+# --- the wrong file, and the command line ---------------------------------------------------------
+
+
+def wrong_files(state, folder) -> dict:
+    """Files that are easily taken for CLIPSeg's weights, and what they are."""
+    original(as_original(state), folder)
+    clip = {n.removeprefix("clip."): t for n, t in state.items() if n.startswith("clip.")}
+    save_file(clip, folder / "hub_clip.safetensors")
+    resnet = {"visual.conv1.weight": torch.zeros(8, 3, 3, 3), "ln_final.bias": torch.zeros(8)}
+    torch.save(resnet, folder / "RN50.pt")
+    torch.save({f"w_{x}_000": torch.zeros(4, 8) for x in "ab"}, folder / "lora.pth")
+    name = "segformer.encoder.patch_embeddings.0.proj.weight"
+    torch.save({name: torch.zeros(8, 3, 7, 7)}, folder / "segformer.bin")
+    torch.save(torch.zeros(32, 512).half(), folder / "txt_encoding.pth")
+    return {
+        "ViT-B-16.pt": "is CLIP (names of OpenAI) without a decoder, not CLIPSeg",
+        "hub_clip.safetensors": "is CLIP (names of transformers) without a decoder, not CLIPSeg",
+        "RN50.pt": "is CLIP (names of OpenAI) without a decoder, not CLIPSeg",
+        "lora.pth": "seems to be a LoRA of SAM's image encoder (names of SAMed), not CLIPSeg",
+        "segformer.bin": "seems to be a SegFormer, not CLIPSeg",
+        "txt_encoding.pth": "holds a single tensor, float16 of shape (32, 512), not named tensors",
+        "rd64-uni-refined.pth": "no tensor of CLIP; add it: clip='ViT-B-16.pt' (--clip",
+    }
+
+
+def test_a_wrong_file_is_named(mini, tmp_path):
+    for name, said in wrong_files(hub_state(mini), tmp_path).items():
+        with pytest.raises(ValueError) as caught:
+            CLIPSeg.from_pretrained(tmp_path / name)
+        message = str(caught.value)
+        assert message.startswith(f"{tmp_path / name}: ") and said in message, message
+        assert "\n" not in message
+
+
+def test_a_wrong_clip_is_named(mini, tmp_path):
+    wrong_files(hub_state(mini), tmp_path)
+    for name, said in (
+        ("lora.pth", "is a LoRA of SAM"),
+        ("segformer.bin", "is a SegFormer; clip= (--clip) takes OpenAI's CLIP ViT-B/16"),
+        ("RN50.pt", "is CLIP (names of OpenAI) with another image encoder; clip= (--clip) takes"),
+        ("rd64-uni-refined.pth", "is a decoder of CLIPSeg without CLIP; clip= (--clip) takes"),
+        ("txt_encoding.pth", "holds a single tensor"),
+    ):
+        with pytest.raises(ValueError) as caught:
+            CLIPSeg.from_pretrained(tmp_path / "rd64-uni-refined.pth", clip=tmp_path / name)
+        message = str(caught.value)
+        assert message.startswith(f"{tmp_path / name}: ") and said in message, message
+    narrow = {"visual.conv1.weight": torch.zeros(8, 3, 16, 16)}
+    torch.save(narrow, tmp_path / "narrow.pt")
+    with pytest.raises(ValueError, match=r"refined.pth with .*narrow.pt: \d+ tensors do not fit"):
+        CLIPSeg.from_pretrained(tmp_path / "rd64-uni-refined.pth", clip=tmp_path / "narrow.pt")
+
+
+def test_clip_in_the_names_of_transformers_serves_too(mini, tmp_path):
+    state = hub_state(mini)
+    wrong_files(state, tmp_path)
+    source, clip = tmp_path / "rd64-uni-refined.pth", tmp_path / "hub_clip.safetensors"
+    loaded = clipseg.to_official(CLIPSeg.from_pretrained(source, clip=clip).state_dict())
+    assert loaded.keys() == state.keys()
+    assert all(torch.equal(t, state[name]) for name, t in loaded.items())
+
+
+def test_the_original_release_on_the_command_line(mini, demo, tmp_path, monkeypatch, capsys):
+    files = original(as_original(hub_state(mini)), tmp_path)
+    picture = min((demo / "images").iterdir())
+    words = [picture, "--model", "clipseg", "--weights", files["source"], "--prompt", "a blob"]
+    words += ["--out", tmp_path / "masks", "--probabilities"]
+    code, _, error = command(monkeypatch, capsys, predict, *words)
+    assert code == 2 and "--clip ViT-B-16.pt" in error and error.count("\n") == 1
+    code, _, error = command(monkeypatch, capsys, predict, *words, "--clip", files["clip"])
+    assert code == 0, error
+
+    model = CLIPSeg.from_pretrained(**files)
+    image = Image.open(picture).convert("RGB")
+    tokens = CLIPTokenizer(model.config.text_length, model.config.pad_token)(["a blob"])
+    with torch.no_grad():
+        logits = model(model.preprocess(image)[None], tokens)[0]
+    expected = model.postprocess(logits, image.size[::-1])[0].numpy()
+    ours = np.asarray(Image.open(tmp_path / f"masks/{picture.stem}_probability.png")) / 65535
+    assert np.abs(ours - expected).max() < 2e-4
+
+    words = ["--model", "clipseg", "--weights", files["source"], "--clip", files["clip"]]
+    words += ["--data", demo, "--cache", tmp_path / "cache", "--workers", 0]
+    words += ["--eval", "--test", f"{demo}:val", "--out", tmp_path / "run"]
+    code, out, error = command(monkeypatch, capsys, train, *words)
+    assert code == 0 and "dice" in out.lower(), error
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["--model", "cris", "--clip", "x.pt"], "--clip: cris has no use for it, only clipseg has"),
+        (["--model", "biomedclipseg", "--clip", "x.pt"], "--clip: biomedclipseg has no use for it"),
+        (["--model", "clipseg", "--clip", "x.pt"], "--clip: the default weights have CLIP in them"),
+        (["--model", "clipseg", "--clip", "x.pt", "--weights", "none"], "--clip: with --weights n"),
+        (["--model", "clipseg", "--decoder", "x.pt"], "--decoder: clipseg has no use for it, only"),
+    ],
+)
+def test_a_clip_that_does_nothing_is_refused(words, said, demo, tmp_path, monkeypatch, capsys):
+    words = [*words, "--data", demo, "--out", tmp_path / "run"]
+    code, _, error = command(monkeypatch, capsys, train, *words)
+    assert code == 2 and said in error and error.count("\n") == 1, error
+
+
 # --- real weights --------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "variant, file", [("rd64-refined", "rd64-uni-refined"), ("rd16", "rd16-uni")]
+)
+@torch.no_grad()
+def test_real_decoders_on_reproducible_towers(variant, file, real_weights, tmp_path):
+    """The original release's decoder and a CLIP in OpenAI's form, against transformers."""
+    config = clipseg.VARIANTS[variant]
+    official = theirs(config)
+    towers = {}
+    for name, t in official.state_dict().items():
+        if name.startswith("clip."):
+            towers[name] = torch.from_numpy(fill(name, tuple(t.shape))).half().float()
+    clip = {n: t for n, t in as_original(towers).items() if n.startswith("clip_model.")}
+    save_archive({n.removeprefix("clip_model."): t for n, t in clip.items()}, tmp_path / "B-16.pt")
+    source = real_weights / f"{file}.pth"
+    ours = CLIPSeg.from_pretrained(source, clip=tmp_path / "B-16.pt")
+    assert ours.config == config
+    official.load_state_dict(towers | real_decoder(source))  # strict
+
+    torch.manual_seed(0)
+    image = torch.randn(1, 3, 352, 352)
+    gap = (official(input_ids=TOKENS[1:], pixel_values=image).logits[:, None]).double()
+    single = ours(image, TOKENS[1:])
+    ours, official, image = ours.double(), official.double(), image.double()
+    expected = official(input_ids=TOKENS[1:], pixel_values=image).logits[:, None]
+    double = ours(image, TOKENS[1:])
+    scale, rounding = expected.abs().max(), (gap - expected).abs().max()
+    print(f"{file}: float64 {(double - expected).abs().max():.1e}, scale {scale:.1f}")
+    print(f"float32 {(single - expected).abs().max():.1e}, theirs {rounding:.1e}")
+    assert (double - expected).abs().max() <= 1e-6 * scale
+    assert (single - expected).abs().max() <= max(2e-5, 4 * rounding)
+
+
+def real_decoder(path) -> dict[str, torch.Tensor]:
+    """Return the decoder of the original release in the hub's names, without our code."""
+    state = {}
+    for name, t in torch.load(path, map_location="cpu", weights_only=True).items():
+        if name.startswith("reduce."):
+            continue
+        name = name.replace("trans_conv", "transposed_convolution").replace("blocks.", "layers.")
+        name = name.replace(".norm", ".layer_norm").replace(".linear", ".mlp.fc")
+        if "in_proj_" in name:
+            for i, x in enumerate("qkv"):
+                third = len(t) // 3
+                part = name.replace("in_proj_", f"{x}_proj.")
+                state[f"decoder.{part}"] = t[i * third : (i + 1) * third]
+        else:
+            state[f"decoder.{name}"] = t
+    return state
+
+
+def test_real_files_that_are_something_else(real_weights):
+    for name, said in (
+        ("samlora_rank4.safetensors", "a LoRA of SAM's image encoder"),
+        ("txt_encoding.pth", "holds a single tensor, float16 of shape (32, 512)"),
+        ("rd64-uni-refined.pth", "no tensor of CLIP; add it"),
+        ("rd16-uni.pth", "no tensor of CLIP; add it"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(said)):
+            CLIPSeg.from_pretrained(real_weights / name)
 
 
 @pytest.mark.online
@@ -604,7 +775,6 @@ def test_an_empty_picture_prompt_is_refused(mini):
 def test_published_numbers_of_the_real_weights(tmp_path):
     """transformers, tests/models/clipseg/test_modeling_clipseg.py, the integration test."""
     from test_online import CATS, picture
-    from tokenizer import CLIPTokenizer
 
     image = picture(CATS, tmp_path)
     model = CLIPSeg.from_pretrained("CIDAS/clipseg-rd64-refined")
