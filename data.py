@@ -9,10 +9,12 @@ How files are read
 - Masks: colours (and palettes, by the colours they show) become one channel by their maximum. Where
   the colours are constant, alpha is the mask. Binary masks of 16 bits are scaled from their full
   range (0 to 65535), float masks from 0..1, to 0..255; other values above 255 are refused.
-  Foreground is > 127 where the largest value of the split's masks exceeds 1, else > 0, so that 0/1,
-  0/255, 1-bit, palette and JPEG masks all work. With `label` or classes.json the file's own numbers
-  count, but where it names one class alone, masks of any other values than 0, 1 and 255, or without
-  a 1, are binary all the same.
+- How the values of masks are read is decided once for each data set (`mask_rule`), over all of its
+  splits that are opened together. Binary masks: foreground is > 127 where masks reach above 1, else
+  > 0, so that 0/1, 0/255, 1-bit, palette, JPEG and soft-edged masks all work. Masks of several
+  values are refused, unless `--mask-threshold` says what foreground is. With `label` or
+  classes.json the file's own numbers count; where classes.json names one class alone, masks that
+  reach 255 and hold no 1 are binary all the same.
 - A mask without an orientation tag, of the size of the image as stored, is turned as its image is.
   Where the image has this size upright as well, nothing tells whether the mask is stored or
   upright: --mask-orientation decides; without it the mask is turned, and that is printed.
@@ -34,7 +36,8 @@ import sys
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from operator import itemgetter
 from pathlib import Path
 
@@ -456,9 +459,348 @@ def pseudocolor(image: np.ndarray, name: str | None) -> np.ndarray:
     return colour_table(name)[np.asarray(Image.fromarray(image).convert("L"))]
 
 
-def foreground_above(maximum: int) -> int:
-    """What the foreground of binary masks exceeds, where `maximum` is the split's largest value."""
-    return 127 if maximum > 1 else 0
+# --- how the values of masks are read ------------------------------------------------------------
+
+GREY = slice(8, 248)  # values that JPEG noise of black and white rarely reaches
+
+# The grey pixels of a binary mask are soft edges and JPEG noise, where values change from pixel to
+# pixel. Those of a map of several values are objects, where most neighbours have the same value.
+# Measured: the share of a file's grey pixels whose 3x3 neighbourhood holds one value, the largest
+# over real masks. 0 % with JPEG noise (quality 50 to 95) and soft edges (resized by 0.25 to 8,
+# blurred by sigma 1 to 4 pixels), 0.02 % at sigma 8, 0.44 % at sigma 16, 0.66 % blurred by boxes of
+# 21 pixels. Maps of several values: 36 to 71 %.
+FLAT_SHARE = 0.01
+FLAT_PIXELS = 9  # the least that count: a share of few pixels says nothing
+
+# Class numbers 1 to 7 look like JPEG noise of black. Of the pixels with the rarer dark values at
+# most 19 % were flat in the same measurement, and then grey ones were in the majority.
+DARK_SHARE = 0.25
+
+COLOUR_NOISE = 48  # levels by which JPEG may change the colour of a flat pixel
+
+BY_NUMBER = "by number"
+BY_FILE = "by file"  # some masks hold 0 and 1, others 0 to 255
+GIVEN = "--mask-threshold "  # followed by the threshold
+SHOWN_VALUES = 6  # how many values of a mask an error lists
+
+
+@dataclass
+class MaskRule:
+    """How the masks of a data set are read, and what was noticed about them.
+
+    `rule` is what config.json keeps: "> 127", "> 0", "by number", "by file" (each file > 0 or
+    > 127, by its own range) or "--mask-threshold 40". `errors` and `notes` are pairs of a heading
+    for reports and a line. Masks with errors cannot be used.
+    """
+
+    rule: str
+    errors: list[tuple[str, str]] = field(default_factory=list)
+    notes: list[tuple[str, str]] = field(default_factory=list)
+
+
+def refuse_colours(entry) -> None:
+    """Raise ValueError, one line, if class numbers are expected and the mask file holds colours."""
+    if entry.label is None and len(entry.classes) == 1:
+        return
+    bands = open_image(entry.mask, decode=False).getbands()
+    if len(bands) < 3:
+        return
+
+    if not _is_grey(open_image(entry.mask).convert("RGB")):
+        hint = "save the numbers 0, 1, 2, … as a grey or a palette image"
+        raise ValueError(f"{entry.mask}: holds colours, which are no class numbers; {hint}")
+
+
+def _has_alpha(image: Image.Image) -> bool:
+    """Return True if transparency varies over an image, so that alpha may be the mask."""
+    if not image.has_transparency_data:
+        return False
+    low, high = image.convert("RGBA").getchannel("A").getextrema()
+    return low < high
+
+
+def _is_grey(image: Image.Image) -> bool:
+    """Return True if red, green and blue of an RGB image are equal everywhere."""
+    red, green, blue = (channel.tobytes() for channel in image.split())
+    return red == green == blue
+
+
+def count_values(entry, mask: np.ndarray) -> np.ndarray:
+    """Count the values of an entry's mask as `read_mask` gives it, uint8 (H,W) -> int32 (3,256).
+
+    Row 0: pixels of each value. Row 1: those of them that are flat, see `flat_pixels`. Row 2: those
+    of the flat ones that have another colour than most, where colours were read as one foreground.
+    """
+    counts = np.zeros((3, 256), dtype=np.int32)
+    counts[0] = np.bincount(mask.ravel(), minlength=256)
+    flat = flat_pixels(mask)
+    counts[1] = np.bincount(mask[flat & (mask != 0) & (mask != 255)], minlength=256)
+    counts[1, 255] = np.count_nonzero(flat & (mask == 255))  # most pixels: faster than bincount
+    counts[1, 0] = np.count_nonzero(flat) - counts[1].sum()
+    if entry.label is None and not (entry.numbers and len(entry.classes) > 1):
+        counts[2] = _count_other_colours(entry)
+    return counts
+
+
+def flat_pixels(mask: np.ndarray) -> np.ndarray:
+    """Return bool (H,W): where all nine pixels of the 3x3 neighbourhood have one value.
+
+    Pixels at the image's border are never flat.
+    """
+    flat = np.zeros(mask.shape, dtype=bool)
+    if min(mask.shape) < 3:
+        return flat
+    inner = mask[:, 1:-1]
+    flat_row = (inner == mask[:, :-2]) & (inner == mask[:, 2:])  # (H,W-2)
+    flat[1:-1, 1:-1] = flat_row[:-2] & flat_row[1:-1] & flat_row[2:]
+    flat[1:-1, 1:-1] &= (inner[1:-1] == inner[:-2]) & (inner[1:-1] == inner[2:])
+    return flat
+
+
+def _count_other_colours(entry) -> np.ndarray:
+    """Return int (256,): flat pixels of another colour than most foreground, by largest channel."""
+    none = np.zeros(256, dtype=np.int32)
+    stored = open_image(entry.mask, decode=False)
+    palette = stored.mode == "P" and not entry.numbers  # else its indices are read
+    if not palette and len(stored.getbands()) < 3:
+        return none
+
+    image = open_image(entry.mask)
+    if _has_alpha(image):  # `mask_channel` has refused colours that vary
+        return none
+    colours = image.convert("RGB")
+    if _is_grey(colours):
+        return none
+    pixels = np.asarray(colours)  # (H,W,3)
+    largest = pixels.max(axis=2)
+    chosen = flat_pixels(largest) & (largest >= GREY.start)
+    if not chosen.any():
+        return none
+
+    colours, counts = np.unique(pixels[chosen], axis=0, return_counts=True)  # (n,3), (n,)
+    main = colours[counts.argmax()].astype(int)
+    other = (np.abs(colours - main) > COLOUR_NOISE).any(axis=1)
+    return np.bincount(colours[other].max(axis=1), counts[other], minlength=256).astype(np.int32)
+
+
+def mask_rule(
+    entries: list, counts: np.ndarray, threshold: int | None = None, known: str | None = None
+) -> MaskRule:
+    """Decide how the masks of one data set are read. Every program takes the rule from here.
+
+    entries: of one root, all splits together. counts (n,3,256): `count_values` of their masks.
+    threshold: of --mask-threshold, for binary masks. known: the rule that a run read this data set
+    by; it settles what the values leave open.
+    """
+    numbers_of_files = {e.mask: i for i, e in enumerate(entries) if e.label is None}
+    if not numbers_of_files:
+        return MaskRule(BY_NUMBER)
+    indices = sorted(numbers_of_files.values())
+    entries = [entries[i] for i in indices]
+    counts = counts[indices]
+
+    if entries[0].numbers and len(entries[0].classes) > 1:
+        return MaskRule(BY_NUMBER, _unknown_numbers(entries, counts[:, 0]))
+    if threshold is None and known and known.startswith(GIVEN):
+        threshold = int(known.removeprefix(GIVEN))
+    if threshold is not None:
+        return MaskRule(f"{GIVEN}{threshold}")
+
+    rule = _rule_of_values(entries, counts)
+    return _settled(rule, known, entries, counts)
+
+
+def _unknown_numbers(entries: list, values: np.ndarray) -> list[tuple[str, str]]:
+    """Return an error for each mask with a class number that classes.json does not name."""
+    errors = []
+    n = len(entries[0].classes)
+    for entry, row in zip(entries, values):
+        unknown = n + np.flatnonzero(row[n:255])
+        if len(unknown):
+            shown = ", ".join(map(str, unknown[:SHOWN_VALUES]))
+            if len(unknown) > SHOWN_VALUES:
+                shown += ", …"
+            number = "number" if len(unknown) == 1 else "numbers"
+            where = f"{entry.root / 'classes.json'} ends at {n - 1}"
+            line = f"{entry.mask}: holds class {number} {shown}, but {where}"
+            errors.append(("unknown class numbers", line))
+    return errors
+
+
+def _rule_of_values(entries: list, counts: np.ndarray) -> MaskRule:
+    """Decide by the values alone; see `mask_rule`."""
+    root = entries[0].root
+    values = counts[:, 0]  # (n,256)
+    present = values.any(axis=0)  # (256,)
+    if entries[0].numbers and present[1] and not present[2:255].any():
+        return MaskRule(BY_NUMBER)
+
+    largest = int(np.flatnonzero(present).max(initial=0))
+    if largest <= 1:
+        return MaskRule("> 0")
+    if largest <= 127:
+        not_binary = values[:, 2:].any(axis=1)
+        line = _not_binary_line(entries, values, not_binary, "holds no value above 127")
+        return MaskRule("> 127", [("masks of several values", line)])
+
+    several = _hold_several_values(counts)
+    if several.any():
+        what = "holds several values instead of one foreground"
+        line = _not_binary_line(entries, values, several, what)
+        return MaskRule("> 127", [("masks of several values", line)])
+
+    coloured = _hold_several_colours(counts)
+    if coloured.any():
+        what = "holds several colours instead of one foreground, by their largest channel"
+        line = _not_binary_line(entries, values, coloured, what)
+        return MaskRule("> 127", [("masks of several colours", line)])
+
+    zero_one = _are_zero_one(counts)
+    if not zero_one.any():
+        return MaskRule("> 127")
+    example = entries[int(zero_one.argmax())].mask
+    line = (
+        f"{root}: {zero_one.sum()} masks hold 0 and 1 ({example.name}), others go up to {largest}; "
+        "each file is read by its own range"
+    )
+    return MaskRule(BY_FILE, notes=[("masks of two ranges", line)])
+
+
+def _ways_out(root: Path) -> str:
+    """Return what a user can do about masks that are not binary."""
+    numbers = f"class numbers need a classes.json in {root} that names 0, 1, 2, … (255 is void)"
+    return f"{numbers}; for one foreground set --mask-threshold 0..255 (values above it count)"
+
+
+def _hold_several_values(counts: np.ndarray) -> np.ndarray:
+    """Return bool (n,): which masks are maps of several values. counts (n,3,256)."""
+    values = counts[:, 0]
+    flat = counts[:, 1]
+
+    # Objects of grey values, in a file or, where each has only few pixels, in all files together.
+    grey = values[:, GREY].sum(axis=1)  # (n,)
+    flat_grey = flat[:, GREY].sum(axis=1)
+    several = (flat_grey >= FLAT_PIXELS) & (flat_grey >= FLAT_SHARE * grey)
+    total = flat_grey.sum()
+    if total >= FLAT_PIXELS and total >= FLAT_SHARE * grey.sum():
+        several |= flat_grey > 0
+    if values[:, 1:].any(axis=0).sum() == 1:
+        several[:] = False  # one foreground value, whatever it is
+
+    # Objects of class numbers below grey, in a file that reaches white.
+    dark = values[:, : GREY.start]  # (n,8)
+    flat_dark = flat[:, : GREY.start]
+    rarer = np.arange(GREY.start) != flat_dark.argmax(axis=1)[:, None]
+    rarer_dark = (dark * rarer).sum(axis=1)
+    rarer_flat_dark = (flat_dark * rarer).sum(axis=1)
+    white = values[:, GREY.stop :].sum(axis=1)
+    numbers = (rarer_flat_dark >= FLAT_PIXELS) & (rarer_flat_dark >= DARK_SHARE * rarer_dark)
+    numbers &= (rarer_dark > grey) & (white >= FLAT_PIXELS)
+
+    # 0, 1 and 255 and nothing else: 255 may be void or foreground. JPEG noise has further values.
+    zero_one_white = (values[:, [0, 1, 255]] >= FLAT_PIXELS).all(axis=1)
+    zero_one_white &= ~values[:, 2:255].any(axis=1)
+    return several | numbers | zero_one_white
+
+
+def _hold_several_colours(counts: np.ndarray) -> np.ndarray:
+    """Return bool (n,): which masks have objects of several colours, or a coloured background."""
+    flat = counts[:, 1, GREY.start :].sum(axis=1)
+    other = counts[:, 2].sum(axis=1)
+    return (other >= FLAT_PIXELS) & (other >= FLAT_SHARE * flat)
+
+
+def _not_binary_line(entries: list, values: np.ndarray, chosen: np.ndarray, what: str) -> str:
+    """Return the error for the chosen masks (n,): the first file, its counts, the ways out."""
+    first = int(chosen.argmax())
+    row = values[first]
+    present = np.flatnonzero(row)
+    most = present[np.argsort(-row[present], kind="stable")][:SHOWN_VALUES]
+    shown = ", ".join(f"{value} ({row[value]} pixels)" for value in sorted(most.tolist()))
+    if len(present) > len(most):
+        shown += f" and {len(present) - len(most)} more"
+
+    entry = entries[first]
+    others = int(chosen.sum()) - 1
+    like_it = f" ({others} more masks are like it)" if others else ""
+    return f"{entry.mask}: {what}: {shown}{like_it}; {_ways_out(entry.root)}"
+
+
+def _are_zero_one(counts: np.ndarray) -> np.ndarray:
+    """Return bool (n,): which masks hold 0 and 1, both in objects, and nothing else.
+
+    A black JPEG can be 1 all over, and its noise holds a few 1; neither is a 0/1 mask.
+    """
+    values = counts[:, 0]
+    flat = counts[:, 1]
+    return (flat[:, 0] >= FLAT_PIXELS) & (flat[:, 1] >= 1) & ~values[:, 2:].any(axis=1)
+
+
+def _settled(fresh: MaskRule, known: str | None, entries: list, counts: np.ndarray) -> MaskRule:
+    """Return the rule of a run where the values allow it, else that of the values, with a note.
+
+    A split may hold too little to tell: only empty masks, or only void pixels.
+    """
+    if known is None or known == fresh.rule or fresh.errors:
+        return fresh
+
+    present = counts[:, 0].any(axis=0)  # (256,)
+    no_foreground = not present[1:].any()
+    dark_split = known == "> 127" and fresh.rule == "> 0" and not _are_zero_one(counts).any()
+    void_split = known == BY_NUMBER and entries[0].numbers and not present[1:255].any()
+    if known == BY_FILE or no_foreground or dark_split or void_split:
+        return replace(fresh, rule=known)
+
+    root = entries[0].root
+    line = f"{root}: masks are read {fresh.rule}; the run read {root.name} {known}"
+    fresh.notes.append(("masks read differently from the run", line))
+    return fresh
+
+
+def mask_thresholds(entries: list, values: np.ndarray, rule: str) -> np.ndarray:
+    """Return int (n,): what the foreground of each mask exceeds, -1 where numbers count.
+
+    entries: of one root. values (n,256): pixels of each value. rule: see `MaskRule`.
+    """
+    if rule == BY_NUMBER:
+        thresholds = np.full(len(entries), -1)
+    elif rule == BY_FILE:
+        thresholds = np.where(values[:, 2:].any(axis=1), 127, 0)
+    else:
+        number = rule.removeprefix(GIVEN).removeprefix("> ")
+        thresholds = np.full(len(entries), int(number))
+
+    labelled = np.array([entry.label is not None for entry in entries], dtype=bool)
+    return np.where(labelled, -1, thresholds)
+
+
+def foreground_pixels(entry, values: np.ndarray, threshold: int) -> int:
+    """Count the foreground pixels of a mask. values (256,): pixels of each value."""
+    if entry.label is not None:
+        return int(values[entry.label])
+    if threshold < 0:
+        return int(values[1:255].sum())
+    return int(values[threshold + 1 :].sum())
+
+
+def read_foreground(entry, mask: np.ndarray, threshold: int) -> np.ndarray:
+    """Return a mask as training sees it: 0 and 1, or class numbers; uint8 (H,W).
+
+    mask: as `read_mask` gives it. threshold: from `mask_thresholds`.
+    """
+    if entry.label is not None:
+        mask = mask == entry.label
+    elif threshold >= 0:
+        mask = mask > threshold
+    return np.asarray(mask, np.uint8)
+
+
+def named(rules: dict[Path, str]) -> dict[str, str]:
+    """Rules by the folder names of the data sets, without names that two different rules share."""
+    names = {}
+    for root, rule in rules.items():
+        names.setdefault(root.name, set()).add(rule)
+    return {name: rule for name, (rule, *others) in names.items() if not others}
 
 
 # --- the cache: every image and mask decoded once ------------------------------------------------
@@ -481,6 +823,7 @@ def _read_pair(entry) -> tuple[np.ndarray, np.ndarray, int]:
     Raises ValueError if their sizes differ, and as `open_image` does.
     """
     image, non_finite = load_image(entry.image)
+    refuse_colours(entry)
     mask, turned = entry_mask(entry, entry.image)
 
     if image.shape[:2] != mask.shape:
@@ -533,11 +876,22 @@ def with_mask_orientation(entries: list, orientation: str | None) -> list:
     return [replace(entry, mask_orientation=orientation) for entry in entries]
 
 
-def _content_key(entries: list) -> str:
+def read_truth(entry, threshold: int) -> np.ndarray:
+    """Read the mask of one entry as training sees it: 0 and 1, or class numbers; uint8 (H,W).
+
+    threshold: from `mask_thresholds`. Raises ValueError if image and mask differ in size.
+    """
+    _, mask, _ = _read_pair(entry)
+    return read_foreground(entry, mask, threshold)
+
+
+def _content_key(entries: list, masks_only: bool = False) -> str:
     """A hash of what the entries' files hold and of how they are read."""
-    key = hashlib.sha256(b"rules 3")  # raise the number when the reading rules above change
+    key = hashlib.sha256(b"rules 4")  # raise the number when what is stored changes
+    files = [entry.mask for entry in entries]
+    if not masks_only:
+        files += [entry.image for entry in entries]
     with ThreadPoolExecutor() as pool:
-        files = [path for entry in entries for path in (entry.image, entry.mask)]
         for digest in pool.map(lambda path: hashlib.sha256(path.read_bytes()).digest(), files):
             key.update(digest)
     how = []
@@ -548,40 +902,11 @@ def _content_key(entries: list) -> str:
     return key.hexdigest()[:24]
 
 
-def _rules(entries: list, values: np.ndarray) -> np.ndarray:
-    """How many pixels of each entry have which value, (n,256) -> the last columns of `_cache`."""
-    rules = np.full((len(entries), 2), -1)
-    for i, entry in enumerate(entries):
-        if entry.label is not None:
-            rules[i, 1] = values[i, entry.label]
-    for root in {entry.root for entry in entries}:
-        ours = [i for i, e in enumerate(entries) if e.root == root and e.label is None]
-        if not ours:
-            continue
-        first, have = entries[ours[0]], values[ours].any(axis=0)  # (256,)
-        one = len(first.classes) == 1
-        if first.numbers and not (one and (have[2:255].any() or not have[1])):
-            rules[ours, 1] = values[ours, 1:255].sum(axis=1)
-            for i in ours:
-                if not one and values[i, len(first.classes) : 255].any():
-                    value = np.flatnonzero(values[i, :255])[-1]
-                    where = f"{root / 'classes.json'} ends at {len(first.classes) - 1}"
-                    raise ValueError(f"{entries[i].mask}: holds class number {value}, but {where}")
-            continue
-        top = np.flatnonzero(have)[-1]
-        threshold = foreground_above(top)
-        rules[ours, 0], rules[ours, 1] = threshold, values[ours, threshold + 1 :].sum(axis=1)
-        if 1 < top <= threshold:
-            hint = "class numbers need a classes.json or labels"
-            raise ValueError(f"{root}: the masks hold 0 to {top}, none above 127; {hint}")
-    return rules
-
-
-def _decode(entries: list, file) -> np.ndarray:
-    """Writes the pixels of all entries to an open file; returns the rows of `_cache`."""
+def _decode(entries: list, file) -> tuple[np.ndarray, np.ndarray]:
+    """Writes the pixels of all entries to an open file; returns places and counts of `_cache`."""
     places, image_at, end = [], {}, 0
     flags = []  # an entry's NON_FINITE and TURNED
-    values = np.zeros((len(entries), 256), np.int32)
+    counts = np.zeros((len(entries), 3, 256), np.int32)
     bar = tqdm(total=len(entries), desc="decode", unit="image", disable=None, leave=False)
     with ThreadPoolExecutor() as pool:
         for start in range(0, len(entries), 64):  # in chunks, so that memory stays small
@@ -590,11 +915,12 @@ def _decode(entries: list, file) -> np.ndarray:
                 flags.append([flag])
                 if entry.image not in image_at:
                     image_at[entry.image], end = end, end + file.write(image.tobytes())
-                values[len(places)] = np.bincount(mask.ravel(), minlength=256)
+                counts[len(places)] = count_values(entry, mask)
                 places.append([image_at[entry.image], end, *mask.shape])
                 end += file.write(mask.tobytes())
                 bar.update()
-    return np.hstack([np.array(places, dtype=np.int64), _rules(entries, values), flags])
+    places = np.hstack([np.array(places, dtype=np.int64), flags])
+    return places, counts
 
 
 # shared: checksums
@@ -621,18 +947,18 @@ def is_intact(paths, listed: Path) -> bool:
 # end shared
 
 
-def _cache(entries: list, folder: Path) -> tuple[Path, np.ndarray]:
-    """Decodes all pixels into `folder/KEY.bin`, unless that is there already, undamaged.
+def _cache(entries: list, folder: Path) -> tuple[Path, np.ndarray, np.ndarray]:
+    """Decode all pixels into `folder/KEY.bin`, unless that is there already, undamaged.
 
-    Returns the file and int64 rows (n,7): where the image begins, where the mask begins, height,
-    width, the mask's threshold (-1: its numbers count), its number of foreground pixels, the
-    entry's NON_FINITE and TURNED.
+    Returns the file; int64 (n,5): where the image begins, where the mask begins, height, width, the
+    entry's NON_FINITE and TURNED; and `count_values` of each mask, (n,3,256).
     """
-    pixels, index = (folder / f"{_content_key(entries)}{end}" for end in (".bin", ".npy"))
+    pixels, index = (folder / f"{_content_key(entries)}{end}" for end in (".bin", ".npz"))
     listed = index.with_suffix(".crc")  # checksums, written last
     if index.is_file() and pixels.is_file():
         if is_intact([pixels, index], listed):
-            return pixels, np.load(index)
+            with np.load(index) as stored:
+                return pixels, stored["places"], stored["counts"]
         print(f"{pixels}: damaged or of an older version; decoding the images again", flush=True)
     folder.mkdir(parents=True, exist_ok=True)
     images = {entry.image for entry in entries}
@@ -646,18 +972,58 @@ def _cache(entries: list, folder: Path) -> tuple[Path, np.ndarray]:
     part = pixels.with_suffix(f".{secrets.token_hex(4)}")  # containers share process ids
     try:
         with open(part, "wb") as file:
-            rows = _decode(entries, file)
+            places, counts = _decode(entries, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, pixels)
         with open(part, "wb") as file:
-            np.save(file, rows)
+            np.savez_compressed(file, places=places, counts=counts)
         os.replace(part, index)
         part.write_bytes(checksums([pixels, index]))
         os.replace(part, listed)
     finally:
         part.unlink(missing_ok=True)
-    return pixels, rows
+    return pixels, places, counts
+
+
+def mask_counts(entries: list, folder: Path) -> np.ndarray:
+    """Return `count_values` of each entry's mask, (n,3,256), from `folder/KEY-masks.npz` if there.
+
+    For masks that only decide how a data set is read. Raises as `read_mask` does.
+    """
+    if not entries:
+        return np.zeros((0, 3, 256), dtype=np.int32)
+    path = folder / f"{_content_key(entries, masks_only=True)}-masks.npz"
+    listed = path.with_suffix(".crc")  # its checksum, written last
+    if path.is_file() and is_intact([path], listed):
+        with np.load(path) as stored:
+            return stored["counts"]
+
+    counts = count_masks(entries)
+    folder.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(f".{secrets.token_hex(4)}")
+    try:
+        with open(part, "wb") as file:
+            np.savez_compressed(file, counts=counts)
+        os.replace(part, path)
+        part.write_bytes(checksums([path]))
+        os.replace(part, listed)
+    finally:
+        part.unlink(missing_ok=True)
+    return counts
+
+
+def count_masks(entries: list) -> np.ndarray:
+    """Return `count_values` of each entry's mask, (n,3,256); n is 1 or more."""
+    with ThreadPoolExecutor() as pool:
+        return np.stack([*pool.map(_count_entry, entries)])
+
+
+def _count_entry(entry) -> np.ndarray:
+    """Return `count_values` of an entry's mask as stored: turning it would not change them."""
+    refuse_colours(entry)
+    mask, _ = entry_mask(entry, None)
+    return count_values(entry, mask)
 
 
 # --- data sets -----------------------------------------------------------------------------------
@@ -670,6 +1036,7 @@ class Dataset:
         self.entries, self.rows, self.path, self.colours = entries, rows, path, colours
         self.classes = entries[0].classes
         self.tokenizer = None  # see `compare_prompts_by`
+        self.rules = {}  # root -> `MaskRule.rule`, of all data sets that were opened together
         self._bytes = None  # mapped on first use, in each process
 
     def __getstate__(self):
@@ -683,6 +1050,7 @@ class Dataset:
         entries = [self.entries[i] for i in indices]
         part = Dataset(entries, self.rows[indices], self.path, self.colours)
         part.tokenizer = self.tokenizer
+        part.rules = self.rules
         return part
 
     def pixels(self, i: int) -> tuple[np.ndarray, np.ndarray]:
@@ -692,11 +1060,7 @@ class Dataset:
         image_at, mask_at, h, w, threshold, *_ = self.rows[i]
         image = self._bytes[image_at : image_at + h * w * 3].reshape(h, w, 3)
         mask = self._bytes[mask_at : mask_at + h * w].reshape(h, w)
-        if self.entries[i].label is not None:
-            mask = mask == self.entries[i].label
-        elif threshold >= 0:
-            mask = mask > threshold
-        return image, np.asarray(mask, np.uint8)
+        return image, read_foreground(self.entries[i], mask, threshold)
 
     def sample(self, i: int, kind: str, rng: np.random.Generator | None = None) -> dict:
         """The sample dict of the module's docstring; kind and rng as for `Entry.text`."""
@@ -783,8 +1147,8 @@ class Dataset:
 
     def describe(self) -> str:
         """What was found, in a line."""
-        rules = {127: "> 127", 0: "> 0", -1: "by number"}
-        read = " and ".join(rules[threshold] for threshold in sorted({*self.rows[:, 4].tolist()}))
+        thresholds = sorted({*self.rows[:, 4].tolist()})
+        read = " and ".join(BY_NUMBER if t < 0 else f"> {t}" for t in thresholds)
         order = (self.rows[:, 2] * self.rows[:, 3]).argsort()
         (h, w), (H, W) = self.rows[order[0], 2:4], self.rows[order[-1], 2:4]
         images, empty = len({entry.image for entry in self.entries}), (self.rows[:, 5] == 0).sum()
@@ -792,30 +1156,111 @@ class Dataset:
         return f"{len(self)} entries, {sizes}, masks read {read}, {empty} of them empty"
 
 
-def open_dataset(entries: list, cache: Path = ".cache", colours: str | None = None) -> Dataset:
-    """Decodes the entries of one or several data sets; each data set keeps its own rule for masks.
+@dataclass
+class MaskReading:
+    """What decides, besides the masks that are opened, how masks are read."""
 
+    threshold: int | None = None  # of --mask-threshold
+    known: dict[str, str] = field(default_factory=dict)  # a run's rules by data set name
+    others: list = field(default_factory=list)  # entries that are not opened, of the same data sets
+    other_counts: np.ndarray = field(default_factory=partial(np.zeros, (0, 3, 256), np.int32))
+
+
+def open_dataset(entries: list, cache: Path = ".cache", colours: str | None = None) -> Dataset:
+    """Open one list of entries; see `open_datasets`."""
+    return open_datasets({"data": entries}, cache, colours)["data"]
+
+
+def open_datasets(
+    lists: dict[str, list],
+    cache: Path = ".cache",
+    colours: str | None = None,
+    reading: MaskReading | None = None,
+) -> dict[str, Dataset]:
+    """Decode lists of entries, each of one or several data sets, and decide how masks are read.
+
+    The decision is one for each data set (root), over all lists; notes about it are printed.
     colours: of `pseudocolor`, in which samples come. Raises FileNotFoundError, ValueError or
     OSError, one line with the file's name, for anything missing, truncated or of another size, for
-    a data set whose masks are all empty, and for a full disk.
+    masks of several values, for a data set whose masks are all empty, and for a full disk.
     """
+    reading = reading or MaskReading()
+    decoded = {}
+    for name, entries in lists.items():
+        check_files(entries)
+        decoded[name] = _cache(entries, Path(cache))
+
+    every = [entry for entries in lists.values() for entry in entries] + reading.others
+    counts = [counts for _, _, counts in decoded.values()] + [reading.other_counts]
+    rules = decide_rules(every, np.concatenate(counts), reading)
+
+    datasets = {}
+    for name, entries in lists.items():
+        path, places, counts = decoded[name]
+        columns = _foreground_columns(entries, counts[:, 0], rules)
+        rows = np.hstack([places[:, :4], columns, places[:, 4:]])
+        _check_classes_and_foreground(entries, rows, rules)
+        datasets[name] = Dataset(entries, rows, path, colours)
+        datasets[name].rules = rules
+    return datasets
+
+
+def check_files(entries: list) -> None:
+    """Raise ValueError or FileNotFoundError, one line, if there are no entries or files."""
     if not entries:
         raise ValueError("the annotation file has no entries")
     lost = [path for entry in entries for path in (entry.image, entry.mask) if not path.is_file()]
     if lost:
         names = ", ".join(map(str, lost[:5])) + (" …" if len(lost) > 5 else "")
         raise FileNotFoundError(f"{len(lost)} files are missing: {names}")
-    path, rows = _cache(entries, Path(cache))
+
+
+def decide_rules(entries: list, counts: np.ndarray, reading: MaskReading) -> dict[Path, str]:
+    """Return the rule of each data set (root); print notes. Raises ValueError, one line."""
+    rules = {}
+    indices = {}
+    for i, entry in enumerate(entries):
+        indices.setdefault(entry.root, []).append(i)
+
+    for root, chosen in indices.items():
+        known = reading.known.get(root.name)
+        own = [entries[i] for i in chosen]
+        decision = mask_rule(own, counts[chosen], reading.threshold, known)
+        for _, line in decision.errors:
+            raise ValueError(line)
+        for _, line in decision.notes:
+            print(line)
+        rules[root] = decision.rule
+
+    if reading.threshold is not None and set(rules.values()) <= {BY_NUMBER}:
+        raise ValueError("--mask-threshold: these masks hold class numbers; remove it")
+    return rules
+
+
+def _foreground_columns(entries: list, values: np.ndarray, rules: dict[Path, str]) -> np.ndarray:
+    """Return the last two columns of `Dataset.rows`, (n,2): threshold, foreground pixels."""
+    columns = np.zeros((len(entries), 2), dtype=np.int64)
+    for root in {entry.root for entry in entries}:
+        indices = [i for i, entry in enumerate(entries) if entry.root == root]
+        own = [entries[i] for i in indices]
+        columns[indices, 0] = mask_thresholds(own, values[indices], rules[root])
+    for i, entry in enumerate(entries):
+        columns[i, 1] = foreground_pixels(entry, values[i], int(columns[i, 0]))
+    return columns
+
+
+def _check_classes_and_foreground(entries: list, rows: np.ndarray, rules: dict) -> None:
+    """Raise ValueError, one line, if pooled classes differ or all masks of a set are empty."""
     for root in {entry.root for entry in entries}:
         ours = [i for i, entry in enumerate(entries) if entry.root == root]
         if len({entries[0].classes, *(entries[i].classes for i in ours)}) > 1:
             raise ValueError(f"{root}: other classes than {entries[0].root}'s; pool like with like")
         if not rows[ours, 5].any():
             one = entries[ours[0]].mask
-            raise ValueError(f"{root}: all {len(ours)} masks are empty, {one} for one")
+            read = f"read {rules[root]}"
+            raise ValueError(f"{root}: all {len(ours)} masks are empty ({read}), {one} for one")
     for line in remarks(entries, rows[:, -1]):
         print(line)
-    return Dataset(entries, rows, path, colours)
 
 
 # --- loaders -------------------------------------------------------------------------------------

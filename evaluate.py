@@ -1,6 +1,8 @@
 """Model, recipe and data set -> scores of every image, and the test folder of a run."""
 
+import io
 import json
+from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -591,8 +593,11 @@ def prompt_study(model, recipe, tests: dict, options) -> dict:
     return write_summary(Path(options.out) / "test", model, options, summaries, {"image": every})
 
 
-def open_tests(options) -> dict[str, data.Dataset]:
-    """Test sets by name: those of --test, else the test splits of --data. ValueError, one line."""
+def list_tests(options) -> dict[str, list]:
+    """Return the entries of the test sets by name: of --test, else of the test splits of --data.
+
+    Raises FileNotFoundError or ValueError, one line.
+    """
     tests = {}
     for place in options.test or options.data:
         path, split = layouts.path_and_split(place)
@@ -602,9 +607,7 @@ def open_tests(options) -> dict[str, data.Dataset]:
         name = Path(path).resolve().name + ("" if split == "test" else f":{split}")
         if name in tests:
             raise ValueError(f"two test sets are called {name}; rename a folder")
-        entries = layouts.annotations(path, split, options.group_regex)
-        tests[name] = open_dataset(entries, options)
-        print(f"test {name}: {tests[name].describe()}")
+        tests[name] = layouts.annotations(path, split, options.group_regex)
     return tests
 
 
@@ -615,18 +618,65 @@ def earlier_run(options) -> dict:
     return run_config(options.out) if options.resume else {}
 
 
-def open_dataset(entries: list, options):
-    """Of images, or where the files are NIfTI of volumes. Raises as `data.open_dataset` does."""
-    if entries and layouts.is_volume(entries[0].image):
-        if options.codes is None:
-            run = earlier_run(options)
-            if run.get("config", {}).get("overlapping"):
-                entries = [layouts.as_overlapping(entry, run["classes"]) for entry in entries]
-            return volumes.VolumeSet(entries)
-        # Of a model with codes each data set may annotate other classes.
-        return volumes.VolumeSet([*map(layouts.as_regions, entries)], partial=True)
-    entries = data.with_mask_orientation(entries, options.mask_orientation)
-    return data.open_dataset(entries, options.cache, options.pseudocolor)
+def open_sets(lists: dict[str, list], options) -> dict:
+    """Open lists of entries together: of images, or where the files are NIfTI of volumes.
+
+    Prints a line about each. Raises as `data.open_datasets` does.
+    """
+    sets = {}
+    for name, entries in lists.items():
+        if entries and layouts.is_volume(entries[0].image):
+            sets[name] = open_volumes(entries, options)
+
+    images = {}
+    for name, entries in lists.items():
+        if name not in sets:
+            images[name] = data.with_mask_orientation(entries, options.mask_orientation)
+    if images:
+        reading = mask_reading(images, options)
+        sets |= data.open_datasets(images, options.cache, options.pseudocolor, reading)
+    sets = {name: sets[name] for name in lists}
+    for name, dataset in sets.items():
+        print(f"{name}: {dataset.describe()}")
+    return sets
+
+
+def open_volumes(entries: list, options) -> volumes.VolumeSet:
+    """Open a list of volumes with the classes that the model, or the earlier run, tells apart."""
+    if options.codes is None:
+        run = earlier_run(options)
+        if run.get("config", {}).get("overlapping"):
+            entries = [layouts.as_overlapping(entry, run["classes"]) for entry in entries]
+        return volumes.VolumeSet(entries)
+    # Of a model with codes each data set may annotate other classes.
+    return volumes.VolumeSet([*map(layouts.as_regions, entries)], partial=True)
+
+
+def mask_reading(lists: dict[str, list], options) -> data.MaskReading:
+    """Return what else decides how masks are read.
+
+    A run that is resumed or tested knows rules. A training counts the values of train, val and test
+    of its data sets, also of those that it does not open.
+    """
+    known = earlier_run(options).get("masks", {})
+    reading = data.MaskReading(options.mask_threshold, known)
+    if options.eval or not (options.test or options.overfit):  # then all three are opened
+        return reading
+
+    opened = {entry.mask for entries in lists.values() for entry in entries}
+    for root in options.data:
+        for split in sorted({"train", "val", "test"} & layouts.splits(root).keys()):
+            try:
+                with redirect_stdout(io.StringIO()):  # entries listed twice were said, or no matter
+                    entries = layouts.annotations(root, split, options.group_regex)
+                entries = [entry for entry in entries if entry.mask not in opened]
+                counts = data.mask_counts(entries, Path(options.cache))
+            except (ValueError, OSError) as error:
+                print(f"{root}: {split} does not count for how masks are read ({error})")
+                continue
+            reading.others += entries
+            reading.other_counts = np.concatenate([reading.other_counts, counts])
+    return reading
 
 
 def check_prepared(sets: dict, tests: dict, options) -> None:

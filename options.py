@@ -71,6 +71,11 @@ class Options:
         "or upright",
         choices=ORIENTATIONS,
     )
+    mask_threshold: int | None = option(
+        None,
+        "of binary masks: values above it, 0 to 255, are foreground; else decided by their values",
+        type=report.grey_level,
+    )
     pseudocolor: str | None = option(None, "a colour map of matplotlib for grey images: bone, jet")
     sam_prompts: str | None = option(None, "what SAM is asked by, of the truth", choices=KINDS)
     jitter: int | None = option(None, "pixels by which a side of a box moves at most in training")
@@ -279,6 +284,8 @@ def check_volumes(options: Options, family) -> None:
     for key in ("pseudocolor", "views", "mask_orientation") if family.volumes else ():
         if getattr(options, key):
             raise ValueError(f"{flag(key)}: {options.model} takes volumes; this is for images")
+    if family.volumes and options.mask_threshold is not None:
+        raise ValueError(f"--mask-threshold: {options.model} takes volumes; this is for images")
     if family.volumes and options.score_size == "network":
         raise ValueError("--score-size network: volumes are scored on their own grid, drop it")
     if options.size and len(options.size) not in ((1, 3) if family.volumes else (1,)):

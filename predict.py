@@ -18,9 +18,11 @@ organs --organ-rules keep what anatomy allows: one piece, tumours within their o
 """
 
 import argparse
+import io
 import os
 import re
 from collections import Counter
+from contextlib import redirect_stdout
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -69,7 +71,17 @@ def parse() -> argparse.Namespace:
         help="also NAME_probability.png, 16 bit, / 65535 (of volumes .nii.gz, float32); of several "
         "classes the largest but the background's",
     )
-    parser.add_argument("--overlays", action="store_true", help="also NAME_overlay.png")
+    parser.add_argument(
+        "--overlays",
+        action="store_true",
+        help="also NAME_overlay.png; of a data set with the outline of the ground truth",
+    )
+    parser.add_argument(
+        "--mask-threshold",
+        type=report.grey_level,
+        help="in --overlays of a data set: values of its binary masks above it, 0 to 255, are "
+        "foreground; else as in the run",
+    )
     volume_options(parser.add_argument)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     args = parser.parse_args()
@@ -188,6 +200,8 @@ def predict_inputs(args) -> int:
     family = FAMILIES[name]
     second = second_file(name, args.clip, args.decoder)
     if family.volumes:
+        if args.mask_threshold is not None:
+            raise ValueError("--mask-threshold: of images; this model takes volumes")
         with volumes.notices.together():
             return predict_volumes(family, run, args)
     for key in OF_VOLUMES:
@@ -199,7 +213,7 @@ def predict_inputs(args) -> int:
         data.open_image(file, decode=False)  # refuses several pages before a mask is written
     if args.boxes and not family.asked:
         raise ValueError("--boxes: this model is not asked by boxes")
-    predict(cases, family, run, second, args)
+    predict(cases, family, run, second, args, ground_truths(args, run))
     print(f"{len(cases)} masks in {args.out}")
     return 0
 
@@ -221,6 +235,45 @@ def image_names(images: list[Path], inputs: list[str]) -> list[str]:
     return [long if counts[name] > 1 else name for name, long in zip(names, longer_names)]
 
 
+def ground_truths(args, run: dict) -> dict[str, tuple]:
+    """Return {name of a case: (entry, threshold of its mask)} for overlays of data sets.
+
+    Only of masks that exist. They are read as in the run. Raises ValueError, one line, if they
+    cannot be, or if --mask-threshold has no effect.
+    """
+    truths = {}
+    reading = data.MaskReading(args.mask_threshold, run.get("masks", {}))
+    orientation = run.get("options", {}).get("mask_orientation")
+    for place in map(Path, args.inputs):
+        if not args.overlays or not layouts.splits(place):
+            continue
+        with redirect_stdout(io.StringIO()):  # what it prints was printed by list_cases
+            entries = layouts.annotations(place, args.split, patients_of(run, args.inputs))
+        entries = [entry for entry in entries if entry.mask.is_file()]
+        entries = data.with_mask_orientation(entries, orientation)
+        if entries:
+            counts = data.count_masks(entries)
+            (rule,) = data.decide_rules(entries, counts, reading).values()
+            thresholds = data.mask_thresholds(entries, counts[:, 0], rule)
+            pairs = zip(entries, thresholds.tolist())
+            truths |= {entry.name: (entry, threshold) for entry, threshold in pairs}
+
+    if args.mask_threshold is not None and not truths:
+        need = "--overlays and a data set with masks"
+        raise ValueError(f"--mask-threshold has no effect without {need}; remove it")
+    return truths
+
+
+def truth_of(truth: tuple | None, n: int) -> np.ndarray | None:
+    """Return the ground truth, bool (n,H,W), of an item of `ground_truths`.
+
+    None without one, or if it has another number of classes than the n of the prediction.
+    """
+    if truth is None or len(layouts.foreground(truth[0].classes)) != n:
+        return None
+    return each_is(data.read_truth(*truth), range(1, n + 1))
+
+
 def ask_by(recipe, cases, classes: list[str] | None, args):
     """SAM's recipe asking by the boxes of a file or by the whole image; and the classes."""
     if args.boxes:
@@ -236,10 +289,11 @@ def ask_by(recipe, cases, classes: list[str] | None, args):
     return partial(recipe.ask, source="image"), classes or ["target"]
 
 
-def pictures(probabilities, config, image: np.ndarray, args, skip: int) -> dict:
+def pictures(probabilities, config, image: np.ndarray, args, skip: int, truth=None) -> dict:
     """Of probabilities (K,H,W) the pictures that are asked for, by the names in `outputs`.
 
-    skip: classes whose probability is none, as SAM's of the background.
+    skip: classes whose probability is none, as SAM's of the background. truth: an item of
+    `ground_truths`, for the overlay.
     """
     masks, k = to_masks(probabilities, config), len(probabilities)  # (K,H,W)
     if k == 1:
@@ -251,14 +305,17 @@ def pictures(probabilities, config, image: np.ndarray, args, skip: int) -> dict:
         sixteen_bits = (highest * 65535).round().astype(np.uint16)
         made["probability"] = Image.fromarray(sixteen_bits)
     if args.overlays:
-        made["overlay"] = report.overlay(image, None, masks[-max(1, k - 1) :])
+        shown = masks[-max(1, k - 1) :]
+        made["overlay"] = report.overlay(image, truth_of(truth, len(shown)), shown)
     return made
 
 
-def predict(cases: list[tuple[str, Path, str]], family, run: dict, second: dict, args) -> None:
+def predict(
+    cases: list[tuple[str, Path, str]], family, run: dict, second: dict, args, truths: dict
+) -> None:
     """Writes the files of all cases; of several classes also their names and colours.
 
-    second: the argument of from_pretrained that --clip or --decoder is.
+    second: the argument of from_pretrained that --clip or --decoder is. truths: of `ground_truths`.
     """
     settings, ask = family.settings["default"], None
     overrides = second if args.threshold is None else second | {"threshold": args.threshold}
@@ -277,6 +334,9 @@ def predict(cases: list[tuple[str, Path, str]], family, run: dict, second: dict,
         print(f"prompts: {cuts}")
     colours = run.get("options", {}).get("pseudocolor")
     non_finite = []
+    n = len(layouts.foreground(tuple(classes)))
+    if any(len(layouts.foreground(entry.classes)) != n for entry, _ in truths.values()):
+        print("--overlays: a ground truth of other classes than the model's is not drawn")
     for name, file, prompt in tqdm(cases, desc="predict", unit="image", disable=None):
         image, has_non_finite = data.load_image(file)  # (H,W,3)
         if has_non_finite:
@@ -288,7 +348,7 @@ def predict(cases: list[tuple[str, Path, str]], family, run: dict, second: dict,
         item = recipe.inputs(sample, train=False, rng=None) | (ask(sample) if ask else {})
         with torch.no_grad():
             probabilities = recipe.predict(model, item)[0].cpu().numpy()  # (K,H,W)
-        made = pictures(probabilities, model.config, image, args, skip=bool(ask))
+        made = pictures(probabilities, model.config, image, args, bool(ask), truths.get(name))
         for kind, path in outputs(name, args).items():
             report.save_picture(path, made[kind])
     if non_finite:

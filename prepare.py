@@ -339,12 +339,12 @@ class ImageFacts:
 class MaskFacts:
     size: tuple[int, int]
     mode: str
-    counts: np.ndarray  # (256,) pixels of each value
+    counts: np.ndarray  # (3,256), of data.count_values
     turned: bool = False  # like its image, though nothing tells whether it had to be
 
     @property
     def largest(self):
-        return int(np.flatnonzero(self.counts).max())
+        return int(np.flatnonzero(self.counts[0]).max())
 
 
 def image_facts(path):
@@ -363,7 +363,8 @@ def mask_facts(entry, image):
     try:
         upright_as = entry.image if isinstance(image, ImageFacts) else None
         mask, turned = data.entry_mask(entry, upright_as)
-        counts = np.bincount(mask.ravel(), minlength=256)
+        data.refuse_colours(entry)
+        counts = data.count_values(entry, mask)
         mode = data.open_image(entry.mask, decode=False).mode
         return MaskFacts(mask.shape, mode, counts, turned)
     except (ValueError, OSError) as error:
@@ -437,40 +438,52 @@ def check_pixels(images, masks, findings):
             findings[kind].append(line)
 
 
-def check_masks(root, splits, masks, findings):
-    """Foreground shares {(split, name): share} and how the masks were read {split: "> 127"}."""
-    shares, rules, values = {}, {}, np.arange(256, dtype=np.uint8)
-    for split, entries in splits.items():
-        entries = [entry for entry in entries if entry.mask in masks]
-        one = [entry for entry in entries if entry.label is None and len(entry.classes) == 1]
-        binary = [masks[entry.mask].largest for entry in one]
-        threshold = data.foreground_above(max(binary, default=0))
-        above, rule = values > threshold, f"> {threshold}"  # above (256,): which are foreground
-        if any(binary):
-            rules[split] = rule
-        for entry in entries:
-            fact, named = masks[entry.mask], len(entry.classes)
-            if named > 1:
-                shares[split, entry.name] = fact.counts[1:255].sum() / fact.counts.sum()
-                for value in named + np.flatnonzero(fact.counts[named:255]):
-                    line = f"{entry.mask}: {value}, which classes.json does not name ({split})"
-                    findings["unknown class numbers"].append(line)
-                continue
-            wanted = rule if entry.label is None else f"== {entry.label}"
-            inside = fact.counts[above if entry.label is None else values == entry.label].sum()
-            shares[split, entry.name] = inside / fact.counts.sum()
-            texts = [text for texts in entry.prompts.values() for text in texts]
-            denial = next((text for text in texts if text.lower().startswith("no ")), None)
-            if not inside and not denial:
-                line = f"{entry.mask}: no pixel {wanted}, the largest is {fact.largest} ({split})"
-                findings["empty masks whose prompts ask for something"].append(line)
-            if inside and denial:
-                line = f"{entry.mask}: {inside} pixels, yet {denial!r} ({split})"
-                findings["prompts that deny what the mask shows"].append(line)
-    if len(set(rules.values())) > 1:
-        line = ", ".join(f"{rule} in {split}" for split, rule in rules.items())
-        findings["splits whose masks are read differently"].append(f"{root}/anns: {line}")
-    return shares, rules
+def check_masks(root, splits, masks, findings, threshold=None):
+    """Return foreground shares {(split, name): share}, {} without a rule, and the rule's words.
+
+    threshold: of --mask-threshold. How masks are read is decided as in training, by
+    data.mask_rule, here over all splits.
+    """
+    entries, where = [], []
+    for split, listed in splits.items():
+        readable = [entry for entry in listed if entry.mask in masks]
+        entries += readable
+        where += [split] * len(readable)
+    if not entries:
+        return {}, data.BY_NUMBER
+
+    counts = np.stack([masks[entry.mask].counts for entry in entries])  # (n,3,256)
+    decision = data.mask_rule(entries, counts, threshold)
+    if threshold is not None and decision.rule == data.BY_NUMBER:
+        raise ValueError(f"--mask-threshold: the masks of {root} hold class numbers; remove it")
+    for heading, line in decision.errors + decision.notes:
+        findings[heading].append(line)
+    if decision.errors and decision.rule != data.BY_NUMBER:
+        return {}, "by no rule"
+
+    shares = {}
+    thresholds = data.mask_thresholds(entries, counts[:, 0], decision.rule)
+    for split, entry, values, cut in zip(where, entries, counts[:, 0], thresholds.tolist()):
+        inside = data.foreground_pixels(entry, values, cut)
+        shares[split, entry.name] = inside / values.sum()
+        if entry.label is not None or len(entry.classes) == 1:
+            check_denial(entry, split, inside, masks[entry.mask].largest, cut, findings)
+    return shares, decision.rule
+
+
+def check_denial(entry, split, inside, largest, cut, findings):
+    """Compare the foreground of a binary mask with its prompts: "no polyp" or a polyp."""
+    wanted = f"> {cut}" if cut >= 0 else "of class 1"
+    if entry.label is not None:
+        wanted = f"== {entry.label}"
+    texts = [text for texts in entry.prompts.values() for text in texts]
+    denial = next((text for text in texts if text.lower().startswith("no ")), None)
+    if not inside and not denial:
+        line = f"{entry.mask}: no pixel {wanted}, the largest is {largest} ({split})"
+        findings["empty masks whose prompts ask for something"].append(line)
+    if inside and denial:
+        line = f"{entry.mask}: {inside} pixels, yet {denial!r} ({split})"
+        findings["prompts that deny what the mask shows"].append(line)
 
 
 def check_prompts(root, splits, findings):
@@ -528,7 +541,7 @@ def modes(facts):
     return counts[0][0] if len(counts) == 1 else ", ".join(f"{mode} {n}" for mode, n in counts)
 
 
-def describe(splits, images, masks, shares, rules, texts):
+def describe(splits, images, masks, shares, rule, texts):
     """What a data set holds, as (heading, text) lines."""
     paths = {split: {entry.image for entry in entries} for split, entries in splits.items()}
     earlier = {}
@@ -542,12 +555,13 @@ def describe(splits, images, masks, shares, rules, texts):
         low, middle, high = wide(sizes[0]), wide(sizes[len(sizes) // 2]), wide(sizes[-1])
         yield "images", f"{len(images)}, {modes(images.values())}; {low} to {high}, median {middle}"
     if masks:
-        values = np.flatnonzero(sum(fact.counts for fact in masks.values()))
+        values = np.flatnonzero(sum(fact.counts[0] for fact in masks.values()))
         found = ", ".join(map(str, values))
         if len(values) > 8:
             found = f"{len(values)} values from {values[0]} to {values[-1]}"
-        read = " or ".join(sorted(set(rules.values()))) or "by number"
+        read = rule.replace(data.GIVEN, "> ")
         yield "masks", f"{len(masks)}, {modes(masks.values())}; {found}; read {read}"
+    if shares:
         share = np.array(list(shares.values()))
         text = f"{share.mean():.1%} of an image in the mean, {share.min():.1%} to {share.max():.1%}"
         yield "foreground", text
@@ -601,13 +615,13 @@ def check(args):
         images, masks = read_files(splits, findings)
         check_sizes(splits, images, masks, findings)
         check_pixels(images, masks, findings)
-        shares, rules = check_masks(root, splits, masks, findings)
+        shares, rule = check_masks(root, splits, masks, findings, args.mask_threshold)
         texts = check_prompts(root, splits, findings)
         for split, entries in splits.items():
             for image in dict.fromkeys(entry.image for entry in entries if entry.image in images):
                 seen.append((image, split, images[image].digest))
         print(root)
-        for heading, text in describe(splits, images, masks, shares, rules, texts):
+        for heading, text in describe(splits, images, masks, shares, rule, texts):
             print(f"  {heading:13} {text}")
         for heading, text in describe_tokens(args.model, tokenizers, texts):
             print(f"  {heading:13} {text}")
@@ -1070,17 +1084,35 @@ def find_masks(folder, images, place):
     return found
 
 
-def boxes_of(path, image, name, classes, min_area):
-    """A row of boxes.csv for each component of a mask. ValueError: not the image's mask."""
+def thresholds_of(folder, found, threshold):
+    """Return {mask file: what its foreground exceeds} of a folder of binary masks.
+
+    Decided over the folder as `data.mask_rule` decides over a data set. Raises ValueError.
+    """
+    for path in found:
+        if data.open_image(path, decode=False).mode == "P":
+            hint = "put the classes.json beside it that predict.py wrote"
+            raise ValueError(f"{path}: a palette of classes that nothing names; {hint}")
+
+    entries = [layouts.Entry(path.stem, image, path, {}, folder) for path, image in found.items()]
+    counts = data.count_masks(entries)
+    decision = data.mask_rule(entries, counts, threshold)
+    for _, line in decision.errors:
+        raise ValueError(line)
+    return dict(zip(found, data.mask_thresholds(entries, counts[:, 0], decision.rule).tolist()))
+
+
+def boxes_of(path, image, name, classes, min_area, threshold):
+    """A row of boxes.csv for each component of a mask. ValueError: not the image's mask.
+
+    threshold: what the foreground of binary masks exceeds.
+    """
     mask = data.read_mask(path, numbers=classes is not None)  # upright, as predict.py has made it
     size = data.read_image(image).shape[:2]
     if mask.shape != size:
         raise ValueError(f"{path}: {wide(mask.shape)}, but its image {image} is {wide(size)}")
     if classes is None:
-        if data.open_image(path, decode=False).mode == "P":
-            hint = "put the classes.json beside it that predict.py wrote"
-            raise ValueError(f"{path}: a palette of classes that nothing names; {hint}")
-        mask, classes = mask > data.foreground_above(int(mask.max())), ("background", "")
+        mask, classes = mask > threshold, ("background", "")
     elif (top := int(mask[mask < 255].max(initial=0))) >= len(classes):
         raise ValueError(f"{path}: holds class number {top}, which its classes.json does not name")
     rows = []
@@ -1106,9 +1138,15 @@ def boxes(args):
         if classes is not None and len(classes) == 1:  # of two only the second is read
             classes = "background", *classes
         count += len(found)
+        thresholds = dict.fromkeys(found)
+        if classes is None:
+            thresholds = thresholds_of(folder, found, args.mask_threshold)
+        elif args.mask_threshold is not None:
+            raise ValueError(f"--mask-threshold: {names} names class numbers; remove it")
         bar = tqdm(found.items(), desc="boxes", unit="mask", disable=None, leave=False)
         for path, image in bar:
-            rows += boxes_of(path, image, image_names[image], classes, args.min_area)
+            name = image_names[image]
+            rows += boxes_of(path, image, name, classes, args.min_area, thresholds[path])
     if not rows:
         raise ValueError(f"{count} masks have no component of {args.min_area} pixels: no boxes")
     report.write_csv(args.out, rows)
@@ -1118,6 +1156,9 @@ def boxes(args):
 
 
 # --- command line --------------------------------------------------------------------------------
+
+
+MASK_THRESHOLD = "values of binary masks above it, 0 to 255, are foreground; else their values tell"
 
 
 def positive(text):
@@ -1188,6 +1229,7 @@ def parser():
     add("--mask-orientation", choices=data.ORIENTATIONS, help=help)
     help = "count the prompts that this model cuts at its text length: cris, clipseg, biomedclipseg"
     add("--model", metavar="NAME", help=help)
+    add("--mask-threshold", type=report.grey_level, metavar="N", help=MASK_THRESHOLD)
 
     download_options(command)
     prepare_volumes.options(command)
@@ -1199,6 +1241,7 @@ def parser():
     add("--like", required=True, metavar="DATA", help=help)
     help = "pixels below which a component gets no box (%(default)s)"
     add("--min-area", type=positive, default=20, metavar="N", help=help)
+    add("--mask-threshold", type=report.grey_level, metavar="N", help=MASK_THRESHOLD)
 
     textcodes.options(command)
     return top

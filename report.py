@@ -6,6 +6,7 @@ import csv
 import errno
 import json
 import os
+import re
 import secrets
 import shutil
 import sys
@@ -203,6 +204,13 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         self.exit(2, f"error: {message}; --help lists the options\n")
+
+
+def grey_level(text: str) -> int:
+    """Parse a grey level of the command line. Raises ArgumentTypeError if it is not 0 to 255."""
+    if not re.fullmatch(r"[0-9]{1,3}", text) or int(text) > 255:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to 255")
+    return int(text)
 
 
 def command(main) -> None:

@@ -308,6 +308,7 @@ def write_config(options: Options, model, train_set, val_set) -> None:
         "recipe": options.recipe or "default",
         "options": asdict(options),
         "data": {"train": train_set.describe(), "val": val_set.describe()},
+        "masks": data.named(getattr(train_set, "rules", {})),  # how they are read, {data set: rule}
         "versions": {"torch": torch.__version__, "torchvision": torchvision.__version__},
     }
     if hasattr(model, "decoder_source"):  # BiomedCLIPSeg's; None: it started untrained
@@ -374,18 +375,20 @@ def open_sets(options: Options) -> tuple[dict, dict]:
     name. With --overfit they all are the same cases."""
     if options.overfit:
         each = (layouts.annotations(root, "train", options.group_regex) for root in options.data)
-        one = evaluate.open_dataset(sum(each, [])[: options.overfit], options)
-        print(f"--overfit: train, val and test are the same: {one.describe()}")
+        name = "--overfit: train, val and test are the same"
+        one = evaluate.open_sets({name: sum(each, [])[: options.overfit]}, options)[name]
         print("  scores then tell that the parts fit together, and nothing of new cases")
         return {"train": one, "val": one}, {"overfit": one}
-    tests, sets = evaluate.open_tests(options), {}
+    tests = evaluate.list_tests(options)
+    lists = {f"test {name}": entries for name, entries in tests.items()}
     if not options.eval or options.threshold == "auto":
         parts = layouts.train_and_val(options.data, options.seed, options.group_regex, options.fold)
-        parts = dict(zip(("train", "val"), parts, strict=True))
-        for name in ("val",) if options.eval else parts:
-            sets[name] = evaluate.open_dataset(parts[name], options)
-            print(f"{name}: {sets[name].describe()}")
-    return sets, tests
+        lists |= dict(zip(("train", "val"), parts, strict=True))
+    if options.eval:
+        lists.pop("train", None)
+    opened = evaluate.open_sets(lists, options)
+    sets = {name: opened[name] for name in ("train", "val") if name in opened}
+    return sets, {name: opened[f"test {name}"] for name in tests}
 
 
 def check_prompts(options: Options, tokenizer, sets: dict, tests: dict) -> None:

@@ -1,5 +1,7 @@
 """Reading rules, annotation errors, the cache, and the order of batches."""
 
+import io
+import itertools
 import json
 import os
 import pickle
@@ -9,7 +11,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageFilter
 from scipy import ndimage
 
 import data
@@ -80,11 +82,277 @@ def test_every_kind_of_mask_is_read_as_the_same_foreground(kind, tmp_path):
 
 
 def test_a_nearly_black_jpeg_mask_beside_a_full_one_stays_empty(tmp_path):
-    faint = as_image((BLOB * 40).astype(np.uint8))  # what compression can leave of nothing
+    noise = BLOB * RNG.integers(0, 8, BLOB.shape)  # what compression can leave of nothing
+    faint = as_image(noise.astype(np.uint8))
     full = as_image(BLOB.astype(np.uint8) * 255)
     dataset = opened(write_set(tmp_path / "set", {"a.png": full, "b.png": faint}), tmp_path)
     assert dataset.pixels(0)[1].sum() == BLOB.sum() and dataset.pixels(1)[1].sum() == 0
     assert "read > 127, 1 of them empty" in dataset.describe()
+
+
+# --- binary masks, maps of several values, and one decision for a data set ---
+
+
+def blobs(size=96, seed=0):
+    """Return a mask of a few ellipses, bool (size,size)."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:size, :size]
+    mask = np.zeros((size, size), dtype=bool)
+    for _ in range(4):
+        centre = rng.uniform(0.15, 0.85, 2) * size
+        radii = rng.uniform(0.06, 0.22, 2) * size
+        mask |= ((y - centre[0]) / radii[0]) ** 2 + ((x - centre[1]) / radii[1]) ** 2 < 1
+    return mask
+
+
+def through_jpeg(mask, quality):
+    file = io.BytesIO()
+    mask.save(file, "JPEG", quality=quality)
+    return as_image(np.asarray(Image.open(file)))
+
+
+def resized(mask, factor, how):
+    side = round(mask.width * factor)
+    return mask.resize((side, side), how)
+
+
+HONEST = {
+    "hard": lambda mask: mask,
+    **{f"JPEG {q}": lambda mask, q=q: through_jpeg(mask, q) for q in (50, 70, 75, 85, 95, 100)},
+    **{
+        f"blurred {sigma}": lambda mask, sigma=sigma: mask.filter(ImageFilter.GaussianBlur(sigma))
+        for sigma in (1, 3)
+    },
+    **{
+        f"{how.name} x{factor}": lambda mask, how=how, factor=factor: resized(mask, factor, how)
+        for how in (Image.Resampling.BILINEAR, Image.Resampling.BICUBIC, Image.Resampling.LANCZOS)
+        for factor in (0.4, 4)
+    },
+    "resized and JPEG": lambda mask: through_jpeg(resized(mask, 2, Image.Resampling.BICUBIC), 75),
+}
+
+
+@pytest.mark.parametrize("kind", HONEST)
+def test_noise_and_soft_edges_are_cut_at_a_half_without_a_word(kind, tmp_path, capsys):
+    masks = {}
+    for k in range(3):
+        masks[f"{k}.png"] = HONEST[kind](as_image(blobs(seed=k).astype(np.uint8) * 255))
+    dataset = opened(write_set(tmp_path / "set", masks), tmp_path)
+    assert dataset.rules == {dataset.entries[0].root: "> 127"}
+    for k, mask in enumerate(masks.values()):
+        assert np.array_equal(dataset.pixels(k)[1], np.asarray(mask) > 127)
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 1 and said[0].startswith("decoding 3 images")
+
+
+def nuclei(step=7, side=5):
+    """Return numbered squares, uint16 (96,96): 1, 2, …"""
+    numbers = np.zeros((96, 96), dtype=np.uint16)
+    corners = range(0, 96 - side, step)
+    for k, (y, x) in enumerate(itertools.product(corners, corners)):
+        numbers[y : y + side, x : x + side] = k + 1
+    return numbers
+
+
+def painted(*values):
+    """Return stripes of these values on 0, uint8 (60,80)."""
+    mask = np.zeros((60, 80), dtype=np.uint8)
+    for k, value in enumerate(values):
+        mask[5 + 12 * k : 12 + 12 * k, 10:70] = value
+    return mask
+
+
+def in_colours():
+    mask = np.zeros((60, 80, 3), dtype=np.uint8)
+    mask[5:20, 10:40] = 112, 48, 32
+    mask[30:50, 20:60] = 176, 112, 32
+    return mask
+
+
+SEVERAL = {
+    "instances": (as_image(nuclei()), "0 (4991 pixels), 1 (25 pixels)"),
+    "grey levels": (as_image(painted(128, 255)), "0 (3960 pixels), 128 (420 pixels), 255 (420"),
+    "colours": (as_image(in_colours()), "0 (3550 pixels), 112 (450 pixels), 176 (800 pixels)"),
+    "class numbers and void": (as_image(painted(1, 2, 255)), "1 (420 pixels), 2 (420 pixels), 255"),
+    "a class and void": (as_image(painted(1, 255)), "0 (3960 pixels), 1 (420 pixels), 255 (420"),
+    "numbers alone": (as_image(painted(1, 2, 3)), "no value above 127: 0 (3540 pixels), 1 (420"),
+}
+
+
+@pytest.mark.parametrize("kind", SEVERAL)
+@pytest.mark.parametrize("beside", ["none", "JPEG masks"])
+def test_maps_of_several_values_are_refused(kind, beside, tmp_path):
+    mask, counts = SEVERAL[kind]
+    masks = {"map.png": mask}
+    if beside == "JPEG masks" and kind != "numbers alone":
+        for k in range(5):
+            masks[f"{k}.png"] = through_jpeg(as_image(blobs(seed=k).astype(np.uint8) * 255), 75)
+    with pytest.raises(ValueError) as caught:
+        opened(write_set(tmp_path / "set", masks), tmp_path)
+    line = str(caught.value)
+    assert "set/masks/map.png: holds" in line and counts in line and "\n" not in line
+    assert "classes.json" in line and "--mask-threshold 0..255" in line
+
+
+def test_a_class_alone_is_named_but_other_values_are_in_the_masks(tmp_path):
+    root = write_set(tmp_path / "set", {"a.png": as_image(painted(51, 102, 153, 204))})
+    (root / "classes.json").write_text('{"0": "background", "1": "lesion"}')
+    with pytest.raises(ValueError, match="a.png: holds several values"):
+        opened(root, tmp_path)
+
+
+def test_small_objects_in_many_files_are_found_together(tmp_path):
+    masks = {}
+    for k in range(12):
+        mask = painted(255)
+        mask[40:43, 10 + 5 * k : 13 + 5 * k] = 128  # nine pixels, one of them flat
+        masks[f"{k}.png"] = as_image(mask)
+    with pytest.raises(ValueError, match=r"0.png: holds several values.*\(11 more masks are like it"):
+        opened(write_set(tmp_path / "set", masks), tmp_path)
+
+
+@pytest.mark.parametrize("value", [128, 200, 254])
+def test_a_foreground_of_one_value_is_binary(value, tmp_path):
+    root = write_set(tmp_path / "set", {"a.png": as_image(painted(value))})
+    assert np.array_equal(opened(root, tmp_path).pixels(0)[1], painted(value) > 0)
+
+
+def test_flat_pixels_are_those_whose_neighbourhood_has_one_value(tmp_path):
+    rng = np.random.default_rng(1)
+    for shape in ((40, 50), (3, 3), (2, 9), (1, 1)):
+        mask = np.kron(rng.integers(0, 4, shape), np.ones((2, 3)))[: shape[0], : shape[1]] * 85
+        mask = mask.astype(np.uint8)
+        low = ndimage.minimum_filter(mask, 3, mode="nearest")
+        flat = low == ndimage.maximum_filter(mask, 3, mode="nearest")
+        flat[[0, -1]] = flat[:, [0, -1]] = False  # the border has no whole neighbourhood
+        expected = [np.bincount(mask.ravel(), minlength=256), np.bincount(mask[flat], minlength=256)]
+        path = tmp_path / "a.png"
+        as_image(mask).save(path)
+        counts = data.count_values(layouts.Entry("a", path, path, {}, tmp_path), mask)
+        assert np.array_equal(counts, [*expected, np.zeros(256)]), shape
+
+
+def test_a_given_threshold_decides_and_the_images_are_not_decoded_again(tmp_path, capsys):
+    root = write_set(tmp_path / "set", {"a.png": as_image(painted(64, 128, 255))})
+    lists = {"all": layouts.annotations(root, "train")}
+    with pytest.raises(ValueError, match="several values"):
+        data.open_datasets(lists, tmp_path / "cache")
+    capsys.readouterr()
+    for threshold in (0, 63, 64, 127, 128, 254):
+        reading = data.MaskReading(threshold)
+        dataset = data.open_datasets(lists, tmp_path / "cache", reading=reading)["all"]
+        assert np.array_equal(dataset.pixels(0)[1], painted(64, 128, 255) > threshold)
+        assert f"masks read > {threshold}," in dataset.describe()
+        assert data.named(dataset.rules) == {"set": f"--mask-threshold {threshold}"}
+    assert capsys.readouterr().out == ""
+    with pytest.raises(ValueError, match=r"all 1 masks are empty \(read --mask-threshold 255\)"):
+        data.open_datasets(lists, tmp_path / "cache", reading=data.MaskReading(255))
+
+
+def test_a_threshold_has_no_meaning_for_class_numbers(tmp_path):
+    root = write_set(tmp_path / "set", {"a.png": as_image(painted(1, 2))})
+    (root / "classes.json").write_text('{"0": "background", "1": "a", "2": "b"}')
+    lists = {"all": layouts.annotations(root, "train")}
+    with pytest.raises(ValueError, match="--mask-threshold: these masks hold class numbers"):
+        data.open_datasets(lists, tmp_path / "cache", reading=data.MaskReading(40))
+
+
+def three_splits(root, train, val, test):
+    for split, mask in {"train": train, "val": val, "test": test}.items():
+        write_set(root, {f"{split}.png": as_image(mask)}, split=split)
+    return {split: layouts.annotations(root, split) for split in ("train", "val", "test")}
+
+
+def test_void_stays_void_in_a_split_without_a_lesion(tmp_path):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set/classes.json").write_text('{"0": "background", "1": "lesion"}')
+    lists = three_splits(tmp_path / "set", painted(1, 255), painted(255), painted(1))
+    counts = data.count_masks(sum(lists.values(), []))
+    decision = data.mask_rule(sum(lists.values(), []), counts)
+    assert (decision.rule, decision.errors, decision.notes) == ("by number", [], [])
+    with pytest.raises(ValueError, match=r"all 1 masks are empty \(read by number\)"):
+        data.open_datasets(lists, tmp_path / "cache")  # not "> 127", which made void the lesion
+    del lists["val"]
+    sets = data.open_datasets(lists, tmp_path / "cache")
+    assert np.array_equal(sets["train"].pixels(0)[1], painted(1, 255))
+    assert np.array_equal(sets["test"].pixels(0)[1], painted(1))
+
+    # A later test of a split that holds too little to tell goes by the run's rule.
+    lists = {"val": layouts.annotations(tmp_path / "set", "val")}
+    alone = data.open_datasets(lists, tmp_path / "cache")["val"]
+    assert "read > 127" in alone.describe()
+    with pytest.raises(ValueError, match="read by number"):
+        reading = data.MaskReading(known={"set": "by number"})
+        data.open_datasets(lists, tmp_path / "cache", reading=reading)
+
+
+def test_a_run_s_rule_is_left_where_the_values_contradict_it(tmp_path, capsys):
+    root = write_set(tmp_path / "set", {"a.png": through_jpeg(as_image(blobs() * np.uint8(255)), 75)})
+    reading = data.MaskReading(known={"set": "> 0", "other": "by number"})
+    lists = {"all": layouts.annotations(root, "train")}
+    dataset = data.open_datasets(lists, tmp_path / "cache", reading=reading)["all"]
+    assert "read > 127" in dataset.describe()
+    assert f"{root}: masks are read > 127; the run read set > 0" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("joined", [True, False])
+def test_files_of_two_ranges_are_each_read_by_their_own(joined, tmp_path, capsys):
+    """0/255 in train, 0/1 in val, and in test a black JPEG that is 1 all over and a 0/255 mask."""
+    black = through_jpeg(Image.new("L", (80, 60)), 70)
+    assert set(np.unique(black)) == {1}
+    lists = three_splits(tmp_path / "set", painted(255), painted(1), painted(255))
+    if joined:
+        sets = data.open_datasets(lists, tmp_path / "cache")
+        for name, entries in lists.items():
+            assert np.array_equal(sets[name].pixels(0)[1], painted(1)), name
+        said = capsys.readouterr().out
+        assert said.count("1 masks hold 0 and 1 (val.png), others go up to 255") == 1
+        assert data.named(sets["train"].rules) == {"set": "by file"}
+    else:
+        black.save(tmp_path / "set/masks/val.png")
+        sets = data.open_datasets(lists | {"val": lists["val"] + lists["test"]}, tmp_path / "cache")
+        assert data.named(sets["val"].rules) == {"set": "> 127"}
+        assert not sets["val"].pixels(0)[1].any() and sets["val"].pixels(1)[1].any()
+
+
+def test_colours_are_no_class_numbers(tmp_path):
+    red_green = np.zeros((60, 80, 3), dtype=np.uint8)
+    red_green[5:20, 10:40, 0] = 255
+    red_green[30:50, 20:60, 1] = 255
+    root = write_set(tmp_path / "set", {"a.png": as_image(red_green)})
+    names = {"0": "background", "1": "red", "2": "green"}
+    (root / "classes.json").write_text(json.dumps(names))
+    with pytest.raises(ValueError, match="a.png: holds colours, which are no class numbers"):
+        opened(root, tmp_path)
+    as_image(np.repeat(painted(1, 2)[..., None], 3, axis=2)).save(root / "masks/a.png")
+    assert np.array_equal(opened(root, tmp_path).pixels(0)[1], painted(1, 2))  # grey as RGB
+
+
+def test_a_foreground_in_any_one_colour_is_binary_but_not_in_several(tmp_path):
+    shapes = painted(1, 2)
+    for k, colour in enumerate([(255, 0, 0), (128, 0, 0), (0, 200, 90), (255, 255, 255)]):
+        colours = np.zeros((60, 80, 3), dtype=np.uint8)
+        colours[shapes > 0] = colour
+        for kind, mask in {"png": as_image(colours), "jpg": through_jpeg(as_image(colours), 90)}.items():
+            if kind == "jpg" and max(colour) < 255:
+                continue  # noise around a grey value cannot be cut at a half
+            root = write_set(tmp_path / f"{kind}{k}", {"a.png": mask})
+            read = opened(root, tmp_path).pixels(0)[1]
+            assert np.array_equal(read, np.asarray(mask).max(axis=2) > 127), (kind, colour)
+
+    voc = Image.fromarray(shapes, mode="P")  # two classes, both of which have 128 as their maximum
+    voc.putpalette([0, 0, 0, 128, 0, 0, 0, 128, 0] + [0] * 759)
+    red_green = np.stack([(shapes == 1) * 255, (shapes == 2) * 255, shapes * 0], -1).astype(np.uint8)
+    on_blue = np.where(shapes[..., None] > 0, 255, (0, 0, 255)).astype(np.uint8)
+    several = {"palette": voc, "red and green": as_image(red_green), "white on blue": as_image(on_blue)}
+    for kind, mask in several.items():
+        root = write_set(tmp_path / kind, {"a.png": mask})
+        with pytest.raises(ValueError, match="a.png: holds several colours"):
+            opened(root, tmp_path)
+        lists = {"all": layouts.annotations(root, "train")}
+        reading = data.MaskReading(0)
+        chosen = data.open_datasets(lists, tmp_path / "cache", reading=reading)["all"]
+        assert np.array_equal(chosen.pixels(0)[1], np.asarray(mask.convert("RGB")).any(axis=2))
 
 
 def test_all_masks_empty_is_an_error(tmp_path):

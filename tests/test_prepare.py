@@ -17,6 +17,8 @@ from conftest import ROOT, contents
 from PIL import Image
 from scipy import ndimage
 
+import data
+import layouts
 import prepare
 import report
 
@@ -569,7 +571,7 @@ def entry_twice(root):
 
 def mixed_rules(root):
     change_masks(root, lambda mask: Image.fromarray(mask // 255), "0001[89].png")
-    return "/anns: > 127 in train, > 0 in val"
+    return "/set: 2 masks hold 0 and 1 (00018.png), others go up to 255; each file is read by"
 
 
 DEFECTS = [
@@ -838,4 +840,83 @@ def test_class_maps_are_checked(tmp_path, capsys):
     mask[:5] = 9
     Image.fromarray(mask).save(tmp_path / "maps/val/masks/val1.png")
     assert prepare.main(["check", str(tmp_path / "maps")]) == 1
-    assert "val1.png: 9, which classes.json does not name" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "val1.png: holds class number 9, but" in said and "classes.json ends at 2" in said
+
+
+def pairs_of(root, masks, classes=None):
+    """Write ROOT/{train,val,test}/{images,masks}, one pair a split. masks: {split: array}."""
+    rng = np.random.default_rng(0)
+    for split, mask in masks.items():
+        for kind in ("images", "masks"):
+            (root / split / kind).mkdir(parents=True)
+        pixels = rng.integers(0, 255, (*mask.shape[:2], 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(root / split / "images" / f"{split}.png")
+        Image.fromarray(mask).save(root / split / "masks" / f"{split}.png")
+    if classes:
+        (root / "classes.json").write_text(json.dumps(dict(enumerate(classes))))
+    return root
+
+
+def stripes(*values):
+    mask = np.zeros((40, 50), np.uint8)
+    for k, value in enumerate(values):
+        mask[2 + 9 * k : 9 + 9 * k, 5:45] = value
+    return mask
+
+
+def coloured(*values):
+    return np.stack([stripes(*values), stripes(*values[::-1]), stripes()], axis=-1)
+
+
+LESION = ("background", "lesion")
+NOT_BINARY = {
+    "grey levels": (stripes(128, 255), None, "train.png: holds several values"),
+    "one class, other values": (stripes(51, 204), LESION, "train.png: holds several values"),
+    "class and void": (stripes(1, 255), None, "train.png: holds several values"),
+    "colours": (coloured(255, 0), ("none", "red", "green"), "train.png: holds colours, which are"),
+    "unnamed": (stripes(1, 2, 3), (*LESION, "rim"), "train.png: holds class number 3, but"),
+}
+
+
+@pytest.mark.parametrize("kind", NOT_BINARY)
+def test_check_and_training_refuse_the_same_masks_with_the_same_words(kind, tmp_path, capsys):
+    mask, classes, line = NOT_BINARY[kind]
+    root = pairs_of(tmp_path / "set", dict.fromkeys(("train", "val", "test"), mask), classes)
+    assert prepare.main(["check", str(root)]) == 1
+    said = capsys.readouterr().out
+    assert line in said
+    lists = {split: layouts.annotations(root, split) for split in ("train", "val", "test")}
+    with pytest.raises(ValueError, match=line) as caught:
+        data.open_datasets(lists, tmp_path / "cache")
+    assert str(caught.value) in said
+
+
+def test_check_reads_void_as_training_does(tmp_path, capsys):
+    """One class, 255 is void; val has no lesion."""
+    masks = {"train": stripes(1, 255), "val": stripes(255), "test": stripes(1)}
+    prepare.main(["check", str(pairs_of(tmp_path / "set", masks, LESION))])
+    said = capsys.readouterr().out
+    assert "read by number" in said and "9.3% of an image in the mean, 0.0% to 14.0%" in said
+    assert "val.png: no pixel of class 1, the largest is 255 (val)" in said
+    assert "train.png" not in said
+
+
+def test_check_takes_a_threshold(tmp_path, capsys):
+    masks = dict.fromkeys(("train", "val", "test"), stripes(64, 128, 255))
+    root = pairs_of(tmp_path / "set", masks)
+    for threshold, share in ((0, "42.0%"), (64, "28.0%"), (128, "14.0%")):
+        assert prepare.main(["check", str(root), "--mask-threshold", str(threshold)]) == 0
+        said = capsys.readouterr().out
+        assert f"read > {threshold}" in said and f"{share} of an image" in said
+    for wrong in ("256", "-1", "1.5", "half"):
+        assert program(["check", str(root), f"--mask-threshold={wrong}"]) == 2
+        assert f"'{wrong}' is not a whole number from 0 to 255" in capsys.readouterr().err
+
+
+def test_a_threshold_without_effect_is_refused(tmp_path, capsys):
+    masks = dict.fromkeys(("train", "val", "test"), stripes(1, 2))
+    root = pairs_of(tmp_path / "set", masks, (*LESION, "rim"))
+    assert program(["check", str(root), "--mask-threshold", "0"]) == 2
+    error = capsys.readouterr().err
+    assert "hold class numbers; remove it" in error and error.count("\n") == 1

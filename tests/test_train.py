@@ -802,3 +802,142 @@ def test_several_processes_are_refused(rank, options, monkeypatch, capsys):
     assert not Path(options.out).exists()
     monkeypatch.setenv("WORLD_SIZE", "1")
     report.refuse_several_processes()
+
+
+# --- how masks are read: one decision for a data set, kept in the run ---
+
+
+def stripes(*values):
+    mask = np.zeros((40, 50), np.uint8)
+    for k, value in enumerate(values):
+        mask[2 + 9 * k : 9 + 9 * k, 5:45] = value
+    return mask
+
+
+def picture_set(root, masks, classes=None):
+    """Write ROOT/{train,val,test}/{images,masks}, two pairs a split. masks: {split: array}."""
+    for split, mask in masks.items():
+        for kind in ("images", "masks"):
+            (root / split / kind).mkdir(parents=True)
+        for k in range(2):
+            pixels = np.random.default_rng(k).integers(0, 255, (40, 50, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / split / "images" / f"{split}{k}.png")
+            Image.fromarray(mask).save(root / split / "masks" / f"{split}{k}.png")
+    if classes:
+        (root / "classes.json").write_text(json.dumps(dict(enumerate(classes))))
+    return root
+
+
+def opening(tmp_path, root, **how):
+    """The options of a training that only opens its data sets."""
+    how = {"model": "segformer", "cache": str(tmp_path / "cache"), "data": [str(root)]} | how
+    return resolve(train.Options(out=str(tmp_path / "run"), **how))[0]
+
+
+def test_the_threshold_of_masks_is_kept_in_the_run(tmp_path, monkeypatch, capsys):
+    splits = ("train", "val", "test")
+    root = picture_set(tmp_path / "soft", dict.fromkeys(splits, stripes(64, 128, 255)))
+    other = picture_set(tmp_path / "other", dict.fromkeys(splits, stripes(255)))
+    out = str(tmp_path / "run")
+    options = train.Options(
+        model="segformer", variant="mini", weights="none", data=[str(root)], out=out, size=[64],
+        cache=str(tmp_path / "cache"), mask_threshold=100, max_steps=2, batch_size=2, workers=0,
+        device="cpu", overlays=0,
+    )  # fmt: skip
+    foreground = {"soft": 560, "other": 280}  # a stripe has 7 x 40 pixels
+
+    def truth(folder):
+        named = rows(f"{folder}/test/per_image.csv")
+        return {row["dataset"]: int(row["tp"]) + int(row["fn"]) for row in named}
+
+    train.run(options)
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    assert config["masks"] == {"soft": "--mask-threshold 100"}
+    assert config["options"]["mask_threshold"] == 100
+    assert truth(out) == {"soft": 560}
+
+    # A later test of the same data set goes by the run, one of another by its own values.
+    tests = [str(root), str(other)]
+    again = train.Options(weights=out, eval=True, test=tests, cache=options.cache, workers=0,
+                          device="cpu", overlays=0, out=str(tmp_path / "again"))  # fmt: skip
+    train.run(again)
+    said = capsys.readouterr().out
+    assert truth(again.out) == foreground
+    assert "test other: " in said and "masks read > 127, 0 of them empty" in said
+
+    # So does a resumed run, which refuses another threshold.
+    train.run(replace(options, resume=True))
+    with pytest.raises(ValueError, match="--mask-threshold 100 -> 64"):
+        train.run(replace(options, resume=True, mask_threshold=64))
+
+    # predict.py draws the ground truth by it: green where the mask is 128 or 255.
+    common = [root, "--weights", out, "--device", "cpu", "--split", "test"]
+    code, _, error = command(
+        monkeypatch, capsys, predict, *common, "--out", tmp_path / "masks", "--overlays"
+    )
+    assert code == 0, error
+    drawn = np.asarray(Image.open(tmp_path / "masks/test0_overlay.png"))
+    green = (drawn == report.TRUTH).all(axis=2)
+    assert np.array_equal(green, report.outline(stripes(64, 128, 255) > 100, 1))
+    for k, (more, line) in enumerate({
+        ("--mask-threshold", "9"): "--mask-threshold has no effect without --overlays",
+        ("--mask-threshold", "256", "--overlays"): "'256' is not a whole number from 0 to 255",
+    }.items()):  # fmt: skip
+        code, _, error = command(
+            monkeypatch, capsys, predict, *common, "--out", tmp_path / f"{k}", *more
+        )
+        assert code == 2 and line in error and error.count("\n") == 1
+
+    # Runs of before know no rules: the data set is judged by its values.
+    del config["masks"]
+    (tmp_path / "run/config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="test0.png: holds several values"):
+        train.run(replace(again, out=str(tmp_path / "old")))
+    train.run(replace(again, test=[str(other)], out=str(tmp_path / "older")))
+    assert truth(tmp_path / "older") == {"other": 280}
+
+
+@pytest.mark.parametrize("how", ["tested", "not tested", "overfit"])
+def test_all_splits_decide_how_a_data_set_is_read(how, tmp_path, capsys):
+    """One class, 255 is void: only the test split has a lesion."""
+    masks = {"train": stripes(1, 255), "val": stripes(1, 255), "test": stripes(1)}
+    if how == "overfit":  # the case that is opened is void and nothing else
+        masks["train"] = stripes(255)
+    root = picture_set(tmp_path / "set", masks, ("background", "lesion"))
+    other = picture_set(tmp_path / "other", {"test": stripes(255)})
+    if how == "overfit":
+        with pytest.raises(ValueError, match=r"all 1 masks are empty \(read by number\)"):
+            train.open_sets(opening(tmp_path, root, overfit=1))
+        return
+    tests = [] if how == "tested" else [str(other)]
+    sets, _ = train.open_sets(opening(tmp_path, root, test=tests))
+    rules = data.named(sets["train"].rules)
+    assert rules == {"set": "by number"} | ({} if how == "tested" else {"other": "> 127"})
+    assert capsys.readouterr().out.count("masks read by number") == (3 if how == "tested" else 2)
+
+
+def test_masks_of_a_split_that_is_not_opened_count_and_may_be_missing(tmp_path, capsys):
+    masks = {"train": stripes(255), "val": stripes(255), "test": stripes(128, 255)}
+    root = picture_set(tmp_path / "set", masks)
+    other = picture_set(tmp_path / "other", {"test": stripes(255)})
+    options = opening(tmp_path, root, test=[str(other)])
+    for _ in range(2):  # the second time from the cache
+        with pytest.raises(ValueError, match="test0.png: holds several values"):
+            train.open_sets(options)
+    (root / "test/masks/test0.png").write_text("no image")
+    train.open_sets(options)
+    said = capsys.readouterr().out
+    assert "set: test does not count for how masks are read (" in said
+    assert said.count("masks read > 127") == 3
+
+
+@pytest.mark.parametrize("value", ["256", "-1", "0.5", "half"])
+def test_a_mask_threshold_is_a_grey_level(value, monkeypatch, capsys):
+    code, _, error = command(monkeypatch, capsys, train, f"--mask-threshold={value}")
+    assert code == 2 and f"'{value}' is not a whole number from 0 to 255" in error
+    assert error.count("\n") == 1
+
+
+def test_volumes_take_no_mask_threshold():
+    with pytest.raises(ValueError, match="--mask-threshold: swin_unetr3d takes volumes"):
+        resolve(train.Options(model="swin_unetr3d", data=["x"], mask_threshold=0))
