@@ -13,6 +13,8 @@ from conftest import ROOT
 
 import features
 
+pytestmark = pytest.mark.numeric
+
 
 def row(i: int) -> torch.Tensor:
     return torch.arange(6.0).view(2, 3) + 10 * i

@@ -17,6 +17,8 @@ from scipy.stats import bootstrap
 
 import metrics
 
+pytestmark = pytest.mark.numeric
+
 
 def random_mask(rng, shape):
     """Noise, a smooth blob, a box that touches the border, a single pixel or everything."""

@@ -11,6 +11,8 @@ from PIL import Image
 import cris
 import predict
 
+pytestmark = pytest.mark.numeric
+
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
