@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test test-slow test-online
+.PHONY: demo test test-slow test-online test-processors
 
 demo: .venv/run.done  ## demo data, a small CRIS that learns to read, its scores and overlays
 	$(BIN)/python prepare.py demo --out data/demo
@@ -13,6 +13,15 @@ test: .venv/dev.done  ## every test that is quick and needs no connection
 
 test-slow: .venv/dev.done  ## minutes each
 	$(BIN)/python -m pytest tests -q -m slow
+
+# Stand-ins for other processors: with everything at its lowest and one thread, and with AVX2 at most.
+LOWEST = MKL_CBWR=COMPATIBLE ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 OMP_NUM_THREADS=1
+AVX2 = ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2
+NUMERIC = $(BIN)/python -m pytest tests -q -m "numeric and not slow and not online"
+
+test-processors: .venv/dev.done  ## the tests that compare numbers, twice: see above
+	$(LOWEST) $(NUMERIC)
+	$(AVX2) $(NUMERIC)
 
 test-online: .venv/dev.done  ## real weights from the hub, published numbers
 	$(BIN)/python -m pytest tests -q -rs -m online

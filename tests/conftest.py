@@ -123,6 +123,9 @@ def real_weights(real_data) -> Path:
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: minutes; run by `make test-slow`")
     config.addinivalue_line("markers", "online: needs the hub; run by `make test-online`")
+    config.addinivalue_line(
+        "markers", "numeric: compares computed numbers; also run by `make test-processors`"
+    )
 
 
 @pytest.fixture

@@ -13,6 +13,8 @@ import adapters
 import cris
 import sam_decoder
 
+pytestmark = pytest.mark.numeric
+
 
 def mini() -> cris.CRIS:
     torch.manual_seed(0)

@@ -7,6 +7,8 @@ import torch
 import augment
 import protocol
 
+pytestmark = pytest.mark.numeric
+
 
 @pytest.mark.parametrize(
     "prompt, horizontal, vertical",

@@ -23,6 +23,8 @@ from transformers.models.beit.image_processing_pil_beit import BeitImageProcesso
 import beit
 from beit import BEiT
 
+pytestmark = pytest.mark.numeric
+
 logging.set_verbosity_error()  # it tells that the auxiliary head is missing; so do the tests
 logging.disable_progress_bar()
 MINI = beit.VARIANTS["mini"]

@@ -31,6 +31,8 @@ from biomedclipseg import VARIANTS, BiomedCLIPSeg
 from options import Options
 from tokenizer import CHARACTERS, WordPieceTokenizer
 
+pytestmark = pytest.mark.numeric
+
 FILE = np.load(ROOT / "tests/golden/biomedclipseg.npz")
 NAMES = json.loads(str(FILE["keys"]))
 MINI = VARIANTS["mini"]
@@ -288,7 +290,9 @@ def test_padding_changes_nothing(mini):
         torch.testing.assert_close(mini.encode_text(tokens), padded, rtol=0, atol=1e-12)
         torch.testing.assert_close(mini.encode_text(tokens[:1, :5]), padded[:1], rtol=0, atol=1e-12)
         ours, short = mini.float().encode_text(tokens), mini.encode_text(tokens[:, :9])
-        assert torch.equal(ours, short) and (ours - padded).abs().max() < 1e-6
+        assert torch.equal(ours, short)  # the padding is cut off first: the same computation
+        rounding = 1e-5 * padded.abs().max()  # of float32, in two layers
+        assert (ours - padded).abs().max() < rounding
         mini.double()
         full = mini.encode_text(tokens.where(tokens != 0, 7))
         assert (full - padded).abs().max() > 1e-3  # these are seen

@@ -21,6 +21,8 @@ import recipes
 import segformer
 import train
 
+pytestmark = pytest.mark.numeric
+
 NAMES = ("background", "disc", "box")
 
 

@@ -24,6 +24,8 @@ import train
 from clipseg import CLIPSeg
 from tokenizer import CLIPTokenizer
 
+pytestmark = pytest.mark.numeric
+
 OFFICIAL = ("rd64-refined", "rd64", "rd16")
 MINI = clipseg.VARIANTS["mini"]
 TOKENS = torch.tensor([[49406, 736, 17, 49407, 0, 0], [49406, 1, 2, 3, 4, 49407]])
@@ -321,7 +323,8 @@ def test_features_of_one_image_serve_many_prompts(mini):
         ours = mini.decode(features[features_of], tokens[prompts])
         pairs = zip(images[features_of].expand(3, -1, -1, -1), texts[prompts].expand(3, -1))
         one_by_one = [mini(image[None], condition=text[None]) for image, text in pairs]
-        close(ours, torch.cat(one_by_one), 5e-6)
+        expected = torch.cat(one_by_one)
+        close(ours, expected, 1e-5 * expected.abs().max().item())  # products of other shapes
     mixture = 0.7 * texts + 0.3 * mini.encode_visual_prompt(images)
     assert torch.equal(mini(images, condition=mixture), mini.decode(features, condition=mixture))
     assert torch.equal(mini(images, tokens), mini.decode(features, tokens))
@@ -330,9 +333,10 @@ def test_features_of_one_image_serve_many_prompts(mini):
 @torch.no_grad()
 def test_what_is_behind_the_end_of_a_phrase_changes_nothing(mini):
     texts = mini.encode_text(TOKENS)
+    rounding = 1e-5 * texts.abs().max().item()  # float32's, of products of other shapes
     for filler in (0, 49407, 5):
-        close(mini.encode_text(F.pad(TOKENS, (0, 71), value=filler)), texts, 2e-6)
-    close(mini.encode_text(TOKENS[:1, :4]), texts[:1], 2e-6)
+        close(mini.encode_text(F.pad(TOKENS, (0, 71), value=filler)), texts, rounding)
+    close(mini.encode_text(TOKENS[:1, :4]), texts[:1], rounding)
 
 
 def test_wrong_calls_are_told(mini):

@@ -9,6 +9,8 @@ import prepare
 import recipes
 import train
 
+pytestmark = pytest.mark.numeric
+
 
 @pytest.mark.slow
 def test_one_prompt_for_all_images(tmp_path, monkeypatch, capsys):

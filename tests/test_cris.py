@@ -17,6 +17,8 @@ from torchvision.transforms import v2
 
 import cris
 
+pytestmark = pytest.mark.numeric
+
 VARIANTS = ("rn50", "rn101")
 
 

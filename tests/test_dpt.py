@@ -24,6 +24,8 @@ from transformers import (
 import dpt
 from dpt import DPT
 
+pytestmark = pytest.mark.numeric
+
 MINI = dpt.VARIANTS["mini"]
 # What transformers' class has and ours has not: a loss in training alone needs the auxiliary head,
 # nothing reads the last norm, and the deepest fusion has nothing to join.

@@ -17,6 +17,8 @@ import data
 import features
 import layouts
 
+pytestmark = pytest.mark.numeric
+
 
 def row(i: int) -> torch.Tensor:
     return torch.arange(6.0).view(2, 3) + 10 * i

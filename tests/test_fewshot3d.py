@@ -15,6 +15,8 @@ import swin_unetr3d
 import volumes
 from fewshot3d import AttentionUniversal, CrossModalTransformer, TextSwinUNETR
 
+pytestmark = pytest.mark.numeric
+
 MINI = replace(fewshot3d.VARIANTS["mini"], num_classes=4, classes=("background", *"abcd"))
 SIDES = (96, 32, 32)
 TEXT = replace(fewshot3d.TEXT_VARIANTS["mini"], image_size=SIDES)
@@ -279,8 +281,8 @@ def test_golden_outputs_of_the_text_options(variant, tmp_path, capsys):
     limits = {name: limits[f"attention_contrast_concat/{name}"] for name in found}
     compare(found, arrays, limits, part, f"out/{variant}/")
     assert (contrast is None) != model.config.contrast
-    if contrast is not None:  # float32 has steps of 6e-8 there, the official gap is below one
-        close(contrast, torch.from_numpy(arrays[f"out/{variant}/contrast_loss"]), 2.5e-7)
+    if contrast is not None:  # cosines of hundreds of numbers, which round by sqrt(n) * 6e-8
+        close(contrast, torch.from_numpy(arrays[f"out/{variant}/contrast_loss"]), 5e-6)
 
 
 def text_model(**options) -> TextSwinUNETR:
@@ -368,8 +370,10 @@ def test_concat_begins_as_the_plain_model(inputs, tmp_path, capsys):
         new = model.decoder5.transp_conv.weight
         assert torch.equal(new, torch.cat((old, old if repeat else torch.zeros_like(old))))
         logits, _ = model(windows[:1], text)
-        same = torch.allclose(logits, expected, rtol=0, atol=1e-6 * expected.abs().max().item())
-        assert same != repeat
+        # Channels times 0 are added, perhaps in another order: float32's rounding of such sums.
+        rounding = 1e-5 * expected.abs().max().item()
+        difference = (logits - expected).abs().max().item()
+        assert difference > 100 * rounding if repeat else difference <= rounding
 
 
 def test_a_plain_file_gets_any_option(tmp_path, capsys):

@@ -7,6 +7,8 @@ from monai.losses import DiceLoss
 
 from losses import cldice_loss, dice_bce, dice_ce, dice_loss, gi_tract_dice_ce
 
+pytestmark = pytest.mark.numeric
+
 torch.manual_seed(0)
 LOGITS = torch.randn(3, 2, 9, 7, dtype=torch.float64)
 MASKS = (torch.rand(3, 2, 9, 7) > 0.6).double()

@@ -29,6 +29,8 @@ import report
 import train
 import volumes
 
+pytestmark = pytest.mark.numeric
+
 
 def random_mask(rng, shape):
     """Noise, a smooth blob, a box that touches the border, a single pixel or everything."""

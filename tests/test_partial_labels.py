@@ -20,6 +20,8 @@ import swin_unetr3d
 import train
 import volumes
 
+pytestmark = pytest.mark.numeric
+
 KIDNEY = {"background": [0, 2], "Left_Kidney": [1]}
 LIVER = {"background": [0, 1], "liver": [2]}
 BOTH = {"background": 0, "left kidney": 1, "liver": 2}

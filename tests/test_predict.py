@@ -15,6 +15,8 @@ import report
 import sam_decoder
 import segformer
 
+pytestmark = pytest.mark.numeric
+
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):

@@ -6,7 +6,7 @@ from conftest import rows
 import prepare
 import train
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.numeric]
 
 
 HOW = {"prompt": "p6,p3", "size": [128], "batch_size": 16, "warmup": 0.1, "workers": 0, "overlays": 0}

@@ -19,6 +19,8 @@ from transformers.models.sam import image_processing_pil_sam
 import sam_decoder
 from sam_decoder import SAM
 
+pytestmark = pytest.mark.numeric
+
 OFFICIAL = ("vit-base", "vit-large", "vit-huge")
 MINI = sam_decoder.VARIANTS["mini"]
 TWIN, FOURIER = sam_decoder.TWIN, sam_decoder.FOURIER

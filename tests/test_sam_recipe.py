@@ -24,6 +24,8 @@ import recipes
 import sam_decoder
 import train
 
+pytestmark = pytest.mark.numeric
+
 MINI = replace(sam_decoder.VARIANTS["mini"], image_size=64)
 DEFAULT = recipes.SAM["default"]
 
@@ -322,7 +324,7 @@ def test_kept_features_change_no_loss(asked, capsys):
         said = capsys.readouterr().out
         assert "augmentation: original, hflip, dark of each image, nothing else" in said
         assert said.count("keeping 6 image features") == (0 if name == "plain" else 4)  # + val
-    assert losses["single"] == losses["plain"]  # bit for bit
+    assert losses["single"] == losses["plain"]  # bit for bit: the same operations on the same shapes
     np.testing.assert_allclose(losses["half"], losses["plain"], rtol=1e-3)
     assert losses["half"] != losses["plain"]
     asked = replace(asked, batch_size=3)
@@ -330,7 +332,9 @@ def test_kept_features_change_no_loss(asked, capsys):
         train.run(replace(asked, out=f"{asked.out}-{name}-3", **how))
         losses[name] = loss_column(f"{asked.out}-{name}-3")
     assert "keeping" not in capsys.readouterr().out  # all were there
-    np.testing.assert_allclose(losses["single"], losses["plain"], rtol=1e-6)
+    # Three images at a time are products of other shapes than one: they round by 1e-6, of which
+    # three epochs of training make more.
+    np.testing.assert_allclose(losses["single"], losses["plain"], rtol=1e-4)
 
 
 def test_what_changes_features_is_computed_anew(asked, maps, capsys):

@@ -18,6 +18,8 @@ from transformers.models.segformer.image_processing_pil_segformer import Segform
 import segformer
 from segformer import SegFormer
 
+pytestmark = pytest.mark.numeric
+
 OFFICIAL = ("b0", "b1", "b2", "b3", "b4", "b5")
 MINI = replace(segformer.VARIANTS["mini"], num_classes=5)
 KEYS = json.loads((ROOT / "tests/golden/hub_keys.json").read_text())
@@ -448,7 +450,10 @@ def test_probabilities_at_the_image_s_own_size(mini):
     (classes,) = SegformerImageProcessorPil().post_process_semantic_segmentation(
         outputs, [(147, 301)]
     )
-    assert ours.shape == (5, 147, 301) and torch.equal(ours.argmax(0), classes)
+    assert ours.shape == (5, 147, 301)
+    first, second = ours.topk(2, 0).values
+    clear = first - second > 1e-6  # float32 may make ties of probabilities that are closer
+    assert clear.float().mean() > 0.999 and torch.equal(ours.argmax(0)[clear], classes[clear])
     close(ours.sum(0), torch.ones(147, 301), 1e-5)
     one = mini.postprocess(logits[:1], (64, 64))
     expected = F.interpolate(logits[None, :1], (64, 64), mode="bilinear", align_corners=False)

@@ -18,6 +18,8 @@ from recipe import fill
 import swin_unetr3d
 from swin_unetr3d import SwinUNETR
 
+pytestmark = pytest.mark.numeric
+
 MINI = swin_unetr3d.VARIANTS["mini"]
 KEYS = json.loads((ROOT / "tests/golden/monai_keys.json").read_text())
 
@@ -162,9 +164,10 @@ def test_golden_outputs_through_the_loader(variant, tmp_path, capsys):
         print(f"{variant} {name} differs by {error:.1e} of {expected.abs().max():.1f}")
         assert error <= limit, f"{name} differs by {error:.1e}, more than {limit:.1e}"
     total = torch.from_numpy(golden[f"out/{variant}/logits_sum"])
-    # The means, of all voxels: a last bit that is everywhere the same adds up in a sum.
+    # The means, of all voxels: a last bit that is everywhere the same adds up in a sum. The norms'
+    # means and deviations are each rounded once for all voxels: some 1e-7 a layer.
     n = logits[0, 0].numel()
-    close(logits.double().mean((2, 3, 4)), total / n, 1e-7 * logits.abs().max().item())
+    close(logits.double().mean((2, 3, 4)), total / n, 1e-6 * logits.abs().max().item())
 
 
 def test_indices_and_masks_are_monai_s():
@@ -199,10 +202,13 @@ def test_a_norm_and_its_gradients_equal_torch_s(has_way_round, format, slope):
         close(*pair, 1e-12)
 
 
-@pytest.mark.parametrize("dtype, limit", [(torch.float32, 2e-6), (torch.bfloat16, 0.05)])
+@pytest.mark.parametrize("dtype, limit", [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
 @torch.no_grad()
 def test_a_norm_of_many_voxels_is_exact(dtype, limit):
-    """torch's own batch norm is off by 4e-4 here, with channels last in float32 on the CPU."""
+    """torch's own batch norm is off by 4e-4 here, with channels last in float32 on the CPU.
+
+    The results reach 6, where the last bit is 5e-7: the limit allows for some of them.
+    """
     x = torch.randn(1, 12, 64, 64, 64, generator=torch.Generator().manual_seed(0)).add_(1).to(dtype)
     expected = F.instance_norm(x.double())
     x = x.contiguous(memory_format=torch.channels_last_3d)

@@ -23,6 +23,8 @@ import train
 from options import resolve
 from tokenizer import CHARACTERS, CLIPTokenizer, WordPieceTokenizer
 
+pytestmark = pytest.mark.numeric
+
 MODELS = {"clipseg": clipseg.CLIPSeg, "biomedclipseg": biomedclipseg.BiomedCLIPSeg}
 
 
@@ -145,7 +147,8 @@ def test_kept_views_change_no_loss_and_mirror_the_prompts_too(options):
         out = f"{options.out}-{keep}"
         train.run(replace(views, keep_features=keep, feature_dtype=dtype, out=out))
         losses.append([float(row["train_loss"]) for row in rows(train.Path(out) / "metrics.csv")])
-    np.testing.assert_allclose(*losses, rtol=1e-6)
+    # One image and one text at a time: the same operations, so that little but rounding is left.
+    np.testing.assert_allclose(*losses, rtol=1e-5)
 
 
 def test_kept_features_are_those_of_the_image_and_the_text(demo, options):

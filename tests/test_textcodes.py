@@ -20,6 +20,8 @@ import prepare
 import swin_unetr3d
 import textcodes
 
+pytestmark = pytest.mark.numeric
+
 TEXTS = ["A computerized tomography of a liver", "spleen", "a Portal Vein, and one more: (x2)"]
 SMALL = {"hidden_size": 128, "num_attention_heads": 2, "intermediate_size": 512}
 

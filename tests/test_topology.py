@@ -17,6 +17,8 @@ import losses
 import metrics
 from losses import cldice_loss, oct_topological_loss, persistence_pairs, sam_loss, topological_loss
 
+pytestmark = pytest.mark.numeric
+
 GOLDEN = np.load(Path(__file__).parent / "golden" / "topo_loss.npz")
 CASES = {case["name"]: case for case in json.loads(str(GOLDEN["meta"]))["cases"]}
 
@@ -330,7 +332,8 @@ def test_sam_loss_of_a_mask_does_not_depend_on_other_prompts():
         for q in range(3)
     ]
     together = sam_loss(logits, iou, target)[0]
-    torch.testing.assert_close(together, torch.stack(each).mean(), rtol=1e-6, atol=0)
+    # float32 sums over pixels, of three masks or of one: another order of adding
+    torch.testing.assert_close(together, torch.stack(each).mean(), rtol=1e-5, atol=0)
 
 
 def test_the_iou_head_learns_only_from_its_own_part():

@@ -31,6 +31,8 @@ import report
 import train
 from options import resolve
 
+pytestmark = pytest.mark.numeric
+
 
 def arguments(options: train.Options) -> list[str]:
     """The same as words of a command line."""

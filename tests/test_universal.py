@@ -14,6 +14,8 @@ from recipe import fill
 import swin_unetr3d
 from swin_unetr3d import CODES, SwinUNETR, UniversalConfig, UniversalSwinUNETR, dynamic_head
 
+pytestmark = pytest.mark.numeric
+
 GOLDEN = ROOT / "tests/golden/universal_swinunetr.npz"
 KEYS = json.loads((ROOT / "tests/golden/monai_keys.json").read_text())
 MINI = UniversalConfig(12, num_classes=3, classes=("background", "liver", "spleen", "aorta"))
@@ -156,7 +158,8 @@ def test_a_one_hot_checkpoint_of_the_few_shot_study(tmp_path):
     )
     assert loaded.config == config and torch.equal(loaded.organ_embedding, codes)
     linear = loaded.text_to_vision
-    close(loaded.codes(), (codes @ linear.weight.T + linear.bias).clamp(min=0), 1e-5)
+    expected = (codes @ linear.weight.T + linear.bias).clamp(min=0)
+    close(loaded.codes(), expected, 1e-5 * expected.max().item())
 
 
 # --- the head ------------------------------------------------------------------------------------
@@ -201,7 +204,8 @@ def test_numbers_of_a_class_come_from_image_and_code(mini):
     code = (mini.organ_embedding @ linear.weight.T + linear.bias).relu()
     x = torch.cat((image[:, None].repeat(1, 3, 1), code.repeat(2, 1, 1)), 2)
     expected = x @ mini.controller.weight.flatten(1).T + mini.controller.bias
-    close(mini.head_numbers(bottom), expected, 1e-5)
+    # Sums of 512 products, which round by sqrt(512) * 6e-8 = 1.4e-6 of their scale.
+    close(mini.head_numbers(bottom), expected, 1e-5 * expected.abs().max().item())
 
 
 @torch.no_grad()
@@ -245,7 +249,9 @@ def test_a_further_class_leaves_the_others_as_they_are(codes, volume, tmp_path):
     before = model(volume, others)
     model.add_class("kidney", torch.randn(512) if codes == "text" else None)
     assert model.config.num_classes == 4 and model.config.classes[-1] == "kidney"
-    assert torch.equal(model(volume, others), before)
+    # Products for four classes may add up in another order than those for three. Sums of 512 numbers
+    # round by sqrt(512) * 6e-8 = 1.4e-6 of their scale, and a few layers follow.
+    close(model(volume, others), before, 1e-5 * before.abs().max().item())
     if codes == "one-hot":
         rest = model.organ_embedding[:3, 3], model.organ_embedding[3]
         assert torch.cat(rest).tolist() == [0, 0, 0, 0, 0, 0, 1]

@@ -25,6 +25,8 @@ from transformers import (
 import upernet
 from upernet import UPerNet
 
+pytestmark = pytest.mark.numeric
+
 OFFICIAL = [name for name in upernet.VARIANTS if name != "mini"]
 MINI = replace(upernet.VARIANTS["mini"], num_classes=5)
 

@@ -21,6 +21,8 @@ import report
 import swin_unetr3d
 import train
 
+pytestmark = pytest.mark.numeric
+
 RNG = np.random.default_rng(0)
 SIZE = 64, 32, 32  # the smallest window but one of the model
 ORGANS = {"0": "background", "1": "left kidney", "2": "liver"}
@@ -91,9 +93,10 @@ def test_origin_has_the_loss_of_monai():
     theirs = DiceCELoss(to_onehot_y=True, softmax=True, smooth_nr=1e-5, smooth_dr=1e-5)
     expected = theirs(logits, target)
     ours = recipes.SWIN["origin"].loss(logits, {"mask": target.byte()})[0]
-    assert abs((ours - expected).item()) < 1e-6  # our logits are float32 from here on
+    # Our logits are float32 from here on: 6e-8 each, and sums of 1,680 of them.
+    assert abs((ours - expected).item()) < 1e-5
     grads = [torch.autograd.grad(x, logits)[0] for x in (ours, expected)]
-    assert (grads[0] - grads[1]).abs().max() < 1e-6 * grads[1].abs().max()
+    assert (grads[0] - grads[1]).abs().max() < 1e-5 * grads[1].abs().max()
 
 
 def sample(regions=None):

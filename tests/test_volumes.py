@@ -28,6 +28,8 @@ import volumes
 from layouts import Entry
 from volumes import VolumeSet
 
+pytestmark = pytest.mark.numeric
+
 SPACING = (0.9, 1.3, 2.5)  # mm, of the volumes below in RAS
 softmax = partial(torch.softmax, dim=0)
 
@@ -562,7 +564,8 @@ def test_resample_is_monais_spacing(size, spacing):
     image = MetaTensor(x, affine=torch.from_numpy(affine))
     theirs = Spacing(spacing, mode="bilinear")(image).as_tensor()
     assert new == tuple(theirs.shape[1:])
-    close(volumes.resample(x, new, ratio), theirs, 2e-6)
+    # float32 has places up to 31 to within 2e-6, and neighbours differ by up to 6.
+    close(volumes.resample(x, new, ratio), theirs, 2e-5)
 
     labels = (x[:1] * 50).round().clamp(0, 255).to(torch.uint8)
     theirs = Spacing(spacing, mode="nearest")(MetaTensor(labels, affine=image.affine)).as_tensor()
@@ -659,7 +662,7 @@ def test_restore_makes_one_result_and_small_slabs(monkeypatch):
     seen.clear()
     one = volumes.restore(logits[3:4], place, activation)
     assert seen == [64]
-    close(whole[3:4], one, 0)
+    close(whole[3:4], one, 1e-5)  # a few float32 products of values to 6, for 20 channels or one
 
 
 def test_the_box_holds_all_that_is_not_zero():
@@ -1157,7 +1160,7 @@ def test_sliding_windows_take_half_precision_and_refuse_what_is_wrong():
     exact = volumes.sliding_window(same, x, (8, 8))
     half = volumes.sliding_window(lambda x: x.bfloat16(), x, (8, 8))
     assert half.dtype == torch.float32
-    close(exact, x, 1e-6)
+    close(exact, x, 5e-6)  # four weighted values, to 4, by the sum of the weights: 2**-23 each
     close(half, x, 0.02)
     with pytest.raises(ValueError, match=r"windows of \(8, 8\) became \(4, 4\); resize"):
         volumes.sliding_window(lambda x: x[..., ::2, ::2], x, (8, 8))
