@@ -528,8 +528,9 @@ def _is_grey(image: Image.Image) -> bool:
 def count_values(entry, mask: np.ndarray) -> np.ndarray:
     """Count the values of an entry's mask as `read_mask` gives it, uint8 (H,W) -> int32 (3,256).
 
-    Row 0: pixels of each value. Row 1: those of them that are flat, see `flat_pixels`. Row 2: those
-    of the flat ones that have another colour than most, where colours were read as one foreground.
+    Row 0: pixels of each value. Row 1: those of them that are flat, see `flat_pixels`; no grey ones
+    of masks that hold probabilities. Row 2: those of the flat ones that have another colour than
+    most, where colours were read as one foreground.
     """
     counts = np.zeros((3, 256), dtype=np.int32)
     counts[0] = np.bincount(mask.ravel(), minlength=256)
@@ -537,9 +538,18 @@ def count_values(entry, mask: np.ndarray) -> np.ndarray:
     counts[1] = np.bincount(mask[flat & (mask != 0) & (mask != 255)], minlength=256)
     counts[1, 255] = np.count_nonzero(flat & (mask == 255))  # most pixels: faster than bincount
     counts[1, 0] = np.count_nonzero(flat) - counts[1].sum()
+    if holds_probabilities(entry.mask):
+        counts[1, GREY] = 0  # areas of one probability are no objects
     if entry.label is None and not (entry.numbers and len(entry.classes) > 1):
         counts[2] = _count_other_colours(entry)
     return counts
+
+
+def holds_probabilities(path: Path) -> bool:
+    """Return True if a mask file holds floats from 0 to 1, which are cut at a half."""
+    if open_image(path, decode=False).mode != "F":
+        return False
+    return np.asarray(open_image(path)).max() <= 1 + 1e-6
 
 
 def flat_pixels(mask: np.ndarray) -> np.ndarray:

@@ -882,6 +882,19 @@ def test_float_masks_are_cut_at_a_half(tmp_path):
     assert all(np.array_equal(dataset.pixels(i)[1], BLOB) for i in (0, 1))
 
 
+def test_float_masks_of_several_values_are_refused_unless_they_are_probabilities(tmp_path):
+    """Averages of four annotators lie in 0..1 and have flat areas; floats up to 200 are numbers."""
+    levels = np.zeros((40, 60), np.float32)
+    for k, level in enumerate((0.25, 0.5, 0.75, 1)):
+        levels[5:35, 10 * k : 10 * k + 10] = level
+    root = write_set(tmp_path / "set", {"a.tif": Image.fromarray(levels)})
+    assert np.array_equal(opened(root, tmp_path).pixels(0)[1], levels >= 0.5)
+
+    Image.fromarray(levels * 200).save(root / "masks/a.tif")
+    with pytest.raises(ValueError, match="several values instead of one foreground"):
+        opened(root, tmp_path)
+
+
 NUMBERS = {
     # values of the blob, class numbers?, what is read or said
     "instances below 256": (np.uint16(155), False, 155),
