@@ -1187,12 +1187,15 @@ print(*(peak - peaks[0] for peak in peaks[1:]))
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 def test_only_the_classes_asked_for_take_memory():
-    """A class of this image takes 8 MB, as does the sum of the weights; all classes 1.7 GB."""
+    """A class of this image takes 8 MB, as does the sum of the weights; all classes 1.7 GB.
+
+    What the allocator keeps besides differs between runs: twice the memory is far from all classes.
+    """
     code = [sys.executable, "-c", MEMORY]
     done = subprocess.run(code, cwd=ROOT, capture_output=True, text=True, check=True)
     one, twenty = map(float, done.stdout.split())
-    assert one < 8 * 2 + 25
-    assert 8 * 21 - 25 < twenty < 8 * 21 + 40
+    assert one < 100
+    assert 8 * 21 - 25 < twenty < 2 * 8 * 21
 
 
 # --- components ----------------------------------------------------------------------------------
