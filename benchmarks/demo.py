@@ -5,8 +5,8 @@
     python benchmarks/demo.py --seeds 0 1 2 3 4     # a training a seed, in runs/demo-seed0, ...
 
 Every image of the demo set holds several blobs and the prompt names one of them, so that only a
-model which reads the text can find it. The table scores the same weights with the full prompt, with a
-shorter one, with the prompt of another blob, without a text, and with the prompt of another image.
+model which reads the text can find it. The table scores the same weights with the full prompt, with
+a shorter one, with the prompt of another blob, without a text, and with that of another image.
 
 The exit status is 0 however much was learned. `margins` says what the demo should reach;
 tests/test_demo.py checks it. A stopped demo resumes where it was; a finished one only asks again.
