@@ -1,11 +1,12 @@
 """Train a small CRIS on the demo set and show whether it learned to read.
 
-    python prepare.py demo --out data/demo && python benchmarks/demo.py --data data/demo --out runs/demo
-    python benchmarks/demo.py --seeds 0 1 2 3 4        # one training a seed, in runs/demo-seed0, ...
+    python prepare.py demo --out data/demo
+    python benchmarks/demo.py --data data/demo --out runs/demo
+    python benchmarks/demo.py --seeds 0 1 2 3 4     # a training a seed, in runs/demo-seed0, ...
 
-Every image of the demo set holds several blobs and the prompt names one of them, so that only a model
-which reads the text can find it. The table scores the same weights with the full prompt, with a
-shorter one, with the prompt of another blob, without a text, and with the prompt of another image.
+Every image of the demo set holds several blobs and the prompt names one of them, so that only a
+model which reads the text can find it. The table scores the same weights with the full prompt, with
+a shorter one, with the prompt of another blob, without a text, and with that of another image.
 
 The exit status is 0 however much was learned. `margins` says what the demo should reach;
 tests/test_demo.py checks it. A stopped demo resumes where it was; a finished one only asks again.
@@ -55,7 +56,7 @@ def training(data: str, out: str, seed: int) -> Options:
 
 
 def ask(data: str, run_folder: str, prompt: str, split: str) -> dict:
-    """Score the trained weights with one type of prompt on one split: mean, low, high, n of Dice."""
+    """Return the Dice of the trained weights, asked with one type of prompt: mean, low, high, n."""
     out = f"{run_folder}/asked/{prompt}-{split}"
     asked = Options(
         weights=run_folder,

@@ -15,7 +15,8 @@ MEANS = {"full": 0.9, "short": 0.87, "other blob": 0.88, "no text": 0.2, "other 
 
 
 def test_margins_by_hand():
-    expected = {"full": 0.05, "short": 0.07, "other blob": 0.06, "no text": 0.3, "other image": 0.25}
+    expected = {"full": 0.05, "short": 0.07, "other blob": 0.06}
+    expected |= {"no text": 0.3, "other image": 0.25}
     assert program.margins(MEANS) == pytest.approx(expected)
 
 

@@ -324,7 +324,7 @@ def test_kept_features_change_no_loss(asked, capsys):
         said = capsys.readouterr().out
         assert "augmentation: original, hflip, dark of each image, nothing else" in said
         assert said.count("keeping 6 image features") == (0 if name == "plain" else 4)  # + val
-    assert losses["single"] == losses["plain"]  # bit for bit: the same operations on the same shapes
+    assert losses["single"] == losses["plain"]  # bit for bit: the same operations and shapes
     np.testing.assert_allclose(losses["half"], losses["plain"], rtol=1e-3)
     assert losses["half"] != losses["plain"]
     asked = replace(asked, batch_size=3)

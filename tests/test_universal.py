@@ -249,8 +249,8 @@ def test_a_further_class_leaves_the_others_as_they_are(codes, volume, tmp_path):
     before = model(volume, others)
     model.add_class("kidney", torch.randn(512) if codes == "text" else None)
     assert model.config.num_classes == 4 and model.config.classes[-1] == "kidney"
-    # Products for four classes may add up in another order than those for three. Sums of 512 numbers
-    # round by sqrt(512) * 6e-8 = 1.4e-6 of their scale, and a few layers follow.
+    # Products for four classes may add up in another order than those for three. Sums of 512
+    # numbers round by sqrt(512) * 6e-8 = 1.4e-6 of their scale, and a few layers follow.
     close(model(volume, others), before, 1e-5 * before.abs().max().item())
     if codes == "one-hot":
         rest = model.organ_embedding[:3, 3], model.organ_embedding[3]
