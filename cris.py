@@ -446,7 +446,8 @@ def preprocess(image, config: Config) -> Tensor:
     import numpy as np
     from PIL import Image
 
-    size, image = (config.image_size, config.image_size), to_rgb(image)
+    size = (config.image_size, config.image_size)
+    image = to_rgb(image)
     if config.pixels != "letterbox":
         image = image.resize(size, Image.Resampling.BILINEAR)
     mean, std = (torch.tensor(x)[:, None, None] for x in (config.mean, config.std))  # (3,1,1)
@@ -594,7 +595,9 @@ class ScriptUnpickler(pickle.Unpickler):
 
     def __init__(self, file, archive: zipfile.ZipFile, root: str):
         super().__init__(file)
-        self.archive, self.root, self.storages = archive, root, {}
+        self.archive = archive
+        self.root = root
+        self.storages = {}
 
     def find_class(self, module: str, name: str):
         if module.split(".")[0] == "__torch__":

@@ -313,7 +313,8 @@ def load_mask(
     """
     if binary is None:
         binary = not numbers
-    turn, is_guess = None, False
+    turn = None
+    is_guess = False
     if image is not None:
         turn, is_guess = mask_turn(path, image, orientation)
 
@@ -867,7 +868,8 @@ def remarks(entries: list, flags: np.ndarray) -> list[str]:
     """Return a line about each kind of file in a data set that was read by a rule worth knowing."""
     lines = []
     for root in dict.fromkeys(entry.root for entry in entries):
-        images, masks = {}, {}
+        images = {}
+        masks = {}
         for entry, flag in zip(entries, flags):
             if entry.root == root and flag & NON_FINITE:
                 images[entry.image] = True
@@ -1125,7 +1127,8 @@ class Dataset:
                 raise self._no_absent_prompt(entry, kind)
 
     def _no_absent_prompt(self, entry, kind: str) -> ValueError:
-        root, image = entry.root.name, entry.image.name
+        root = entry.root.name
+        image = entry.image.name
         return ValueError(
             f"{root}: --negatives needs prompts that differ to the model; all {kind} prompts of "
             f"other images are also prompts of {image}"

@@ -491,7 +491,8 @@ def with_boxes(recipe, tests: dict, path: str):
     if len(tests) != 1:
         raise ValueError(f"--boxes {path}: for one test set, not {len(tests)}")
     (dataset,) = tests.values()
-    images, names = [], []
+    images = []
+    names = []
     for entry in dataset.entries:
         images.append(entry.image)
         names.append(layouts.name_in_images(entry.image, entry.root))

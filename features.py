@@ -80,7 +80,8 @@ def read_header(file: BinaryIO) -> Header | None:
         return None
     if dtype.names != ("row", "checksum") or len(shape) != 1:
         return None
-    values, row_shape = dtype["row"].base, dtype["row"].shape
+    values = dtype["row"].base
+    row_shape = dtype["row"].shape
     if dtype != record_dtype(values, row_shape):
         return None
     return Header(file.tell(), shape[0], values, row_shape)
@@ -183,7 +184,8 @@ def _compute(path: Path, n: int, compute: Callable, what: str, kind: np.dtype) -
         for number, tensor in enumerate(compute(start) if start < n else (), start):
             record = _record(number, tensor, kind)
             if number == start:
-                need, free = (n - start) * len(record), shutil.disk_usage(path.parent).free
+                need = (n - start) * len(record)
+                free = shutil.disk_usage(path.parent).free
                 print(f"keeping {what} in {path} ({need / 1e6:,.1f} MB)", flush=True)
                 if need > free:
                     short = f"{need / 1e6:,.0f} MB needed, {free / 1e6:,.0f} MB free"

@@ -79,7 +79,8 @@ def prompt_option(text: str) -> str:
     if is_prompt_type(canonical):
         return canonical
 
-    kind, gap = r"(p\s*\d+|random)", r"[\s,;|/+&]+"
+    kind = r"(p\s*\d+|random)"
+    gap = r"[\s,;|/+&]+"
     if re.fullmatch(f"{kind}({gap}{kind})*", canonical):
         raise ValueError(f"--prompt {text!r}: write prompt types like p6 or p6,p1, or random alone")
     return text

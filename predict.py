@@ -224,7 +224,8 @@ def image_names(images: list[Path], inputs: list[str]) -> list[str]:
     With several data sets the folder of the data set comes first where a path occurs twice.
     """
     roots = [Path(place).resolve() for place in inputs if layouts.splits(Path(place))]
-    names, longer_names = [], []
+    names = []
+    longer_names = []
     for image in images:
         root = next((root for root in roots if image.is_relative_to(root)), None)
         name = image.name if root is None else layouts.name_in_images(image, root)
@@ -326,7 +327,8 @@ def predict(
         ask, classes = ask_by(recipe, cases, classes, args)
     classes = classes or [f"class {number}" for number in range(num_classes(model))]
     check_threshold(1 if ask else len(classes), args.threshold)
-    legend, names = Path(args.out) / "legend.png", Path(args.out) / "classes.json"
+    legend = Path(args.out) / "legend.png"
+    names = Path(args.out) / "classes.json"
     shared = [legend, names] if len(classes) > 1 else []
     check_outputs([*shared, *case_outputs(cases, args)], Path(args.out))
     cuts = describe_cuts({prompt for _, _, prompt in cases}, recipe.tokenizer)

@@ -444,7 +444,8 @@ def check_masks(root, splits, masks, findings, threshold=None):
     threshold: of --mask-threshold. How masks are read is decided as in training, by
     data.mask_rule, here over all splits.
     """
-    entries, where = [], []
+    entries = []
+    where = []
     for split, listed in splits.items():
         readable = [entry for entry in listed if entry.mask in masks]
         entries += readable
@@ -1112,7 +1113,8 @@ def boxes_of(path, image, name, classes, min_area, threshold):
     if mask.shape != size:
         raise ValueError(f"{path}: {wide(mask.shape)}, but its image {image} is {wide(size)}")
     if classes is None:
-        mask, classes = mask > threshold, ("background", "")
+        mask = mask > threshold
+        classes = ("background", "")
     elif (top := int(mask[mask < 255].max(initial=0))) >= len(classes):
         raise ValueError(f"{path}: holds class number {top}, which its classes.json does not name")
     rows = []
@@ -1131,7 +1133,8 @@ def boxes(args):
     """
     report.refuse_existing(args.out)
     images, image_names = images_of(args.like)
-    rows, count = [], 0
+    rows = []
+    count = 0
     for folder in args.masks:
         found, names = find_masks(folder, images, args.like), folder / "classes.json"
         classes = layouts.read_classes(names) if names.is_file() else None

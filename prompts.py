@@ -181,7 +181,8 @@ class ImageNames:
 
     def __init__(self, paths: dict):
         self.paths = {image: plain_path(path) for image, path in paths.items()}
-        self.by_path, self.by_file_name = {}, {}
+        self.by_path = {}
+        self.by_file_name = {}
         for image, path in self.paths.items():
             self.by_path.setdefault(path, []).append(image)
             self.by_file_name.setdefault(posixpath.basename(path), []).append(image)

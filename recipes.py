@@ -1018,7 +1018,8 @@ class Family:
         Needs no weights, but BiomedCLIPSeg needs its vocabulary.
         """
         variant = next(iter(self.variants.values()))
-        configs, recipes = {}, {}
+        configs = {}
+        recipes = {}
         for name, settings in self.settings.items():
             config = replace(variant, **self.text_config | settings.config)
             configs.setdefault(config.text_length, config)

@@ -173,7 +173,8 @@ def estimate(values, before=None, resamples: int = 2000) -> dict | None:
     means = class_means(values, *taken)
     if before is not None:
         means = means - class_means(before, np.ones((len(means), 1)), taken[1])
-    draws, cases = int(known.any(1).sum()), int(known.any(0).sum())
+    draws = int(known.any(1).sum())
+    cases = int(known.any(0).sum())
     independent = min(draws, cases) if draws > 1 else cases
     low, high = metrics.interval(means[1:], independent)
     return {"mean": float(means[0]), "low": low, "high": high, "n": n}

@@ -932,7 +932,9 @@ class ScriptUnpickler(pickle.Unpickler):
 
     def __init__(self, file, archive: zipfile.ZipFile, root: str):
         super().__init__(file)
-        self.archive, self.root, self.storages = archive, root, {}
+        self.archive = archive
+        self.root = root
+        self.storages = {}
 
     def find_class(self, module: str, name: str):
         if module.split(".")[0] == "__torch__":

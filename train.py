@@ -219,7 +219,8 @@ class Run:
         """
         dice = row["val_dice"]
         if dice > self.best + self.settings.min_delta:
-            self.best, self.best_epoch = dice, row["epoch"]
+            self.best = dice
+            self.best_epoch = row["epoch"]
             return True
         if math.isnan(dice):
             return math.isnan(self.chosen["dice"])

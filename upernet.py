@@ -359,7 +359,8 @@ def preprocess(image, config: Config) -> Tensor:
     import numpy as np
     from PIL import Image
 
-    image, size = to_rgb(image), (config.image_size, config.image_size)
+    image = to_rgb(image)
+    size = (config.image_size, config.image_size)
     if config.resample != "cv2 nearest":
         image = image.resize(size, Image.Resampling[config.resample.upper()])
     x = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (3,H,W)
@@ -498,7 +499,9 @@ class ScriptUnpickler(pickle.Unpickler):
 
     def __init__(self, file, archive: zipfile.ZipFile, root: str):
         super().__init__(file)
-        self.archive, self.root, self.storages = archive, root, {}
+        self.archive = archive
+        self.root = root
+        self.storages = {}
 
     def find_class(self, module: str, name: str):
         if module.split(".")[0] == "__torch__":

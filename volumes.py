@@ -465,7 +465,8 @@ def _open_by_header(path: Path):
     if header is not None:
         _check_header(path, header)
     file = _load(path, header)
-    kind, shape = type(file).__name__, file.shape
+    kind = type(file).__name__
+    shape = file.shape
     if not kind.startswith("Nifti"):
         raise ValueError(f"{path}: holds {kind}, not NIfTI; convert it to .nii.gz")
     if len(shape) not in (3, 4) or 0 in shape:
@@ -908,7 +909,9 @@ def check_255(sets: Sequence["VolumeSet"]) -> None:
         for root in dict.fromkeys(entry.root for entry in some.entries):
             roots.setdefault(root, []).append(some)
     for root, some in roots.items():
-        alone, beside, masks = {}, {}, set()
+        alone = {}
+        beside = {}
+        masks = set()
         for dataset in some:
             ours = [i for i, entry in enumerate(dataset.entries) if entry.root == root]
             alone |= dataset.with_255(False, ours)
@@ -1086,7 +1089,8 @@ class VolumeSet:
         kind and rng, of prompts, are there as `data.Dataset.sample` has them.
         """
         entry, grid, index = self.entries[i], self.grids[i], self._index(i)
-        sample, offsets = {}, index["offsets"]
+        sample = {}
+        offsets = index["offsets"]
         for name in ("image", "mask", "truth", "voxels"):
             # copied on write: the files stay as they are, whatever becomes of the tensors
             array = np.load(f"{self.stems[i]}.{name}.npy", mmap_mode="c")
