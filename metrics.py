@@ -264,9 +264,10 @@ def _warning(n, failures):
         parts.append(f"n = {n}: below 50 the 95 % intervals tend to be too narrow")
     if failures < FEW_FAILURES:
         bound = 100 * failure_rate_bound(failures, n)
+        shown = f"{bound:.0f}" if bound >= 10 else f"{bound:.2g}"
         parts.append(
             f"{failures} of {n} cases have Dice 0, too few for a good interval: "
-            f"their true share may be up to {bound:.2g} %"
+            f"their true share may be up to {shown} %"
         )
     return "; ".join(parts) or None
 

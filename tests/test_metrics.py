@@ -462,6 +462,7 @@ def test_summary_of_binary_masks():
         (50, 1, ["1 of 50 cases", "may be up to 9.1 %"]),
         (100, 0, ["0 of 100 cases", "may be up to 3 %"]),
         (20, 0, ["n = 20: below 50", "0 of 20 cases", "may be up to 14 %"]),
+        (3, 3, ["3 of 3 cases have Dice 0", "may be up to 100 %"]),
         (1, 0, ["n = 1: one case has no interval", "0 of 1 cases"]),
     ],
 )
