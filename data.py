@@ -104,6 +104,7 @@ def open_image(path: Path, decode: bool = True, rawmode: str | None = None) -> I
             "an image of its own, or the slices of a volume as NIfTI (.nii.gz)"
         )
     if image.format == "TIFF":
+        image.filename = ""  # else Pillow maps the file, with the sides of a turned image exchanged
         _check_planes(path, image)
         image.tile = [_replace_rawmode(tile, NATIVE) for tile in image.tile]
     if rawmode is not None:
@@ -477,6 +478,7 @@ FLAT_PIXELS = 9  # the least that count: a share of few pixels says nothing
 # most 19 % were flat in the same measurement, and then grey ones were in the majority.
 DARK_SHARE = 0.25
 
+LOSSY = (".jpg", ".jpeg", ".webp")
 COLOUR_NOISE = 48  # levels by which JPEG may change the colour of a flat pixel
 
 BY_NUMBER = "by number"
@@ -654,7 +656,7 @@ def _rule_of_values(entries: list, counts: np.ndarray) -> MaskRule:
         line = _not_binary_line(entries, values, not_binary, "holds no value above 127")
         return MaskRule("> 127", [("masks of several values", line)])
 
-    several = _hold_several_values(counts)
+    several = _hold_several_values(entries, counts)
     if several.any():
         what = "holds several values instead of one foreground"
         line = _not_binary_line(entries, values, several, what)
@@ -666,12 +668,13 @@ def _rule_of_values(entries: list, counts: np.ndarray) -> MaskRule:
         line = _not_binary_line(entries, values, coloured, what)
         return MaskRule("> 127", [("masks of several colours", line)])
 
-    zero_one = _are_zero_one(counts)
+    zero_one = _are_zero_one(counts, _are_lossy(entries))
     if not zero_one.any():
         return MaskRule("> 127")
     example = entries[int(zero_one.argmax())].mask
+    hold = "masks hold" if zero_one.sum() > 1 else "mask holds"
     line = (
-        f"{root}: {zero_one.sum()} masks hold 0 and 1 ({example.name}), others go up to {largest}; "
+        f"{root}: {zero_one.sum()} {hold} 0 and 1 ({example.name}), others go up to {largest}; "
         "each file is read by its own range"
     )
     return MaskRule(BY_FILE, notes=[("masks of two ranges", line)])
@@ -683,8 +686,18 @@ def _ways_out(root: Path) -> str:
     return f"{numbers}; for one foreground set --mask-threshold 0..255 (values above it count)"
 
 
-def _hold_several_values(counts: np.ndarray) -> np.ndarray:
-    """Return bool (n,): which masks are maps of several values. counts (n,3,256)."""
+def _are_lossy(entries: list) -> np.ndarray:
+    """Return bool (n,): which masks are files whose compression changes values."""
+    return np.array([entry.mask.suffix.lower() in LOSSY for entry in entries], dtype=bool)
+
+
+def _hold_several_values(entries: list, counts: np.ndarray) -> np.ndarray:
+    """Return bool (n,): which masks are maps of several values.
+
+    counts (n,3,256): `count_values` of their masks.
+    """
+    lossy = _are_lossy(entries)
+    webp = np.array([entry.mask.suffix.lower() == ".webp" for entry in entries], dtype=bool)
     values = counts[:, 0]
     flat = counts[:, 1]
 
@@ -698,7 +711,7 @@ def _hold_several_values(counts: np.ndarray) -> np.ndarray:
     if values[:, 1:].any(axis=0).sum() == 1:
         several[:] = False  # one foreground value, whatever it is
 
-    # Objects of class numbers below grey, in a file that reaches white.
+    # Objects of class numbers below grey, 2 to 7, or 1 beside white. WebP shifts all of black.
     dark = values[:, : GREY.start]  # (n,8)
     flat_dark = flat[:, : GREY.start]
     rarer = np.arange(GREY.start) != flat_dark.argmax(axis=1)[:, None]
@@ -706,12 +719,13 @@ def _hold_several_values(counts: np.ndarray) -> np.ndarray:
     rarer_flat_dark = (flat_dark * rarer).sum(axis=1)
     white = values[:, GREY.stop :].sum(axis=1)
     numbers = (rarer_flat_dark >= FLAT_PIXELS) & (rarer_flat_dark >= DARK_SHARE * rarer_dark)
-    numbers &= (rarer_dark > grey) & (white >= FLAT_PIXELS)
+    numbers &= ~webp & (rarer_dark > grey) & ((white >= FLAT_PIXELS) | values[:, 2:].any(axis=1))
 
-    # 0, 1 and 255 and nothing else: 255 may be void or foreground. JPEG noise has further values.
-    zero_one_white = (values[:, [0, 1, 255]] >= FLAT_PIXELS).all(axis=1)
-    zero_one_white &= ~values[:, 2:255].any(axis=1)
-    return several | numbers | zero_one_white
+    # 1 and 255 and nothing else but 0: 255 may be void or foreground. JPEG noise has other values.
+    enough = np.where(lossy, FLAT_PIXELS, 1)
+    one_and_white = (values[:, 1] >= enough) & (values[:, 255] >= enough)
+    one_and_white &= ~values[:, 2:255].any(axis=1)
+    return several | numbers | one_and_white
 
 
 def _hold_several_colours(counts: np.ndarray) -> np.ndarray:
@@ -737,14 +751,17 @@ def _not_binary_line(entries: list, values: np.ndarray, chosen: np.ndarray, what
     return f"{entry.mask}: {what}: {shown}{like_it}; {_ways_out(entry.root)}"
 
 
-def _are_zero_one(counts: np.ndarray) -> np.ndarray:
-    """Return bool (n,): which masks hold 0 and 1, both in objects, and nothing else.
+def _are_zero_one(counts: np.ndarray, lossy: np.ndarray) -> np.ndarray:
+    """Return bool (n,): which masks hold 0 and 1, and nothing else.
 
-    A black JPEG can be 1 all over, and its noise holds a few 1; neither is a 0/1 mask.
+    A black JPEG can be 1 all over, also if it was saved anew as PNG. In a JPEG both must be in
+    objects, since noise holds a few 1.
     """
     values = counts[:, 0]
     flat = counts[:, 1]
-    return (flat[:, 0] >= FLAT_PIXELS) & (flat[:, 1] >= 1) & ~values[:, 2:].any(axis=1)
+    in_objects = (flat[:, 0] >= FLAT_PIXELS) & (flat[:, 1] >= 1)
+    both = (values[:, 0] > 0) & (values[:, 1] > 0)
+    return both & (in_objects | ~lossy) & ~values[:, 2:].any(axis=1)
 
 
 def _settled(fresh: MaskRule, known: str | None, entries: list, counts: np.ndarray) -> MaskRule:
@@ -757,7 +774,8 @@ def _settled(fresh: MaskRule, known: str | None, entries: list, counts: np.ndarr
 
     present = counts[:, 0].any(axis=0)  # (256,)
     no_foreground = not present[1:].any()
-    dark_split = known == "> 127" and fresh.rule == "> 0" and not _are_zero_one(counts).any()
+    zero_one = _are_zero_one(counts, _are_lossy(entries))
+    dark_split = known == "> 127" and fresh.rule == "> 0" and not zero_one.any()
     void_split = known == BY_NUMBER and entries[0].numbers and not present[1:255].any()
     if known == BY_FILE or no_foreground or dark_split or void_split:
         return replace(fresh, rule=known)

@@ -306,7 +306,7 @@ def test_files_of_two_ranges_are_each_read_by_their_own(joined, tmp_path, capsys
         for name, entries in lists.items():
             assert np.array_equal(sets[name].pixels(0)[1], painted(1)), name
         said = capsys.readouterr().out
-        assert said.count("1 masks hold 0 and 1 (val.png), others go up to 255") == 1
+        assert said.count("1 mask holds 0 and 1 (val.png), others go up to 255") == 1
         assert data.named(sets["train"].rules) == {"set": "by file"}
     else:
         black.save(tmp_path / "set/masks/val.png")
@@ -1055,3 +1055,63 @@ def test_a_tag_of_the_mask_s_own_counts(ending, tmp_path, capsys):
             dataset = opened_as(root, tmp_path, orientation)
             assert np.array_equal(dataset.pixels(0)[1], expected)
     assert "turned like" not in capsys.readouterr().out
+
+
+def filled(value, rows=slice(5, 20), columns=slice(10, 30)):
+    mask = np.zeros((40, 60), np.uint8)
+    mask[rows, columns] = value
+    return mask
+
+
+FULL = filled(255)
+ONE_AND_FULL = np.where(FULL, 255, 1)
+SMALL = filled(1, slice(4, 6), slice(4, 6))
+BESIDE = {
+    # masks of one set: foreground pixels of each, or what the refusal says
+    "0/7 beside 0/255": ([FULL, filled(7)], "b.png: holds several values"),
+    "0/2 beside 0/255": ([FULL, filled(2)], "b.png: holds several values"),
+    "a small lesion of 1": ([FULL, SMALL], [300, 4]),
+    "one pixel of 1": ([FULL, filled(1, 4, 4)], [300, 1]),
+    "1 and 255 without 0": ([filled(1), ONE_AND_FULL], "b.png: holds several values"),
+    "1 and 255 alone": ([ONE_AND_FULL], "a.png: holds several values"),
+    "three pixels of 255 beside 1": (
+        [filled(1), filled(1) + filled(255, 4, slice(0, 3))],
+        "b.png: holds several values",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BESIDE)
+def test_masks_of_other_ranges_in_one_set(kind, tmp_path):
+    """Lossless files: whatever they hold is no noise, however little it is."""
+    masks, expected = BESIDE[kind]
+    files = {f"{name}.png": as_image(mask.astype(np.uint8)) for name, mask in zip("abc", masks)}
+    root = write_set(tmp_path / "set", files)
+    if isinstance(expected, str):
+        with pytest.raises(ValueError, match=expected):
+            opened(root, tmp_path)
+        return
+    dataset = opened(root, tmp_path)
+    assert [int(dataset.pixels(i)[1].sum()) for i in range(len(masks))] == expected
+
+
+@pytest.mark.parametrize("quality", [10, 50, 75, 80, 90])
+def test_webp_masks_are_honest(quality, tmp_path):
+    mask = as_image(filled(255)).resize((360, 240))
+    root = write_set(tmp_path / "set", {"a.png": mask})
+    (root / "masks/a.png").unlink()
+    mask.convert("RGB").save(root / "masks/a.webp", quality=quality)
+    rewrite(root, lambda x: [i | {"mask_name": "a.webp"} for i in x])
+    found = opened(root, tmp_path).pixels(0)[1]
+    assert np.mean(found != (np.asarray(mask) > 127)) < 0.001  # JPEG-like noise at the edge
+
+
+@pytest.mark.parametrize("number", [5, 6, 7, 8])
+def test_an_uncompressed_grey_tiff_is_turned_not_scrambled(number, tmp_path):
+    pixels = np.arange(28 * 40).reshape(28, 40).astype(np.uint8)
+    image = Image.fromarray(pixels)
+    exif = image.getexif()
+    exif[ExifTags.Base.Orientation] = number
+    image.save(tmp_path / "a.tif", exif=exif)
+    turned = {5: pixels.T, 6: np.rot90(pixels, -1), 7: np.rot90(pixels, 2).T, 8: np.rot90(pixels)}
+    assert np.array_equal(data.read_image(tmp_path / "a.tif")[..., 0], turned[number])
