@@ -267,8 +267,17 @@ def _read_header(path: Path):
             raise ValueError(f"{path}: is not compressed; rename it to .nii")
         if name.endswith(".nii") and compressed:
             raise ValueError(f"{path}: is compressed; rename it to .nii.gz")
-        return kind(block[:size], check=False)
+        header = kind(block[:size], check=False)
+        _set_signs(header)
+        return header
     return None
+
+
+def _set_signs(header) -> None:
+    """Make spacing positive and qfac 1 or -1, as the standard reads other values (nifti1.h)."""
+    header["pixdim"][1:4] = np.abs(header["pixdim"][1:4])
+    if header["pixdim"][0] != -1:
+        header["pixdim"][0] = 1
 
 
 def _check_header(path: Path, header) -> None:
@@ -297,9 +306,11 @@ def _check_header(path: Path, header) -> None:
 
 def _qform(header) -> np.ndarray | None:
     """Return the affine (4,4) of quaternion and pixdim, whatever its code; None if it is none."""
+    from nibabel.spatialimages import HeaderDataError
+
     try:
         affine = header.get_qform()
-    except ValueError:
+    except (ValueError, HeaderDataError):
         return None
     return affine if np.isfinite(affine).all() else None
 
@@ -307,8 +318,9 @@ def _qform(header) -> np.ndarray | None:
 def _reconcile(path: Path, header) -> None:
     """Make the sform of a header agree with qform and pixdim where that is safe.
 
-    A spacing of the sform within 1 % of pixdim is taken as it is. Else, if exactly one of sform
-    and qform is the bare 1 mm identity, the other one is used and written as both.
+    A spacing of the sform within 1 % of pixdim is taken as it is, unless the sform is the bare 1 mm
+    identity and the qform is not. If exactly one of them is bare, the other one is used and written
+    as both.
     ValueError, one line, if they contradict each other in another way.
     """
     if not header["sform_code"]:
@@ -316,15 +328,17 @@ def _reconcile(path: Path, header) -> None:
     sform = header.get_sform()
     qform = _qform(header)
     spacing = np.abs(header["pixdim"][1:4].astype(np.float64))
-    if np.abs(_norms(sform) / spacing - 1).max() <= 0.01:
+    sform_is_bare = _is_bare(sform)
+    qform_is_bare = qform is not None and _is_bare(qform)
+    norms_agree = np.abs(_norms(sform) / spacing - 1).max() <= 0.01
+    nobody_set_sform = header["qform_code"] and qform is not None and not qform_is_bare
+    if norms_agree and not (sform_is_bare and nobody_set_sform):
         if header["qform_code"] and qform is not None:
             apart = np.abs(sform[:3, :3] / _norms(sform) - qform[:3, :3] / spacing).max()
             if apart > 0.01:
                 notices.add(OTHER_AXES, path)
         return
 
-    sform_is_bare = _is_bare(sform)
-    qform_is_bare = qform is not None and _is_bare(qform)
     if sform_is_bare == qform_is_bare or qform is None:
         told = f"its sform says voxels of {mm_text(_norms(sform))}, its pixdim {mm_text(spacing)}"
         hint = "write the right one with set_sform and set_qform of nibabel"
@@ -469,7 +483,7 @@ def _open_by_header(path: Path):
     shape = file.shape
     if not kind.startswith("Nifti"):
         raise ValueError(f"{path}: holds {kind}, not NIfTI; convert it to .nii.gz")
-    if len(shape) not in (3, 4) or 0 in shape:
+    if len(shape) not in (3, 4) or min(shape) < 1:
         raise ValueError(
             f"{path}: has {len(shape)} axes, {shape}; it needs X,Y,Z or X,Y,Z,channels"
         )
@@ -870,8 +884,10 @@ def is_hu(facts: np.ndarray) -> bool:
     Cut and windowed CT passes, windows that begin at 0 included: they end below 1000 HU. Values of
     0 to 1 or to 255 are taken for grey levels.
     """
-    _, largest, air_and_fat, lifted = facts
+    smallest, largest, air_and_fat, lifted = facts
     if lifted >= 0.25:
+        return False
+    if largest - smallest < 30 and smallest < 0:  # z-scores, -1 to 1: no window is so narrow
         return False
     return air_and_fat >= 0.005 or not (largest > 1000 or largest <= 1 or largest == 255)
 

@@ -495,6 +495,30 @@ def number(value) -> bytes:
     return np.float32(value).tobytes()
 
 
+@pytest.mark.parametrize("qfac", [0.0, 2.0, float("nan")])
+def test_a_qfac_of_no_sign_is_read_as_1_and_spacing_as_positive(tmp_path, qfac):
+    """nifti1.h: pixdim[0] is -1 or 1, and anything else means 1."""
+    expected = np.diag([2.0, 2.5, 3, 1])
+    expected[:3, 3] = 10, 20, 30
+    no_sform = {254: bytes(2)}
+    pixdim = np.array([qfac, -2, 2.5, 3], "<f4").tobytes()
+    patch = no_sform | {76: pixdim}
+    path, x, _ = header_file(tmp_path / "a.nii.gz", qform=expected, patch=patch)
+    image, grid = volumes.read_image(path)
+    np.testing.assert_allclose(grid.affine, expected, atol=1e-5)
+    np.testing.assert_array_equal(image[0], x)
+
+
+def test_a_bare_sform_gives_way_to_a_qform_of_the_same_spacing(tmp_path, capsys):
+    """Nobody has set such an sform, and the qform mirrors two axes."""
+    mirrored = np.diag([-1.0, -1, 1, 1])
+    mirrored[:3, 3] = 90, 120, -70
+    path, _, _ = header_file(tmp_path / "a.nii.gz", sform=np.eye(4), qform=mirrored)
+    _, grid = volumes.read_image(path)
+    np.testing.assert_allclose(grid.affine, mirrored, atol=1e-5)
+    assert "the sform is the bare 1 mm identity" in capsys.readouterr().out
+
+
 CONTRADICTIONS = [
     ({"sform": np.diag([3.0, 3, 3, 1])}, "sform says voxels of 3 x 3 x 3 mm, its pixdim 2 x 2.5 x"),
     ({"sform": np.diag([-2.0, 2.55, 3, 1])}, "sform says voxels of 2 x 2.55 x 3 mm"),
@@ -1221,3 +1245,11 @@ def test_grey_shows_what_the_model_sees():
     assert (grey[image[0] < -175] == 0).all() and (grey[image[0] > 250] == 255).all()
     assert abs(int(grey[np.abs(image[0] - 37.5) < 3].mean()) - 127) < 4
     assert (volumes.grey(image * 0, same) == 0).all()
+
+
+def test_values_that_no_window_of_hounsfield_units_spans():
+    """Z-scores, and values divided by 1000; a window of 0 to 80 HU is honest."""
+    body = np.linspace(-1000, 1000, 4000, dtype=np.float32)
+    for image in (body - body.mean()) / body.std(), body / 1000:
+        assert not volumes.is_hu(volumes.hu_facts(image))
+    assert volumes.is_hu(volumes.hu_facts(body.clip(0, 80)))
