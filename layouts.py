@@ -319,6 +319,8 @@ def label_numbers(name: str, value) -> tuple[int, ...]:
         is_whole = is_whole or (isinstance(number, str) and re.fullmatch(r"-?[0-9]+", number))
         if not is_whole:
             raise ValueError(f"label {name} is {json.dumps(number)}; it must be a whole number")
+        if not 0 <= int(number) <= 65535:
+            raise ValueError(f"label {name} is {int(number)}; numbers go from 0 to 65535")
         numbers.append(int(number))
     return tuple(numbers)
 

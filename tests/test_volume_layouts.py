@@ -260,6 +260,8 @@ def test_btcv_as_it_is_handed_out(tmp_path):
         ({"labels": {"background": 0, "liver": "one"}}, 'label liver is "one"; it must be a whole'),
         ({"labels": {"background": 0, "liver": 1.5}}, "label liver is 1.5; it must be a whole"),
         ({"labels": {"background": 0, "liver": True}}, "label liver is true; it must be a whole"),
+        ({"labels": {"background": 0, "liver": -1}}, "label liver is -1; numbers go from 0 to"),
+        ({"labels": {"background": 0, "liver": 70000}}, "label liver is 70000; numbers go from 0"),
         ({"labels": {"background": 0, "liver": "1.5"}}, 'label liver is "1.5"; it must be a whole'),
         ({"labels": {"background": 0, "liver": [1, 2.5]}}, "label liver is 2.5; it must be"),
         ({"labels": {"background": False, "liver": 1}}, "label background is false; it must"),
