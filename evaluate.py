@@ -694,11 +694,16 @@ def check_prepared(sets: dict, tests: dict, options) -> None:
 def say_shared(sets: dict, tests: dict) -> None:
     """Print a line if volumes are in two of train, val and test.
 
-    By name within a data set, or by their voxels, whatever the files are called. A test of another
-    split (--test PATH:val) is one on purpose.
+    By name within a data set, or by their voxels, whatever the files are called. A test on another
+    split of the training's own data sets (--test PATH:val) is one on purpose.
     """
+    trained = {entry.root for dataset in sets.values() for entry in dataset.entries}
     splits = [(name, dataset) for name, dataset in sets.items()]
-    splits += [("test", dataset) for name, dataset in tests.items() if ":" not in name]
+    for name, dataset in tests.items():
+        on_purpose = ":" in name and all(entry.root in trained for entry in dataset.entries)
+        if not on_purpose:
+            splits.append(("test", dataset))
+
     first = {}  # name or voxels -> split, entry's name
     shared = {}  # (split, entry) -> text
     for split, dataset in splits:

@@ -1,6 +1,7 @@
 """Volumes through the loop: crops and losses, a run, its scores and files, what is refused."""
 
 import json
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -597,6 +598,7 @@ def test_volumes_in_two_splits_are_a_line(tmp_path, monkeypatch, capsys):
         ({"val": ["case2"]}, None),
         ({"val": ["case2"], "test": ["ROOT:val"]}, None),
         ({"val": ["case2"], "test": ["ROOT:train"]}, None),
+        ({"val": ["case2"], "test": ["COPY:val"]}, "case2 (val) is case9 (test)"),
         ({"val": ["case2"], "data": ["ROOT", "ROOT"], "test": ["ROOT"]}, None),
         ({"val": ["case2"], "fold": "1/3"}, None),
         ({"val": []}, None),  # a part of train validates
@@ -610,9 +612,16 @@ def test_what_is_in_two_splits_on_purpose_is_not_said(tmp_path, capsys, options,
     if options.get("fold") == "0/2":  # which leaves the repeated case in both
         folds = [{"train": ["case0", "case1"], "val": ["case1", "case2"]}] * 2
         (root / "splits_final.json").write_text(json.dumps(folds))
+    copied = tmp_path / "copy"  # the same voxels in another data set
+    shutil.copytree(root, copied)
+    for kind in "imagesTr", "labelsTr":
+        (copied / kind / "case2.nii.gz").rename(copied / kind / "case9.nii.gz")
+    set_lists(copied, training=["case3"], validation=["case9"], test=["case3"])
+    places = {"ROOT": str(root), "COPY": str(copied)}
     for key in "data", "test":
-        if key in options:
-            options[key] = [place.replace("ROOT", str(root)) for place in options[key]]
+        for name, path in places.items():
+            if key in options:
+                options[key] = [place.replace(name, path) for place in options[key]]
     options = train.Options(**{"model": "swin_unetr3d", "data": [str(root)], "seed": 0} | options)
     sets, tests = train.open_sets(options)
     for some in sets, tests:
