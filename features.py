@@ -74,9 +74,11 @@ def read_header(file: BinaryIO) -> Header | None:
     None if it is damaged, or if it is of an older version, whose rows had no checksum.
     """
     try:
-        npy.read_magic(file)
+        version = npy.read_magic(file)
         shape, _, dtype = npy.read_array_header_1_0(file)
     except Exception:  # numpy raises errors of many kinds for the bytes of a damaged header
+        return None
+    if version != (1, 0):  # another one would be read by other rules
         return None
     if dtype.names != ("row", "checksum") or len(shape) != 1:
         return None
@@ -97,13 +99,16 @@ def damaged_rows(file: BinaryIO, header: Header) -> Iterator[int]:
             yield number
 
 
-def whole_rows(part: Path) -> int:
-    """Return how many whole rows a killed run left; cut away the first damaged one and the rest."""
+def whole_rows(part: Path, n: int, kind: np.dtype) -> int:
+    """Return how many whole rows a killed run left; cut away the first damaged one and the rest.
+
+    None are left of a file whose header does not say n rows of `kind`.
+    """
     if not part.is_file():
         return 0
     with open(part, "rb+") as file:
         header = read_header(file)
-        if header is not None:
+        if header is not None and (header.count, header.kind) == (n, kind):
             done = next(damaged_rows(file, header), header.count)
             file.truncate(header.size + done * header.record if done else 0)
             return done
@@ -179,7 +184,7 @@ def _record(number: int, tensor: Tensor, kind: np.dtype) -> bytes:
 def _compute(path: Path, n: int, compute: Callable, what: str, kind: np.dtype) -> None:
     """Writes the file of `keep`."""
     part = path.with_suffix(".part")
-    start = whole_rows(part)
+    start = whole_rows(part, n, kind)
     with open(part, "ab") as file, tqdm(None, what, n, False, initial=start, disable=None) as bar:
         for number, tensor in enumerate(compute(start) if start < n else (), start):
             record = _record(number, tensor, kind)

@@ -169,6 +169,32 @@ def test_only_damaged_rows_are_computed_again(tmp_path):
     assert computed == [7, 8, 9, 50, 99]
 
 
+@pytest.mark.parametrize("place", [6, 7])
+def test_another_version_of_the_header_is_computed_again(place, tmp_path, capsys):
+    """numpy would read the rest by other rules, or not at all."""
+    path = tmp_path / "key.npy"
+    made(path)
+    whole = path.read_bytes()
+    flipped = bytearray(whole)
+    flipped[place] ^= 2
+    path.write_bytes(flipped)
+    made(path)
+    assert path.read_bytes() == whole
+    assert f"{path}: damaged or of an older version" in capsys.readouterr().out
+
+
+def test_rows_that_a_killed_run_left_of_another_number_are_not_gone_on_from(tmp_path):
+    path = tmp_path / "key.npy"
+    made(path)
+    whole = path.read_bytes()
+    path.unlink()
+    features.keep(path, 6, lambda start: map(row, range(start, 6)), "")
+    os.replace(path, path.with_suffix(".part"))
+    starts = []
+    made(path, starts)
+    assert starts == [0] and path.read_bytes() == whole
+
+
 @pytest.mark.parametrize("kind", ["float16", "float32"])
 def test_a_file_of_an_older_version_is_computed_again(kind, tmp_path, capsys):
     """Its rows have no checksum, and they are other ones, so that a misreading shows."""
@@ -299,9 +325,9 @@ PIXEL_DAMAGE = {
     "a bit of the pixels": (".bin", lambda path: path.write_bytes(flip(777)(path.read_bytes()))),
     "pixels are cut off": (".bin", lambda path: path.write_bytes(path.read_bytes()[:-1])),
     "no pixels are left": (".bin", lambda path: path.write_bytes(b"")),
-    "the index is zero": (".npy", lambda path: zero_file(path, 0)),
-    "a threshold in the index": (".npy", lambda path: zero_file(path, 128 + 32, 128 + 40)),
-    "the index is cut off": (".npy", lambda path: path.write_bytes(path.read_bytes()[:100])),
+    "the index is zero": (".npz", lambda path: zero_file(path, 0)),
+    "a few bytes of the index": (".npz", lambda path: zero_file(path, 128 + 32, 128 + 40)),
+    "the index is cut off": (".npz", lambda path: path.write_bytes(path.read_bytes()[:100])),
     "an older version": (".crc", lambda path: path.unlink()),
     "the checksums": (".crc", lambda path: zero_file(path, 0)),
 }
