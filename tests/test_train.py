@@ -519,6 +519,16 @@ def test_two_processes_of_one_number_do_not_share_a_file(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
 
 
+def test_a_run_folder_that_is_a_file_is_one_line(tmp_path, monkeypatch, capsys):
+    file = tmp_path / "file"
+    file.write_text("mine")
+    for out in file, file / "sub":
+        code, _, error = command(monkeypatch, capsys, train, "--data", tmp_path, "--out", out)
+        assert (code, error.count("\n")) == (2, 1)
+        assert f"{out}: is a file, or lies below one; choose another --out" in error
+    assert file.read_text() == "mine"
+
+
 # --- which epoch is kept -------------------------------------------------------------------------
 
 NAN = math.nan
@@ -603,7 +613,7 @@ def made_predictions(monkeypatch, cases):
     monkeypatch.setattr(evaluate, "predictions", predictions)
     entries = [SimpleNamespace(root="x")]
     dataset = SimpleNamespace(classes=("target",), entries=entries)
-    options = SimpleNamespace(threshold="auto", min_area=1, val_distances=False)
+    options = SimpleNamespace(threshold="auto", min_area=1, val_distances=False, tolerance=1.0)
     recipe = SimpleNamespace(ask=None)
     model = SimpleNamespace(config=SimpleNamespace(threshold=0.5))
     return model, recipe, dataset, options
