@@ -210,7 +210,9 @@ def test_outputs_and_all_gradients_equal_transformers(refined, dtype, monkeypatc
             # The gradients of k's biases are zero but for rounding.
             scale = max(p.grad.abs().max().item(), 1 if dtype == torch.float32 else 1e-2)
             error = (gradients[name] - p.grad).abs().max().item() / scale
-            assert error <= (2e-5 if dtype == torch.float32 else 1e-6), name
+            # float64 compares the mathematics. float32 sums up to a few thousand products, each
+            # rounded to 6e-8, in an order that differs between processors.
+            assert error <= (1e-4 if dtype == torch.float32 else 1e-6), name
             worst = max(worst, error)
             compared += 1
     assert compared == len(gradients) == len(official.state_dict()) - 1

@@ -664,7 +664,7 @@ def test_validation_scores_nsd_at_the_tolerance(monkeypatch):
     dataset = SimpleNamespace(classes=("polyp",))
     model = SimpleNamespace(config=SimpleNamespace(threshold=0.5))
     for tolerance in (1.0, 2.0, 3.0):
-        options = SimpleNamespace(val_distances=True, tolerance=tolerance)
+        options = SimpleNamespace(val_distances=True, tolerance=tolerance, threshold=None, min_area=1)
         scores = evaluate.validate(model, None, dataset, options)
         expected = monai_nsd(SQUARE, np.roll(SQUARE, 3, 0), tolerance)
         assert scores["val_nsd"] == pytest.approx(expected, abs=1e-6)
