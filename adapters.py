@@ -86,6 +86,8 @@ def add_lora(
 # shared: tensor_fault
 def tensor_fault(found: Tensor | None, expected: Tensor | None) -> str:
     """Return what is wrong with a tensor of a file, "" if nothing is."""
+    if found is not None and found.is_nested:
+        return "is a nested tensor, expected a dense one"
     shape = "missing" if found is None else tuple(found.shape)
     expected_shape = "no such tensor" if expected is None else tuple(expected.shape)
     if shape != expected_shape:

@@ -862,7 +862,7 @@ def read_file(path: Path) -> dict:
         said = str(error)
         reason = f"{error!r:.150}"
         hint = "get the whole file"
-        if "Unsupported global" in said or "is not run" in said:
+        if "unsupported global" in said.lower() or "is not run" in said:
             reason = f"{said:.150}" if "is not run" in said else "it has code in it"
             hint = "where it was made, torch.save(model.state_dict(), path)"
         reason = " ".join(reason.split())
@@ -1005,17 +1005,40 @@ def read_torchscript(path: Path) -> dict[str, Tensor]:
         return script_tensors(module, archive, root)
 
 
-def script_tensors(module: ScriptObject, archive: zipfile.ZipFile, root: str, prefix="") -> dict:
-    """Return the parameters and buffers of a module and of those in it, by their dotted names.
+def script_tensors(module: ScriptObject, archive: zipfile.ZipFile, root: str) -> dict[str, Tensor]:
+    """Return the parameters and buffers of a module and of those in it, by their dotted names."""
+    tensors = {}
+    names_of = {}  # class -> what `tensor_names` returns
+    pending = [("", module)]
+    for _ in range(MOST_MODULES):
+        if not pending:
+            return tensors
+        prefix, module = pending.pop()
+        kind = type(module).qualified_name
+        if kind not in names_of:
+            names_of[kind] = tensor_names(module, archive, root)
+        names = names_of[kind]
+        if names is None:
+            continue
+        for attribute, value in module.state.items():
+            if isinstance(value, ScriptObject):
+                pending.append((f"{prefix}{attribute}.", value))
+            elif isinstance(value, Tensor) and attribute in names:
+                tensors[prefix + attribute] = value
+    raise ValueError(f"it holds more than {MOST_MODULES:,} modules")
 
-    The archive's code, read as text, says which attributes they are. Raise ValueError if a module
-    makes its tensors by `__setstate__`, since that would have to be run.
+
+def tensor_names(module: ScriptObject, archive: zipfile.ZipFile, root: str) -> set[str] | None:
+    """Return which attributes of a module are parameters or buffers; None if it is no module.
+
+    The archive's code, read as text, says so. Raise ValueError if a module makes its tensors by
+    `__setstate__`, since that would have to be run.
     """
     *parents, name = type(module).qualified_name.split(".")
     code = archive.read(f"{root}/code/{'/'.join(parents)}.py").decode()
     body = re.search(rf"^class {re.escape(name)}\(Module\):\n((?: .*\n|\n)*)", code, re.M)
-    if body is None:  # an object that is no module
-        return {}
+    if body is None:
+        return None
 
     fields = re.split(r"^  def ", body[1], maxsplit=1, flags=re.M)[0]
     names = {"parameters": [], "buffers": []}
@@ -1025,19 +1048,15 @@ def script_tensors(module: ScriptObject, archive: zipfile.ZipFile, root: str, pr
         if any(names.values()) or " __torch__." in fields:
             kind = type(module).qualified_name
             raise ValueError(f"{kind} makes its tensors by code (__setstate__), which is not run")
-        return {}
+        return None
 
     # Like torch.jit: a buffer is declared as Tensor, not as Optional[Tensor].
     declared = re.findall(r'^  (?:__annotations__\["(.*?)"\] =|(\w+) :) Tensor$', fields, re.M)
     declared = {quoted or plain for quoted, plain in declared}
-    chosen = {*names["parameters"]} | declared.intersection(names["buffers"])
-    tensors = {}
-    for attribute, value in module.state.items():
-        if isinstance(value, ScriptObject):
-            tensors |= script_tensors(value, archive, root, f"{prefix}{attribute}.")
-        elif isinstance(value, Tensor) and attribute in chosen:
-            tensors[prefix + attribute] = value
-    return tensors
+    return {*names["parameters"]} | declared.intersection(names["buffers"])
+
+
+MOST_MODULES = 100_000  # a small file can nest modules in each other so that they never end
 # end shared
 
 
@@ -1078,6 +1097,8 @@ def download(source: str, files: tuple[str, ...]) -> Path:
 # shared: tensor_fault
 def tensor_fault(found: Tensor | None, expected: Tensor | None) -> str:
     """Return what is wrong with a tensor of a file, "" if nothing is."""
+    if found is not None and found.is_nested:
+        return "is a nested tensor, expected a dense one"
     shape = "missing" if found is None else tuple(found.shape)
     expected_shape = "no such tensor" if expected is None else tuple(expected.shape)
     if shape != expected_shape:

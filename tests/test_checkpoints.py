@@ -293,6 +293,39 @@ def test_no_model_runs_the_code_of_a_file(file, payload, tmp_path):
     assert not mark.exists()
 
 
+@pytest.mark.parametrize("file", FILES, **ids)
+def test_modules_that_never_end_are_refused(file, tmp_path):
+    """Each of 40 modules holds the next one twice: 2^40 paths in a small file."""
+    with zipfile.ZipFile(tmp_path / "deep.pt", "w") as archive:
+        code = "class M(Module):\n  __parameters__ = []\n  __buffers__ = []\n"
+        archive.writestr("deep/code/__torch__.py", code)
+    kind = type("M", (file.ScriptObject,), {"qualified_name": "__torch__.M"})
+    module = kind()
+    module.state = {}
+    for _ in range(40):
+        outer = kind()
+        outer.state = {"left": module, "right": module}
+        module = outer
+    with zipfile.ZipFile(tmp_path / "deep.pt") as archive:
+        with pytest.raises(ValueError, match="it holds more than 100,000 modules"):
+            file.script_tensors(module, archive, "deep")
+
+
+def test_a_pickle_that_calls_a_function_is_named_as_one(tmp_path):
+    path = tmp_path / "a.pt"
+    path.write_bytes(b"cposix\nsystem\n(Vtrue\ntR.")  # os.system("true")
+    for file in FILES:
+        with pytest.raises(ValueError, match=r"it has code in it\); where it was made, torch.save"):
+            file.read_file(path)
+
+
+@pytest.mark.parametrize("file", FILES, **ids)
+def test_a_nested_tensor_is_refused(file):
+    nested = torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)])
+    with pytest.raises(ValueError, match="x: 1 tensors do not fit: a is a nested tensor"):
+        file.check_complete({"a": nested}, {"a": torch.zeros(2)}, "x")
+
+
 def test_tensors_that_code_makes_are_refused(tmp_path):
     path = scripted(Holder(Packed()), tmp_path / "packed.pt")
     for file in FILES:
