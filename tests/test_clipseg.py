@@ -179,6 +179,29 @@ def test_every_official_name_and_shape(variant):
     assert sum(p.numel() for p in ours.parameters()) == count
 
 
+def official_backward(official, image, prompt, weight, monkeypatch):
+    """Backpropagate a weighted sum of transformers' logits, by text and by picture: return both."""
+    monkeypatch.setattr(torch, "no_grad", contextlib.nullcontext)  # it would stop at the towers
+    text = official(input_ids=TOKENS, pixel_values=image).logits[:, None]
+    picture = official(conditional_pixel_values=prompt, pixel_values=image).logits[:, None]
+    ((text * weight[0]).sum() + (picture * weight[1]).sum()).backward()
+    monkeypatch.undo()
+    return text, picture
+
+
+def gradient_errors(gradients, exact, least: float) -> dict[str, float]:
+    """Return by name how far gradients are from those of `exact`, relative to their largest.
+
+    The gradients of k's biases are zero but for rounding: nothing counts as smaller than `least`.
+    """
+    errors = {}
+    for name, p in exact.named_parameters():
+        if name != "clip.logit_scale":
+            scale = max(p.grad.abs().max().item(), least)
+            errors[name] = (gradients[name] - p.grad).abs().max().item() / scale
+    return errors
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("refined", [True, False])
 def test_outputs_and_all_gradients_equal_transformers(refined, dtype, monkeypatch):
@@ -192,31 +215,32 @@ def test_outputs_and_all_gradients_equal_transformers(refined, dtype, monkeypatc
     by_picture = ours(image, condition=ours.encode_visual_prompt(prompt))
     ((by_text * weight[0]).sum() + (by_picture * weight[1]).sum()).backward()
 
-    monkeypatch.setattr(torch, "no_grad", contextlib.nullcontext)  # it would stop at the towers
-    text = official(input_ids=TOKENS, pixel_values=image).logits[:, None]
-    picture = official(conditional_pixel_values=prompt, pixel_values=image).logits[:, None]
-    ((text * weight[0]).sum() + (picture * weight[1]).sum()).backward()
-    monkeypatch.undo()
-
+    text, picture = official_backward(official, image, prompt, weight, monkeypatch)
     tolerance = 2e-5 if dtype == torch.float32 else 1e-6 * text.abs().max().item()
     close(by_text, text, tolerance)
     close(by_picture, picture, tolerance)
+
+    # How far float32 is from the truth differs between processors, in the official code as in
+    # ours: four times its own distance from float64 is allowed, the largest of all tensors.
+    exact = official
+    allowed = 1e-6
+    least = 1 if dtype == torch.float32 else 1e-2
+    if dtype == torch.float32:
+        exact = theirs(config).double()
+        exact.load_state_dict(official.state_dict())
+        double = (image.double(), prompt.double(), weight.double())
+        official_backward(exact, *double, monkeypatch)
+        rounded = {name: p.grad for name, p in official.named_parameters()}
+        allowed = 4 * max(gradient_errors(rounded, exact, least).values())
+
     gradients = {n: p.grad for n, p in ours.named_parameters() if p.grad is not None}
     assert set(dict(ours.named_parameters())) - set(gradients) == {"clip.logit_scale"}
-    gradients, compared = clipseg.to_official(gradients), 0
-    worst = 0.0
-    for name, p in official.named_parameters():
-        if name != "clip.logit_scale":
-            # The gradients of k's biases are zero but for rounding.
-            scale = max(p.grad.abs().max().item(), 1 if dtype == torch.float32 else 1e-2)
-            error = (gradients[name] - p.grad).abs().max().item() / scale
-            # float64 compares the mathematics. float32 sums up to a few thousand products, each
-            # rounded to 6e-8, in an order that differs between processors.
-            assert error <= (1e-4 if dtype == torch.float32 else 1e-6), name
-            worst = max(worst, error)
-            compared += 1
-    assert compared == len(gradients) == len(official.state_dict()) - 1
-    print(f"{dtype}: logits {(by_text - text).abs().max():.1e}, gradients {worst:.1e}")
+    gradients = clipseg.to_official(gradients)
+    errors = gradient_errors(gradients, exact, least)
+    worst = max(errors, key=errors.get)
+    assert errors[worst] <= allowed, worst
+    assert len(errors) == len(gradients) == len(official.state_dict()) - 1
+    print(f"{dtype}: logits {(by_text - text).abs().max():.1e}, gradients {errors[worst]:.1e} of {allowed:.1e}")
 
 
 def original_formula(state, image, condition, config):
