@@ -97,9 +97,12 @@ def claim(folder: Path):
     """Keep every other process out of an output folder for as long as this one works in it.
 
     The folder is made if it is missing, and removed again if nothing was written to it. Raises
-    ValueError if another process has claimed the folder or if this is one of several processes.
+    ValueError if another process has claimed the folder, if this is one of several processes, or if
+    there is a file of this name.
     """
     refuse_several_processes()
+    if any(place.exists() and not place.is_dir() for place in (folder, *folder.parents)):
+        raise ValueError(f"{folder}: is a file, or lies below one; choose another --out")
     with locked(folder / ".lock", folder):
         yield
 
