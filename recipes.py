@@ -902,10 +902,11 @@ def read_codes(path: str | None) -> dict[str, Tensor]:
         if not isinstance(name, str):
             told = f"{name!r:.80} is not the name of a class"
             raise ValueError(f"{path}: {told}; prepare.py text-codes makes codes")
-        is_dense = isinstance(code, Tensor) and not code.is_nested
-        shape = tuple(code.shape) if is_dense else None
-        if shape != (swin_unetr3d.TEXT,):
-            told = f"{name} is {shape}" if is_dense else f"{name} is no dense tensor"
+        what = "no tensor"
+        if isinstance(code, Tensor):
+            what = "a nested tensor" if code.is_nested else tuple(code.shape)
+        if what != (swin_unetr3d.TEXT,):
+            told = f"{name} is {what}"
             raise ValueError(f"{path}: {told}, a code (512,); prepare.py text-codes makes codes")
     expected = torch.empty(swin_unetr3d.TEXT)
     swin_unetr3d.check_complete(codes, dict.fromkeys(codes, expected), path)  # finite floats
