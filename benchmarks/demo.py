@@ -45,7 +45,7 @@ def training(data: str, out: str, seed: int) -> Options:
         prompt="p6,p3",  # on p6 alone it learns whichever words are enough
         views=["original", "hflip", "vflip"],  # flips suffice here and cost least
         epochs=16,
-        eval_every=4,
+        eval_every=8,
         batch_size=16,
         lr=2e-3,
         warmup=0.15,
@@ -64,6 +64,7 @@ def ask(data: str, run_folder: str, prompt: str, split: str) -> dict:
         prompt=prompt,
         test=[f"{data}:{split}"],
         out=out,
+        workers=0,
         resume=Path(out).exists(),  # to write over an earlier answer
     )
     (summary,) = run(asked)["tests"].values()
