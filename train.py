@@ -418,12 +418,14 @@ def fit_and_test(options: Options, settings: Settings, device: torch.device, res
     print("  ".join(f"{key}={value}" for key, value in given.items()))
     torch.manual_seed(options.seed)
     torch.use_deterministic_algorithms(options.deterministic)
+
     family = FAMILIES[options.model]
     sets, tests = open_sets(options)
     evaluate.check_kind([*sets.values(), *tests.values()], family.volumes, options.model)
     model = load_model(options, settings, sets.get("train"), device)
     recipe = family.recipe(model, settings)
     evaluate.check_classes(model, recipe, [*sets.values(), *tests.values()], options)
+
     if recipe.tokenizer:
         check_prompts(options, recipe.tokenizer, sets, tests)
     if recipe.prepare:
@@ -434,17 +436,20 @@ def fit_and_test(options: Options, settings: Settings, device: torch.device, res
         evaluate.check_prepared(sets, tests, options)
     if options.boxes:
         recipe = evaluate.with_boxes(recipe, tests, options.boxes)
+
     threshold = None
     if not options.eval:
         chosen = fit(options, settings, model, recipe, list(sets.values()), resume)
         threshold = chosen["threshold"]
         print(describe_choice(chosen, tests))
+
     if options.threshold == "auto":
         if threshold is None:  # nothing was trained, or only before validations chose a threshold
             threshold = evaluate.best_threshold(model, recipe, sets["val"], options)
         model.config = replace(model.config, threshold=threshold)
         if not options.eval:
             write_config(options, model, *sets.values())
+
     ask = evaluate.prompt_study if options.prompt_study else evaluate.test
     return ask(model, recipe, tests, options) if tests else {}
 
