@@ -50,6 +50,7 @@ MODELS = {
     ),
 }
 FLOORS = [
+    ["files"],
     [
         *MODELS,
         *"tokenizer losses metrics layouts data volumes prompts augment features adapters report".split(),
