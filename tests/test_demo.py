@@ -48,7 +48,8 @@ def test_the_status_is_0_however_little_was_learned(demo, tmp_path, monkeypatch,
     assert tables[0] == tables[1] and tables[0].count("\n| ") == 6
     assert "| the full prompt (p6) | 0." in tables[0] and "| no text at all (p0) | 0." in tables[0]
     assert "resumed in epoch" in said["second"]
-    assert (tmp_path / "run/asked/p6-test/test/overlays/sheet.png").is_file()
+    assert (tmp_path / "run/test/overlays/sheet.png").is_file()
+    assert (tmp_path / "run/asked/p3-test/test/overlays/sheet.png").is_file()
     assert (tmp_path / "run/curves.png").is_file()
 
 
