@@ -150,7 +150,7 @@ def _open_head(path: Path) -> Image.Image:
         try:
             image = Image.open(path)
         except UnidentifiedImageError:
-            if not _is_tiff(path):
+            if not _is_tiff(path) or layouts.foreign_format(path):
                 raise
             image = None
         pages = 1 if image is None else count_pages(image)
@@ -188,13 +188,15 @@ def say_once(line: str) -> None:
 
 
 LIBTIFF = threading.Lock()  # one thread at a time redirects stderr
+LIBTIFF_LINE = re.compile(r"[\w.]+: [^\r\n|]*\n")  # "ZIPDecode: Decoding error.", no progress bar
 
 
 @contextmanager
 def _libtiff_errors(path: Path, image: Image.Image):
     """Keep what libtiff writes to stderr while an image is decoded.
 
-    It is part of the error that Pillow raises. Where Pillow raises none, it is printed.
+    It is part of the error that Pillow raises. Where Pillow raises none, it is printed. What other
+    threads write meanwhile, such as a progress bar, follows when the image is decoded.
     """
     codecs = [tile[0] for tile in getattr(image, "tile", [])]
     if "libtiff" not in codecs:
@@ -214,9 +216,11 @@ def _libtiff_errors(path: Path, image: Image.Image):
             os.dup2(stderr, 2)
             os.close(stderr)
         file.seek(0)
-        written = file.read().decode(errors="replace").strip()
+        written = file.read().decode(errors="replace")
+        os.write(2, LIBTIFF_LINE.sub("", written).encode())
 
-    reason = written.split("\n")[0].removeprefix("tempfile.tif: ")
+    lines = LIBTIFF_LINE.findall(written)
+    reason = lines[0].strip().removeprefix("tempfile.tif: ") if lines else ""
     if failure is not None:
         raise OSError(reason or str(failure)) from None
     if reason:
@@ -343,7 +347,8 @@ def _grey_as_pillow(pixels: np.ndarray) -> Image.Image:
     if pixels.dtype in (np.bool_, np.uint8, np.uint16):
         return Image.fromarray(pixels)
     if kind == "f":
-        return Image.fromarray(pixels.astype(np.float32))
+        with np.errstate(over="ignore"):  # what is too large becomes infinite, and that is said
+            return Image.fromarray(pixels.astype(np.float32))
     if pixels.dtype == np.uint32:
         image = Image.fromarray(pixels.astype(np.uint32).view(np.int32))
         image.is_unsigned = True

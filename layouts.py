@@ -155,9 +155,10 @@ def foreign_format(path: Path) -> str | None:
     The line names the file, the format and the way out. The ending decides, or else the content.
     """
     path = Path(path)
-    is_file = path.is_file()
+    if path.is_dir():
+        return None
     start = b""
-    if is_file:
+    if path.is_file():
         with open(path, "rb") as file:
             start = file.read(132)
 
@@ -171,12 +172,12 @@ def foreign_format(path: Path) -> str | None:
 
 
 def count_endings(files: list[Path]) -> str:
-    """Return how many files have which ending, most first: "6 .dcm, 1 .txt"."""
+    """Return how many files have which ending, most first: "6 .dcm, 1 .txt, 1 folder"."""
     counts = Counter()
     for file in files:
         is_packed_volume = file.name.lower().endswith(".nii.gz")
         ending = ".nii.gz" if is_packed_volume else file.suffix.lower()
-        counts[ending or "without an ending"] += 1
+        counts["folder" if file.is_dir() else ending or "without an ending"] += 1
     return ", ".join(f"{n} {ending}" for ending, n in counts.most_common())
 
 
@@ -196,13 +197,13 @@ def image_files(folder: Path) -> list[Path]:
 
 
 def other_files(folder: Path) -> list[Path]:
-    """Return the files of a folder that are no images, sorted, without those of the system."""
-    files = []
+    """Return what a folder holds but images, sorted: files and folders, but none of the system."""
+    others = []
     for path in sorted(folder.iterdir()):
         is_system = path.name.startswith(".") or path.name.lower() in SYSTEM_FILES
-        if path.suffix.lower() not in ENDINGS and not is_system and not path.is_dir():
-            files.append(path)
-    return files
+        if (path.suffix.lower() not in ENDINGS or path.is_dir()) and not is_system:
+            others.append(path)
+    return others
 
 
 def no_images(folder: Path) -> str:
@@ -211,7 +212,7 @@ def no_images(folder: Path) -> str:
     if not others:
         return f"{folder}: no images in this folder; they end in {COMMON_ENDINGS}"
     content = count_endings(others)
-    foreign = foreign_format(others[0])
+    foreign = next(filter(None, map(foreign_format, others)), None)
     if foreign is not None:
         return f"{foreign} ({folder}: only {content})"
     if is_volume(others[0]):
@@ -254,8 +255,10 @@ def find_file(folder: Path, name: str) -> Path:
 def missing_file(path: Path) -> str:
     """Return a path that does not exist, with what is known about it: "a.jpg (a.png is there)"."""
     path = Path(path)
-    if path.is_symlink():
+    if path.is_symlink() and not path.exists():
         return f"{path} (a link to {os.readlink(path)}, which does not exist)"
+    if path.exists():
+        return f"{path} (is no file, but a folder, a pipe or a device)"
     if not path.parent.is_dir():
         return str(path)
 
@@ -500,8 +503,8 @@ def say_other_files(folder: Path) -> None:
     """Print how many files of a folder are passed over because they are no images."""
     others = other_files(folder)
     if others:
-        files = "files are no images and are" if len(others) > 1 else "file is no image and is"
-        print(f"{folder}: {len(others)} {files} passed over ({count_endings(others)})")
+        what = "others are no images and are" if len(others) > 1 else "other is no image and is"
+        print(f"{folder}: {len(others)} {what} passed over ({count_endings(others)})")
 
 
 def read_classes(path: Path) -> tuple[str, ...]:

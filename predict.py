@@ -355,7 +355,7 @@ def predict(
 
 
 def say_how_images_were_read(cases: list[tuple[str, Path, str]], non_finite: list[Path]) -> None:
-    """Print which images have NaN or infinite pixels (`non_finite`), and which damaged EXIF data."""
+    """Print which images hold NaN or infinite pixels (`non_finite`) and which damaged EXIF data."""
     if non_finite:
         print(data.non_finite_line(list(dict.fromkeys(non_finite))))
     files = dict.fromkeys(file for _, file, _ in cases)
