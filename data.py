@@ -3,7 +3,10 @@
 How files are read
 - Images: grey becomes three equal channels, alpha is dropped, 16-bit, 32-bit and float images are
   stretched from their own minimum..maximum to 0..255 (16-bit colours by that of all channels).
-  Non-finite pixels become 0, which is printed. The EXIF orientation is applied.
+  Non-finite pixels become 0, which is printed. The EXIF orientation is applied; where EXIF data is
+  damaged the image stays as stored, which is printed.
+- TIFFs of kinds that Pillow refuses (three channels without the mark of colour, 32 bits a channel,
+  64-bit floats) or misreads (planes of 16 bits) are read with tifffile, by the same rules.
 - Files of several pages or frames are refused. Previews, which TIFF marks as such, and the further
   pictures of a phone's JPEG (MPO) do not count.
 - Masks: colours (and palettes, by the colours they show) become one channel by their maximum. Where
@@ -25,14 +28,20 @@ masks; 255: does not count), `prompt` str, `name` (the mask's stem), `file` (the
 None), `dataset`.
 """
 
+import errno
 import functools
 import hashlib
+import logging
 import os
 import re
 import secrets
 import shutil
 import struct
 import sys
+import tempfile
+import textwrap
+import threading
+import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -43,14 +52,30 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, UnidentifiedImageError
 from tqdm import tqdm
+
+import layouts
+
+# Libraries warn without the file's name. What matters in their warnings is said here.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+logging.getLogger("PIL").setLevel(logging.CRITICAL)
+logging.getLogger("tifffile").setLevel(logging.CRITICAL)
 
 # --- files ---------------------------------------------------------------------------------------
 
 
 ORIENTATION = ExifTags.Base.Orientation
 ORIENTATIONS = ["stored", "upright"]  # of masks without a tag of their own
+TRANSPOSITIONS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 # Raw modes that Pillow takes for the file's byte order, though libtiff gives the machine's.
 NATIVE = {
@@ -63,57 +88,143 @@ NATIVE = {
 }
 
 
-# What Pillow raises about damaged files.
-UNREADABLE = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    LookupError,
-    TypeError,
-    OverflowError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
-
-
 @contextmanager
 def _one_line_errors(path: Path):
-    """Turn what Pillow raises about an unreadable file into one line that names it."""
+    """Turn what a library raises about an unreadable file into one line that names it."""
     try:
         yield
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such file") from None
-    except UNREADABLE as error:
-        raise ValueError(f"{path}: not readable as an image ({error}); replace the file") from None
+        raise FileNotFoundError(f"{layouts.missing_file(path)}: no such file") from None
+    except Image.DecompressionBombError:
+        most = 2 * Image.MAX_IMAGE_PIXELS
+        raise ValueError(
+            f"{path}: has more than {most / 1e6:.0f} megapixels, the most that is read; cut the "
+            "image into tiles, or make it smaller"
+        ) from None
+    except MemoryError:
+        raise ValueError(f"{path}: does not fit into memory; make the image smaller") from None
+    except Exception as error:  # of all kinds, for damaged files
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+            raise OSError(f"{path}: {os.strerror(error.errno)}") from None
+        raise ValueError(_unreadable_line(path, error)) from None
+
+
+def _unreadable_line(path: Path, error: Exception) -> str:
+    """Return what is wrong with a file that no library reads as an image, and the way out."""
+    foreign = layouts.foreign_format(path)
+    if foreign is not None:
+        return foreign
+    if layouts.is_volume(path):
+        return f"{path}: NIfTI holds a volume, not an image; save its slices as PNG"
+    if path.stat().st_size == 0:
+        return f"{path}: not readable as an image (it is empty, 0 bytes); replace the file"
+
+    reason = textwrap.shorten(str(error), 200) or type(error).__name__
+    if isinstance(error, UnidentifiedImageError):
+        reason = "of no kind that Pillow reads"
+    hint = "if it opens elsewhere, save it anew as PNG, else replace the file"
+    return f"{path}: not readable as an image ({reason}); {hint}"
 
 
 def open_image(path: Path, decode: bool = True, rawmode: str | None = None) -> Image.Image:
     """Return an image file, decoded or only its head.
 
     rawmode: how Pillow unpacks the stored channels, instead of its own choice.
-    Raises FileNotFoundError or ValueError, one line: not readable, or several pages.
+    Raises FileNotFoundError, OSError or ValueError, one line: not readable, or several pages.
     """
+    image = _open_head(Path(path))
+    if rawmode is not None:
+        image.tile = [_replace_rawmode(tile, {_rawmode(tile): rawmode}) for tile in image.tile]
+    if decode:
+        with _one_line_errors(path), _libtiff_errors(path, image):
+            image.load()
+    return image
+
+
+def _open_head(path: Path) -> Image.Image:
+    """Return the head of an image file or, of a TIFF that Pillow does not read, all of it."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError(f"{path}: is no file, but a folder, a pipe or a device")
+
     with _one_line_errors(path):
-        image = Image.open(path)
-        pages = count_pages(image)
+        try:
+            image = Image.open(path)
+        except UnidentifiedImageError:
+            if not _is_tiff(path) or layouts.foreign_format(path):
+                raise
+            image = None
+        pages = 1 if image is None else count_pages(image)
+        if image is not None and image.format == "TIFF" and _has_wide_planes(image):
+            image = None
+    _refuse_pages(path, pages)
+    if image is None:
+        return tiff_image(path)
+
+    if image.format == "TIFF":
+        image.filename = ""  # else Pillow maps the file, with the sides of a turned image exchanged
+        image.tile = [_replace_rawmode(tile, NATIVE) for tile in image.tile]
+    return image
+
+
+def _is_tiff(path: Path) -> bool:
+    """Return True if a file begins as a TIFF or a BigTIFF does."""
+    with open(path, "rb") as file:
+        return file.read(4) in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+
+
+def _refuse_pages(path: Path, pages: int) -> None:
+    """Raise ValueError, one line, if a file holds several images."""
     if pages > 1:
         raise ValueError(
             f"{path}: holds {pages} pages or frames, and a file must hold one image; save each as "
             "an image of its own, or the slices of a volume as NIfTI (.nii.gz)"
         )
-    if image.format == "TIFF":
-        image.filename = ""  # else Pillow maps the file, with the sides of a turned image exchanged
-        _check_planes(path, image)
-        image.tile = [_replace_rawmode(tile, NATIVE) for tile in image.tile]
-    if rawmode is not None:
-        image.tile = [_replace_rawmode(tile, {_rawmode(tile): rawmode}) for tile in image.tile]
 
-    if decode:
-        with _one_line_errors(path):
-            image.load()
-    return image
+
+@functools.cache
+def say_once(line: str) -> None:
+    """Print a line about a file, once however often the file is read."""
+    print(line, flush=True)
+
+
+LIBTIFF = threading.Lock()  # one thread at a time redirects stderr
+LIBTIFF_LINE = re.compile(r"[\w.]+: [^\r\n|]*\n")  # "ZIPDecode: Decoding error.", no progress bar
+
+
+@contextmanager
+def _libtiff_errors(path: Path, image: Image.Image):
+    """Keep what libtiff writes to stderr while an image is decoded.
+
+    It is part of the error that Pillow raises. Where Pillow raises none, it is printed. What other
+    threads write meanwhile, such as a progress bar, follows when the image is decoded.
+    """
+    codecs = [tile[0] for tile in getattr(image, "tile", [])]
+    if "libtiff" not in codecs:
+        yield
+        return
+
+    with LIBTIFF, tempfile.TemporaryFile() as file:
+        sys.stderr.flush()
+        stderr = os.dup(2)
+        os.dup2(file.fileno(), 2)
+        failure = None
+        try:
+            yield
+        except Exception as error:
+            failure = error
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+        file.seek(0)
+        written = file.read().decode(errors="replace")
+        os.write(2, LIBTIFF_LINE.sub("", written).encode())
+
+    lines = LIBTIFF_LINE.findall(written)
+    reason = lines[0].strip().removeprefix("tempfile.tif: ") if lines else ""
+    if failure is not None:
+        raise OSError(reason or str(failure)) from None
+    if reason:
+        say_once(f"{path}: damaged, but read as far as possible ({reason})")
 
 
 def count_pages(image: Image.Image) -> int:
@@ -161,28 +272,118 @@ def _replace_rawmode(tile, replacements: dict[str, str]):
     return tile._replace(args=replacements[rawmode])
 
 
-def _check_planes(path: Path, image: Image.Image) -> None:
-    """Raise ValueError for a TIFF whose wide channels lie one after another: Pillow misreads it."""
+def _has_wide_planes(image: Image.Image) -> bool:
+    """Return True for a TIFF whose wide channels lie one after another: Pillow misreads it."""
     has_planes = image.tag_v2.get(284) == 2  # PlanarConfiguration
-    if has_planes and max(image.tag_v2.get(258, (8,))) > 8:  # BitsPerSample
+    return has_planes and max(image.tag_v2.get(258, (8,))) > 8  # BitsPerSample
+
+
+def tiff_image(path: Path) -> Image.Image:
+    """Return a TIFF as stored, decoded by tifffile; its EXIF data holds its orientation.
+
+    Channels of more than 8 bits are in the attribute `wide`, (H,W,C); the image then shows them in
+    8 bits. Raises ValueError, one line: not readable, several pages, or tifffile is missing.
+    """
+    try:
+        import tifffile
+    except ImportError:
         raise ValueError(
-            f"{path}: a TIFF with more than 8 bits in separate colour planes, which is not "
-            "supported; save it as PNG, or as TIFF with interleaved channels"
-        )
+            f"{path}: not readable as an image by Pillow; tifffile reads more kinds of TIFF: pip "
+            "install tifffile, or save it as PNG"
+        ) from None
+
+    with _one_line_errors(path), tifffile.TiffFile(path) as file:
+        pages = 0
+        for number, page in enumerate(file.pages):
+            kind = page.tags.valueof(254, default=0)  # NewSubfileType: 1 is a preview, 4 a mask
+            pages += number == 0 or not kind & 5
+        pixels = tiff_pixels(file.pages[0], file.filehandle.size)
+        orientation = file.pages[0].tags.valueof(ORIENTATION)
+        image = _as_pillow(pixels, path)
+    _refuse_pages(path, pages)
+    if orientation is not None:
+        image.getexif()[ORIENTATION] = orientation
+    return image
+
+
+def tiff_pixels(page, size: int) -> np.ndarray:
+    """Return the pixels of a tifffile page, (H,W) or (H,W,C), as stored. size: bytes of the file.
+
+    Raises ValueError for kinds of pixels that have no rule here, and for files that are cut off.
+    """
+    if page.imagewidth * page.imagelength > 2 * Image.MAX_IMAGE_PIXELS:
+        raise Image.DecompressionBombError
+    if page.photometric not in (1, 2):
+        raise ValueError(f"PhotometricInterpretation {page.photometric:d}")
+    if page.axes not in ("YX", "YXS", "SYX"):
+        raise ValueError(f"a TIFF with the axes {page.axes}")
+    ends = [start + count for start, count in zip(page.dataoffsets, page.databytecounts)]
+    if not ends or max(ends) > size:
+        raise ValueError("the file is cut off")
+
+    pixels = page.asarray(maxworkers=1)
+    return np.moveaxis(pixels, 0, -1) if page.axes == "SYX" else pixels
+
+
+def _as_pillow(pixels: np.ndarray, path: Path) -> Image.Image:
+    """Return pixels (H,W) or (H,W,C) as Pillow would open them; see `tiff_image`."""
+    if pixels.ndim == 2:
+        return _grey_as_pillow(pixels)
+    channels = pixels.shape[2]
+    if channels not in (2, 3, 4):
+        raise ValueError(f"{channels} channels")
+    if pixels.dtype == np.uint8:
+        return Image.fromarray(np.ascontiguousarray(pixels))
+
+    wide = pixels[..., [0, 0, 0, 1]] if channels == 2 else pixels
+    image = Image.fromarray(stretch(wide, path)[0])
+    image.wide = wide
+    return image
+
+
+def _grey_as_pillow(pixels: np.ndarray) -> Image.Image:
+    """Return pixels (H,W) as an image of mode L, 1, I;16, I or F. Raises ValueError: none fits."""
+    kind = pixels.dtype.kind
+    if pixels.dtype in (np.bool_, np.uint8, np.uint16):
+        return Image.fromarray(pixels)
+    if kind == "f":
+        with np.errstate(over="ignore"):  # what is too large becomes infinite, and that is said
+            return Image.fromarray(pixels.astype(np.float32))
+    if pixels.dtype == np.uint32:
+        image = Image.fromarray(pixels.astype(np.uint32).view(np.int32))
+        image.is_unsigned = True
+        return image
+    limits = np.iinfo(np.int32)
+    if kind not in "iu" or pixels.min() < limits.min or pixels.max() > limits.max:
+        raise ValueError(f"numbers of type {pixels.dtype} that are too large")
+    return Image.fromarray(pixels.astype(np.int32))
+
+
+def turn(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Return pixels (H,W,C) turned by an EXIF orientation, 1 to 8."""
+    if orientation in (5, 6, 7, 8):
+        pixels = pixels.swapaxes(0, 1)
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    return pixels
 
 
 def sixteen_bit_colours(path: Path, orientation: int | None = None) -> np.ndarray | None:
-    """Return the colours of a file with 16 bits a channel, upright, uint16 (H,W,3 or 4).
+    """Return the colours of a file with more than 8 bits a channel, upright, (H,W,3 or 4).
 
-    Returns None for all other files. Pillow keeps the high bytes of such channels; decoding the
-    file again with swapped bytes gives the low ones.
-    orientation: as for `upright`. Raises as `open_image` does, and for channels out of reach.
+    They are uint16 but for TIFFs that tifffile reads. Returns None for all other files. Pillow
+    keeps the high bytes of such channels; decoding the file again with swapped bytes gives the low
+    ones. orientation: as for `upright`. Raises as `open_image` does, and for channels out of reach.
     """
     head = open_image(path, decode=False)
-    if head.mode[0] in "IF" or not head.tile:
+    if hasattr(head, "wide"):
+        return turn(head.wide, orientation or exif_orientation(head))
+    if head.mode[0] in "IF" or not getattr(head, "tile", []):
         return None
     match = re.fullmatch(r"(\w+);16([LBN])", _rawmode(head.tile[0]) or "")
-    is_wide_ppm = head.format == "PPM" and head.mode == "RGB" and head.tile[0][3][-1] > 255
+    is_wide_ppm = head.mode == "RGB" and pnm_maximum(head) > 255
     if match is None and not is_wide_ppm:
         return None
 
@@ -204,12 +405,59 @@ def sixteen_bit_colours(path: Path, orientation: int | None = None) -> np.ndarra
     return np.asarray(high).astype(np.uint16) * 256 + np.asarray(low)  # (H,W,C)
 
 
+def pnm_maximum(head: Image.Image) -> int:
+    """Return the value that a PGM or PPM file calls white, 255 for all other files."""
+    if head.format != "PPM" or not head.tile:
+        return 255
+    arguments = head.tile[0][3]  # a raw mode, or (raw mode, maximum)
+    is_pair = isinstance(arguments, tuple) and len(arguments) == 2
+    return arguments[1] if is_pair else 255
+
+
+def read_exif(image: Image.Image) -> Image.Exif | None:
+    """Return the EXIF data of an opened image, None if it is damaged."""
+    try:
+        exif = image.getexif()
+        has_orientation = exif.get(ORIENTATION) is not None
+        is_cut = not has_orientation and _is_cut(image.info.get("exif"))
+    except Exception:  # of all kinds, as for damaged images
+        return None
+    return None if is_cut else exif
+
+
+def _is_cut(exif: bytes | None) -> bool:
+    """Return True if EXIF data ends within its list of tags, or does not begin as such data does.
+
+    Pillow then takes the tags that it reads, without an error. Raises struct.error: too short.
+    """
+    if not exif:
+        return False
+    content = exif.removeprefix(b"Exif\0\0")
+    if content[:2] not in (b"II", b"MM"):
+        return True
+    order = "<" if content[:2] == b"II" else ">"
+    (start,) = struct.unpack_from(f"{order}I", content, 4)
+    (tags,) = struct.unpack_from(f"{order}H", content, start)
+    return start + 2 + 12 * tags > len(content)
+
+
+def has_damaged_exif(path: Path) -> bool:
+    """Return True if a file's EXIF data is damaged, so that it is read as stored."""
+    return read_exif(open_image(path, decode=False)) is None
+
+
+def exif_orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation of an opened image, 1 to 8; 1 without, or if it is damaged."""
+    exif = read_exif(image)
+    number = None if exif is None else exif.get(ORIENTATION)
+    return int(number) if number in range(2, 9) else 1
+
+
 def upright(image: Image.Image, orientation: int | None = None) -> Image.Image:
-    """Return an opened image turned by its EXIF orientation, or by the given one (2..8)."""
-    with _one_line_errors(image.filename):  # damaged EXIF data
-        if orientation is not None:
-            image.getexif()[ORIENTATION] = orientation
-        turned = ImageOps.exif_transpose(image)
+    """Return a decoded image turned by its EXIF orientation, or by the given one (2..8)."""
+    method = TRANSPOSITIONS.get(orientation or exif_orientation(image))
+    turned = image if method is None else image.transpose(method)
+    turned.is_unsigned = getattr(image, "is_unsigned", False)
     if image.format == "TIFF" and image.mode == "I":
         is_wide = image.tag_v2.get(258) == (32,)  # BitsPerSample
         turned.is_unsigned = is_wide and image.tag_v2.get(339, (1,)) == (1,)  # SampleFormat
@@ -231,15 +479,17 @@ def stretch(x: np.ndarray, path: Path) -> tuple[np.ndarray, bool]:
     """Stretch the finite values from their minimum..maximum to 0..255; all others become 0.
 
     Returns uint8 of the same shape, and True if there were others.
-    Raises ValueError if no value is finite.
+    Raises ValueError if no value is finite, or if they are too far apart.
     """
     x = x.astype(np.float64)
     finite = np.isfinite(x)
     if not finite.any():
         raise ValueError(f"{path}: no pixel is a finite number; replace the file")
 
-    low = x[finite].min()
-    high = x[finite].max()
+    low = float(x[finite].min())
+    high = float(x[finite].max())
+    if high - low == float("inf"):
+        raise ValueError(f"{path}: its values go from {low:g} to {high:g}; save it with fewer bits")
     stretched = np.where(finite, x - low, 0) * (255 / max(high - low, 1e-12))
     return stretched.round().astype(np.uint8), not finite.all()
 
@@ -257,9 +507,10 @@ def load_image(path: Path) -> tuple[np.ndarray, bool]:
     if image.mode == "F" or image.mode.startswith("I"):  # floats, 16- and 32-bit integers
         grey, non_finite = stretch(grey_values(image), path)  # (H,W)
         return np.repeat(grey[..., None], 3, axis=2), non_finite
-    if image.mode == "P":  # a palette may hold transparency, which only RGBA can take
-        image = image.convert("RGBA")
-    return np.asarray(image.convert("RGB")), False
+    with _one_line_errors(path):  # modes without a way to RGB, damaged palettes
+        if image.mode == "P":  # a palette may hold transparency, which only RGBA can take
+            image = image.convert("RGBA")
+        return np.asarray(image.convert("RGB")), False
 
 
 def read_image(path: Path) -> np.ndarray:
@@ -275,14 +526,12 @@ def mask_turn(path: Path, image: Path, orientation: str | None) -> tuple[int | N
     decides; without it the mask is turned, which is a guess.
     """
     stored = open_image(image, decode=False)
-    with _one_line_errors(image):
-        number = stored.getexif().get(ORIENTATION)
-    if number not in range(2, 9):
+    number = exif_orientation(stored)
+    if number == 1:
         return None, False
     mask = open_image(path, decode=False)
-    with _one_line_errors(path):
-        has_own_tag = ORIENTATION in mask.getexif()
-    if has_own_tag:
+    mask_exif = read_exif(mask)
+    if mask_exif is not None and ORIENTATION in mask_exif:
         return None, False
 
     stored_size = stored.size
@@ -321,7 +570,12 @@ def load_mask(
 
     colours = sixteen_bit_colours(path, turn)
     if colours is None:
-        values = mask_values(upright(open_image(path), turn), path, numbers)
+        stored = open_image(path)
+        values = mask_values(upright(stored, turn), path, numbers)
+        maximum = pnm_maximum(open_image(path, decode=False)) if stored.format == "PPM" else 255
+        if numbers and maximum != 255:  # Pillow has scaled the numbers by it
+            full = 255 if maximum < 256 else 65535
+            values = np.round(values.astype(np.float64) * maximum / full).astype(np.int32)
     else:
         values = mask_channel(colours, path, numbers)
     return mask_bytes(values, path, binary), is_guess
@@ -342,9 +596,12 @@ def mask_values(mask: Image.Image, path: Path, numbers: bool) -> np.ndarray:
         return grey_values(mask)
 
     has_alpha = mask.mode.upper() in ("LA", "PA", "RGBA")  # also La and RGBa, premultiplied
-    if has_alpha or (mask.mode == "P" and "transparency" in mask.info):
-        return mask_channel(np.asarray(mask.convert("RGBA")), path, numbers)
-    return np.asarray(mask.convert("RGB")).max(axis=2)  # 1-bit, palette and other colours
+    has_alpha = has_alpha or (mask.mode == "P" and "transparency" in mask.info)
+    with _one_line_errors(path):  # modes without a way to RGB, damaged palettes
+        colours = np.asarray(mask.convert("RGBA" if has_alpha else "RGB"))
+    if has_alpha:
+        return mask_channel(colours, path, numbers)
+    return colours.max(axis=2)  # 1-bit, palette and other colours
 
 
 def mask_channel(colours: np.ndarray, path: Path, numbers: bool) -> np.ndarray:
@@ -357,6 +614,8 @@ def mask_channel(colours: np.ndarray, path: Path, numbers: bool) -> np.ndarray:
     values = colours[..., :3].max(axis=2)  # (H,W)
     if colours.shape[2] == 3:
         return values
+    if colours.dtype.kind == "f":
+        raise ValueError(f"{path}: holds floats with transparency; save the mask as grey")
     alpha = colours[..., 3]
     if alpha.min() == alpha.max():
         drawn_nothing = alpha.max() == 0 and values.min() == values.max()
@@ -478,7 +737,10 @@ FLAT_PIXELS = 9  # the least that count: a share of few pixels says nothing
 # most 19 % were flat in the same measurement, and then grey ones were in the majority.
 DARK_SHARE = 0.25
 
-LOSSY = (".jpg", ".jpeg", ".webp")
+LOSSY = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".webp", ".avif",
+    ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx",
+)  # fmt: skip
 COLOUR_NOISE = 48  # levels by which JPEG may change the colour of a flat pixel
 
 BY_NUMBER = "by number"
@@ -509,7 +771,10 @@ def refuse_colours(entry) -> None:
     if len(bands) < 3:
         return
 
-    if not _is_grey(open_image(entry.mask).convert("RGB")):
+    image = open_image(entry.mask)
+    with _one_line_errors(entry.mask):
+        is_grey = _is_grey(image.convert("RGB"))
+    if not is_grey:
         hint = "save the numbers 0, 1, 2, … as a grey or a palette image"
         raise ValueError(f"{entry.mask}: holds colours, which are no class numbers; {hint}")
 
@@ -837,6 +1102,7 @@ def named(rules: dict[Path, str]) -> dict[str, str]:
 
 NON_FINITE = 1  # flag of an entry: its image holds NaN or infinite pixels, which became 0
 TURNED = 2  # its mask was turned like its image, though nothing tells whether it had to be
+DAMAGED_EXIF = 4  # its image's EXIF data is damaged, so that it was read as stored
 
 
 def entry_mask(entry, image: Path | None) -> tuple[np.ndarray, bool]:
@@ -858,12 +1124,18 @@ def _read_pair(entry) -> tuple[np.ndarray, np.ndarray, int]:
     if image.shape[:2] != mask.shape:
         (h, w), (H, W) = mask.shape, image.shape[:2]
         raise ValueError(f"{entry.mask}: {w}x{h}, but its image {entry.image} is {W}x{H}")
-    return image, mask, NON_FINITE * non_finite + TURNED * turned
+    flags = NON_FINITE * non_finite + TURNED * turned
+    return image, mask, flags + DAMAGED_EXIF * has_damaged_exif(entry.image)
 
 
 def non_finite_line(images: list[Path]) -> str:
     """Return what to print about images with NaN or infinite pixels."""
     return f"{count_files(images, 'image')} with NaN or infinite pixels, read as 0"
+
+
+def damaged_exif_line(images: list[Path]) -> str:
+    """Return what to print about images whose orientation is unknown, as EXIF data is damaged."""
+    return f"{count_files(images, 'image')} with damaged EXIF data, read as stored, not turned"
 
 
 def turned_line(masks: list[Path]) -> str:
@@ -888,14 +1160,19 @@ def remarks(entries: list, flags: np.ndarray) -> list[str]:
     for root in dict.fromkeys(entry.root for entry in entries):
         images = {}
         masks = {}
+        unturned = {}
         for entry, flag in zip(entries, flags):
             if entry.root == root and flag & NON_FINITE:
                 images[entry.image] = True
+            if entry.root == root and flag & DAMAGED_EXIF:
+                unturned[entry.image] = True
             if entry.root == root and flag & TURNED:
                 masks[entry.mask] = True
 
         if images:
             lines.append(f"{root}: {non_finite_line([*images])}")
+        if unturned:
+            lines.append(f"{root}: {damaged_exif_line([*unturned])}")
         if masks:
             lines.append(f"{root}: {turned_line([*masks])}")
     return lines
@@ -917,7 +1194,7 @@ def read_truth(entry, threshold: int) -> np.ndarray:
 
 def _content_key(entries: list, masks_only: bool = False) -> str:
     """A hash of what the entries' files hold and of how they are read."""
-    key = hashlib.sha256(b"rules 4")  # raise the number when what is stored changes
+    key = hashlib.sha256(b"rules 5")  # raise the number when what is stored changes
     files = [entry.mask for entry in entries]
     if not masks_only:
         files += [entry.image for entry in entries]
@@ -935,7 +1212,7 @@ def _content_key(entries: list, masks_only: bool = False) -> str:
 def _decode(entries: list, file) -> tuple[np.ndarray, np.ndarray]:
     """Writes the pixels of all entries to an open file; returns places and counts of `_cache`."""
     places, image_at, end = [], {}, 0
-    flags = []  # an entry's NON_FINITE and TURNED
+    flags = []  # of an entry: NON_FINITE, …
     counts = np.zeros((len(entries), 3, 256), np.int32)
     bar = tqdm(total=len(entries), desc="decode", unit="image", disable=None, leave=False)
     with ThreadPoolExecutor() as pool:
@@ -981,7 +1258,7 @@ def _cache(entries: list, folder: Path) -> tuple[Path, np.ndarray, np.ndarray]:
     """Decode all pixels into `folder/KEY.bin`, unless that is there already, undamaged.
 
     Returns the file; int64 (n,5): where the image begins, where the mask begins, height, width, the
-    entry's NON_FINITE and TURNED; and `count_values` of each mask, (n,3,256).
+    entry's flags (NON_FINITE, …); and `count_values` of each mask, (n,3,256).
     """
     pixels, index = (folder / f"{_content_key(entries)}{end}" for end in (".bin", ".npz"))
     listed = index.with_suffix(".crc")  # checksums, written last
@@ -1242,7 +1519,7 @@ def check_files(entries: list) -> None:
         raise ValueError("the annotation file has no entries")
     lost = [path for entry in entries for path in (entry.image, entry.mask) if not path.is_file()]
     if lost:
-        names = ", ".join(map(str, lost[:5])) + (" …" if len(lost) > 5 else "")
+        names = ", ".join(map(layouts.missing_file, lost[:5])) + (" …" if len(lost) > 5 else "")
         raise FileNotFoundError(f"{len(lost)} files are missing: {names}")
 
 

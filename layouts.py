@@ -25,18 +25,39 @@ one number is that number. Unlike in nnU-Net, the background has no say in this:
 it become 0. `"overlapping": true` makes regions of classes that are single numbers.
 
 File names in these JSON files are relative and stay below their folder (`check_name`). Symbolic
-links on the disk are followed.
+links on the disk are followed. Names that differ only in their Unicode form (macOS writes ä as two
+characters) are the same.
 """
 
 import json
 import os
 import re
+import unicodedata
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import numpy as np
+from PIL import Image
 
-ENDINGS = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif"}  # of image files
+from files import read_json
+
+
+def image_endings() -> frozenset[str]:
+    """Return the endings of image files, in small letters: of all formats that Pillow reads.
+
+    Without formats that hold films, layers or icons of several sizes, and those that need another
+    program.
+    """
+    others = {"BUFR", "CUR", "EPS", "FLI", "GRIB", "HDF5", "ICNS", "ICO", "MPEG", "PSD", "WMF"}
+    endings = Image.registered_extensions()
+    formats = {*Image.OPEN, "MPO"} - others  # MPO is opened as JPEG is
+    return frozenset(ending for ending, name in endings.items() if name in formats)
+
+
+ENDINGS = image_endings()
+COMMON_ENDINGS = ".png, .jpg, .tif, .bmp, .pgm and others that Pillow reads"  # for messages
+SYSTEM_FILES = {"thumbs.db", "desktop.ini"}  # that Windows puts into folders
 NIFTI = (".nii.gz", ".nii")
 FOLDERS = ("images", "imagesgreyscale"), ("masks", "masks14")
 BTCV = (
@@ -86,14 +107,184 @@ def prompt_option(text: str) -> str:
     return text
 
 
+# --- files and their names -----------------------------------------------------------------------
+
+TO_PNG = "save it as PNG"
+TO_VOLUME = "convert volumes to .nii.gz, for example with SimpleITK, and single images to PNG"
+TO_FILES = "save volumes as .nii.gz, for example with nibabel, and single images as PNG"
+TO_TILES = "cut it into tiles, for example with QuPath, and save them as PNG"
+FOREIGN = [  # formats that are known, but not read: name, endings, first bytes, what to do
+    (
+        "DICOM",
+        (".dcm", ".dicom", ".ima"),
+        None,  # it begins with 128 bytes of anything
+        "convert volumes to .nii.gz, for example with dcm2niix, and single images to PNG, for "
+        "example with pydicom",
+    ),
+    ("NRRD", (".nrrd", ".nhdr"), b"NRRD000", TO_VOLUME),
+    ("MetaImage", (".mha", ".mhd"), b"ObjectType", TO_VOLUME),
+    ("Analyze", (".img",), None, TO_VOLUME),
+    ("HDF5", (".h5", ".hdf5", ".hdf"), b"\x89HDF", TO_FILES),
+    ("NumPy", (".npy", ".npz"), b"\x93NUMPY", TO_FILES),
+    ("MATLAB", (".mat",), b"MATLAB 5.0", TO_FILES),
+    ("HEIC", (".heic", ".heif"), None, "save it as PNG or JPEG"),
+    ("a camera's raw format", (".dng", ".nef", ".cr2", ".arw"), None, TO_PNG),
+    ("PDF", (".pdf",), b"%PDF", "save its pages as PNG"),
+    ("PostScript or SVG", (".ps", ".eps", ".svg"), b"%!PS", TO_PNG),
+    ("Photoshop or GIMP", (".psd", ".xcf"), b"gimp xcf", TO_PNG),
+    (
+        "video",
+        (".mp4", ".avi", ".mov", ".mkv", ".mpg", ".mpeg", ".wmv", ".webm"),
+        None,
+        "save its frames as PNG, for example with ffmpeg",
+    ),
+    ("whole-slide", (".svs", ".ndpi", ".mrxs", ".scn", ".vms", ".bif"), None, TO_TILES),
+    ("a microscope's raw format", (".czi", ".lif", ".nd2", ".oib"), None, TO_PNG),
+    (
+        "Git LFS (only a pointer to the file)",
+        (),
+        b"version https://git-lfs",
+        "run git lfs pull in its folder",
+    ),
+]
+
+
+def foreign_format(path: Path) -> str | None:
+    """Return a line about a file of a known format that is not read, None for all other files.
+
+    The line names the file, the format and the way out. The ending decides, or else the content.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return None
+    start = b""
+    if path.is_file():
+        with open(path, "rb") as file:
+            start = file.read(132)
+
+    for name, endings, first_bytes, way_out in FOREIGN:
+        has_ending = path.name.lower().endswith(endings)
+        has_content = first_bytes is not None and start.startswith(first_bytes)
+        is_dicom = name == "DICOM" and start[128:] == b"DICM"
+        if has_ending or has_content or is_dicom:
+            return f"{path}: {name} is not read; {way_out}"
+    return None
+
+
+def count_endings(files: list[Path]) -> str:
+    """Return how many files have which ending, most first: "6 .dcm, 1 .txt, 1 folder"."""
+    counts = Counter()
+    for file in files:
+        is_packed_volume = file.name.lower().endswith(".nii.gz")
+        ending = ".nii.gz" if is_packed_volume else file.suffix.lower()
+        counts["folder" if file.is_dir() else ending or "without an ending"] += 1
+    return ", ".join(f"{n} {ending}" for ending, n in counts.most_common())
+
+
+def image_files(folder: Path) -> list[Path]:
+    """Return the image files of a folder, sorted, without hidden ones such as macOS's ._a.png.
+
+    Raises ValueError, one line, if a name is not Unicode: it could not be printed or written.
+    """
+    files = []
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() in ENDINGS and not path.name.startswith(".") and not path.is_dir():
+            if not is_unicode(path.name):
+                name = os.fsencode(path.name)
+                raise ValueError(f"{folder}: the file name {name!r} is not Unicode; rename it")
+            files.append(path)
+    return files
+
+
+def other_files(folder: Path) -> list[Path]:
+    """Return what a folder holds but images, sorted: files and folders, but none of the system."""
+    others = []
+    for path in sorted(folder.iterdir()):
+        is_system = path.name.startswith(".") or path.name.lower() in SYSTEM_FILES
+        if (path.suffix.lower() not in ENDINGS or path.is_dir()) and not is_system:
+            others.append(path)
+    return others
+
+
+def no_images(folder: Path) -> str:
+    """Return a line about a folder without image files: what it holds, and the way out."""
+    others = other_files(folder)
+    if not others:
+        return f"{folder}: no images in this folder; they end in {COMMON_ENDINGS}"
+    content = count_endings(others)
+    foreign = next(filter(None, map(foreign_format, others)), None)
+    if foreign is not None:
+        return f"{foreign} ({folder}: only {content})"
+    if is_volume(others[0]):
+        hint = "a data set of volumes has a dataset.json"
+    else:
+        hint = f"images end in {COMMON_ENDINGS}"
+    return f"{folder}: no images in this folder, only {content}; {hint}"
+
+
+def is_unicode(name: str) -> bool:
+    """Return False for a name with half characters, which no text file can hold."""
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def composed(name: str) -> str:
+    """Return a name in one Unicode form, so that names that look the same are equal."""
+    return unicodedata.normalize("NFC", name)
+
+
+def find_file(folder: Path, name: str) -> Path:
+    """Return `folder/NAME`, or the one file that differs from it in Unicode form alone."""
+    exact = folder / name
+    if exact.exists() or name.isascii():
+        return exact
+
+    path = folder
+    for part in PurePosixPath(name).parts:
+        if not (path / part).exists() and path.is_dir():
+            alike = [other for other in os.listdir(path) if composed(other) == composed(part)]
+            if len(alike) == 1:
+                part = alike[0]
+        path = path / part
+    return path
+
+
+def missing_file(path: Path) -> str:
+    """Return a path that does not exist, with what is known about it: "a.jpg (a.png is there)"."""
+    path = Path(path)
+    if path.is_symlink() and not path.exists():
+        return f"{path} (a link to {os.readlink(path)}, which does not exist)"
+    if path.exists():
+        return f"{path} (is no file, but a folder, a pipe or a device)"
+    if not path.parent.is_dir():
+        return str(path)
+
+    stem = composed(path.stem).lower()
+    for other in sorted(os.listdir(path.parent)):
+        if composed(os.path.splitext(other)[0]).lower() == stem and not other.startswith("."):
+            return f"{path} ({other} is there)"
+    return str(path)
+
+
 def check_name(name: str, key: str) -> str:
     """Return the file name that `key` of a JSON file gives, if it stays below its folder.
 
     Raises ValueError if it is absolute or climbs out with `..`, in POSIX or in Windows notation,
-    whatever the system: data sets travel. Raises TypeError if it is not a string.
+    whatever the system: data sets travel; or if it is empty or no file can have it. Raises
+    TypeError if it is not a string.
     """
+    if isinstance(name, list):
+        raise ValueError(
+            f"{key} lists {len(name)} files, but an entry has one; save the union of several masks "
+            "(the larger value of each pixel) as one file and name that"
+        )
     if not isinstance(name, str):
         raise TypeError(f"{key} {name!r} is not a string")
+    if not name.strip() or "\0" in name or not is_unicode(name):
+        raise ValueError(f"{key} {name!r} is not the name of a file")
 
     windows = PureWindowsPath(name)  # understands / and \
     if PurePosixPath(name).is_absolute() or windows.drive or windows.root:
@@ -170,7 +361,7 @@ class Entry:
 def _locate(root: Path, kind: str, name: str, split: str) -> Path:
     """`KIND/NAME`, or `KIND/SPLIT/NAME` (CAMUS keeps what it validates on in the folder train)."""
     folders = ["", split, "train"] if split == "val" else ["", split]
-    paths = [root / kind / folder / name for folder in folders]
+    paths = [find_file(root / kind / folder, name) for folder in folders]
     return next((path for path in paths if path.is_file()), paths[0])
 
 
@@ -186,77 +377,150 @@ def _group(image: str, group_regex: str | None) -> str | None:
 
 
 def _entry(root: Path, split: str, item: dict, group_regex: str | None) -> Entry:
+    """Return the entry of an object in an annotation file. Raises TypeError or ValueError."""
+    for key in ("img_name", "mask_name", "prompts"):
+        if key not in item:
+            raise ValueError(f"has no {key}; expected an object with img_name, mask_name, prompts")
     image = check_name(item["img_name"], "img_name")
     mask = check_name(item["mask_name"], "mask_name")
     label = item.get("label")
-    prompts = {k: [v] if isinstance(v, str) else list(v) for k, v in item["prompts"].items()}
-    if not all(isinstance(text, str) for texts in prompts.values() for text in texts):
-        raise TypeError("prompts must be strings or lists of strings")
     if label is not None and not (type(label) is int and 0 <= label < 255):
-        raise TypeError(f"label {label!r} of {mask} is no number from 0 to 254")
-    name = os.path.splitext(mask)[0] + (f"-{int(label)}" if label is not None else "")
+        raise TypeError(f"label {label!r} of {mask} is no whole number from 0 to 254")
+
+    name = os.path.splitext(mask)[0]
+    if label is not None:
+        name += f"-{label}"
     paths = _locate(root, "images", image, split), _locate(root, "masks", mask, split)
+    prompts = _prompts(item["prompts"])
     return Entry(name, *paths, prompts, root, label, _group(image, group_regex))
 
 
+def _prompts(given: dict) -> dict[str, list[str]]:
+    """Return prompt type -> its texts. Raises TypeError if they are no strings or lists of them."""
+    if not isinstance(given, dict):
+        raise TypeError(f"prompts are {kind_of(given)} instead of an object with p0, p1, …")
+    prompts = {}
+    for kind, texts in given.items():
+        listed = [texts] if isinstance(texts, str) else texts
+        if not isinstance(listed, list):
+            raise TypeError(f"prompt {kind} is {kind_of(texts)}, not a text or a list of texts")
+        for text in listed:
+            if not isinstance(text, str):
+                raise TypeError(f"prompt {kind} lists {kind_of(text)} instead of texts")
+        prompts[kind] = listed
+    return prompts
+
+
+def kind_of(value) -> str:
+    """Return what a value of a JSON file is, in JSON's words."""
+    names = {dict: "an object", list: "a list", str: "a text", bool: "true or false"}
+    if value is None:
+        return "null"
+    return names.get(type(value), "a number")
+
+
 def read_annotations(root: Path, split: str, group_regex: str | None = None) -> list[Entry]:
-    """The entries of `root/anns/SPLIT.json`, whether or not their files exist.
+    """Return the entries of `root/anns/SPLIT.json`, whether or not their files exist.
 
     Entries repeated word for word are listed once, and that is printed. Raises FileNotFoundError or
     ValueError, one line, if the file is missing or no such list, or if two entries share a name.
     """
     root = Path(root).resolve()
-    path, entries, number = root / "anns" / f"{split}.json", {}, None
+    path = root / "anns" / f"{split}.json"
     if split not in splits(root) or not path.is_file():
         have = ", ".join(splits(root)) or "none"
         raise FileNotFoundError(f"{path}: no such annotation file; splits here: {have}")
-    try:
-        for number, item in enumerate(json.loads(path.read_text(encoding="utf-8"))):
+    items = read_json(path)
+    if not isinstance(items, list):
+        need = "a list of objects with img_name, mask_name, prompts"
+        raise ValueError(f"{path}: holds {kind_of(items)}; expected {need}")
+
+    entries = {}
+    for number, item in enumerate(items):
+        where = f"{path}, entry {number}"
+        if not isinstance(item, dict):
+            need = "an object with img_name, mask_name, prompts"
+            raise ValueError(f"{where}: is {kind_of(item)}; expected {need}")
+        try:
             entry = _entry(root, split, item, group_regex)
-            if entries.setdefault(entry.name, entry) == entry:
-                continue
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{where}: {error}") from None
+        if entries.setdefault(entry.name, entry) != entry:
             hint = "rename it, or join the prompts in a list"
-            raise ValueError(f"a second mask named {entry.name}; {hint}")
-    except (KeyError, TypeError, AttributeError) as error:
-        hint = "expected a list of objects with img_name, mask_name, prompts"
-        raise ValueError(f"{path}, entry {number}: {error!r}; {hint}") from None
-    except ValueError as error:  # JSONDecodeError is one
-        where = "" if number is None else f", entry {number}"
-        raise ValueError(f"{path}{where}: {error}") from None
-    if number is not None and number + 1 > len(entries):
-        print(f"{path}: {number + 1 - len(entries)} repeated entries are left out")
+            raise ValueError(f"{where}: a second mask named {entry.name}; {hint}")
+    if len(items) > len(entries):
+        print(f"{path}: {len(items) - len(entries)} repeated entries are left out")
     return list(entries.values())
 
 
 def read_pairs(root: Path, folder: Path, group_regex: str | None = None) -> list[Entry]:
-    """The images and masks of one stem in two folders of `folder`. ValueError: one without other"""
-    files = []
+    """Return the images and masks of one stem in two folders of `folder`.
+
+    Files that are no images are passed over, and that is printed. Raises ValueError, one line, for
+    an image without mask, a mask without image, and a folder that holds only other files.
+    """
+    places = []
     for names in FOLDERS:
-        inside = next(folder / name for name in names if (folder / name).is_dir())
-        paths = [path for path in sorted(inside.iterdir()) if path.suffix.lower() in ENDINGS]
-        paths = [path for path in paths if not path.name.startswith(".")]  # ._a.png of macOS
-        files.append({path.stem: path for path in paths})
-        if len(files[-1]) < len(paths):
-            twice = next(path for path in paths if path not in files[-1].values())
-            raise ValueError(f"{twice}: a second file of this name, with another ending")
-    images, masks = files
-    if lonely := sorted(images.keys() ^ masks.keys()):
-        path = images.get(lonely[0]) or masks[lonely[0]]
-        raise ValueError(f"{path}: {len(lonely)} files have no partner, mask or image; this is one")
-    groups = {stem: _group(path.name, group_regex) for stem, path in images.items()}
-    return [Entry(n, images[n], masks[n], {}, root, group=groups[n]) for n in images]
+        places.append(next(folder / name for name in names if (folder / name).is_dir()))
+    images, masks = map(images_by_stem, places)
+
+    lonely = sorted(images.keys() ^ masks.keys())
+    if lonely:
+        stem = lonely[0]
+        path = images.get(stem) or masks[stem]
+        line = f"{path}: {len(lonely)} files have no partner, mask or image; this is one"
+        others = [other for place in places for other in other_files(place)]
+        partner = next((other for other in others if composed(other.stem) == stem), None)
+        if partner is not None:
+            line = foreign_format(partner) or f"{line} ({partner.name} is no image file)"
+        raise ValueError(line)
+    for place in places:
+        say_other_files(place)
+
+    entries = []
+    for stem, image in images.items():
+        group = _group(image.name, group_regex)
+        entries.append(Entry(masks[stem].stem, image, masks[stem], {}, root, group=group))
+    return entries
+
+
+def images_by_stem(folder: Path) -> dict[str, Path]:
+    """Return {name without ending, composed: image file} of a folder.
+
+    Raises ValueError, one line, if two files have one name, or if there are other files alone.
+    """
+    by_stem = {}
+    for path in image_files(folder):
+        if by_stem.setdefault(composed(path.stem), path) != path:
+            raise ValueError(f"{path}: a second file of this name, with another ending")
+
+    if other_files(folder) and not by_stem:
+        raise ValueError(no_images(folder))
+    return by_stem
+
+
+def say_other_files(folder: Path) -> None:
+    """Print how many files of a folder are passed over because they are no images."""
+    others = other_files(folder)
+    if others:
+        what = "others are no images and are" if len(others) > 1 else "other is no image and is"
+        print(f"{folder}: {len(others)} {what} passed over ({count_endings(others)})")
 
 
 def read_classes(path: Path) -> tuple[str, ...]:
-    """The names in classes.json by their numbers; of a single class its name alone."""
+    """Return the names in classes.json by their numbers; of a single class its name alone.
+
+    Raises ValueError, one line, if it is no such file.
+    """
+    content = read_json(path)
+    need = '{"0": "background", "1": "stomach", …}, numbers without a gap, names once'
     try:
-        names = {int(k): str(v) for k, v in json.loads(path.read_text(encoding="utf-8")).items()}
+        names = {int(number): name for number, name in content.items()}
         names = [names[k] for k in range(max(len(names), 2))]  # KeyError: a gap
-        if len({*names}) < len(names):
-            raise ValueError("a name twice")
     except (ValueError, AttributeError, KeyError):
-        need = '{"0": "background", "1": "stomach", …}, numbers without a gap, names once'
         raise ValueError(f"{path}: expected {need}") from None
+    if len({*map(str, names)}) < len(names) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{path}: expected {need}")
     return tuple(names if len(names) > 2 else names[1:])
 
 
@@ -490,7 +754,8 @@ def splits(root: Path) -> dict[str, Path]:
     if has_volumes(root):
         return dict.fromkeys(read_volumes(root), root)
     if (root / "anns").is_dir():
-        return {path.stem: path for path in sorted((root / "anns").glob("*.json"))}
+        files = sorted((root / "anns").glob("*.json"))
+        return {path.stem: path for path in files if not path.name.startswith(".")}
     inside = {split: root / name for name, split in SPLITS.items() if _is_pair(root / name)}
     return inside or (dict.fromkeys(("train", "val", "test"), root) if _is_pair(root) else {})
 
@@ -556,8 +821,8 @@ def fold(entries: list[Entry], text: str) -> tuple[list[Entry], list[Entry]]:
     if k >= n or n < 2:
         raise ValueError(f"--fold {text}: expected k/n, of 5 folds 0/5 to 4/5")
     if path.is_file():
+        folds = read_json(path)
         try:
-            folds = json.loads(path.read_text(encoding="utf-8"))
             train, val = (set(folds[min(k, len(folds) - 1)][part]) for part in ("train", "val"))
         except (ValueError, KeyError, TypeError, IndexError):
             need = '[{"train": [names], "val": [names]}, …]'

@@ -121,14 +121,9 @@ def list_cases(args, run: dict, reads: bool) -> list[tuple[str, Path, str]]:
             continue
         if not place.exists():
             raise FileNotFoundError(f"{place}: no such image or folder")
-        files = (
-            sorted(f for f in place.iterdir() if f.suffix.lower() in layouts.ENDINGS)
-            if place.is_dir()
-            else [place]
-        )
+        files = layouts.image_files(place) if place.is_dir() else [place]
         if not files:
-            endings = ", ".join(sorted(layouts.ENDINGS))
-            raise ValueError(f"{place}: no images in this folder ({endings})")
+            raise ValueError(layouts.no_images(place))
         if reads and (args.prompt is None or layouts.is_prompt_type(args.prompt)):
             raise ValueError(
                 f'{place}: images need --prompt "a text"; prompt types belong to data sets'
@@ -353,11 +348,20 @@ def predict(
         made = pictures(probabilities, model.config, image, args, bool(ask), truths.get(name))
         for kind, path in outputs(name, args).items():
             report.save_picture(path, made[kind])
-    if non_finite:
-        print(data.non_finite_line(list(dict.fromkeys(non_finite))))
+    say_how_images_were_read(cases, non_finite)
     if shared:
         report.save_picture(legend, report.legend(tuple(classes[1:])))
         report.write_json(names, dict(enumerate(classes)))
+
+
+def say_how_images_were_read(cases: list[tuple[str, Path, str]], non_finite: list[Path]) -> None:
+    """Print which images hold NaN or infinite pixels (`non_finite`) and which damaged EXIF data."""
+    if non_finite:
+        print(data.non_finite_line(list(dict.fromkeys(non_finite))))
+    files = dict.fromkeys(file for _, file, _ in cases)
+    damaged_exif = [file for file in files if data.has_damaged_exif(file)]
+    if damaged_exif:
+        print(data.damaged_exif_line(damaged_exif))
 
 
 # --- volumes -------------------------------------------------------------------------------------

@@ -384,10 +384,12 @@ def read_splits(root, findings):
     splits = {}
     for name in sorted(names, key=lambda name: (order.get(name, len(order)), name)):
         try:
-            with redirect_stdout(io.StringIO()) as said:  # entries listed twice are only said
+            with redirect_stdout(io.StringIO()) as said:  # notes about files are only said
                 splits[name] = layouts.annotations(root, name)
             for line in said.getvalue().splitlines():
-                findings["entries listed twice"].append(line)
+                is_repeated = "repeated entries" in line
+                kind = "entries listed twice" if is_repeated else "files that are no images"
+                findings[kind].append(line)
         except (ValueError, OSError) as error:
             findings["annotation files that cannot be used"].append(str(error))
     return splits
@@ -430,6 +432,9 @@ def check_pixels(images, masks, findings):
         if fact.non_finite:
             line = f"{path}: holds NaN or infinite pixels, read as 0"
             findings["images with NaN or infinite pixels"].append(line)
+        if data.has_damaged_exif(path):
+            line = f"{path}: its EXIF data is damaged, so that it is read as stored, not turned"
+            findings["images with damaged EXIF data"].append(line)
 
     kind = "masks turned like their images, though they may be upright (see --mask-orientation)"
     for path, fact in masks.items():

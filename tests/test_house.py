@@ -51,9 +51,10 @@ MODELS = {
 }
 FLOORS = [
     ["files"],
+    ["layouts"],
     [
         *MODELS,
-        *"tokenizer losses metrics layouts data volumes prompts augment features adapters report".split(),
+        *"tokenizer losses metrics data volumes prompts augment features adapters report".split(),
     ],
     ["protocol", "fewshot3d", "organs", "evaluate", "prepare_volumes", "textcodes"],
     ["recipes"],

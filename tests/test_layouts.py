@@ -128,7 +128,7 @@ def test_one_class(classes, masks, expected, tmp_path):
     [
         (lambda r: pair(r / "train", "b", square(7)), "b.png: holds class number 7"),
         (lambda r: (r / "classes.json").write_text('{"0": "a", "2": "b"}'), "without a gap"),
-        (lambda r: (r / "classes.json").write_text("[1, 2"), "classes.json: expected"),
+        (lambda r: (r / "classes.json").write_text("[1, 2"), "classes.json: is not"),
         (lambda r: (r / "classes.json").write_text('{"0": "a", "1": "b", "2": "b"}'), "names once"),
         (lambda r: (r / "classes.json").unlink(), "class numbers need a classes.json"),
         (lambda r: (r / "train/masks/case0_train.png").unlink(), "case0_train.png: 1 files have"),
@@ -210,7 +210,7 @@ def test_nnunet_s_folds_are_honoured(tmp_path):
         layouts.train_and_val([root], 0, None, "0/2")
     for text in ("[", "[]", '{"train": []}', '[{"val": []}, {"val": []}]'):
         (root / "splits_final.json").write_text(text)
-        with pytest.raises(ValueError, match="splits_final.json: expected"):
+        with pytest.raises(ValueError, match="splits_final.json: (expected|is not valid JSON)"):
             layouts.train_and_val([root], 0, None, "0/2")
 
 
@@ -268,7 +268,7 @@ def test_other_names_are_taken(tmp_path, name):
 
 def test_a_name_that_is_a_list_is_one_line(tmp_path):
     root = listed(tmp_path / "set", {"img_name": "a.png", "mask_name": ["a.png", "b.png"]})
-    with pytest.raises(ValueError, match="entry 0.*mask_name .* is not a string"):
+    with pytest.raises(ValueError, match="entry 0.*mask_name lists 2 files, but an entry has one"):
         layouts.annotations(root, "train")
 
 
