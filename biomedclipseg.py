@@ -20,7 +20,7 @@ the towers; the decoder starts untrained or, as BiomedCLIPSeg-D, from CIDAS/clip
     logits (B,1,224,224)
 
 Texts need `tokenizer.py` beside this file (copy it), the package `tokenizers`, and the vocab.txt of
-the weights: in the folder of a run, else of the hub (`Config.vocabulary`). Or use any BERT
+the weights: the one beside them, else of the hub id in `Config.vocabulary`. Or use any BERT
 tokenizer with it. Left out: the data and loss of the study.
 
     model = BiomedCLIPSeg.from_pretrained("runs/biomedclipseg-polyps")  # a folder of your own

@@ -1342,9 +1342,10 @@ def segment(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
     """Return the probabilities and labels of a NIfTI volume on the file's own voxels, its affine.
 
-    model: of swin_unetr3d.py or fewshot3d.py; its config has spacing, intensity and window. files:
-    one file (str or Path), 3-D or 4-D, or a list with one for each channel. classes: names, of a
-    Universal Model, to find these alone. overlap, batch: as for `sliding_window`.
+    model: a SwinUNETR, UniversalSwinUNETR or AttentionUniversal, whose config has the spacing, the
+    intensities and the window. files: one file (str or Path), 3-D or 4-D, or a list with one for
+    each channel. classes: names, to find these of a Universal Model alone. overlap, batch: as for
+    `sliding_window`.
     Probabilities are float32 (K,X,Y,Z) and may be a view. Labels are uint8 (X,Y,Z) of class
     indices; with one class, 1 where it is above `config.threshold`; where classes overlap
     (K,X,Y,Z), 1 or 0 for each. The affine, float64 (4,4), is the file's, corrected where its header

@@ -217,6 +217,7 @@ def test_a_copied_model_file_segments_a_picture(name, tmp_path):
     docstring = ast.get_docstring(ast.parse(source(name)))
     assert "segment(" in docstring
     assert all(other in docstring for other in others)
+    assert not others or "`tokenizers`" in docstring
 
 
 def test_a_copied_swin_unetr_segments_a_volume(tmp_path):
