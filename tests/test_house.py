@@ -220,7 +220,19 @@ def test_a_copied_model_file_segments_a_picture(name, tmp_path):
     assert not others or "`tokenizers`" in docstring
 
 
+def with_imports(name: str) -> set[str]:
+    """Return the names of a file of ours and of all of ours that it imports."""
+    names = {name}
+    for other in imports(ast.parse(source(name))) & set(OURS):
+        names |= with_imports(other)
+    return names
+
+
 def test_a_copied_swin_unetr_segments_a_volume(tmp_path):
-    files = ["swin_unetr3d.py", "volumes.py"]
-    run_copied(tmp_path, files, SEGMENT_VOLUME.format(absent=[*ABSENT, "PIL"]))
-    assert "volumes.segment(" in ast.get_docstring(ast.parse(source("swin_unetr3d")))
+    """With volumes.py and what it imports, which the model's docstring names."""
+    docstring = ast.get_docstring(ast.parse(source("swin_unetr3d")))
+    files = [f"{name}.py" for name in sorted(with_imports("volumes"))]
+    assert "volumes.segment(" in docstring
+    assert all(f"`{file}`" in docstring for file in files), files
+    code = SEGMENT_VOLUME.format(absent=[*ABSENT, "PIL"])
+    run_copied(tmp_path, ["swin_unetr3d.py", *files], code)
