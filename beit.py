@@ -21,6 +21,10 @@ Any sides in 16s will do, from 32 on: the table of biases is interpolated to the
 the last tap do not run: they load, are written back, and are frozen.
 Left out: the auxiliary head, which is there for a second loss only, and what the released files
 have not: absolute positions, one bias for all blocks (the encoders without fine-tuning, pt22k).
+
+    model = BEiT.from_pretrained("microsoft/beit-base-finetuned-ade-640-640")
+    probabilities, mask = model.segment("photo.jpg")  # or a PIL image
+    # numpy, at the photo's own size: float32 (K,H,W); uint8 (H,W), the class of each pixel
 """
 
 import json
@@ -29,6 +33,7 @@ import pickle
 import re
 import sys
 import zipfile
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -290,6 +295,10 @@ class BEiT(nn.Module):
         x1, x2, x3, x4 = self.beit(image)  # (B,C,H/16,W/16) each
         return self.decode_head([self.fpn1(x1), self.fpn2(x2), x3, F.max_pool2d(x4, 2)])
 
+    def segment(self, image) -> tuple:
+        """Segment an image or its file -> probabilities (K,H,W), mask (H,W); see `segment`."""
+        return segment(self, image)
+
     @classmethod
     def from_pretrained(cls, source: str | Path, num_classes=None, **overrides) -> "BEiT":
         """From a file, a folder, a run folder or a hub id; `overrides` are fields of Config.
@@ -434,22 +443,32 @@ def closest_variant(weights: dict[str, Tensor], kind: type[nn.Module], naming) -
 
 # shared: to_rgb
 def to_rgb(image):
-    """Return a PIL image in RGB. Raise ValueError for 16-bit and float images.
+    """Return a PIL image in RGB; transparency is dropped.
 
-    Pillow would cut their values off at 255, so that they came out white, or black.
+    Raise TypeError for anything else, such as an array or a path, and ValueError for 16-bit and
+    float images: Pillow would cut their values off at 255, so that they came out white, or black.
     """
+    from PIL import Image
+
+    if not isinstance(image, Image.Image):
+        raise TypeError(
+            f"preprocess takes a PIL image, not {type(image).__name__}; use Image.open(path) or "
+            "Image.fromarray(array)"
+        )
     if image.mode in ("I", "F") or image.mode.startswith("I;"):
         raise ValueError(
             f"an image of mode {image.mode} (16 bits or floats) has no fixed range: scale its "
             "values to 0..255 and pass Image.fromarray(array.astype('uint8'))"
         )
+    if image.mode == "P":  # else Pillow warns of palettes with transparency
+        image = image.convert("RGBA")
     return image.convert("RGB")
 # end shared
 
 
 # shared: classes
 def preprocess(image, config: Config) -> Tensor:
-    """PIL image -> (3,S,S) float32, stretched and normalised."""
+    """PIL image -> (3,S,S) float32, stretched and normalised. Raise errors as `to_rgb` does."""
     import numpy as np
     from PIL import Image
 
@@ -474,9 +493,74 @@ def preprocess_mask(mask: Tensor, config: Config) -> Tensor:
 
 
 def postprocess(logits: Tensor, size: tuple[int, int], config: Config) -> Tensor:
-    """logits (K,h,w) -> probabilities (K,H,W) at the image's own size; one class has a sigmoid."""
+    """logits (K,h,w) -> probabilities (K,H,W) float32, 0..1, at the image's own `size` (H,W).
+
+    They are a softmax over the classes, or of one class a sigmoid.
+    """
     logits = F.interpolate(logits[None].float(), size, mode="bilinear", align_corners=False)[0]
     return logits.softmax(0) if len(logits) > 1 else logits.sigmoid()
+# end shared
+
+
+# shared: open_upright
+def open_upright(image):
+    """Return an image file (str or Path) as a PIL image, turned by its EXIF orientation.
+
+    Anything else is returned as it is. Raise OSError for a file that Pillow cannot read, ValueError
+    for one of several pages or of 16-bit colours, of which Pillow would keep the high bytes.
+    """
+    from PIL import Image, ImageOps
+
+    if not isinstance(image, str | Path):
+        return image
+    # Not by name: Pillow would map grey TIFFs, and garble those that are to be turned.
+    with open(image, "rb") as file, Image.open(file) as opened:
+        pages = getattr(opened, "n_frames", 1)
+        if pages > 1 and opened.format not in ("MPO", "PSD"):  # a phone's gain maps, layers
+            raise ValueError(f"{image}: holds {pages} pages; open it and pass one as a PIL image")
+        if ";16" in str(opened.tile):
+            raise ValueError(f"{image}: has 16 bits a channel; scale its values to 8 bits, 0..255")
+        return ImageOps.exif_transpose(opened)
+# end shared
+
+
+# shared: evaluating
+@contextmanager
+def evaluating(model: nn.Module):
+    """Run a block in evaluation mode and without gradients, then restore each module's mode."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, was_training in modes.items():
+            module.training = was_training
+# end shared
+
+
+# shared: segment_classes
+def segment(model: nn.Module, image) -> tuple:
+    """Return the probabilities and the class map of one image, as numpy arrays of its size.
+
+    image: a file (str or Path), see `open_upright`, or a PIL image, whose EXIF data is ignored.
+    Probabilities are float32 (K,H,W). The mask (H,W) holds class indices, uint8 (uint16 with more
+    than 256 classes); with one class, 1 where its probability is above `config.threshold`.
+    Raise errors as `open_upright` and `preprocess` do.
+    """
+    image = open_upright(image)
+    pixels = model.preprocess(image)[None].to(next(model.parameters()))  # (1,3,S,S)
+    size = (image.height, image.width)
+
+    with evaluating(model):
+        logits = model(pixels)[0]  # (K,h,w)
+        probabilities = model.postprocess(logits, size).cpu().numpy()
+
+    if len(probabilities) == 1:
+        mask = probabilities[0] > model.config.threshold
+    else:
+        mask = probabilities.argmax(0)
+    return probabilities, mask.astype("uint8" if len(probabilities) <= 256 else "uint16")
 # end shared
 
 

@@ -17,7 +17,12 @@ CRIS none were released; those in use were trained on RefCOCO by a user (issue 3
     projector: up to 4, 3x3 kernel from the state  <-------'
     logits (B,1,104,104)
 
-Tokens: copy `tokenizer.py` too, or use any CLIP tokenizer. Left out: loss and data of the study.
+Texts need `tokenizer.py` and `clip_merges.txt.xz` beside this file (copy both), and the package
+`tokenizers`; or use any CLIP tokenizer. Left out: loss and data of the study.
+
+    model = CRIS.from_pretrained("cris_best.pth")
+    probabilities, mask = model.segment("photo.jpg", "a polyp")  # or a PIL image
+    # numpy, at the photo's own size: float32 (1,H,W); uint8 (H,W), 1 above config.threshold
 """
 
 import json
@@ -26,6 +31,7 @@ import pickle
 import re
 import sys
 import zipfile
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -358,6 +364,10 @@ class CRIS(nn.Module):
         self.neck.txt_proj[1].train(mode and not self.config.freeze_text_norm)
         return self
 
+    def segment(self, image, prompt: str) -> tuple:
+        """Segment an image or its file -> probabilities (1,H,W), mask (H,W); see `segment`."""
+        return segment(self, image, prompt)
+
     @classmethod
     def from_pretrained(cls, source: str | Path, **overrides) -> "CRIS":
         """From a file, a folder, a run folder or a hub id; `overrides` are fields of Config.
@@ -428,21 +438,34 @@ def letterbox(x: Tensor, size: tuple[int, int], mode: str, back: bool = False) -
 
 # shared: to_rgb
 def to_rgb(image):
-    """Return a PIL image in RGB. Raise ValueError for 16-bit and float images.
+    """Return a PIL image in RGB; transparency is dropped.
 
-    Pillow would cut their values off at 255, so that they came out white, or black.
+    Raise TypeError for anything else, such as an array or a path, and ValueError for 16-bit and
+    float images: Pillow would cut their values off at 255, so that they came out white, or black.
     """
+    from PIL import Image
+
+    if not isinstance(image, Image.Image):
+        raise TypeError(
+            f"preprocess takes a PIL image, not {type(image).__name__}; use Image.open(path) or "
+            "Image.fromarray(array)"
+        )
     if image.mode in ("I", "F") or image.mode.startswith("I;"):
         raise ValueError(
             f"an image of mode {image.mode} (16 bits or floats) has no fixed range: scale its "
             "values to 0..255 and pass Image.fromarray(array.astype('uint8'))"
         )
+    if image.mode == "P":  # else Pillow warns of palettes with transparency
+        image = image.convert("RGBA")
     return image.convert("RGB")
 # end shared
 
 
 def preprocess(image, config: Config) -> Tensor:
-    """PIL image -> (3,S,S) float32, normalised."""
+    """PIL image -> (3,S,S) float32, normalised. `config.pixels` says how it becomes a square.
+
+    Raise errors as `to_rgb` does.
+    """
     import numpy as np
     from PIL import Image
 
@@ -470,7 +493,7 @@ def preprocess_mask(mask: Tensor, config: Config) -> Tensor:
 
 
 def postprocess(logits: Tensor, size: tuple[int, int], config: Config) -> Tensor:
-    """logits (1,h,w) -> probabilities (1,H,W) at the image's own size."""
+    """logits (1,h,w) -> probabilities (1,H,W) float32, 0..1, at the image's own `size` (H,W)."""
     square, logits = (config.image_size, config.image_size), logits[None].float()
     if config.pixels == "stretch":
         return F.interpolate(logits, size, mode="bilinear", align_corners=False)[0].sigmoid()
@@ -480,6 +503,79 @@ def postprocess(logits: Tensor, size: tuple[int, int], config: Config) -> Tensor
     # quirk: cubic and of probabilities (engine/engine.py, validate), so that some leave 0..1
     x = F.interpolate(logits.sigmoid(), square, mode="bicubic", align_corners=True)[0]
     return letterbox(x, size, "bicubic", back=True).clamp(0, 1)
+
+
+# shared: clip_tokens
+def tokenize(prompt: str, config: Config) -> Tensor:
+    """Return the token ids (1,T) of a text, int64. Needs `tokenizer.py` and what it reads."""
+    from tokenizer import CLIPTokenizer
+
+    return CLIPTokenizer(config.text_length, config.pad_token)(prompt)
+# end shared
+
+
+# shared: open_upright
+def open_upright(image):
+    """Return an image file (str or Path) as a PIL image, turned by its EXIF orientation.
+
+    Anything else is returned as it is. Raise OSError for a file that Pillow cannot read, ValueError
+    for one of several pages or of 16-bit colours, of which Pillow would keep the high bytes.
+    """
+    from PIL import Image, ImageOps
+
+    if not isinstance(image, str | Path):
+        return image
+    # Not by name: Pillow would map grey TIFFs, and garble those that are to be turned.
+    with open(image, "rb") as file, Image.open(file) as opened:
+        pages = getattr(opened, "n_frames", 1)
+        if pages > 1 and opened.format not in ("MPO", "PSD"):  # a phone's gain maps, layers
+            raise ValueError(f"{image}: holds {pages} pages; open it and pass one as a PIL image")
+        if ";16" in str(opened.tile):
+            raise ValueError(f"{image}: has 16 bits a channel; scale its values to 8 bits, 0..255")
+        return ImageOps.exif_transpose(opened)
+# end shared
+
+
+# shared: evaluating
+@contextmanager
+def evaluating(model: nn.Module):
+    """Run a block in evaluation mode and without gradients, then restore each module's mode."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, was_training in modes.items():
+            module.training = was_training
+# end shared
+
+
+# shared: segment_prompt
+def segment(model: nn.Module, image, prompt: str) -> tuple:
+    """Return where the image shows what the prompt names, as numpy arrays of the image's size.
+
+    image: a file (str or Path), see `open_upright`, or a PIL image, whose EXIF data is ignored.
+    prompt: one text, cut at `config.text_length` tokens.
+    Probabilities are float32 (1,H,W). The mask, uint8 (H,W), is 1 where they are above
+    `config.threshold`, else 0. Raise errors as `open_upright` and `preprocess` do, and TypeError
+    for several prompts.
+    """
+    if not isinstance(prompt, str):
+        raise TypeError(f"prompt must be one text, not {type(prompt).__name__}; call once for each")
+    image = open_upright(image)
+    weight = next(model.parameters())
+    pixels = model.preprocess(image)[None].to(weight)  # (1,3,S,S)
+    tokens = tokenize(prompt, model.config).to(weight.device)  # (1,T)
+    size = (image.height, image.width)
+
+    with evaluating(model):
+        logits = model(pixels, tokens)[0]  # (1,h,w)
+        probabilities = model.postprocess(logits, size).cpu().numpy()
+
+    mask = probabilities[0] > model.config.threshold
+    return probabilities, mask.astype("uint8")
+# end shared
 
 
 # shared: run_folder

@@ -745,22 +745,16 @@ def volume_predict(model: nn.Module, item: dict, settings) -> tuple[Tensor, None
 
     Of a Universal Model of the classes item["asked"] alone, if that is there.
     """
-    c, device, image = model.config, next(model.parameters()).device, item["image"]
-    K, net = c.num_classes, model
-    if "asked" in item:
-        K, net = len(item["asked"]), partial(model, classes=item["asked"])
-    need, free = 4 * K * image[0].numel(), 0  # bytes
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0] // 2  # the rest is for the windows
-    how = {"overlap": settings.overlap, "batch": settings.window_batch, "on": device}
-    how |= {"device": device if need < free else "cpu", "progress": True}
-    logits = volumes.sliding_window(net, image, c.image_size, **how).cpu()
-
-    def activation(slab):
-        return model.postprocess(slab, slab.shape[1:])
-
-    several = c.num_classes > 1 and not c.overlapping
-    return volumes.restore(logits, item["place"], activation, background=several), None
+    probabilities = volumes.window_probabilities(
+        model,
+        item["image"],
+        item["place"],
+        settings.overlap,
+        settings.window_batch,
+        item.get("asked"),
+        progress=True,
+    )
+    return probabilities, None
 
 
 def volume_recipe(model: swin_unetr3d.SwinUNETR, settings: Settings) -> Recipe:

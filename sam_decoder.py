@@ -22,6 +22,11 @@ Ma et al., Nature Communications 2024, arXiv 2304.12306: wanglab/medsam-vit-base
 quirk: four norms in each decoder layer have eps 1e-5 for the authors, 1e-6 in transformers: `eps`,
 as the naming of the file tells. MedSAM's pixels are made in another way than SAM's: `MEDSAM`.
 Left out: masks of everything by a grid of points, ONNX's sizes, transformers' label -10.
+
+    model = SAM.from_pretrained("facebook/sam-vit-base")
+    probabilities, masks = model.segment("photo.jpg", boxes=[[10, 20, 110, 90]])  # x1, y1, x2, y2
+    probabilities, masks = model.segment("photo.jpg", points=[[60, 50]])  # of one object: (P,2)
+    # numpy, at the photo's own size, one for each prompt: float32 (Q,H,W); uint8 (Q,H,W)
 """
 
 import json
@@ -31,6 +36,7 @@ import re
 import sys
 import zipfile
 from collections import OrderedDict
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -419,6 +425,10 @@ class SAM(nn.Module):
         position = self.prompt_encoder.position(features.shape[3])  # (H*W,C)
         return self.mask_decoder(features, position, sparse, dense, multimask)
 
+    def segment(self, image, boxes=None, points=None, labels=None) -> tuple:
+        """Segment an image or its file -> probabilities (Q,H,W), masks (Q,H,W); see `segment`."""
+        return segment(self, image, boxes, points, labels)
+
     @classmethod
     def from_pretrained(cls, source: str | Path, **overrides) -> "SAM":
         """From a file, a folder, a run folder or a hub id; `overrides` are fields of Config.
@@ -593,15 +603,25 @@ def frame_size(size: tuple[int, int], config: Config) -> tuple[int, int]:
 
 # shared: to_rgb
 def to_rgb(image):
-    """Return a PIL image in RGB. Raise ValueError for 16-bit and float images.
+    """Return a PIL image in RGB; transparency is dropped.
 
-    Pillow would cut their values off at 255, so that they came out white, or black.
+    Raise TypeError for anything else, such as an array or a path, and ValueError for 16-bit and
+    float images: Pillow would cut their values off at 255, so that they came out white, or black.
     """
+    from PIL import Image
+
+    if not isinstance(image, Image.Image):
+        raise TypeError(
+            f"preprocess takes a PIL image, not {type(image).__name__}; use Image.open(path) or "
+            "Image.fromarray(array)"
+        )
     if image.mode in ("I", "F") or image.mode.startswith("I;"):
         raise ValueError(
             f"an image of mode {image.mode} (16 bits or floats) has no fixed range: scale its "
             "values to 0..255 and pass Image.fromarray(array.astype('uint8'))"
         )
+    if image.mode == "P":  # else Pillow warns of palettes with transparency
+        image = image.convert("RGBA")
     return image.convert("RGB")
 # end shared
 
@@ -609,14 +629,16 @@ def to_rgb(image):
 def preprocess(image, config: Config) -> Tensor:
     """PIL image -> (3,S,S) float32: SAM's longest side S, normalised, then zeros; MedSAM's MEDSAM.
 
-    SAM's is the official one. MedSAM's authors resize by skimage's cubic splines, here it is PIL's
-    bicubic: 1 to 2 of 255 grey levels apart on average on a noisy photo, 3 to 7 at its 99 %.
+    Raise errors as `to_rgb` does. SAM's is the official one. MedSAM's authors resize by skimage's
+    cubic splines, here it is PIL's bicubic: 1 to 2 of 255 grey levels apart on average on a noisy
+    photo, 3 to 7 at its 99 %.
     """
     import numpy as np
     from PIL import Image
 
+    image = to_rgb(image)
     h, w = frame_size((image.height, image.width), config)
-    image = to_rgb(image).resize((w, h), Image.Resampling[config.resample.upper()])
+    image = image.resize((w, h), Image.Resampling[config.resample.upper()])
     x = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255  # (3,h,w)
     if config.min_max:
         x = (x - x.min()) / (x.max() - x.min()).clamp(min=1e-8)
@@ -648,13 +670,128 @@ def to_frame(xy: Tensor, size: tuple[int, int], config: Config) -> Tensor:
 
 
 def postprocess(logits: Tensor, size: tuple[int, int], config: Config) -> Tensor:
-    """logits (M,S/4,S/4) -> probabilities (M,H,W) at the image's own size, for any `config`."""
+    """logits (M,S/4,S/4) -> probabilities (M,H,W) float32, 0..1, at the image's own `size` (H,W).
+
+    Logits beyond the image, where it does not fill the square, are cut off.
+    """
     resize = partial(F.interpolate, mode="bilinear", align_corners=False)
     logits = logits[None].float()
     if not config.letterbox:
         return resize(logits.sigmoid(), size)[0]  # quirk: in this order, MedSAM_Inference.py
     (h, w), S = frame_size(size, config), config.image_size
     return resize(resize(logits, (S, S))[..., :h, :w], size)[0].sigmoid()
+
+
+# shared: open_upright
+def open_upright(image):
+    """Return an image file (str or Path) as a PIL image, turned by its EXIF orientation.
+
+    Anything else is returned as it is. Raise OSError for a file that Pillow cannot read, ValueError
+    for one of several pages or of 16-bit colours, of which Pillow would keep the high bytes.
+    """
+    from PIL import Image, ImageOps
+
+    if not isinstance(image, str | Path):
+        return image
+    # Not by name: Pillow would map grey TIFFs, and garble those that are to be turned.
+    with open(image, "rb") as file, Image.open(file) as opened:
+        pages = getattr(opened, "n_frames", 1)
+        if pages > 1 and opened.format not in ("MPO", "PSD"):  # a phone's gain maps, layers
+            raise ValueError(f"{image}: holds {pages} pages; open it and pass one as a PIL image")
+        if ";16" in str(opened.tile):
+            raise ValueError(f"{image}: has 16 bits a channel; scale its values to 8 bits, 0..255")
+        return ImageOps.exif_transpose(opened)
+# end shared
+
+
+# shared: evaluating
+@contextmanager
+def evaluating(model: nn.Module):
+    """Run a block in evaluation mode and without gradients, then restore each module's mode."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, was_training in modes.items():
+            module.training = was_training
+# end shared
+
+
+def segment(model: SAM, image, boxes=None, points=None, labels=None) -> tuple:
+    """Return a mask for each of Q prompts of one image, as numpy arrays of the image's size.
+
+    image: a file (str or Path), see `open_upright`, or a PIL image, whose EXIF data is ignored.
+    Prompts are arrays, lists or tensors in pixels of the image, as it is upright:
+    boxes (Q,4), x1, y1, x2, y2, of one object also (4,); points (Q,P,2), x, y, of one object also
+    (P,2) or (2,); labels (Q,P) or (P,), 1 inside of the object (the default), 0 outside, -1 no
+    point. Boxes and points together are prompts of the same Q objects.
+    Probabilities are float32 (Q,H,W). The masks, uint8 (Q,H,W), are 1 where they are above
+    `config.threshold`, else 0. Raise errors as `open_upright` and `preprocess` do, and ValueError
+    for wrong prompts.
+    """
+    image = open_upright(image)
+    weight = next(model.parameters())
+    pixels = model.preprocess(image)[None].to(weight)  # (1,3,S,S)
+    size = (image.height, image.width)
+    prompts = prompt_tensors(size, model.config, boxes, points, labels)
+    prompts = {name: x.to(weight.device) for name, x in prompts.items()}
+    count = len(next(iter(prompts.values())))
+    probabilities = torch.zeros(count, *size)
+
+    with evaluating(model):
+        features = model.encode_image(pixels)  # (1,C,S/16,S/16)
+        for i in range(count):  # one by one: 30 MB a prompt
+            prompt = {name: x[None, i : i + 1] for name, x in prompts.items()}
+            logits, _ = model.decode(features, **prompt)  # (1,1,1,S/4,S/4)
+            probabilities[i] = model.postprocess(logits[0, 0], size)[0]
+
+    probabilities = probabilities.numpy()
+    return probabilities, (probabilities > model.config.threshold).astype("uint8")
+
+
+def prompt_tensors(size: tuple[int, int], config: Config, boxes, points, labels) -> dict:
+    """Return the prompts of `segment` in pixels of the square, by their names in `SAM.decode`.
+
+    Tensors boxes (Q,4), points (Q,P,2) and labels (Q,P); without those that are not given.
+    Raise ValueError, one line, for shapes that do not fit and prompts outside of the image.
+    """
+    if boxes is None and points is None:
+        raise ValueError("no prompt: segment takes boxes, points or both")
+    if points is None and labels is not None:
+        raise ValueError("labels belong to points, and no points are given")
+
+    prompts = {}
+    if boxes is not None:
+        boxes = with_axes(torch.as_tensor(boxes, dtype=torch.float32), 2)
+        if boxes.numel() == 0:  # a detector that finds nothing
+            boxes = boxes.reshape(0, 4)
+        if boxes.shape[1:] != (4,):
+            raise ValueError(f"boxes are of shape {tuple(boxes.shape)}, expected (Q,4)")
+        prompts["boxes"] = to_frame(boxes, size, config)
+
+    if points is not None:
+        points = with_axes(torch.as_tensor(points, dtype=torch.float32), 3)
+        if points.shape[2:] != (2,):
+            raise ValueError(f"points are of shape {tuple(points.shape)}, expected (Q,P,2)")
+        if labels is None:
+            labels = torch.ones(points.shape[:2])
+        labels = with_axes(torch.as_tensor(labels, dtype=torch.int64), 2)
+        if labels.shape != points.shape[:2]:
+            have = f"labels are of shape {tuple(labels.shape)}"
+            raise ValueError(f"{have}, expected {tuple(points.shape[:2])}, one for each point")
+        prompts |= {"points": to_frame(points, size, config), "labels": labels}
+
+    if len(prompts) == 3 and len(boxes) != len(points):
+        have = f"{len(boxes)} boxes and points of {len(points)} objects"
+        raise ValueError(f"{have}: together they must be of the same objects")
+    return prompts
+
+
+def with_axes(x: Tensor, n: int) -> Tensor:
+    """Return a tensor with n axes: axes of 1 come first where it has fewer."""
+    return x[(None,) * (n - x.ndim)]
 
 
 # shared: run_folder

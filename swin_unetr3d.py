@@ -25,6 +25,11 @@ merge, under the same name, in the same shapes. All released files are older and
 `merging="legacy"`; files of later versions need "merging". No tensor tells: RELEASED does.
 Same numbers as MONAI's with less work: `WindowedAttention`, `Normalised`, `add_upsampled_conv`, and
 channels last in memory. Left out: two dimensions, dropout (0 in all files), self-supervised heads.
+
+A whole CT is turned to RAS, resampled to `config.spacing`, preprocessed, cut into windows of
+`config.image_size` and brought back to its own grid. Copy `volumes.py` too (numpy, nibabel, tqdm):
+    probabilities, labels, affine = volumes.segment(SwinUNETR.from_pretrained(…), "ct.nii.gz")
+In MONAI: Orientation("RAS"), Spacing, `preprocess`, sliding_window_inference(mode="gaussian").
 """
 
 import json
@@ -798,7 +803,17 @@ def preprocess(volume: Tensor, config: Config) -> Tensor:
 
     HU of a range become 0..1; or in each channel what is not 0 gets mean 0 and deviation 1.
     Voxels that are NaN or infinite count for neither and become 0.
+    Raise TypeError for an array or a path, ValueError for another number of axes.
     """
+    if not isinstance(volume, Tensor):
+        raise TypeError(
+            f"preprocess takes a tensor (C,D,H,W), not {type(volume).__name__}; use "
+            "torch.from_numpy(array) or, for a file, volumes.segment(model, path)"
+        )
+    if volume.ndim != 4:
+        shape = tuple(volume.shape)
+        raise ValueError(f"preprocess takes a volume (C,D,H,W), not {shape}; volume[None] adds C")
+
     x = volume.float()
     finite = x.isfinite()
     if config.intensity is not None:
@@ -813,7 +828,10 @@ def preprocess(volume: Tensor, config: Config) -> Tensor:
 
 
 def postprocess(logits: Tensor, size: tuple[int, int, int], config: Config) -> Tensor:
-    """logits (K,d,h,w) -> probabilities (K,D,H,W) at the given size."""
+    """logits (K,d,h,w) -> probabilities (K,D,H,W) float32, 0..1, at the given size.
+
+    They are a softmax over the classes; of one class, or of overlapping ones, a sigmoid each.
+    """
     x, same = logits.float(), logits.shape[1:] == tuple(size)
     x = x if same else F.interpolate(x[None], size, mode="trilinear", align_corners=False)[0]
     return x.sigmoid() if config.overlapping or len(x) == 1 else x.softmax(0)

@@ -32,13 +32,13 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 # --- what is said of files -----------------------------------------------------------------------
@@ -414,8 +414,9 @@ class Grid:
         return x.transpose(*self.axes[:, 0].argsort(), *range(3, x.ndim))
 
     def to_stored(self, x: np.ndarray) -> np.ndarray:
-        """(X,Y,Z) -> stored (X',Y',Z'), a view."""
-        return np.flip(x.transpose(self.axes[:, 0]), np.flatnonzero(self.axes[:, 1] < 0))
+        """(X,Y,Z,…) -> stored (X',Y',Z',…), a view."""
+        x = x.transpose(*self.axes[:, 0], *range(3, x.ndim))
+        return np.flip(x, np.flatnonzero(self.axes[:, 1] < 0))
 
 
 @contextmanager
@@ -1285,6 +1286,114 @@ def sliding_window(
             total[box].add_(weights)
     result.div_(total)
     return result[(..., *(slice(d // 2, d // 2 + n) for d, n in zip(lack, size)))]
+
+
+def window_probabilities(
+    model: nn.Module, image: Tensor, place: Place, overlap: float = 0.5, batch: int = 4,
+    classes: Sequence[int] | None = None, progress: bool = False,
+) -> Tensor:  # fmt: skip
+    """Return probabilities float32 (K,X,Y,Z) on the grid of the image's file, in RAS, on the CPU.
+
+    image (C,x,y,z) and place: of `prepare_image`. overlap, batch: as for `sliding_window`.
+    classes: of a Universal Model, the numbers of those that are wanted, counted from 0 without the
+    background; None for all. progress: show a bar.
+    """
+    c = model.config
+    device = next(model.parameters()).device
+    network = model
+    count = c.num_classes
+    if classes is not None:
+        network = partial(model, classes=classes)
+        count = len(classes)
+
+    need = 4 * count * image[0].numel()  # bytes of the logits
+    free = 0
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0] // 2  # the rest is for the windows
+    how = {"overlap": overlap, "batch": batch, "on": device, "progress": progress}
+    how["device"] = device if need < free else "cpu"
+    logits = sliding_window(network, image, c.image_size, **how).cpu()  # (K,x,y,z)
+
+    def activation(slab: Tensor) -> Tensor:
+        return model.postprocess(slab, slab.shape[1:])
+
+    several = c.num_classes > 1 and not c.overlapping
+    return restore(logits, place, activation, background=several)
+
+
+# shared: evaluating
+@contextmanager
+def evaluating(model: nn.Module):
+    """Run a block in evaluation mode and without gradients, then restore each module's mode."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, was_training in modes.items():
+            module.training = was_training
+# end shared
+
+
+def segment(
+    model: nn.Module, files, classes: Sequence[str] | None = None, overlap: float = 0.5,
+    batch: int = 4,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
+    """Return the probabilities and labels of a NIfTI volume on the file's own voxels, its affine.
+
+    model: a SwinUNETR, UniversalSwinUNETR or AttentionUniversal, whose config has the spacing, the
+    intensities and the window. files: one file (str or Path), 3-D or 4-D, or a list with one for
+    each channel. classes: names, to find these of a Universal Model alone. overlap, batch: as for
+    `sliding_window`.
+    Probabilities are float32 (K,X,Y,Z) and may be a view. Labels are uint8 (X,Y,Z) of class
+    indices; with one class, 1 where it is above `config.threshold`; where classes overlap
+    (K,X,Y,Z), 1 or 0 for each. The affine, float64 (4,4), is the file's, corrected where its header
+    contradicts itself: nibabel.Nifti1Image(labels, affine).
+    Raise ValueError or FileNotFoundError, one line, for files and classes that do not fit.
+    """
+    c = model.config
+    files = [files] if isinstance(files, str | Path) else files
+    files = [Path(file) for file in files]
+    numbers = None if classes is None else class_numbers(model, classes)
+    image, grid = read_image(files, fill_value(model.preprocess, c.in_channels))  # (C,X,Y,Z)
+    check_channels(files[0], len(image), c.in_channels)
+    if c.intensity:
+        say_if_not_hu(files[0], hu_facts(image))
+
+    with evaluating(model):
+        prepared, place = prepare_image(image, grid, c.spacing, model.preprocess)
+        probabilities = window_probabilities(model, prepared, place, overlap, batch, numbers)
+
+    if c.overlapping:
+        labels = probabilities > c.threshold
+    elif c.num_classes == 1:
+        labels = probabilities[0] > c.threshold
+    else:
+        labels = probabilities.argmax(0)
+    labels = labels.byte().numpy()
+    return _stored(probabilities.numpy(), grid), _stored(labels, grid).copy(), grid.affine
+
+
+def class_numbers(model: nn.Module, names: Sequence[str]) -> list[int]:
+    """Return the numbers of a Universal Model's classes, counted from 0 without the background.
+
+    Raise ValueError, one line, for an unknown name, or a model that finds all classes at once.
+    """
+    if not hasattr(model, "add_class"):
+        raise ValueError("classes: this model finds all of its classes at once; remove it")
+    known = model.config.classes[1:]
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ValueError(f"classes: the model has no {unknown[0]}, only {', '.join(known)}")
+    return [known.index(name) for name in names]
+
+
+def _stored(x: np.ndarray, grid: Grid) -> np.ndarray:
+    """(X,Y,Z) or (K,X,Y,Z) in RAS -> on the voxels of the file, a view."""
+    if x.ndim == 3:
+        return grid.to_stored(x)
+    return np.moveaxis(grid.to_stored(np.moveaxis(x, 0, 3)), 3, 0)
 
 
 def components(mask: np.ndarray) -> tuple[tuple[slice, ...], np.ndarray, np.ndarray] | None:

@@ -50,11 +50,11 @@ MODELS = {
     ),
 }
 FLOORS = [
-    ["files"],
+    ["files", "tokenizer"],
     ["layouts"],
     [
         *MODELS,
-        *"tokenizer losses metrics data volumes prompts augment features adapters report".split(),
+        *"losses metrics data volumes prompts augment features adapters report".split(),
     ],
     ["protocol", "fewshot3d", "organs", "evaluate", "prepare_volumes", "textcodes"],
     ["recipes"],
@@ -151,3 +151,89 @@ def test_functions_have_at_most_40_statements(name):
 def test_lines_are_at_most_100_wide(name):
     wide = [i + 1 for i, line in enumerate(source(name).splitlines()) if len(line) > 100]
     assert not wide, f"{name}.py: lines {wide}"
+
+
+# Copied model files: class, other files to copy, arguments of `segment`, shape of its mask.
+TEXT = "'photo.png', 'a polyp'"
+CLIP = ["tokenizer.py", "clip_merges.txt.xz"]
+COPIED = {
+    "cris": ("CRIS", CLIP, TEXT, (50, 70)),
+    "clipseg": ("CLIPSeg", CLIP, TEXT, (50, 70)),
+    "biomedclipseg": ("BiomedCLIPSeg", ["tokenizer.py"], TEXT, (50, 70)),
+    "segformer": ("SegFormer", [], "'photo.png'", (50, 70)),
+    "upernet": ("UPerNet", [], "'photo.png'", (50, 70)),
+    "dpt": ("DPT", [], "'photo.png'", (50, 70)),
+    "beit": ("BEiT", [], "'photo.png'", (50, 70)),
+    "sam_decoder": ("SAM", [], "'photo.png', boxes=[[5, 5, 60, 40]] * 2", (2, 50, 70)),
+}
+# What a copied model file must do without, beside what it does not need.
+ABSENT = "torchvision safetensors huggingface_hub scipy matplotlib transformers monai".split()
+SEGMENT = """
+import sys
+for name in {absent}:
+    sys.modules[name] = None  # an import of it fails
+import numpy, pathlib, torch, {file}
+from PIL import Image
+pixels = numpy.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=numpy.uint8)
+Image.fromarray(pixels).save("photo.png")
+model = {file}.{kind}({file}.VARIANTS["mini"])
+probabilities, mask = model.segment({arguments})
+assert mask.shape == {shape} and mask.dtype == numpy.uint8, mask.shape
+assert probabilities.shape[1:] == (50, 70) and probabilities.dtype == numpy.float32
+assert numpy.isfinite(probabilities).all() and 0 <= probabilities.min() <= probabilities.max() <= 1
+"""
+SEGMENT_VOLUME = """
+import sys
+for name in {absent}:
+    sys.modules[name] = None
+import nibabel, numpy, swin_unetr3d, volumes
+voxels = numpy.random.default_rng(0).integers(-200, 300, (40, 28, 24)).astype(numpy.int16)
+nibabel.save(nibabel.Nifti1Image(voxels, numpy.diag([4.0, 4, 5, 1])), "ct.nii.gz")
+model = swin_unetr3d.SwinUNETR(swin_unetr3d.VARIANTS["mini"])
+probabilities, labels, affine = volumes.segment(model, "ct.nii.gz")
+assert labels.shape == (40, 28, 24) and probabilities.shape == (3, 40, 28, 24)
+"""
+
+
+def run_copied(folder, files, code):
+    """Run code in a folder that holds these files of ours and from which no other is seen."""
+    for name in files:
+        (folder / name).write_bytes((ROOT / name).read_bytes())
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr  # no warning
+
+
+@pytest.mark.parametrize("name", COPIED)
+def test_a_copied_model_file_segments_a_picture(name, tmp_path):
+    kind, others, arguments, shape = COPIED[name]
+    absent = [*ABSENT, "nibabel", "tqdm"]
+    if not others:
+        absent.append("tokenizers")
+    names = {"file": name, "kind": kind, "arguments": arguments, "shape": shape}
+    run_copied(tmp_path, [f"{name}.py", *others], SEGMENT.format(absent=absent, **names))
+    docstring = ast.get_docstring(ast.parse(source(name)))
+    assert "segment(" in docstring
+    assert all(other in docstring for other in others)
+    assert not others or "`tokenizers`" in docstring
+
+
+def with_imports(name: str) -> set[str]:
+    """Return the names of a file of ours and of all of ours that it imports."""
+    names = {name}
+    for other in imports(ast.parse(source(name))) & set(OURS):
+        names |= with_imports(other)
+    return names
+
+
+def test_a_copied_swin_unetr_segments_a_volume(tmp_path):
+    """With volumes.py and what it imports, which the model's docstring names."""
+    docstring = ast.get_docstring(ast.parse(source("swin_unetr3d")))
+    files = [f"{name}.py" for name in sorted(with_imports("volumes"))]
+    assert "volumes.segment(" in docstring
+    assert all(f"`{file}`" in docstring for file in files), files
+    code = SEGMENT_VOLUME.format(absent=[*ABSENT, "PIL"])
+    run_copied(tmp_path, ["swin_unetr3d.py", *files], code)
