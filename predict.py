@@ -300,7 +300,8 @@ def ask_by(recipe, cases, classes: list[str] | None, args):
         return partial(recipe.ask, source="given boxes", given=given), classes
     if classes and len(classes) > 1:
         told = ", ".join(classes[1:])
-        raise ValueError(f"--boxes is missing: a whole image does not say which of {told} is meant")
+        need = "--boxes or --points is missing"
+        raise ValueError(f"{need}: a whole image does not say which of {told} is meant")
     print("no --boxes or --points: SAM is asked by the box around each whole image")
     return partial(recipe.ask, source="image"), classes or ["target"]
 

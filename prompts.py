@@ -338,7 +338,8 @@ def _pair_by_object(boxes: list[Given], objects: dict[str, list[Given]]) -> list
     names = [box.object for box in boxes]
     for name in objects:
         if name not in names:
-            raise ValueError(f"object {name} has points but no box; objects of boxes: {names}")
+            known = ", ".join(names)
+            raise ValueError(f"object {name} has points but no box; objects of boxes: {known}")
     repeated = [name for name in names if names.count(name) > 1]
     if repeated:
         raise ValueError(f"object {repeated[0]} has {names.count(repeated[0])} boxes, not one")
