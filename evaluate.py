@@ -510,9 +510,8 @@ def read_image_prompts(boxes, points, images: list[Path], names: list[str], size
     """Read the prompts of n images from files: {image file: [prompts.Prompt, ...]}, and classes.
 
     boxes, points: paths of files, one may be None. names: the images' paths as `prompts.ImageNames`
-    takes them. sizes: their (H,W), None where unknown. Prints how many images have no prompt.
-    Raises ValueError if an image is listed twice, as the masks of two entries: a box names only the
-    image.
+    takes them. sizes: their (H,W). Prints how many images have no prompt. Raises ValueError if an
+    image is listed twice, as the masks of two entries: a box names only the image.
     """
     kind = "point" if boxes is None else "box"
     if len({*images}) < len(images):

@@ -280,23 +280,14 @@ def truth_of(truth: tuple | None, n: int) -> np.ndarray | None:
     return each_is(data.read_truth(*truth), range(1, n + 1))
 
 
-def size_if_readable(file: Path) -> tuple[int, int] | None:
-    """Return (H,W) of an image, None if it cannot be read, as is said when it is predicted."""
-    try:
-        return data.read_image(file).shape[:2]
-    except (ValueError, OSError):
-        return None
-
-
 def ask_by(recipe, cases, classes: list[str] | None, args):
     """SAM's recipe asking by prompts from files or by the whole image; and the classes."""
     if args.boxes or args.points:
         images = [file for _, file, _ in cases]
-        sizes = [size_if_readable(file) for file in images]
+        sizes = [size_for_boxes(file) for file in images]
         names = image_names(images, args.inputs)
-        given, classes = read_image_prompts(
-            args.boxes, args.points, images, names, sizes, classes
-        )
+        files = args.boxes, args.points
+        given, classes = read_image_prompts(*files, images, names, sizes, classes)
         return partial(recipe.ask, source="given boxes", given=given), classes
     if classes and len(classes) > 1:
         told = ", ".join(classes[1:])
@@ -304,6 +295,17 @@ def ask_by(recipe, cases, classes: list[str] | None, args):
         raise ValueError(f"{need}: a whole image does not say which of {told} is meant")
     print("no --boxes or --points: SAM is asked by the box around each whole image")
     return partial(recipe.ask, source="image"), classes or ["target"]
+
+
+def size_for_boxes(file: Path) -> tuple[float, float]:
+    """Return the (H,W) of an image, upright; infinite if it cannot be read, so that boxes fit.
+
+    That it cannot be read is said when it is predicted.
+    """
+    try:
+        return data.read_image(file).shape[:2]
+    except (ValueError, OSError):
+        return np.inf, np.inf
 
 
 def pictures(probabilities, config, image, args, skip: int, truth=None, prompts=()) -> dict:
@@ -367,9 +369,10 @@ def predict(
         item = recipe.inputs(sample, train=False, rng=None) | (ask(sample) if ask else {})
         with torch.no_grad():
             probabilities = recipe.predict(model, item)[0].cpu().numpy()  # (K,H,W)
-        truth = truths.get(name)
-        shown = item.get("shown", ())
-        made = pictures(probabilities, model.config, image, args, bool(ask), truth, shown)
+        made = pictures(
+            probabilities, model.config, image, args, bool(ask), truths.get(name),
+            item.get("shown", ()),
+        )  # fmt: skip
         for kind, path in outputs(name, args).items():
             report.save_picture(path, made[kind])
     if non_finite:

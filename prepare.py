@@ -1094,8 +1094,7 @@ def find_masks(folder, images, place):
         elif name != "legend" and not name.endswith(("_overlay", "_probability")):
             raise ValueError(f"{path}: no image of this name in {place}; choose another --like")
     if not found:
-        endings = ", ".join(sorted(layouts.ENDINGS))
-        raise ValueError(f"{folder}: no masks ({endings}) in this folder")
+        raise ValueError(f"{folder}: no masks in this folder; they are images such as .png")
 
     names = Counter(path.with_suffix("") for path in found)
     repeated = [path for path in found if names[path.with_suffix("")] > 1]

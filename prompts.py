@@ -349,17 +349,18 @@ def _pair_by_object(boxes: list[Given], objects: dict[str, list[Given]]) -> list
 def read_boxes(path, sizes: dict, classes=None, names: dict | None = None) -> dict:
     """Return the boxes of a file by image, {image: [Given, ...]}, in the file's order.
 
-    path: a .csv file (separated by commas, semicolons or tabs) with the header
-    image,class,x0,y0,x1,y1, or a .json file with a list of objects of the same keys. Class may be
-    missing, and an `object` may be given. Other names of columns are in CORNER_COLUMNS and beside
-    it. Also the annotation files of data sets, as their `bbox` stands (x0 y0 x1 y1; 0 for x1 and y1
-    is an empty mask), and COCO's (x, y, width, height). Further columns are not read, and that is
-    printed; so are the number of boxes for other images, which are left out.
+    path: a .csv file, separated by commas, semicolons or tabs, with the header
+    image,class,x0,y0,x1,y1; or a .json file with a list of objects of the same keys. The class may
+    be missing, and there may be an `object`. Columns may have other names, such as those in
+    CORNER_COLUMNS. JSON may also be an annotation file of a data set, whose `bbox` is taken as it
+    stands (x0, y0, x1, y1; an empty mask's ends in 0, 0), or a file of COCO (x, y, width, height).
+    Prints which other columns are not read, and how many boxes are left out as they are for other
+    images.
 
-    sizes: (H,W) of the images that are asked for, None if unknown. classes: the names that a class
-    may have; None: any. names: the images' paths as `ImageNames` takes them; None: the keys of
-    `sizes`. Boxes lie in 0..W and 0..H. Raises FileNotFoundError or ValueError, one line with the
-    place: also if no box is for any of the images.
+    sizes: (H,W) of the images that are asked for. classes: the names that a class may have; None:
+    any. names: the images' paths as `ImageNames` takes them; None: the keys of `sizes`. Boxes lie
+    in 0..W and 0..H. Raises FileNotFoundError or ValueError, one line with the place: also if no
+    box is for any of the images.
     """
     return _read(path, "boxes", sizes, classes, names)
 
@@ -505,7 +506,8 @@ def _annotation_row(where: str, row: dict) -> dict | None:
         raise ValueError(f"{where}: bbox {box} is not four numbers")
     if box[2:] == [0, 0] and box[:2] != [0, 0]:
         return None
-    return row | dict(zip(("x0", "y0", "x1", "y1"), box))
+    fields = {key: row[key] for key in ("img_name", "class", "object") if key in row}
+    return fields | dict(zip(("x0", "y0", "x1", "y1"), box))
 
 
 def _coco_rows(path: Path, content: dict):
@@ -616,10 +618,9 @@ def _given(values: dict[str, str], kind: str, size, classes) -> Given:
         raise ValueError(f"{shown} is not {count} numbers")
     if xy[-2] < xy[0] or xy[-1] < xy[1]:
         raise ValueError(f"{shown} is inverted; expected x0 <= x1 and y0 <= y1")
-    if size is not None:
-        H, W = size
-        if min(xy) < 0 or xy[-2] > W or xy[-1] > H:
-            raise ValueError(f"{shown} lies outside {values['image']}, which is {W}x{H}")
+    H, W = size
+    if min(xy) < 0 or xy[-2] > W or xy[-1] > H:
+        raise ValueError(f"{shown} lies outside {values['image']}, which is {W}x{H}")
     inside = _inside(values.get("label"))
     return Given(name, values.get("object") or None, np.float32(xy), inside)
 

@@ -232,7 +232,7 @@ def all_empty(masks, images):
 def no_masks(masks, images):
     for path in masks.glob("[a-d].png"):
         path.unlink()
-    return f"{masks}: no masks (.bmp, .gif, "
+    return f"{masks}: no masks in this folder"
 
 
 def no_folder(masks, images):

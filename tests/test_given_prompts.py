@@ -114,6 +114,11 @@ def test_boxes_of_every_format(name, tmp_path):
     assert plain(prompts.read_boxes(path, SIZES, ["polyp"])) == BOXES
 
 
+def test_keys_of_annotation_files_are_no_news(tmp_path, capsys):
+    prompts.read_boxes(write(tmp_path, *FORMATS["annotations"]), SIZES)
+    assert capsys.readouterr().out == ""
+
+
 def test_columns_that_are_not_read_are_said_once(tmp_path, capsys):
     path = write(tmp_path, table(f"score:more {PLAIN} note:more"))
     prompts.read_boxes(path, SIZES, ["polyp"])
