@@ -533,8 +533,11 @@ def collate_prompts(items: list[dict]) -> dict:
 
 def count_points(labels: Tensor) -> Tensor:
     """Return (N,) int64: the points of each prompt, up to the last whose label (N,P) is not -1."""
+    is_point = labels >= 0
+    if labels.shape[1] == 0:
+        return is_point.sum(1)
     places = torch.arange(1, labels.shape[1] + 1, device=labels.device)
-    return (places * (labels >= 0)).amax(1) if labels.shape[1] else labels.sum(1)
+    return (places * is_point).amax(1)
 
 
 def sam_forward(model: nn.Module, batch: dict) -> tuple[Tensor, Tensor]:
