@@ -315,7 +315,7 @@ def net(seed=0) -> sam_decoder.SAM:
     torch.manual_seed(seed)
     model = sam_decoder.SAM(MINI).eval()
     for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
+        torch.nn.init.normal_(parameter, std=0.3)  # with 0.1, prompts hardly change the answer
     return model
 
 
@@ -417,7 +417,7 @@ def test_objects_with_other_numbers_of_points_are_answered_as_if_alone():
                 points = sam_decoder.to_frame(torch.from_numpy(p.points), size, MINI)
                 how |= {"points": points[None, None]}
                 how |= {"labels": torch.from_numpy(p.labels)[None, None]}
-            close(masks[k], model(image, **how)[0][0])
+            close(masks[k], model(image, **how)[0][0], atol=1e-3)  # 0.01 where padding is a token
 
 
 # --- predict.py -----------------------------------------------------------------------------------
