@@ -479,7 +479,8 @@ def _csv_rows(path: Path, kind: str):
                 count = f"has {len(cells)} values for {len(header)} columns"
                 hint = "write decimals with a point, and names with a separator in quotes"
                 raise ValueError(f"{path}, line {reader.line_num}: {count}; {hint}")
-            yield f"line {reader.line_num}", dict(zip(header, cells))
+            row = dict.fromkeys(header, "") | dict(zip(header, cells))  # a row may be cut
+            yield f"line {reader.line_num}", row
     except csv.Error as error:
         raise ValueError(f"{path}: {error}") from None
 
@@ -515,16 +516,17 @@ def _coco_rows(path: Path, content: dict):
     try:
         images = {image["id"]: image["file_name"] for image in content["images"]}
         classes = {item["id"]: item["name"] for item in content.get("categories", [])}
+        annotations = list(content["annotations"])
     except (KeyError, TypeError, AttributeError):
-        need = "images with id and file_name, categories with id and name"
+        need = "images with id and file_name, categories with id and name, a list of annotations"
         raise ValueError(f"{path}: expected COCO's {need}") from None
-    for i, item in enumerate(content["annotations"]):
+    for i, item in enumerate(annotations):
         try:
             x, y, width, height = item["bbox"]
             corners = {"x0": x, "y0": y, "x1": x + width - 1, "y1": y + height - 1}
             name = classes.get(item.get("category_id"))
             row = {"image": images[item["image_id"]], "class": name} | corners
-        except (KeyError, TypeError, ValueError, AttributeError):
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
             need = "image_id of one of the images, and bbox of four numbers"
             raise ValueError(f"{path}, annotation {i}: expected {need}") from None
         yield f"annotation {i}", row
