@@ -44,7 +44,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
-from scipy.ndimage import find_objects
+from scipy import ndimage
 from tqdm import tqdm
 
 import data
@@ -1182,7 +1182,7 @@ def instance_boxes(entry, min_area):
     pieces = np.zeros(values.shape, np.int32)
     pieces[inside] = order + 1
     areas = np.bincount(pieces.ravel(), minlength=len(numbers) + 1)
-    for k, (rows, columns) in enumerate(find_objects(pieces), 1):
+    for k, (rows, columns) in enumerate(ndimage.find_objects(pieces), 1):
         if areas[k] >= min_area:
             corners = (columns.start, rows.start, columns.stop - 1, rows.stop - 1)
             objects.append(np.float32(corners))
