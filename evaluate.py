@@ -266,7 +266,8 @@ def nothing_asked(item: dict) -> bool:
 
     Such an image is not scored: a prompt made of the truth cannot find what is not there.
     """
-    return item["prompt"] != "given boxes" and "boxes" in item and not len(item["boxes"])
+    is_given = item["prompt"].startswith("given")
+    return not is_given and "boxes" in item and not len(item["boxes"])
 
 
 def whose(item: dict) -> dict:
@@ -486,10 +487,14 @@ def write_summary(folder: Path, model, options, summaries: dict, tables: dict) -
     return summary
 
 
-def with_boxes(recipe, tests: dict, path: str):
-    """The recipe, which can ask by the boxes of a file, too. ValueError: not those of the test."""
+def with_given(recipe, tests: dict, boxes: str | None, points: str | None):
+    """Return the recipe, which then can also ask by the boxes and points of files.
+
+    Raises ValueError if they are not those of the one test set.
+    """
     if len(tests) != 1:
-        raise ValueError(f"--boxes {path}: for one test set, not {len(tests)}")
+        given = f"--boxes {boxes}" if boxes else f"--points {points}"
+        raise ValueError(f"{given}: for one test set, not {len(tests)}")
     (dataset,) = tests.values()
     images = []
     names = []
@@ -497,22 +502,42 @@ def with_boxes(recipe, tests: dict, path: str):
         images.append(entry.image)
         names.append(layouts.name_in_images(entry.image, entry.root))
     sizes = [tuple(row[2:4]) for row in dataset.rows]
-    boxes, _ = read_image_boxes(path, images, names, sizes, dataset.classes)
-    return replace(recipe, ask=partial(recipe.ask, boxes=boxes))
+    given, _ = read_image_prompts(boxes, points, images, names, sizes, dataset.classes)
+    return replace(recipe, ask=partial(recipe.ask, given=given))
 
 
-def read_image_boxes(path, images: list[Path], names: list[str], sizes: list, classes=None):
-    """Read the boxes of n images from a file: {image file: [(class or None, box), ...]}, classes.
+def read_image_prompts(boxes, points, images: list[Path], names: list[str], sizes, classes=None):
+    """Read the prompts of n images from files: {image file: [prompts.Prompt, ...]}, and classes.
 
-    names: the images' paths as `prompts.ImageNames` takes them. sizes: their (H,W). Raises
-    ValueError if an image is listed twice, as the masks of two entries: a box names only the image.
+    boxes, points: paths of files, one may be None. names: the images' paths as `prompts.ImageNames`
+    takes them. sizes: their (H,W). Prints how many images have no prompt. Raises ValueError if an
+    image is listed twice, as the masks of two entries: a box names only the image.
     """
+    kind = "point" if boxes is None else "box"
     if len({*images}) < len(images):
         image = next(image for image in images if images.count(image) > 1)
-        count = images.count(image)
-        raise ValueError(f"--boxes: {image} has {count} masks; a box does not say which it is for")
+        masks = f"{image} has {images.count(image)} masks"
+        option = "--points" if boxes is None else "--boxes"
+        raise ValueError(f"{option}: {masks}; a {kind} does not say which it is for")
+
     paths = dict(zip(images, names))
-    return prompts.read_class_boxes(path, dict(zip(images, sizes)), classes, paths)
+    sizes = dict(zip(images, sizes))
+    given, classes = prompts.read_given(boxes, points, sizes, classes, paths)
+    without = [paths[image] for image in images if image not in given]
+    if without:
+        kind = "box or point" if boxes and points else kind
+        count = f"{len(without)} of {len(images)} images have no {kind}, and their masks are empty"
+        print(f"{boxes or points}: {count} ({prompts.first_three(without)})")
+    return given, classes
+
+
+def given_source(options) -> str | None:
+    """Return what the prompts of --boxes, of --points, or of both are called in tables."""
+    if options.boxes and options.points:
+        return "given both"
+    if options.boxes:
+        return "given boxes"
+    return "given points" if options.points else None
 
 
 def sources(recipe, dataset, options) -> list[str]:
@@ -521,7 +546,8 @@ def sources(recipe, dataset, options) -> list[str]:
         entries = dataset.entries
         return [k for k in entries[0].prompts if all(k in e.prompts for e in entries)]
     whole = ["image"] if len(dataset.classes) == 1 else []  # which tells no classes apart
-    given = ["given boxes"] if options.boxes else []
+    given = given_source(options)
+    given = [given] if given else []
     return ["boxes", "jittered boxes", *given, "points", "both", *whole]
 
 

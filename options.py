@@ -82,6 +82,7 @@ class Options:
     min_area: int | None = option(None, "pixels that a component needs to be asked for")
     prompts_per_image: int | None = option(None, "in a training step, by lot; 0: all there are")
     boxes: str | None = option(None, "CSV or JSON of boxes to test SAM with, beside the truth's")
+    points: str | None = option(None, "CSV or JSON of points to test SAM with, or with --boxes")
     topology: str | None = option(None, "a loss beside the others: see losses.py", choices=TOPOLOGY)
     topology_weight: float | None = option(None, "its factor")
     crops_per_volume: int | None = option(None, "random windows of a volume in a training step")
@@ -228,7 +229,7 @@ FOR_VOLUMES = (
     "checkpointing",
 )  # fmt: skip
 FOR_UNIVERSAL = ("codes", "text_codes")
-FOR_SAM = ("sam_prompts", "jitter", "min_area", "prompts_per_image", "boxes", "topology")
+FOR_SAM = ("sam_prompts", "jitter", "min_area", "prompts_per_image", "boxes", "points", "topology")
 
 
 def check(options: Options, family, name: str) -> None:

@@ -9,8 +9,9 @@
 Images, folders of images and data sets become PNG masks (0 and 255, or class numbers in a palette
 with legend.png and classes.json) at each image's own size, named like the image (of a data set:
 like the mask). Existing files are never overwritten. SAM is asked by the boxes of a CSV or JSON
-file (image,class,x0,y0,x1,y1; see prompts.py), whose images are file names or, where these repeat,
-paths relative to the folder of images; without boxes by the box around each image.
+file (image,class,x0,y0,x1,y1), by points (image,class,x,y,label; 1 inside, 0 outside), or by both
+(see prompts.py), whose images are file names or, where these repeat, paths relative to the folder
+of images; without either by the box around each image.
 Volumes (NIfTI; a case's channels one 4-D file or CASE_0000, CASE_0001, …) become label maps on
 their own grid, the numbers' names in classes.json; where classes overlap a file for each. A
 Universal Model can be asked for some of its --classes alone, which takes less memory. Of such
@@ -38,7 +39,7 @@ import organs
 import report
 import volumes
 from evaluate import (
-    check_threshold, each_is, num_classes, patients_of, pick_device, read_image_boxes, run_config,
+    check_threshold, each_is, num_classes, patients_of, pick_device, read_image_prompts, run_config,
     to_masks,
 )  # fmt: skip
 from protocol import describe_cuts
@@ -59,7 +60,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--prompt", help="the text; for a data set also p0…p9, else what the run was trained on"
     )
-    parser.add_argument("--boxes", help="what SAM is asked by; without: the whole image")
+    help = "CSV or JSON of boxes that SAM is asked by; without boxes or points: the whole image"
+    parser.add_argument("--boxes", metavar="FILE", help=help)
+    help = "CSV or JSON of points that SAM is asked by, alone or together with --boxes"
+    parser.add_argument("--points", metavar="FILE", help=help)
     parser.add_argument("--split", default="test", help="which part of a data set")
     parser.add_argument("--out", required=True, help="folder for the masks")
     parser.add_argument(
@@ -74,7 +78,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--overlays",
         action="store_true",
-        help="also NAME_overlay.png; of a data set with the outline of the ground truth",
+        help="also NAME_overlay.png; of a data set with the outline of the ground truth, of SAM "
+        "with its boxes and points",
     )
     parser.add_argument(
         "--mask-threshold",
@@ -206,8 +211,8 @@ def predict_inputs(args) -> int:
     check_outputs(case_outputs(cases, args), Path(args.out))
     for _, file, _ in cases:
         data.open_image(file, decode=False)  # refuses several pages before a mask is written
-    if args.boxes and not family.asked:
-        raise ValueError("--boxes: this model is not asked by boxes")
+    if (args.boxes or args.points) and not family.asked:
+        raise ValueError("--boxes, --points: this model takes no boxes or points, only SAM does")
     predict(cases, family, run, second, args, ground_truths(args, run))
     print(f"{len(cases)} masks in {args.out}")
     return 0
@@ -271,25 +276,38 @@ def truth_of(truth: tuple | None, n: int) -> np.ndarray | None:
 
 
 def ask_by(recipe, cases, classes: list[str] | None, args):
-    """SAM's recipe asking by the boxes of a file or by the whole image; and the classes."""
-    if args.boxes:
+    """SAM's recipe asking by prompts from files or by the whole image; and the classes."""
+    if args.boxes or args.points:
         images = [file for _, file, _ in cases]
-        sizes = [data.read_image(file).shape[:2] for file in images]
+        sizes = [size_for_boxes(file) for file in images]
         names = image_names(images, args.inputs)
-        boxes, classes = read_image_boxes(args.boxes, images, names, sizes, classes)
-        return partial(recipe.ask, source="given boxes", boxes=boxes), classes
+        files = args.boxes, args.points
+        given, classes = read_image_prompts(*files, images, names, sizes, classes)
+        return partial(recipe.ask, source="given boxes", given=given), classes
     if classes and len(classes) > 1:
         told = ", ".join(classes[1:])
-        raise ValueError(f"--boxes is missing: a whole image does not say which of {told} is meant")
-    print("no --boxes: SAM is asked by the box around each whole image")
+        need = "--boxes or --points is missing"
+        raise ValueError(f"{need}: a whole image does not say which of {told} is meant")
+    print("no --boxes or --points: SAM is asked by the box around each whole image")
     return partial(recipe.ask, source="image"), classes or ["target"]
 
 
-def pictures(probabilities, config, image: np.ndarray, args, skip: int, truth=None) -> dict:
+def size_for_boxes(file: Path) -> tuple[float, float]:
+    """Return the (H,W) of an image, upright; infinite if it cannot be read, so that boxes fit.
+
+    That it cannot be read is said when it is predicted.
+    """
+    try:
+        return data.read_image(file).shape[:2]
+    except (ValueError, OSError):
+        return np.inf, np.inf
+
+
+def pictures(probabilities, config, image, args, skip: int, truth=None, prompts=()) -> dict:
     """Of probabilities (K,H,W) the pictures that are asked for, by the names in `outputs`.
 
-    skip: classes whose probability is none, as SAM's of the background. truth: an item of
-    `ground_truths`, for the overlay.
+    image: uint8 (H,W,3). skip: classes whose probability is none, as SAM's of the background. For
+    the overlay: truth, an item of `ground_truths`; prompts, as for `report.draw_prompts`.
     """
     masks, k = to_masks(probabilities, config), len(probabilities)  # (K,H,W)
     if k == 1:
@@ -303,6 +321,7 @@ def pictures(probabilities, config, image: np.ndarray, args, skip: int, truth=No
     if args.overlays:
         shown = masks[-max(1, k - 1) :]
         made["overlay"] = report.overlay(image, truth_of(truth, len(shown)), shown)
+        report.draw_prompts(made["overlay"], prompts)
     return made
 
 
@@ -345,7 +364,10 @@ def predict(
         item = recipe.inputs(sample, train=False, rng=None) | (ask(sample) if ask else {})
         with torch.no_grad():
             probabilities = recipe.predict(model, item)[0].cpu().numpy()  # (K,H,W)
-        made = pictures(probabilities, model.config, image, args, bool(ask), truths.get(name))
+        made = pictures(
+            probabilities, model.config, image, args, bool(ask), truths.get(name),
+            item.get("shown", ()),
+        )  # fmt: skip
         for kind, path in outputs(name, args).items():
             report.save_picture(path, made[kind])
     say_how_images_were_read(cases, non_finite)
@@ -404,8 +426,8 @@ def volume_outputs(name: str, classes: list[str], overlapping: bool, args) -> di
 
 def volume_model(family, run: dict, args):
     """The model and its recipe, as the run and the command line have them."""
-    if args.prompt or args.boxes:
-        raise ValueError("--prompt, --boxes: this model takes volumes and nothing else")
+    if args.prompt or args.boxes or args.points:
+        raise ValueError("--prompt, --boxes, --points: this model takes volumes and nothing else")
     if args.window_batch is not None and args.window_batch < 1:
         raise ValueError("--window-batch must be at least 1")
     if args.overlap is not None and not 0 <= args.overlap < 1:

@@ -430,18 +430,16 @@ NO_BOX = np.full(4, np.nan, np.float32)
 NO_POINTS = np.zeros((0, 2), np.float32), np.zeros(0, np.int64)
 
 
-def sam_prompts(sample, source, settings, rng=None, boxes=None) -> list:
+def sam_prompts(sample, source, settings, rng=None, given=None) -> list:
     """The prompts (prompts.py) of one sample, in training with rng.
 
     source: one of prompts.KINDS, made of the mask; "jittered boxes", as in training, but always the
-    same; "given boxes": those of `boxes`, {image file as a path: [(class, box)]},
-    which have no truth. Without a mask "image" is all that can be asked.
+    same; "given boxes", "given points", "given both": those of `given`, {image file as a path:
+    [Prompt]}, which have no truth. Without a mask "image" is all else that can be asked.
     """
     names = sample["classes"]
-    if source == "given boxes":
-        given = boxes.get(sample["file"], [])
-        numbers = [names.index(name) if len(names) > 1 else 1 for name, _ in given]
-        return [prompts.Prompt(k, None, box, *NO_POINTS) for k, (_, box) in zip(numbers, given)]
+    if source.startswith("given"):
+        return given.get(sample["file"], [])
     if "mask" not in sample:
         return [prompts.Prompt(1, None, prompts.image_box(sample["size"]), *NO_POINTS)]
     kind, how = source.split()[-1], {"jitter": settings.jitter, "min_area": settings.min_area}
@@ -456,24 +454,29 @@ def sam_prompts(sample, source, settings, rng=None, boxes=None) -> list:
 
 def prompt_tensors(asked: list, size, config) -> dict:
     """boxes (Q,4), NaN where there is none, points (Q,P,2), labels (Q,P), all in SAM's frame;
-    numbers (Q,), the prompts' classes; and `shown`, each one's box and points to be drawn. Of the
-    prompts of an image of `size` (H,W)."""
+    numbers (Q,), the prompts' classes; and `shown`, each one's box, points and labels to be drawn.
+    Of the prompts of an image of `size` (H,W). Fewer points than P are followed by label -1."""
     frame = partial(sam_decoder.to_frame, size=size, config=config)
     boxes = [NO_BOX if p.box is None else frame(torch.from_numpy(p.box)).numpy() for p in asked]
-    points = [frame(torch.from_numpy(p.points)).numpy() for p in asked]
-    q, n = len(asked), len(asked[0].labels) if asked else 0
+    q = len(asked)
+    n = max((len(p.labels) for p in asked), default=0)
+    points = np.zeros((q, n, 2), np.float32)
+    labels = np.full((q, n), -1)
+    for k, p in enumerate(asked):
+        points[k, : len(p.points)] = frame(torch.from_numpy(p.points)).numpy()
+        labels[k, : len(p.labels)] = p.labels
     return {
         "boxes": torch.from_numpy(np.float32(boxes).reshape(q, 4)),
-        "points": torch.from_numpy(np.float32(points).reshape(q, n, 2)),
-        "labels": torch.from_numpy(np.int64([p.labels for p in asked]).reshape(q, n)),
+        "points": torch.from_numpy(points),
+        "labels": torch.from_numpy(labels),
         "numbers": torch.tensor([p.label for p in asked], dtype=torch.int64),
-        "shown": [(p.box, p.points) for p in asked],
+        "shown": [(p.box, p.points, p.labels) for p in asked],
     }
 
 
-def sam_ask(sample, source, config, settings, boxes=None) -> dict:
+def sam_ask(sample, source, config, settings, given=None) -> dict:
     """What an item of evaluation has of its prompts."""
-    asked = sam_prompts(sample, source, settings, boxes=boxes)
+    asked = sam_prompts(sample, source, settings, given=given)
     return prompt_tensors(asked, sample["size"], config)
 
 
@@ -528,11 +531,20 @@ def collate_prompts(items: list[dict]) -> dict:
     return stacked | packed | {"of": torch.arange(len(items)).repeat_interleave(per_image)}
 
 
+def count_points(labels: Tensor) -> Tensor:
+    """Return (N,) int64: the points of each prompt, up to the last whose label (N,P) is not -1."""
+    is_point = labels >= 0
+    if labels.shape[1] == 0:
+        return is_point.sum(1)
+    places = torch.arange(1, labels.shape[1] + 1, device=labels.device)
+    return (places * is_point).amax(1)
+
+
 def sam_forward(model: nn.Module, batch: dict) -> tuple[Tensor, Tensor]:
     """masks (N,1,1,s,s), logits, and their estimated IoU (N,1,1), for all N prompts of a batch.
 
-    Prompts of one form (box, points, both) pass together: tokens for what a prompt does not have
-    would change its answer.
+    Prompts of one form (box, points, both) and number of points pass together: tokens for what a
+    prompt does not have would change its answer.
     """
     if not len(batch["boxes"]):  # nothing asked: an empty answer, whose gradients are 0
         nothing = 0 * sum(p.sum() for p in model.mask_decoder.parameters())
@@ -541,14 +553,15 @@ def sam_forward(model: nn.Module, batch: dict) -> tuple[Tensor, Tensor]:
         features = batch["features"].float()
     else:
         features = model.encode_image(batch["image"])
-    form = ~batch["boxes"].isnan().any(1) + 2 * (batch["labels"] >= 0).any(1)  # (N,) 1, 2 or 3
+    form = ~batch["boxes"].isnan().any(1) + 2 * count_points(batch["labels"])  # (N,)
     order, masks, iou = [], [], []
     for kind in form.unique().tolist():
         rows, asked = (form == kind).nonzero()[:, 0], {}
         if kind & 1:
             asked["boxes"] = batch["boxes"][rows, None]  # (n,1,4)
-        if kind & 2:
-            asked |= {k: batch[k][rows, None] for k in ("points", "labels")}  # (n,1,P,2), (n,1,P)
+        p = kind // 2
+        if p:
+            asked |= {k: batch[k][rows, None, :p] for k in ("points", "labels")}  # (n,1,p,...)
         some, estimate = model.decode(features[batch["of"][rows]], **asked)
         order, masks, iou = [*order, rows], [*masks, some], [*iou, estimate]
     back = torch.cat(order).argsort()

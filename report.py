@@ -323,13 +323,19 @@ def volume_overlay(
 
 
 def draw_prompts(picture: Image.Image, prompts: list[tuple]) -> None:
-    """Draws SAM's prompts into a picture: (box or None, points (P,2)) each, in its pixels."""
+    """Draw SAM's prompts into a picture, in its pixels: boxes and points yellow, outside ones cyan.
+
+    Each prompt is a box or None, its points (P,2), and their labels (P,): 1 inside, 0 outside, -1
+    no point.
+    """
     draw, r = ImageDraw.Draw(picture), max(2, min(picture.size) // 80)
-    for box, points in prompts:
+    for box, points, labels in prompts:
         if box is not None:
             draw.rectangle([float(x) for x in box], outline="yellow", width=max(1, r // 3))
-        for x, y in points:
-            draw.ellipse((x - r, y - r, x + r, y + r), "yellow", "black")
+        for (x, y), inside in zip(points, labels):
+            if inside >= 0:
+                ink = "yellow" if inside else "cyan"
+                draw.ellipse((x - r, y - r, x + r, y + r), ink, "black")
 
 
 def legend(names: tuple[str, ...], width: int = 320) -> Image.Image:

@@ -434,8 +434,8 @@ def fit_and_test(options: Options, settings: Settings, device: torch.device, res
             for parts in (sets, tests)
         )
         evaluate.check_prepared(sets, tests, options)
-    if options.boxes:
-        recipe = evaluate.with_boxes(recipe, tests, options.boxes)
+    if options.boxes or options.points:
+        recipe = evaluate.with_given(recipe, tests, options.boxes, options.points)
 
     threshold = None
     if not options.eval:

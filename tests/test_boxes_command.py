@@ -97,12 +97,12 @@ def test_boxes_are_read_back(binary, images, tmp_path):
     sizes = {path.name: data.read_image(path).shape[:2] for path in images.iterdir()}
     read = prompts.read_boxes(tmp_path / "boxes.csv", sizes, ["polyp"])
     assert read.keys() == {"a.jpg", "c.tif", "d.bmp"}  # b has none
-    flat = [(i, name or "", *box.tolist()) for i in read for name, box in read[i]]
+    flat = [(i, row.name or "", *row.xy.tolist()) for i in read for row in read[i]]
     assert flat == BINARY
     # and they are the components' own
     mask = (data.read_mask(binary / "a.png") > 127).astype(np.uint8)
     expected = [component.box.tolist() for component in prompts.components(mask, [1])]
-    assert [box.tolist() for _, box in read["a.jpg"]] == expected
+    assert [row.xy.tolist() for row in read["a.jpg"]] == expected
 
 
 def class_maps(folder):
@@ -133,7 +133,7 @@ def test_class_maps_of_a_data_set(tmp_path):
     assert run(tmp_path / "predicted", tmp_path / "b.csv", f"{tmp_path / 'set'}:test") == expected
     sizes = {"case1_slice1.tif": (30, 40)}
     read = prompts.read_boxes(tmp_path / "a.csv", sizes, ["stomach", "small bowel"])
-    assert [name for name, _ in read["case1_slice1.tif"]] == ["stomach"] * 2 + ["small bowel"]
+    assert [row.name for row in read["case1_slice1.tif"]] == ["stomach"] * 2 + ["small bowel"]
 
 
 def test_two_classes_and_pixels_that_do_not_count(images, tmp_path):
@@ -215,7 +215,7 @@ def unnamed(masks, images):
     for name in "abcd":
         save(masks / f"{name}.png", pieces((30, 40), (3, 0, 0, 9, 9)), 4)
     (masks / "classes.json").write_text(json.dumps(NAMES))
-    return f"{masks / 'a.png'}: holds class number 3, which its classes.json does not name"
+    return f"{masks / 'a.png'}: holds class number 3, but {masks / 'classes.json'} ends at 2"
 
 
 def bad_names(masks, images):
@@ -232,7 +232,7 @@ def all_empty(masks, images):
 def no_masks(masks, images):
     for path in masks.glob("[a-d].png"):
         path.unlink()
-    return f"{masks}: no masks (.png) in this folder"
+    return f"{masks}: no masks in this folder"
 
 
 def no_folder(masks, images):
@@ -308,17 +308,17 @@ def test_boxes_of_files_of_one_name_are_read_back(patients, tmp_path):
     }  # fmt: skip
     dataset = data.open_dataset(layouts.annotations(patients, "test"), tmp_path / "cache")
     recipe = recipes.sam_recipe(sam_decoder.SAM(SAM), recipes.SAM["default"])
-    asking = evaluate.with_boxes(recipe, {"test": dataset}, str(tmp_path / "boxes.csv")).ask
+    asking = evaluate.with_given(recipe, {"test": dataset}, str(tmp_path / "boxes.csv"), None).ask
     for i, x0 in enumerate((2, 12, 22, 5)):
-        ((box, _),) = asking(dataset.sample(i, ""), source="given boxes")["shown"]
+        ((box, _, _),) = asking(dataset.sample(i, ""), source="given boxes")["shown"]
         assert box.tolist() == [x0, 3, x0 + 6, 8]
 
     sheet = tmp_path / "bare.csv"
     sheet.write_text("image,x0,y0,x1,y1\nslice0.png,1,1,5,5\n")
     with pytest.raises(ValueError, match="bare.csv, line 2: slice0.png fits 3 images; add its"):
-        evaluate.with_boxes(recipe, {"test": dataset}, str(sheet))
+        evaluate.with_given(recipe, {"test": dataset}, str(sheet), None)
     sheet.write_text("image,x0,y0,x1,y1\nslice1.png,1,1,5,5\n")
-    evaluate.with_boxes(recipe, {"test": dataset}, str(sheet))
+    evaluate.with_given(recipe, {"test": dataset}, str(sheet), None)
 
 
 def test_a_box_does_not_say_which_mask_of_an_image_it_is_for(patients, tmp_path):
@@ -328,7 +328,7 @@ def test_a_box_does_not_say_which_mask_of_an_image_it_is_for(patients, tmp_path)
     sheet = tmp_path / "boxes.csv"
     sheet.write_text("image,x0,y0,x1,y1\nslice1.png,1,1,5,5\n")
     with pytest.raises(ValueError, match="g/slice0.png has 2 masks"):
-        evaluate.with_boxes(None, {"test": dataset}, str(sheet))
+        evaluate.with_given(None, {"test": dataset}, str(sheet), None)
 
 
 def test_images_of_two_data_sets(patients, tmp_path):

@@ -534,7 +534,7 @@ def test_boxes_from_a_file_are_scored_beside_the_truth_s(asked, monkeypatch, cap
     fewer = train.run(replace(how, out=asked.out + "-c"))["tests"]["maps"]["prompts"]
     assert fewer["given boxes"]["misses"] > scores["boxes"]["misses"]
     for line, hint in (
-        ("other.png,one,1,1,5,5", "unknown image"), ("a0.png,three,1,1,5,5", "unknown class three"),
+        ("other.png,one,1,1,5,5", "none of the 1 boxes"), ("a0.png,three,1,1,5,5", "unknown class three"),
         ("a0.png,,1,1,5,5", "has no class"), ("a0.png,one,9,1,5,5", "inverted"),
         ("a0.png,one,1,1,5,500", "outside"), ("a0.png,one,1,nan,5,5", "not four numbers"),
     ):  # fmt: skip
