@@ -454,19 +454,19 @@ ALONE = ("variant", "prompt", "train", "sam_prompts", "topology")  # the value s
 PATHS = {"weights": "from", "decoder": "decoder", "boxes": "boxes", "text_codes": "codes"}
 
 
-def shortened(text: str, longest: int) -> str:
-    """Return a text, of one with more bytes than `longest` the start and eight digits of a hash."""
-    content = text.encode()
+def shortened(name: str, longest: int, meaning: str) -> str:
+    """Return a name, of one with more bytes than `longest` the start and a hash of its meaning."""
+    content = name.encode()
     if len(content) <= longest:
-        return text
+        return name
     start = content[: longest - 9].decode(errors="ignore")
-    return f"{start}-{hashlib.sha256(content).hexdigest()[:8]}"
+    return f"{start}-{hashlib.sha256(meaning.encode()).hexdigest()[:8]}"
 
 
 def file_name(text: str) -> str:
     """Return a text of at most 40 bytes with only characters that are safe in a file name."""
     safe = re.sub(r"[^\w.+-]+", "_", text)
-    return shortened(safe.strip("_.-"), 40)
+    return shortened(safe.strip("_."), 40, text)
 
 
 def path_name(place: str) -> str:
@@ -521,11 +521,13 @@ def run_folder(given: Options, model: str, settings: Settings) -> str:
     for spec in fields(Options):
         key = spec.name
         value = getattr(given, key)
-        is_default = value == getattr(plain, key) or value == getattr(settings, key, None)
-        if key not in UNNAMED and not is_default:
+        usual = getattr(settings, key, None)
+        usual = list(usual) if isinstance(usual, tuple) else usual
+        if key not in UNNAMED and value not in (getattr(plain, key), usual):
             words.append(option_word(key, value))
 
-    return str(Path("runs") / shortened("-".join(words), 120))
+    name = "-".join(words)
+    return str(Path("runs") / shortened(name, 120, name))
 
 
 def resolve(options: Options) -> tuple[Options, Settings]:
