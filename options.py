@@ -504,11 +504,11 @@ def named_set(place: str) -> str:
     return name if split == "test" else f"{name}_{split}"
 
 
-def run_folder(given: Options, model: str, settings: Settings) -> str:
+def run_folder(given: Options, model: str) -> str:
     """Return the run folder of options without --out: runs/MODEL-DATA, and what else was given.
 
-    given: the options before the recipe fills them. Two calls that differ in more than UNNAMED get
-    two folders; what a recipe has anyway is not named.
+    given: the options before a tested run and the recipe fill them. Two calls that differ in more
+    than UNNAMED get two folders.
     """
     sets = [named_set(place) for place in given.data or given.test]
     words = [model, "+".join(sets)]
@@ -521,9 +521,7 @@ def run_folder(given: Options, model: str, settings: Settings) -> str:
     for spec in fields(Options):
         key = spec.name
         value = getattr(given, key)
-        usual = getattr(settings, key, None)
-        usual = list(usual) if isinstance(usual, tuple) else usual
-        if key not in UNNAMED and value not in (getattr(plain, key), usual):
+        if key not in UNNAMED and value != getattr(plain, key):
             words.append(option_word(key, value))
 
     name = "-".join(words)
@@ -541,7 +539,7 @@ def resolve(options: Options) -> tuple[Options, Settings]:
     check(options, family, name)
     settings = family.settings[name]
     if options.out is None:
-        options = replace(options, out=run_folder(typed, options.model, settings))
+        options = replace(options, out=run_folder(typed, options.model))
     shared = {spec.name for spec in fields(Settings)} & {spec.name for spec in fields(Options)}
     shared -= {"weights", "decoder"}  # --decoder replaces the recipe's when the model is loaded
     given = {key: getattr(options, key) for key in shared if getattr(options, key) is not None}

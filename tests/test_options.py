@@ -500,7 +500,8 @@ def folder_of(*words) -> str:
     "words, name",
     [
         ("--model cris --data data/kvasir_polyp", "cris-kvasir_polyp"),
-        ("--model cris --data data/kvasir_polyp/ --seed 0 --prompt p6", "cris-kvasir_polyp"),
+        ("--model cris --data data/kvasir_polyp/ --seed 0", "cris-kvasir_polyp"),
+        ("--data a --prompt P6", "cris-a-p6"),
         ("--data a --recipe origin", "cris-a-origin"),
         ("--data a b", "cris-a+b"),
         ("--data a --epochs 20 --workers 0 --group-regex c --device cpu", "cris-a"),
