@@ -425,8 +425,12 @@ def draw(model, recipe, dataset, rows: list[dict], options, folder: Path) -> Non
 
 
 def test(model, recipe, tests: dict, options) -> dict:
-    """Scores of every test set, printed and written to `test/` of the run; returns the summary."""
+    """Scores of every test set, printed and written to `test/` of the run; returns the summary.
+
+    Pictures come last: one that cannot be drawn loses no score.
+    """
     folder, summaries, tables = Path(options.out) / "test", {}, {"image": []}
+    scored = {}
     for name, dataset in tests.items():
         if recipe.ask:
             rows, summaries[name], more = prompted_test(model, recipe, dataset, options, name)
@@ -438,14 +442,18 @@ def test(model, recipe, tests: dict, options) -> dict:
             say_if_empty(rows, model, recipe, dataset, options, f"test {name}")
         for table, some in ({"image": rows} | more).items():
             tables.setdefault(table, []).extend({"test": name} | row for row in some)
-        write_tables(folder, tables)  # what follows may fail
+        write_tables(folder, tables)  # the next test may fail
+        scored[name] = rows
+    summary = write_summary(folder, model, options, summaries, tables)
+
+    for name, dataset in tests.items():
         where = folder / "overlays" / (name.replace(":", "-") if len(tests) > 1 else "")
-        draw(model, recipe, dataset, rows, options, where)
+        draw(model, recipe, dataset, scored[name], options, where)
         if options.overlays:
             one, several = "green: truth, magenta: prediction", "truth outlined, prediction filled"
             what = one if len(dataset.classes) == 1 else several
-            print(f"  overlays ({what}): {where / 'sheet.png'}")
-    return write_summary(folder, model, options, summaries, tables)
+            print(f"overlays ({what}): {where / 'sheet.png'}")
+    return summary
 
 
 def prompted_test(model, recipe, dataset, options, name: str) -> tuple[list, dict, dict]:

@@ -58,7 +58,7 @@ def dice_bce(
 
 
 def to_one_hot(target: Tensor, logits: Tensor, ignore_index: int) -> Tensor:
-    """Class numbers (B,*S) -> (B,K,*S) of 0 and 1, as logits (B,K,*S) are; ignored ones are 0."""
+    """Class numbers (B,*S) -> (B,K,*S) of 0 and 1, as logits (B,K,*S) are; ignored: as class 0."""
     classes = torch.where(target == ignore_index, 0, target)
     return F.one_hot(classes, logits.shape[1]).movedim(-1, 1).to(logits.dtype)  # (B,K,*S)
 
@@ -71,11 +71,14 @@ def gi_tract_dice_ce(
     github.com/JaeL17/Medical-Image-Segmentation. quirk: every class counts in every image, the
     background too, and with smooth 1e-8 one that is absent costs nearly 1 until the network's
     probability of it, summed over the image, falls below 1e-8. The mean over images and classes is
-    then no better than the share of absent pairs. With smooth 1e-5 it is MONAI's DiceCELoss.
+    then no better than the share of absent pairs. With smooth 1e-5 it is MONAI's DiceCELoss. The
+    study's masks have no 255: pixels of it count nowhere, as in `dice_ce`.
     """
-    one_hot = to_one_hot(target, logits, 255)  # the study's masks have no 255
-    dice = dice_loss(logits.softmax(1), one_hot, smooth).mean()
-    ce = F.cross_entropy(logits, target, ignore_index=255)
+    one_hot = to_one_hot(target, logits, 255)
+    keep = (target != 255)[:, None].to(logits.dtype)
+    dice = dice_loss(logits.softmax(1), one_hot, smooth, keep).mean()
+    ce = F.cross_entropy(logits, target, ignore_index=255, reduction="sum")
+    ce = ce / keep.sum().clamp(min=1)
     return dice + ce, {"dice_loss": dice, "ce": ce}
 
 
@@ -112,6 +115,9 @@ def partial_dice_bce(
     its parts by name.
     """
     annotated = target.flatten(2)[..., 0] >= 0  # (B,C)
+    if not annotated.any():  # nothing to learn: 0, without a gradient
+        nothing = 0 * logits.sum()
+        return nothing, {"dice_loss": nothing, "bce": nothing}
     logits, target = logits[annotated][:, None], target[annotated][:, None]  # (n,1,*S)
     return dice_bce(logits, target, smooth)
 
@@ -124,15 +130,17 @@ def sam_loss(
     logits (...,H,W), one mask a prompt; iou (...), its IoU as SAM's head predicts it; target
     (...,H,W), 0 or 1, 255 where a pixel does not count. No mask's loss depends on other prompts.
     The head is to tell the IoU of the thresholded mask (Kirillov et al., arXiv 2304.02643,
-    appendix A; they have focal loss for our cross entropy); 1 where both masks are empty. Returns
-    the sum, and its parts by name.
+    appendix A; they have focal loss for our cross entropy); 1 where both masks are empty. A mask of
+    255 alone teaches nothing. Returns the sum, and its parts by name.
     """
     logits, target = (x.flatten(0, -3)[:, None] for x in (logits, target))  # (B*Q,1,H,W)
     loss, parts = dice_bce(logits, target, smooth)
     mask, truth, keep = (x.flatten(1) for x in (logits > 0, target == 1, target != 255))
     both, either = ((x & keep).sum(1) for x in (mask & truth, mask | truth))  # (B*Q,)
     actual = torch.where(either > 0, both / either.clamp(min=1), 1.0)
-    mse = F.mse_loss(iou.flatten(), actual.to(iou.dtype))
+    rated = keep.any(1).to(iou.dtype)  # (B*Q,)
+    squares = (iou.flatten() - actual.to(iou.dtype)).square() * rated
+    mse = squares.sum() / rated.sum().clamp(min=1)
     return loss + mse, parts | {"iou_mse": mse}
 
 

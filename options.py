@@ -1,7 +1,10 @@
 """The command line of train.py: every option, and what a run makes of those that are left out."""
 
 import argparse
+import hashlib
 import math
+import os
+import re
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import get_args
@@ -13,25 +16,30 @@ from evaluate import patients_of, run_config
 from layouts import is_prompt_type, path_and_split, prompt_option
 from prompts import KINDS
 from protocol import Settings
+from ranges import Choice, Flag, Number, Text, Values
 from recipes import FAMILIES, TOPOLOGY, second_file
 from swin_unetr3d import CODES
 
 
-def option(default, help: str, **argparse_too):
-    """A field of Options, with what argparse needs to know of it."""
-    metadata = {"help": help} | argparse_too
+LIMITS = ("at_least", "above", "at_most", "below", "word", "note")
+
+
+def option(default, help: str, **more):
+    """A field of Options, with what argparse needs to know of it.
+
+    more: LIMITS of a number (ranges.Number), and arguments of argparse.
+    """
+    limits = {key: more.pop(key) for key in LIMITS if key in more}
+    metadata = {"help": help, "limits": limits, "argparse": more}
     if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata | {"nargs": "+"})
+        more.setdefault("nargs", "+")
+        return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
 def flag(name: str) -> str:
     """The option of this name as it is written on the command line."""
     return "--" + name.replace("_", "-")
-
-
-def probability(text: str) -> float | str:
-    return text if text == "auto" else float(text)
 
 
 SCHEDULES = ["cosine", "poly", "constant", "multistep", "plateau"]
@@ -58,8 +66,10 @@ class Options:
     test: list[str] = option([], "data sets to test on, PATH[:split]; else --data's test splits")
     prompt: str | None = option(None, 'prompt types (p6; p6,p3; random), or a literal "text"')
     train: str | None = option(None, "all, or some parts: see protocol.py", choices=TRAINED)
-    lora_rank: int | None = option(None, "of the updates that --train lora puts on linear layers")
-    adapter_dim: int | None = option(None, "width of the adapters of --train adapters")
+    lora_rank: int | None = option(
+        None, "of the updates that --train lora puts on linear layers", at_least=1
+    )
+    adapter_dim: int | None = option(None, "width of the adapters of --train adapters", at_least=1)
     keep_features: bool | None = option(None, "of a frozen encoder, on files; on where one is")
     feature_dtype: str | None = option(None, "of these files", choices=["float16", "float32"])
     views: list[str] | None = option(
@@ -74,63 +84,100 @@ class Options:
     mask_threshold: int | None = option(
         None,
         "of binary masks: values above it, 0 to 255, are foreground; else decided by their values",
-        type=report.grey_level,
+        at_least=0,
+        at_most=255,
     )
     pseudocolor: str | None = option(None, "a colour map of matplotlib for grey images: bone, jet")
     sam_prompts: str | None = option(None, "what SAM is asked by, of the truth", choices=KINDS)
-    jitter: int | None = option(None, "pixels by which a side of a box moves at most in training")
-    min_area: int | None = option(None, "pixels that a component needs to be asked for")
-    prompts_per_image: int | None = option(None, "in a training step, by lot; 0: all there are")
+    jitter: int | None = option(
+        None, "pixels by which a side of a box moves at most in training", at_least=0
+    )
+    min_area: int | None = option(None, "pixels that a component needs to be asked for", at_least=1)
+    prompts_per_image: int | None = option(
+        None, "in a training step, by lot; 0: all there are", at_least=0
+    )
     boxes: str | None = option(None, "CSV or JSON of boxes to test SAM with, beside the truth's")
     points: str | None = option(None, "CSV or JSON of points to test SAM with, or with --boxes")
     topology: str | None = option(None, "a loss beside the others: see losses.py", choices=TOPOLOGY)
-    topology_weight: float | None = option(None, "its factor")
-    crops_per_volume: int | None = option(None, "random windows of a volume in a training step")
-    crop_ratio: list[float] | None = option(
-        None, "of crops around background and foreground, or around each class", nargs="+"
+    topology_weight: float | None = option(None, "its factor", at_least=0)
+    crops_per_volume: int | None = option(
+        None, "random windows of a volume in a training step", at_least=1
     )
-    spacing: list[float] | None = option(None, "mm of a volume's voxels for the model", nargs=3)
+    crop_ratio: list[float] | None = option(
+        None,
+        "of crops around background and foreground, or around each class",
+        nargs="+",
+        at_least=0,
+    )
+    spacing: list[float] | None = option(
+        None, "mm of a volume's voxels for the model", nargs=3, above=0
+    )
     intensity: list[str] | None = option(
         None, "of volumes: the two HU that become 0 and 1; zscore", nargs="+"
     )
-    overlap: float | None = option(None, "of neighbouring windows of a volume, as a share")
-    window_batch: int | None = option(None, "windows of a volume at a time, in evaluation")
+    overlap: float | None = option(
+        None, "of neighbouring windows of a volume, as a share", at_least=0, below=1
+    )
+    window_batch: int | None = option(
+        None, "windows of a volume at a time, in evaluation", at_least=1
+    )
     checkpointing: bool = option(False, "less memory, more time in training on volumes")
     codes: str | None = option(None, "what stands for a class: see swin_unetr3d.py", choices=CODES)
     text_codes: str | None = option(None, "file of them, which `prepare.py text-codes` writes")
-    overfit: int | None = option(None, "train, validate and test on the first so many cases")
-    negatives: float | None = option(None, "share of samples that ask for another image's target")
+    overfit: int | None = option(
+        None, "train, validate and test on the first so many cases", at_least=1
+    )
+    negatives: float | None = option(
+        None, "share of samples that ask for another image's target", at_least=0, at_most=1
+    )
     prompt_study: bool = option(False, "test every prompt type, in one table")
-    out: str | None = option(None, "run folder; else runs/MODEL-DATA[-RECIPE]")
+    out: str | None = option(
+        None, "run folder; else runs/MODEL-DATA, followed by other options that were given"
+    )
     resume: bool = option(False, "go on where the run in --out stopped")
     eval: bool = option(False, "no training: test --weights")
-    epochs: int | None = option(None, "0 is the same as --eval")
-    max_steps: int | None = option(None, "stop after so many optimiser steps")
-    batch_size: int | None = option(None, "images a step")
-    grad_accum_steps: int = option(1, "batches whose gradients make one step")
-    lr: float | None = option(None, "learning rate of the new parts")
-    backbone_lr: float | None = option(None, "of the pretrained ones; with --weights none: --lr")
-    weight_decay: float | None = option(None, "of the optimiser")
+    epochs: int | None = option(None, "0 is the same as --eval", at_least=0)
+    max_steps: int | None = option(None, "stop after so many optimiser steps", at_least=1)
+    batch_size: int | None = option(None, "images a step", at_least=1)
+    grad_accum_steps: int = option(1, "batches whose gradients make one step", at_least=1)
+    lr: float | None = option(None, "learning rate of the new parts", above=0)
+    backbone_lr: float | None = option(
+        None, "of the pretrained ones; with --weights none: --lr", at_least=0
+    )
+    weight_decay: float | None = option(None, "of the optimiser", at_least=0)
     schedule: str | None = option(None, "learning rate over time", choices=SCHEDULES)
-    warmup: float | None = option(None, "share of all steps in which the rate rises from 0")
-    eval_every: int | None = option(None, "epochs between validations")
-    clip_grad: float | None = option(None, "largest gradient norm; 0: not clipped")
-    ema: float | None = option(None, "decay of an average of the weights, to be tested and kept")
-    patience: int | None = option(None, "epochs without a better validation Dice before it stops")
+    warmup: float | None = option(
+        None, "share of all steps in which the rate rises from 0", at_least=0, at_most=1
+    )
+    eval_every: int | None = option(None, "epochs between validations", at_least=1)
+    clip_grad: float | None = option(None, "largest gradient norm; 0: not clipped", at_least=0)
+    ema: float | None = option(
+        None,
+        "decay of an average of the weights, to be tested and kept; 0: none",
+        at_least=0,
+        below=1,
+    )
+    patience: int | None = option(
+        None, "epochs without a better validation Dice before it stops; 0: never", at_least=0
+    )
     size: list[int] | None = option(
-        None, "side of the model's input in pixels; of volumes one or three", nargs="+"
+        None, "side of the model's input in pixels; of volumes one or three", nargs="+", at_least=1
     )
     threshold: float | str | None = option(
         None,
         "probability above which a pixel is foreground; auto: each validation finds the best, and "
         "its Dice chooses the epoch",
-        type=probability,
+        above=0,
+        below=1,
+        word="auto",
     )
     dtype: str | None = option(None, "of training on a GPU; all else is float32", choices=DTYPES)
     compile: bool = option(False, "torch.compile")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
-    workers: int = option(2, "data-loading processes")
-    seed: int = option(0, "of the order, the augmentation, and new weights")
+    workers: int = option(2, "data-loading processes", at_least=0)
+    seed: int = option(
+        0, "of the order, the augmentation, and new weights", at_least=0, at_most=2**63 - 1
+    )
     deterministic: bool = option(False, "only deterministic operations, slower on a GPU")
     cache: str = option(".cache", "folder of the decoded images")
     fold: str | None = option(None, "k/n: validate on fold k (from 0) of n of train and val")
@@ -138,10 +185,15 @@ class Options:
     score_size: str = option("image", "score at its own or the network's size", choices=SIZES)
     val_distances: bool = option(False, "HD95, ASSD and NSD also in validation, not only in tests")
     nsd_tolerance: float | None = option(
-        None, "distance within which NSD counts a boundary as hit: mm (volumes) or pixels; else 1"
+        None,
+        "distance within which NSD counts a boundary as hit: mm (volumes) or pixels; else 1",
+        above=0,
+        note="(mm of volumes, pixels of images)",
     )
-    overlays: int = option(3, "how many of the worst, median and best cases to draw")
-    save_every: float = option(10.0, "minutes between saved states within an epoch")
+    overlays: int = option(3, "how many of the worst, median and best cases to draw", at_least=0)
+    save_every: float = option(
+        10.0, "minutes between saved states within an epoch; 0: after every step", at_least=0
+    )
 
     @property
     def tolerance(self) -> float:
@@ -176,19 +228,75 @@ def check_same(place: Path, theirs: dict, mine: dict) -> None:
         raise ValueError(f"{place} was begun with other options ({', '.join(words)}); {hint}")
 
 
+def values_of(spec) -> Values:
+    """Return the values that an option takes. spec: its field of Options."""
+    choices = spec.metadata["argparse"].get("choices")
+    if choices:
+        return Choice(tuple(choices))
+    kind = spec.type
+    while get_args(kind):  # of `int | None`, `list[str] | None` the first
+        kind = get_args(kind)[0]
+    if kind is bool:
+        return Flag()
+    if kind is str:
+        return Text()
+    return Number(whole=kind is int, **spec.metadata["limits"])
+
+
 def parse(description: str, arguments: list[str] | None = None) -> dict:
     """The options that were given, by name."""
     parser = report.Parser(description)
     for spec in fields(Options):
-        kind = spec.type
-        while get_args(kind):  # of `int | None`, `list[str] | None` the first
-            kind = get_args(kind)[0]
-        how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
-        parser.add_argument(flag(spec.name), default=argparse.SUPPRESS, **how | spec.metadata)
+        values = values_of(spec)
+        how = {"type": values}
+        if isinstance(values, Flag):
+            how = {"action": argparse.BooleanOptionalAction}
+        how |= {"help": spec.metadata["help"], **spec.metadata["argparse"]}
+        parser.add_argument(flag(spec.name), default=argparse.SUPPRESS, **how)
     given = vars(parser.parse_args(arguments))
     if given.get("prompt"):  # here too: --resume compares it with the run's
         given["prompt"] = prompt_option(given["prompt"])
     return given
+
+
+def checked_value(spec, given):
+    """Return the value of an option as the command line gives it. spec: its field of Options.
+
+    Raises ValueError, one line, if the option does not take what is given.
+    """
+    if given is None and spec.default is None:
+        return None
+    values = values_of(spec)
+    count = spec.metadata["argparse"].get("nargs")
+    several = list(given) if isinstance(given, list | tuple) else [given]
+    try:
+        if count is None:
+            return values.check(given)
+        several = [values.check(one) for one in several]
+    except ValueError as error:
+        raise ValueError(f"{flag(spec.name)} {error}") from None
+    if isinstance(count, int) and len(several) != count:
+        raise ValueError(f"{flag(spec.name)}: takes {count} values, not {len(several)}")
+    return several
+
+
+def checked(options: Options) -> Options:
+    """Return options with all values as the command line gives them.
+
+    A single value of an option that takes several is a list of one. Raises ValueError, one line, if
+    an option does not take its value. What a recipe itself sets is not checked: fewshot3d's origin
+    has a warm-up that is longer than the training, which its runs hand on when they are resumed.
+    """
+    specs = {spec.name: spec for spec in fields(Options)}
+    model = checked_value(specs["model"], options.model)
+    recipe = checked_value(specs["recipe"], options.recipe) or "default"
+    own = FAMILIES[model].settings.get(recipe)
+    values = {}
+    for name, spec in specs.items():
+        given = getattr(options, name)
+        is_own = name == "warmup" and given is not None and given == getattr(own, name, None)
+        values[name] = given if is_own else checked_value(spec, given)
+    return Options(**values)
 
 
 def with_views(settings: Settings, options: Options, family) -> Settings:
@@ -252,10 +360,7 @@ def check(options: Options, family, name: str) -> None:
         raise ValueError("--data is missing: which data set?")
     if family.asked and options.score_size == "network":
         raise ValueError("--score-size network: SAM is scored at the image's size, drop it")
-    if options.overlap is not None and options.overlap >= 1:
-        raise ValueError(f"--overlap {options.overlap}: a share of a side, below 1")
     check_volumes(options, family)
-    check_tolerance(options)
     if options.text_codes and options.codes in ("random", "one-hot"):
         raise ValueError(f"--codes {options.codes}: takes no --text-codes, drop one")
     if options.pseudocolor is not None:
@@ -270,11 +375,6 @@ def check(options: Options, family, name: str) -> None:
         raise ValueError(f"--prompt-study: {options.model} reads no text")
     if options.prompt_study and options.score_size == "network":
         raise ValueError("--score-size network: --prompt-study scores at the image's size, drop it")
-    least = {"batch_size": 1, "grad_accum_steps": 1, "min_area": 1, "crops_per_volume": 1}
-    least |= {"window_batch": 1, "eval_every": 1, "overfit": 1, "overlap": 0, "max_steps": 1}
-    for key, low in (least | {"jitter": 0, "prompts_per_image": 0, "epochs": 0}).items():
-        if getattr(options, key) is not None and getattr(options, key) < low:
-            raise ValueError(f"{flag(key)} must be at least {low}")
 
 
 def check_volumes(options: Options, family) -> None:
@@ -291,6 +391,8 @@ def check_volumes(options: Options, family) -> None:
         raise ValueError("--score-size network: volumes are scored on their own grid, drop it")
     if options.size and len(options.size) not in ((1, 3) if family.volumes else (1,)):
         raise ValueError(f"--size {' '.join(map(str, options.size))}: one number, of volumes three")
+    if options.size and not family.volumes:
+        check_side(options.size[0], options.model, family)
     sides = options.size or [64]
     if family.volumes and (any(n % 32 or n < 32 for n in sides) or max(sides) < 64):
         raise ValueError("--size: sides of volumes are multiples of 32, one of them 64 or more")
@@ -301,18 +403,18 @@ def check_volumes(options: Options, family) -> None:
     if options.intensity:
         options.window  # raises
     ratio = options.crop_ratio
-    if ratio and (len(ratio) < 2 or not min(ratio) >= 0 or not 0 < sum(ratio) < math.inf):
+    if ratio and (len(ratio) < 2 or not 0 < sum(ratio) < math.inf):
         raise ValueError("--crop-ratio: two numbers or one a class, from 0 up and not all 0")
-    if options.spacing and not all(0 < mm < math.inf for mm in options.spacing):
-        raise ValueError("--spacing: three sizes in mm, above 0")
 
 
-def check_tolerance(options: Options) -> None:
-    """Raise ValueError, one line, if --nsd-tolerance is not a finite distance above 0."""
-    tolerance = options.nsd_tolerance
-    if tolerance is not None and not 0 < tolerance < math.inf:
-        unit = "a distance above 0, in mm for volumes and in pixels for images"
-        raise ValueError(f"--nsd-tolerance {tolerance:g}: must be {unit}")
+def check_side(side: int, model: str, family) -> None:
+    """Raise ValueError, one line, if a model cannot take images of side x side pixels."""
+    least, step = family.sides
+    if side < least or side % step:
+        sides = f"of {least} pixels or more"
+        if step > 1:
+            sides = f"that are multiples of {step}, {least} or more"
+        raise ValueError(f"--size {side}: {model} takes sides {sides}")
 
 
 def check_used(options: Options, settings: Settings) -> None:
@@ -346,14 +448,100 @@ def check_used(options: Options, settings: Settings) -> None:
         raise ValueError("--negatives: of prompt types; a text for all images is absent in none")
 
 
+# What the name of a run folder leaves out: what it has elsewhere, what says how long to train (a
+# resumed run may be given more epochs), and how a data set is divided.
+UNNAMED = FREE | {"model", "data", "test", "recipe", "eval", "epochs", "group_regex", "clip"}
+ALONE = ("variant", "prompt", "train", "sam_prompts", "topology")  # the value says enough
+PATHS = {"weights": "from", "decoder": "decoder", "boxes": "boxes", "points": "points"}
+PATHS["text_codes"] = "codes"
+
+
+def shortened(name: str, longest: int, meaning: str) -> str:
+    """Return a name, of one with more bytes than `longest` the start and a hash of its meaning."""
+    content = name.encode()
+    if len(content) <= longest:
+        return name
+    start = content[: longest - 9].decode(errors="ignore")
+    return f"{start}-{hashlib.sha256(meaning.encode()).hexdigest()[:8]}"
+
+
+def file_name(text: str) -> str:
+    """Return a text of at most 40 bytes with only characters that are safe in a file name."""
+    safe = re.sub(r"[^\w.+-]+", "_", text)
+    return shortened(safe.strip("_."), 40, text)
+
+
+def path_name(place: str) -> str:
+    """Return the name of a file without its ending, of a folder or hub id.
+
+    A file of a run folder has the name of the run.
+    """
+    path = Path(place)
+    if path.is_file() and run_config(path):  # RUN/best.safetensors is the same as RUN
+        path = path.parent
+    name = Path(os.path.abspath(path)).name
+    return file_name(re.sub(r"\.(pth|pt|bin|safetensors|csv|json)$", "", name))
+
+
+def option_word(key: str, value) -> str:
+    """Return what the name of a run folder says of an option that was given."""
+    if key in PATHS:
+        return f"{PATHS[key]}-{path_name(value)}"
+    if isinstance(value, bool):
+        return key if value else f"no-{key}"
+
+    values = value if isinstance(value, list) else [value]
+    texts = [f"{one:g}" if isinstance(one, float) else str(one) for one in values]
+    if key in ALONE:
+        return file_name("+".join(texts))
+    if isinstance(values[0], str):
+        return f"{key}-{file_name('+'.join(texts))}"
+    return key + "x".join(texts)
+
+
+def named_set(place: str) -> str:
+    """Return the name of a data set, of PATH:SPLIT with the split."""
+    path, split = path_and_split(place)
+    name = Path(os.path.abspath(path)).name
+    return name if split == "test" else f"{name}_{split}"
+
+
+def run_folder(given: Options, model: str) -> str:
+    """Return the run folder of options without --out: runs/MODEL-DATA, and what else was given.
+
+    given: the options before a tested run and the recipe fill them. Two calls that differ in more
+    than UNNAMED get two folders.
+    """
+    sets = [named_set(place) for place in given.data or given.test]
+    words = [model, "+".join(sets)]
+    words += [given.recipe] if given.recipe else []
+    words += ["eval"] if given.eval or given.epochs == 0 else []
+    if given.data and given.test:
+        words.append("test-" + "+".join(named_set(place) for place in given.test))
+
+    plain = Options()
+    for spec in fields(Options):
+        key = spec.name
+        value = getattr(given, key)
+        if key not in UNNAMED and value != getattr(plain, key):
+            words.append(option_word(key, value))
+
+    name = "-".join(words)
+    return str(Path("runs") / shortened(name, 120, name))
+
+
 def resolve(options: Options) -> tuple[Options, Settings]:
     """Fills what is open from the tested run folder and from the recipe; checks the rest."""
+    options = checked(options)
     if options.prompt and not options.resume:  # a run's own prompt stays as it was trained
         options = replace(options, prompt=prompt_option(options.prompt))
+    typed = options
     options = as_tested(options)
     family, name = FAMILIES[options.model], options.recipe or "default"
     check(options, family, name)
     settings = family.settings[name]
+    if options.out is None:
+        options = replace(options, out=run_folder(typed, options.model))
     shared = {spec.name for spec in fields(Settings)} & {spec.name for spec in fields(Options)}
     shared -= {"weights", "decoder"}  # --decoder replaces the recipe's when the model is loaded
     given = {key: getattr(options, key) for key in shared if getattr(options, key) is not None}
@@ -365,9 +553,4 @@ def resolve(options: Options) -> tuple[Options, Settings]:
     options = replace(options, **{key: getattr(settings, key) for key in shared})
     if settings.augment is not None:  # the views then are no choice, which a resumed run would see
         options = replace(options, views=None)
-    if options.out is None:
-        places = options.data or options.test
-        sets = [Path(path_and_split(place)[0]).name for place in places]
-        words = [options.model, "+".join(sets), options.recipe, "eval" if options.eval else None]
-        options = replace(options, out=str(Path("runs") / "-".join(filter(None, words))))
     return options, settings

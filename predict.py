@@ -43,6 +43,7 @@ from evaluate import (
     to_masks,
 )  # fmt: skip
 from protocol import describe_cuts
+from ranges import GREY_LEVEL, POSITIVE, Number
 from recipes import FAMILIES, second_file
 
 
@@ -67,7 +68,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--split", default="test", help="which part of a data set")
     parser.add_argument("--out", required=True, help="folder for the masks")
     parser.add_argument(
-        "--threshold", type=float, help="probability above which a pixel is foreground"
+        "--threshold",
+        type=Number(above=0, below=1),
+        help="probability above which a pixel is foreground",
     )
     parser.add_argument(
         "--probabilities",
@@ -83,7 +86,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument(
         "--mask-threshold",
-        type=report.grey_level,
+        type=GREY_LEVEL,
         help="in --overlays of a data set: values of its binary masks above it, 0 to 255, are "
         "foreground; else as in the run",
     )
@@ -102,8 +105,9 @@ def volume_options(add) -> None:
     help = "keep of organs their largest piece, of tumours what is in the organ; see organs.py"
     add("--organ-rules", action="store_true", help=help)
     add("--classes", nargs="+", metavar="NAME", help="of a Universal Model: these alone")
-    add("--overlap", type=float, help="of windows of a volume, 0 to below 1")
-    add("--window-batch", type=int, help="windows of a volume at a time")
+    share = Number(at_least=0, below=1)
+    add("--overlap", type=share, help="of windows of a volume, 0 to below 1")
+    add("--window-batch", type=POSITIVE, help="windows of a volume at a time")
 
 
 OF_VOLUMES = ("largest_component", "organ_rules", "classes", "overlap", "window_batch")
@@ -428,10 +432,6 @@ def volume_model(family, run: dict, args):
     """The model and its recipe, as the run and the command line have them."""
     if args.prompt or args.boxes or args.points:
         raise ValueError("--prompt, --boxes, --points: this model takes volumes and nothing else")
-    if args.window_batch is not None and args.window_batch < 1:
-        raise ValueError("--window-batch must be at least 1")
-    if args.overlap is not None and not 0 <= args.overlap < 1:
-        raise ValueError(f"--overlap {args.overlap}: a share of a side, 0 to below 1")
     trained = run.get("options", {}).get("overlap")
     given = {"overlap": trained if args.overlap is None else args.overlap}
     given |= {"window_batch": args.window_batch}

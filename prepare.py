@@ -53,6 +53,7 @@ import prepare_volumes
 import prompts
 import report
 import textcodes
+from ranges import GREY_LEVEL, POSITIVE, SEED, Number
 
 
 # --- demo ----------------------------------------------------------------------------------------
@@ -260,11 +261,9 @@ def wrong_prompts(entries, rng):
 def demo_files(images, size, objects, seed):
     """Yields (path in the data set, bytes) of every file of a demo set, the annotations last.
 
-    An image depends on size, objects, seed and its number only. ValueError for a set too small.
+    An image depends on size, objects, seed and its number only. images: at least 30; size: at least
+    64 pixels.
     """
-    if images < 30 or size < 64 or seed < 0:
-        given = f"--images {images} --size {size} --seed {seed}"
-        raise ValueError(f"{given}: at least 30 images, 64 pixels a side and seed 0")
     test = min(max(100, images * 12 // 100), images // 3)  # 100 make an interval worth reading
     train = images - test - images * 8 // 100
     entries = {"train": [], "val": [], "test": [], "other_blob": []}
@@ -1247,13 +1246,6 @@ def boxes(args):
 MASK_THRESHOLD = "values of binary masks above it, 0 to 255, are foreground; else their values tell"
 
 
-def positive(text):
-    """ "3" -> 3."""
-    if not re.fullmatch("[1-9][0-9]*", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not 1, 2, 3, ...")
-    return int(text)
-
-
 def object_counts(text):
     """ "2-4" -> (2, 4), "1" -> (1, 1)."""
     match = re.fullmatch(r"([1-4])(?:-([1-4]))?", text)
@@ -1272,7 +1264,7 @@ def download_options(command):
     help = "whose grey values span black to white (%(default)s); slice: as the tutorial"
     add("--window", choices=("scan", "slice"), default="scan", help=help)
     add("--keep-empty", action="store_true", help="keep slices without organs as well")
-    add("--seed", type=int, default=0, metavar="N", help="of the split (%(default)s)")
+    add("--seed", type=SEED, default=0, metavar="N", help="of the split (%(default)s)")
 
     add = command(duke_dme, "make class maps from the Duke OCT scans with macular edema")
     add("download", type=Path, metavar="DOWNLOAD", help="folder with Subject_01.mat to _10.mat")
@@ -1284,8 +1276,8 @@ def download_options(command):
     add("download", type=Path, metavar="DOWNLOAD", help=help)
     add("--out", type=Path, default="data/duke_amd", metavar="DIR", help="to make (%(default)s)")
     help = "take the first of every N annotated slices; 1: all, ten times the files (%(default)s)"
-    add("--every", type=positive, default=10, metavar="N", help=help)
-    add("--seed", type=int, default=0, metavar="N", help="of the split (%(default)s)")
+    add("--every", type=POSITIVE, default=10, metavar="N", help=help)
+    add("--seed", type=SEED, default=0, metavar="N", help="of the split (%(default)s)")
 
 
 def parser():
@@ -1303,10 +1295,12 @@ def parser():
 
     add = command(demo, "write a small synthetic data set")
     add("--out", type=Path, default="data/demo", metavar="DIR", help="folder to make (%(default)s)")
-    add("--images", type=int, default=1000, metavar="N", help="images in all (%(default)s)")
-    add("--size", type=int, default=128, metavar="PX", help="their height and width (%(default)s)")
+    help = "images in all (%(default)s)"
+    add("--images", type=Number(True, 30), default=1000, metavar="N", help=help)
+    help = "their height and width (%(default)s)"
+    add("--size", type=Number(True, 64), default=128, metavar="PX", help=help)
     add("--objects", type=object_counts, default="2-4", metavar="A-B", help="blobs (%(default)s)")
-    add("--seed", type=int, default=0, metavar="N", help="same seed, same bytes (%(default)s)")
+    add("--seed", type=SEED, default=0, metavar="N", help="same seed, same bytes (%(default)s)")
 
     add = command(check, "read data sets and report what is wrong")
     add("data", type=Path, nargs="+", metavar="DATA", help="folder with images/, masks/, anns/")
@@ -1315,7 +1309,7 @@ def parser():
     add("--mask-orientation", choices=data.ORIENTATIONS, help=help)
     help = "count the prompts that this model cuts at its text length: cris, clipseg, biomedclipseg"
     add("--model", metavar="NAME", help=help)
-    add("--mask-threshold", type=report.grey_level, metavar="N", help=MASK_THRESHOLD)
+    add("--mask-threshold", type=GREY_LEVEL, metavar="N", help=MASK_THRESHOLD)
 
     download_options(command)
     prepare_volumes.options(command)
@@ -1328,8 +1322,8 @@ def parser():
     add("--like", required=True, metavar="DATA", help=help)
     add("--instances", action="store_true", help="each number in a mask is one object")
     help = "pixels below which a component gets no box (%(default)s)"
-    add("--min-area", type=positive, default=20, metavar="N", help=help)
-    add("--mask-threshold", type=report.grey_level, metavar="N", help=MASK_THRESHOLD)
+    add("--min-area", type=POSITIVE, default=20, metavar="N", help=help)
+    add("--mask-threshold", type=GREY_LEVEL, metavar="N", help=MASK_THRESHOLD)
 
     textcodes.options(command)
     return top

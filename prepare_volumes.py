@@ -28,6 +28,7 @@ from tqdm import tqdm
 import layouts
 import report
 import volumes
+from ranges import SEED, Number
 
 CASES = {"test": 0.15, "val": 0.30, "train": 1}  # where each split ends in a shuffled list
 LISTS = {"train": "training", "val": "validation", "test": "test"}  # their names in dataset.json
@@ -497,8 +498,6 @@ def demo_volumes(args):
     import nibabel
 
     report.refuse_existing(args.out)
-    if args.volumes < 3:
-        raise ValueError(f"--volumes {args.volumes}: three are the least, one a split")
     sixth = max(1, round(args.volumes / 6))
     names = [f"ct_{k:03}.nii.gz" for k in range(1, args.volumes + 1)]
     ends = {"train": args.volumes - 2 * sixth, "val": args.volumes - sixth, "test": args.volumes}
@@ -528,7 +527,7 @@ def options(command):
     add = command(msd, "divide a task of the Medical Segmentation Decathlon")
     add("raw", type=Path, metavar="RAW", help="Task09_Spleen.tar, or the folder it unpacks to")
     add("--out", type=Path, required=True, help="folder to make")
-    add("--seed", type=int, default=0, metavar="N", help="of the split (%(default)s)")
+    add("--seed", type=SEED, default=0, metavar="N", help="of the split (%(default)s)")
     labels = {"type": Path, "metavar": "FILE", "help": "of classes, say universal_labels.json"}
     add("--labels", **labels)
 
@@ -536,10 +535,11 @@ def options(command):
     add("raw", type=Path, metavar="RAW", help="folder RawData, with Training/ and Testing/ in it")
     add("--out", type=Path, default="data/btcv", help="folder to make (%(default)s)")
     add("--split", choices=("swin-unetr", "case"), default="swin-unetr", help="(%(default)s)")
-    add("--seed", type=int, default=0, metavar="N", help="of --split case (%(default)s)")
+    add("--seed", type=SEED, default=0, metavar="N", help="of --split case (%(default)s)")
     add("--labels", **labels)
 
     add = command(demo_volumes, "write a small synthetic data set of CT volumes")
     add("--out", type=Path, default="data/demo_volumes", help="folder to make (%(default)s)")
-    add("--volumes", type=int, default=24, metavar="N", help="volumes in all (%(default)s)")
-    add("--seed", type=int, default=0, metavar="N", help="same seed, same bytes (%(default)s)")
+    help = "volumes in all (%(default)s)"
+    add("--volumes", type=Number(True, 3), default=24, metavar="N", help=help)
+    add("--seed", type=SEED, default=0, metavar="N", help="same seed, same bytes (%(default)s)")

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from textwrap import shorten
+from types import MethodType
 
 import torch
 import torch.nn.functional as F
@@ -276,6 +277,33 @@ def hub_id(settings: Settings, variant: str) -> str:
         message = "has no pretrained weights; pass --weights none or a file"
         raise ValueError(f"--variant {variant} {message}")
     return settings.weights[variant]
+
+
+# --- batch norms of a single value ---------------------------------------------------------------
+
+
+def normalise(norm: nn.Module, x: Tensor) -> Tensor:
+    """Return batch norm's forward of x (B,C) or (B,C,H,W) -> the same shape.
+
+    A single value a channel is normalised by the running statistics, which stay as they are: it has
+    no variance, and its own mean would leave nothing of it.
+    """
+    if norm.training and x.numel() == x.shape[1]:
+        weights = norm.running_mean, norm.running_var, norm.weight, norm.bias
+        return F.batch_norm(x, *weights, training=False, eps=norm.eps)
+    return type(norm).forward(norm, x)
+
+
+def allow_single_values(model: nn.Module) -> None:
+    """Let a model with batch norm learn from batches of one image.
+
+    The pooled branches of UPerNet and BEiT, and the last maps of CRIS and DPT for small images,
+    have a single value an image and channel, which torch refuses in training. All other batches are
+    normalised as ever.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+            module.forward = MethodType(normalise, module)
 
 
 # --- kept features of frozen towers ---------------------------------------------------------------

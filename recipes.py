@@ -82,7 +82,8 @@ def medvlsm_dice(logits: Tensor, batch: dict) -> tuple[Tensor, dict]:
     logits = F.interpolate(
         logits.float(), batch["mask"].shape[-2:], mode="bicubic", align_corners=True
     )
-    loss = dice_loss(logits.sigmoid(), batch["mask"], smooth=1e-5).mean()
+    keep = (batch["mask"] != 255).to(logits.dtype)  # the study's masks have no 255
+    loss = dice_loss(logits.sigmoid(), batch["mask"], smooth=1e-5, keep=keep).mean()
     return loss, {"dice_loss": loss}
 
 
@@ -105,7 +106,9 @@ MEDVLSM = dict(
 def refcoco_bce(logits: Tensor, batch: dict) -> tuple[Tensor, dict]:
     """BCE at stride 4 with the mask brought there by nearest neighbour (model/segmenter.py)."""
     mask = F.interpolate(batch["mask"], logits.shape[-2:], mode="nearest")
-    loss = F.binary_cross_entropy_with_logits(logits.float(), mask)
+    keep = (mask != 255).float()  # the official masks have no 255
+    bce = F.binary_cross_entropy_with_logits(logits.float(), mask * keep, keep, reduction="sum")
+    loss = bce / keep.sum().clamp(min=1)
     return loss, {"bce": loss}
 
 
@@ -389,7 +392,9 @@ GI_TRACT = dict(
 )
 
 
-def class_family(kind, file, weights: dict, backbone: str, backbone_lr: float) -> "Family":
+def class_family(
+    kind, file, weights: dict, backbone: str, backbone_lr: float, sides: tuple[int, int]
+) -> "Family":
     """The model `kind` of `file`, whose pretrained part is called `backbone`."""
 
     def pretrained(name: str) -> bool:
@@ -410,6 +415,7 @@ def class_family(kind, file, weights: dict, backbone: str, backbone_lr: float) -
         partial(load_classes, kind=kind, variants=file.VARIANTS),
         partial(class_recipe, file=file),
         pretrained,
+        sides,
     )
 
 
@@ -1016,6 +1022,7 @@ class Family:
     load: Callable  # (weights, variant, settings, Config overrides, train set) -> model
     recipe: Callable  # (model, settings) -> Recipe
     backbone: Callable  # parameters, by name, that `--train decoder` leaves as they are
+    sides: tuple[int, int] = (1, 1)  # least side of an image, and what sides are multiples of
     keeps: bool = False  # has encode_image: what it gives can be kept
     lora: dict = field(default_factory=dict)  # how add_lora updates it, if not all linear layers
     tokenizer: Callable | None = None  # (Config) -> tokenizer, of a model that reads
@@ -1064,6 +1071,7 @@ FAMILIES = {
         load_cris,
         cris_recipe,
         clip_towers,
+        sides=(32, 32),
         tokenizer=clip_tokenizer,
         text_config=FROM_CLIP,
     ),
@@ -1073,6 +1081,7 @@ FAMILIES = {
         load_clipseg,
         clipseg_recipe,
         clipseg_towers,
+        sides=(16, 16),
         keeps=True,
         tokenizer=clip_tokenizer,
         second_file="clip",
@@ -1083,6 +1092,7 @@ FAMILIES = {
         load_biomedclipseg,
         biomedclipseg_recipe,
         clipseg_towers,
+        sides=(16, 16),
         keeps=True,
         tokenizer=bert_tokenizer,
         second_file="decoder",
@@ -1093,13 +1103,16 @@ FAMILIES = {
         load_sam,
         sam_recipe,
         not_mask_decoder,
+        sides=(16, 16),
         keeps=True,
         lora={"chosen": qkv_weight, "thirds": (0, 2)},  # queries and values, as SAMed
     ),
-    "segformer": class_family(segformer.SegFormer, segformer, SEGFORMERS, "encoder.", 6e-5),
-    "upernet": class_family(upernet.UPerNet, upernet, UPERNETS, "backbone.", 1e-4),
-    "dpt": class_family(dpt.DPT, dpt, DPTS, "vit.", 3e-5),
-    "beit": class_family(beit.BEiT, beit, BEITS, "beit.", 3e-5),
+    "segformer": class_family(
+        segformer.SegFormer, segformer, SEGFORMERS, "encoder.", 6e-5, (29, 1)
+    ),
+    "upernet": class_family(upernet.UPerNet, upernet, UPERNETS, "backbone.", 1e-4, (32, 1)),
+    "dpt": class_family(dpt.DPT, dpt, DPTS, "vit.", 3e-5, (16, 16)),
+    "beit": class_family(beit.BEiT, beit, BEITS, "beit.", 3e-5, (32, 16)),
     "swin_unetr3d": Family(SWIN, swin_unetr3d.VARIANTS, load_volumes, volume_recipe, swin_encoder),
     "universal": Family(
         UNIVERSAL,

@@ -206,14 +206,10 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, formatter_class=raw, allow_abbrev=False, **more)
 
     def error(self, message: str):
+        value = re.fullmatch(r"argument (\S+): (.+: must be .+)", message)
+        if value:  # what ranges.py refuses reads as it does from Python: --lr -1: must be …
+            self.exit(2, f"error: {value[1]} {value[2]}\n")
         self.exit(2, f"error: {message}; --help lists the options\n")
-
-
-def grey_level(text: str) -> int:
-    """Parse a grey level of the command line. Raises ArgumentTypeError if it is not 0 to 255."""
-    if not re.fullmatch(r"[0-9]{1,3}", text) or int(text) > 255:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to 255")
-    return int(text)
 
 
 def command(main) -> None:
@@ -360,8 +356,13 @@ def class_map(numbers: np.ndarray, classes: int) -> Image.Image:
 
 
 def captioned(picture: Image.Image, caption: str, width: int = 320) -> Image.Image:
-    """The picture at a common width, with its caption below in as many lines as it needs."""
-    picture = picture.resize((width, round(picture.height * width / picture.width)))
+    """The picture at a common width, with its caption below in as many lines as it needs.
+
+    A picture more than three times as tall as wide keeps its shape and becomes narrower.
+    """
+    scale = min(width / picture.width, 3 * width / picture.height)
+    sides = [max(1, round(scale * side)) for side in picture.size]  # one row of pixels stays one
+    picture = picture.resize(sides)
     font, lines = ImageFont.load_default(size=13), []
     for word in caption.split():
         if lines and font.getlength(f"{lines[-1]} {word}") < width - 8:

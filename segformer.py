@@ -211,7 +211,12 @@ class SegFormer(nn.Module):
         self.apply(init_weights)
 
     def forward(self, image: Tensor) -> Tensor:
-        """image (B,3,H,W) normalised -> logits (B,K,H/4,W/4), rounded up."""
+        """image (B,3,H,W) normalised, sides from 29 -> logits (B,K,H/4,W/4), rounded up.
+
+        The first stage's keys come from squares of 8x8 tokens, and a token is 4 pixels: 29 make 8.
+        """
+        if min(image.shape[2:]) < 29:
+            raise ValueError(f"image sides must be at least 29, not {tuple(image.shape[2:])}")
         return self.decode_head(self.encoder(image))
 
     def segment(self, image) -> tuple:

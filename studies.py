@@ -59,6 +59,7 @@ import report
 import train
 import volumes
 from options import Options, flag
+from ranges import POSITIVE, Number
 
 # --- what all studies share ----------------------------------------------------------------------
 
@@ -263,10 +264,6 @@ class FewShot:
         if "weights" not in self.given:
             hint = "none, or those of a Swin UNETR that was trained without the new class"
             raise ValueError(f"--weights is missing: {hint}")
-        numbers = self.draws, self.steps, self.jobs, self.base_epochs, self.from_plain
-        if min(*self.k, *(n for n in numbers if n is not None)) < 1:
-            told = "--k, --draws, --steps, --jobs, epochs are 1 or more; K = 0 is always there"
-            raise ValueError(told)
         if not layouts.has_volumes(self.data):
             raise ValueError(f"{self.data}: no data set of volumes; see prepare.py demo-volumes")
         self.splits, self.known = layouts.read_volumes(self.data), {}
@@ -557,14 +554,16 @@ def parse() -> tuple[argparse.Namespace, dict]:
     add("--data", type=Path, required=True, help="data set of volumes with a test split")
     add("--new-class", required=True, help="one of its classes")
     add("--out", type=Path, default=Path("runs/few-shot"), help="folder (%(default)s)")
-    add("--k", type=int, nargs="+", default=[1, 2, 4, 8], help="numbers of volumes (1 2 4 8)")
-    add("--draws", type=int, default=3, help="of the volumes (%(default)s)")
-    add("--steps", type=int, default=200, help="of each few-shot run (%(default)s)")
-    add("--base-epochs", type=int, help="of a base run; else the recipe's")
-    add("--base-lr", type=float, help="of a base run; else --lr")
-    add("--from-plain", type=int, metavar="EPOCHS", help="of the other bases, on that of plain")
+    help = "numbers of volumes (1 2 4 8); 0 is always tested, too"
+    add("--k", type=POSITIVE, nargs="+", default=[1, 2, 4, 8], help=help)
+    add("--draws", type=POSITIVE, default=3, help="of the volumes (%(default)s)")
+    add("--steps", type=POSITIVE, default=200, help="of each few-shot run (%(default)s)")
+    add("--base-epochs", type=POSITIVE, help="of a base run; else the recipe's")
+    add("--base-lr", type=Number(above=0), help="of a base run; else --lr")
+    help = "of the other bases, on that of plain"
+    add("--from-plain", type=POSITIVE, metavar="EPOCHS", help=help)
     add("--methods", nargs="+", choices=METHODS, default=[*METHODS], help="all, or some")
-    add("--jobs", type=int, default=1, help="runs at a time (%(default)s)")
+    add("--jobs", type=POSITIVE, default=1, help="runs at a time (%(default)s)")
     add("--text-codes", help="file of `prepare.py text-codes` with every class")
     args, rest = parser.parse_known_args()
     return args, options.parse("options of train.py", rest)

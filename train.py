@@ -36,7 +36,9 @@ import report
 import volumes
 from adapters import merge_lora, merged_state_dict, save_adapter
 from options import Options, check_same, parse, resolve
-from protocol import Settings, choose_trained, describe_cuts, keep_features, lr_factor
+from protocol import (
+    Settings, allow_single_values, choose_trained, describe_cuts, keep_features, lr_factor,
+)  # fmt: skip
 from recipes import FAMILIES, second_file
 
 # --- the loop ------------------------------------------------------------------------------------
@@ -338,6 +340,7 @@ def fit(options: Options, settings: Settings, model, recipe, sets, resume: bool)
     """
     family = FAMILIES[options.model]
     choose_trained(model, family, settings)
+    allow_single_values(model)
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
     trained, total = sum(n for n, learns in sizes if learns), sum(n for n, _ in sizes)
     device = next(model.parameters()).device

@@ -24,6 +24,7 @@ from common import HEADER, ROOT, in_turns, machine, memory_rows, peak_memory, ro
 sys.path.insert(0, str(ROOT))
 
 import report
+from ranges import POSITIVE
 
 
 @dataclass(frozen=True)
@@ -167,12 +168,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=CLASSES, help="one row; without it the README's table")
     parser.add_argument("--variant", help="key of its VARIANTS")
-    parser.add_argument("--size", type=int, help="side of the images")
-    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--size", type=POSITIVE, help="side of the images")
+    parser.add_argument("--batch", type=POSITIVE, default=1)
     parser.add_argument("--step", action="store_true", help="a training step")
-    parser.add_argument("--classes", type=int, help="150, in steps 4")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--classes", type=POSITIVE, help="150, in steps 4")
+    parser.add_argument("--rounds", type=POSITIVE, default=5)
+    parser.add_argument("--threads", type=POSITIVE, default=2)
     parser.add_argument(
         "--memory", nargs=2, help=argparse.SUPPRESS
     )  # whose, of what: a child of ours

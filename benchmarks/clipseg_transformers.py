@@ -26,6 +26,7 @@ import protocol  # noqa: E402
 import recipes  # noqa: E402
 import report  # noqa: E402
 from losses import dice_bce  # noqa: E402
+from ranges import POSITIVE, Number  # noqa: E402
 from tokenizer import CLIPTokenizer  # noqa: E402
 
 PROMPTS = [
@@ -147,12 +148,12 @@ def example(args) -> dict:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--batch-size", type=POSITIVE, default=8)
+    parser.add_argument("--rounds", type=POSITIVE, default=5)
+    parser.add_argument("--threads", type=POSITIVE, default=2)
     parser.add_argument("--data", help="a prompted data set, for whole epochs")
-    parser.add_argument("--images", type=int, default=64, help="of it")
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--images", type=POSITIVE, default=64, help="of it")
+    parser.add_argument("--workers", type=Number(True, 0), default=2)
     parser.add_argument("--memory", nargs=2, help=argparse.SUPPRESS)  # whose, of what: a child of ours
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

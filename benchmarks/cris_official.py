@@ -22,6 +22,7 @@ sys.path.insert(0, str(ROOT))
 
 import cris  # noqa: E402
 import report  # noqa: E402
+from ranges import POSITIVE  # noqa: E402
 
 
 def our_model(variant: str) -> cris.CRIS:
@@ -84,9 +85,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--official", required=True, help="checkout of the official repository")
     parser.add_argument("--variant", default="rn50", choices=("rn50", "rn101"))
-    parser.add_argument("--batch-size", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--batch-size", type=POSITIVE, default=2)
+    parser.add_argument("--rounds", type=POSITIVE, default=7)
+    parser.add_argument("--threads", type=POSITIVE, default=2)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--memory", nargs=2, help=argparse.SUPPRESS)  # whose, of what: a child of ours
     args = parser.parse_args()

@@ -22,6 +22,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import report  # noqa: E402
 from common import machine  # noqa: E402
+from ranges import SEED  # noqa: E402
 from train import Options, run  # noqa: E402
 
 # name -> (heading of its column, row of its own, --prompt, split)
@@ -136,7 +137,7 @@ def main() -> int:
     parser.add_argument("--data", default="data/demo", help="the demo set (%(default)s)")
     parser.add_argument("--out", default="runs/demo", help="run folder (%(default)s)")
     help = "train once with each seed, in OUT-seedN, and print one row a seed"
-    parser.add_argument("--seeds", type=int, nargs="+", metavar="N", help=help)
+    parser.add_argument("--seeds", type=SEED, nargs="+", metavar="N", help=help)
     args = parser.parse_args()
 
     results = {}

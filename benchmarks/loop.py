@@ -25,6 +25,7 @@ import data  # noqa: E402
 import layouts  # noqa: E402
 import report  # noqa: E402
 from evaluate import evaluate, pick_device  # noqa: E402
+from ranges import POSITIVE  # noqa: E402
 from recipes import FAMILIES  # noqa: E402
 from train import Options, Run, resolve  # noqa: E402
 
@@ -33,11 +34,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="cris")
     parser.add_argument("--data", required=True)
-    parser.add_argument("--size", type=int)
-    parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=5, help="steps a round")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--images", type=int, default=100, help="images validated")
+    parser.add_argument("--size", type=POSITIVE)
+    parser.add_argument("--batch-size", type=POSITIVE, default=4)
+    parser.add_argument("--steps", type=POSITIVE, default=5, help="steps a round")
+    parser.add_argument("--rounds", type=POSITIVE, default=5)
+    parser.add_argument("--images", type=POSITIVE, default=100, help="images validated")
     args = parser.parse_args()
     options = Options(
         model=args.model, data=[args.data], weights="none", size=args.size, batch_size=args.batch_size

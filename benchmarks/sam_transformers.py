@@ -28,6 +28,7 @@ sys.path.insert(0, str(ROOT))
 import report  # noqa: E402
 import sam_decoder  # noqa: E402
 from losses import sam_loss  # noqa: E402
+from ranges import POSITIVE  # noqa: E402
 
 PARTS = ("encoder", "decoder", "step", "epoch", "memory")
 PROMPTS = {"a box": 1, "14 boxes": 14}  # of each image
@@ -152,13 +153,13 @@ def print_rows(kind: str, found: dict[str, list[float]], unit: str) -> None:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--variant", choices=sam_decoder.VARIANTS, default="vit-base")
-    parser.add_argument("--size", type=int, help="side of the images, the variant's")
+    parser.add_argument("--size", type=POSITIVE, help="side of the images, the variant's")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--batch-size", type=int, help="images, 1 on the CPU, 8 on a GPU")
+    parser.add_argument("--batch-size", type=POSITIVE, help="images, 1 on the CPU, 8 on a GPU")
     parser.add_argument("--official", help="checkout of segment-anything")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=POSITIVE, default=5)
+    parser.add_argument("--threads", type=POSITIVE, default=2)
     parser.add_argument("--memory", nargs=2, help=argparse.SUPPRESS)  # whose, of what: a child
     args = parser.parse_args()
     args.size = args.size or sam_decoder.VARIANTS[args.variant].image_size

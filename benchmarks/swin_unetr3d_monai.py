@@ -22,6 +22,7 @@ sys.path.insert(0, str(ROOT))
 
 import report
 import swin_unetr3d
+from ranges import POSITIVE
 
 TABLE = {"forward": (96, 64), "step": (64,), "memory": (64,)}  # sides of the volume
 # The largest difference of two outputs over the largest output.
@@ -81,8 +82,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=TABLE, default=list(TABLE))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=POSITIVE, default=5)
+    parser.add_argument("--threads", type=POSITIVE, default=2)
     parser.add_argument("--memory", nargs=3, help=argparse.SUPPRESS)  # whose, side, type: a child
     args = parser.parse_args()
     settle(args)

@@ -20,6 +20,7 @@ sys.path.insert(0, str(ROOT))
 
 import report
 import swin_unetr3d
+from ranges import POSITIVE
 
 CLASSES = 32
 # The largest difference over the largest logit or gradient. To float64, the gradients of grouped
@@ -71,9 +72,9 @@ def equal(kind: tuple, functions: dict) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--side", type=int, default=96)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--side", type=POSITIVE, default=96)
+    parser.add_argument("--rounds", type=POSITIVE, default=5)
+    parser.add_argument("--threads", type=POSITIVE, default=2)
     parser.add_argument("--memory", nargs=3, help=argparse.SUPPRESS)  # whose, part, k: a child
     args = parser.parse_args()
     settle(args)

@@ -50,7 +50,7 @@ MODELS = {
     ),
 }
 FLOORS = [
-    ["files", "tokenizer"],
+    ["files", "ranges", "tokenizer"],
     ["layouts"],
     [
         *MODELS,

@@ -911,7 +911,7 @@ def test_check_takes_a_threshold(tmp_path, capsys):
         assert f"read > {threshold}" in said and f"{share} of an image" in said
     for wrong in ("256", "-1", "1.5", "half"):
         assert program(["check", str(root), f"--mask-threshold={wrong}"]) == 2
-        assert f"'{wrong}' is not a whole number from 0 to 255" in capsys.readouterr().err
+        assert f"--mask-threshold {wrong}: must be a whole number from 0 to 255" in capsys.readouterr().err
 
 
 def test_a_threshold_without_effect_is_refused(tmp_path, capsys):

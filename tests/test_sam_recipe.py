@@ -499,7 +499,7 @@ def test_what_is_refused(asked, maps, tmp_path, monkeypatch, capsys):
     assert "--pseudocolor bones: unknown" in told("--pseudocolor", "bones")
     assert "reads no text" in told("--prompt", "p1")
     assert "--prompt-study: sam_decoder reads no text" in told("--prompt-study")
-    assert "--jitter must be at least 0" in told("--jitter", "-3")
+    assert "--jitter -3: must be a whole number of at least 0" in told("--jitter", "-3")
     for idle in (
         ["--topology-weight", "5"], ["--compile"], ["--feature-dtype", "float32", "--train", "lora"],
         ["--prompts-per-image", "3", "--sam-prompts", "image"], ["--views", "original", "--eval"],

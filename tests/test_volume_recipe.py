@@ -525,7 +525,7 @@ def test_images_for_a_model_of_volumes_and_the_reverse(run, tmp_path, monkeypatc
         ("swin_unetr3d", ["--crop-ratio", 0, 0], "--crop-ratio"),
         ("swin_unetr3d", ["--size", 50, 64, 64], "multiples of 32"),
         ("swin_unetr3d", ["--size", 32], "multiples of 32"),
-        ("swin_unetr3d", ["--size", 0], "multiples of 32"),
+        ("swin_unetr3d", ["--size", 0], "--size 0: must be a whole number of at least 1"),
         ("swin_unetr3d", ["--overfit", 1, "--fold", "0/2"], "--overfit"),
     ],
 )
