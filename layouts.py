@@ -597,7 +597,8 @@ def splits(root: Path) -> dict[str, Path]:
     if has_volumes(root):
         return dict.fromkeys(read_volumes(root), root)
     if (root / "anns").is_dir():
-        return {path.stem: path for path in sorted((root / "anns").glob("*.json"))}
+        lists = sorted((root / "anns").glob("[!.]*.json"))  # without ._train.json of macOS
+        return {path.stem: path for path in lists}
     inside = {split: root / name for name, split in SPLITS.items() if _is_pair(root / name)}
     return inside or (dict.fromkeys(("train", "val", "test"), root) if _is_pair(root) else {})
 

@@ -377,6 +377,13 @@ def test_images_and_masks_alone_are_predicted_whole(run, tmp_path, monkeypatch, 
     assert "--split: none of the inputs is a data set; remove it" in error
 
 
+def test_a_hidden_file_is_no_split(tmp_path):
+    (tmp_path / "anns").mkdir()
+    for name in ("test.json", "._test.json", ".json"):
+        (tmp_path / "anns" / name).write_text("[]")
+    assert {*layouts.splits(tmp_path)} == {"test"}
+
+
 def test_an_empty_split_is_said(run, tmp_path, monkeypatch, capsys):
     (tmp_path / "set/anns").mkdir(parents=True)
     (tmp_path / "set/anns/test.json").write_text("[]")
