@@ -305,14 +305,15 @@ class Batch:
 
         if not cases:
             raise ValueError(f"the inputs hold no {unit}s, so there is nothing to predict")
-        case_files = [path for made in cases.values() for path in made.values()]
+        case_files = [path for paths in cases.values() for path in paths.values()]
         check_outputs([*shared, *case_files], self.out, args.skip_existing)
         for path, content in shared.items():
             if path.exists() and not has_content(path, content):
                 raise ValueError(f"{path}: is of other classes; choose another --out")
-        self.finished = {
-            name for name, made in cases.items() if all(path.exists() for path in made.values())
-        }
+        self.finished = set()  # names of cases that an earlier call has predicted
+        for name, paths in cases.items():
+            if all(path.exists() for path in paths.values()):
+                self.finished.add(name)
         if self.finished:
             count = f"{len(self.finished)} of {len(cases)} {unit}s"
             print(f"{count} are predicted already and were skipped (--skip-existing)")
@@ -329,7 +330,7 @@ class Batch:
         todo = [name for name in self.cases if name not in self.finished]
         for name in tqdm(todo, desc="predict", unit=self.unit, disable=None):
             try:
-                made = predict_case(name)
+                writers = predict_case(name)
             except (ValueError, OSError) as error:
                 self.bad.append(one_line(error, name))
                 continue
@@ -340,7 +341,8 @@ class Batch:
                 continue
             self.write_shared()
             for kind, path in self.cases[name].items():
-                self.write(path, made[kind])
+                self.write(path, writers[kind])
+            del writers  # of volumes gigabytes
             self.written += 1
         return self.conclude()
 
@@ -614,10 +616,10 @@ class ImagePredictor:
             probabilities = self.recipe.predict(self.model, item)[0].cpu().numpy()  # (K,H,W)
         config = self.model.config
         truth = self.truths.get(name)
-        made = pictures(probabilities, config, image, self.args, bool(self.ask), truth)
+        drawn = pictures(probabilities, config, image, self.args, bool(self.ask), truth)
         if has_non_finite:
             self.non_finite.append(file)
-        return {kind: partial(report.save_picture, picture=made[kind]) for kind in made}
+        return {kind: partial(report.save_picture, picture=drawn[kind]) for kind in drawn}
 
 
 # --- volumes -------------------------------------------------------------------------------------
@@ -640,9 +642,9 @@ def list_volumes(args, run: dict, channels: int) -> dict[str, list[Path]]:
             folders = {}
             for file, _ in input_files(place, "volume", args):
                 folders.setdefault(file.parent, []).append(file)
-            for folder, some in folders.items():
+            for folder, paths in folders.items():
                 path = folder.relative_to(place)
-                for name, channel_files in group_channels(some, channels):
+                for name, channel_files in group_channels(paths, channels):
                     cases.append(((path / name).as_posix(), channel_files))
     cases += group_channels(single, channels)
 
@@ -660,14 +662,14 @@ def group_channels(listed: list[Path], channels: int) -> list[tuple[str, list[Pa
     """
     whole = []
     for file in listed:
-        have = channels_in(file)
-        if have == channels or (have is None and channels == 1):
+        count = channels_in(file)
+        if count == channels or (count is None and channels == 1):
             whole.append(file)
     # patient_0001, patient_0002 are no channels; _0000 of all is nnU-Net's ending
     stems = [layouts.without_ending(file) for file in whole]
     end = "_0000" if all(stem.endswith("_0000") for stem in stems) else ""
     cases = [(stem.removesuffix(end), [file]) for stem, file in zip(stems, whole)]
-    parts = [file for file in listed if file not in {*whole}]
+    parts = sorted({*listed} - {*whole})
     return cases + [*layouts.channels_of(parts).items()]
 
 
@@ -736,9 +738,9 @@ def predict_volumes(family, run: dict, args) -> int:
     model, recipe = volume_model(family, run, args)
     c = model.config
     classes, numbers = classes_of(c, run)
-    asked = numbers_asked(model, classes, args.classes)
-    if asked is not None:
-        classes = [classes[0], *(classes[k + 1] for k in asked)]
+    chosen = numbers_asked(model, classes, args.classes)
+    if chosen is not None:
+        classes = [classes[0], *(classes[k + 1] for k in chosen)]
     if args.organ_rules:
         check_rules(c, classes if c.classes or run.get("classes") else [], args)
     check_threshold(1 if c.overlapping else c.num_classes, args.threshold)
@@ -753,7 +755,7 @@ def predict_volumes(family, run: dict, args) -> int:
     outputs = {name: volume_outputs(name, parts, args) for name in cases}
     batch = Batch(args, "volume", outputs, shared)
 
-    item = {} if asked is None else {"asked": asked}
+    item = {} if chosen is None else {"asked": chosen}
 
     def predict_case(name: str) -> dict[str, Callable]:
         return predict_volume(model, recipe, cases[name], item, classes, numbers, args)
@@ -819,33 +821,34 @@ def predict_volume(model, recipe, paths, item: dict, classes, numbers, args) -> 
     prepared, place = volumes.prepare_image(image, grid, c.spacing, model.preprocess)
     with torch.no_grad():
         item = item | {"image": prepared, "place": place}
-        found = recipe.predict(model, item)[0]  # (K,X,Y,Z)
-    maps = label_maps(found, c, classes, numbers, grid, args)  # (n,X,Y,Z)
+        probabilities = recipe.predict(model, item)[0]  # (K,X,Y,Z)
+    maps = label_maps(probabilities, c, classes, numbers, grid, args)  # (n,X,Y,Z)
 
-    made = {}
+    writers = {}
     for n, labels in enumerate(maps):
-        made[f"mask{n}"] = partial(volumes.write, volume=labels, grid=grid)
+        writers[f"mask{n}"] = partial(volumes.write, volume=labels, grid=grid)
     if args.probabilities:
-        highest = found[1 if len(found) > 1 and not c.overlapping else 0 :].amax(0).numpy()
-        made["probability"] = partial(volumes.write, volume=highest, grid=grid)
+        first = 1 if len(probabilities) > 1 and not c.overlapping else 0  # without the background
+        highest = probabilities[first:].amax(0).numpy()
+        writers["probability"] = partial(volumes.write, volume=highest, grid=grid)
     if args.overlays:
         shown = maps > 0 if c.overlapping else each_is(maps[0], numbers[1:])
         grey = volumes.grey(image, model.preprocess)
         picture = report.volume_overlay(grey, None, shown, grid.spacing)
-        made["overlay"] = partial(report.save_picture, picture=picture)
-    return made
+        writers["overlay"] = partial(report.save_picture, picture=picture)
+    return writers
 
 
-def label_maps(found, config, classes, numbers, grid, args) -> np.ndarray:
+def label_maps(probabilities, config, classes, numbers, grid, args) -> np.ndarray:
     """Return what is written of probabilities (K,X,Y,Z): uint8 (n,X,Y,Z).
 
     n is K where classes overlap, whose maps hold 0 and 1; else one map holds the `numbers`.
     """
     if config.overlapping or config.num_classes == 1:
         inside = 1 if config.overlapping else numbers[1]
-        maps = np.where((found > config.threshold).numpy(), np.uint8(inside), np.uint8(0))
+        maps = np.where((probabilities > config.threshold).numpy(), np.uint8(inside), np.uint8(0))
     else:
-        maps = np.array(numbers, np.uint8)[found.argmax(0).numpy()][None]
+        maps = np.array(numbers, np.uint8)[probabilities.argmax(0).numpy()][None]
     if args.largest_component:
         maps = np.stack([volumes.largest_component(labels) for labels in maps])
     if args.organ_rules:
