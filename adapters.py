@@ -128,6 +128,32 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
+def merge_state_dict(state: dict[str, Tensor], thirds: tuple[int, ...] = ()) -> dict[str, Tensor]:
+    """Return `merged_state_dict` of the model with this state dict, whose updates are not merged.
+
+    thirds: as for `add_lora`. Without updates all tensors stay as they are.
+    """
+    plain = {}
+    for name, tensor in state.items():
+        module, is_parametrised, rest = name.partition("parametrizations.")
+        if not is_parametrised:
+            plain[name] = tensor
+        elif not is_lora(name):  # MODULE.parametrizations.KEY.original
+            plain[module + rest.removesuffix(".original")] = tensor.clone()
+
+    for name, up in state.items():
+        if not is_lora(name) or not name.endswith(".up"):
+            continue
+        module, _, rest = name.partition("parametrizations.")
+        key, number, _ = rest.split(".")  # MODULE.parametrizations.KEY.NUMBER.up
+        rows = slice(None)
+        if thirds:
+            first = thirds[int(number)] * len(up)
+            rows = slice(first, first + len(up))
+        plain[module + key][rows] += up @ state[name.removesuffix("up") + "down"]
+    return plain
+
+
 def merge_lora(model: nn.Module) -> None:
     """Adds the updates to the weights and takes the parametrisations off."""
     for module in list(model.modules()):

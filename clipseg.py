@@ -493,7 +493,8 @@ def convert(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """Any naming -> ours: the hub's but for the layers of CLIP, where q, k and v are one matrix."""
     official, weights = to_official(state_dict), {}
     for name, t in official.items():
-        if name.startswith("clip.") and ".encoder.layers." in name:
+        is_layer = name.startswith("clip.") and ".encoder.layers." in name
+        if is_layer and ".adapters." not in name:  # whose names are ours
             if ".k_proj." in name or ".v_proj." in name:
                 continue  # come with q
             if ".q_proj." in name:

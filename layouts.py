@@ -66,6 +66,14 @@ BTCV = (
     "right adrenal gland", "left adrenal gland",
 )  # fmt: skip
 SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+# Folders of masks and label maps -> the folder beside it that holds their images.
+LABEL_FOLDERS = {
+    "masks": "images",
+    "masks14": "imagesgreyscale",
+    "labelsTr": "imagesTr",
+    "labelsTs": "imagesTs",
+    "label": "img",
+}
 
 
 def foreground(classes: tuple[str, ...]) -> tuple[str, ...]:
@@ -355,6 +363,91 @@ class Entry:
         return texts[rng.integers(len(texts)) if rng is not None else 0]
 
 
+# --- the files of a folder ------------------------------------------------------------------------
+
+
+def is_image(path: Path) -> bool:
+    """Return True if a file's ending is that of an image."""
+    return path.suffix.lower() in ENDINGS
+
+
+def ending(path: Path) -> str:
+    """Return the ending of a file's name in small letters, .nii.gz in one piece.
+
+    Of what is no file, say a named pipe, what it is.
+    """
+    if path.exists() and not path.is_file():
+        return "pipe or device"
+    name = path.name.lower()
+    for known in NIFTI:
+        if name.endswith(known):
+            return known
+    return path.suffix.lower() or "no ending"
+
+
+def files_below(folder: Path, without: Path | None = None) -> list[Path]:
+    """Return the files of a folder and of its sub-folders, sorted.
+
+    Hidden files and folders are passed over. Links to folders are followed, but never into a folder
+    that is being listed. Not entered are the folder `without` and, which is printed, folders of
+    masks beside those of their images (LABEL_FOLDERS).
+    Raises OSError if a folder cannot be read.
+    """
+
+    def refuse(error: OSError):
+        raise error
+
+    files = []
+    excluded = without and without.resolve()
+    for place, subfolders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        place = Path(place)
+        listing = {place.resolve()}  # this folder and those on the way to it
+        listing |= {above.resolve() for above in place.parents if above.is_relative_to(folder)}
+        entered = []
+        for name in subfolders:
+            target = (place / name).resolve()
+            if name.startswith(".") or target == excluded or target in listing:
+                continue
+            if LABEL_FOLDERS.get(name) in subfolders:
+                print(f"{place / name}: holds the masks of {LABEL_FOLDERS[name]}/; passed over")
+                continue
+            entered.append(name)
+        subfolders[:] = entered
+
+        files += [place / name for name in names if not name.startswith(".")]
+    return sorted(files)
+
+
+def list_files(folder: Path, noun: str, without: Path | None = None) -> list[Path]:
+    """Return the images or volumes of `files_below`; print how many other files there are.
+
+    noun: "image" or "volume". Raises ValueError, one line with the way out, if there is none.
+    """
+    is_kind = {"image": is_image, "volume": is_volume}[noun]
+    known = {"image": COMMON_ENDINGS, "volume": ", ".join(NIFTI)}[noun]
+    files = []
+    others = []
+    for file in files_below(folder, without):
+        is_special = file.exists() and not file.is_file()
+        if is_kind(file) and not is_special:  # also a link to nothing, so that somebody learns of it
+            files.append(file)
+        else:
+            others.append(file)
+
+    kinds = ", ".join(sorted({*map(ending, others)}))
+    if not files:
+        foreign = next(filter(None, map(foreign_format, others)), None)
+        if foreign is not None:
+            raise ValueError(foreign)
+        holds = f"; it holds {len(others)} other files ({kinds})" if others else ""
+        raise ValueError(f"{folder}: no {noun}s in this folder ({known}){holds}")
+    if len(others) == 1:
+        print(f"{folder}: 1 file is no {noun} ({kinds}) and was passed over")
+    elif others:
+        print(f"{folder}: {len(others)} files are not {noun}s ({kinds}) and were passed over")
+    return files
+
+
 # --- two ways to list a split --------------------------------------------------------------------
 
 
@@ -507,6 +600,27 @@ def say_other_files(folder: Path) -> None:
         print(f"{folder}: {len(others)} {what} passed over ({count_endings(others)})")
 
 
+def every_image(root: Path) -> list[Entry]:
+    """Return an entry for each image of a folder with images/ and masks/, in sub-folders too.
+
+    An image may lack its mask: the entry then names one that does not exist. Raises ValueError if
+    there is no image.
+    """
+    root = Path(root).resolve()
+    images, masks = (next(root / n for n in names if (root / n).is_dir()) for names in FOLDERS)
+    mask_of = {}
+    for file in files_below(masks):
+        if is_image(file):
+            mask_of[file.relative_to(masks).with_suffix("")] = file
+
+    entries = []
+    for file in list_files(images, "image"):
+        name = file.relative_to(images).with_suffix("")
+        mask = mask_of.get(name, masks / f"{name}.png")
+        entries.append(Entry(name.as_posix(), file, mask, {}, root))
+    return with_classes(root, entries)
+
+
 def read_classes(path: Path) -> tuple[str, ...]:
     """Return the names in classes.json by their numbers; of a single class its name alone.
 
@@ -529,11 +643,11 @@ def read_classes(path: Path) -> tuple[str, ...]:
 
 def without_ending(path: Path) -> str:
     """A volume's name: that of its file without .nii or .nii.gz."""
-    return re.sub(r"\.nii(\.gz)?$", "", path.name)
+    return re.sub(r"\.nii(\.gz)?$", "", path.name, flags=re.IGNORECASE)
 
 
 def is_volume(path: Path) -> bool:
-    return path.name.endswith(NIFTI)
+    return path.name.lower().endswith(NIFTI)
 
 
 def volumes_in(folder: Path) -> list[Path]:
@@ -754,10 +868,15 @@ def splits(root: Path) -> dict[str, Path]:
     if has_volumes(root):
         return dict.fromkeys(read_volumes(root), root)
     if (root / "anns").is_dir():
-        files = sorted((root / "anns").glob("*.json"))
-        return {path.stem: path for path in files if not path.name.startswith(".")}
+        lists = sorted((root / "anns").glob("[!.]*.json"))  # without ._train.json of macOS
+        return {path.stem: path for path in lists}
     inside = {split: root / name for name, split in SPLITS.items() if _is_pair(root / name)}
     return inside or (dict.fromkeys(("train", "val", "test"), root) if _is_pair(root) else {})
+
+
+def is_undivided(root: Path) -> bool:
+    """Return True for a data set of images/ and masks/ alone, which nothing divides into splits."""
+    return not has_volumes(root) and {*splits(root).values()} == {Path(root)}
 
 
 def path_and_split(place: str) -> tuple[str, str]:
@@ -791,6 +910,11 @@ def annotations(root: Path, split: str, group_regex: str | None = None) -> list[
             test, val, *rest = parts(entries, 10)
             chosen = {"test": test, "val": val, "train": sum(rest, [])}[split]
             entries = [entries[i] for i in sorted(chosen)]
+    return with_classes(root, entries)
+
+
+def with_classes(root: Path, entries: list[Entry]) -> list[Entry]:
+    """Return the entries with the classes of classes.json, if the data set has this file."""
     if (root / "classes.json").is_file():
         classes = read_classes(root / "classes.json")
         new = {"classes": classes, "numbers": True}

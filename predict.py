@@ -8,21 +8,29 @@
 
 Images, folders of images and data sets become PNG masks (0 and 255, or class numbers in a palette
 with legend.png and classes.json) at each image's own size, named like the image (of a data set:
-like the mask). Existing files are never overwritten. SAM is asked by the boxes of a CSV or JSON
-file (image,class,x0,y0,x1,y1), by points (image,class,x,y,label; 1 inside, 0 outside), or by both
-(see prompts.py), whose images are file names or, where these repeat, paths relative to the folder
-of images; without either by the box around each image.
-Volumes (NIfTI; a case's channels one 4-D file or CASE_0000, CASE_0001, …) become label maps on
-their own grid, the numbers' names in classes.json; where classes overlap a file for each. A
-Universal Model can be asked for some of its --classes alone, which takes less memory. Of such
-organs --organ-rules keep what anatomy allows: one piece, tumours within their organs (organs.py).
+like the mask). Sub-folders are read too, and have their like in --out; hidden files are passed
+over. SAM is asked by the boxes of a CSV or JSON file (image,class,x0,y0,x1,y1), by points
+(image,class,x,y,label; 1 inside, 0 outside), or by both (see prompts.py), whose images are file
+names or, where these repeat, paths relative to the folder of images; without either by the box
+around each image.
+Volumes (NIfTI; a case's channels one 4-D file or, in one folder, CASE_0000, CASE_0001, …) become
+label maps on their own grid, the numbers' names in classes.json; where classes overlap a file for
+each. A Universal Model can be asked for some of its --classes alone, which takes less memory. Of
+such organs --organ-rules keep what anatomy allows: one piece, tumours within their organs
+(organs.py).
+Existing files are never overwritten. An input that cannot be read does not end the call: the others
+are predicted, such inputs are listed at the end, and the exit status is 1 (2 if none was good). The
+same call with --skip-existing continues where an earlier one ended.
 """
 
 import argparse
 import io
 import os
 import re
+import sys
 from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout
 from dataclasses import replace
 from functools import partial
@@ -34,6 +42,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import data
+import files
 import layouts
 import organs
 import report
@@ -44,7 +53,7 @@ from evaluate import (
 )  # fmt: skip
 from protocol import describe_cuts
 from ranges import GREY_LEVEL, POSITIVE, Number
-from recipes import FAMILIES, second_file
+from recipes import FAMILIES, load_model, second_file
 
 
 def parse() -> argparse.Namespace:
@@ -65,8 +74,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--boxes", metavar="FILE", help=help)
     help = "CSV or JSON of points that SAM is asked by, alone or together with --boxes"
     parser.add_argument("--points", metavar="FILE", help=help)
-    parser.add_argument("--split", default="test", help="which part of a data set")
+    help = "which split of a data set: test, train, val, …; default: test, or all images of a data "
+    help += "set that is images/ and masks/ alone"
+    parser.add_argument("--split", help=help)
     parser.add_argument("--out", required=True, help="folder for the masks")
+    help = "continue an earlier call with this --out: predict only what it has no files of yet"
+    parser.add_argument("--skip-existing", action="store_true", help=help)
     parser.add_argument(
         "--threshold",
         type=Number(above=0, below=1),
@@ -113,37 +126,94 @@ def volume_options(add) -> None:
 OF_VOLUMES = ("largest_component", "organ_rules", "classes", "overlap", "window_batch")
 
 
+# --- inputs and outputs --------------------------------------------------------------------------
+
+
 def list_cases(args, run: dict, reads: bool) -> list[tuple[str, Path, str]]:
-    """(name, image file, text) of everything that is to be predicted."""
-    cases, trained_prompt = [], run.get("options", {}).get("prompt")
-    if not reads:
-        if args.prompt:
-            raise ValueError("--prompt: this model reads no text")
-        trained_prompt = ""
+    """Return (name, image file, text) of all images, and print how many each folder has.
+
+    reads: the model takes a text. Raises FileNotFoundError or ValueError, one line, for inputs that
+    do not exist or options that do not fit.
+    """
+    if args.prompt and not reads:
+        raise ValueError("--prompt: this model reads no text")
+    cases = []
     for place in map(Path, args.inputs):
         if layouts.splits(place):
-            kind = trained_prompt if args.prompt is None else args.prompt
-            if kind is None:
-                raise ValueError(f"{place}: --prompt is missing: a prompt type (p0…p9) or a text")
-            for entry in layouts.annotations(place, args.split, patients_of(run, args.inputs)):
-                cases.append((entry.name, entry.image, entry.text(kind)))
+            cases += cases_of_data_set(place, args, run, reads)
             continue
-        if not place.exists():
-            raise FileNotFoundError(f"{place}: no such image or folder")
-        files = layouts.image_files(place) if place.is_dir() else [place]
-        if not files:
-            raise ValueError(layouts.no_images(place))
         if reads and (args.prompt is None or layouts.is_prompt_type(args.prompt)):
+            check_exists(place, "image")
             raise ValueError(
                 f'{place}: images need --prompt "a text"; prompt types belong to data sets'
             )
-        cases += [(file.stem, file, args.prompt or "") for file in files]
+        for file, folder in input_files(place, "image", args):
+            name = file.relative_to(folder).with_suffix("")
+            cases.append((name.as_posix(), file, args.prompt or ""))
     return cases
 
 
+def cases_of_data_set(place: Path, args, run: dict, reads: bool) -> list[tuple[str, Path, str]]:
+    """Return (name, image file, text) of the images of a data set; arguments of `list_cases`."""
+    kind = args.prompt
+    if kind is None:
+        kind = run.get("options", {}).get("prompt") if reads else ""
+    if kind is None:
+        raise ValueError(f"{place}: --prompt is missing: a prompt type (p0…p9) or a text")
+    entries = entries_of(place, args, run)
+    return [(entry.name, entry.image, entry.text(kind)) for entry in entries]
+
+
+def entries_of(place: Path, args, run: dict) -> list[layouts.Entry]:
+    """Return the entries of a data set that are to be predicted, and print which these are.
+
+    Without --split the test split, or all images where nothing divides them. Raises as
+    `layouts.annotations` does.
+    """
+    if args.split is None and layouts.is_undivided(place):
+        entries = layouts.every_image(place)
+        print(f"{place}: all {len(entries)} images; --split test takes those of its test split")
+        return entries
+    split = args.split or "test"
+    entries = layouts.annotations(place, split, patients_of(run, args.inputs))
+    print(f"{place}: {len(entries)} cases of its split {split}")
+    return entries
+
+
+def check_exists(place: Path, noun: str) -> None:
+    """Raise FileNotFoundError or ValueError, one line, unless an input is a file or a folder."""
+    if not place.exists():
+        raise FileNotFoundError(f"{place}: no such {noun} or folder")
+    if not place.is_file() and not place.is_dir():
+        raise ValueError(f"{place}: is neither a file nor a folder")
+
+
+def input_files(place: Path, noun: str, args) -> list[tuple[Path, Path]]:
+    """Return (file, folder that its name is relative to) of an input, a file or a folder.
+
+    noun: "image" or "volume". Of a folder the images or volumes in it and in its sub-folders, but
+    --out, and their number is printed. Raises FileNotFoundError or ValueError, one line.
+    """
+    check_exists(place, noun)
+    if place.is_file():
+        return [(place, place.parent)]
+    out = Path(args.out)
+    if out.resolve() == place.resolve():
+        raise ValueError(f"{place}: is an input and --out; choose another --out")
+    listed = layouts.list_files(place, noun, without=out)
+    print(f"{place}: {len(listed)} {noun} files")
+    return [(file, place) for file in listed]
+
+
+def check_split(args) -> None:
+    """Raise ValueError, one line, if --split is given and no input is a data set."""
+    if args.split is not None and not any(layouts.splits(Path(place)) for place in args.inputs):
+        raise ValueError("--split: none of the inputs is a data set; remove it")
+
+
 def outputs(name: str, args) -> dict[str, Path]:
-    """The files that one case becomes."""
-    kinds = {"mask": "", "probability": "_probability", "overlay": "_overlay"}
+    """Return the files that one case becomes, by kind. The mask is written last."""
+    kinds = {"probability": "_probability", "overlay": "_overlay", "mask": ""}
     wanted = {"mask": True, "probability": args.probabilities, "overlay": args.overlays}
     return {
         kind: Path(args.out) / f"{name}{end}.png" for kind, end in kinds.items() if wanted[kind]
@@ -158,30 +228,175 @@ def case_outputs(cases, args) -> list[Path]:
     return files
 
 
-def check_outputs(files: list[Path], out: Path) -> None:
+LONGEST_NAME = 245  # bytes of an output's name: temporary names have 10 more, and 255 is the limit
+
+
+def check_outputs(paths: list[Path], out: Path, may_exist: bool = False) -> None:
     """Raise ValueError unless all files are new, different and inside the folder `out`.
 
-    Links are followed, as writing would do. Called before anything is written.
+    Links are followed, as writing would do. may_exist: files may exist already (--skip-existing).
+    Called before anything is written.
     """
     folder = out.resolve()
     targets = {}  # where a file really goes -> the file
-    for path in files:
+    for path in paths:
         target = path.resolve()
         if not target.is_relative_to(folder):
             raise ValueError(f"{path}: lies outside --out {out} (at {target}); nothing was written")
-        if os.path.lexists(path):
-            raise ValueError(f"{path} exists already and is not overwritten; choose another --out")
+        if os.path.lexists(path) and not (may_exist and path.is_file()):
+            hint = "" if may_exist else ", or continue an earlier call with --skip-existing"
+            raise ValueError(
+                f"{path} exists already and is not overwritten; choose another --out{hint}"
+            )
         if target in targets:
             raise ValueError(
                 f"{path} would be written twice: two inputs have the same name, or one is named "
                 "like a file that is added (legend.png, NAME_overlay.png); rename it"
             )
         targets[target] = path
+        if len(os.fsencode(path.name)) > LONGEST_NAME:
+            raise ValueError(f"{path}: the name is too long for a file; rename the input")
 
+    for parent in {path.parent for path in paths}:
+        place = next(place for place in (parent, *parent.parents) if os.path.lexists(place))
+        if not place.is_dir():
+            raise ValueError(f"{place}: is no folder, so nothing can be written below it")
     for target, path in targets.items():
         blocking = next((parent for parent in target.parents if parent in targets), None)
         if blocking is not None:
             raise ValueError(f"{path}: {targets[blocking]} would be a file and a folder")
+
+
+def save_shared(path: Path, content: dict | Image.Image) -> None:
+    """Write a file that belongs to all cases of a call: names of classes, or the legend."""
+    if isinstance(content, dict):
+        report.write_json(path, content)
+    else:
+        report.save_picture(path, content)
+
+
+def has_content(path: Path, content: dict | Image.Image) -> bool:
+    """Return True if a file holds what `save_shared` would write."""
+    try:
+        if isinstance(content, dict):
+            return files.read_json(path) == {str(key): value for key, value in content.items()}
+        return np.array_equal(data.read_image(path), np.asarray(content.convert("RGB")))
+    except ValueError:
+        return False
+
+
+def one_line(error: Exception, name: str) -> str:
+    """Return an error about a case as a line in which its name occurs."""
+    line = " ".join(str(error).split())
+    return line if Path(name).name in line else f"{name}: {line}"
+
+
+class Batch:
+    """The files of one call: what exists already, what is written, which inputs are bad.
+
+    A bad input does not end the call. It is noted, and all of them are listed at the end.
+    """
+
+    LISTED = 20  # bad inputs that are named at the end
+
+    def __init__(self, args, unit: str, cases: dict[str, dict[str, Path]], shared: dict):
+        """unit: "image" or "volume". cases: name -> the case's files by kind, in the order in which
+        they are written. shared: file -> content of what belongs to all cases.
+
+        Raises ValueError, one line, if a file cannot be written, before anything is.
+        """
+        self.out = Path(args.out)
+        self.unit = unit
+        self.cases = cases
+        self.shared = shared
+        self.bad = []  # a line for each input that could not be predicted
+        self.written = 0
+
+        if not cases:
+            raise ValueError(f"the inputs hold no {unit}s, so there is nothing to predict")
+        case_files = [path for paths in cases.values() for path in paths.values()]
+        check_outputs([*shared, *case_files], self.out, args.skip_existing)
+        for path, content in shared.items():
+            if path.exists() and not has_content(path, content):
+                raise ValueError(f"{path}: is of other classes; choose another --out")
+        self.finished = set()  # names of cases that an earlier call has predicted
+        for name, paths in cases.items():
+            if all(path.exists() for path in paths.values()):
+                self.finished.add(name)
+        if self.finished:
+            count = f"{len(self.finished)} of {len(cases)} {unit}s"
+            print(f"{count} are predicted already and were skipped (--skip-existing)")
+        for folder in {self.out, *(path.parent for path in case_files)}:
+            report.remove_leftovers(folder)
+
+    def run(self, predict_case: Callable) -> int:
+        """Predict all cases that are not finished and write their files. Return the exit status.
+
+        predict_case: name of a case -> {kind: function that writes the file of this name}; what it
+        raises about an input is noted. Raises OSError, one line, if a file cannot be written, and
+        ValueError, one line, if no input could be predicted.
+        """
+        todo = [name for name in self.cases if name not in self.finished]
+        for name in tqdm(todo, desc="predict", unit=self.unit, disable=None):
+            try:
+                writers = predict_case(name)
+            except (ValueError, OSError) as error:
+                self.bad.append(one_line(error, name))
+                continue
+            except (MemoryError, RuntimeError) as error:
+                if not report.is_out_of_memory(error):
+                    raise
+                self.bad.append(f"{name}: is too large for the memory of this machine")
+                continue
+            self.write_shared()
+            for kind, path in self.cases[name].items():
+                self.write(path, writers[kind])
+            del writers  # of volumes gigabytes
+            self.written += 1
+        return self.conclude()
+
+    def write_shared(self) -> None:
+        """Write the files that belong to all cases, if they are missing."""
+        for path, content in self.shared.items():
+            self.write(path, partial(save_shared, content=content))
+
+    def write(self, path: Path, save: Callable) -> None:
+        """Write a file with save(path), unless a call that was killed has written it."""
+        if path.exists():
+            return
+        try:
+            if not self.out.is_dir():
+                raise FileNotFoundError(f"the folder {self.out} is gone")
+            save(path)
+        except OSError as error:
+            reason = error.strerror or error
+            hint = "the finished files are whole; mend this, then continue with --skip-existing"
+            raise OSError(f"{path}: cannot be written ({reason}); {hint}") from None
+
+    def conclude(self) -> int:
+        """Say what was written, list the bad inputs, and return the exit status."""
+        if len(self.bad) == len(self.cases):
+            first = self.bad[0]
+            if len(self.bad) == 1:
+                raise ValueError(first)
+            raise ValueError(f"none of {len(self.bad)} {self.unit}s could be predicted; {first}")
+        self.write_shared()
+        masks = {"image": "masks", "volume": "volumes"}[self.unit]
+        print(f"{self.written} {masks} in {self.out}", flush=True)
+        if not self.bad:
+            return 0
+
+        count = f"{len(self.bad)} of {len(self.cases)} {self.unit}s"
+        hint = "correct or remove them, then continue with --skip-existing"
+        print(f"error: {count} could not be predicted; {hint}", file=sys.stderr)
+        for line in self.bad[: self.LISTED]:
+            print(f"  {line}", file=sys.stderr)
+        if len(self.bad) > self.LISTED:
+            print(f"  and {len(self.bad) - self.LISTED} more", file=sys.stderr)
+        return 1
+
+
+# --- images --------------------------------------------------------------------------------------
 
 
 def model_of(args) -> str:
@@ -198,11 +413,12 @@ def main() -> int:
 
 
 def predict_inputs(args) -> int:
-    """Predict all inputs into --out, which no other process writes to."""
+    """Predict all inputs into --out, which no other process writes to. Return the exit status."""
     run = run_config(args.weights)
     name = args.model or run.get("model") or model_of(args)
     family = FAMILIES[name]
     second = second_file(name, args.clip, args.decoder)
+    check_split(args)
     if family.volumes:
         if args.mask_threshold is not None:
             raise ValueError("--mask-threshold: of images; this model takes volumes")
@@ -211,15 +427,33 @@ def predict_inputs(args) -> int:
     for key in OF_VOLUMES:
         if getattr(args, key):
             raise ValueError(f"--{key.replace('_', '-')}: of volumes; this model takes images")
+    return predict_images(family, run, second, args)
+
+
+def predict_images(family, run: dict, second: dict, args) -> int:
+    """Write the files of all images; of several classes also their names and colours.
+
+    second: the argument of from_pretrained that --clip or --decoder is.
+    """
     cases = list_cases(args, run, family.reads)
-    check_outputs(case_outputs(cases, args), Path(args.out))
-    for _, file, _ in cases:
-        data.open_image(file, decode=False)  # refuses several pages before a mask is written
+    check_outputs(case_outputs(cases, args), Path(args.out), args.skip_existing)
     if (args.boxes or args.points) and not family.asked:
         raise ValueError("--boxes, --points: this model takes no boxes or points, only SAM does")
-    predict(cases, family, run, second, args, ground_truths(args, run))
-    print(f"{len(cases)} masks in {args.out}")
-    return 0
+    truths = ground_truths(args, run)
+    predictor = ImagePredictor(cases, family, run, second, args, truths)
+
+    shared = {}
+    if len(predictor.classes) > 1:
+        legend = report.legend(predictor.classes[1:])
+        names = dict(enumerate(predictor.classes))
+        shared = {Path(args.out) / "legend.png": legend, Path(args.out) / "classes.json": names}
+    batch = Batch(args, "image", {name: outputs(name, args) for name, _, _ in cases}, shared)
+    cuts = describe_cuts({prompt for _, _, prompt in cases}, predictor.recipe.tokenizer)
+    if cuts:
+        print(f"prompts: {cuts}")
+    status = batch.run(predictor.predict)
+    predictor.say_how_images_were_read()
+    return status
 
 
 def image_names(images: list[Path], inputs: list[str]) -> list[str]:
@@ -227,12 +461,17 @@ def image_names(images: list[Path], inputs: list[str]) -> list[str]:
 
     With several data sets the folder of the data set comes first where a path occurs twice.
     """
-    roots = [Path(place).resolve() for place in inputs if layouts.splits(Path(place))]
+    data_sets = [Path(place).resolve() for place in inputs if layouts.splits(Path(place))]
+    folders = [Path(place) for place in inputs if Path(place).is_dir()]
     names = []
     longer_names = []
     for image in images:
-        root = next((root for root in roots if image.is_relative_to(root)), None)
-        name = image.name if root is None else layouts.name_in_images(image, root)
+        root = next((root for root in data_sets if image.is_relative_to(root)), None)
+        folder = next((folder for folder in folders if image.is_relative_to(folder)), None)
+        if root is not None:
+            name = layouts.name_in_images(image, root)
+        else:
+            name = image.name if folder is None else image.relative_to(folder).as_posix()
         names.append(name)
         longer_names.append(name if root is None else f"{root.name}/{name}")
 
@@ -243,8 +482,9 @@ def image_names(images: list[Path], inputs: list[str]) -> list[str]:
 def ground_truths(args, run: dict) -> dict[str, tuple]:
     """Return {name of a case: (entry, threshold of its mask)} for overlays of data sets.
 
-    Only of masks that exist. They are read as in the run. Raises ValueError, one line, if they
-    cannot be, or if --mask-threshold has no effect.
+    Only of masks that exist. They are read as in the run; one that cannot be read has no say in
+    how, and fails when it is drawn. Raises ValueError, one line, if the masks do not fit together,
+    or if --mask-threshold has no effect.
     """
     truths = {}
     reading = data.MaskReading(args.mask_threshold, run.get("masks", {}))
@@ -253,11 +493,15 @@ def ground_truths(args, run: dict) -> dict[str, tuple]:
         if not args.overlays or not layouts.splits(place):
             continue
         with redirect_stdout(io.StringIO()):  # what it prints was printed by list_cases
-            entries = layouts.annotations(place, args.split, patients_of(run, args.inputs))
+            entries = entries_of(place, args, run)
         entries = [entry for entry in entries if entry.mask.is_file()]
         entries = data.with_mask_orientation(entries, orientation)
+        truths |= {entry.name: (entry, 0) for entry in entries}
+        with ThreadPoolExecutor() as pool:
+            counts = [*pool.map(count_mask, entries)]
+        entries = [entry for entry, count in zip(entries, counts) if count is not None]
         if entries:
-            counts = data.count_masks(entries)
+            counts = np.concatenate([count for count in counts if count is not None])  # (n,3,256)
             (rule,) = data.decide_rules(entries, counts, reading).values()
             thresholds = data.mask_thresholds(entries, counts[:, 0], rule)
             pairs = zip(entries, thresholds.tolist())
@@ -267,6 +511,14 @@ def ground_truths(args, run: dict) -> dict[str, tuple]:
         need = "--overlays and a data set with masks"
         raise ValueError(f"--mask-threshold has no effect without {need}; remove it")
     return truths
+
+
+def count_mask(entry) -> np.ndarray | None:
+    """Return `data.count_masks` of one entry, (1,3,256); None if its mask cannot be read."""
+    try:
+        return data.count_masks([entry])
+    except (ValueError, OSError):
+        return None
 
 
 def truth_of(truth: tuple | None, n: int) -> np.ndarray | None:
@@ -329,102 +581,158 @@ def pictures(probabilities, config, image, args, skip: int, truth=None, prompts=
     return made
 
 
-def predict(
-    cases: list[tuple[str, Path, str]], family, run: dict, second: dict, args, truths: dict
-) -> None:
-    """Writes the files of all cases; of several classes also their names and colours.
+class ImagePredictor:
+    """A model with all that predicts the images of one call."""
 
-    second: the argument of from_pretrained that --clip or --decoder is. truths: of `ground_truths`.
-    """
-    settings, ask = family.settings["default"], None
-    overrides = second if args.threshold is None else second | {"threshold": args.threshold}
-    model = family.load(args.weights, None, settings, overrides, None).eval()
-    model.to(pick_device(args.device))
-    recipe, classes = family.recipe(model, settings), run.get("classes")
-    if recipe.ask:
-        ask, classes = ask_by(recipe, cases, classes, args)
-    classes = classes or [f"class {number}" for number in range(num_classes(model))]
-    check_threshold(1 if ask else len(classes), args.threshold)
-    legend = Path(args.out) / "legend.png"
-    names = Path(args.out) / "classes.json"
-    shared = [legend, names] if len(classes) > 1 else []
-    check_outputs([*shared, *case_outputs(cases, args)], Path(args.out))
-    cuts = describe_cuts({prompt for _, _, prompt in cases}, recipe.tokenizer)
-    if cuts:
-        print(f"prompts: {cuts}")
-    colours = run.get("options", {}).get("pseudocolor")
-    non_finite = []
-    n = len(layouts.foreground(tuple(classes)))
-    if any(len(layouts.foreground(entry.classes)) != n for entry, _ in truths.values()):
-        print("--overlays: a ground truth of other classes than the model's is not drawn")
-    for name, file, prompt in tqdm(cases, desc="predict", unit="image", disable=None):
+    def __init__(self, cases: list, family, run: dict, second: dict, args, truths: dict):
+        """cases: of `list_cases`. second: as for `predict_images`. truths: of `ground_truths`."""
+        device = pick_device(args.device)
+        settings = family.settings["default"]
+        overrides = second if args.threshold is None else second | {"threshold": args.threshold}
+        model = load_model(family, args.weights, None, settings, overrides, None)
+        self.model = model.eval().to(device)
+        self.recipe = family.recipe(self.model, settings)
+        self.args = args
+        self.cases = {name: (file, prompt) for name, file, prompt in cases}
+        self.truths = truths
+        self.colours = run.get("options", {}).get("pseudocolor")
+        self.non_finite = []  # files with NaN or infinite pixels
+        self.damaged_exif = []  # files
+
+        self.ask = None
+        classes = run.get("classes")
+        if self.recipe.ask:
+            self.ask, classes = ask_by(self.recipe, cases, classes, args)
+        classes = classes or [f"class {number}" for number in range(num_classes(self.model))]
+        self.classes = tuple(classes)
+        check_threshold(1 if self.ask else len(classes), args.threshold)
+        n = len(layouts.foreground(self.classes))
+        if any(len(layouts.foreground(entry.classes)) != n for entry, _ in truths.values()):
+            print("--overlays: a ground truth of other classes than the model's is not drawn")
+
+    def predict(self, name: str) -> dict[str, Callable]:
+        """Return functions that write the files of a case, by the kinds of `outputs`.
+
+        Raises OSError or ValueError, one line, for an input that is not readable.
+        """
+        file, prompt = self.cases[name]
         image, has_non_finite = data.load_image(file)  # (H,W,3)
-        if has_non_finite:
-            non_finite.append(file)
-        pixels = data.pseudocolor(image, colours).transpose(2, 0, 1).copy()
+        pixels = data.pseudocolor(image, self.colours).transpose(2, 0, 1).copy()
         sample = {"image": torch.from_numpy(pixels), "prompt": prompt, "name": name}
-        sample |= {"file": file, "size": image.shape[:2], "classes": tuple(classes)}
+        sample |= {"file": file, "size": image.shape[:2], "classes": self.classes}
         sample |= {"group": None, "dataset": ""}
-        item = recipe.inputs(sample, train=False, rng=None) | (ask(sample) if ask else {})
+        item = self.recipe.inputs(sample, train=False, rng=None)
+        if self.ask:
+            item |= self.ask(sample)
         with torch.no_grad():
-            probabilities = recipe.predict(model, item)[0].cpu().numpy()  # (K,H,W)
-        made = pictures(
-            probabilities, model.config, image, args, bool(ask), truths.get(name),
-            item.get("shown", ()),
+            probabilities = self.recipe.predict(self.model, item)[0].cpu().numpy()  # (K,H,W)
+        drawn = pictures(
+            probabilities, self.model.config, image, self.args, bool(self.ask),
+            self.truths.get(name), item.get("shown", ()),
         )  # fmt: skip
-        for kind, path in outputs(name, args).items():
-            report.save_picture(path, made[kind])
-    say_how_images_were_read(cases, non_finite)
-    if shared:
-        report.save_picture(legend, report.legend(tuple(classes[1:])))
-        report.write_json(names, dict(enumerate(classes)))
+        if has_non_finite:
+            self.non_finite.append(file)
+        if data.has_damaged_exif(file):
+            self.damaged_exif.append(file)
+        return {kind: partial(report.save_picture, picture=drawn[kind]) for kind in drawn}
 
-
-def say_how_images_were_read(cases: list[tuple[str, Path, str]], non_finite: list[Path]) -> None:
-    """Print which images hold NaN or infinite pixels (`non_finite`) and which damaged EXIF data."""
-    if non_finite:
-        print(data.non_finite_line(list(dict.fromkeys(non_finite))))
-    files = dict.fromkeys(file for _, file, _ in cases)
-    damaged_exif = [file for file in files if data.has_damaged_exif(file)]
-    if damaged_exif:
-        print(data.damaged_exif_line(damaged_exif))
+    def say_how_images_were_read(self) -> None:
+        """Print which images hold NaN or infinite pixels, and which damaged EXIF data."""
+        if self.non_finite:
+            print(data.non_finite_line(self.non_finite))
+        if self.damaged_exif:
+            print(data.damaged_exif_line(self.damaged_exif))
 
 
 # --- volumes -------------------------------------------------------------------------------------
 
 
 def list_volumes(args, run: dict, channels: int) -> dict[str, list[Path]]:
-    """Name -> files of its channels, of everything that is to be predicted."""
-    cases, files = [], []
+    """Return {name: files of its channels} of all cases. A case's files lie in one folder.
+
+    Raises FileNotFoundError or ValueError, one line.
+    """
+    cases = []
+    single = []  # files that are inputs themselves
     for place in map(Path, sorted(args.inputs)):
         if layouts.splits(place):
-            entries = layouts.annotations(place, args.split, patients_of(run, args.inputs))
+            entries = entries_of(place, args, run)
             cases += [(entry.name, [entry.image, *entry.more]) for entry in entries]
-        elif not place.exists():
-            raise FileNotFoundError(f"{place}: no such volume or folder")
-        elif place.is_dir() and not layouts.volumes_in(place):
-            raise ValueError(f"{place}: no volumes in this folder ({', '.join(layouts.NIFTI)})")
+        elif place.is_file():
+            single.append(place)
         else:
-            files += layouts.volumes_in(place) if place.is_dir() else [place]
-    whole = [file for file in files if volumes.read_grid(file).channels == channels]
-    # patient_0001, patient_0002 are no channels; _0000 of all is nnU-Net's ending
-    stems = [layouts.without_ending(file) for file in whole]
-    end = "_0000" if all(stem.endswith("_0000") for stem in stems) else ""
-    cases += [(stem.removesuffix(end), [file]) for stem, file in zip(stems, whole)]
-    cases += layouts.channels_of([file for file in files if file not in whole]).items()
+            folders = {}
+            for file, _ in input_files(place, "volume", args):
+                folders.setdefault(file.parent, []).append(file)
+            for folder, paths in folders.items():
+                path = folder.relative_to(place)
+                for name, channel_files in group_channels(paths, channels):
+                    cases.append(((path / name).as_posix(), channel_files))
+    cases += group_channels(single, channels)
+
     names = [name for name, _ in cases]
     if len({*names}) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{twice}: two inputs have this name; predict them to two folders")
+        repeated = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{repeated}: two inputs have this name; predict them to two folders")
     return dict(cases)
 
 
-def volume_outputs(name: str, classes: list[str], overlapping: bool, args) -> dict[str, Path]:
-    """The files that one volume becomes."""
-    parts = [re.sub(r"\W+", "_", f"_{k}") for k in classes[1:]] if overlapping else [""]
-    kinds = {f"mask{n}": f"{part}.nii.gz" for n, part in enumerate(parts)}
-    kinds |= {"probability": "_probability.nii.gz"} if args.probabilities else {}
-    kinds |= {"overlay": "_overlay.png"} if args.overlays else {}
+def group_channels(listed: list[Path], channels: int) -> list[tuple[str, list[Path]]]:
+    """Return (name, files of its channels) of the cases among the files of a folder.
+
+    channels: the model's. Raises ValueError, one line, if two cases have one name.
+    """
+    whole = []
+    for file in listed:
+        count = channels_in(file)
+        if count == channels or (count is None and channels == 1):
+            whole.append(file)
+    # patient_0001, patient_0002 are no channels; _0000 of all is nnU-Net's ending
+    stems = [layouts.without_ending(file) for file in whole]
+    end = "_0000" if all(stem.endswith("_0000") for stem in stems) else ""
+    cases = [(stem.removesuffix(end), [file]) for stem, file in zip(stems, whole)]
+    parts = sorted({*listed} - {*whole})
+    return cases + [*layouts.channels_of(parts).items()]
+
+
+def channels_in(file: Path) -> int | None:
+    """Return how many channels a file has; None if it cannot be read, as predicting it will say."""
+    try:
+        return volumes.read_grid(file).channels
+    except (ValueError, OSError):
+        return None
+
+
+def class_endings(classes: list[str]) -> list[str]:
+    """Return what the names of the classes' files end in, "_right_kidney" for "right kidney".
+
+    Signs stay, such as those of ER+ and ER-, but for those that a file system may refuse. Names
+    that would be the same, or differ by letter case alone, get the class's number, and that is
+    printed.
+    """
+    endings = []
+    for number, name in enumerate(classes, 1):
+        refused = r'[\s/\\<>:"|?*_\x00-\x1f\x7f-\x9f]+'
+        ending = re.sub(refused, "_", f"_{name}")
+        while ending.casefold() in {other.casefold() for other in endings}:
+            ending += f"_{number}"
+            print(f"class {name}: its files are named NAME{ending}, as another class has its name")
+        endings.append(ending)
+    return endings
+
+
+def volume_outputs(name: str, parts: list[str], args) -> dict[str, Path]:
+    """Return the files that one volume becomes, by kind. Its masks are written last.
+
+    parts: what the names of the masks end in.
+    """
+    kinds = {}
+    if args.probabilities:
+        kinds["probability"] = "_probability.nii.gz"
+    if args.overlays:
+        kinds["overlay"] = "_overlay.png"
+    for n, part in enumerate(parts):
+        kinds[f"mask{n}"] = f"{part}.nii.gz"
     return {kind: Path(args.out) / f"{name}{end}" for kind, end in kinds.items()}
 
 
@@ -438,40 +746,39 @@ def volume_model(family, run: dict, args):
     given = {key: value for key, value in given.items() if value is not None}
     settings = replace(family.settings["default"], **given)
     overrides = {} if args.threshold is None else {"threshold": args.threshold}
-    model = family.load(args.weights, None, settings, overrides, None).eval()
-    model.to(pick_device(args.device))
+    device = pick_device(args.device)
+    model = load_model(family, args.weights, None, settings, overrides, None).eval().to(device)
     return model, family.recipe(model, settings)
 
 
 def predict_volumes(family, run: dict, args) -> int:
-    """Writes the label maps of all volumes, and the names of their numbers."""
+    """Write the label maps of all volumes, and the names of their numbers. Return the status."""
     model, recipe = volume_model(family, run, args)
     c = model.config
     classes, numbers = classes_of(c, run)
-    asked = numbers_asked(model, classes, args.classes)
-    if asked is not None:
-        classes = [classes[0], *(classes[k + 1] for k in asked)]
+    chosen = numbers_asked(model, classes, args.classes)
+    if chosen is not None:
+        classes = [classes[0], *(classes[k + 1] for k in chosen)]
     if args.organ_rules:
         check_rules(c, classes if c.classes or run.get("classes") else [], args)
     check_threshold(1 if c.overlapping else c.num_classes, args.threshold)
-    cases, out = list_volumes(args, run, c.in_channels), Path(args.out)
-    made = {name: volume_outputs(name, classes, c.overlapping, args) for name in cases}
-    files = [path for some in made.values() for path in some.values()]
-    shared = [] if c.overlapping else [out / "classes.json"]
-    shared += [out / "legend.png"] if args.overlays else []
-    check_outputs([*shared, *files], out)
-    for files in cases.values():  # before anything takes long
-        channels = sum(volumes.read_grid(file).channels for file in files)
-        volumes.check_channels(files[0], channels, c.in_channels)
+
+    cases = list_volumes(args, run, c.in_channels)
+    parts = class_endings(classes[1:]) if c.overlapping else [""]
+    shared = {}
     if not c.overlapping:
-        report.write_json(out / "classes.json", dict(zip(numbers, classes)))
+        shared[Path(args.out) / "classes.json"] = dict(zip(numbers, classes))
     if args.overlays:
-        report.save_picture(out / "legend.png", report.legend(tuple(classes[1:])))
-    item = {} if asked is None else {"asked": asked}
-    for name, files in tqdm(cases.items(), desc="predict", unit="volume", disable=None):
-        predict_volume(model, recipe, files, made[name], item, classes, numbers, args)
-    print(f"{len(cases)} volumes in {args.out}")
-    return 0
+        shared[Path(args.out) / "legend.png"] = report.legend(tuple(classes[1:]))
+    outputs = {name: volume_outputs(name, parts, args) for name in cases}
+    batch = Batch(args, "volume", outputs, shared)
+
+    item = {} if chosen is None else {"asked": chosen}
+
+    def predict_case(name: str) -> dict[str, Callable]:
+        return predict_volume(model, recipe, cases[name], item, classes, numbers, args)
+
+    return batch.run(predict_case)
 
 
 def classes_of(config, run: dict) -> tuple[list[str], list[int]]:
@@ -516,37 +823,56 @@ def check_rules(config, classes: list[str], args) -> None:
         print(f"--organ-rules: {name} stays as it is without {', '.join(needs)}")
 
 
-def predict_volume(model, recipe, files, outputs, item: dict, classes, numbers, args) -> None:
-    """Writes the files of one volume. item: what the recipe takes besides it."""
+def predict_volume(model, recipe, paths, item: dict, classes, numbers, args) -> dict[str, Callable]:
+    """Return functions that write the files of one volume, by the kinds of `volume_outputs`.
+
+    paths: the files of its channels. item: what the recipe takes besides it. Raises OSError or
+    ValueError, one line, for an input that cannot be read or has other channels than the model.
+    """
     c = model.config
+    channels = sum(volumes.read_grid(path).channels for path in paths)
+    volumes.check_channels(paths[0], channels, c.in_channels)
     fill = volumes.fill_value(model.preprocess, c.in_channels)
-    image, grid = volumes.read_image(files, fill)  # (C,X,Y,Z)
+    image, grid = volumes.read_image(paths, fill)  # (C,X,Y,Z)
     if c.intensity:
-        volumes.say_if_not_hu(files[0], volumes.hu_facts(image))
+        volumes.say_if_not_hu(paths[0], volumes.hu_facts(image))
     prepared, place = volumes.prepare_image(image, grid, c.spacing, model.preprocess)
     with torch.no_grad():
         item = item | {"image": prepared, "place": place}
-        found = recipe.predict(model, item)[0]  # (K,X,Y,Z)
-    if c.overlapping or c.num_classes == 1:
-        inside = 1 if c.overlapping else numbers[1]
-        maps = np.where((found > c.threshold).numpy(), np.uint8(inside), np.uint8(0))  # (K,X,Y,Z)
+        probabilities = recipe.predict(model, item)[0]  # (K,X,Y,Z)
+    maps = label_maps(probabilities, c, classes, numbers, grid, args)  # (n,X,Y,Z)
+
+    writers = {}
+    for n, labels in enumerate(maps):
+        writers[f"mask{n}"] = partial(volumes.write, volume=labels, grid=grid)
+    if args.probabilities:
+        first = 1 if len(probabilities) > 1 and not c.overlapping else 0  # without the background
+        highest = probabilities[first:].amax(0).numpy()
+        writers["probability"] = partial(volumes.write, volume=highest, grid=grid)
+    if args.overlays:
+        shown = maps > 0 if c.overlapping else each_is(maps[0], numbers[1:])
+        grey = volumes.grey(image, model.preprocess)
+        picture = report.volume_overlay(grey, None, shown, grid.spacing)
+        writers["overlay"] = partial(report.save_picture, picture=picture)
+    return writers
+
+
+def label_maps(probabilities, config, classes, numbers, grid, args) -> np.ndarray:
+    """Return what is written of probabilities (K,X,Y,Z): uint8 (n,X,Y,Z).
+
+    n is K where classes overlap, whose maps hold 0 and 1; else one map holds the `numbers`.
+    """
+    if config.overlapping or config.num_classes == 1:
+        inside = 1 if config.overlapping else numbers[1]
+        maps = np.where((probabilities > config.threshold).numpy(), np.uint8(inside), np.uint8(0))
     else:
-        maps = np.array(numbers, np.uint8)[found.argmax(0).numpy()][None]
+        maps = np.array(numbers, np.uint8)[probabilities.argmax(0).numpy()][None]
     if args.largest_component:
         maps = np.stack([volumes.largest_component(labels) for labels in maps])
     if args.organ_rules:
         masks = dict(zip(classes[1:], maps.view(bool)))
         maps = np.stack([*organs.organ_rules(masks, grid.spacing).values()]).view(np.uint8)
-    for n, labels in enumerate(maps):
-        volumes.write(outputs[f"mask{n}"], labels, grid)
-    if args.probabilities:
-        highest = found[1 if len(found) > 1 and not c.overlapping else 0 :].amax(0)
-        volumes.write(outputs["probability"], highest.numpy(), grid)
-    if args.overlays:
-        shown = maps > 0 if c.overlapping else each_is(maps[0], numbers[1:])
-        grey = volumes.grey(image, model.preprocess)
-        picture = report.volume_overlay(grey, None, shown, grid.spacing)
-        report.save_picture(outputs["overlay"], picture)
+    return maps
 
 
 if __name__ == "__main__":

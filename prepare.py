@@ -833,7 +833,7 @@ AMD_AXES = {"images": "H W N", "layerMaps": "N W 3"}  # here the slice comes fir
 def find_volumes(root, pattern):
     """{patient: file} below `root`, a patient being what the pattern's groups match, in order."""
     found = {}
-    for path in sorted(root.rglob("*.mat"), key=lambda path: path.name):  # in whatever folders
+    for path in sorted(root.rglob("[!.]*.mat"), key=lambda path: path.name):  # in whatever folders
         if match := re.fullmatch(pattern, path.name):
             same = found.setdefault("".join(match.groups()).lower(), path)
             if same != path:

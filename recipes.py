@@ -21,11 +21,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from zlib import crc32
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import beit
@@ -40,8 +42,10 @@ import segformer
 import swin_unetr3d
 import upernet
 import volumes
+from adapters import merge_state_dict
 from augment import Augment, GITractAugment
 from data import Dataset
+from evaluate import run_config
 from layouts import moved, plain_name
 from losses import (
     cldice_loss,
@@ -1142,3 +1146,52 @@ def second_file(name: str, clip: str | None, decoder: str | None) -> dict:
             users = [other for other, family in FAMILIES.items() if family.second_file == key]
             raise ValueError(f"--{key}: {name} has no use for it, only {users[0]} has; remove it")
     return given
+
+
+# --- runs that were stopped before their first validation ----------------------------------------
+
+
+def load_model(family: Family, weights, variant, settings: Settings, overrides: dict, train_set):
+    """Return `family.load` of these arguments; the last weights of a run that never validated.
+
+    Such a run folder has last.pt, but no best.safetensors yet. That they are used is printed.
+    Raises ValueError, one line, for a run folder without either.
+    """
+    run = Path(weights) if weights else None
+    has_best = not run or not run.is_dir() or (run / "best.safetensors").exists()
+    if has_best or not run_config(run):
+        return family.load(weights, variant, settings, overrides, train_set)
+    if not (run / "last.pt").is_file():
+        hint = f"train.py --resume --out {run} starts it again"
+        raise ValueError(f"{run}: this run was stopped before it saved any weights; {hint}")
+
+    with TemporaryDirectory() as folder:  # a run folder with the last weights as its best
+        for name in ("config.json", "vocab.txt"):
+            if (run / name).is_file():
+                (Path(folder) / name).symlink_to((run / name).resolve())
+        save_file(last_weights(run, family), Path(folder) / "best.safetensors")
+        return family.load(folder, variant, settings, overrides, train_set)
+
+
+def last_weights(run: Path, family: Family) -> dict[str, Tensor]:
+    """Return the state dict of a run's model as it was saved last, with --ema the average.
+
+    What it is, is printed. Raises ValueError, one line, if last.pt cannot be read.
+    """
+    path = run / "last.pt"
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        state = saved["model"]
+        kind = "weights"
+        if "ema" in saved:  # of torch.optim.swa_utils.AveragedModel
+            kind = "averaged weights"
+            names = [name for name in saved["ema"] if name.startswith("module.")]
+            state = {name.removeprefix("module."): saved["ema"][name] for name in names}
+        merged = merge_state_dict(state, family.lora.get("thirds", ()))
+        step = saved["step"]
+    except Exception as error:  # cut off, or something else
+        reason = " ".join(repr(error).split())
+        hint = "resume the run or start it again"
+        raise ValueError(f"{path}: cannot be read ({reason:.150}); {hint}") from None
+    print(f"{run}: stopped before its first validation; its last {kind} are used (step {step})")
+    return {name: tensor.contiguous() for name, tensor in merged.items()}

@@ -50,6 +50,18 @@ def whole_file(path: Path):
         part.unlink(missing_ok=True)
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Remove the hidden temporary files that a killed process left in a folder, not below it.
+
+    These are named like those of `whole_file`, or of volumes.py. Call it only for a folder that
+    this process has claimed, so that nobody is writing such a file.
+    """
+    for path in folder.glob(".*"):
+        is_temporary = re.fullmatch(r"\..+\.[0-9a-f]{8}|\.[0-9a-f]{8}\..+", path.name)
+        if is_temporary and path.is_file():
+            path.unlink()
+
+
 def refuse_existing(out: Path) -> None:
     if out.exists():
         raise ValueError(f"{out}: exists already; choose another --out, or remove it")
@@ -212,6 +224,12 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message}; --help lists the options\n")
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Return True if an error says that memory, of the machine or of its GPU, does not suffice."""
+    is_full = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    return is_full or "can't allocate memory" in str(error)  # as torch says it of a CPU
+
+
 def command(main) -> None:
     """Runs a program's `main`; what the user did wrong becomes one line on stderr and status 2."""
     try:
@@ -219,8 +237,7 @@ def command(main) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except (MemoryError, RuntimeError) as error:
-        full = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-        if not full and "can't allocate memory" not in str(error):  # as torch says it of a CPU
+        if not is_out_of_memory(error):
             raise
         message = "out of memory: take a smaller --batch-size or --size, of volumes also fewer "
         message += "--classes, --crops-per-volume or --window-batch, or --checkpointing"

@@ -32,6 +32,7 @@ from tqdm import tqdm
 import data
 import evaluate
 import layouts
+import recipes
 import report
 import volumes
 from adapters import merge_lora, merged_state_dict, save_adapter
@@ -329,8 +330,8 @@ def load_model(options: Options, settings: Settings, train_set, device: torch.de
     overrides |= {"intensity": options.window} if options.intensity else {}
     overrides |= {} if options.threshold in (None, "auto") else {"threshold": options.threshold}
     overrides |= second_file(options.model, options.clip, options.decoder)
-    load = FAMILIES[options.model].load
-    return load(options.weights, options.variant, settings, overrides, train_set).to(device)
+    start = options.weights, options.variant, settings, overrides, train_set
+    return recipes.load_model(FAMILIES[options.model], *start).to(device)
 
 
 def fit(options: Options, settings: Settings, model, recipe, sets, resume: bool) -> dict:

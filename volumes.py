@@ -610,9 +610,15 @@ def fill_value(preprocess: Callable, channels: int) -> float | None:
 
 def check_channels(path: Path, have: int, channels: int) -> None:
     """ValueError, one line, if an image has not as many channels as the model takes."""
-    if have != channels:
-        told = f"{have} channels, the model takes {channels}"
-        raise ValueError(f"{path}: {told}; choose a model or files that fit")
+    if have == channels:
+        return
+    hint = "choose a model or files that fit"
+    if have < channels:
+        hint = (
+            "name the files of a case CASE_0000.nii.gz, CASE_0001.nii.gz, … in the order of the "
+            "model's channels (of BraTS: FLAIR, T1ce, T1, T2)"
+        )
+    raise ValueError(f"{path}: {have} channels, the model takes {channels}; {hint}")
 
 
 def read_labels(

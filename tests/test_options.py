@@ -15,8 +15,6 @@ from conftest import ROOT, command
 from PIL import Image
 from torch import nn
 
-import cris
-import evaluate
 import losses
 import options
 import predict

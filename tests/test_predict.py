@@ -97,7 +97,7 @@ REFUSED = {
     ),
     "truncated": (["{broken}", "--prompt", "a"], "broken.jpg: not readable as an image"),
     "no images": (["{empty}", "--prompt", "a"], "no images in this folder"),
-    "several pages": (["{images}", "{stack}", "--prompt", "a"], "stack.tif: holds 2 pages or"),
+    "several pages": (["{stack}", "--prompt", "a"], "stack.tif: holds 2 pages or"),
     "no such device": (["{images}", "--prompt", "a", "--device", "cuda:9"], "not on this machine"),
 }
 
