@@ -480,6 +480,20 @@ def read_volumes(root: Path, group_regex: str | None = None) -> dict[str, list[E
 # --- data sets -----------------------------------------------------------------------------------
 
 
+def missing_files(entries: list[Entry]) -> list[Path]:
+    """Return the files of entries that do not exist, each once."""
+    files = [file for entry in entries for file in (entry.image, *entry.more, entry.mask)]
+    return [file for file in dict.fromkeys(files) if not file.is_file()]
+
+
+def describe_missing(files: list[Path]) -> str:
+    """Return how many files are missing, and the names of three."""
+    names = ", ".join(map(str, files[:3]))
+    more = f" and {len(files) - 3} more" if len(files) > 3 else ""
+    are = "files are" if len(files) > 1 else "file is"
+    return f"{len(files)} {are} missing, {names}{more}"
+
+
 def _is_pair(folder: Path) -> bool:
     return all(any((folder / name).is_dir() for name in names) for names in FOLDERS)
 

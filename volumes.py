@@ -1180,7 +1180,8 @@ class VolumeSet:
     def _stem(self, i: int, settings: bytes, cache: Path) -> Path:
         """What the names of the prepared files of entry i begin with."""
         entry = self.entries[i]
-        digests = map(_hash, (entry.image, *entry.more, entry.mask))
+        paths = (entry.image, *entry.more, entry.mask)
+        digests = [_hash(file) for path in paths for file in files_of(path)]
         content = b"".join((*digests, repr((self._numbers(i), entry.unnamed)).encode(), settings))
         return cache / hashlib.sha256(content).hexdigest()[:24]
 
@@ -1211,8 +1212,8 @@ class VolumeSet:
         """The same volumes at `spacing` in mm and as `preprocess`, (C,x,y,z) -> the same shape,
         makes them; written into the folder `cache` once for their content and these settings.
 
-        ValueError, OSError, one line: as reading raises them, another number of channels, label
-        maps that are all empty or hold 0 and 255 alone, a full disk.
+        ValueError, OSError, one line: as reading raises them, another number of channels, a full
+        disk.
         """
         cache = Path(cache)
         for entry, grid in zip(self.entries, self.grids):  # what headers tell, before all else
@@ -1236,16 +1237,7 @@ class VolumeSet:
             self._prepare(i, stems[i], spacing, preprocess, fill)
             with _whole_file(Path(f"{stems[i]}.crc")) as part:
                 part.write_bytes(checksums([Path(f"{stems[i]}{end}") for end in PREPARED]))
-        done = VolumeSet(self.entries, self.grids, stems, self.partial)
-        for root in {entry.root for entry in self.entries}:
-            ours = [i for i, entry in enumerate(self.entries) if entry.root == root]
-            if not any(done._index(i)["offsets"][-1] for i in ours):
-                alone = done.with_255(beside=False, indices=ours)
-                if alone:
-                    raise ValueError(_only_255(alone, len(ours)))
-                one = self.entries[ours[0]].mask
-                raise ValueError(f"{root}: all {len(ours)} label maps are empty, {one} for one")
-        return done
+        return VolumeSet(self.entries, self.grids, stems, self.partial)
 
     def _announce(self, todo: list[int], spacing, channels: int, cache: Path) -> None:
         """Says how large what is to be prepared will be. OSError if the disk is too full."""
@@ -1277,6 +1269,42 @@ class VolumeSet:
             if index["ignored"] and bool(index["labelled"]) == beside:
                 files[self.entries[i].mask] = ""
         return files
+
+    def _by_root(self) -> dict[Path, list[int]]:
+        """Return {data set: numbers of its entries}."""
+        numbers = {}
+        for i, entry in enumerate(self.entries):
+            numbers.setdefault(entry.root, []).append(i)
+        return numbers
+
+    def empty_data_sets(self) -> dict[Path, list]:
+        """Return {data set: its entries} where no label map names a class, of a prepared set."""
+        empty = {}
+        for root, ours in self._by_root().items():
+            if not any(self._index(i)["labelled"] for i in ours):
+                empty[root] = [self.entries[i] for i in ours]
+        return empty
+
+    def check_foreground(self) -> None:
+        """ValueError, one line, if there is nothing to train on in a data set of a prepared set.
+
+        Its label maps are empty, hold 0 and 255 alone, or are empty at the spacing of the model.
+        """
+        for root, ours in self._by_root().items():
+            if any(self._index(i)["offsets"][-1] for i in ours):
+                continue
+            alone = self.with_255(beside=False, indices=ours)
+            if alone:
+                raise ValueError(_only_255(alone, len(ours)))
+            one = self.entries[ours[0]].mask
+            if root in self.empty_data_sets():
+                raise ValueError(f"{root}: all {len(ours)} label maps are empty, {one} for one")
+            ratio = self._index(ours[0])["ratio"]
+            spacing = mm_text(np.multiply(self.grids[ours[0]].spacing, ratio))
+            raise ValueError(
+                f"{root}: what all {len(ours)} label maps hold is lost at a spacing of {spacing}, "
+                f"{one} for one; choose a finer --spacing"
+            )
 
     def digest(self, i: int) -> str:
         """Return a hash of the voxels of entry i, of a prepared set."""

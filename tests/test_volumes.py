@@ -852,7 +852,7 @@ def test_data_sets_that_cannot_be(tmp_path, monkeypatch):
     monkeypatch.undo()
     write(one.mask, np.zeros((19, 14, 9), np.uint8), nibabel.load(one.image).affine)
     with pytest.raises(ValueError, match="all 1 label maps are empty, .*v0.nii.gz for one"):
-        prepare(entries, cache)
+        prepare(entries, cache).check_foreground()
 
 
 def of_values(root, *maps):
@@ -874,9 +874,9 @@ def label_map(*numbers):
 def test_label_maps_of_0_and_255_are_not_empty(tmp_path):
     entries = of_values(tmp_path, label_map(255), label_map(255, 255))
     with pytest.raises(ValueError, match="l0.nii.gz, .*l1.nii.gz: 2 of 2 label maps hold 0 and"):
-        prepare(entries, tmp_path / "cache")
+        prepare(entries, tmp_path / "cache").check_foreground()
     with pytest.raises(ValueError, match="2 of 2 label maps hold 0 and 255"):  # now prepared
-        prepare(entries, tmp_path / "cache")
+        prepare(entries, tmp_path / "cache").check_foreground()
 
 
 def test_255_beside_classes_is_a_mark_and_alone_is_not(tmp_path, capsys):
