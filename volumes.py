@@ -768,7 +768,8 @@ def read_image(
     channels = iter(image)
     for stored, own in opened:
         voxels = _read_voxels(stored, own.file, np.float32)
-        check_grid(own, grid)
+        if own is not grid:
+            check_grid(own, grid)
         voxels = voxels.reshape(*own.shape, own.channels)
         replaced = 0
         for x, channel in zip(np.moveaxis(own.to_ras(voxels), 3, 0), channels):
@@ -824,7 +825,8 @@ def read_labels(
         raise ValueError(f"{path}: {own.channels} channels; a label map has one, of class numbers")
     x = x.reshape(own.shape)
     if x.dtype.kind == "f":  # scaled by a header, 1 may be read as 0.9999999998
-        odd = x[~(abs(x - np.rint(x)) < 1e-3)]  # and nan and inf are odd
+        with np.errstate(invalid="ignore"):
+            odd = x[~(abs(x - np.rint(x)) < 1e-3)]  # and nan and inf are odd
         if len(odd):
             told = f"holds {odd[0]:g}, no whole number"
             raise ValueError(f"{path}: {told}; resample labels by nearest")

@@ -201,7 +201,7 @@ DEFECTS = {
     "image": (lambda r: lose(r, "imagesTr/spleen_9.nii.gz"), "no imagesTr/spleen_9.nii.gz, which"),
     "label": (lambda r: lose(r, "labelsTr/spleen_9.nii.gz"), "no labelsTr/spleen_9.nii.gz, which"),
     "bare": (lambda r: lose(r, "imagesTs/spleen_1.nii.gz"), "no imagesTs/spleen_1.nii.gz, which"),
-    "text": (lambda r: (r / "dataset.json").write_text("{"), "dataset.json: JSONDecodeError"),
+    "text": (lambda r: (r / "dataset.json").write_text("{"), "dataset.json: is not valid JSON"),
     "keys": (lambda r: edit(r, lambda a: a.pop("labels")), "dataset.json: KeyError('labels')"),
     "out": (
         lambda r: edit(r, lambda a: a["training"][0].update(image="../imagesTr/a.nii.gz")),
