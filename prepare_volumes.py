@@ -202,7 +202,8 @@ def unlabelled(case):
 def read_listing(source, where):
     """A task's dataset.json -> all of it, {image: label} and the images without labels.
 
-    FileNotFoundError, ValueError: one line, also if a file that it lists is not there.
+    Images without labels that are not there are left out, which is printed.
+    FileNotFoundError, ValueError: one line, also if a labelled image or its label is not there.
     """
     if "dataset.json" not in source.names:
         hint = "RAW is one task, Task09_Spleen.tar or what it unpacks to"
@@ -224,11 +225,18 @@ def read_listing(source, where):
         raise ValueError(f"{place}: {error!r}; {need}") from None
     if about.get("validation"):
         raise ValueError(f"{place}: lists a validation split; train on it as it is")
-    if lost := [name for name in (*pairs, *pairs.values(), *bare) if name not in source.names]:
-        more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+    missing = [name for name in (*pairs, *pairs.values()) if name not in source.names]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         hint = "which dataset.json lists; unpack or download it again"
-        raise FileNotFoundError(f"{where}: no {lost[0]}{more}, {hint}")
-    return about, pairs, bare
+        raise FileNotFoundError(f"{where}: no {missing[0]}{more}, {hint}")
+    present = [name for name in bare if name in source.names]
+    if len(present) < len(bare):
+        missing = [name for name in bare if name not in source.names]
+        count = f"{len(missing)} of {len(bare)} images without labels"
+        names = ", ".join(missing[:3])
+        print(f"{where}: {count} are not there and are left out, {names} among them")
+    return about, pairs, present
 
 
 def in_test(name):

@@ -503,9 +503,9 @@ FOREIGN_ENDINGS = {
 
 
 def foreign_format(path: Path) -> str | None:
-    """Return what a file is that is not read, and the way out: "holds NRRD, not NIfTI; convert …".
+    """Return a line about a file of a known format that is not read, None for all other files.
 
-    None for NIfTI, and for what is not recognised, neither by its content nor by its ending.
+    The line names the file, the format and the way out. The content decides, or else the ending.
     """
     block = b""
     if path.is_file():
@@ -519,8 +519,8 @@ def foreign_format(path: Path) -> str | None:
         return None
     way = CONVERT.get(kind, SIMPLEITK)
     if kind in ("a ZIP archive", "an image"):
-        return f"is {kind}, not NIfTI; {way}"
-    return f"holds {kind}, not NIfTI; convert it to .nii.gz: {way}"
+        return f"{path}: is {kind}, not NIfTI; {way}"
+    return f"{path}: holds {kind}, not NIfTI; convert it to .nii.gz: {way}"
 
 
 def _is_nifti(block: bytes) -> bool:
@@ -607,7 +607,7 @@ def _header_of(path: Path):
         return header
     foreign = foreign_format(path)
     if foreign:
-        raise ValueError(f"{path}: {foreign}")
+        raise ValueError(foreign)
     raise ValueError(f"{path}: not readable as NIfTI (it has no such header); replace the file")
 
 

@@ -200,7 +200,6 @@ DEFECTS = {
     "no list": (lambda r: lose(r, "dataset.json"), "no dataset.json in it; RAW is one task"),
     "image": (lambda r: lose(r, "imagesTr/spleen_9.nii.gz"), "no imagesTr/spleen_9.nii.gz, which"),
     "label": (lambda r: lose(r, "labelsTr/spleen_9.nii.gz"), "no labelsTr/spleen_9.nii.gz, which"),
-    "bare": (lambda r: lose(r, "imagesTs/spleen_1.nii.gz"), "no imagesTs/spleen_1.nii.gz, which"),
     "text": (lambda r: (r / "dataset.json").write_text("{"), "dataset.json: is not valid JSON"),
     "keys": (lambda r: edit(r, lambda a: a.pop("labels")), "dataset.json: KeyError('labels')"),
     "out": (
