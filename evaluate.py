@@ -597,7 +597,8 @@ def prompt_study(model, recipe, tests: dict, options) -> dict:
 def list_tests(options) -> dict[str, list]:
     """Return the entries of the test sets by name: of --test, else of the test splits of --data.
 
-    Raises FileNotFoundError or ValueError, one line.
+    A test set with missing files is left out of a training, which is printed; with --eval it is an
+    error. Raises FileNotFoundError or ValueError, one line.
     """
     tests = {}
     for place in options.test or options.data:
@@ -608,12 +609,13 @@ def list_tests(options) -> dict[str, list]:
         name = Path(path).resolve().name + ("" if split == "test" else f":{split}")
         if name in tests:
             raise ValueError(f"two test sets are called {name}; rename a folder")
-        entries = layouts.annotations(path, split, options.group_regex)
-        missing = layouts.missing_files(entries)
-        if missing and options.eval:
-            raise FileNotFoundError(f"test {name}: {layouts.describe_missing(missing)}")
-        if missing:
-            print(f"test {name}: {layouts.describe_missing(missing)}, so it is not tested on")
+        try:
+            entries = layouts.annotations(path, split, options.group_regex)
+            layouts.check_files_exist(entries)
+        except (layouts.Unpaired, layouts.MissingFiles) as error:
+            if options.eval:
+                raise
+            print(f"test {name} is left out, training goes on without it: {error}")
             continue
         tests[name] = entries
     return tests
@@ -677,9 +679,7 @@ def open_volumes(entries: list, options) -> volumes.VolumeSet:
 
     FileNotFoundError, ValueError, one line: missing files, and as of `VolumeSet`.
     """
-    missing = layouts.missing_files(entries)
-    if missing:
-        raise FileNotFoundError(f"{entries[0].root}: {layouts.describe_missing(missing)}")
+    layouts.check_files_exist(entries)
     if options.codes is None:
         run = earlier_run(options)
         if run.get("config", {}).get("overlapping"):
@@ -709,6 +709,8 @@ def mask_reading(lists: dict[str, list], options) -> data.MaskReading:
                 entries = [entry for entry in entries if entry.mask not in opened]
                 entries = [entry for entry in entries if not layouts.missing_files([entry])]
                 counts = data.mask_counts(entries, Path(options.cache))
+            except layouts.Unpaired:
+                continue
             except (ValueError, OSError) as error:
                 print(f"{root}: {split} does not count for how masks are read ({error})")
                 continue

@@ -232,8 +232,12 @@ def read_annotations(root: Path, split: str, group_regex: str | None = None) -> 
     return list(entries.values())
 
 
+class Unpaired(ValueError):
+    """Images without a mask, or masks without an image."""
+
+
 def read_pairs(root: Path, folder: Path, group_regex: str | None = None) -> list[Entry]:
-    """The images and masks of one stem in two folders of `folder`. ValueError: one without other"""
+    """The images and masks of one stem in two folders of `folder`. Unpaired: one without other"""
     files = []
     for names in FOLDERS:
         inside = next(folder / name for name in names if (folder / name).is_dir())
@@ -246,7 +250,7 @@ def read_pairs(root: Path, folder: Path, group_regex: str | None = None) -> list
     images, masks = files
     if lonely := sorted(images.keys() ^ masks.keys()):
         path = images.get(lonely[0]) or masks[lonely[0]]
-        raise ValueError(f"{path}: {len(lonely)} files have no partner, mask or image; this is one")
+        raise Unpaired(f"{path}: {len(lonely)} files have no partner, mask or image; this is one")
     groups = {stem: _group(path.name, group_regex) for stem, path in images.items()}
     return [Entry(n, images[n], masks[n], {}, root, group=groups[n]) for n in images]
 
@@ -526,12 +530,19 @@ def missing_files(entries: list[Entry]) -> list[Path]:
     return [file for file in dict.fromkeys(files) if not file.is_file()]
 
 
-def describe_missing(files: list[Path]) -> str:
-    """Return how many files are missing, and the names of three."""
-    names = ", ".join(map(str, files[:3]))
-    more = f" and {len(files) - 3} more" if len(files) > 3 else ""
-    are = "files are" if len(files) > 1 else "file is"
-    return f"{len(files)} {are} missing, {names}{more}"
+class MissingFiles(FileNotFoundError):
+    """Files that a data set lists do not exist."""
+
+
+def check_files_exist(entries: list[Entry]) -> None:
+    """Raise MissingFiles, one line, that counts missing files and names three of them."""
+    missing = missing_files(entries)
+    if missing:
+        names = ", ".join(map(str, missing[:3]))
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        are = "files are" if len(missing) > 1 else "file is"
+        root = entries[0].root
+        raise MissingFiles(f"{root}: {len(missing)} {are} missing: {names}{more}")
 
 
 def _is_pair(folder: Path) -> bool:

@@ -24,7 +24,6 @@ from one to the other (for `restore`), `grid` (for `write`), `prompt` "", `name`
 import hashlib
 import io
 import itertools
-import logging
 import math
 import os
 import re
@@ -257,14 +256,14 @@ def _quiet():
     import nibabel
 
     logger = nibabel.imageglobals.logger
-    level = logger.level
-    logger.setLevel(logging.CRITICAL + 1)
+    was_disabled = logger.disabled
+    logger.disabled = True
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        logger.disabled = was_disabled
 
 
 def _read_header(path: Path):
@@ -814,7 +813,8 @@ def read_labels(
     ValueError, one line: another grid, a number that is not among them or not whole.
     """
     numbers = list(range(numbers)) if isinstance(numbers, int) else list(numbers)
-    if len(numbers) > 254 or not {*numbers, *unnamed} <= {*range(2**16)}:
+    are_possible = all(0 <= number < 2**16 for number in (*numbers, *unnamed))
+    if len(numbers) > 254 or not are_possible:
         raise ValueError(
             f"{path}: no more than 254 classes, with numbers up to 65535, are possible"
         )
@@ -867,7 +867,7 @@ def write(path: Path, volume: np.ndarray, grid: Grid) -> None:
     if not path.name.endswith((".nii", ".nii.gz")):
         raise ValueError(f"{path}: a volume must be named .nii or .nii.gz")
     kind = nibabel.Nifti1Image if len(grid.header) == 348 else nibabel.Nifti2Image
-    header = kind.header_class(grid.header)
+    header = kind.header_class(grid.header, check=False)
     header.set_data_dtype(volume.dtype)
     header["cal_min"] = header["cal_max"] = 0  # the image's grey window, in which labels are black
     path.parent.mkdir(parents=True, exist_ok=True)
