@@ -667,7 +667,8 @@ def is_scored_only(name: str) -> bool:
 def say_empty(name: str, dataset) -> None:
     """Print a line for each data set of a split that has no foreground at all."""
     for root, entries in dataset.empty_data_sets().items():
-        message = f"{root}: the ground truth of {name} is empty in all {len(entries)} cases, "
+        cases = f"all {len(entries)} cases" if len(entries) > 1 else "its only case"
+        message = f"{root}: the ground truth of {name} is empty in {cases}, "
         message += f"{entries[0].mask} for one; Dice is 1 where nothing is predicted, else 0"
         if name == "val":
             message += ", so that the best epoch is the one with the fewest false alarms"
