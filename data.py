@@ -43,6 +43,7 @@ import textwrap
 import threading
 import warnings
 import zlib
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -1453,6 +1454,26 @@ class Dataset:
                     return prompt
         raise self._no_absent_prompt(mine, kind)
 
+    def empty_data_sets(self) -> dict[Path, list]:
+        """Return {data set: its entries} where no mask has any foreground."""
+        by_root = {}
+        for i, entry in enumerate(self.entries):
+            by_root.setdefault(entry.root, []).append(i)
+
+        empty = {}
+        for root, indices in by_root.items():
+            if not self.rows[indices, 5].any():
+                empty[root] = [self.entries[i] for i in indices]
+        return empty
+
+    def check_foreground(self) -> None:
+        """Raise ValueError, one line, if all masks of a data set are empty."""
+        for root, entries in self.empty_data_sets().items():
+            read = f"read {self.rules[root]}"
+            example = entries[0].mask
+            count = len(entries)
+            raise ValueError(f"{root}: all {count} masks are empty ({read}), {example} for one")
+
     def describe(self) -> str:
         """What was found, in a line."""
         thresholds = sorted({*self.rows[:, 4].tolist()})
@@ -1484,13 +1505,15 @@ def open_datasets(
     cache: Path = ".cache",
     colours: str | None = None,
     reading: MaskReading | None = None,
+    may_be_empty: Collection[str] = (),
 ) -> dict[str, Dataset]:
     """Decode lists of entries, each of one or several data sets, and decide how masks are read.
 
     The decision is one for each data set (root), over all lists; notes about it are printed.
-    colours: of `pseudocolor`, in which samples come. Raises FileNotFoundError, ValueError or
-    OSError, one line with the file's name, for anything missing, truncated or of another size, for
-    masks of several values, for a data set whose masks are all empty, and for a full disk.
+    colours: of `pseudocolor`, in which samples come. may_be_empty: names of lists that are not
+    trained on. Raises FileNotFoundError, ValueError or OSError, one line with the file's name, for
+    anything missing, truncated or of another size, for masks of several values, for a data set
+    whose masks are all empty in another list, and for a full disk.
     """
     reading = reading or MaskReading()
     decoded = {}
@@ -1507,9 +1530,13 @@ def open_datasets(
         path, places, counts = decoded[name]
         columns = _foreground_columns(entries, counts[:, 0], rules)
         rows = np.hstack([places[:, :4], columns, places[:, 4:]])
-        _check_classes_and_foreground(entries, rows, rules)
+        _check_classes(entries)
         datasets[name] = Dataset(entries, rows, path, colours)
         datasets[name].rules = rules
+        if name not in may_be_empty:
+            datasets[name].check_foreground()
+        for line in remarks(entries, rows[:, -1]):
+            print(line)
     return datasets
 
 
@@ -1557,18 +1584,12 @@ def _foreground_columns(entries: list, values: np.ndarray, rules: dict[Path, str
     return columns
 
 
-def _check_classes_and_foreground(entries: list, rows: np.ndarray, rules: dict) -> None:
-    """Raise ValueError, one line, if pooled classes differ or all masks of a set are empty."""
-    for root in {entry.root for entry in entries}:
-        ours = [i for i, entry in enumerate(entries) if entry.root == root]
-        if len({entries[0].classes, *(entries[i].classes for i in ours)}) > 1:
-            raise ValueError(f"{root}: other classes than {entries[0].root}'s; pool like with like")
-        if not rows[ours, 5].any():
-            one = entries[ours[0]].mask
-            read = f"read {rules[root]}"
-            raise ValueError(f"{root}: all {len(ours)} masks are empty ({read}), {one} for one")
-    for line in remarks(entries, rows[:, -1]):
-        print(line)
+def _check_classes(entries: list) -> None:
+    """Raise ValueError, one line, if pooled data sets have different classes."""
+    for entry in entries:
+        if entry.classes != entries[0].classes:
+            other = f"other classes than {entries[0].root}'s"
+            raise ValueError(f"{entry.root}: {other}; pool like with like")
 
 
 # --- loaders -------------------------------------------------------------------------------------

@@ -631,7 +631,8 @@ def prompt_study(model, recipe, tests: dict, options) -> dict:
 def list_tests(options) -> dict[str, list]:
     """Return the entries of the test sets by name: of --test, else of the test splits of --data.
 
-    Raises FileNotFoundError or ValueError, one line.
+    A test set with missing files is left out of a training, which is printed; with --eval it is an
+    error. Raises FileNotFoundError or ValueError, one line.
     """
     tests = {}
     for place in options.test or options.data:
@@ -642,7 +643,15 @@ def list_tests(options) -> dict[str, list]:
         name = Path(path).resolve().name + ("" if split == "test" else f":{split}")
         if name in tests:
             raise ValueError(f"two test sets are called {name}; rename a folder")
-        tests[name] = layouts.annotations(path, split, options.group_regex)
+        try:
+            entries = layouts.annotations(path, split, options.group_regex)
+            layouts.check_files_exist(entries)
+        except (layouts.Unpaired, layouts.MissingFiles) as error:
+            if options.eval:
+                raise
+            print(f"test {name} is left out, training goes on without it: {error}")
+            continue
+        tests[name] = entries
     return tests
 
 
@@ -660,7 +669,7 @@ def open_sets(lists: dict[str, list], options) -> dict:
     """
     sets = {}
     for name, entries in lists.items():
-        if entries and layouts.is_volume(entries[0].image):
+        if entries and is_of_volumes(entries[0]):
             sets[name] = open_volumes(entries, options)
 
     images = {}
@@ -669,15 +678,43 @@ def open_sets(lists: dict[str, list], options) -> dict:
             images[name] = data.with_mask_orientation(entries, options.mask_orientation)
     if images:
         reading = mask_reading(images, options)
-        sets |= data.open_datasets(images, options.cache, options.pseudocolor, reading)
+        scored = [name for name in images if is_scored_only(name)]
+        sets |= data.open_datasets(images, options.cache, options.pseudocolor, reading, scored)
     sets = {name: sets[name] for name in lists}
     for name, dataset in sets.items():
         print(f"{name}: {dataset.describe()}")
+        if name in images and is_scored_only(name):
+            say_empty(name, dataset)
     return sets
 
 
+def is_of_volumes(entry) -> bool:
+    """Return True if an entry is of a data set of volumes."""
+    return layouts.is_volume(entry.image) or layouts.has_volumes(entry.root)
+
+
+def is_scored_only(name: str) -> bool:
+    """Return True for the name of a list of entries that nothing is trained on."""
+    return name == "val" or name.startswith("test ")
+
+
+def say_empty(name: str, dataset) -> None:
+    """Print a line for each data set of a split that has no foreground at all."""
+    for root, entries in dataset.empty_data_sets().items():
+        cases = f"all {len(entries)} cases" if len(entries) > 1 else "its only case"
+        message = f"{root}: the ground truth of {name} is empty in {cases}, "
+        message += f"{entries[0].mask} for one; Dice is 1 where nothing is predicted, else 0"
+        if name == "val":
+            message += ", so that the best epoch is the one with the fewest false alarms"
+        print(message)
+
+
 def open_volumes(entries: list, options) -> volumes.VolumeSet:
-    """Open a list of volumes with the classes that the model, or the earlier run, tells apart."""
+    """Open a list of volumes with the classes that the model, or the earlier run, tells apart.
+
+    FileNotFoundError, ValueError, one line: missing files, and as of `VolumeSet`.
+    """
+    layouts.check_files_exist(entries)
     if options.codes is None:
         run = earlier_run(options)
         if run.get("config", {}).get("overlapping"):
@@ -705,7 +742,10 @@ def mask_reading(lists: dict[str, list], options) -> data.MaskReading:
                 with redirect_stdout(io.StringIO()):  # entries listed twice were said, or no matter
                     entries = layouts.annotations(root, split, options.group_regex)
                 entries = [entry for entry in entries if entry.mask not in opened]
+                entries = [entry for entry in entries if not layouts.missing_files([entry])]
                 counts = data.mask_counts(entries, Path(options.cache))
+            except layouts.Unpaired:
+                continue
             except (ValueError, OSError) as error:
                 print(f"{root}: {split} does not count for how masks are read ({error})")
                 continue
@@ -717,9 +757,16 @@ def mask_reading(lists: dict[str, list], options) -> data.MaskReading:
 def check_prepared(sets: dict, tests: dict, options) -> None:
     """Look over all prepared volumes of a run, and print what was noticed so far.
 
-    ValueError, one line: label maps of 0 and 255 where 255 is rather a class than a mark.
+    ValueError, one line: label maps of 0 and 255 where 255 is rather a class than a mark, and
+    nothing to train on.
     """
     volumes.check_255([*sets.values(), *tests.values()])
+    if "train" in sets:
+        sets["train"].check_foreground()
+    named = {"val": sets["val"]} if "val" in sets else {}
+    named |= {f"test {name}": dataset for name, dataset in tests.items()}
+    for name, dataset in named.items():
+        say_empty(name, dataset)
     if not options.overfit:  # whose splits are the same on purpose
         say_shared(sets, tests)
     volumes.notices.print()

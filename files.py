@@ -17,13 +17,17 @@ def read_text(path: Path) -> str:
     Line ends stay as they are. Raises OSError if the file cannot be read, ValueError, one line that
     names the file, if it is not such text.
     """
-    content = Path(path).read_bytes()
+    return decode_text(Path(path).read_bytes(), path)
+
+
+def decode_text(content: bytes, name) -> str:
+    """Return the text in these bytes, as `read_text` does. Raises ValueError, which says `name`."""
     encoding = "utf-16" if content.startswith(UTF16_MARKS) else "utf-8-sig"
     try:
         return content.decode(encoding)
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"{path}: is not text in UTF-8 (byte {error.start}); save it as UTF-8"
+            f"{name}: is not text in UTF-8 (byte {error.start}); save it as UTF-8"
         ) from None
 
 
@@ -34,19 +38,23 @@ def read_json(path: Path):
     not JSON, is nested too deeply, has a key twice in one object, or holds half a character (a
     lone surrogate, which could not be printed or written).
     """
-    text = read_text(path)
+    return parse_json(read_text(path), path)
+
+
+def parse_json(text: str, name):
+    """Return the content of a JSON text. Raises ValueError as `read_json` does, with `name`."""
     try:
         content = json.loads(text, object_pairs_hook=unique_keys)
         if re.search(r"\\u[dD][89a-fA-F]", text):
             json.dumps(content, ensure_ascii=False).encode("utf-8")
     except RecursionError:
-        raise ValueError(f"{path}: is nested too deeply for a file of this kind") from None
+        raise ValueError(f"{name}: is nested too deeply for a file of this kind") from None
     except UnicodeEncodeError:
         raise ValueError(
-            f"{path}: holds half a character (a lone \\ud8…); write it anew"
+            f"{name}: holds half a character (a lone \\ud8…); write it anew"
         ) from None
     except ValueError as error:  # JSONDecodeError is one
-        raise ValueError(f"{path}: is not valid JSON ({error})") from None
+        raise ValueError(f"{name}: is not valid JSON ({error})") from None
     return content
 
 

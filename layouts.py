@@ -291,7 +291,8 @@ def check_name(name: str, key: str) -> str:
         )
     if not isinstance(name, str):
         raise TypeError(f"{key} {name!r} is not a string")
-    if not name.strip() or "\0" in name or not is_unicode(name):
+    is_line = name.splitlines() == [name]
+    if not name.strip() or not is_line or "\0" in name or not is_unicode(name):
         raise ValueError(f"{key} {name!r} is not the name of a file")
 
     windows = PureWindowsPath(name)  # understands / and \
@@ -546,11 +547,15 @@ def read_annotations(root: Path, split: str, group_regex: str | None = None) -> 
     return list(entries.values())
 
 
+class Unpaired(ValueError):
+    """Images without a mask, or masks without an image."""
+
+
 def read_pairs(root: Path, folder: Path, group_regex: str | None = None) -> list[Entry]:
     """Return the images and masks of one stem in two folders of `folder`.
 
-    Files that are no images are passed over, and that is printed. Raises ValueError, one line, for
-    an image without mask, a mask without image, and a folder that holds only other files.
+    Files that are no images are passed over, and that is printed. Raises Unpaired, one line, for
+    an image without mask or a mask without image, ValueError for a folder of other files alone.
     """
     places = []
     for names in FOLDERS:
@@ -566,7 +571,7 @@ def read_pairs(root: Path, folder: Path, group_regex: str | None = None) -> list
         partner = next((other for other in others if composed(other.stem) == stem), None)
         if partner is not None:
             line = foreign_format(partner) or f"{line} ({partner.name} is no image file)"
-        raise ValueError(line)
+        raise Unpaired(line)
     for place in places:
         say_other_files(place)
 
@@ -642,11 +647,12 @@ def read_classes(path: Path) -> tuple[str, ...]:
 
 
 def without_ending(path: Path) -> str:
-    """A volume's name: that of its file without .nii or .nii.gz."""
-    return re.sub(r"\.nii(\.gz)?$", "", path.name, flags=re.IGNORECASE)
+    """Return a volume's name: that of its file without .nii, .nii.gz, or .hdr and .img."""
+    return re.sub(r"\.(nii|hdr|img)(\.gz)?$", "", path.name, flags=re.IGNORECASE)
 
 
 def is_volume(path: Path) -> bool:
+    """Return True if a file is named as a NIfTI volume, in small letters or capitals."""
     return path.name.lower().endswith(NIFTI)
 
 
@@ -686,6 +692,11 @@ def channels_of(files: list[Path]) -> dict[str, list[Path]]:
     return cases
 
 
+def shorten(text: str, most: int = 40) -> str:
+    """Return a text, cut if it is longer than `most` characters."""
+    return text if len(text) <= most else f"{text[:most]}…"
+
+
 def label_numbers(name: str, value) -> tuple[int, ...]:
     """Return the numbers of a label of dataset.json, an integer or a list of them.
 
@@ -694,13 +705,24 @@ def label_numbers(name: str, value) -> tuple[int, ...]:
     numbers = []
     for number in value if isinstance(value, list) else [value]:
         is_whole = type(number) is int or (isinstance(number, float) and number.is_integer())
-        is_whole = is_whole or (isinstance(number, str) and re.fullmatch(r"-?[0-9]+", number))
-        if not is_whole:
-            raise ValueError(f"label {name} is {json.dumps(number)}; it must be a whole number")
+        is_digits = isinstance(number, str) and re.fullmatch(r"-?[0-9]{1,9}", number)
+        if not is_whole and not is_digits:
+            shown = shorten(json.dumps(number))
+            raise ValueError(f"label {name} is {shown}; it must be a whole number")
         if not 0 <= int(number) <= 65535:
-            raise ValueError(f"label {name} is {int(number)}; numbers go from 0 to 65535")
+            shown = shorten(str(number))
+            raise ValueError(f"label {name} is {shown}; numbers go from 0 to 65535")
         numbers.append(int(number))
     return tuple(numbers)
+
+
+def _check_label_names(labels: dict) -> None:
+    """ValueError if `labels` of dataset.json is no object, or a name is empty or has lines."""
+    if not isinstance(labels, dict):
+        raise ValueError('labels must be an object, {"0": "background", "1": "liver"}')
+    for text in (*labels, *labels.values()):
+        if isinstance(text, str) and text.splitlines() != [text]:
+            raise ValueError(f"the label {text!r} is no name")
 
 
 def _read_labels(found: dict, overlapping: bool = False) -> dict:
@@ -711,6 +733,7 @@ def _read_labels(found: dict, overlapping: bool = False) -> dict:
     """
     if not isinstance(overlapping, bool):
         raise ValueError("overlapping must be true or false")
+    _check_label_names(found)
     if len({str(v) for v in found.values()}) < len(found):
         raise ValueError("two labels have one name, or one number")
     if all(isinstance(name, str) and re.fullmatch(r"\d+", key) for key, name in found.items()):
@@ -723,6 +746,8 @@ def _read_labels(found: dict, overlapping: bool = False) -> dict:
         raise ValueError("labels need one background, of number 0")
     (background,) = background
     unnamed = tuple(n for n in numbers.pop(background) if n)
+    if not numbers:
+        raise ValueError("labels name no class beside the background")
 
     # What the background lists does not make the other classes overlap.
     several = overlapping or any(len({*v}) > 1 for v in numbers.values())
@@ -765,8 +790,15 @@ def as_overlapping(entry: Entry, names: list[str]) -> Entry:
 
 
 def _listed(root: Path, item) -> tuple[Path, Path] | None:
-    """Image and label of an item of a list in dataset.json; None without a label."""
-    if not isinstance(item, dict) or not item.get("label"):
+    """Image and label of an item of a list in dataset.json; None without a label.
+
+    Raises KeyError without an image, TypeError if one of the two is no name.
+    """
+    if isinstance(item, str):
+        return None
+    if not isinstance(item, dict):
+        raise TypeError('is neither {"image": …, "label": …} nor the name of an image')
+    if item.get("label") in (None, ""):
         return None
     image = check_name(item["image"], "image")
     label = check_name(item["label"], "label")
@@ -774,15 +806,21 @@ def _listed(root: Path, item) -> tuple[Path, Path] | None:
 
 
 def _volume_pairs(root: Path, settings: dict) -> dict[str, list[tuple[Path, Path]]]:
-    """Split -> (image, label map) of its cases, from dataset.json's lists or the folders."""
+    """Split -> (image, label map) of its cases, from dataset.json's lists or the folders.
+
+    ValueError: a list is none, or an entry in it.
+    """
     keys = {"train": "training", "val": "validation", "test": "test"}
     pairs = {}
     for split, key in keys.items():
         pairs[split] = []
-        for number, item in enumerate(settings.get(key, [])):
+        items = settings.get(key)
+        if not isinstance(items, list | None):
+            raise ValueError(f"{key} must be a list")
+        for number, item in enumerate(items or []):
             try:
                 pair = _listed(root, item)
-            except ValueError as error:
+            except (ValueError, TypeError) as error:
                 raise ValueError(f"{key} entry {number}: {error}") from None
             if pair is not None:
                 pairs[split].append(pair)
@@ -795,19 +833,21 @@ def _volume_pairs(root: Path, settings: dict) -> dict[str, list[tuple[Path, Path
 
 def _volume_settings(root: Path) -> dict:
     path = root / "dataset.json"
+    settings = read_json(path)
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path}: no data set of volumes (it is no object); see layouts.py")
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-        settings |= {"fields": _read_labels(settings["labels"], settings.get("overlapping", False))}
+        fields = _read_labels(settings["labels"], settings.get("overlapping", False))
         channels = settings.get("channel_names") or settings.get("modality") or {}
         kinds = channels.values() if isinstance(channels, dict) else [channels]
         modality = ", ".join(map(str, kinds)) or None
-        settings["fields"] |= {"numbers": True, "modality": modality}
-        settings["pairs"] = _volume_pairs(root, settings)
+        fields |= {"numbers": True, "modality": modality}
+        pairs = _volume_pairs(root, settings)
     except KeyError as error:
         raise ValueError(f"{path}: has no {error}; see the top of layouts.py") from None
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: no data set of volumes ({error})") from None
-    return settings
+    return {"fields": fields, "pairs": pairs}
 
 
 def _btcv_settings(root: Path) -> dict:
@@ -835,7 +875,8 @@ def read_volumes(root: Path, group_regex: str | None = None) -> dict[str, list[E
     settings = (_volume_settings if (root / "dataset.json").is_file() else _btcv_settings)(root)
     every = [pair for pairs in settings["pairs"].values() for pair in pairs]
     if not every:
-        raise ValueError(f"{root}: no label maps that end in {' or '.join(NIFTI)}")
+        others = "convert those of other formats with SimpleITK or dcm2niix"
+        raise ValueError(f"{root}: no label maps that end in {' or '.join(NIFTI)}; {others}")
     # Where a file is not there itself, nnU-Net's files of its channels are.
     folders = {image.parent for image, _ in every if not image.is_file()}
     channels = {folder: channels_of(volumes_in(folder)) for folder in folders}
@@ -856,6 +897,27 @@ def read_volumes(root: Path, group_regex: str | None = None) -> dict[str, list[E
 
 
 # --- data sets -----------------------------------------------------------------------------------
+
+
+def missing_files(entries: list[Entry]) -> list[Path]:
+    """Return the files of entries that do not exist, each once."""
+    files = [file for entry in entries for file in (entry.image, *entry.more, entry.mask)]
+    return [file for file in dict.fromkeys(files) if not file.is_file()]
+
+
+class MissingFiles(FileNotFoundError):
+    """Files that a data set lists do not exist."""
+
+
+def check_files_exist(entries: list[Entry]) -> None:
+    """Raise MissingFiles, one line, that counts missing files and names three of them."""
+    missing = missing_files(entries)
+    if missing:
+        names = ", ".join(map(str, missing[:3]))
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        are = "files are" if len(missing) > 1 else "file is"
+        root = entries[0].root
+        raise MissingFiles(f"{root}: {len(missing)} {are} missing: {names}{more}")
 
 
 def _is_pair(folder: Path) -> bool:

@@ -24,10 +24,15 @@ Empty masks. Both empty: Dice, IoU and NSD are 1, distances 0. One empty (a miss
 Dice, IoU and NSD are 0, distances the image's diagonal. Leaving such images out would reward a
 model for finding less: they count, and are counted as `misses`. 0/0 elsewhere is nan, left out.
 
+Of images whose ground truth is empty altogether, say of healthy patients, `false_alarms` counts
+those in which anything is predicted, and `image_specificity` is the share of the others; the
+specificity above is of pixels.
+
 Means run over the components of a class in an image where these are scored one by one, over images,
 over patients where images name one, and last over classes. In class maps an image counts for a
-class if its truth or its prediction has it. `dice_pooled` and its like add up TP, FP, FN and TN of
-all images first, which large objects dominate: never compare it with `dice`, nor with
+class if its truth or its prediction has it; if no image has any class, all count. `dice_pooled`
+and its like add up TP, FP, FN and TN of all images first, which large objects dominate: never
+compare it with `dice`, nor with
 `macro_f1_pooled`, which counts the background as a class, too.
 """
 
@@ -314,6 +319,28 @@ def _pooled(rows):
     return means
 
 
+def _healthy(rows):
+    """Return what is predicted in images whose ground truth has no class at all.
+
+    Keys: empty_images, their number; false_alarms, how many of them are not predicted empty;
+    image_specificity, the share of the others, 0-1. {} if there are no such images.
+    """
+    has_truth = {}
+    has_prediction = {}
+    for row in rows:
+        image = (row.get("dataset"), row["name"])
+        has_truth[image] = has_truth.get(image, False) or row["in_truth"]
+        has_prediction[image] = has_prediction.get(image, False) or row["in_pred"]
+
+    empty = [image for image, truth in has_truth.items() if not truth]
+    if not empty:
+        return {}
+    alarms = sum(bool(has_prediction[image]) for image in empty)
+    specificity = 1 - alarms / len(empty)
+    counts = {"empty_images": len(empty), "false_alarms": alarms}
+    return counts | {"image_specificity": specificity}
+
+
 def summarise(rows, class_names):
     """The rows of a test set -> its summary.
 
@@ -321,7 +348,8 @@ def summarise(rows, class_names):
     "class"; several of one name and class are its components, and their mean is the image's score.
     class_names: without the background; a single one means binary or prompted masks.
     Returns images, n (patients where known, else images), misses (an image once a class, however
-    many components miss), a warning if n < 50 or if fewer than FEW_FAILURES cases have Dice 0,
+    many components miss), empty_images, false_alarms and image_specificity if the truth of an image
+    is empty, a warning if n < 50 or if fewer than FEW_FAILURES cases have Dice 0,
     `mean_ci` of every metric and dice_pooled, iou_pooled and so on. With several classes these are
     means over the classes, and "classes" holds the same for each class, over the images that have
     it; pooled counts are of all images, since specificity is about where a class is not. Rows of
@@ -330,10 +358,12 @@ def summarise(rows, class_names):
     """
     metrics = [metric for metric in METRICS if metric in rows[0]]
     if len(class_names) == 1:
-        return _summary(rows, class_names, metrics) | _pooled(rows)
+        return _summary(rows, class_names, metrics) | _pooled(rows) | _healthy(rows)
     named = [row for row in rows if row["class"] in class_names]
     found = [row for row in named if row["in_truth"] or row["in_pred"]]
-    summary = _summary(found, class_names, metrics) | _pooled(named)
+    if not any(row["in_truth"] for row in named):
+        found = named
+    summary = _summary(found, class_names, metrics) | _pooled(named) | _healthy(named)
     if len({row["class"] for row in rows}) > len(class_names):
         summary["macro_f1_pooled"] = _pooled(rows)["dice_pooled"]
     summary["classes"] = {}

@@ -401,6 +401,10 @@ class Batch:
 
 def model_of(args) -> str:
     """The model that NIfTI files alone tell, the first of volumes. ValueError: others tell none."""
+    for place in map(Path, args.inputs):
+        foreign = volumes.foreign_format(place)
+        if foreign and place.suffix.lower() not in layouts.ENDINGS:
+            raise ValueError(foreign)
     if not all(layouts.is_volume(Path(place)) for place in args.inputs):
         raise ValueError(f"--model is missing: {args.weights} is not a run folder that says it")
     return next(name for name, family in FAMILIES.items() if family.volumes)

@@ -19,7 +19,7 @@ import shutil
 import tarfile
 from collections import Counter
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 from scipy import ndimage
@@ -28,6 +28,7 @@ from tqdm import tqdm
 import layouts
 import report
 import volumes
+from files import decode_text, parse_json, read_json
 from ranges import SEED, Number
 
 CASES = {"test": 0.15, "val": 0.30, "train": 1}  # where each split ends in a shuffled list
@@ -114,7 +115,8 @@ def write_data_set(out, about, splits, put, title):
 # medicaldecathlon.com: ten tasks, each a .tar of the layout above, a list of labelled volumes and
 # one of volumes whose labels are kept back for the challenge.
 
-FILE = re.compile(r"(?:\./)?((?:images|labels)T[rs]/[^/]+\.nii(?:\.gz)?)")
+FILE = re.compile(r"(images|labels)T[rs]/[^/]+\.(?i:nii(\.gz)?)")
+FOLDERS = ("imagesTr", "labelsTr", "imagesTs", "labelsTs")
 LINKED = "volumes are second names of the download's files (hard links): never edit them in place"
 
 
@@ -127,11 +129,14 @@ def link(source, target):
 
 
 class Folder:
-    """The files of an unpacked task."""
+    """The files of an unpacked task, whose folders may be links to others."""
 
     def __init__(self, root):
         self.root = root
-        self.names = {path.relative_to(root).as_posix() for path in root.rglob("*")}
+        self.names = {path.name for path in root.iterdir()}
+        for folder in FOLDERS:
+            if (root / folder).is_dir():
+                self.names |= {f"{folder}/{path.name}" for path in (root / folder).iterdir()}
 
     def read(self, name):
         return (self.root / name).read_bytes()
@@ -177,37 +182,62 @@ def opened(raw):
 
 def inside(name):
     """ "./imagesTr/a.nii.gz" -> "imagesTr/a.nii.gz". ValueError for anything else."""
-    if not (match := FILE.fullmatch(name)):
+    plain = PurePosixPath(name).as_posix() if isinstance(name, str) else ""
+    if not FILE.fullmatch(plain):
         raise ValueError(f"{name!r} is no volume in imagesTr, labelsTr or imagesTs")
-    return match[1]
+    return plain
+
+
+def unlabelled(case):
+    """The image of a case of the test, {"image": name} or the name itself, as `inside` has it.
+
+    ValueError: it has a label, so that the task has splits already.
+    """
+    if not isinstance(case, dict):
+        return inside(case)
+    if case.get("label"):
+        raise ValueError("the test has labels; train on the task as it is")
+    return inside(case["image"])
 
 
 def read_listing(source, where):
     """A task's dataset.json -> all of it, {image: label} and the images without labels.
 
-    FileNotFoundError, ValueError: one line, also if a file that it lists is not there.
+    Images without labels that are not there are left out, which is printed.
+    FileNotFoundError, ValueError: one line, also if a labelled image or its label is not there.
     """
     if "dataset.json" not in source.names:
         hint = "RAW is one task, Task09_Spleen.tar or what it unpacks to"
         raise FileNotFoundError(f"{where}: no dataset.json in it; {hint}")
+    place = f"{where}, dataset.json"
+    about = parse_json(decode_text(source.read("dataset.json"), place), place)
     try:
-        about = json.loads(source.read("dataset.json"))
         cases = [(inside(case["image"]), inside(case["label"])) for case in about["training"]]
-        pairs, bare = dict(cases), [inside(name) for name in about.get("test", [])]
+        pairs = dict(cases)
+        bare = [unlabelled(case) for case in about.get("test") or []]
         if sorted(map(int, about["labels"])) != list(range(len(about["labels"]))):
             raise ValueError("the labels have a gap")
+        if not all(isinstance(name, str) for name in about["labels"].values()):
+            raise ValueError("a label is no name")
         if len(pairs) + len(set(bare)) < len(cases) + len(bare):
             raise ValueError("an image is listed twice")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         need = 'expected "labels": {"0": name, …}, "training": [{"image", "label"}, …], "test"'
-        raise ValueError(f"{where}, dataset.json: {error!r}; {need}") from None
+        raise ValueError(f"{place}: {error!r}; {need}") from None
     if about.get("validation"):
-        raise ValueError(f"{where}, dataset.json: lists a validation split; train on it as it is")
-    if lost := [name for name in (*pairs, *pairs.values(), *bare) if name not in source.names]:
-        more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+        raise ValueError(f"{place}: lists a validation split; train on it as it is")
+    missing = [name for name in (*pairs, *pairs.values()) if name not in source.names]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         hint = "which dataset.json lists; unpack or download it again"
-        raise FileNotFoundError(f"{where}: no {lost[0]}{more}, {hint}")
-    return about, pairs, bare
+        raise FileNotFoundError(f"{where}: no {missing[0]}{more}, {hint}")
+    present = [name for name in bare if name in source.names]
+    if len(present) < len(bare):
+        missing = [name for name in bare if name not in source.names]
+        count = f"{len(missing)} of {len(bare)} images without labels"
+        names = ", ".join(missing[:3])
+        print(f"{where}: {count} are not there and are left out, {names} among them")
+    return about, pairs, present
 
 
 def in_test(name):
@@ -252,7 +282,7 @@ def relabelled(about, tables):
         return about
     name, have = about.get("name"), {int(number) for number in about["labels"]}
     try:
-        every = json.loads(tables.read_text(encoding="utf-8"))
+        every = read_json(tables)
         labels = every.get(name)
         listed = [layouts.label_numbers(key, value) for key, value in (labels or {}).items()]
         named = {number for numbers in listed for number in numbers}

@@ -486,6 +486,11 @@ def table(summary: dict) -> str:
     cases = sum(of["images"] for of in classes.values()) if classes else summary["images"]
     what = "classes in images" if classes else "images"
     lines.append(f"  misses and false alarms: {summary['misses']} of {cases} {what}")
+    if "image_specificity" in summary:
+        alarms = summary["false_alarms"]
+        images = f"{summary['empty_images']} images without foreground"
+        specificity = f"specificity of images {summary['image_specificity']:.4f}"
+        lines.append(f"  false alarms: {alarms} of {images}, {specificity}")
     if "warning" in summary:
         for warning in summary["warning"].split("; "):
             lines.append(f"  {warning}")

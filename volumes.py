@@ -6,6 +6,7 @@ How files are read
   (RAS); what is written lies on the voxels of the image's file again. Arrays are (X,Y,Z).
 - Voxels that are NaN or infinite are left out of statistics: they become 0 where the model treats 0
   as background (z-scores), else the smallest value of their channel.
+- Whether a file is compressed is decided by its content, whatever its name ends in.
 - Compressed files are read to their end and their checksums are verified.
 - Headers whose sform, qform, pixdim or unit contradict each other are corrected by a written rule
   (`_reconcile`, `_to_millimetres`) or refused. What is written has the corrected header.
@@ -25,8 +26,10 @@ import io
 import itertools
 import math
 import os
+import re
 import secrets
 import shutil
+import warnings
 import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -247,28 +250,42 @@ def _is_plausible(spacing: np.ndarray) -> bool:
     return bool((spacing >= low * (1 - 1e-6)).all() and (spacing <= high * (1 + 1e-6)).all())
 
 
+@contextmanager
+def _quiet():
+    """Keep the warnings of libraries about a file from the user, who reads ours."""
+    import nibabel
+
+    logger = nibabel.imageglobals.logger
+    was_disabled = logger.disabled
+    logger.disabled = True
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.disabled = was_disabled
+
+
 def _read_header(path: Path):
     """Return the NIfTI header of a file as it is stored; None if it holds none.
 
     nibabel mends some fields when it loads a file, a spacing of 0 among them.
-    ValueError, one line: a name whose ending does not say how the file is stored.
     """
     import nibabel
 
-    with _decompressed(path) as (stream, compressed):
+    with _decompressed(path) as (stream, _):
         block = stream.read(540)
-    for kind in nibabel.Nifti1Header, nibabel.Nifti2Header:
+    kinds = [nibabel.Nifti1Header, nibabel.Nifti2Header]
+    if PAIR.search(path.name):
+        kinds = [nibabel.Nifti1Pair.header_class, nibabel.Nifti2Pair.header_class]
+    for kind in kinds:
         size = kind.template_dtype.itemsize
-        sizes = [int.from_bytes(block[:4], order) for order in ("little", "big")]
-        if len(block) < size or size not in sizes or not kind.may_contain_header(block):
+        if len(block) < size or not kind.may_contain_header(block):
             continue
-        name = path.name.lower()
-        if name.endswith(".nii.gz") and not compressed:
-            raise ValueError(f"{path}: is not compressed; rename it to .nii")
-        if name.endswith(".nii") and compressed:
-            raise ValueError(f"{path}: is compressed; rename it to .nii.gz")
         header = kind(block[:size], check=False)
         _set_signs(header)
+        _set_codes(header)
+        _shorten_quaternion(header)
         return header
     return None
 
@@ -278,6 +295,36 @@ def _set_signs(header) -> None:
     header["pixdim"][1:4] = np.abs(header["pixdim"][1:4])
     if header["pixdim"][0] != -1:
         header["pixdim"][0] = 1
+
+
+def _set_codes(header) -> None:
+    """Make the code of a transform 2 where it is none of the standard, whose meaning is unknown.
+
+    It tells which space the positions are in. That there are positions is all that counts here.
+    """
+    import nibabel
+
+    known = nibabel.nifti1.xform_codes.value_set()
+    for field in ("sform_code", "qform_code"):
+        if int(header[field]) not in known:
+            header[field] = 2
+
+
+LONGEST_QUATERNION = 1.005  # what is longer is no rounding error
+
+
+def _shorten_quaternion(header) -> None:
+    """Make a quaternion that rounding made longer than 1 exactly 1 long, as ITK and FSL do.
+
+    nibabel takes what is too long by the rounding of float32, and refuses all else.
+    """
+    fields = ("quatern_b", "quatern_c", "quatern_d")
+    values = np.array([header[field] for field in fields], np.float64)
+    length = np.linalg.norm(values)
+    if length**2 - 1 < header.quaternion_threshold or not length <= LONGEST_QUATERNION:
+        return
+    for field, value in zip(fields, values / length):
+        header[field] = value
 
 
 def _check_header(path: Path, header) -> None:
@@ -419,46 +466,131 @@ class Grid:
         return np.flip(x, np.flatnonzero(self.axes[:, 1] < 0))
 
 
+PAIR = re.compile(r"\.(hdr|img)(\.gz)?$", re.IGNORECASE)  # a header beside its voxels
+SIMPLEITK = 'SimpleITK.WriteImage(SimpleITK.ReadImage("IN"), "OUT.nii.gz")'
+CONVERT = {
+    "DICOM": "dcm2niix -z y FOLDER",
+    "MGH": "mri_convert IN OUT.nii.gz of FreeSurfer",
+    "MINC": "mnc2nii IN OUT.nii",
+    "a ZIP archive": "unpack it",
+    "an image": "a model of images takes it",
+}  # others: SIMPLEITK
+MAGIC = {
+    b"NRRD": "NRRD",
+    b"ObjectType": "MetaImage",
+    b"NDims": "MetaImage",
+    b"PK\3\4": "a ZIP archive",
+    b"CDF\1": "MINC",
+    b"\x89HDF": "MINC",
+    b"\0\0\0\1\0\0": "MGH",
+    b"\x89PNG": "an image",
+    b"\xff\xd8\xff": "an image",
+    b"II*\0": "an image",
+    b"MM\0*": "an image",
+    b"BM": "an image",
+}
+FOREIGN_ENDINGS = {
+    ".nrrd": "NRRD",
+    ".nhdr": "NRRD",
+    ".mha": "MetaImage",
+    ".mhd": "MetaImage",
+    ".dcm": "DICOM",
+    ".ima": "DICOM",
+    ".mgh": "MGH",
+    ".mgz": "MGH",
+    ".mnc": "MINC",
+}
+
+
+def foreign_format(path: Path) -> str | None:
+    """Return a line about a file of a known format that is not read, None for all other files.
+
+    The line names the file, the format and the way out. The content decides, or else the ending.
+    """
+    block = b""
+    if path.is_file():
+        try:
+            with _decompressed(path) as (stream, _):
+                block = stream.read(540)
+        except (OSError, EOFError, zlib.error):
+            pass  # its ending says what it should be
+    kind = _foreign_kind(block) or FOREIGN_ENDINGS.get(path.suffix.lower())
+    if kind is None or _is_nifti(block):
+        return None
+    way = CONVERT.get(kind, SIMPLEITK)
+    if kind in ("a ZIP archive", "an image"):
+        return f"{path}: is {kind}, not NIfTI; {way}"
+    return f"{path}: holds {kind}, not NIfTI; convert it to .nii.gz: {way}"
+
+
+def _is_nifti(block: bytes) -> bool:
+    """Return True if a file that begins so has the signature of NIfTI-1 or NIfTI-2."""
+    return block[344:348] in (b"n+1\0", b"ni1\0") or block[4:7] in (b"n+2", b"ni2")
+
+
+def _foreign_kind(block: bytes) -> str | None:
+    """Return the name of another format than NIfTI that a file begins like; None if unknown."""
+    for magic, kind in MAGIC.items():
+        if block.startswith(magic):
+            return kind
+    if block[128:132] == b"DICM":
+        return "DICOM"
+    sizes = [int.from_bytes(block[:4], order) for order in ("little", "big")]
+    if len(block) >= 348 and 348 in sizes and not _is_nifti(block):
+        return "Analyze 7.5"
+    return None
+
+
+def files_of(path: Path) -> tuple[Path, ...]:
+    """Return the files of a volume: one, or a header .hdr and its voxels .img.
+
+    FileNotFoundError, one line, if one of the two is missing.
+    """
+    ending = PAIR.search(path.name)
+    if not ending:
+        return (path,)
+    stem = path.name[: ending.start()].lower()
+    beside = {}
+    for file in path.parent.iterdir():
+        match = PAIR.search(file.name)
+        if match and file.name[: match.start()].lower() == stem:
+            beside.setdefault(match[1].lower(), file)
+    beside[ending[1].lower()] = path
+    missing = [kind for kind in ("hdr", "img") if kind not in beside]
+    if missing:
+        raise FileNotFoundError(f"{path}: its other half, .{missing[0]}, is not beside it")
+    return beside["hdr"], beside["img"]
+
+
 @contextmanager
 def _readable(path: Path):
-    """Turns what nibabel raises of a damaged file into a ValueError of one line."""
+    """Turn what nibabel raises of a damaged file into a ValueError of one line."""
     import nibabel
 
-    damage = nibabel.filebasedimages.ImageFileError, nibabel.spatialimages.HeaderDataError
+    wrong_header = nibabel.spatialimages.HeaderDataError
     try:
-        yield
-    except (*damage, OSError, EOFError, ValueError, zlib.error) as error:
+        with _quiet():
+            yield
+    except (wrong_header, OSError, EOFError, ValueError, OverflowError, zlib.error) as error:
         if getattr(error, "errno", None):  # the disk's, not the file's
             raise OSError(f"{path}: {error.strerror}") from None
         why = (str(error) or type(error).__name__).splitlines()[0]
+        if isinstance(error, wrong_header):
+            raise ValueError(f"{path}: its header is wrong ({why}); write it anew") from None
         if isinstance(error, zlib.error):
             why = f"its compressed data is damaged: {why.rpartition(': ')[2]}"
-        if isinstance(error, damage[0]) and not path.name.lower().endswith((".nii", ".nii.gz")):
-            raise ValueError(f"{path}: not NIfTI ({why}); convert it to .nii.gz") from None
         raise ValueError(f"{path}: not readable as NIfTI ({why}); replace the file") from None
 
 
-def _load(path: Path, header):
-    """Return nibabel's image of a file, voxels not yet read, by what `_read_header` found in it."""
-    import nibabel
-
-    with _readable(path):
-        if header is None or not bytes(header["magic"]).startswith(b"n+"):
-            return nibabel.load(path)  # a header beside its voxels, or another kind of file
-        block = header.binaryblock
-        kind = nibabel.Nifti1Image if len(block) == 348 else nibabel.Nifti2Image
-        no_extensions = bytes(4)
-        return kind.from_stream(io.BytesIO(block + no_extensions))
-
-
 def _open(path: Path):
-    """A file -> nibabel's image, voxels not yet read, and its Grid; errors as of `read_grid`.
+    """A file -> nibabel's proxy of its voxels, not yet read, and its Grid; errors as `read_grid`.
 
     A header that cannot be right may be that of a damaged file, which then is what is said.
     """
     path = Path(path)
     try:
-        return _open_by_header(path)
+        with _quiet():
+            return _open_by_header(path)
     except ValueError:
         if path.is_file():
             with _readable(path), _decompressed(path) as (stream, compressed):
@@ -467,43 +599,76 @@ def _open(path: Path):
         raise
 
 
+def _header_of(path: Path):
+    """Return the NIfTI header of a file. ValueError, one line, if it has none."""
+    with _readable(path):
+        header = _read_header(path)
+    if header is not None:
+        return header
+    foreign = foreign_format(path)
+    if foreign:
+        raise ValueError(foreign)
+    raise ValueError(f"{path}: not readable as NIfTI (it has no such header); replace the file")
+
+
 def _open_by_header(path: Path):
     """As `_open`, reading no more than the header."""
+    from nibabel.arrayproxy import ArrayProxy
+
     if path.name.startswith("._"):
         raise ValueError(f"{path}: no volume, but what macOS leaves beside one; delete it")
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
-    try:
-        header = _read_header(path)
-    except (EOFError, zlib.error):
-        header = None  # nibabel says so
-    if header is not None:
-        _check_header(path, header)
-    file = _load(path, header)
-    kind = type(file).__name__
-    shape = file.shape
-    if not kind.startswith("Nifti"):
-        raise ValueError(f"{path}: holds {kind}, not NIfTI; convert it to .nii.gz")
-    if len(shape) not in (3, 4) or min(shape) < 1:
-        raise ValueError(
-            f"{path}: has {len(shape)} axes, {shape}; it needs X,Y,Z or X,Y,Z,channels"
-        )
-    if file.get_data_dtype().kind not in "iuf":
-        raise ValueError(f"{path}: holds {file.get_data_dtype()}; save it as integers or floats")
-    need = math.prod(shape) * file.get_data_dtype().itemsize
-    if need > 1100 * path.stat().st_size and not file.file_map["image"].filename:
-        with _readable(path):  # gzip compresses to a thousandth at most
-            raise EOFError(f"{path.stat().st_size:,} bytes cannot hold {need:,}")
-    header = file.header.copy()
-    _check_header(path, header)  # of a file in two parts, .hdr and .img
+    files = files_of(path)
+    header = _header_of(files[0])
+    _check_header(path, header)
+    with _readable(path):
+        header.check_fix()
+        if header.is_single and not header["vox_offset"]:
+            header["vox_offset"] = header.single_vox_offset
+        stored = ArrayProxy(str(files[-1]), header)
+    shape = _volume_shape(path, stored.shape)
+    if stored.dtype.kind not in "iuf":
+        raise ValueError(f"{path}: holds {stored.dtype}; save it as integers or floats")
+    _check_size(path, stored)
     _reconcile(path, header)
     _to_millimetres(path, header)
-    channels = shape[3] if len(shape) == 4 else 1
     affine = header.get_best_affine()
-    return file, Grid(path, affine, tuple(shape[:3]), channels, header.binaryblock)
+    return stored, Grid(path, affine, shape[:3], shape[3], header.binaryblock)
 
 
-def _read_voxels(file, path: Path, dtype=None) -> np.ndarray:
+def _volume_shape(path: Path, shape: tuple[int, ...]) -> tuple[int, int, int, int]:
+    """Return X,Y,Z and the number of channels of a stored shape: X,Y,Z; X,Y,Z,C; X,Y,Z,1,C.
+
+    ValueError, one line, for any other one.
+    """
+    need = "it needs X,Y,Z or X,Y,Z,channels"
+    more = [n for n in shape[3:] if n != 1]  # along time, channels and so on
+    if len(shape) < 3:
+        is_image = "an image rather than a volume; " if len(shape) == 2 else ""
+        raise ValueError(f"{path}: has {len(shape)} axes, {shape}: {is_image}{need}")
+    if len(more) > 1:
+        raise ValueError(f"{path}: has {len(shape)} axes, {shape}; {need}")
+    if min(shape) < 1:
+        raise ValueError(f"{path}: its header says {shape} voxels; replace the file")
+    return (*shape[:3], more[0] if more else 1)
+
+
+def _check_size(path: Path, stored) -> None:
+    """ValueError, one line, if a file is too small for the voxels that its header promises."""
+    place = Path(stored.file_like)
+    have = place.stat().st_size
+    need = stored.offset + math.prod(stored.shape) * stored.dtype.itemsize
+    with _readable(path), _decompressed(place) as (_, compressed):
+        if stored.offset < 0:
+            raise EOFError("its voxels begin before the file does")
+        if compressed and need > 1100 * have:  # gzip compresses to a thousandth at most
+            raise EOFError(f"{have:,} bytes cannot hold {need:,}")
+        if not compressed and need > have:
+            raise EOFError(f"{have:,} bytes of {need:,}")
+
+
+def _read_voxels(stored, path: Path, dtype=None) -> np.ndarray:
     """Return the voxels of an opened file as stored, scaled by its header.
 
     A compressed file is read to its end in the same pass, and its checksums are verified.
@@ -511,14 +676,11 @@ def _read_voxels(file, path: Path, dtype=None) -> np.ndarray:
     """
     from nibabel.arrayproxy import ArrayProxy
 
-    stored = file.dataobj
     spec = stored.shape, stored.dtype, stored.offset, stored.slope, stored.inter
-    place = file.file_map["image"].filename or path
-    with _readable(path), _decompressed(place) as (stream, compressed):
-        if not compressed:
-            return np.asanyarray(ArrayProxy(place, spec), dtype)
-        voxels = np.asanyarray(ArrayProxy(stream, spec, mmap=False), dtype)
-        _finish(path, stream)
+    with _readable(path), _decompressed(Path(stored.file_like)) as (stream, compressed):
+        voxels = np.asanyarray(ArrayProxy(stream, spec, mmap=not compressed), dtype)
+        if compressed:
+            _finish(path, stream)
     return voxels
 
 
@@ -536,10 +698,9 @@ def check_whole(path: Path) -> None:
     Of a compressed file the checksums are verified; it is read a block at a time.
     """
     path = Path(path)
-    file, _ = _open(path)
-    stored = file.dataobj
+    stored, _ = _open(path)
     need = stored.offset + math.prod(stored.shape) * stored.dtype.itemsize
-    place = Path(file.file_map["image"].filename or path)
+    place = Path(stored.file_like)
     with _readable(path), _decompressed(place) as (stream, compressed):
         have = place.stat().st_size
         if compressed:
@@ -557,13 +718,40 @@ def read_grid(path: Path) -> Grid:
     return _open(path)[1]
 
 
+OFF_GRID = 0.01  # of a voxel; less is rounding, which no resampling would mend
+NEAR_GRID = (
+    f"less than {OFF_GRID:g} of a voxel off the grid of its image, and taken to lie on it"
+)
+
+
+def grid_distance(grid: Grid, other: Grid) -> float:
+    """Return how far two grids of one size are apart, in voxels of the `other`.
+
+    This is the largest distance along an axis between places of one voxel; they differ most at the
+    corners of a grid.
+    """
+    corners = np.array(list(itertools.product(*((0, n - 1) for n in other.size))))  # (8,3)
+    corners = np.hstack([corners, np.ones((8, 1))])
+    positions = grid.ras_affine @ corners.T  # mm, (4,8)
+    indices = np.linalg.solve(other.ras_affine, positions)
+    return float(np.abs(indices - corners.T).max())
+
+
 def check_grid(grid: Grid, other: Grid) -> None:
-    """ValueError, one line, if the voxels of two files do not lie at the same places."""
+    """ValueError, one line, if the voxels of two files do not lie at the same places.
+
+    What is less than OFF_GRID of a voxel is taken, and said if it is more than rounding.
+    """
     if grid.size != other.size:
         raise ValueError(f"{grid.file}: {grid.size} voxels, but {other.file} has {other.size}")
-    if (away := np.abs(grid.ras_affine - other.ras_affine).max()) > 1e-3:
+    away = np.abs(grid.ras_affine - other.ras_affine).max()
+    distance = grid_distance(grid, other)
+    if not distance < OFF_GRID:
         hint = "resample it to that grid, or copy that affine if it is the right one"
-        raise ValueError(f"{grid.file}: its affine is {away:.3g} off {other.file}'s; {hint}")
+        apart = f"its affine is {away:.3g} off {other.file}'s, {distance:.2g} voxels at the corners"
+        raise ValueError(f"{grid.file}: {apart}; {hint}")
+    if away > 1e-3:  # mm
+        notices.add(NEAR_GRID, grid.file)
 
 
 def read_image(
@@ -578,16 +766,17 @@ def read_image(
     grid = opened[0][1]
     image = np.empty((sum(own.channels for _, own in opened), *grid.size), np.float32)
     channels = iter(image)
-    for file, own in opened:
-        stored = _read_voxels(file, own.file, np.float32)
-        check_grid(own, grid)
-        stored = stored.reshape(*own.shape, own.channels)
+    for stored, own in opened:
+        voxels = _read_voxels(stored, own.file, np.float32)
+        if own is not grid:
+            check_grid(own, grid)
+        voxels = voxels.reshape(*own.shape, own.channels)
         replaced = 0
-        for x, channel in zip(np.moveaxis(own.to_ras(stored), 3, 0), channels):
+        for x, channel in zip(np.moveaxis(own.to_ras(voxels), 3, 0), channels):
             channel[:] = x
             bad = ~np.isfinite(channel)
             if bad.all():
-                raise ValueError(f"{own.file}: a channel has no finite number; replace the file")
+                raise ValueError(f"{own.file}: a channel has no finite number; leave it out")
             if bad.any():
                 channel[bad] = channel[~bad].min() if fill is None else fill
                 replaced += int(bad.sum())
@@ -631,18 +820,20 @@ def read_labels(
     ValueError, one line: another grid, a number that is not among them or not whole.
     """
     numbers = list(range(numbers)) if isinstance(numbers, int) else list(numbers)
-    if len(numbers) > 254 or not {*numbers, *unnamed} <= {*range(2**16)}:
+    are_possible = all(0 <= number < 2**16 for number in (*numbers, *unnamed))
+    if len(numbers) > 254 or not are_possible:
         raise ValueError(
             f"{path}: no more than 254 classes, with numbers up to 65535, are possible"
         )
-    file, own = _open(path)
-    x = _read_voxels(file, own.file)  # first, as damage may be that of the header
+    stored, own = _open(path)
+    x = _read_voxels(stored, own.file)  # first, as damage may be that of the header
     check_grid(own, grid)
     if own.channels > 1:
         raise ValueError(f"{path}: {own.channels} channels; a label map has one, of class numbers")
     x = x.reshape(own.shape)
     if x.dtype.kind == "f":  # scaled by a header, 1 may be read as 0.9999999998
-        odd = x[~(abs(x - np.rint(x)) < 1e-3)]  # and nan and inf are odd
+        with np.errstate(invalid="ignore"):
+            odd = x[~(abs(x - np.rint(x)) < 1e-3)]  # and nan and inf are odd
         if len(odd):
             told = f"holds {odd[0]:g}, no whole number"
             raise ValueError(f"{path}: {told}; resample labels by nearest")
@@ -683,11 +874,11 @@ def write(path: Path, volume: np.ndarray, grid: Grid) -> None:
     if not path.name.endswith((".nii", ".nii.gz")):
         raise ValueError(f"{path}: a volume must be named .nii or .nii.gz")
     kind = nibabel.Nifti1Image if len(grid.header) == 348 else nibabel.Nifti2Image
-    header = kind.header_class(grid.header)
+    header = kind.header_class(grid.header, check=False)
     header.set_data_dtype(volume.dtype)
     header["cal_min"] = header["cal_max"] = 0  # the image's grey window, in which labels are black
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _whole_file(path) as part:
+    with _whole_file(path) as part, _quiet():
         kind(grid.to_stored(volume), grid.affine, header).to_filename(part)
 
 
@@ -998,7 +1189,8 @@ class VolumeSet:
     def _stem(self, i: int, settings: bytes, cache: Path) -> Path:
         """What the names of the prepared files of entry i begin with."""
         entry = self.entries[i]
-        digests = map(_hash, (entry.image, *entry.more, entry.mask))
+        paths = (entry.image, *entry.more, entry.mask)
+        digests = [_hash(file) for path in paths for file in files_of(path)]
         content = b"".join((*digests, repr((self._numbers(i), entry.unnamed)).encode(), settings))
         return cache / hashlib.sha256(content).hexdigest()[:24]
 
@@ -1029,8 +1221,8 @@ class VolumeSet:
         """The same volumes at `spacing` in mm and as `preprocess`, (C,x,y,z) -> the same shape,
         makes them; written into the folder `cache` once for their content and these settings.
 
-        ValueError, OSError, one line: as reading raises them, another number of channels, label
-        maps that are all empty or hold 0 and 255 alone, a full disk.
+        ValueError, OSError, one line: as reading raises them, another number of channels, a full
+        disk.
         """
         cache = Path(cache)
         for entry, grid in zip(self.entries, self.grids):  # what headers tell, before all else
@@ -1054,16 +1246,7 @@ class VolumeSet:
             self._prepare(i, stems[i], spacing, preprocess, fill)
             with _whole_file(Path(f"{stems[i]}.crc")) as part:
                 part.write_bytes(checksums([Path(f"{stems[i]}{end}") for end in PREPARED]))
-        done = VolumeSet(self.entries, self.grids, stems, self.partial)
-        for root in {entry.root for entry in self.entries}:
-            ours = [i for i, entry in enumerate(self.entries) if entry.root == root]
-            if not any(done._index(i)["offsets"][-1] for i in ours):
-                alone = done.with_255(beside=False, indices=ours)
-                if alone:
-                    raise ValueError(_only_255(alone, len(ours)))
-                one = self.entries[ours[0]].mask
-                raise ValueError(f"{root}: all {len(ours)} label maps are empty, {one} for one")
-        return done
+        return VolumeSet(self.entries, self.grids, stems, self.partial)
 
     def _announce(self, todo: list[int], spacing, channels: int, cache: Path) -> None:
         """Says how large what is to be prepared will be. OSError if the disk is too full."""
@@ -1095,6 +1278,42 @@ class VolumeSet:
             if index["ignored"] and bool(index["labelled"]) == beside:
                 files[self.entries[i].mask] = ""
         return files
+
+    def _by_root(self) -> dict[Path, list[int]]:
+        """Return {data set: numbers of its entries}."""
+        numbers = {}
+        for i, entry in enumerate(self.entries):
+            numbers.setdefault(entry.root, []).append(i)
+        return numbers
+
+    def empty_data_sets(self) -> dict[Path, list]:
+        """Return {data set: its entries} where no label map names a class, of a prepared set."""
+        empty = {}
+        for root, ours in self._by_root().items():
+            if not any(self._index(i)["labelled"] for i in ours):
+                empty[root] = [self.entries[i] for i in ours]
+        return empty
+
+    def check_foreground(self) -> None:
+        """ValueError, one line, if there is nothing to train on in a data set of a prepared set.
+
+        Its label maps are empty, hold 0 and 255 alone, or are empty at the spacing of the model.
+        """
+        for root, ours in self._by_root().items():
+            if any(self._index(i)["offsets"][-1] for i in ours):
+                continue
+            alone = self.with_255(beside=False, indices=ours)
+            if alone:
+                raise ValueError(_only_255(alone, len(ours)))
+            one = self.entries[ours[0]].mask
+            if root in self.empty_data_sets():
+                raise ValueError(f"{root}: all {len(ours)} label maps are empty, {one} for one")
+            ratio = self._index(ours[0])["ratio"]
+            spacing = mm_text(np.multiply(self.grids[ours[0]].spacing, ratio))
+            raise ValueError(
+                f"{root}: what all {len(ours)} label maps hold is lost at a spacing of {spacing}, "
+                f"{one} for one; choose a finer --spacing"
+            )
 
     def digest(self, i: int) -> str:
         """Return a hash of the voxels of entry i, of a prepared set."""

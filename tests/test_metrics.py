@@ -708,3 +708,34 @@ def test_an_nsd_tolerance_where_nothing_is_measured(demo, tmp_path, monkeypatch,
     arguments = "--data", demo, "--out", tmp_path / "run", "--nsd-tolerance", 2, "--prompt-study"
     code, _, err = command(monkeypatch, capsys, train, *arguments, "--model", "clipseg")
     assert code == 2 and err == "error: --nsd-tolerance: does nothing here, drop it\n"
+
+
+def test_specificity_of_images_without_foreground():
+    """Four patients, one with a lesion; in one of the three healthy ones something is found."""
+    none = np.zeros_like(SQUARE)
+    ill = {"ill": [(HALF, SQUARE)]}
+    healthy = {"a": [(none, none)], "b": [(HALF, none)], "c": [(none, none)]}
+    summary = metrics.summarise(rows_of(ill | healthy, ["polyp"]), ["polyp"])
+    assert (summary["empty_images"], summary["false_alarms"]) == (3, 1)
+    assert summary["image_specificity"] == pytest.approx(2 / 3)
+    assert summary["misses"] == 1
+    line = "false alarms: 1 of 3 images without foreground, specificity of images 0.6667"
+    assert line in report.table(summary)
+
+    summary = metrics.summarise(rows_of(ill, ["polyp"]), ["polyp"])
+    assert "image_specificity" not in summary
+    assert "without foreground" not in report.table(summary)
+
+
+def test_several_classes_without_any_foreground():
+    """Nothing predicted is right: 1, not nan; of four masks one is a false alarm: 3/4."""
+    none = np.zeros_like(SQUARE)
+    names = ["polyp", "tool"]
+    clean = {"a": [(none, none), (none, none)], "b": [(none, none), (none, none)]}
+    summary = metrics.summarise(rows_of(clean, names), names)
+    assert summary["dice"]["mean"] == 1 and summary["image_specificity"] == 1
+    alarm = clean | {"b": [(HALF, none), (none, none)]}
+    summary = metrics.summarise(rows_of(alarm, names), names)
+    assert summary["dice"]["mean"] == 0.75 and summary["image_specificity"] == 0.5
+    assert summary["classes"]["polyp"]["dice"]["mean"] == 0.5
+    assert report.table(summary)

@@ -954,3 +954,84 @@ def test_a_mask_threshold_is_a_grey_level(value, monkeypatch, capsys):
 def test_volumes_take_no_mask_threshold():
     with pytest.raises(ValueError, match="--mask-threshold: swin_unetr3d takes volumes"):
         resolve(train.Options(model="swin_unetr3d", data=["x"], mask_threshold=0))
+
+
+@pytest.mark.parametrize("classes", [None, ("background", "polyp", "tool")])
+def test_a_split_without_foreground_is_said_and_not_refused(classes, tmp_path, capsys):
+    masks = {"train": stripes(*([255] if classes is None else [1, 2]))}
+    root = picture_set(tmp_path / "set", masks | dict.fromkeys(("val", "test"), stripes()), classes)
+    sets, tests = train.open_sets(opening(tmp_path, root))
+    assert [len(some) for some in (*sets.values(), *tests.values())] == [2, 2, 2]
+    lines = [x for x in capsys.readouterr().out.splitlines() if "ground truth of" in x]
+    assert [line.split(" is empty in all 2 cases, ")[0] for line in lines] == [
+        f"{root}: the ground truth of test set",
+        f"{root}: the ground truth of val",
+    ]
+    assert "fewest false alarms" in lines[1] and "Dice is 1 where nothing is predicted" in lines[0]
+
+    masks = dict.fromkeys(("train", "val", "test"), stripes())
+    root = picture_set(tmp_path / "empty", masks, classes)
+    with pytest.raises(ValueError, match="all 2 masks are empty"):
+        train.open_sets(opening(tmp_path, root))
+
+
+def test_a_run_whose_validation_and_test_have_no_foreground(tmp_path, capsys):
+    masks = {"train": stripes(255), "val": stripes(), "test": stripes()}
+    root = picture_set(tmp_path / "set", masks)
+    options = train.Options(
+        model="segformer", variant="mini", weights="none", data=[str(root)], size=[64],
+        out=str(tmp_path / "run"), cache=str(tmp_path / "cache"), max_steps=1, batch_size=2,
+        workers=0, device="cpu", overlays=1, threshold="auto",
+    )  # fmt: skip
+    summary = train.run(options)["tests"]["set"]
+    assert summary["empty_images"] == 2
+    assert summary["image_specificity"] == 1 - summary["false_alarms"] / 2
+    text = capsys.readouterr().out
+    assert "of 2 images without foreground, specificity of images" in text
+
+
+def test_the_best_threshold_is_the_lowest_without_false_alarms(monkeypatch):
+    """Where validation has no foreground: the highest probabilities are 0.42 and 0.63."""
+    items = []
+    for k, highest in enumerate((0.42, 0.63)):
+        item = {"truth": torch.zeros(1, 4, 4, dtype=torch.uint8), "name": str(k), "group": None}
+        probabilities = np.full((1, 4, 4), highest, np.float32)
+        items.append((item | {"dataset": "set", "prompt": ""}, probabilities, None))
+    monkeypatch.setattr(evaluate, "predictions", lambda *_: items)
+    dataset = type("", (), {"classes": ("polyp",)})
+    scores, dice = evaluate.search_threshold(None, None, dataset, None, "validate")
+    assert scores["val_threshold"] == 0.65 and scores["val_dice"] == 1
+    assert dice[0.45] == 0.5 and dice[0.05] == 0
+
+
+@pytest.mark.parametrize("layout", ["folders", "lists"])
+def test_a_test_split_without_masks_is_left_out(layout, tmp_path, capsys):
+    root = picture_set(tmp_path / "set", dict.fromkeys(("train", "val", "test"), stripes(255)))
+    if layout == "lists":
+        (root / "anns").mkdir()
+        for split in ("train", "val", "test"):
+            items = []
+            for k in range(2):
+                name = f"{split}{k}.png"
+                for kind in ("images", "masks"):
+                    (root / kind / split).mkdir(parents=True, exist_ok=True)
+                    (root / split / kind / name).rename(root / kind / split / name)
+                items.append({"img_name": name, "mask_name": name, "prompts": {"p0": ""}})
+            (root / "anns" / f"{split}.json").write_text(json.dumps(items))
+
+    def remove(name):
+        next(root.rglob(f"masks/**/{name}")).unlink()
+
+    remove("test1.png")
+    _, tests = train.open_sets(opening(tmp_path, root))
+    assert tests == {}
+    (line,) = [x for x in capsys.readouterr().out.splitlines() if "test1.png" in x]
+    assert line.startswith("test set is left out, training goes on without it: ")
+
+    with pytest.raises((ValueError, FileNotFoundError), match="test1.png"):
+        train.open_sets(opening(tmp_path, root, eval=True, weights="x.safetensors"))
+    remove("train1.png")
+    with pytest.raises((ValueError, FileNotFoundError), match="train1.png"):
+        train.open_sets(opening(tmp_path, root))
+    with pytest.raises(FileNotFoundError, match="lost: no such folder"):
+        train.open_sets(opening(tmp_path, root, test=[str(tmp_path / "lost")]))

@@ -3,6 +3,7 @@ read here."""
 
 import json
 
+import numpy as np
 import pytest
 
 import layouts
@@ -293,3 +294,125 @@ def test_a_single_case_cannot_be_trained_and_validated_on(tmp_path):
     root = make(tmp_path, ["imagesTr/a.nii.gz", "labelsTr/a.nii.gz"], {"labels": ORGANS})
     with pytest.raises(ValueError, match="--overfit 1"):
         layouts.train_and_val([root], 0)
+
+
+# --- dataset.json as people and programs write it -------------------------------------------------
+
+
+def write_json(root, content, encoding="utf-8"):
+    (root / "dataset.json").write_bytes(json.dumps(content).encode(encoding))
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_dataset_json_of_another_encoding(tmp_path, encoding):
+    root = decathlon(tmp_path)
+    write_json(root, json.loads((root / "dataset.json").read_text()), encoding)
+    assert [e.name for e in layouts.annotations(root, "train")] == ["a", "b"]
+    folds = [{"train": ["a"], "val": ["b"]}, {"train": ["b"], "val": ["a"]}]
+    (root / "splits_final.json").write_bytes(json.dumps(folds).encode(encoding))
+    train, val = layouts.train_and_val([root], 0, fold_of="1/2")
+    assert [e.name for e in train] == ["b"] and [e.name for e in val] == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[" * 100_000, "nested too deeply"),
+        ('{"labels": {}, "labels": {}}', "the key 'labels' stands twice"),
+        ('{"labels": {"0": "background", "1": "\\ud800"}}', "half a character"),
+        ("[]", "no data set of volumes .it is no object"),
+        ('{"labels": {"background": 0, "liver": Infinity}}', "label liver is Infinity; it must be"),
+        ('{"labels": {"background": 0, "liver": NaN}}', "label liver is NaN; it must be a whole"),
+        ('{"labels": {"background": 0, "liver": 1e400}}', "label liver is Infinity; it must be"),
+        ('{"labels": {"background": 0, "liver": 1' + "0" * 99 + "}}", "liver is 10{39}…; numbers"),
+        ('{"labels": {"background": 0}}', "name no class beside the background"),
+        ('{"labels": {"0": "background", "1": "a\\nb"}}', "the label 'a.nb' is no name"),
+    ],
+)
+def test_texts_that_are_no_dataset_json(tmp_path, content, message):
+    (tmp_path / "dataset.json").write_text(content)
+    with pytest.raises(ValueError, match=message) as error:
+        layouts.splits(tmp_path)
+    text = str(error.value)
+    assert str(tmp_path / "dataset.json") in text and "\n" not in text and len(text) < 300
+
+
+@pytest.mark.parametrize(
+    ("lists", "message"),
+    [
+        ({"training": {"a": 1}}, "training must be a list"),
+        ({"test": "imagesTs"}, "test must be a list"),
+        ({"training": [pair("a"), 5]}, "training entry 1: is neither"),
+        ({"validation": [None]}, "validation entry 0: is neither"),
+        ({"validation": [pair("a") | {"label": 5}]}, "validation entry 0: label 5 is not a string"),
+        ({"validation": [pair("a") | {"label": []}]}, r"entry 0: label \[\] is not a string"),
+        ({"training": [pair("a") | {"image": ["x", "y"]}]}, "training entry 0: image .* is not a"),
+        ({"training": [pair("a") | {"image": "a\nb"}]}, "training entry 0: image 'a.nb' is no"),
+    ],
+)
+def test_wrong_types_in_the_lists_are_named(tmp_path, lists, message):
+    root = make(tmp_path, [], {"labels": ORGANS, "training": [pair("c")]} | lists)
+    with pytest.raises(ValueError, match=message) as error:
+        layouts.annotations(root, "train")
+    assert str(root / "dataset.json") in str(error.value) and "\n" not in str(error.value)
+
+
+def test_cases_without_labels_may_be_objects_or_names_or_none(tmp_path):
+    root = decathlon(tmp_path)
+    settings = json.loads((root / "dataset.json").read_text())
+    bare = [{"image": "./imagesTs/d.nii.gz"}, {"image": "x.nii.gz", "label": None}, "y.nii.gz"]
+    for test in bare, None:
+        write_json(root, settings | {"test": test, "numTest": 7})
+        assert list(layouts.splits(root)) == ["train"]
+
+
+def test_endings_in_capitals(tmp_path):
+    files = ["imagesTr/A.NII.GZ", "labelsTr/A.NII.GZ", "imagesTr/b_0000.Nii", "labelsTr/b.nii.gz"]
+    root = make(tmp_path, files, {"labels": ORGANS})
+    entries = layouts.annotations(root, "train")
+    assert [(e.name, e.image.name) for e in entries] == [("A", "A.NII.GZ"), ("b", "b_0000.Nii")]
+
+
+def test_label_maps_of_another_format_are_said(tmp_path):
+    root = make(tmp_path, ["imagesTr/a.nrrd", "labelsTr/a.nrrd"], {"labels": ORGANS})
+    with pytest.raises(ValueError, match="no label maps that end in .nii.gz or .nii; convert"):
+        layouts.annotations(root, "train")
+
+
+def change(content, rng):
+    """Replace, remove or rename a value of some JSON at random."""
+    values = [None, True, 0, -1, 1.5, float("inf"), 10**30, "", "../a", "a\nb", [], {}, [[]]]
+    places = [(content, key) for key in content]
+    for parent, key in places:  # grows
+        inner = parent[key]
+        if isinstance(inner, dict):
+            places += [(inner, key) for key in inner]
+        elif isinstance(inner, list):
+            places += [(inner, key) for key in range(len(inner))]
+    parent, key = places[rng.integers(len(places))]
+    kind = rng.integers(3)
+    if kind == 0:
+        parent[key] = values[rng.integers(len(values))]
+    elif kind == 1:
+        del parent[key]
+    elif isinstance(parent, dict):
+        parent[str(values[rng.integers(len(values))])] = parent.pop(key)
+
+
+def test_any_change_of_a_dataset_json_is_read_or_a_line(tmp_path):
+    rng = np.random.default_rng(0)
+    root = decathlon(tmp_path)
+    good = json.loads((root / "dataset.json").read_text()) | {"validation": [pair("c")]}
+    refused = 0
+    for _ in range(300):
+        settings = json.loads(json.dumps(good))
+        change(settings, rng)
+        write_json(root, settings)
+        try:
+            for split in layouts.splits(root):
+                for entry in layouts.annotations(root, split):
+                    assert entry.classes and len(entry.labels) >= 2
+        except (ValueError, OSError) as error:
+            refused += 1
+            assert str(root) in str(error) and len(str(error).splitlines()) == 1
+    assert refused > 30

@@ -726,3 +726,37 @@ def test_a_hidden_file_of_macos_and_a_cut_one(run, tmp_path, monkeypatch, capsys
     assert "macOS" in error
     error = refused(monkeypatch, capsys, predict, *arguments, tmp_path)  # without ._a
     assert "cut.nii.gz" in error and "replace the file" in error
+
+
+def test_healthy_patients_validate_and_a_test_without_labels_is_left_out(
+    tmp_path, monkeypatch, capsys
+):
+    root = data_set(tmp_path / "set", {"0": "background", "1": "lesion"}, n=4)
+    for k in range(4):
+        path = root / f"labelsTr/case{k}.nii.gz"
+        labels = np.asarray(nibabel.load(path).dataobj)
+        write(path, (labels == 1).astype(np.uint8) * (k == 0), AFFINE)
+    set_lists(root, test=["case2", "case3"])
+    arguments = trained(root, tmp_path / "run", "--epochs", 1, "--threshold", "auto")
+    code, text, error = command(monkeypatch, capsys, train, *arguments)
+    assert code == 0, error
+    lines = lines_of(text, "the ground truth of")
+    assert "of val is empty in its only case, " in lines[0]
+    assert "of test set is empty in all 2 cases, " in lines[1]
+    summary = json.loads((tmp_path / "run/test/summary.json").read_text())["tests"]["set"]
+    assert summary["empty_images"] == 2
+    assert summary["image_specificity"] == 1 - summary["false_alarms"] / 2
+
+    (root / "labelsTr/case3.nii.gz").unlink()
+    arguments = trained(root, tmp_path / "again", "--epochs", 1)
+    code, text, error = command(monkeypatch, capsys, train, *arguments)
+    assert code == 0, error
+    (line,) = lines_of(text, "missing")
+    assert line.startswith("test set is left out, training goes on without it: ")
+    assert "1 file is missing: " in line and text.index(line) < text.index("train: ")
+    assert not (tmp_path / "again/test").exists()
+    arguments = ["--weights", tmp_path / "again", "--eval", "--test", root, "--out", tmp_path / "e"]
+    assert "1 file is missing: " in refused(monkeypatch, capsys, train, *arguments)
+    (root / "imagesTr/case0.nii.gz").unlink()
+    arguments = trained(root, tmp_path / "none", "--epochs", 1)
+    assert "1 file is missing: " in refused(monkeypatch, capsys, train, *arguments)

@@ -3,7 +3,9 @@
 import gzip
 import itertools
 import json
+import math
 import pickle
+import re
 import subprocess
 import sys
 import tracemalloc
@@ -23,6 +25,7 @@ from monai.inferers import sliding_window_inference
 from monai.transforms import RandCropByPosNegLabel, RandRotate, Spacing
 from scipy import ndimage
 
+import layouts
 import swin_unetr3d
 import volumes
 from layouts import Entry
@@ -265,7 +268,7 @@ def damaged(tmp_path):
     raw[280:296] = raw[296:312]
     singular.write_bytes(raw)
     write(tmp_path / "two.nii.gz", noise[0])
-    write(tmp_path / "five.nii.gz", noise.reshape(3, 3, 8, 1, 7))
+    write(tmp_path / "five.nii.gz", noise.reshape(3, 3, 4, 2, 7))
     write(tmp_path / "none.nii.gz", noise, change=no_codes)
     write(tmp_path / "rgb.nii.gz", rgb)
     return {
@@ -274,7 +277,7 @@ def damaged(tmp_path):
         "text.nii.gz": "not readable as NIfTI .*replace",
         "zipped.nii.gz": "not readable as NIfTI .*replace",
         "._a.nii.gz": "macOS.*delete",
-        "m.mgz": "MGHImage, not NIfTI; convert",
+        "m.mgz": "holds MGH, not NIfTI; convert",
         "two.nii.gz": "2 axes.*it needs X,Y,Z",
         "five.nii.gz": "5 axes.*it needs X,Y,Z",
         "none.nii.gz": "no affine .sform_code and qform_code are 0.; write",
@@ -303,9 +306,9 @@ def test_labels_that_do_not_fit_are_one_line(tmp_path):
         assert str(error.value).startswith(f"{path}: ") and "\n" not in str(error.value)
 
     moved = affine.copy()
-    moved[0, 3] += 2e-3
-    refused(r"affine is 0\.002 off .*image\.nii\.gz's; resample", affine=moved)
-    moved[0, 3] -= 1.5e-3
+    moved[0, 3] += 2e-2
+    refused(r"affine is 0\.02 off .*image\.nii\.gz's, 0\.022 voxels .*; resample", affine=moved)
+    moved[0, 3] -= 1.95e-2
     path = write(tmp_path / "l.nii.gz", labels, moved)
     np.testing.assert_array_equal(volumes.read_labels(path, grid, 3), labels)
     refused(r"\(19, 14, 8\) voxels, but .*image\.nii\.gz has \(19, 14, 9\)", labels[..., :8])
@@ -415,11 +418,12 @@ def test_only_damaged_files_are_to_be_replaced(tmp_path):
     (tmp_path / "b.nii.gz").write_bytes(path.read_bytes())
     (tmp_path / "c.nii").write_bytes(gzip.compress(path.read_bytes()))
     (tmp_path / "d.nrrd").write_text("NRRD0005")
-    told = {"b.nii.gz": "rename it to .nii$", "c.nii": "rename it to .nii.gz$"}
-    told |= {"d.nrrd": "not NIfTI .*convert it to .nii.gz$"}
-    for name, message in told.items():
-        with pytest.raises(ValueError, match=message):
-            volumes.read_image(tmp_path / name)
+    for name in ("b.nii.gz", "c.nii"):  # the content decides, whatever the name
+        image, _ = volumes.read_image(tmp_path / name)
+        np.testing.assert_array_equal(image, volumes.read_image(path)[0])
+        volumes.check_whole(tmp_path / name)
+    with pytest.raises(ValueError, match="d.nrrd: holds NRRD, not NIfTI; convert it to .nii.gz"):
+        volumes.read_image(tmp_path / "d.nrrd")
 
 
 # --- headers that contradict themselves ----------------------------------------------------------
@@ -851,7 +855,7 @@ def test_data_sets_that_cannot_be(tmp_path, monkeypatch):
     monkeypatch.undo()
     write(one.mask, np.zeros((19, 14, 9), np.uint8), nibabel.load(one.image).affine)
     with pytest.raises(ValueError, match="all 1 label maps are empty, .*v0.nii.gz for one"):
-        prepare(entries, cache)
+        prepare(entries, cache).check_foreground()
 
 
 def of_values(root, *maps):
@@ -873,9 +877,9 @@ def label_map(*numbers):
 def test_label_maps_of_0_and_255_are_not_empty(tmp_path):
     entries = of_values(tmp_path, label_map(255), label_map(255, 255))
     with pytest.raises(ValueError, match="l0.nii.gz, .*l1.nii.gz: 2 of 2 label maps hold 0 and"):
-        prepare(entries, tmp_path / "cache")
+        prepare(entries, tmp_path / "cache").check_foreground()
     with pytest.raises(ValueError, match="2 of 2 label maps hold 0 and 255"):  # now prepared
-        prepare(entries, tmp_path / "cache")
+        prepare(entries, tmp_path / "cache").check_foreground()
 
 
 def test_255_beside_classes_is_a_mark_and_alone_is_not(tmp_path, capsys):
@@ -1253,3 +1257,283 @@ def test_values_that_no_window_of_hounsfield_units_spans():
     for image in (body - body.mean()) / body.std(), body / 1000:
         assert not volumes.is_hu(volumes.hu_facts(image))
     assert volumes.is_hu(volumes.hu_facts(body.clip(0, 80)))
+
+
+# --- files that are whole, whatever they are called ----------------------------------------------
+
+
+def small(path, shape=(3, 4, 5), **header):
+    """Write a NIfTI file of consecutive numbers; return them and the file's bytes, decompressed."""
+    x = np.arange(math.prod(shape), dtype=np.int16).reshape(shape)
+    affine = np.diag([2.0, 2.5, 3, 1])
+    file = nibabel.Nifti1Image(x, affine)
+    file.set_qform(affine, 1)
+    nibabel.save(file, path)
+    return x, file.to_bytes()
+
+
+@pytest.mark.parametrize("name", ["a.nii", "a.nii.gz", "A.NII.GZ", "a.Nii", "a.volume"])
+@pytest.mark.parametrize("compressed", [False, True])
+def test_the_content_decides_and_not_the_ending(tmp_path, name, compressed):
+    x, data = small(tmp_path / "x.nii")
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(data) if compressed else data)
+    image, grid = volumes.read_image(path)
+    np.testing.assert_array_equal(image[0], x)
+    assert volumes.read_labels(path, grid, 60).sum() == x.sum()
+    volumes.check_whole(path)
+
+    damaged = path.read_bytes()[:-9]  # the end of the voxels, or of the compressed data
+    path.write_bytes(damaged)
+    for reading in (volumes.read_image, volumes.check_whole):
+        with pytest.raises(ValueError, match="; replace the file$"):
+            reading(path)
+
+
+@pytest.mark.parametrize(
+    ("shape", "channels"),
+    [
+        ((3, 4, 5, 1), 1),
+        ((3, 4, 5, 1, 1), 1),
+        ((3, 4, 5, 1, 2), 2),
+        ((3, 4, 5, 2, 1), 2),
+        ((3, 4, 5, 1, 1, 1, 2), 2),
+        ((3, 4, 1, 1, 2), 2),
+    ],
+)
+def test_further_axes_of_length_1(tmp_path, shape, channels):
+    x, _ = small(tmp_path / "a.nii.gz", shape)
+    image, grid = volumes.read_image(tmp_path / "a.nii.gz")
+    assert grid.channels == channels and grid.size == shape[:3]
+    np.testing.assert_array_equal(image, np.moveaxis(x.reshape(*shape[:3], channels), 3, 0))
+    if channels == 1:
+        assert volumes.read_labels(tmp_path / "a.nii.gz", grid, x.size).shape == shape[:3]
+
+
+def test_shapes_that_are_no_volume(tmp_path):
+    messages = {
+        (3, 4): "has 2 axes, (3, 4): an image rather than a volume; it needs X,Y,Z or",
+        (3, 4, 5, 2, 2): "has 5 axes, (3, 4, 5, 2, 2); it needs X,Y,Z or X,Y,Z,channels",
+    }
+    for shape, message in messages.items():
+        small(tmp_path / "a.nii", shape)
+        with pytest.raises(ValueError, match=re.escape(message)):
+            volumes.read_grid(tmp_path / "a.nii")
+
+
+@pytest.mark.parametrize("excess", [6e-7, 1e-5, 4e-3])
+def test_a_quaternion_that_rounding_made_too_long(tmp_path, capsys, excess):
+    """As ITK and FSL read it: a turn by 180 degrees about its axis."""
+    _, data = small(tmp_path / "x.nii")
+    axis = np.array([0.6, 0.8, 0])
+    quaternion = (axis * np.sqrt(1 + excess)).astype("<f4")
+    patched = bytearray(data)
+    patched[254:256] = bytes(2)  # no sform
+    patched[256:268] = quaternion.tobytes()
+    (tmp_path / "a.nii").write_bytes(patched)
+    _, grid = volumes.read_image(tmp_path / "a.nii")
+    turn = 2 * np.outer(axis, axis) - np.eye(3)
+    np.testing.assert_allclose(grid.affine[:3, :3], turn @ np.diag([2, 2.5, 3]), atol=1e-5)
+    volumes.write(tmp_path / "o.nii", np.zeros(grid.size, np.uint8), grid)
+    np.testing.assert_allclose(nibabel.load(tmp_path / "o.nii").affine, grid.affine, atol=1e-5)
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("kind", [nibabel.Nifti1Pair, nibabel.Nifti2Pair])
+@pytest.mark.parametrize("end", ["", ".gz"])
+def test_a_header_beside_its_voxels(tmp_path, kind, end):
+    x = np.arange(60, dtype=np.int16).reshape(3, 4, 5)
+    nibabel.save(kind(x, np.diag([2, 2.5, 3, 1])), tmp_path / f"a.img{end}")
+    for name in (f"a.hdr{end}", f"a.img{end}"):
+        image, grid = volumes.read_image(tmp_path / name)
+        np.testing.assert_array_equal(image[0], x)
+        volumes.check_whole(tmp_path / name)
+        assert layouts.without_ending(tmp_path / name) == "a"
+    volumes.write(tmp_path / "o.nii.gz", image[0].astype(np.uint8), grid)
+    np.testing.assert_array_equal(nibabel.load(tmp_path / "o.nii.gz").get_fdata(), x)
+    (tmp_path / f"a.img{end}").unlink()
+    with pytest.raises(FileNotFoundError, match="its other half, .img, is not beside it"):
+        volumes.read_grid(tmp_path / f"a.hdr{end}")
+
+
+FOREIGN = {
+    "a.nrrd": (b"NRRD0005\n", "holds NRRD, not NIfTI; convert it to .nii.gz: SimpleITK"),
+    "b.nii.gz": (b"NRRD0005\n", "holds NRRD, not NIfTI; convert it to .nii.gz: SimpleITK"),
+    "a.mha": (b"ObjectType = Image\nNDims = 3\n", "holds MetaImage, not NIfTI; convert"),
+    "IM0001": (bytes(128) + b"DICM" + bytes(300), "holds DICOM, not NIfTI; .*dcm2niix"),
+    "a.dcm": (b"\x08\0\x05\0", "holds DICOM, not NIfTI; .*dcm2niix"),
+    "a.mgz": (gzip.compress(b"\0\0\0\1\0\0\1\0" * 100), "holds MGH, not NIfTI; .*mri_convert"),
+    "a.hdr": (b"\x5c\1\0\0" + bytes(344), "holds Analyze 7.5, not NIfTI; convert"),
+    "a.zip": (b"PK\3\4", "is a ZIP archive, not NIfTI; unpack it"),
+    "a.png": (b"\x89PNG\r\n", "is an image, not NIfTI; a model of images takes it"),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_other_formats_are_named_with_the_way_out(tmp_path, name):
+    content, message = FOREIGN[name]
+    path = tmp_path / name
+    path.write_bytes(content)
+    path.with_suffix(".img").write_bytes(b"")
+    with pytest.raises(ValueError, match=message) as error:
+        volumes.read_grid(path)
+    assert str(error.value) == volumes.foreign_format(path)
+    assert str(error.value).startswith(f"{path}: ") and "replace" not in str(error.value)
+
+
+def test_nifti_is_not_foreign(tmp_path):
+    _, data = small(tmp_path / "a.nii.gz")
+    (tmp_path / "b.mha").write_bytes(data)
+    for path in (tmp_path / "a.nii.gz", tmp_path / "b.mha", tmp_path / "lost", tmp_path):
+        assert volumes.foreign_format(path) is None
+
+
+PATCHES = {  # what nibabel logs or warns of
+    "sizeof_hdr": {0: b"\x10\0\0\0"},
+    "bitpix": {72: b"\x40\0"},
+    "qfac": {76: number(0)},
+    "offset": {108: number(353)},
+    "codes": {252: b"\x63\0", 254: b"\x63\0"},
+    "extension": {348: b"\1\0\0\0"},
+}
+
+
+@pytest.mark.parametrize("name", PATCHES)
+def test_nibabels_warnings_stay_inside(tmp_path, monkeypatch, capfd, name):
+    x, data = small(tmp_path / "x.nii")
+    patched = bytearray(data) + b"\0"
+    for place, value in PATCHES[name].items():
+        patched[place : place + len(value)] = value
+    if name == "offset":
+        patched[352:352] = b"\0"
+    path = tmp_path / "a.nii"
+    path.write_bytes(patched)
+    (handler,) = nibabel.imageglobals.logger.handlers
+    monkeypatch.setattr(handler, "stream", sys.stderr)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        image, grid = volumes.read_image(path)
+        volumes.check_whole(path)
+        volumes.write(tmp_path / "o.nii.gz", image[0].astype(np.uint8), grid)
+    np.testing.assert_array_equal(image[0], x)
+    np.testing.assert_allclose(grid.affine, np.diag([2, 2.5, 3, 1]), atol=1e-6)
+    assert capfd.readouterr() == ("", "")
+
+
+# --- grids of labels and images ------------------------------------------------------------------
+
+
+def grid_of(affine, size=(40, 28, 24), name="a.nii.gz"):
+    return volumes.Grid(Path(name), affine, size, 1, b"")
+
+
+def turned(degrees):
+    c, s = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
+    turn = np.eye(4)
+    turn[:2, :2] = [[c, -s], [s, c]]
+    return turn
+
+
+def test_grids_are_compared_at_their_corners(capsys):
+    affine = np.diag([4.0, 4.2, 5, 1])
+    affine[:3, 3] = -80, -50, 30
+    image = grid_of(affine, name="image.nii.gz")
+    moved = affine.copy()
+    moved[0, 3] += 0.02
+    assert volumes.grid_distance(grid_of(moved), image) == pytest.approx(0.005)
+    # about the first voxel: what lies farthest from it along y goes 27 x 4.2 mm x the angle
+    away = np.eye(4)
+    away[:3, 3] = affine[:3, 3]
+    rotated = away @ turned(0.01) @ np.linalg.inv(away) @ affine
+    angle = np.radians(0.01)
+    expected = max(27 * 4.2 * angle / 4, 39 * 4 * angle / 4.2)
+    assert volumes.grid_distance(grid_of(rotated), image) == pytest.approx(expected, rel=1e-3)
+    # stored the other way round, the same places
+    flipped = affine @ np.diag([-1.0, 1, 1, 1])
+    flipped[:3, 3] += affine[:3, 0] * 39
+    assert volumes.grid_distance(grid_of(flipped), image) < 1e-9
+
+    for own in (affine, flipped):
+        volumes.check_grid(grid_of(own, name="same.nii.gz"), image)
+    with volumes.notices.together():
+        for k in range(4):
+            volumes.check_grid(grid_of(moved, name=f"near{k}.nii.gz"), image)
+    near = "near0.nii.gz, near1.nii.gz, near2.nii.gz and 1 more: "
+    assert capsys.readouterr().out == f"{near}{volumes.NEAR_GRID}\n"
+    rotated = away @ turned(0.03) @ np.linalg.inv(away) @ affine
+    moved[0, 3] += 0.03
+    for far in (rotated, moved):
+        with pytest.raises(ValueError, match="a.nii.gz: its affine is .* voxels at the corners;"):
+            volumes.check_grid(grid_of(far), image)
+
+
+def test_labels_that_are_nearly_on_the_grid_are_read(tmp_path, capsys):
+    image, labels, affine = ras_volume()
+    grid = volumes.read_grid(write(tmp_path / "image.nii.gz", image, affine))
+    moved = affine.copy()
+    moved[0, 3] += 5e-3
+    path = write(tmp_path / "l.nii.gz", labels, moved)
+    for _ in range(2):
+        np.testing.assert_array_equal(volumes.read_labels(path, grid, 3), labels)
+    assert capsys.readouterr().out == f"{path}: {volumes.NEAR_GRID}\n"
+
+
+# --- splits without foreground, and random damage -------------------------------------------------
+
+
+def test_what_is_too_small_for_the_spacing_counts_on_the_files_grid(tmp_path):
+    """Nothing can be trained of it, but it is scored."""
+    entries = of_values(tmp_path, label_map(0, 1), label_map(0, 1))
+    dataset = prepare(entries, tmp_path / "cache", spacing=(2.0, 2.0, 2.0))
+    assert not (dataset.sample(0)["mask"] == 1).any() and (dataset.sample(0)["truth"] == 1).any()
+    assert dataset.empty_data_sets() == {}
+    with pytest.raises(ValueError, match="is lost at a spacing of 2 x 2 x 2 mm.*finer --spacing"):
+        dataset.check_foreground()
+    empty = of_values(tmp_path / "b", label_map(), label_map())
+    dataset = prepare([*entries, *empty], tmp_path / "cache")
+    assert dataset.empty_data_sets() == {tmp_path / "b": empty}
+
+
+def damage(data: bytes, rng) -> bytes:
+    """Change bytes of a header, its sizes, or the length of a file at random."""
+    changed = bytearray(data)
+    kind = rng.integers(4)
+    if kind == 0:
+        changed[40:56] = rng.choice([1, 5, 10_000, 32_767, -1, 0], 8).astype("<i2").tobytes()
+    elif kind == 1:
+        del changed[rng.integers(len(changed)) :]
+    else:
+        for place in rng.integers(352, size=rng.integers(1, 6)):
+            changed[place] = rng.integers(256)
+    return bytes(changed)
+
+
+def test_random_damage_is_a_line_or_read(tmp_path, monkeypatch, capfd):
+    _, data = small(tmp_path / "x.nii")
+    (handler,) = nibabel.imageglobals.logger.handlers
+    monkeypatch.setattr(handler, "stream", sys.stderr)
+    grid = volumes.read_grid(tmp_path / "x.nii")
+    rng = np.random.default_rng(0)
+    path = tmp_path / "a.nii.gz"
+    readings = volumes.read_image, volumes.check_whole, partial(volumes.read_labels, grid=grid)
+    refused = 0
+    tracemalloc.start()
+    for _ in range(100):
+        changed = damage(data, rng)
+        if rng.integers(2):
+            changed = bytearray(gzip.compress(changed))
+            changed[rng.integers(10, len(changed))] ^= 1 << rng.integers(8)
+        path.write_bytes(changed)
+        for reading in readings:
+            more = {"numbers": 60} if reading is readings[2] else {}
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("error")
+                    reading(path, **more)
+            except (ValueError, OSError) as error:
+                refused += 1
+                assert str(path) in str(error) and len(str(error).splitlines()) == 1
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert refused > 80 and peak < 2**25
+    assert capfd.readouterr().err == ""
