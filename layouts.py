@@ -430,7 +430,7 @@ def list_files(folder: Path, noun: str, without: Path | None = None) -> list[Pat
     others = []
     for file in files_below(folder, without):
         is_special = file.exists() and not file.is_file()
-        if is_kind(file) and not is_special:  # also a link to nothing, so that somebody learns of it
+        if is_kind(file) and not is_special:  # also a link to nothing, which will be named
             files.append(file)
         else:
             others.append(file)

@@ -563,19 +563,20 @@ def size_for_boxes(file: Path) -> tuple[float, float]:
         return np.inf, np.inf
 
 
-def pictures(probabilities, config, image, args, skip: int, truth=None, prompts=()) -> dict:
-    """Of probabilities (K,H,W) the pictures that are asked for, by the names in `outputs`.
+def pictures(probabilities, config, image, args, truth=None, prompts=()) -> dict:
+    """Return the pictures of an image that are wanted, by the names in `outputs`.
 
-    image: uint8 (H,W,3). skip: classes whose probability is none, as SAM's of the background. For
-    the overlay: truth, an item of `ground_truths`; prompts, as for `report.draw_prompts`.
+    probabilities: float32 (K,H,W), of several classes the background first. image: uint8 (H,W,3).
+    For the overlay: truth, an item of `ground_truths`; prompts, as for `report.draw_prompts`.
     """
-    masks, k = to_masks(probabilities, config), len(probabilities)  # (K,H,W)
+    masks = to_masks(probabilities, config)  # (K,H,W)
+    k = len(probabilities)
     if k == 1:
         made = {"mask": Image.fromarray(masks[0].astype(np.uint8) * 255)}
     else:
         made = {"mask": report.class_map(masks.argmax(0).astype(np.uint8), k)}
     if args.probabilities:
-        highest = probabilities[min(skip, k - 1) :].max(0)
+        highest = probabilities[1 if k > 1 else 0 :].max(0)  # (H,W)
         sixteen_bits = (highest * 65535).round().astype(np.uint16)
         made["probability"] = Image.fromarray(sixteen_bits)
     if args.overlays:
@@ -631,8 +632,8 @@ class ImagePredictor:
         with torch.no_grad():
             probabilities = self.recipe.predict(self.model, item)[0].cpu().numpy()  # (K,H,W)
         drawn = pictures(
-            probabilities, self.model.config, image, self.args, bool(self.ask),
-            self.truths.get(name), item.get("shown", ()),
+            probabilities, self.model.config, image, self.args, self.truths.get(name),
+            item.get("shown", ()),
         )  # fmt: skip
         if has_non_finite:
             self.non_finite.append(file)

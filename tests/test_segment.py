@@ -118,7 +118,7 @@ def test_class_maps_equal_those_of_predict(name, k, images, tmp_path, monkeypatc
         assert probabilities.dtype == np.float32 and mask.dtype == np.uint8
         assert len(probabilities) == k and mask.shape == probabilities.shape[1:]
         shown = mask if k > 1 else mask * 255
-        check(probabilities.max(0), shown, expected[path.stem])
+        check(probabilities[min(1, k - 1) :].max(0), shown, expected[path.stem])
     assert expected["turned"][0].shape == (90, 70)
 
 
