@@ -17,6 +17,11 @@ Universal Model can be asked for some of its --classes alone, which takes less m
 organs --organ-rules keep what anatomy allows: one piece, tumours within their organs (organs.py).
 """
 
+if __name__ == "__main__":
+    import startup
+
+    startup.guard_imports()  # the imports below take seconds
+
 import argparse
 import io
 import os
@@ -197,6 +202,8 @@ def predict_inputs(args) -> int:
     """Predict all inputs into --out, which no other process writes to."""
     run = run_config(args.weights)
     name = args.model or run.get("model") or model_of(args)
+    if name not in FAMILIES:
+        raise ValueError(f"{args.weights}: is a run of {name}, no model that this version has")
     family = FAMILIES[name]
     second = second_file(name, args.clip, args.decoder)
     if family.volumes:

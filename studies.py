@@ -32,6 +32,11 @@ METHOD/k2-draw1; without last.pt, which only going on needs), results.csv (a row
 class and case), table.md and few_shot.png.
 """
 
+if __name__ == "__main__":
+    import startup
+
+    startup.guard_imports()  # the imports below take seconds
+
 import argparse
 import contextlib
 import csv

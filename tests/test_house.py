@@ -50,7 +50,7 @@ MODELS = {
     ),
 }
 FLOORS = [
-    ["files"],
+    ["files", "atomic_files", "startup"],
     [
         *MODELS,
         *"tokenizer losses metrics layouts data volumes prompts augment features adapters report".split(),
