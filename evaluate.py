@@ -46,7 +46,7 @@ def pick_device(name: str) -> torch.device:
 # say nothing.
 RUN_KEYS = {
     "format": int, "model": str, "class": str, "config": dict, "classes": list[str],
-    "labels": list[int], "recipe": str, "options": dict, "data": dict, "masks": dict[str, str],
+    "labels": list[int] | None, "recipe": str, "options": dict, "data": dict, "masks": dict[str, str],
     "versions": dict, "decoder": str | None,
 }  # fmt: skip
 # The options that tests and predictions take from a run; train.py checks all of them.
@@ -92,7 +92,7 @@ def check_run(path: Path, run: dict) -> None:
     check_option_values(path, known)
 
     classes = run.get("classes", [])
-    numbers = run.get("labels", [])
+    numbers = run.get("labels") or []
     count = run.get("config", {}).get("num_classes")
     background = bool(run.get("config", {}).get("overlapping"))
     if not background and len(numbers) not in (0, len(classes)):

@@ -194,7 +194,8 @@ def model_of(args) -> str:
 
 def main() -> int:
     args = parse()
-    with report.claim(Path(args.out)):
+    safe = f"the files in {args.out} are whole; the same command with --skip-existing goes on"
+    with report.claim(Path(args.out)), report.way_on(lambda: safe):
         return predict_inputs(args)
 
 

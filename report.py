@@ -24,7 +24,7 @@ from scipy import ndimage
 
 import startup
 from atomic_files import (
-    is_full_disk, open_locked, release, remove_leftovers, whole_file,
+    full_disk_errors, is_full_disk, open_locked, release, remove_leftovers, whole_file,
 )  # fmt: skip
 
 # green and magenta: apart on tissue, also for the colour-blind
@@ -54,7 +54,8 @@ def whole_folder(out: Path):
         part = out.with_name(f".{out.name}.{ending}")
         shutil.rmtree(part, ignore_errors=True)  # left by a killed process
         try:
-            yield part
+            with full_disk_errors(out):
+                yield part
             os.replace(part, out)
         finally:
             shutil.rmtree(part, ignore_errors=True)
@@ -191,15 +192,15 @@ def leave(status: int | None) -> None:
 
 
 @contextmanager
-def way_on(describe: Callable[[], str]):
+def way_on(describe: Callable[[], str], override: bool = False):
     """Let the line about an interruption, a full disk or memory end with what `describe` returns.
 
-    It says what is safe and how to go on. The innermost block decides.
+    It says what is safe and how to go on. The innermost block decides, or one with `override`.
     """
     try:
         yield
     except (KeyboardInterrupt, MemoryError, RuntimeError, OSError) as error:
-        if not hasattr(error, "way_on"):
+        if override or not hasattr(error, "way_on"):
             error.way_on = describe()
         raise
 
@@ -304,7 +305,7 @@ def describe_full_disk(error: BaseException) -> str:
     numbered = [cause for cause in chain(error) if getattr(cause, "errno", None)]
     if not numbered:
         return f"the disk is full ({last_line(error):.150}): free some space"
-    name = numbered[0].filename or "a file"
+    name = numbered[0].filename or "a file, or what is printed,"
     return f"{name} could not be written ({numbered[0].strerror}): free some space"
 
 

@@ -60,8 +60,19 @@ def interrupt(number: int, frame) -> None:
 
 
 def ignore_signals() -> None:
-    """Ignore further signals: the program is ending, and its last line is to be whole."""
+    """Ignore further signals: the program is ending, and its last line is to be whole.
+
+    Data-loading processes end as well; torch would raise an error about each at any place.
+    """
     set_handlers(signal.SIG_IGN)
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+
+def begin_child() -> None:
+    """Prepare a process that does runs of a study: its parent says what ends them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    hide_warnings()
 
 
 def reset_in_child() -> None:

@@ -414,8 +414,12 @@ def wins_tie(loss: float | None, kept_loss: float | None) -> bool:
 
 
 LENGTH = ("epochs", "patience")  # options that a resumed run may change: how long it trains
-FIRST_FILES = ("config.json", "log.txt", "vocab.txt")  # what a run writes before it trains
 SAVED_FILES = ("last.pt", "best.safetensors", "adapter.safetensors", "metrics.csv", "test")
+# What a run writes before its first last.pt.
+FIRST_FILES = (
+    "config.json", "log.txt", "vocab.txt", "best.safetensors", "adapter.safetensors",
+    "metrics.csv", "curves.png",
+)  # fmt: skip
 
 
 def can_resume(options: Options) -> bool:
@@ -484,14 +488,14 @@ def refuse_run(out: Path) -> None:
 
 @contextlib.contextmanager
 def removed_if_unsaved(out: Path):
-    """Remove what a run wrote to its folder if it fails before anything of it is saved."""
+    """Remove what a run wrote to its folder if it fails before it can be resumed or has a test."""
     log = out / "log.txt"
     before = {name for name in FIRST_FILES if (out / name).exists()}
     size = log.stat().st_size if "log.txt" in before else 0
     try:
         yield
     except BaseException:
-        if not any((out / name).exists() for name in SAVED_FILES):
+        if not (out / "last.pt").exists() and not (out / "test").exists():
             for name in FIRST_FILES:
                 if name not in before:
                     (out / name).unlink(missing_ok=True)

@@ -24,9 +24,8 @@ import hashlib
 import io
 import itertools
 import math
-import os
-import secrets
 import shutil
+import zipfile
 import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -40,6 +39,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
+
+from atomic_files import remove_leftovers, whole_file
 
 # --- what is said of files -----------------------------------------------------------------------
 
@@ -652,19 +653,6 @@ def read_labels(
     return np.ascontiguousarray(own.to_ras(labels))
 
 
-@contextmanager
-def _whole_file(path: Path):
-    """Yields a temporary name beside `path`; what is written there then takes the path's place."""
-    part = path.with_name(f".{secrets.token_hex(4)}.{path.name}")  # containers share process ids
-    try:
-        yield part
-        with open(part, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
 def write(path: Path, volume: np.ndarray, grid: Grid) -> None:
     """uint8 labels or float32 (X,Y,Z) in RAS -> a NIfTI file on the voxels of the image's file.
 
@@ -680,7 +668,7 @@ def write(path: Path, volume: np.ndarray, grid: Grid) -> None:
     header.set_data_dtype(volume.dtype)
     header["cal_min"] = header["cal_max"] = 0  # the image's grey window, in which labels are black
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _whole_file(path) as part:
+    with whole_file(path, keep_ending=True) as part:
         kind(grid.to_stored(volume), grid.affine, header).to_filename(part)
 
 
@@ -939,6 +927,27 @@ def check_255(sets: Sequence["VolumeSet"]) -> None:
             notices.add("the label map holds 255 (does not count) and no class", file)
 
 
+def _map(path: Path) -> Tensor:
+    """Return an array of a prepared volume, whose voxels are read when they are used.
+
+    It is copied on write: the file stays as it is, whatever becomes of the tensor. Reading the
+    whole file instead would take hundreds of megabytes for each crop; the price is that a file
+    which becomes shorter while it is used ends the process (SIGBUS). Raises OSError, one line, if
+    it is damaged already.
+    """
+    with _prepared_file(path):
+        return torch.from_numpy(np.load(path, mmap_mode="c"))
+
+
+@contextmanager
+def _prepared_file(path: Path):
+    """Turn what numpy raises about a damaged file into one line: the file was whole at the start."""
+    try:
+        yield
+    except (ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        raise OSError(f"{path}: was damaged while this run read it ({error}); run again") from None
+
+
 class VolumeSet:
     """Volumes of one or several data sets; `prepared` makes their samples."""
 
@@ -1013,9 +1022,9 @@ class VolumeSet:
         kind = np.int32 if mask.size < 2**31 else np.int64
         arrays = {"image": image.numpy(), "mask": mask, "truth": truth}
         for name, x in (arrays | {"voxels": voxels.astype(kind)}).items():
-            with _whole_file(Path(f"{stem}.{name}.npy")) as part, open(part, "wb") as file:
+            with whole_file(Path(f"{stem}.{name}.npy")) as part, open(part, "wb") as file:
                 np.save(file, np.ascontiguousarray(x))
-        with _whole_file(Path(f"{stem}.npz")) as part, open(part, "wb") as file:
+        with whole_file(Path(f"{stem}.npz")) as part, open(part, "wb") as file:
             np.savez(file, offsets=offsets, **vars(place), **facts)
 
     def prepared(self, spacing, preprocess: Callable, channels: int, cache: Path) -> "VolumeSet":
@@ -1026,6 +1035,7 @@ class VolumeSet:
         maps that are all empty or hold 0 and 255 alone, a full disk.
         """
         cache = Path(cache)
+        remove_leftovers(cache, recursive=False)
         for entry, grid in zip(self.entries, self.grids):  # what headers tell, before all else
             have = grid.channels + sum(read_grid(path).channels for path in entry.more)
             check_channels(entry.image, have, channels)
@@ -1045,7 +1055,7 @@ class VolumeSet:
         fill = fill_value(preprocess, channels)
         for i in tqdm(todo, desc="prepare", unit="volume", disable=None, leave=False):
             self._prepare(i, stems[i], spacing, preprocess, fill)
-            with _whole_file(Path(f"{stems[i]}.crc")) as part:
+            with whole_file(Path(f"{stems[i]}.crc")) as part:
                 part.write_bytes(checksums([Path(f"{stems[i]}{end}") for end in PREPARED]))
         done = VolumeSet(self.entries, self.grids, stems, self.partial)
         for root in {entry.root for entry in self.entries}:
@@ -1074,7 +1084,8 @@ class VolumeSet:
             raise OSError(f"{cache}: {short}; choose another folder with --cache")
 
     def _index(self, i: int) -> dict[str, np.ndarray]:
-        with np.load(f"{self.stems[i]}.npz") as file:
+        path = Path(f"{self.stems[i]}.npz")
+        with _prepared_file(path), np.load(path) as file:
             return dict(file)
 
     def with_255(self, beside: bool, indices: Sequence[int] | None = None) -> dict[Path, str]:
@@ -1108,9 +1119,7 @@ class VolumeSet:
         sample = {}
         offsets = index["offsets"]
         for name in ("image", "mask", "truth", "voxels"):
-            # copied on write: the files stay as they are, whatever becomes of the tensors
-            array = np.load(f"{self.stems[i]}.{name}.npy", mmap_mode="c")
-            sample[name] = torch.from_numpy(array)
+            sample[name] = _map(Path(f"{self.stems[i]}.{name}.npy"))
         sample["voxels"] = sample["voxels"], offsets
         place = {field.name: tuple(index[field.name].tolist()) for field in fields(Place)}
         sample["place"] = Place(**place)
