@@ -490,12 +490,13 @@ def refuse_run(out: Path) -> None:
 def removed_if_unsaved(out: Path):
     """Remove what a run wrote to its folder if it fails before it can be resumed or has a test."""
     log = out / "log.txt"
-    before = {name for name in FIRST_FILES if (out / name).exists()}
+    before = {name for name in (*FIRST_FILES, "test") if (out / name).exists()}
     size = log.stat().st_size if "log.txt" in before else 0
     try:
         yield
     except BaseException:
-        if not (out / "last.pt").exists() and not (out / "test").exists():
+        is_tested = (out / "test").exists() and "test" not in before
+        if not (out / "last.pt").exists() and not is_tested:
             for name in FIRST_FILES:
                 if name not in before:
                     (out / name).unlink(missing_ok=True)
@@ -582,7 +583,7 @@ def resume_run(run: Run, sets) -> None:
         raise ValueError(
             f"--epochs {epochs}: this run has trained for {trained} already; give {trained} or more"
         )
-    longer = epochs > saved.get("epochs", epochs)
+    longer = epochs > (saved.get("epochs") or epochs)
     if longer and run.total_steps == run.options.max_steps == run.step:
         raise ValueError(
             f"--epochs {epochs}: --max-steps {run.step} has ended this run; start a new one"
