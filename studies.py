@@ -439,7 +439,7 @@ def read_scores(study: FewShot, run: Run) -> list[dict]:
     for own in study.splits["test"]:  # older runs named cases of repeated names by their full path
         folder = own.mask.parent.relative_to(own.mask.anchor)
         cases.setdefault((folder / layouts.without_ending(own.mask)).as_posix(), own.name)
-    table = read_table(run.test / "per_image.csv", study.out)
+    table = read_table(run.test / "per_image.csv")
     found = [row for row in table if "True" in (row["in_truth"], row["in_pred"])]
     who = {"method": run.method, "k": run.k or 0, "draw": run.draw}
     who |= {"phase": "after" if run.k else "before"}
@@ -451,7 +451,7 @@ def read_scores(study: FewShot, run: Run) -> list[dict]:
     return [who | {new: row[name] for new, name in names.items()} for row in found]
 
 
-def read_table(path: Path, out: Path) -> list[dict]:
+def read_table(path: Path) -> list[dict]:
     """Return the rows of a run's per_image.csv.
 
     Raises ValueError, one line, if it is missing or damaged.
@@ -579,7 +579,7 @@ def plot(path: Path, study: FewShot, summary: dict) -> None:
 def few_shot(args: argparse.Namespace, given: dict) -> None:
     """The whole study."""
     study = FewShot(**{k: v for k, v in vars(args).items() if k != "command"}, given=given)
-    safe = "runs that have ended are kept, others go on where they were saved: give the same command"
+    safe = "finished runs are kept and others go on where they were saved: give the same command"
     with report.claim(study.out), report.way_on(lambda: safe, override=True):
         do_few_shot(study, given)
 

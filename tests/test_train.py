@@ -210,7 +210,7 @@ def test_resuming_refuses_other_options_and_other_runs_are_not_written_over(
     code, _, err = command(
         monkeypatch, capsys, train, *arguments(replace(options, resume=True, lr=1e-4, epochs=3))
     )
-    assert code == 2 and "--lr 0.001 -> 0.0001" in err and "--epochs 2 -> 3" in err
+    assert code == 2 and "--lr 0.001 -> 0.0001" in err and "--epochs" not in err
     assert before == {path: path.read_bytes() for path in before}
     code, out, _ = command(monkeypatch, capsys, train, "--resume", "--out", options.out)
     assert code == 0 and "resumed in epoch 3, at step" in out
