@@ -46,8 +46,8 @@ def pick_device(name: str) -> torch.device:
 # say nothing.
 RUN_KEYS = {
     "format": int, "model": str, "class": str, "config": dict, "classes": list[str],
-    "labels": list[int] | None, "recipe": str, "options": dict, "data": dict, "masks": dict[str, str],
-    "versions": dict, "decoder": str | None,
+    "labels": list[int] | None, "recipe": str, "options": dict, "data": dict,
+    "masks": dict[str, str], "versions": dict, "decoder": str | None,
 }  # fmt: skip
 # The options that tests and predictions take from a run; train.py checks all of them.
 RUN_OPTIONS = {

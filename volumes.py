@@ -941,7 +941,7 @@ def _map(path: Path) -> Tensor:
 
 @contextmanager
 def _prepared_file(path: Path):
-    """Turn what numpy raises about a damaged file into one line: the file was whole at the start."""
+    """Turn what numpy raises about a damaged file into one line; it was whole at the start."""
     try:
         yield
     except (ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
