@@ -247,7 +247,7 @@ def describe_error(error: BaseException) -> str | None:
         return f"stopped {how}: {more}"
     if is_dead_worker(error):
         return f"error: {describe_dead_worker(error)}; {more}"
-    if is_full_memory(error):
+    if is_out_of_memory(error):
         return f"error: out of memory: {SMALLER}; {more}"
     if is_full_disk(error):
         return f"error: {describe_full_disk(error)}; {more}"
@@ -291,7 +291,7 @@ def describe_dead_worker(error: BaseException) -> str:
     return f"a data-loading process was killed{how}, {hint}"
 
 
-def is_full_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Return True if memory ran out, on the CPU or a GPU."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
