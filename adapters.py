@@ -176,6 +176,14 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
     save_file(state, path, {"lora": json.dumps(places)})
 
 
+def is_place(place) -> bool:
+    """Return True if a value is a rank and the first row and end of an update, or null for all."""
+    if not isinstance(place, list) or len(place) != 3:
+        return False
+    rank, *rows = place
+    return type(rank) is int and rank > 0 and all(n is None or type(n) is int for n in rows)
+
+
 def load_adapter(model: nn.Module, path: str | Path) -> None:
     """What `save_adapter` wrote, into the plain model that its training began with, ready to go on.
 
@@ -189,8 +197,10 @@ def load_adapter(model: nn.Module, path: str | Path) -> None:
         with safe_open(path, "pt") as file:
             places = json.loads((file.metadata() or {})["lora"])
             found = {name: file.get_tensor(name) for name in file.keys()}
-    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+    except (SafetensorError, KeyError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: no file of save_adapter, or cut off ({error})") from None
+    if not isinstance(places, dict) or not all(map(is_place, places.values())):
+        raise ValueError(f"{path}: does not say where its updates belong; save the adapter again")
     plain, parameters = model.state_dict(), dict(model.named_parameters())
     updates, wrong = [], []
     needed = {name: t for name, t in plain.items() if name not in parameters}  # buffers
@@ -200,6 +210,9 @@ def load_adapter(model: nn.Module, path: str | Path) -> None:
         weight = parameters.get(module + key)
         if weight is None or weight.ndim != 2:
             wrong.append(module + key)
+            continue
+        if rank > min(weight.shape):  # which also bounds the memory for it
+            wrong.append(f"{name} of rank {rank}")
             continue
         lora = LoRA(weight, rank, slice(start, stop))
         updates.append((module.rstrip("."), key, lora))

@@ -1,4 +1,4 @@
-"""Images and masks -> samples, decoded once into one memory-mapped file, and batches of them.
+"""Images and masks -> samples, decoded once into one file, and batches of them.
 
 How files are read
 - Images: grey becomes three equal channels, alpha is dropped, 16-bit, 32-bit and float images are
@@ -34,7 +34,6 @@ import hashlib
 import logging
 import os
 import re
-import secrets
 import shutil
 import struct
 import sys
@@ -57,6 +56,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from tqdm import tqdm
 
 import layouts
+from atomic_files import remove_leftovers, whole_file
 
 # Libraries warn without the file's name. What matters in their warnings is said here.
 warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -1277,20 +1277,12 @@ def _cache(entries: list, folder: Path) -> tuple[Path, np.ndarray, np.ndarray]:
     if need > free:
         short = f"{need / 1e6:,.0f} MB needed, {free / 1e6:,.0f} MB free"
         raise OSError(f"{folder}: {short}; choose another folder with --cache")
-    part = pixels.with_suffix(f".{secrets.token_hex(4)}")  # containers share process ids
-    try:
-        with open(part, "wb") as file:
-            places, counts = _decode(entries, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, pixels)
-        with open(part, "wb") as file:
-            np.savez_compressed(file, places=places, counts=counts)
-        os.replace(part, index)
+    with whole_file(pixels) as part, open(part, "wb") as file:
+        places, counts = _decode(entries, file)
+    with whole_file(index) as part, open(part, "wb") as file:
+        np.savez_compressed(file, places=places, counts=counts)
+    with whole_file(listed) as part:
         part.write_bytes(checksums([pixels, index]))
-        os.replace(part, listed)
-    finally:
-        part.unlink(missing_ok=True)
     return pixels, places, counts
 
 
@@ -1309,15 +1301,10 @@ def mask_counts(entries: list, folder: Path) -> np.ndarray:
 
     counts = count_masks(entries)
     folder.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{secrets.token_hex(4)}")
-    try:
-        with open(part, "wb") as file:
-            np.savez_compressed(file, counts=counts)
-        os.replace(part, path)
+    with whole_file(path) as part, open(part, "wb") as file:
+        np.savez_compressed(file, counts=counts)
+    with whole_file(listed) as part:
         part.write_bytes(checksums([path]))
-        os.replace(part, listed)
-    finally:
-        part.unlink(missing_ok=True)
     return counts
 
 
@@ -1338,17 +1325,16 @@ def _count_entry(entry) -> np.ndarray:
 
 
 class Dataset:
-    """Entries of one or several data sets; their pixels lie in one file that all workers map."""
+    """Entries of one or several data sets; their pixels lie in one file that all workers read.
+
+    It is not mapped: a mapped file that becomes shorter kills the process that reads it.
+    """
 
     def __init__(self, entries: list, rows: np.ndarray, path: Path, colours: str | None = None):
         self.entries, self.rows, self.path, self.colours = entries, rows, path, colours
         self.classes = entries[0].classes
         self.tokenizer = None  # see `compare_prompts_by`
         self.rules = {}  # root -> `MaskRule.rule`, of all data sets that were opened together
-        self._bytes = None  # mapped on first use, in each process
-
-    def __getstate__(self):
-        return self.__dict__ | {"_bytes": None}  # pickling a memory map would copy all pixels
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -1362,13 +1348,21 @@ class Dataset:
         return part
 
     def pixels(self, i: int) -> tuple[np.ndarray, np.ndarray]:
-        """Image uint8 (H,W,3), a view of the file, and mask uint8 (H,W) of entry i."""
-        if self._bytes is None:
-            self._bytes = np.memmap(self.path, dtype=np.uint8, mode="r")
+        """Image uint8 (H,W,3) and mask uint8 (H,W) of entry i.
+
+        Raises OSError, one line, if the file became shorter since it was opened.
+        """
         image_at, mask_at, h, w, threshold, *_ = self.rows[i]
-        image = self._bytes[image_at : image_at + h * w * 3].reshape(h, w, 3)
-        mask = self._bytes[mask_at : mask_at + h * w].reshape(h, w)
+        image = self._read(image_at, h * w * 3).reshape(h, w, 3)
+        mask = self._read(mask_at, h * w).reshape(h, w)
         return image, read_foreground(self.entries[i], mask, threshold)
+
+    def _read(self, place: int, size: int) -> np.ndarray:
+        """Return bytes of the file of pixels, uint8 (size,)."""
+        values = np.fromfile(self.path, np.uint8, count=size, offset=place)
+        if len(values) < size:
+            raise OSError(f"{self.path}: became shorter while this run read it; run again")
+        return values
 
     def sample(self, i: int, kind: str, rng: np.random.Generator | None = None) -> dict:
         """The sample dict of the module's docstring; kind and rng as for `Entry.text`."""
@@ -1516,6 +1510,7 @@ def open_datasets(
     whose masks are all empty in another list, and for a full disk.
     """
     reading = reading or MaskReading()
+    remove_leftovers(Path(cache), recursive=False)
     decoded = {}
     for name, entries in lists.items():
         check_files(entries)

@@ -222,7 +222,7 @@ class DPT(nn.Module):
         weights, settings = read_checkpoint(source, FILES)
         weights = to_official(weights)
         if "format" in settings:  # a run folder of ours
-            told = run_config(settings, "DPT", source)
+            told = run_config(settings, "DPT", source, Config)
         else:
             told = file_config(weights, settings, overrides, source)
         if num_classes is not None:
@@ -519,12 +519,42 @@ def segment(model: nn.Module, image) -> tuple:
 
 
 # shared: run_folder
-def run_config(settings: dict, kind: str, source) -> dict:
-    """Config fields from the config.json of a run folder of ours; ValueError: another model's."""
-    found = settings["class"], settings["format"]
-    if found != (kind, 1):
-        raise ValueError(f"{source}: holds {found[0]} in format {found[1]}, not {kind} in 1")
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in settings["config"].items()}
+def run_config(settings: dict, kind: str, source, config: type) -> dict:
+    """Return the fields of `config`, a dataclass, from the config.json of a run folder of ours.
+
+    Raise ValueError, one line, if it is another model's, of a newer version or was damaged.
+    """
+    model = settings.get("class"), settings["format"]
+    if model != (kind, 1):
+        raise ValueError(f"{source}: holds {model[0]} in format {model[1]}, not {kind} in 1")
+    values = settings.get("config")
+    if not isinstance(values, dict):
+        raise ValueError(f"{source}: config.json has no `config` of the model; restore the file")
+
+    known = config.__dataclass_fields__
+    for name, value in values.items():
+        if name not in known:
+            raise ValueError(f"{source}: config.json is of a newer version (it has {name:.50})")
+        may_be_none = value is None and "None" in str(known[name].type)
+        if not may_be_none and not is_like(value, known[name].default):
+            example = f"a value such as {known[name].default!r:.50}"
+            raise ValueError(f"{source}: config.json: {name} is {value!r:.50}, expected {example}")
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+
+
+def is_like(value, default) -> bool:
+    """Return True if a value of a JSON file can stand for a default of its kind."""
+    if isinstance(default, tuple):
+        items = value if isinstance(value, list | tuple) else [None]
+        first = default[0] if default else ""
+        fixed = isinstance(first, float) and len(items) != len(default)  # colours, axes
+        return not fixed and all(is_like(item, first) for item in items)
+    if isinstance(default, float):
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        return number and abs(value) < 1e9  # not NaN either
+    if isinstance(default, int) and not isinstance(default, bool):
+        return type(value) is int and 0 <= value < 1e9
+    return type(value) is type(default)
 # end shared
 
 

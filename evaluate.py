@@ -1,11 +1,14 @@
 """Model, recipe and data set -> scores of every image, and the test folder of a run."""
 
 import io
-import json
+import math
+import re
 from contextlib import redirect_stdout
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
+from types import UnionType
+from typing import get_args, get_origin
 
 import numpy as np
 import torch
@@ -13,6 +16,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import data
+import files
 import layouts
 import metrics
 import prompts
@@ -38,12 +42,29 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+# The keys of a run's config.json. Older runs may lack all but the first; those lists that are empty
+# say nothing.
+RUN_KEYS = {
+    "format": int, "model": str, "class": str, "config": dict, "classes": list[str],
+    "labels": list[int] | None, "recipe": str, "options": dict, "data": dict,
+    "masks": dict[str, str], "versions": dict, "decoder": str | None,
+}  # fmt: skip
+# The options that tests and predictions take from a run; train.py checks all of them.
+RUN_OPTIONS = {
+    "data": list[str], "prompt": str | None, "pseudocolor": str | None, "sam_prompts": str | None,
+    "min_area": int | None, "jitter": int | None, "overlap": float | None, "fold": str | None,
+    "nsd_tolerance": float | None, "mask_orientation": str | None, "seed": int,
+    "group_regex": str | None,
+}  # fmt: skip
+EDITED = "restore the file as train.py wrote it, or use the weights of another run"
+
+
 def run_config(weights: str | Path | None) -> dict:
     """Return the config.json of the training run that weights come from, {} if none is known.
 
     weights: a run folder, or a file in one (RUN/best.safetensors): both are the same run. All
-    programs ask here. A config.json without "format" is not ours (the hub's). Raises ValueError if
-    the file is damaged.
+    programs ask here. A config.json without "format" is not ours (the hub's). Raises ValueError,
+    one line, if the file is damaged, was edited to make no sense, or is of a newer version.
     """
     if weights is None:
         return {}
@@ -51,11 +72,111 @@ def run_config(weights: str | Path | None) -> dict:
     path = (place.parent if place.is_file() else place) / "config.json"
     if not path.is_file():
         return {}
+    config = files.read_json(path)
+    if not isinstance(config, dict) or "format" not in config:
+        return {}
+    check_run(path, config)
+    return config
+
+
+def check_run(path: Path, run: dict) -> None:
+    """Raise ValueError, one line, if the content of a run's config.json is not what we write."""
+    if isinstance(run["format"], int) and run["format"] > 1:
+        raise newer(path, f"it has format {run['format']}")
+    if run["format"] != 1:
+        raise ValueError(f"{path}: format is {run['format']!r:.50}, expected 1; {EDITED}")
+    check_keys(path, run, RUN_KEYS)
+    options = run.get("options", {})
+    known = {key: options[key] for key in RUN_OPTIONS if key in options}
+    check_keys(path, known, RUN_OPTIONS)
+    check_option_values(path, known)
+
+    classes = run.get("classes", [])
+    numbers = run.get("labels") or []
+    count = run.get("config", {}).get("num_classes")
+    background = bool(run.get("config", {}).get("overlapping"))
+    if not background and len(numbers) not in (0, len(classes)):
+        raise ValueError(f"{path}: labels do not number the {len(classes)} classes; {EDITED}")
+    if any(not 0 <= number < 2**16 for number in numbers):
+        raise wrong_value(path, "labels", numbers, "numbers from 0 to 65535")
+    if classes and isinstance(count, int) and len(classes) != count + background:
+        raise ValueError(
+            f"{path}: {len(classes)} classes for a model of {count + background}; {EDITED}"
+        )
+
+
+def check_option_values(path: Path, options: dict) -> None:
+    """Raise ValueError, one line, if options of RUN_OPTIONS have values that are refused."""
+    choices = {"sam_prompts": prompts.KINDS, "mask_orientation": data.ORIENTATIONS}
+    for key, allowed in choices.items():
+        if options.get(key) not in (None, *allowed):
+            raise wrong_value(path, key, options[key], f"one of {', '.join(allowed)}")
+    if not 0 <= (options.get("overlap") or 0) < 1:
+        raise wrong_value(path, "overlap", options["overlap"], "a share below 1")
+    for key in ("min_area", "jitter", "seed", "nsd_tolerance"):
+        if (options.get(key) or 0) < 0:
+            raise wrong_value(path, key, options[key], "0 or more")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not readable as JSON ({error}); replace the file") from None
-    return config if isinstance(config, dict) and "format" in config else {}
+        re.compile(options.get("group_regex") or "")
+    except re.error as error:
+        raise wrong_value(path, "group_regex", options["group_regex"], str(error)) from None
+
+
+def check_options(path: Path, options: dict, kind: type) -> None:
+    """Raise ValueError, one line, if saved options are not fields of the dataclass `kind`.
+
+    Their metadata may have `choices`.
+    """
+    check_keys(path, options, {spec.name: spec.type for spec in fields(kind)})
+    for spec in fields(kind):
+        choices = spec.metadata.get("choices")
+        value = options.get(spec.name)
+        if choices and value is not None:
+            for each in value if isinstance(value, list) else [value]:
+                if each not in choices:
+                    raise wrong_value(path, spec.name, each, f"one of {', '.join(choices)}")
+
+
+def check_keys(path: Path, content: dict, kinds: dict) -> None:
+    """Raise ValueError, one line, if a key is unknown or has a value of another type."""
+    for key, value in content.items():
+        if key not in kinds:
+            raise newer(path, f"it has {key!r:.50}")
+        if not fits(value, kinds[key]):
+            kind = kinds[key]
+            name = kind.__name__ if type(kind) is type else str(kind)
+            raise wrong_value(path, key, value, name)
+
+
+def newer(path: Path, what: str) -> ValueError:
+    """Return the error of a file of a run that this version does not know."""
+    return ValueError(f"{path}: was written by a newer version ({what}); use that version for it")
+
+
+def wrong_value(path: Path, key: str, value, expected: str) -> ValueError:
+    """Return the error of a value in a file of a run."""
+    return ValueError(f"{path}: {key} is {value!r:.50}, expected {expected}; {EDITED}")
+
+
+def fits(value, kind) -> bool:
+    """Return True if a value of a JSON file is of a type, written as annotations write it.
+
+    Whole numbers are floats as well, and no number is infinite or NaN. Lists are tuples as well.
+    """
+    arguments = get_args(kind)
+    origin = get_origin(kind) or kind
+    if isinstance(kind, UnionType):
+        return any(fits(value, each) for each in arguments)
+    if origin in (list, tuple):
+        items = isinstance(value, list | tuple)
+        return items and all(fits(item, arguments[0]) for item in value)
+    if origin is dict and arguments:
+        return isinstance(value, dict) and all(fits(v, arguments[1]) for v in value.values())
+    if isinstance(value, bool) or origin is bool:
+        return isinstance(value, bool) and origin is bool
+    if origin is float:
+        return isinstance(value, int | float) and math.isfinite(value)
+    return isinstance(value, origin)
 
 
 def patients_of(run: dict, places: list) -> str | None:

@@ -27,6 +27,8 @@ from numpy.lib import format as npy
 from torch import Tensor
 from tqdm import tqdm
 
+from atomic_files import full_disk_errors
+
 
 def fingerprint(tensors: dict[str, Tensor], *settings) -> str:
     """A hash of named tensors, bit for bit, and of the `repr` of everything else."""
@@ -128,7 +130,8 @@ def keep(
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     kind = np.dtype(dtype).newbyteorder("<")
-    with FileLock(path.with_suffix(".lock")):  # another run may be at the same file: wait for it
+    # Another run may be at the same file: wait for it.
+    with FileLock(path.with_suffix(".lock")), full_disk_errors(path):
         if path.is_file() and not _repair(path, n, compute, kind):
             print(f"{path}: damaged or of an older version; computing all of it again", flush=True)
             path.unlink()
@@ -207,30 +210,44 @@ def _compute(path: Path, n: int, compute: Callable, what: str, kind: np.dtype) -
 
 
 class Rows:
-    """The rows of a file that `keep` made, as tensors; mapped on first use, in each process."""
+    """The rows of a file that `keep` made, as tensors.
+
+    They are read, not mapped: a mapped file that becomes shorter kills the process that reads it.
+    """
 
     def __init__(self, path: Path):
         self.path = path
-        self._records = None
+        self._header = None
         self._checked = None
 
     def __getstate__(self):
-        # Pickling a memory map would copy it.
-        return {"path": self.path, "_records": None, "_checked": None}
+        return {"path": self.path, "_header": None, "_checked": None}
 
     def __getitem__(self, i: int) -> Tensor:
         """Return row i, of the dtype that it was kept in.
 
-        Raises OSError, one line, if it was damaged since `keep` checked it. Each process checks a
-        row when it reads it for the first time.
+        Raises OSError, one line, if the file was damaged since `keep` checked it. Each process
+        checks a row when it reads it for the first time.
         """
-        if self._records is None:
-            self._records = np.load(self.path, mmap_mode="r")
-            self._checked = np.zeros(len(self._records), bool)
-        values = self._records["row"][i].copy()
+        if self._header is None:
+            with open(self.path, "rb") as file:
+                self._header = read_header(file)
+            if self._header is None:
+                raise self._damaged("the header")
+            self._checked = np.zeros(self._header.count, bool)
+        header = self._header
+        dtype = record_dtype(header.kind, header.shape)
+        place = header.size + i * header.record
+        records = np.fromfile(self.path, dtype, count=1, offset=place)
+        if len(records) < 1:
+            raise self._damaged(f"row {i}")
+        values = np.ascontiguousarray(records["row"][0])
         if not self._checked[i]:
-            if checksum(i, values) != self._records["checksum"][i]:
-                hint = "run again with --resume, which computes it again"
-                raise OSError(f"{self.path}: row {i} was damaged while this run read it; {hint}")
+            if checksum(i, values) != records["checksum"][0]:
+                raise self._damaged(f"row {i}")
             self._checked[i] = True
         return torch.from_numpy(values)
+
+    def _damaged(self, what: str) -> OSError:
+        hint = "run again with --resume, which computes it again"
+        return OSError(f"{self.path}: {what} was damaged while this run read it; {hint}")

@@ -221,7 +221,8 @@ class TextSwinUNETR(Backbone):
         weights, settings = swin_unetr3d.read_checkpoint(source, swin_unetr3d.FILES)
         weights = swin_unetr3d.convert(weights)
         if "format" in settings:  # a run folder of ours
-            config = TextConfig(**swin_unetr3d.run_config(settings, "TextSwinUNETR", source))
+            values = swin_unetr3d.run_config(settings, "TextSwinUNETR", source, TextConfig)
+            config = TextConfig(**values)
         else:
             told = swin_unetr3d.told_by_name(source, settings, "merging" in overrides)
             told |= {option: f"{part}.weight" in weights for part, option in PARTS.items()}

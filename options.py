@@ -321,12 +321,15 @@ def as_tested(options: Options) -> Options:
     options, tested = replace(options, eval=True, epochs=0), run_config(options.weights)
     if not tested:
         return options
+    if tested.get("model") not in FAMILIES:
+        raise ValueError(f"{options.weights}: config.json names no model that this version has")
     keys = ("prompt", "pseudocolor", "sam_prompts", "min_area", "jitter", "overlap", "fold")
     if not options.prompt_study:  # which computes no distances
         keys += ("nsd_tolerance",)
     keys = (*keys, "mask_orientation")
-    same = {k: tested["options"].get(k) for k in keys if getattr(options, k) is None}
-    same["seed"] = options.seed or tested["options"].get("seed", 0)  # which also divides data sets
+    known = tested.get("options", {})
+    same = {k: known.get(k) for k in keys if getattr(options, k) is None}
+    same["seed"] = options.seed or known.get("seed", 0)  # which also divides data sets
     if options.group_regex is None:
         same["group_regex"] = patients_of(tested, options.data + options.test)
     return replace(options, model=tested["model"], **same)

@@ -23,6 +23,11 @@ are predicted, such inputs are listed at the end, and the exit status is 1 (2 if
 same call with --skip-existing continues where an earlier one ended.
 """
 
+if __name__ == "__main__":
+    import startup
+
+    startup.guard_imports()  # the imports below take seconds
+
 import argparse
 import io
 import os
@@ -326,8 +331,6 @@ class Batch:
         if self.finished:
             count = f"{len(self.finished)} of {len(cases)} {unit}s"
             print(f"{count} are predicted already and were skipped (--skip-existing)")
-        for folder in {self.out, *(path.parent for path in case_files)}:
-            report.remove_leftovers(folder)
 
     def run(self, predict_case: Callable) -> int:
         """Predict all cases that are not finished and write their files. Return the exit status.
@@ -412,7 +415,8 @@ def model_of(args) -> str:
 
 def main() -> int:
     args = parse()
-    with report.claim(Path(args.out)):
+    safe = f"the files in {args.out} are whole; the same command with --skip-existing goes on"
+    with report.claim(Path(args.out)), report.way_on(lambda: safe):
         return predict_inputs(args)
 
 
@@ -420,6 +424,8 @@ def predict_inputs(args) -> int:
     """Predict all inputs into --out, which no other process writes to. Return the exit status."""
     run = run_config(args.weights)
     name = args.model or run.get("model") or model_of(args)
+    if name not in FAMILIES:
+        raise ValueError(f"{args.weights}: is a run of {name}, no model that this version has")
     family = FAMILIES[name]
     second = second_file(name, args.clip, args.decoder)
     check_split(args)

@@ -26,6 +26,11 @@ and `uw-madison` and `duke-*` that of class maps, whose pixels are class numbers
 `check` only reads. Exit status: 0 fine, 1 findings, 2 could not run (one line on stderr).
 """
 
+if __name__ == "__main__":
+    import startup
+
+    startup.guard_imports()  # the imports below take seconds
+
 import argparse
 import csv
 import hashlib

@@ -12,54 +12,26 @@ import shutil
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from signal import SIGINT
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
+import startup
+from atomic_files import (
+    full_disk_errors, is_full_disk, open_locked, release, remove_leftovers, whole_file,
+)  # fmt: skip
 
 # green and magenta: apart on tissue, also for the colour-blind
 TRUTH, PREDICTION = (0, 230, 90), (255, 0, 200)
 
 
 # --- files and errors -----------------------------------------------------------------------------
-
-
-@contextmanager
-def whole_file(path: Path):
-    """Yields a temporary name beside `path`; what is written there then takes the path's place.
-
-    Whoever looks at `path`, also after a kill at any moment, sees the old file or the new one.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}")  # containers share process ids
-    try:
-        yield part
-        with open(part, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Remove the hidden temporary files that a killed process left in a folder, not below it.
-
-    These are named like those of `whole_file`, or of volumes.py. Call it only for a folder that
-    this process has claimed, so that nobody is writing such a file.
-    """
-    for path in folder.glob(".*"):
-        is_temporary = re.fullmatch(r"\..+\.[0-9a-f]{8}|\.[0-9a-f]{8}\..+", path.name)
-        if is_temporary and path.is_file():
-            path.unlink()
 
 
 def refuse_existing(out: Path) -> None:
@@ -82,7 +54,8 @@ def whole_folder(out: Path):
         part = out.with_name(f".{out.name}.{ending}")
         shutil.rmtree(part, ignore_errors=True)  # left by a killed process
         try:
-            yield part
+            with full_disk_errors(out):
+                yield part
             os.replace(part, out)
         finally:
             shutil.rmtree(part, ignore_errors=True)
@@ -90,32 +63,19 @@ def whole_folder(out: Path):
 
 # --- one process a folder -------------------------------------------------------------------------
 
-LOCK_DESCRIPTORS = set()  # of the locks that this process holds
-
-
-def close_locks_in_child() -> None:
-    """Close inherited locks: a data-loading process must not keep the lock of a killed parent."""
-    for descriptor in LOCK_DESCRIPTORS:
-        os.close(descriptor)
-    LOCK_DESCRIPTORS.clear()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=close_locks_in_child)
-
-
 @contextmanager
 def claim(folder: Path):
     """Keep every other process out of an output folder for as long as this one works in it.
 
-    The folder is made if it is missing, and removed again if nothing was written to it. Raises
-    ValueError if another process has claimed the folder, if this is one of several processes, or if
-    there is a file of this name.
+    The folder is made if it is missing, and removed again if nothing was written to it. Temporary
+    files that killed processes left in it are removed. Raises ValueError if another process has
+    claimed the folder, if this is one of several processes, or if there is a file of this name.
     """
     refuse_several_processes()
     if any(place.exists() and not place.is_dir() for place in (folder, *folder.parents)):
         raise ValueError(f"{folder}: is a file, or lies below one; choose another --out")
     with locked(folder / ".lock", folder):
+        remove_leftovers(folder)
         yield
 
 
@@ -138,48 +98,15 @@ def locked(path: Path, folder: Path):
     if descriptor is None:
         path.unlink(missing_ok=True)
         print(f"{folder}: the file system has no locks; start no second process on this folder")
-    else:
-        LOCK_DESCRIPTORS.add(descriptor)
     try:
         yield descriptor is not None
     finally:
         if descriptor is not None:
             path.unlink(missing_ok=True)  # before the lock is released, see `open_locked`
-            LOCK_DESCRIPTORS.discard(descriptor)
-            os.close(descriptor)
+            release(descriptor)
         for place in missing:
             with suppress(OSError):  # it is not empty
                 place.rmdir()
-
-
-def open_locked(path: Path) -> int | None:
-    """Open and lock a file, which is made if it is missing. Return its descriptor.
-
-    None: the system or the file system has no locks. Raises BlockingIOError if another process
-    holds the lock.
-    """
-    if fcntl is None:
-        return None
-    while True:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        except FileNotFoundError:  # the last holder has removed its empty folder
-            continue
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(descriptor)
-            if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES):
-                raise BlockingIOError(error.errno, "locked", str(path)) from None
-            return None
-
-        # The last holder may have removed the file between our open and our lock. A lock on a
-        # removed file keeps nobody out: try again with the file that now has the name.
-        with suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
-                return descriptor
-        os.close(descriptor)
 
 
 def refuse_several_processes() -> None:
@@ -224,32 +151,158 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message}; --help lists the options\n")
 
 
-def is_out_of_memory(error: Exception) -> bool:
-    """Return True if an error says that memory, of the machine or of its GPU, does not suffice."""
-    is_full = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-    return is_full or "can't allocate memory" in str(error)  # as torch says it of a CPU
-
-
 def command(main) -> None:
-    """Runs a program's `main`; what the user did wrong becomes one line on stderr and status 2."""
+    """Run a program's `main`, then exit: with its status, or with one line on stderr.
+
+    The status is 2 for what the user can mend, and 128 more than the number of a signal: 130 for
+    Ctrl-C, 143 for SIGTERM. Any other error is a mistake of ours and keeps its traceback.
+    """
+    startup.catch_signals()
+    startup.hide_warnings()
     try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
+        status = main()
+    except (KeyboardInterrupt, MemoryError, RuntimeError, ValueError, OSError) as error:
+        startup.ignore_signals()  # the line below comes whole, and no second one
+        message = describe_error(error)
+        if message is None:
             raise
-        message = "out of memory: take a smaller --batch-size or --size, of volumes also fewer "
-        message += "--classes, --crops-per-volume or --window-batch, or --checkpointing"
-    except (ValueError, OSError) as error:
         if os.environ.get("TRACEBACK"):  # for whoever looks for the place in the code
             traceback.print_exc()
-        # Data-loader workers wrap an error in their traceback; its last line is the message.
-        message = (str(error).strip().splitlines() or [repr(error)])[-1].removeprefix(
-            "ValueError: "
-        )
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
+        # Close the progress bars and end the data-loading processes of the functions that failed.
+        traceback.clear_frames(error.__traceback__)
+        number = interruption(error)
+        status = 2 if number is None else 128 + number
+        with suppress(OSError):  # the terminal is gone
+            print(message, file=sys.stderr, flush=True)
+    leave(status)
+
+
+def leave(status: int | None) -> None:
+    """Exit, without a traceback if what still waits to be printed cannot be."""
+    try:
+        sys.stdout.flush()
+    except OSError:  # a full disk, or a pipe that nobody reads any more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = status or 2
+    sys.exit(status)
+
+
+@contextmanager
+def way_on(describe: Callable[[], str], override: bool = False):
+    """Let the line about an interruption, a full disk or memory end with what `describe` returns.
+
+    It says what is safe and how to go on. The innermost block decides, or one with `override`.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, MemoryError, RuntimeError, OSError) as error:
+        if override or not hasattr(error, "way_on"):
+            error.way_on = describe()
+        raise
+
+
+def chain(error: BaseException | None) -> list[BaseException]:
+    """Return an error and those that it followed from."""
+    errors = []
+    while error is not None:
+        errors.append(error)
+        error = error.__cause__ or error.__context__
+    return errors
+
+
+def interruption(error: BaseException) -> int | None:
+    """Return the number of the signal that an error followed from, None if it was none."""
+    for cause in chain(error):
+        if isinstance(cause, KeyboardInterrupt):
+            return getattr(cause, "number", SIGINT)
+    return None
+
+
+# What torch says of a data-loading process that died.
+DEAD_WORKER = re.compile(r"DataLoader worker \(pid.*?\) (?:is killed by signal: (\w+)|exited)")
+# What says that there is no memory: torch of a CPU and of a GPU, numpy within a data-loading
+# process, and C++ at large.
+FULL_MEMORY = re.compile(
+    r"can't allocate memory|not enough memory|CUDA error: out of memory|CUBLAS_STATUS_ALLOC_FAILED"
+    r"|MemoryError|Unable to allocate|bad_alloc"
+)
+SHARED_MEMORY = re.compile(r"shared memory object|shared memory\(shm\)|to file </torch_")
+SMALLER = (
+    "take a smaller --batch-size or --size, of volumes also fewer --classes, --crops-per-volume or "
+    "--window-batch, or --checkpointing"
+)
+
+
+def describe_error(error: BaseException) -> str | None:
+    """Return the line that a user reads about an error, None if it is a mistake of ours."""
+    more = next((cause.way_on for cause in chain(error) if hasattr(cause, "way_on")), "")
+    more = more or "nothing is left half written; run the same command again"
+    number = interruption(error)
+    if number is not None:
+        how = {2: "by Ctrl-C", 15: "by SIGTERM", 1: "as the terminal was closed"}[number]
+        return f"stopped {how}: {more}"
+    if is_dead_worker(error):
+        return f"error: {describe_dead_worker(error)}; {more}"
+    if is_out_of_memory(error):
+        return f"error: out of memory: {SMALLER}; {more}"
+    if is_full_disk(error):
+        return f"error: {describe_full_disk(error)}; {more}"
+    if isinstance(error, BrokenPipeError):
+        return f"error: nobody reads the output of this program any more; {more}"
+    if isinstance(error, ValueError | OSError):
+        return f"error: {last_line(error)}"
+    return None
+
+
+def last_line(error: BaseException) -> str:
+    """Return the last line of an error's message.
+
+    The message of a data-loading process is a traceback, which ends with the kind of the error.
+    """
+    lines = str(error).strip().splitlines() or [repr(error)]
+    return lines[0] if len(lines) == 1 else re.sub(r"^\w+Error: ", "", lines[-1])
+
+
+def is_dead_worker(error: BaseException) -> bool:
+    """Return True if a data-loading process was killed, or its connection broke as it was."""
+    for cause in chain(error):
+        if isinstance(cause, RuntimeError):
+            if DEAD_WORKER.search(str(cause)) or SHARED_MEMORY.search(str(cause)):
+                return True
+        if isinstance(cause, ConnectionError | EOFError):
+            frames = traceback.extract_tb(cause.__traceback__)
+            if any(Path(frame.filename).name == "dataloader.py" for frame in frames):
+                return True
+    return False
+
+
+def describe_dead_worker(error: BaseException) -> str:
+    """Return what happened to a data-loading process, and what helps."""
+    texts = " ".join(str(cause) for cause in chain(error))
+    if SHARED_MEMORY.search(texts) or "signal: Bus" in texts:
+        return "the memory that processes share (/dev/shm) is full: take --workers 0, or enlarge it"
+    killed = DEAD_WORKER.search(texts)
+    how = f" (signal {killed[1]})" if killed and killed[1] else ""
+    hint = "most often as memory ran out: take fewer --workers"
+    return f"a data-loading process was killed{how}, {hint}"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return True if memory ran out, on the CPU or a GPU."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, RuntimeError) and bool(FULL_MEMORY.search(str(error)))
+
+
+def describe_full_disk(error: BaseException) -> str:
+    """Return which file could not be written, and why."""
+    numbered = [cause for cause in chain(error) if getattr(cause, "errno", None)]
+    if not numbered:
+        return f"the disk is full ({last_line(error):.150}): free some space"
+    name = numbered[0].filename or "a file, or what is printed,"
+    return f"{name} could not be written ({numbered[0].strerror}): free some space"
 
 
 class Log:

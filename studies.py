@@ -32,10 +32,16 @@ METHOD/k2-draw1; without last.pt, which only going on needs), results.csv (a row
 class and case), table.md and few_shot.png.
 """
 
+if __name__ == "__main__":
+    import startup
+
+    startup.guard_imports()  # the imports below take seconds
+
 import argparse
 import contextlib
 import csv
 import hashlib
+import io
 import json
 import multiprocessing
 import os
@@ -51,11 +57,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import evaluate
+import files
 import layouts
 import metrics
 import options
 import recipes
 import report
+import startup
 import train
 import volumes
 from options import Options, flag
@@ -98,8 +107,8 @@ def do(runs: list[Run], jobs: int) -> None:
         print(f"{len(runs) - len(todo)} of {len(runs)} runs are done already")
     bar, doing = tqdm(None, "study", len(todo), unit="run", disable=None), {}
     spawn, cores = multiprocessing.get_context("spawn"), torch.get_num_threads()
-    pool = ProcessPoolExecutor(jobs, spawn) if jobs > 1 else Here()
-    with pool, bar:
+    pool = ProcessPoolExecutor(jobs, spawn, startup.begin_child) if jobs > 1 else Here()
+    with pool, bar, children_end_with_us():
         while todo:
             open_now = {run.options.out for run in todo.values()}
             free = [n for n in todo if n not in doing and todo[n].options.weights not in open_now]
@@ -112,13 +121,25 @@ def do(runs: list[Run], jobs: int) -> None:
                 run = todo.pop(n)
                 if error := doing.pop(n).exception():
                     log = run.test.parent / "log.txt"
-                    tqdm.write(f"{run} failed, its log is {log}", sys.stderr)
+                    where = f", its log is {log}" if log.exists() else ""
+                    tqdm.write(f"{run} failed{where}", sys.stderr)
                     pool.shutdown(cancel_futures=True)
                     if isinstance(error, BrokenExecutor):
                         hint = "for want of memory? Fewer --jobs take less; what is done is kept"
                         raise OSError(f"the process of a run was killed, {hint}")
                     raise error
                 bar.update()
+
+
+@contextlib.contextmanager
+def children_end_with_us():
+    """End the processes of runs if this one is interrupted, instead of waiting until they end."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        for process in multiprocessing.active_children():
+            process.terminate()
+        raise
 
 
 class Here(Executor):
@@ -134,10 +155,15 @@ class Here(Executor):
 
 
 def same_options(path: Path, mine: dict, later: str) -> dict:
-    """What is to be kept of a study's options. ValueError, one line, if it was begun with others;
-    that of the name `later` may be None at one time."""
+    """Return what is to be kept of a study's options; the one called `later` may be None once.
+
+    Raises ValueError, one line, if the study was begun with others or its file is damaged.
+    """
     mine = json.loads(json.dumps(mine, default=str))
-    theirs = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else mine
+    theirs = files.read_json(path) if path.is_file() else mine
+    if not isinstance(theirs, dict) or later not in theirs:
+        hint = "restore it, or choose another --out"
+        raise ValueError(f"{path}: is not the file of a study's options; {hint}")
     mine[later] = mine[later] or theirs[later]
     options.check_same(path.parent, theirs | {later: theirs[later] or mine[later]}, mine)
     return mine
@@ -225,8 +251,14 @@ def name_by_link(file: Path, root: Path) -> str:
 
 def read_listing(path: Path, root: Path) -> dict:
     """Return a study's dataset.json. Absolute paths, as in older studies, go by the link."""
-    content = json.loads(path.read_text(encoding="utf-8"))
-    for key in ("training", "validation", "test"):
+    content = files.read_json(path)
+    kinds = dict.fromkeys(("training", "validation", "test"), list[dict[str, str]])
+    if not isinstance(content, dict) or not all(
+        evaluate.fits(content.get(key, []), kind) for key, kind in kinds.items()
+    ):
+        hint = "restore it, or choose another --out"
+        raise ValueError(f"{path}: is not a list of volumes as the study writes it; {hint}")
+    for key in kinds:
         for case in content.get(key, []):
             for kind, name in case.items():
                 if Path(name).is_relative_to(root):
@@ -404,14 +436,42 @@ def read_scores(study: FewShot, run: Run) -> list[dict]:
     for own in study.splits["test"]:  # older runs named cases of repeated names by their full path
         folder = own.mask.parent.relative_to(own.mask.anchor)
         cases.setdefault((folder / layouts.without_ending(own.mask)).as_posix(), own.name)
-    with open(run.test / "per_image.csv", newline="", encoding="utf-8") as file:
-        found = [row for row in csv.DictReader(file) if "True" in (row["in_truth"], row["in_pred"])]
+    table = read_table(run.test / "per_image.csv")
+    found = [row for row in table if "True" in (row["in_truth"], row["in_pred"])]
     who = {"method": run.method, "k": run.k or 0, "draw": run.draw}
     who |= {"phase": "after" if run.k else "before"}
     names = {"class": "class", "case": "name", "patient": "group", "dice": "dice"}
     for row in found:
+        if row["name"] not in cases:
+            raise damaged_table(run.test / "per_image.csv", f"no volume is called {row['name']}")
         row["name"] = cases[row["name"]]
     return [who | {new: row[name] for new, name in names.items()} for row in found]
+
+
+def read_table(path: Path) -> list[dict]:
+    """Return the rows of a run's per_image.csv.
+
+    Raises ValueError, one line, if it is missing or damaged.
+    """
+    try:
+        rows = list(csv.DictReader(io.StringIO(files.read_text(path), newline="")))
+    except (csv.Error, FileNotFoundError) as error:
+        raise damaged_table(path, error) from None
+    for row in rows:
+        for column in ("name", "class", "group", "in_truth", "in_pred", "dice"):
+            if row.get(column) is None:
+                raise damaged_table(path, f"a row has no {column}")
+        try:
+            float(row["dice"] or 0)
+        except ValueError as error:
+            raise damaged_table(path, error) from None
+    return rows
+
+
+def damaged_table(path: Path, reason) -> ValueError:
+    """Return the error of a run's table that cannot be used."""
+    hint = f"remove {path.parent}; the same command then repeats this run"
+    return ValueError(f"{path}: is damaged ({reason}); {hint}")
 
 
 def values(study: FewShot, rows: list[dict], method: str, k: int, classes: list[str]) -> np.ndarray:
@@ -516,7 +576,8 @@ def plot(path: Path, study: FewShot, summary: dict) -> None:
 def few_shot(args: argparse.Namespace, given: dict) -> None:
     """The whole study."""
     study = FewShot(**{k: v for k, v in vars(args).items() if k != "command"}, given=given)
-    with report.claim(study.out):
+    safe = "finished runs are kept and others go on where they were saved: give the same command"
+    with report.claim(study.out), report.way_on(lambda: safe, override=True):
         do_few_shot(study, given)
 
 

@@ -2,6 +2,7 @@
 
     python train.py --model cris --data data/kvasir_polyp                  # fine-tune, then test
     python train.py --resume --out runs/cris-kvasir_polyp                  # go on where it stopped
+    python train.py --resume --out runs/cris-kvasir_polyp --epochs 100     # train for more epochs
     python train.py --weights runs/cris-kvasir_polyp --eval --test data/cvc300_polyp
     python train.py --weights cris_best.pth --data data/busi --epochs 0 --prompt p1     # zero-shot
 
@@ -10,11 +11,20 @@ metrics.csv (a row an epoch), curves.png, log.txt, last.pt (all that a resumed r
 best.safetensors (`Model.from_pretrained("runs/NAME")` reads it), where only a part was trained
 that part in adapter.safetensors (adapters.py), and test/ with summary.json, per_image.csv and
 overlays. On the CPU a resumed run gives the same numbers, bit for bit, as one that never stopped.
+A run that fails before anything is saved leaves no run folder, and one that was killed before that
+is started again by the same command. More --epochs change the learning rate of schedules that end
+with the run: a line says from what to what. --patience may change as well.
 """
+
+if __name__ == "__main__":
+    import startup
+
+    startup.guard_imports()  # the imports below take seconds
 
 import contextlib
 import json
 import math
+import os
 import shutil
 import sys
 import time
@@ -24,7 +34,8 @@ from pathlib import Path
 
 import torch
 import torchvision
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
@@ -35,8 +46,8 @@ import layouts
 import recipes
 import report
 import volumes
-from adapters import merge_lora, merged_state_dict, save_adapter
-from options import Options, check_same, parse, resolve
+from adapters import merge_lora, merged_state_dict, save_adapter, tensor_fault
+from options import Options, check_same, flag, parse, resolve
 from protocol import (
     Settings, allow_single_values, choose_trained, describe_cuts, keep_features, lr_factor,
 )  # fmt: skip
@@ -78,7 +89,8 @@ class Run:
         self.sums, self.history = {}, []  # losses of this epoch so far; the rows of metrics.csv
         self.best, self.best_epoch = -1.0, 0  # highest validation Dice, and the epoch that had it
         # The epoch whose weights are kept, and its scores: one as good as the best may be later.
-        self.chosen = {"epoch": 0, "dice": math.nan, "loss": None, "threshold": None}
+        self.chosen = dict(NO_CHOICE)
+        self.saved = ""  # where last.pt stands, in words
 
     def save(self) -> None:
         """Everything that going on needs, to last.pt. Data and augmentation need only seeds."""
@@ -89,27 +101,92 @@ class Run:
         state |= {"random": torch.get_rng_state(), "random_cuda": cuda}
         with report.whole_file(self.out / "last.pt") as part:
             torch.save(state, part)
+        self.saved = self.place()
+
+    def place(self) -> str:
+        """Return where the run stands, in words."""
+        return f"epoch {self.epoch + 1}" if self.batch else f"the end of epoch {self.epoch}"
+
+    def what_is_safe(self) -> str:
+        """Return what a run that is interrupted now has saved, and how to go on."""
+        if not self.saved:
+            return "nothing was saved yet; the same command starts again"
+        again = f"python train.py --resume --out {self.out}"
+        return f"{self.out / 'last.pt'} is safe ({self.saved}); go on with {again}"
 
     def load(self) -> None:
+        """Restore what `save` wrote.
+
+        Raises ValueError, one line, if last.pt is damaged or does not belong to this run, or if its
+        best weights are lost.
+        """
         path = self.out / "last.pt"
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # cut off, or a pickle that calls something
-            reason = (str(error).strip() or repr(error)).splitlines()[0]
-            raise ValueError(
-                f"{path}: cannot be read, so the run cannot be resumed ({reason:.150}); "
-                "start again with another --out"
-            ) from None
+            raise unusable(path, "cannot be read", error) from None
+        self.check_state(path, state)
         for name in self.PLACE:
             setattr(self, name, state[name])
         self.chosen = state["chosen"] if "chosen" in state else self.first_best()
         self.use_threshold()
-        for name in self.PARTS:
-            if getattr(self, name):
-                getattr(self, name).load_state_dict(state[name])
-        torch.set_rng_state(state["random"])
-        if state["random_cuda"] and self.device.type == "cuda":
-            torch.cuda.set_rng_state_all(state["random_cuda"])
+        try:
+            for name in self.PARTS:
+                if getattr(self, name):
+                    getattr(self, name).load_state_dict(state[name])
+            torch.set_rng_state(state["random"])
+            if state["random_cuda"] and self.device.type == "cuda":
+                torch.cuda.set_rng_state_all(state["random_cuda"])
+        except Exception as error:  # optimisers and schedulers raise errors of many kinds
+            raise unusable(path, "does not fit this run", error) from None
+        self.saved = self.place()
+        if self.chosen["epoch"]:  # else no weights were kept yet
+            for _ in kept_weights(self.out / "best.safetensors", merged_state_dict(self.model)):
+                pass  # it is read again after the training, which may take days
+
+    def check_state(self, path: Path, state) -> None:
+        """Raise ValueError, one line, if the content of last.pt is not a state of this run."""
+        parts = [name for name in self.PARTS if getattr(self, name)]
+        kinds = STATE | dict.fromkeys([*parts, "random", "random_cuda"])
+        if not isinstance(state, dict):
+            raise unusable(path, f"holds a {type(state).__name__}, not the state of a run")
+        missing = [name for name in kinds if name not in state]
+        if missing:
+            raise unusable(path, f"has no {missing[0]}")
+        unknown = [name for name in state if name not in {*kinds, *self.PARTS, "chosen"}]
+        if unknown:
+            raise unusable(path, f"was written by a newer version (it has {unknown[0]!r})")
+        for name, kind in STATE.items():
+            value = state[name]
+            if not evaluate.fits(value, kind) or kind is int and value < 0:
+                raise unusable(path, f"{name} is {value!r:.50}")
+        if not is_choice(state.get("chosen", NO_CHOICE)):
+            raise unusable(path, f"chosen is {state['chosen']!r:.50}")
+        if state["batch"] > self.batches or state["batch"] and "loss" not in state["sums"]:
+            raise unusable(path, f"batch {state['batch']} is none of this run")
+        check_tensors(path, state["model"], self.model.state_dict())
+
+    def follow_schedule(self) -> str:
+        """Set the learning rates that the schedule has for this step; return what changed, "" if
+        nothing did.
+
+        They change if the run is longer or shorter than when it was saved. All schedules but
+        plateau know the rate of a step from its number.
+        """
+        if self.settings.schedule == "plateau":
+            return ""
+        before = max(group["lr"] for group in self.optimizer.param_groups)
+        factor = lr_factor(self.step, self.total_steps, self.settings)
+        for group, base in zip(self.optimizer.param_groups, self.scheduler.base_lrs, strict=True):
+            group["lr"] = base * factor
+        after = max(group["lr"] for group in self.optimizer.param_groups)
+        if after == before:
+            return ""
+        name = self.settings.schedule
+        return (
+            f"the {name} schedule now ends at step {self.total_steps}: the learning rate at step "
+            f"{self.step} changes from {before:.3g} to {after:.3g}"
+        )
 
     def first_best(self) -> dict:
         """Return `chosen` as it was before last.pt held it: the first epoch with the best Dice."""
@@ -169,7 +246,8 @@ class Run:
     def train_epoch(self, batches) -> None:
         """From where it stands to the epoch's end."""
         self.train_mode()
-        title, said = f"epoch {self.epoch + 1}/{self.options.epochs}", (saved := time.time())
+        title = f"epoch {self.epoch + 1}/{self.options.epochs}"
+        said = saved = time.time()
         bar = tqdm(None, title, self.batches, False, initial=self.batch, unit="batch", disable=None)
         while self.batch < self.batches and self.step < self.total_steps:
             before = self.batch
@@ -267,7 +345,59 @@ class Run:
             self.train_epoch(batches)
             self.end_epoch()
         if self.patience_lost():
-            print(f"stopped: validation Dice has not become better since epoch {self.best_epoch}")
+            since = f"validation Dice has not become better since epoch {self.best_epoch}"
+            print(f"stopped: {since} (--resume with more --patience goes on)")
+
+
+NO_CHOICE = {"epoch": 0, "dice": math.nan, "loss": None, "threshold": None}
+STATE = {  # of last.pt: where the run stands
+    "epoch": int, "batch": int, "step": int, "sums": dict, "history": list[dict], "best": float,
+    "best_epoch": int, "model": dict,
+}  # fmt: skip
+
+
+def is_choice(chosen) -> bool:
+    """Return True if `chosen` of last.pt has the form of `Run.chosen`."""
+    if not isinstance(chosen, dict) or chosen.keys() != NO_CHOICE.keys():
+        return False
+    numbers = [chosen["dice"], *(chosen[key] or 0.0 for key in ("loss", "threshold"))]
+    return isinstance(chosen["epoch"], int) and all(isinstance(x, int | float) for x in numbers)
+
+
+def unusable(path: Path, what: str, error: Exception | None = None) -> ValueError:
+    """Return the error of a file of a run that cannot be resumed."""
+    reason = ""
+    if error is not None:
+        reason = f" ({(str(error).strip() or repr(error)).splitlines()[0]:.150})"
+    return ValueError(
+        f"{path}: {what}, so the run cannot be resumed{reason}; start again with another --out"
+    )
+
+
+def check_tensors(path: Path, state: dict, expected: dict) -> None:
+    """Raise ValueError, one line, unless a file's tensors are those of this model."""
+    for name in [*expected, *state]:
+        fault = tensor_fault(state.get(name), expected.get(name))
+        if fault:
+            raise unusable(path, f"{name} {fault}")
+
+
+def kept_weights(path: Path, expected: dict):
+    """Yield the name and tensor of each of the weights in best.safetensors.
+
+    Raises ValueError, one line, if the file is missing, damaged or of another model.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            names = {*file.keys()}
+            for name in [*expected, *names]:
+                tensor = file.get_tensor(name) if name in names else None
+                fault = tensor_fault(tensor, expected.get(name))
+                if fault:
+                    raise unusable(path, f"{name} {fault}")
+                yield name, tensor
+    except (SafetensorError, OSError) as error:
+        raise unusable(path, "cannot be read", error) from None
 
 
 def wins_tie(loss: float | None, kept_loss: float | None) -> bool:
@@ -286,18 +416,96 @@ def wins_tie(loss: float | None, kept_loss: float | None) -> bool:
 # --- the program ---------------------------------------------------------------------------------
 
 
+LENGTH = ("epochs", "patience")  # options that a resumed run may change: how long it trains
+SAVED_FILES = ("last.pt", "best.safetensors", "adapter.safetensors", "metrics.csv", "test")
+# What a run writes before its first last.pt.
+FIRST_FILES = (
+    "config.json", "log.txt", "vocab.txt", "best.safetensors", "adapter.safetensors",
+    "metrics.csv", "curves.png",
+)  # fmt: skip
+
+
 def can_resume(options: Options) -> bool:
-    """True if --out holds a state to go on from. Refuses to write over another run."""
-    out, mine = Path(options.out), json.loads(json.dumps(asdict(options)))
-    if not options.resume and ((out / "config.json").exists() or (out / "test").exists()):
-        raise ValueError(f"{out} holds a run already; --resume goes on, --out is another folder")
-    if not (out / "last.pt").is_file():
-        if options.resume:
-            print(f"{out} holds nothing to go on from; starting at the beginning")
+    """Return True if --out holds a state to resume from.
+
+    Raises ValueError, one line, if it holds what must not be overwritten, or a run that was started
+    with other options.
+    """
+    out = Path(options.out)
+    if not options.resume:
+        refuse_run(out)
         return False
-    theirs = asdict(Options()) | json.loads((out / "config.json").read_text())["options"]
-    check_same(out, {key: theirs.get(key) for key in mine}, mine)  # older runs may have had others
+    if not (out / "last.pt").is_file():
+        print(f"{out} holds nothing to go on from; starting at the beginning")
+        return False
+
+    theirs = saved_options(out)
+    if theirs is None:
+        raise unusable(out / "last.pt", "has no config.json of its run beside it")
+    theirs = asdict(Options()) | theirs
+    mine = json.loads(json.dumps(asdict(options)))
+    same = {key: value for key, value in mine.items() if key not in LENGTH}
+    check_same(out, {key: theirs[key] for key in same}, same)
+    for key in LENGTH:
+        if theirs[key] != mine[key]:
+            print(f"{flag(key)} {theirs[key]} -> {mine[key]}")
     return True
+
+
+def saved_options(out: Path) -> dict | None:
+    """Return the options of the run in a folder, None without a config.json of ours.
+
+    Raises ValueError, one line, if they are not what train.py writes.
+    """
+    run = evaluate.run_config(out)
+    if not run:
+        return None
+    if "options" not in run:
+        raise ValueError(f"{out / 'config.json'}: has no options; {evaluate.EDITED}")
+    evaluate.check_options(out / "config.json", run["options"], Options)
+    return run["options"]
+
+
+def refuse_run(out: Path) -> None:
+    """Raise ValueError, one line, if a folder holds a run, or files that a run would overwrite.
+
+    A run that was killed before anything was saved is none, nor is a test that was stopped.
+    """
+    config = out / "config.json"
+    files = [out / name for name in SAVED_FILES if (out / name).exists()]
+    if files == [out / "test"] and not config.exists():
+        ours = {"per_image.csv", "per_component.csv", "per_prompt.csv", "overlays"}
+        if (out / "test").is_dir() and ours >= {path.name for path in (out / "test").iterdir()}:
+            print(f"{out} holds a test that was stopped; it starts again")
+            return
+    if config.exists() and not evaluate.run_config(out):
+        raise ValueError(f"{config}: is not the file of a run; choose another --out")
+    if files:
+        raise ValueError(
+            f"{out} holds a run already ({files[0].name}); --resume goes on, --out is another "
+            "folder"
+        )
+    if config.exists():
+        print(f"{out} holds a run that was stopped before anything was saved; it starts again")
+
+
+@contextlib.contextmanager
+def removed_if_unsaved(out: Path):
+    """Remove what a run wrote to its folder if it fails before it can be resumed or has a test."""
+    log = out / "log.txt"
+    before = {name for name in (*FIRST_FILES, "test") if (out / name).exists()}
+    size = log.stat().st_size if "log.txt" in before else 0
+    try:
+        yield
+    except BaseException:
+        is_tested = (out / "test").exists() and "test" not in before
+        if not (out / "last.pt").exists() and not is_tested:
+            for name in FIRST_FILES:
+                if name not in before:
+                    (out / name).unlink(missing_ok=True)
+            if "log.txt" in before:
+                os.truncate(log, size)
+        raise
 
 
 def write_config(options: Options, model, train_set, val_set) -> None:
@@ -355,15 +563,41 @@ def fit(options: Options, settings: Settings, model, recipe, sets, resume: bool)
     run = Run(options, settings, model, recipe, *sets)
     if resume:
         run.load()
-        print(f"resumed in epoch {run.epoch + 1}, at step {run.step}")
+        resume_run(run, sets)
     else:
         write_config(options, model, *sets)
         for name, path in recipe.files.items():
             shutil.copyfile(path, run.out / name)
-    run.fit()
+    with report.way_on(run.what_is_safe):
+        run.fit()
     merge_lora(model)
-    model.load_state_dict(load_file(run.out / "best.safetensors", device=str(device)))
+    model.load_state_dict(dict(kept_weights(run.out / "best.safetensors", model.state_dict())))
     return run.chosen
+
+
+def resume_run(run: Run, sets) -> None:
+    """Say where a loaded run goes on, and what more or fewer --epochs do to it.
+
+    Raises ValueError, one line, if there are fewer --epochs than it has trained already.
+    """
+    saved = saved_options(run.out)
+    epochs = run.options.epochs
+    trained = run.epoch + (run.batch > 0)  # in the last one it may be on its way
+    if epochs < trained:
+        raise ValueError(
+            f"--epochs {epochs}: this run has trained for {trained} already; give {trained} or more"
+        )
+    longer = epochs > (saved.get("epochs") or epochs)
+    if longer and run.total_steps == run.options.max_steps == run.step:
+        raise ValueError(
+            f"--epochs {epochs}: --max-steps {run.step} has ended this run; start a new one"
+        )
+    print(f"resumed in epoch {run.epoch + 1}, at step {run.step}")
+    change = run.follow_schedule()
+    if change and run.step < run.total_steps:
+        print(change)
+    if any(saved.get(key) != getattr(run.options, key) for key in LENGTH):
+        write_config(run.options, run.model, *sets)
 
 
 def describe_choice(chosen: dict, tests: dict) -> str:
@@ -467,11 +701,20 @@ def run(options: Options) -> dict:
 
 def run_in_folder(options: Options, settings: Settings) -> dict:
     """`run` in a folder that no other process writes to."""
-    device, resume = evaluate.pick_device(options.device), can_resume(options)
-    with open(Path(options.out) / "log.txt", "a", 1, encoding="utf-8") as file:
-        log = contextlib.redirect_stdout(report.Log(sys.stdout, file))
-        with log, volumes.notices.together():
-            return fit_and_test(options, settings, device, resume)
+    out = Path(options.out)
+    with report.way_on(partial(describe_folder, out)), removed_if_unsaved(out):
+        device, resume = evaluate.pick_device(options.device), can_resume(options)
+        with open(out / "log.txt", "a", 1, encoding="utf-8") as file:
+            log = contextlib.redirect_stdout(report.Log(sys.stdout, file))
+            with log, volumes.notices.together():
+                return fit_and_test(options, settings, device, resume)
+
+
+def describe_folder(out: Path) -> str:
+    """Return what a run that is interrupted before or after its training has, and how to go on."""
+    if not (out / "last.pt").exists():
+        return "nothing was saved yet; the same command starts again"
+    return f"{out / 'last.pt'} is safe; go on with python train.py --resume --out {out}"
 
 
 def main() -> int:
@@ -481,10 +724,8 @@ def main() -> int:
         return 0
 
     with report.claim(Path(given["out"])):
-        saved = Path(given["out"]) / "config.json"
-        if saved.is_file():  # --resume --out RUN is enough
-            given = json.loads(saved.read_text())["options"] | given
-        run_in_folder(*resolve(Options(**given)))
+        saved = saved_options(Path(given["out"])) or {}  # --resume --out RUN is enough
+        run_in_folder(*resolve(Options(**saved | given)))
     return 0
 
 

@@ -25,11 +25,10 @@ import hashlib
 import io
 import itertools
 import math
-import os
 import re
-import secrets
 import shutil
 import warnings
+import zipfile
 import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -43,6 +42,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
+
+from atomic_files import remove_leftovers, whole_file
 
 # --- what is said of files -----------------------------------------------------------------------
 
@@ -850,19 +851,6 @@ def read_labels(
     return np.ascontiguousarray(own.to_ras(labels))
 
 
-@contextmanager
-def _whole_file(path: Path):
-    """Yields a temporary name beside `path`; what is written there then takes the path's place."""
-    part = path.with_name(f".{secrets.token_hex(4)}.{path.name}")  # containers share process ids
-    try:
-        yield part
-        with open(part, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
 def write(path: Path, volume: np.ndarray, grid: Grid) -> None:
     """uint8 labels or float32 (X,Y,Z) in RAS -> a NIfTI file on the voxels of the image's file.
 
@@ -878,7 +866,7 @@ def write(path: Path, volume: np.ndarray, grid: Grid) -> None:
     header.set_data_dtype(volume.dtype)
     header["cal_min"] = header["cal_max"] = 0  # the image's grey window, in which labels are black
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _whole_file(path) as part, _quiet():
+    with whole_file(path, keep_ending=True) as part, _quiet():
         kind(grid.to_stored(volume), grid.affine, header).to_filename(part)
 
 
@@ -1137,6 +1125,27 @@ def check_255(sets: Sequence["VolumeSet"]) -> None:
             notices.add("the label map holds 255 (does not count) and no class", file)
 
 
+def _map(path: Path) -> Tensor:
+    """Return an array of a prepared volume, whose voxels are read when they are used.
+
+    It is copied on write: the file stays as it is, whatever becomes of the tensor. Reading the
+    whole file instead would take hundreds of megabytes for each crop; the price is that a file
+    which becomes shorter while it is used ends the process (SIGBUS). Raises OSError, one line, if
+    it is damaged already.
+    """
+    with _prepared_file(path):
+        return torch.from_numpy(np.load(path, mmap_mode="c"))
+
+
+@contextmanager
+def _prepared_file(path: Path):
+    """Turn what numpy raises about a damaged file into one line; it was whole at the start."""
+    try:
+        yield
+    except (ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        raise OSError(f"{path}: was damaged while this run read it ({error}); run again") from None
+
+
 class VolumeSet:
     """Volumes of one or several data sets; `prepared` makes their samples."""
 
@@ -1212,9 +1221,9 @@ class VolumeSet:
         kind = np.int32 if mask.size < 2**31 else np.int64
         arrays = {"image": image.numpy(), "mask": mask, "truth": truth}
         for name, x in (arrays | {"voxels": voxels.astype(kind)}).items():
-            with _whole_file(Path(f"{stem}.{name}.npy")) as part, open(part, "wb") as file:
+            with whole_file(Path(f"{stem}.{name}.npy")) as part, open(part, "wb") as file:
                 np.save(file, np.ascontiguousarray(x))
-        with _whole_file(Path(f"{stem}.npz")) as part, open(part, "wb") as file:
+        with whole_file(Path(f"{stem}.npz")) as part, open(part, "wb") as file:
             np.savez(file, offsets=offsets, **vars(place), **facts)
 
     def prepared(self, spacing, preprocess: Callable, channels: int, cache: Path) -> "VolumeSet":
@@ -1225,6 +1234,7 @@ class VolumeSet:
         disk.
         """
         cache = Path(cache)
+        remove_leftovers(cache, recursive=False)
         for entry, grid in zip(self.entries, self.grids):  # what headers tell, before all else
             have = grid.channels + sum(read_grid(path).channels for path in entry.more)
             check_channels(entry.image, have, channels)
@@ -1244,7 +1254,7 @@ class VolumeSet:
         fill = fill_value(preprocess, channels)
         for i in tqdm(todo, desc="prepare", unit="volume", disable=None, leave=False):
             self._prepare(i, stems[i], spacing, preprocess, fill)
-            with _whole_file(Path(f"{stems[i]}.crc")) as part:
+            with whole_file(Path(f"{stems[i]}.crc")) as part:
                 part.write_bytes(checksums([Path(f"{stems[i]}{end}") for end in PREPARED]))
         return VolumeSet(self.entries, self.grids, stems, self.partial)
 
@@ -1264,7 +1274,8 @@ class VolumeSet:
             raise OSError(f"{cache}: {short}; choose another folder with --cache")
 
     def _index(self, i: int) -> dict[str, np.ndarray]:
-        with np.load(f"{self.stems[i]}.npz") as file:
+        path = Path(f"{self.stems[i]}.npz")
+        with _prepared_file(path), np.load(path) as file:
             return dict(file)
 
     def with_255(self, beside: bool, indices: Sequence[int] | None = None) -> dict[Path, str]:
@@ -1334,9 +1345,7 @@ class VolumeSet:
         sample = {}
         offsets = index["offsets"]
         for name in ("image", "mask", "truth", "voxels"):
-            # copied on write: the files stay as they are, whatever becomes of the tensors
-            array = np.load(f"{self.stems[i]}.{name}.npy", mmap_mode="c")
-            sample[name] = torch.from_numpy(array)
+            sample[name] = _map(Path(f"{self.stems[i]}.{name}.npy"))
         sample["voxels"] = sample["voxels"], offsets
         place = {field.name: tuple(index[field.name].tolist()) for field in fields(Place)}
         sample["place"] = Place(**place)

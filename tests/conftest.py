@@ -1,6 +1,7 @@
 import csv
 import json
 import os
+import signal
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -19,10 +20,17 @@ os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPAT
 def command(monkeypatch, capsys, module, *arguments) -> tuple[int, str, str]:
     """Runs a program as from the command line: exit status, stdout, stderr."""
     import report
+    import startup
 
     monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
-    with pytest.raises(SystemExit) as ended:
-        report.command(module.main)
+    signals = [*startup.SIGNALS, signal.SIGCHLD]
+    handlers = {number: signal.getsignal(number) for number in signals}
+    try:
+        with pytest.raises(SystemExit) as ended:
+            report.command(module.main)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     out, err = capsys.readouterr()
     return ended.value.code, out, err
 

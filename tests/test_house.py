@@ -50,7 +50,7 @@ MODELS = {
     ),
 }
 FLOORS = [
-    ["files", "ranges", "tokenizer"],
+    ["files", "atomic_files", "ranges", "startup", "tokenizer"],
     ["layouts"],
     [
         *MODELS,

@@ -1,0 +1,173 @@
+"""Files that are written whole or not at all, locks, and what killed processes leave behind."""
+
+import errno
+import os
+import re
+import secrets
+import time
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+# --- locks ---------------------------------------------------------------------------------------
+
+LOCK_DESCRIPTORS = set()  # of the locks that this process holds
+
+
+def close_locks_in_child() -> None:
+    """Close inherited locks: a data-loading process must not keep the lock of a killed parent."""
+    for descriptor in LOCK_DESCRIPTORS:
+        os.close(descriptor)
+    LOCK_DESCRIPTORS.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=close_locks_in_child)
+
+
+def open_locked(path: Path) -> int | None:
+    """Open and lock a file, which is made if it is missing. Return its descriptor, for `release`.
+
+    None: the system or the file system has no locks. Raises BlockingIOError if another process
+    holds the lock.
+    """
+    if fcntl is None:
+        return None
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except FileNotFoundError:  # the last holder has removed its empty folder
+            continue
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(descriptor)
+            if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES):
+                raise BlockingIOError(error.errno, "locked", str(path)) from None
+            return None
+
+        # The last holder may have removed the file between our open and our lock. A lock on a
+        # removed file keeps nobody out: try again with the file that now has the name.
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                LOCK_DESCRIPTORS.add(descriptor)
+                return descriptor
+        os.close(descriptor)
+
+
+def release(descriptor: int | None) -> None:
+    """Release a lock of `open_locked`."""
+    if descriptor is not None:
+        LOCK_DESCRIPTORS.discard(descriptor)
+        os.close(descriptor)
+
+
+# --- whole files ---------------------------------------------------------------------------------
+
+
+@contextmanager
+def whole_file(path: Path, keep_ending: bool = False):
+    """Yield a temporary name beside `path`; what is written there then takes the path's place.
+
+    Whoever looks at `path`, also after a kill at any moment, sees the old file or the new one. The
+    temporary file is locked until then, which tells `remove_leftovers` that its writer lives.
+    keep_ending: for writers that choose a format by the ending. Raises OSError with errno ENOSPC,
+    whatever a library made of it, if the disk is full.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    token = secrets.token_hex(4)  # not a process number, which containers share
+    part = path.with_name(f".{token}.{path.name}" if keep_ending else f".{path.name}.{token}")
+    with full_disk_errors(path):
+        descriptor = open_part(part)
+        try:
+            yield part
+            with open(part, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+            release(descriptor)
+
+
+def open_part(part: Path) -> int | None:
+    """Open and lock a new temporary file; see `open_locked`."""
+    while True:
+        with suppress(BlockingIOError):  # `remove_if_free` came between its making and its lock
+            return open_locked(part)
+
+
+# What libraries that do not keep the error number say of a full disk: safetensors, torch.save (when
+# writing, and when it then closes the file), numpy.
+FULL_DISK = re.compile(
+    r"No space left on device|Disk quota exceeded|File too large|PytorchStreamWriter failed"
+    r"|unexpected pos \d+ vs \d+|\d+ requested and \d+ written"
+)
+FULL_DISK_NUMBERS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def is_full_disk(error: BaseException | None) -> bool:
+    """Return True if an error, or one that it followed from, says that nothing more can be written.
+
+    That is a full disk, a quota or a limit to the size of files.
+    """
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in FULL_DISK_NUMBERS:
+            return True
+        if isinstance(error, Exception) and FULL_DISK.search(str(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+@contextmanager
+def full_disk_errors(path: Path):
+    """Turn any library's error about a full disk into an OSError (ENOSPC) that names `path`."""
+    try:
+        yield
+    except Exception as error:
+        if is_full_disk(error):
+            number = getattr(error, "errno", None) or errno.ENOSPC
+            raise OSError(number, os.strerror(number), str(path)) from None
+        raise
+
+
+# --- leftovers -----------------------------------------------------------------------------------
+
+ENDING = r"\.(?:bin|crc|csv|gz|json|md|nii|npy|npz|png|pt|safetensors|txt)"
+TEMPORARY = re.compile(rf"\.[^.].*{ENDING}\.[0-9a-f]{{8}}|\.[0-9a-f]{{8}}\.[^.].*{ENDING}")
+DAY = 24 * 60 * 60  # seconds
+
+
+def remove_leftovers(folder: Path, recursive: bool = True) -> None:
+    """Remove the temporary files that killed processes left in a folder and in those below it.
+
+    Only files with a name of `whole_file` are removed, and only if nobody writes them: their lock
+    is free. Where the file system has no locks, they must be a day old. Links and hidden folders
+    are not followed. Files that cannot be removed stay.
+    """
+    with suppress(OSError):  # the folder is missing or cannot be listed
+        for place in os.scandir(folder):
+            if place.is_dir(follow_symlinks=False):
+                if recursive and not place.name.startswith("."):
+                    remove_leftovers(Path(place.path))
+            elif place.is_file(follow_symlinks=False) and TEMPORARY.fullmatch(place.name):
+                with suppress(OSError):
+                    remove_if_free(Path(place.path))
+
+
+def remove_if_free(part: Path) -> None:
+    """Remove a temporary file unless a process writes it. Raises OSError if it cannot be removed.
+
+    BlockingIOError, an OSError, says that a process holds its lock.
+    """
+    age = time.time() - part.stat().st_mtime
+    descriptor = open_locked(part)
+    if descriptor is not None or age > DAY:
+        part.unlink(missing_ok=True)
+    release(descriptor)

@@ -1,0 +1,91 @@
+"""The first seconds of a program, and the signals that end it.
+
+A program calls `guard_imports` before it imports torch, which takes seconds. `report.command` then
+calls `catch_signals`, so that Ctrl-C, SIGTERM and SIGHUP end it with one line.
+"""
+
+import os
+import signal
+import sys
+import warnings
+
+# Ctrl-C, what `kill` and cluster schedulers send, and the end of a terminal session.
+NAMES = ("SIGINT", "SIGTERM", "SIGHUP")
+SIGNALS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]  # fewer on Windows
+IN_A_CHILD = {signal.SIGINT: signal.SIG_IGN}  # Ctrl-C reaches the children of a program as well
+
+
+class Interrupted(KeyboardInterrupt):
+    """Raised where a signal of SIGNALS reached the program; `number` is the signal's."""
+
+    def __init__(self, number: int):
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+def set_handlers(handler) -> None:
+    """Set the handler of all SIGNALS but those that are ignored, as nohup wants it for SIGHUP."""
+    for number in SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
+
+
+def guard_imports() -> None:
+    """Until `catch_signals`, let a signal end the process with one line; hide warnings."""
+    set_handlers(end_at_once)
+    hide_warnings()
+
+
+def end_at_once(number: int, frame) -> None:
+    """Handle a signal during the imports of a program: nothing was begun yet."""
+    os.write(2, b"stopped: nothing was done yet; the same command starts again\n")
+    os._exit(128 + number)
+
+
+def catch_signals() -> None:
+    """From here on, raise Interrupted at the first signal and ignore further ones."""
+    set_handlers(interrupt)
+    if hasattr(os, "register_at_fork") and not IN_CHILDREN:
+        os.register_at_fork(after_in_child=reset_in_child)
+        IN_CHILDREN.append(True)
+
+
+IN_CHILDREN = []  # not empty once `reset_in_child` is registered
+
+
+def interrupt(number: int, frame) -> None:
+    """Handle a signal: raise Interrupted, once."""
+    ignore_signals()
+    raise Interrupted(number)
+
+
+def ignore_signals() -> None:
+    """Ignore further signals: the program is ending, and its last line is to be whole.
+
+    Data-loading processes end as well; torch would raise an error about each at any place.
+    """
+    set_handlers(signal.SIG_IGN)
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+
+def begin_child() -> None:
+    """Prepare a process that does runs of a study: its parent says what ends them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    hide_warnings()
+
+
+def reset_in_child() -> None:
+    """Leave it to the parent to say that it was stopped: data-loading processes end with it."""
+    for number in SIGNALS:
+        if signal.getsignal(number) == interrupt:
+            signal.signal(number, IN_A_CHILD.get(number, signal.SIG_DFL))
+
+
+def hide_warnings() -> None:
+    """Hide the warnings of libraries, which are no lines for users; `python -W default` shows them.
+
+    What matters in one is printed in our words where it arises.
+    """
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
