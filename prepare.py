@@ -39,7 +39,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import partial
-from itertools import product, repeat
+from itertools import chain, product, repeat
 from pathlib import Path
 
 import numpy as np
@@ -480,7 +480,7 @@ def other_files(root):
 
 def read_images(splits, findings):
     """Return {path: ImageFacts} of the images that can be read; the rest are findings."""
-    paths = list(dict.fromkeys(entry.image for entries in splits.values() for entry in entries))
+    paths = [*dict.fromkeys(entry.image for entry in chain(*splits.values()))]
     images = {}
     bar = partial(tqdm, total=len(paths), desc="images", disable=None, leave=False)
     with ThreadPoolExecutor() as pool:
@@ -494,13 +494,13 @@ def read_images(splits, findings):
 
 def read_masks(splits, images, findings):
     """Return {path: MaskFacts} of the masks that can be read; the rest are findings."""
-    by_mask = {entry.mask: entry for entries in splits.values() for entry in entries}
+    by_mask = {entry.mask: entry for entry in chain(*splits.values())}
     facts_of_images = [images.get(entry.image) for entry in by_mask.values()]
     masks = {}
     bar = partial(tqdm, total=len(by_mask), desc="masks", disable=None, leave=False)
     with ThreadPoolExecutor() as pool:
-        found = pool.map(mask_facts, by_mask.values(), facts_of_images)
-        for path, fact in bar(zip(by_mask, found)):
+        facts = pool.map(mask_facts, by_mask.values(), facts_of_images)
+        for path, fact in bar(zip(by_mask, facts)):
             if isinstance(fact, Exception):
                 add_error(fact, findings)
             else:
@@ -540,7 +540,9 @@ def read_pictures(root, splits, findings):
     swapped = [split for split, entries in splits.items() if are_exchanged(entries)]
     named_well = {split: entries for split, entries in splits.items() if split not in swapped}
     images = read_images(named_well, findings)
-    swapped += [split for split, some in named_well.items() if look_exchanged(some, images)]
+    for split, entries in named_well.items():
+        if look_exchanged(entries, images):
+            swapped.append(split)
     if swapped:
         line = f"{root}: images/ holds the masks, and masks/ the images ({', '.join(swapped)}); "
         findings["swapped folders"].append(f"{line}exchange the names of the two folders")
@@ -669,7 +671,7 @@ def check_prompts(root, splits, shares, findings):
     shares: of foreground, {(split, name): share}. Healthy images need no prompts.
     """
     texts = defaultdict(Counter)
-    for entry in (entry for entries in splits.values() for entry in entries):
+    for entry in chain(*splits.values()):
         for kind, listed in entry.prompts.items():
             texts[kind].update(listed)
     known = sorted(filter(layouts.is_prompt_type, texts), key=lambda kind: (len(kind), kind))
@@ -714,7 +716,8 @@ def check_overlap(seen, findings):
     seen: (path, split, facts) of each. Test files may share images with each other: they ask the
     same images for other things.
     """
-    by_digest, by_stem = {}, {}
+    by_digest = {}
+    by_stem = {}
     reported = set()
     for path, split, fact in seen:
         role = role_of(split)
@@ -803,19 +806,20 @@ def describe_shares(splits, shares, noun="an image"):
 
     empty = [name for (_, name), value in shares.items() if value == 0]
     text = some(empty) if empty else "none"
-    entries = [(split, entry) for split, listed in splits.items() for entry in listed]
-    of_empty = [entry for split, entry in entries if shares.get((split, entry.name)) == 0]
-    healthy = [entry for entry in of_empty if not texts_of(entry)]
-    has_prompts = any(texts_of(entry) for _, entry in entries)
-    if healthy and has_prompts:
-        text += f", {len(healthy)} of them without prompts"
+    healthy = 0
+    for split, entries in splits.items():
+        for entry in entries:
+            healthy += shares.get((split, entry.name)) == 0 and not texts_of(entry)
+    if healthy and any(map(texts_of, chain(*splits.values()))):
+        text += f", {healthy} of them without prompts"
     yield "empty masks", text
 
 
 def describe(root, splits, images, masks, shares, rule, texts):
-    """What a data set holds, as (heading, text) lines."""
+    """Yield what a data set of images holds, (heading, text)."""
     yield from describe_splits(splits)
-    if others := other_files(root):
+    others = other_files(root)
+    if others:
         shown = ", ".join(f"{n} {ending}" for ending, n in others.items())
         yield "not read", f"{shown}: files of other kinds in images/ and masks/"
     if images:
@@ -836,9 +840,9 @@ def describe(root, splits, images, masks, shares, rule, texts):
 
 
 def tokenizers_of(model):
-    """{recipes: tokenizer} of a model that reads, for each text length; {} without a model.
+    """Return {recipes: tokenizer} of a model that reads, for each text length; {} without a model.
 
-    {} also if the model's vocabulary cannot be had, which is printed.
+    Also {} if the model's vocabulary cannot be had, which is printed.
     """
     if model is None:
         return {}
@@ -937,7 +941,7 @@ def read_volumes(splits, findings):
     What training says of files that it reads all the same are findings as well.
     """
     by_files = {}
-    for entry in (entry for entries in splits.values() for entry in entries):
+    for entry in chain(*splits.values()):
         by_files[entry.image, entry.mask] = entry
     facts = {}
     for entry in tqdm(by_files.values(), desc="volumes", disable=None, leave=False):
@@ -958,7 +962,7 @@ def check_labels(root, splits, facts, findings):
     """Return foreground shares {(split, name): share}, and {class: label maps that hold it}."""
     shares = {}
     held = {}
-    first = next(entry for entries in splits.values() for entry in entries)
+    first = next(chain(*splits.values()))
     names = layouts.foreground(first.classes)
     regions = first.regions or [(k,) for k in range(1, len(first.labels))]
     for split, entries in splits.items():
@@ -976,17 +980,17 @@ def check_labels(root, splits, facts, findings):
     if held:
         check_classes(root, names, held, findings)
         check_foreground(root, shares, findings)
-    rows = [row for rows in held.values() for row in rows]
+    rows = [*chain(*held.values())]
     return shares, {name: sum(row[k] for row in rows) for k, name in enumerate(names)}
 
 
 def describe_cases(splits, facts, shares, held):
-    """What a data set of volumes holds, as (heading, text) lines."""
+    """Yield what a data set of volumes holds, (heading, text)."""
     yield from describe_splits(splits, "volumes")
-    entries = [entry for entries in splits.values() for entry in entries if entry.image in facts]
-    if not entries:
+    by_image = {entry.image: entry for entry in chain(*splits.values()) if entry.image in facts}
+    if not by_image:
         return
-    entries = [*{entry.image: entry for entry in entries}.values()]
+    entries = [*by_image.values()]
     grids = [facts[entry.image].grid for entry in entries]
     yield "volumes", volumes.VolumeSet(entries, grids).describe()
     yield "channels", " or ".join(map(str, sorted({fact.channels for fact in facts.values()})))
@@ -1036,7 +1040,8 @@ def refuse_misuse(args):
 def check(args):
     """Reports on whole data sets; 1 if there are findings."""
     refuse_misuse(args)
-    findings, seen = defaultdict(list), []
+    findings = defaultdict(list)
+    seen = []
     tokenizers = tokenizers_of(args.model)
     for root in args.data:
         if layouts.has_volumes(root):
