@@ -689,6 +689,11 @@ def check_prompts(root, splits, shares, findings):
     return {kind: texts[kind] for kind in known}
 
 
+def show(line):
+    """Print a line. Characters that nothing can print, of damaged file names, are escaped."""
+    print(line.encode("utf-8", "backslashreplace").decode())
+
+
 def role_of(split):
     """Return what a split is for: train, val or, of all others, test."""
     return {"train": "train", "val": "val", "valid": "val"}.get(split, "test")
@@ -897,11 +902,11 @@ def check_images(root, args, tokenizers, findings):
     texts = check_prompts(root, splits, shares, findings)
     check_patients(splits, findings)
 
-    print(root)
+    show(str(root))
     for heading, text in describe(root, splits, images, masks, shares, rule, texts):
-        print(f"  {heading:13} {text}")
+        show(f"  {heading:13} {text}")
     for heading, text in check_tokens(root, args.model, tokenizers, texts, findings):
-        print(f"  {heading:13} {text}")
+        show(f"  {heading:13} {text}")
     return seen_once(splits, images)
 
 
@@ -949,7 +954,7 @@ def read_volumes(splits, findings):
             with redirect_stdout(io.StringIO()) as said:
                 fact = volume_facts(entry, findings)
         except MemoryError:
-            findings["files that cannot be used"].append(f"{entry.image}: takes more memory than there is")
+            add_error(ValueError(f"{entry.image}: takes more memory than there is"), findings)
             continue
         if fact:
             facts[entry.image] = fact
@@ -1005,7 +1010,7 @@ def check_volumes(root, args, findings):
         splits = layouts.read_volumes(root, args.group_regex)
     except (ValueError, OSError) as error:
         findings["splits that cannot be used"].append(str(error))
-        print(root)
+        show(str(root))
         return []
 
     facts = read_volumes(splits, findings)
@@ -1018,9 +1023,9 @@ def check_volumes(root, args, findings):
             line = f"{path}: {fact.channels} channels, most volumes have {usual}"
             findings["volumes with other channels"].append(line)
 
-    print(root)
+    show(str(root))
     for heading, text in describe_cases(splits, facts, shares, held):
-        print(f"  {heading:13} {text}")
+        show(f"  {heading:13} {text}")
     return seen_once(splits, facts)
 
 
@@ -1052,14 +1057,14 @@ def check(args):
     check_near(seen, reported, findings)
 
     total = sum(map(len, findings.values()))
-    print(f"findings: {total or 'none'}")
+    show(f"findings: {total or 'none'}")
     for kind, lines in findings.items():
         most = MOST_NEAR if kind == NEAR_KIND else MOST_LINES
-        print(f"  {kind}: {len(lines)}")
+        show(f"  {kind}: {len(lines)}")
         for line in lines[:most]:
-            print(f"    {line}")
+            show(f"    {line}")
         if len(lines) > most:
-            print(f"    and {len(lines) - most} more")
+            show(f"    and {len(lines) - most} more")
     return 1 if total else 0
 
 

@@ -666,7 +666,8 @@ def test_prompts_that_a_model_cuts_are_counted(copy, capsys):
     assert status == 0 and "tokens" not in text
 
     status, text = check(capsys, copy, model="clipseg")
-    assert "  prompts that clipseg cuts: 1\n" in text and f"{copy.resolve()}: p5, 1 of 1 tex" in text
+    assert "  prompts that clipseg cuts: 1\n" in text
+    assert f"{copy.resolve()}: p5, 1 of 1 texts are cut" in text
     lines = [line.split(maxsplit=1) for line in text.splitlines()]
     heading = ["clipseg", "takes 77 tokens of a prompt (--recipe default, origin)"]
     assert status == 1 and lines.count(heading) == 1
@@ -1188,6 +1189,18 @@ for entry in layouts.annotations(sys.argv[1], "val"):
     for path in special:
         line = f"{path}: is a folder, a pipe or a device and no file; remove it"
         assert f"    {line}\n" in done.stdout and f"refused: {line}\n" in done.stdout
+
+
+def test_file_names_that_nothing_can_print(tmp_path, capsys):
+    """Names of bytes that are no UTF-8, as old archives have them."""
+    root = folders(tmp_path / "set")
+    for kind in ("images", "masks"):
+        place = root / "val" / kind
+        os.rename(place / "val1.png", os.fsencode(place) + b"/l\xe4sion.png")
+    os.truncate(os.fsencode(root / "val" / "images") + b"/l\xe4sion.png", 300)
+    status, text = check(capsys, root)
+    assert status == 1 and findings_of(text) == {"files that cannot be used": 1}
+    assert "val/images/l\\udce4sion.png: not readable" in text
 
 
 def test_no_data_set_is_refused_before_anything_is_read(good, tmp_path, capsys):
