@@ -253,8 +253,9 @@ MUTATIONS = {
 
 # --- what is mutated -----------------------------------------------------------------------------
 
-TRAIN_IMAGES = "--model segformer --variant mini --weights none --size 64 --epochs 1".split()
-TRAIN_IMAGES += "--batch-size 2 --workers 0 --device cpu --overlays 0 --max-steps 2".split()
+FINE_TUNE = "--model segformer --size 64 --epochs 1 --max-steps 2 --batch-size 2".split()
+FINE_TUNE += "--workers 0 --device cpu --overlays 0".split()
+TRAIN_IMAGES = [*FINE_TUNE, "--variant", "mini", "--weights", "none"]
 TRAIN_VOLUMES = "--model swin_unetr3d --variant mini --weights none --size 64 32 32".split()
 TRAIN_VOLUMES += "--spacing 4 4 4 --crops-per-volume 1 --workers 0 --overlap 0 --overlays 0".split()
 TRAIN_VOLUMES += "--epochs 1 --max-steps 1 --device cpu".split()
@@ -458,7 +459,7 @@ def run_case(workshop, kind: str, rng, place: Path):
     root = workshop.make("set.png")
     predict = ["predict", "--weights", run, "--device", "cpu", "--out", place / "o", root]
     resume = ["train", "--resume", "--out", run]
-    start = ["train", *TRAIN_IMAGES, "--data", root, "--cache", workshop.cache]
+    start = ["train", *FINE_TUNE, "--data", root, "--cache", workshop.cache]
     start += ["--out", place / "next", "--weights"]
     commands = {
         "safetensors": [predict, [*start, run]],
@@ -575,9 +576,18 @@ def complaint(file: Path, readable: bool, command: list, result: tuple) -> str |
     return None
 
 
+def check_whole_files(workshop: Workshop, kind: str, place: Path) -> None:
+    """Assert that the commands succeed on files that are not damaged."""
+    place.mkdir(parents=True)
+    _, commands = CASES[kind](workshop, kind, np.random.default_rng(0), place)
+    for program, *arguments in commands:
+        workshop.succeed(program, *arguments)
+
+
 def try_mutant(workshop: Workshop, kind: str, number: int, place: Path) -> list[str]:
     """Make a mutant and run all commands on it. Return what is wrong, with all to see it again."""
     rng = np.random.default_rng((SEED, zlib.crc32(kind.encode()), number))
+    place.mkdir()
     file, commands = CASES[kind](workshop, kind, rng, place)
     mutations = MUTATIONS.get(kind, [mutate_bytes])
     mutate = mutations[rng.integers(len(mutations))]
@@ -612,11 +622,11 @@ def test_damaged_files(workshop, tmp_path, kind):
     chosen = os.environ.get("FUZZ", "").split()
     if chosen and chosen[0] != kind:
         pytest.skip("FUZZ names another kind")
+    check_whole_files(workshop, kind, tmp_path / "whole")
     numbers = [int(number) for number in chosen[1:]] or range(MUTANTS)
     failures = []
     for number in numbers:
         place = tmp_path / str(number)
-        place.mkdir()
         failures += try_mutant(workshop, kind, number, place)
         if not chosen:
             shutil.rmtree(place)
