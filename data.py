@@ -96,7 +96,7 @@ def refuse_special(path: Path) -> None:
     """
     path = Path(path)
     if path.exists() and not path.is_file():
-        raise ValueError(f"{path}: is a folder, a pipe or a device and no file; remove it")
+        raise ValueError(f"{path}: is no file, but a folder, a pipe or a device")
 
 
 def open_image(path: Path, decode: bool = True, rawmode: str | None = None) -> Image.Image:

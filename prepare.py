@@ -449,7 +449,7 @@ def read_splits(root, group_regex, findings):
     splits = {}
     for name in sorted(places, key=lambda name: (order.get(name, len(order)), name)):
         try:
-            with redirect_stdout(io.StringIO()) as said:  # entries listed twice are only said
+            with redirect_stdout(io.StringIO()) as said:  # notes about files are only said
                 splits[name] = layouts.annotations(root, name, group_regex)
         except (ValueError, OSError) as error:
             unusable = findings["splits that cannot be used"]
@@ -458,24 +458,12 @@ def read_splits(root, group_regex, findings):
             continue
 
         for line in said.getvalue().splitlines():
-            findings["entries listed twice"].append(line)
+            is_repeated = "repeated entries" in line
+            kind = "entries listed twice" if is_repeated else "files that are no images"
+            findings[kind].append(line)
         if not splits[name]:
             findings["splits without entries"].append(f"{places[name]}: has no entries")
     return splits
-
-
-def other_files(root):
-    """Return {ending: number} of the files in folders of images and masks that are not read."""
-    counts = Counter()
-    for place in {*layouts.splits(root).values()}:
-        for name in sum(layouts.FOLDERS, ()):
-            folder = place / name
-            files = sorted(folder.iterdir()) if folder.is_dir() else []
-            for file in files:
-                ending = file.suffix.lower()
-                if ending not in layouts.ENDINGS and not file.name.startswith("."):
-                    counts[ending or "without ending"] += file.is_file()
-    return {ending: n for ending, n in counts.items() if n}
 
 
 def read_images(splits, findings):
@@ -820,13 +808,9 @@ def describe_shares(splits, shares, noun="an image"):
     yield "empty masks", text
 
 
-def describe(root, splits, images, masks, shares, rule, texts):
+def describe(splits, images, masks, shares, rule, texts):
     """Yield what a data set of images holds, (heading, text)."""
     yield from describe_splits(splits)
-    others = other_files(root)
-    if others:
-        shown = ", ".join(f"{n} {ending}" for ending, n in others.items())
-        yield "not read", f"{shown}: files of other kinds in images/ and masks/"
     if images:
         sizes = sorted((fact.size for fact in images.values()), key=math.prod)
         low, middle, high = wide(sizes[0]), wide(sizes[len(sizes) // 2]), wide(sizes[-1])
@@ -903,7 +887,7 @@ def check_images(root, args, tokenizers, findings):
     check_patients(splits, findings)
 
     show(str(root))
-    for heading, text in describe(root, splits, images, masks, shares, rule, texts):
+    for heading, text in describe(splits, images, masks, shares, rule, texts):
         show(f"  {heading:13} {text}")
     for heading, text in check_tokens(root, args.model, tokenizers, texts, findings):
         show(f"  {heading:13} {text}")

