@@ -340,9 +340,9 @@ SWAPPED_SAMPLE = 20  # masks of a split that are looked at, where its images loo
 # that were saved as JPEG of quality 30, resized by 0.5 to 1.5, stretched to a square or brightened
 # by 1.1 have 0.98 and more, brightened by 1.3 with white cut off 0.93 and more. Different scenes
 # have at most 0.87, the next frame of a video or slice of a scan 0.90 to 0.99.
-# Aligned images, such as fundus photographs, share their outline and reach 0.99. So their mean is
-# taken away before the second comparison: then different eyes have at most 0.89, the next slices
-# of a scan 0.90 and more. It is known where there are enough images.
+# Aligned images share their outline: 100 drawn fundus photographs reach 0.99. So the mean of all
+# images is taken away before a second comparison: then different eyes have at most 0.89, the slices
+# above 0.90 and more. The mean is known where there are enough images.
 THUMBNAIL = 16  # pixels a side
 NEAR = 0.95
 NEAR_WITHOUT_MEAN = 0.90
@@ -1027,7 +1027,10 @@ def refuse_misuse(args):
 
 
 def check(args):
-    """Reports on whole data sets; 1 if there are findings."""
+    """Read whole data sets of images or volumes and report what is wrong with them.
+
+    The exit status is 1 if there are findings.
+    """
     refuse_misuse(args)
     findings = defaultdict(list)
     seen = []
@@ -1640,7 +1643,8 @@ def parser():
     add("--seed", type=int, default=0, metavar="N", help="same seed, same bytes (%(default)s)")
 
     add = command(check, "read data sets and report what is wrong")
-    add("data", type=Path, nargs="+", metavar="DATA", help="folder with images/, masks/, anns/")
+    help = "folder with images/ and masks/, or with dataset.json"
+    add("data", type=Path, nargs="+", metavar="DATA", help=help)
     help = "how masks without an EXIF tag lie where the size cannot tell: stored like the image, "
     help += "or upright; without it they are turned and listed"
     add("--mask-orientation", choices=data.ORIENTATIONS, help=help)
