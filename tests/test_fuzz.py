@@ -6,14 +6,14 @@ values of JSON exchanged for others. Every program that reads the file must
 - end in time, with the exit status 0, 1 (check: findings) or 2 (refused);
 - print one line on stderr, "error: …", if the status is 2, else nothing;
 - name the file, or the data set or run that it belongs to, if the status is not 0;
-- not end with 0 if another reader cannot read the file (REFERENCE).
+- not end with 0 without naming it if another reader cannot read the file (REFERENCE).
 
-The programs run in a process of their own (this file as a script), imported once. A failure prints
-the mutant's number and the command; `FUZZ="png 17" pytest tests/test_fuzz.py` runs that one alone
-and keeps its files, FUZZ_SEED chooses other mutants.
+A process of its own (this file as a script) imports the programs once and is forked for each
+command, so that none sees what another one has left in memory. A failure prints the mutant's number
+and the command. FUZZ="png 17" in the environment runs that mutant alone and keeps its files,
+FUZZ_SEED chooses other mutants.
 """
 
-import contextlib
 import csv
 import gzip
 import importlib
@@ -23,6 +23,7 @@ import os
 import re
 import select
 import shutil
+import signal
 import subprocess
 import sys
 import traceback
@@ -60,30 +61,40 @@ def run_program(name: str, arguments: list[str]) -> int:
 def serve() -> None:
     """Run the programs that lines of stdin ask for, in JSON; answer each with its exit status.
 
-    Standard output and error of a program go to the files that the line names.
+    Standard output and error of a program go to the files that the line names. The status is
+    negative if a signal has ended the program.
     """
     answers = os.fdopen(os.dup(1), "w")
     warnings.simplefilter("always")  # as if each program had just been started
     for hidden in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
         warnings.simplefilter("ignore", hidden)
     sys.path.insert(0, str(ROOT))
-    for name in ("prepare", "train", "predict"):
+    later = ("matplotlib.pyplot", "nibabel", "scipy.io", "safetensors.torch")  # they take a second
+    for name in ("prepare", "train", "predict", *later):
         importlib.import_module(name)
 
     for line in sys.stdin:
-        job = json.loads(line)
-        for descriptor in (1, 2):
-            file = os.open(job["streams"][descriptor - 1], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            os.dup2(file, descriptor)
-            os.close(file)
-        status = run_program(job["program"], job["arguments"])
-        sys.stdout.flush()
-        sys.stderr.flush()
-        print(status, file=answers, flush=True)
+        child = os.fork()
+        if child == 0:
+            work(json.loads(line))
+        _, status = os.waitpid(child, 0)
+        print(os.waitstatus_to_exitcode(status), file=answers, flush=True)
+
+
+def work(job: dict) -> None:
+    """Run a program and end this process with its exit status."""
+    for descriptor in (1, 2):
+        file = os.open(job["streams"][descriptor - 1], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(file, descriptor)
+        os.close(file)
+    status = run_program(job["program"], job["arguments"])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 class Programs:
-    """The serving process, started when it is needed and again after a hang or a crash."""
+    """The serving process, started when it is needed and again after a hang."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -94,29 +105,36 @@ class Programs:
         command = [sys.executable, str(Path(__file__).resolve())]
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(
-            command, stdin=pipe, stdout=pipe, env=environment, cwd=self.folder, text=True
+            command,
+            stdin=pipe,
+            stdout=pipe,
+            env=environment,
+            cwd=self.folder,
+            text=True,
+            start_new_session=True,
         )
 
-    def stop(self) -> int:
-        self.process.kill()
-        status = self.process.wait()
+    def stop(self) -> None:
+        os.killpg(self.process.pid, signal.SIGKILL)  # the program that hangs, too
+        self.process.wait()
         self.process.stdin.close()
         self.process.stdout.close()
         self.process = None
-        return status
 
     def run(self, program: str, *arguments) -> tuple[int | str, str, str]:
-        """Return exit status ("hangs" or "crashes" if there is none), stdout and stderr."""
+        """Return exit status ("hangs" if there is none), stdout and stderr."""
         if self.process is None:
             self.start()
         streams = [str(self.folder / name) for name in ("stdout", "stderr")]
         job = {"program": program, "arguments": [*map(str, arguments)], "streams": streams}
-        with contextlib.suppress(BrokenPipeError):
-            self.process.stdin.write(json.dumps(job) + "\n")
-            self.process.stdin.flush()
+        self.process.stdin.write(json.dumps(job) + "\n")
+        self.process.stdin.flush()
         readable, _, _ = select.select([self.process.stdout], [], [], LIMIT)
-        answer = self.process.stdout.readline() if readable else ""
-        status = int(answer) if answer else f"{'crashes' if readable else 'hangs'}: {self.stop()}"
+        status = "hangs"
+        if readable:
+            status = int(self.process.stdout.readline())
+        else:
+            self.stop()
         texts = [Path(file).read_text(errors="replace") for file in streams]
         return status, *texts
 
@@ -530,7 +548,7 @@ def decode_json(path: Path) -> None:
     json.loads(content.decode("utf-16" if is_utf16 else "utf-8-sig"))
 
 
-# How others read a file. Where they fail, a program must not end with 0.
+# How others read a file. Where they fail, a program must not end with 0 and no word about the file.
 REFERENCE = {
     **dict.fromkeys(("png", "jpeg", "tiff"), decode_image),
     **dict.fromkeys(("nii", "nii.gz"), decode_nifti),
@@ -557,7 +575,7 @@ def complaint(file: Path, readable: bool, command: list, result: tuple) -> str |
     """Return what is wrong with the result of a command, None if nothing is."""
     status, out, err = result
     if status not in (0, 1, 2):
-        return f"{status}"
+        return f"ends with {status}"
     if "Traceback" in err or (status == 1 and command[:2] != ["prepare", "check"]):
         # predict.py lists the files that it could not read and ends with 1
         listed = command[0] == "predict" and "Traceback" not in err and file.name in out + err
@@ -567,8 +585,8 @@ def complaint(file: Path, readable: bool, command: list, result: tuple) -> str |
         return "no single line on stderr"
     if status != 2 and command[0] != "predict" and err:
         return "lines on stderr"
-    if status == 0 and not readable:
-        return "ends with 0, though other readers cannot read the file"
+    if status == 0 and not readable and file.name not in out:
+        return "ends with 0 and no word about a file that other readers cannot read"
     names = (file.name, str(file.parent), str(file.parent.parent))
     named = err if status == 2 else out[out.rfind("findings: ") :] + err
     if status and not any(name in named for name in names):
