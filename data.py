@@ -127,6 +127,16 @@ def _unreadable_line(path: Path, error: Exception) -> str:
     return f"{path}: not readable as an image ({reason}); {hint}"
 
 
+def refuse_special(path: Path) -> None:
+    """Raise ValueError, one line, for a folder, a pipe, a socket or a device.
+
+    Opening a pipe would wait for whoever writes to it.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path}: is no file, but a folder, a pipe or a device")
+
+
 def open_image(path: Path, decode: bool = True, rawmode: str | None = None) -> Image.Image:
     """Return an image file, decoded or only its head.
 
@@ -144,9 +154,7 @@ def open_image(path: Path, decode: bool = True, rawmode: str | None = None) -> I
 
 def _open_head(path: Path) -> Image.Image:
     """Return the head of an image file or, of a TIFF that Pillow does not read, all of it."""
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise ValueError(f"{path}: is no file, but a folder, a pipe or a device")
-
+    refuse_special(path)
     with _one_line_errors(path):
         try:
             image = Image.open(path)
@@ -1193,6 +1201,12 @@ def read_truth(entry, threshold: int) -> np.ndarray:
     return read_foreground(entry, mask, threshold)
 
 
+def _digest(path: Path) -> bytes:
+    """Return a hash of a file. Raises ValueError if it is no regular file."""
+    refuse_special(path)
+    return hashlib.sha256(path.read_bytes()).digest()
+
+
 def _content_key(entries: list, masks_only: bool = False) -> str:
     """A hash of what the entries' files hold and of how they are read."""
     key = hashlib.sha256(b"rules 5")  # raise the number when what is stored changes
@@ -1200,7 +1214,7 @@ def _content_key(entries: list, masks_only: bool = False) -> str:
     if not masks_only:
         files += [entry.image for entry in entries]
     with ThreadPoolExecutor() as pool:
-        for digest in pool.map(lambda path: hashlib.sha256(path.read_bytes()).digest(), files):
+        for digest in pool.map(_digest, files):
             key.update(digest)
     how = []
     for entry in entries:
@@ -1539,7 +1553,10 @@ def check_files(entries: list) -> None:
     """Raise ValueError or FileNotFoundError, one line, if there are no entries or files."""
     if not entries:
         raise ValueError("the annotation file has no entries")
-    lost = [path for entry in entries for path in (entry.image, entry.mask) if not path.is_file()]
+    files = [path for entry in entries for path in (entry.image, entry.mask)]
+    for path in files:
+        refuse_special(path)
+    lost = [path for path in files if not path.is_file()]
     if lost:
         names = ", ".join(map(layouts.missing_file, lost[:5])) + (" …" if len(lost) > 5 else "")
         raise FileNotFoundError(f"{len(lost)} files are missing: {names}")

@@ -5,8 +5,9 @@ Prompted layout (that of medvlsm, github.com/naamiinepal/medvlsm): `images/`, `m
 
     {"img_name": "a.jpg", "mask_name": "a.png", "prompts": {"p1": "polyp", "p7": ["…", "…"]}}
 
-with an optional `"label": k` where the mask is a class map and `mask == k` is meant. Any further
-annotation file, say `anns/testA.json`, is a split of that name.
+with an optional `"label": k` where the mask is a class map and `mask == k` is meant, and an
+optional `"group"`, the patient, a text or a number. Any further annotation file, say
+`anns/testA.json`, is a split of that name.
 
 Class maps: `classes.json` is {"0": "background", "1": "stomach", …}, masks hold these numbers, and
 255 where a pixel does not count. Images and masks of one stem are a pair, in
@@ -486,7 +487,10 @@ def _entry(root: Path, split: str, item: dict, group_regex: str | None) -> Entry
         name += f"-{label}"
     paths = _locate(root, "images", image, split), _locate(root, "masks", mask, split)
     prompts = _prompts(item["prompts"])
-    return Entry(name, *paths, prompts, root, label, _group(image, group_regex))
+    group = item.get("group") if group_regex is None else _group(image, group_regex)
+    if group is not None and type(group) not in (str, int):
+        raise TypeError(f"group {group!r} of {mask} is neither a text nor a whole number")
+    return Entry(name, *paths, prompts, root, label, None if group is None else str(group))
 
 
 def _prompts(given: dict) -> dict[str, list[str]]:

@@ -666,16 +666,20 @@ def test_prompts_that_a_model_cuts_are_counted(copy, capsys):
     assert status == 0 and "tokens" not in text
 
     status, text = check(capsys, copy, model="clipseg")
+    assert "  prompts that clipseg cuts: 1\n" in text
+    assert f"{copy.resolve()}: p5, 1 of 1 texts are cut" in text
     lines = [line.split(maxsplit=1) for line in text.splitlines()]
     heading = ["clipseg", "takes 77 tokens of a prompt (--recipe default, origin)"]
-    assert status == 0 and lines.count(heading) == 1
-    cut = [line for line in lines if " cut " in line[-1]]
+    assert status == 1 and lines.count(heading) == 1
+    described = lines[: lines.index(["findings:", "1"])]
+    cut = [line for line in described if " cut " in line[-1]]
     assert len(cut) == 1 and cut[0][0] == "p5"
     assert cut[0][1].startswith("1 of 1 texts are cut at the model's 77 tokens; “red red red")
     assert cut[0][1].endswith("has 78 and ends after “red red red”")
 
     _, text = check(capsys, copy, model="cris")
     refcoco = text[text.index("takes 17 tokens of a prompt (--recipe refcoco)") :]
+    refcoco = refcoco[: refcoco.index("findings: 1\n")]  # of the default recipe's 77 tokens
     kinds = [line.split()[0] for line in refcoco.splitlines() if " cut " in line]
     assert kinds == ["p3", "p4", "p5"]
     assert "takes 77 tokens of a prompt (--recipe default, origin)" in text
@@ -704,7 +708,8 @@ def test_a_set_without_long_prompts_has_none_cut(good, capsys):
 def test_split_without_entries(copy, capsys):
     (copy / "anns" / "val.json").write_text("[]")
     status, text = check(capsys, copy)
-    assert status == 0 and "val           0 entries, 0 images" in text
+    assert status == 1 and "val           0 entries, 0 images" in text
+    assert "splits without entries: 1\n" in text and "anns/val.json: has no entries" in text
 
 
 def test_overlap_across_data_sets(good, tmp_path, capsys):
@@ -766,7 +771,7 @@ def test_files_of_several_pages(copy, capsys):
                                                 append_images=[x]))  # fmt: skip
     status, text = check(capsys, copy)
     assert status == 1 and "holds 2 pages or frames" in text
-    assert f"unreadable files: {len(annotations(copy, 'train'))}\n" in text
+    assert f"files that cannot be used: {len(annotations(copy, 'train'))}\n" in text
 
 
 @pytest.mark.parametrize(
@@ -807,16 +812,21 @@ def test_exit_status_of_the_program(copy):
 
 
 def test_busi(capsys, real_data):
+    """Two of its images are one: one is trained on, the other one tested on."""
     status, text = check(capsys, real_data / "busi")
-    assert status == 0
+    assert status == 1 and "findings: 1\n" in text
+    assert re.search("images/4_malignant.png \\(test\\): nearly .*/images/5_malignant.png", text)
     assert "train         18 entries, 18 images" in text
     assert "22, 1; 0, 255; read > 127" in text  # 1-bit masks
 
 
 @pytest.mark.slow
 def test_kvasir(capsys, real_data):
+    """Two frames of one video, two seconds apart: one is trained on, the other one tested on."""
     status, text = check(capsys, real_data / "kvasir_polyp")
-    assert status == 0
+    assert status == 1 and "findings: 1\n" in text
+    near = "cju77k828z46w0871r0avuoo9.jpg \\(test\\): nearly .*/cju30bmab08bi0835mvlr6e0r.jpg"
+    assert re.search(near, text)
     assert "train         800 entries, 800 images" in text and "332x487 to 1920x1072" in text
     assert 'p7            5 texts: "polyp which is a projecting growth of tissue"' in text
 
@@ -898,8 +908,7 @@ def test_check_reads_void_as_training_does(tmp_path, capsys):
     prepare.main(["check", str(pairs_of(tmp_path / "set", masks, LESION))])
     said = capsys.readouterr().out
     assert "read by number" in said and "9.3% of an image in the mean, 0.0% to 14.0%" in said
-    assert "val.png: no pixel of class 1, the largest is 255 (val)" in said
-    assert "train.png" not in said
+    assert "empty masks   1 (val)" in said and "findings: none" in said
 
 
 def test_check_takes_a_threshold(tmp_path, capsys):
@@ -920,3 +929,462 @@ def test_a_threshold_without_effect_is_refused(tmp_path, capsys):
     assert program(["check", str(root), "--mask-threshold", "0"]) == 2
     error = capsys.readouterr().err
     assert "hold class numbers; remove it" in error and error.count("\n") == 1
+
+
+# --- what is wrong in other ways -----------------------------------------------------------------
+
+
+def findings_of(text):
+    """{kind: number} of the printed findings."""
+    lines = text[text.index("findings: ") :].splitlines()[1:]
+    kinds = [line.rpartition(": ") for line in lines if re.match("  [^ ]", line)]
+    return {kind.strip(): int(n) for kind, _, n in kinds}
+
+
+def shade(rng, size=(60, 80)):
+    """A picture of smooth random shades, uint8 (H,W,3), unlike every other one."""
+    coarse = rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    picture = Image.fromarray(coarse).resize(size[::-1], Image.Resampling.BICUBIC)
+    noise = rng.normal(0, 4, (*size, 3))
+    return (np.asarray(picture) + noise).clip(0, 255).astype(np.uint8)
+
+
+def folders(root, n=4, splits=("train", "val", "test"), image="images", mask="masks"):
+    """Write ROOT/SPLIT/{images,masks}/SPLITk.png: pictures, and a disc of 255 in each mask."""
+    rng = np.random.default_rng(1)
+    for split in splits:
+        for folder in (image, mask):
+            (root / split / folder).mkdir(parents=True)
+        for k in range(n):
+            truth = np.zeros((60, 80), np.uint8)
+            truth[10 + k : 30, 20:50] = 255
+            Image.fromarray(shade(rng)).save(root / split / image / f"{split}{k}.png")
+            Image.fromarray(truth).save(root / split / mask / f"{split}{k}.png")
+    return root
+
+
+@pytest.mark.parametrize("classes", [None, ("background", "one", "two")])
+@pytest.mark.parametrize("splits", [("train", "val", "test"), ("val",)])
+def test_swapped_folders_are_one_finding(tmp_path, capsys, classes, splits):
+    root = folders(tmp_path / "set")
+    for split in splits:
+        place = root / split
+        (place / "images").rename(place / "pictures")
+        (place / "masks").rename(place / "images")
+        (place / "pictures").rename(place / "masks")
+    if classes:
+        (root / "classes.json").write_text(json.dumps(dict(enumerate(classes))))
+        for path in root.rglob("*.png"):
+            if len(np.unique(np.asarray(Image.open(path)))) == 2:
+                Image.fromarray(np.asarray(Image.open(path)) // 255 * 2).save(path)
+    status, text = check(capsys, root)
+    found = findings_of(text)
+    assert status == 1 and found.pop("swapped folders") == 1
+    assert f"images/ holds the masks, and masks/ the images ({', '.join(splits)}); exch" in text
+    assert set(found) <= {"images in several splits", "classes that no mask holds"}
+
+
+def test_swapped_folders_of_other_endings(copy, capsys):
+    for path in (copy / "masks").glob("*.png"):
+        path.rename(path.with_suffix(".bmp"))
+    for path in (copy / "anns").glob("*.json"):
+        path.write_text(re.sub(r'("mask_name": "[^"]*)png"', r'\1bmp"', path.read_text()))
+    assert check(capsys, copy)[0] == 0
+    (copy / "images").rename(copy / "pictures")
+    (copy / "masks").rename(copy / "images")
+    (copy / "pictures").rename(copy / "masks")
+    status, text = check(capsys, copy)
+    assert status == 1 and findings_of(text) == {"swapped folders": 1}
+
+
+def test_images_that_are_drawings_are_not_swapped(tmp_path, capsys):
+    """Pages of two colours, whose masks have two values as well."""
+    root = folders(tmp_path / "set")
+    rng = np.random.default_rng(3)
+    for path in root.glob("*/images/*.png"):
+        Image.fromarray(rng.integers(0, 2, (60, 80), dtype=np.uint8) * 255).save(path)
+    status, text = check(capsys, root)
+    assert status == 0, text
+
+
+NEARLY = {
+    "JPEG": lambda picture: picture,
+    "half": lambda picture: picture.resize((40, 30), Image.Resampling.BILINEAR),
+    "larger": lambda picture: picture.resize((200, 150), Image.Resampling.BICUBIC),
+    "brighter": lambda picture: picture.point(lambda value: min(255, round(1.1 * value) + 5)),
+}
+
+
+@pytest.mark.parametrize("n", [4, 12])
+@pytest.mark.parametrize("kind", NEARLY)
+def test_copies_that_differ_a_little_are_found(tmp_path, capsys, kind, n):
+    """Images of train come again in test, changed; three pairs are named, the others counted."""
+    root = folders(tmp_path / "set", n)
+    assert check(capsys, root)[0] == 0
+    for k in range(4):
+        picture = NEARLY[kind](Image.open(root / "train" / "images" / f"train{k}.png"))
+        (root / "test" / "images" / f"test{k}.png").unlink()
+        picture.save(root / "test" / "images" / f"test{k}.jpg", quality=40)
+        mask = Image.new("L", picture.size)
+        mask.paste(255, (3, 3, 20, 20))
+        mask.save(root / "test" / "masks" / f"test{k}.png")
+    status, text = check(capsys, root)
+    assert status == 1 and findings_of(text) == {prepare.NEAR_KIND: 4}
+    assert "/test0.jpg (test): nearly " in text and "/train0.png (train)" in text
+    assert text.count(": nearly ") == 3 and "    and 1 more" in text
+
+
+def test_copies_within_a_split_are_fine(tmp_path, capsys):
+    root = folders(tmp_path / "set")
+    Image.open(root / "test" / "images" / "test0.png").save(
+        root / "test" / "images" / "test1.png", "JPEG"
+    )
+    assert check(capsys, root)[0] == 0
+
+
+def test_images_with_one_outline_are_different(tmp_path, capsys):
+    """Bright discs on black, as of the eye's fundus, each with faint shades of its own."""
+    root = folders(tmp_path / "set", 12)
+    rng = np.random.default_rng(4)
+    rows, columns = np.indices((60, 80))
+    outside = np.hypot(rows - 30, columns - 40) > 28
+    for path in sorted(root.glob("*/images/*.png")):
+        picture = 150 + 0.2 * shade(rng).astype(float)
+        picture[outside] = 0
+        Image.fromarray(picture.astype(np.uint8)).save(path)
+    thumbnails = [prepare.image_facts(path).thumbnail for path in root.glob("*/images/*.png")]
+    alike = np.stack(thumbnails) @ np.stack(thumbnails).T
+    assert np.median(alike) > prepare.NEAR  # so that the outline alone would be an alarm
+    assert check(capsys, root)[0] == 0
+
+
+def test_patients_in_two_splits(copy, capsys):
+    def name(entries):
+        for entry in entries:
+            entry["group"] = int(entry["img_name"][:5]) // 2
+
+    for split in ("train", "val", "test", "other_blob", "other_prompts"):
+        edit(copy, split, name)
+    assert check(capsys, copy)[0] == 0
+    edit(copy, "val", lambda entries: entries[0].update(group="3"))
+    status, text = check(capsys, copy)
+    assert status == 1 and findings_of(text) == {"patients in several splits": 1}
+    assert "images/00018.png (val): patient 3 is also in train, 00006.png" in text
+    groups = {entry.name: entry.group for entry in layouts.annotations(copy, "train")}
+    assert groups["00005"] == "2"
+    edit(copy, "val", lambda entries: entries[0].update(group=["3"]))
+    assert "group ['3'] of 00018.png is neither a text nor" in check(capsys, copy)[1]
+
+
+def test_patients_by_their_names(tmp_path, capsys):
+    root = folders(tmp_path / "set")
+    for path in root.rglob("*.png"):
+        path.rename(path.with_name(f"p{path.stem[-1]}_{path.name}"))
+    assert check(capsys, root)[0] == 0
+    assert prepare.main(["check", str(root), "--group-regex", "(p[0-9]+)_"]) == 1
+    assert findings_of(capsys.readouterr().out) == {"patients in several splits": 8}
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", '"train"', "5", "null", "[[]]", ""])
+def test_a_split_that_is_no_list(copy, capsys, content):
+    (copy / "anns" / "val.json").write_text(content)
+    status, text = check(capsys, copy)
+    assert status == 1 and "anns/val.json" in text[text.index("findings: ") :]
+    assert sum(findings_of(text).values()) == 1
+
+
+def test_healthy_images_without_prompts_are_counted(copy, capsys):
+    for name, texts in (("00002", {}), ("00003", dict.fromkeys(("p0", "p1", "p2"), ""))):
+        Image.new("L", (64, 64)).save(copy / "masks" / f"{name}.png")
+        edit(copy, "train", lambda entries: entries[int(name)].update(prompts=texts))
+    status, text = check(capsys, copy)
+    assert status == 0 and "empty masks   2 (00002, 00003), 2 of them without prompts" in text
+
+
+def test_healthy_images_in_folders_are_counted(tmp_path, capsys):
+    root = folders(tmp_path / "set")
+    Image.new("L", (80, 60)).save(root / "val" / "masks" / "val1.png")
+    status, text = check(capsys, root)
+    assert status == 0 and "empty masks   1 (val1)" in text
+
+
+def test_classes_that_no_mask_holds(tmp_path, capsys):
+    names = ("background", "cup", "disc", "rim", "vessel")
+    root = pairs_of(
+        tmp_path / "set",
+        {"train": stripes(1, 2), "val": stripes(1, 3), "test": stripes(2)},
+        names,
+    )
+    status, text = check(capsys, root)
+    assert status == 1 and findings_of(text) == {"classes that no mask holds": 2}
+    assert "no mask of train holds 'rim', only val\n" in text
+    assert "no mask holds 'vessel'\n" in text
+
+
+def test_no_mask_with_foreground(tmp_path, capsys):
+    root = folders(tmp_path / "set")
+    for path in root.glob("*/masks/*.png"):
+        Image.new("L", (80, 60)).save(path)
+    status, text = check(capsys, root)
+    assert status == 1 and findings_of(text) == {"classes that no mask holds": 1}
+
+
+def test_inverted_masks(tmp_path, capsys):
+    root = folders(tmp_path / "set")
+    for path in (root / "val" / "masks").iterdir():
+        Image.fromarray(255 - np.asarray(Image.open(path))).save(path)
+    status, text = check(capsys, root)
+    assert status == 1 and findings_of(text) == {"foreground above 60%": 1}
+    assert "of val is foreground; are the masks inverted" in text
+
+
+def test_a_split_of_files_of_another_kind(tmp_path, capsys):
+    root = folders(tmp_path / "set")
+    for path in (root / "val").rglob("*.png"):
+        path.rename(path.with_suffix(".dcm"))
+    status, text = check(capsys, root)
+    assert status == 1 and sum(findings_of(text).values()) == 1
+    assert f"    {root.resolve()}/val" in text
+
+
+def test_what_is_no_file_is_named(copy, tmp_path):
+    """Reading a pipe would wait for ever, so all runs in a process of its own."""
+    make = (os.mkfifo, os.mkdir, lambda path: path.symlink_to("/dev/zero"))
+    special = []
+    for k in range(6):
+        path = copy / ("images" if k < 3 else "masks") / f"0000{k}.png"
+        path.unlink()
+        make[k % 3](path)
+        special.append(path)
+    code = f"""
+import pathlib, sys
+import data, layouts, prepare
+assert prepare.main(["check", sys.argv[1]]) == 1
+cache = pathlib.Path(sys.argv[2])
+for entry in layouts.annotations(sys.argv[1], "train")[:6]:
+    for read in (
+        lambda: data.open_dataset([entry], cache),
+        lambda: data.mask_counts([entry], cache),
+        lambda: data.open_image(entry.image, decode=False),
+    ):
+        try:
+            read()
+        except ValueError as error:
+            print("refused:", error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(copy), str(tmp_path / "cache")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "findings: 6\n" in done.stdout
+    for path in special:
+        lines = [line for line in done.stdout.splitlines() if str(path) in line]
+        assert len([line for line in lines if line.startswith("refused: ")]) >= 2, lines
+        assert len([line for line in lines if line.startswith("    ")]) == 1, lines
+        assert all("is no file, but a folder, a pipe or a device" in line for line in lines)
+
+
+def test_file_names_that_nothing_can_print(tmp_path, capsys):
+    """Names of bytes that are no UTF-8, as old archives have them."""
+    root = folders(tmp_path / "set")
+    for kind in ("images", "masks"):
+        place = root / "val" / kind
+        os.rename(place / "val1.png", os.fsencode(place) + b"/l\xe4sion.png")
+    os.truncate(os.fsencode(root / "val" / "images") + b"/l\xe4sion.png", 300)
+    status, text = check(capsys, root)
+    assert status == 1 and sum(findings_of(text).values()) == 1 and "sion.png" in text
+
+
+def test_no_data_set_is_refused_before_anything_is_read(good, tmp_path, capsys):
+    assert program(["check", str(good), str(tmp_path / "nowhere")]) == 2
+    out, error = capsys.readouterr()
+    assert out == "" and "nowhere" in error
+
+
+def test_check_goes_on_without_a_vocabulary(good, capsys, monkeypatch):
+    import biomedclipseg
+
+    def fail(name):
+        raise OSError(f"{name}: could not be downloaded from the hub")
+
+    monkeypatch.setattr(biomedclipseg, "find_vocabulary", fail)
+    status, text = check(capsys, good, model="biomedclipseg")
+    assert status == 0 and text.endswith("findings: none\n")
+    line = "--model biomedclipseg: prompts that are cut are not counted ("
+    assert text.startswith(line) and "could not be downloaded" in text.splitlines()[0]
+
+
+# --- volumes -------------------------------------------------------------------------------------
+
+ORGANS = {"background": 0, "kidney": 1, "liver": 2}
+LISTS = {"training": (0, 1), "validation": (2,), "test": (3,)}
+
+
+def torso(k):
+    """A volume in HU and its label map: two blocks in a body in air, (20,18,16)."""
+    rng = np.random.default_rng(k)
+    image = np.full((20, 18, 16), -1000, np.int16)
+    image[2:18, 2:16, 1:15] = 0
+    labels = np.zeros(image.shape, np.uint8)
+    labels[3:7, 4:8, 4:9] = 1
+    labels[9:15, 4 : 9 + k, 4:9] = 2
+    image[labels > 0] = 90
+    return image + rng.integers(-9, 9, image.shape, dtype=np.int16), labels
+
+
+def write_nifti(path, voxels, affine=None):
+    import nibabel
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    affine = np.diag([3.0, 3, 4, 1]) if affine is None else affine
+    nibabel.save(nibabel.Nifti1Image(voxels, affine), path)
+
+
+def write_about(root, **more):
+    about = {"labels": ORGANS, "modality": {"0": "CT"}}
+    for key, cases in LISTS.items():
+        about[key] = []
+        for k in cases:
+            item = {"image": f"imagesTr/case{k}.nii.gz", "label": f"labelsTr/case{k}.nii.gz"}
+            about[key].append(item)
+    (root / "dataset.json").write_text(json.dumps(about | more))
+    return about | more
+
+
+@pytest.fixture
+def scans(tmp_path):
+    root = tmp_path / "scans"
+    for k in range(4):
+        image, labels = torso(k)
+        write_nifti(root / "imagesTr" / f"case{k}.nii.gz", image)
+        write_nifti(root / "labelsTr" / f"case{k}.nii.gz", labels)
+    write_about(root)
+    return root.resolve()
+
+
+def test_good_volumes(scans, capsys):
+    status, text = check(capsys, scans)
+    assert status == 0 and text.endswith("findings: none\n")
+    assert "  train         2 entries, 2 volumes\n  val           1 entries, 1 volumes\n" in text
+    assert "  volumes       4 volumes of 20x18x16 voxels of 3x3x4 mm\n" in text
+    assert "  classes       kidney in 4, liver in 4, of 4 label maps\n" in text
+    assert "of a volume in the mean" in text and "  empty masks   none\n" in text
+
+
+def cut_scan(root):
+    path = root / "imagesTr" / "case1.nii.gz"
+    path.write_bytes(path.read_bytes()[:-200])
+    return "files that cannot be used", "imagesTr/case1.nii.gz: not readable as NIfTI"
+
+
+def flipped_bit(root):
+    path = root / "labelsTr" / "case1.nii.gz"
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 4  # of the length
+    path.write_bytes(content)
+    return "files that cannot be used", "labelsTr/case1.nii.gz: not readable as NIfTI"
+
+
+def lost_label(root):
+    (root / "labelsTr" / "case3.nii.gz").unlink()
+    return "missing files", "labelsTr/case3.nii.gz: no such file"
+
+
+def other_grid(root):
+    write_nifti(root / "labelsTr" / "case0.nii.gz", torso(0)[1][:-1])
+    return "files that cannot be used", "labelsTr/case0.nii.gz: (19, 18, 16) voxels, but"
+
+
+def shifted(root):
+    affine = np.diag([3.0, 3, 4, 1])
+    affine[0, 3] = 7
+    write_nifti(root / "labelsTr" / "case0.nii.gz", torso(0)[1], affine)
+    return "files that cannot be used", "labelsTr/case0.nii.gz: its affine is 7 off"
+
+
+def unnamed_number(root):
+    write_nifti(root / "labelsTr" / "case2.nii.gz", torso(2)[1] * 2)
+    return "files that cannot be used", "labelsTr/case2.nii.gz: holds 4, but the classes are"
+
+
+def lost_intercept(root):
+    write_nifti(root / "imagesTr" / "case2.nii.gz", torso(2)[0] + np.int16(1024))
+    return "remarks about volumes that can be used", "imagesTr/case2.nii.gz (values"
+
+
+def void_alone(root):
+    write_nifti(root / "labelsTr" / "case1.nii.gz", (torso(1)[1] > 0).astype(np.uint8) * 255)
+    return "label maps of 0 and 255 alone", "labelsTr/case1.nii.gz: holds 0 and 255 alone"
+
+
+def case_in_two_splits(root):
+    about = write_about(root)
+    write_about(root, validation=about["validation"] + about["training"][:1])
+    return "images in several splits", "imagesTr/case0.nii.gz (val): also in train"
+
+
+def copied_case(root):
+    write_nifti(root / "imagesTr" / "case3.nii", torso(0)[0])
+    (root / "imagesTr" / "case3.nii.gz").unlink()
+    item = {"image": "imagesTr/case3.nii", "label": "labelsTr/case3.nii.gz"}
+    write_about(root, test=[item])
+    return "images in several splits", "case3.nii (test): also in train as"
+
+
+def unused_class(root):
+    write_about(root, labels=ORGANS | {"spleen": 3})
+    return "classes that no mask holds", "no mask holds 'spleen'"
+
+
+def no_labels(root):
+    write_about(root, labels=["kidney"])
+    return "splits that cannot be used", "dataset.json: no data set of volumes"
+
+
+def more_channels(root):
+    image = torso(1)[0]
+    write_nifti(root / "imagesTr" / "case1.nii.gz", np.stack([image, image], axis=-1))
+    return "volumes with other channels", "case1.nii.gz: 2 channels, most volumes have 1"
+
+
+VOLUME_DEFECTS = [
+    *(cut_scan, flipped_bit, lost_label, other_grid, shifted, unnamed_number, lost_intercept),
+    *(void_alone, case_in_two_splits, copied_case, unused_class, no_labels, more_channels),
+]
+
+
+@pytest.mark.parametrize("defect", VOLUME_DEFECTS, ids=lambda defect: defect.__name__)
+def test_every_defect_of_volumes_is_found(scans, capsys, defect):
+    kind, line = defect(scans)
+    status, text = check(capsys, scans)
+    assert status == 1 and findings_of(text) == {kind: 1}, text
+    assert line in text[text.index("findings: ") :]
+
+
+def test_both_files_of_a_case_are_named(scans, capsys):
+    for folder in ("imagesTr", "labelsTr"):
+        (scans / folder / "case1.nii.gz").write_bytes(b"no gzip")
+    status, text = check(capsys, scans)
+    assert status == 1 and findings_of(text) == {"files that cannot be used": 2}
+
+
+def test_empty_label_maps_are_counted(scans, capsys):
+    write_nifti(scans / "labelsTr" / "case2.nii.gz", np.zeros((20, 18, 16), np.uint8))
+    status, text = check(capsys, scans)
+    assert status == 0 and "  empty masks   1 (case2)\n" in text
+
+
+def test_regions_of_volumes(scans, capsys):
+    write_about(scans, labels={"background": 0, "both": [1, 2], "liver": [2]})
+    status, text = check(capsys, scans)
+    assert status == 0 and "classes       both in 4, liver in 4, of 4 label maps" in text
+
+
+def test_options_of_images_have_no_effect_on_volumes(scans, good, capsys):
+    assert program(["check", str(scans), "--mask-threshold", "3"]) == 2
+    assert "--mask-threshold: has no effect on volumes" in capsys.readouterr().err
+    assert program(["check", str(scans), str(good), "--mask-threshold", "3"]) == 0
