@@ -278,6 +278,12 @@ def missing_file(path: Path) -> str:
     return str(path)
 
 
+ONE_FILE = {  # what to do where a key of a JSON file lists several
+    "mask_name": "save the union of several masks (the larger value of each pixel) as one file",
+    "image": "save the channels of a volume as one 4-D file",
+}
+
+
 def check_name(name: str, key: str) -> str:
     """Return the file name that `key` of a JSON file gives, if it stays below its folder.
 
@@ -286,10 +292,8 @@ def check_name(name: str, key: str) -> str:
     TypeError if it is not a string.
     """
     if isinstance(name, list):
-        raise ValueError(
-            f"{key} lists {len(name)} files, but an entry has one; save the union of several masks "
-            "(the larger value of each pixel) as one file and name that"
-        )
+        way_out = ONE_FILE.get(key, "name one")
+        raise ValueError(f"{key} lists {len(name)} files, but an entry has one; {way_out}")
     if not isinstance(name, str):
         raise TypeError(f"{key} {name!r} is not a string")
     is_line = name.splitlines() == [name]
@@ -917,7 +921,7 @@ def check_files_exist(entries: list[Entry]) -> None:
     """Raise MissingFiles, one line, that counts missing files and names three of them."""
     missing = missing_files(entries)
     if missing:
-        names = ", ".join(map(str, missing[:3]))
+        names = ", ".join(map(missing_file, missing[:3]))
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         are = "files are" if len(missing) > 1 else "file is"
         root = entries[0].root

@@ -421,7 +421,7 @@ def test_predict_lists_images_by_the_same_rule(tmp_path):
     folder = tmp_path / "images"
     (folder / "._a.png").write_bytes(b"macOS")
     Image.fromarray(COLOURS).save(folder / "b.ppm")
-    args = type("Args", (), {"inputs": [str(folder)], "prompt": None, "split": "test"})()
+    args = type("Args", (), {"inputs": [str(folder)], "prompt": None, "split": None, "out": "o"})()
     assert [name for name, _, _ in predict.list_cases(args, {}, False)] == ["a", "b"]
     (tmp_path / "other").mkdir()
     (tmp_path / "other/a.dcm").write_bytes(b"x")

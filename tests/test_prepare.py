@@ -1156,7 +1156,7 @@ def test_what_is_no_file_is_named(copy, tmp_path):
         path.unlink()
         make[k % 3](path)
         special.append(path)
-    code = f"""
+    code = """
 import pathlib, sys
 import data, layouts, prepare
 assert prepare.main(["check", sys.argv[1]]) == 1
