@@ -559,6 +559,10 @@ class Unpaired(ValueError):
     """Images without a mask, or masks without an image."""
 
 
+class EmptySplit(ValueError):
+    """A split has no entries."""
+
+
 def read_pairs(root: Path, folder: Path, group_regex: str | None = None) -> list[Entry]:
     """Return the images and masks of one stem in two folders of `folder`.
 
