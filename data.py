@@ -117,6 +117,8 @@ def _unreadable_line(path: Path, error: Exception) -> str:
         return foreign
     if layouts.is_volume(path):
         return f"{path}: NIfTI holds a volume, not an image; save its slices as PNG"
+    if path.name.startswith("._"):
+        return f"{path}: no image, but what macOS leaves beside one; delete it"
     if path.stat().st_size == 0:
         return f"{path}: not readable as an image (it is empty, 0 bytes); replace the file"
 

@@ -601,8 +601,10 @@ def images_by_stem(folder: Path) -> dict[str, Path]:
     """
     by_stem = {}
     for path in image_files(folder):
-        if by_stem.setdefault(composed(path.stem), path) != path:
-            raise ValueError(f"{path}: a second file of this name, with another ending")
+        first = by_stem.setdefault(composed(path.stem), path)
+        if first != path:
+            line = f"{path}: a second file of this name, with another ending than {first.name}"
+            raise ValueError(f"{line}; remove or rename one")
 
     if other_files(folder) and not by_stem:
         raise ValueError(no_images(folder))
@@ -921,7 +923,8 @@ def read_volumes(root: Path, group_regex: str | None = None) -> dict[str, list[E
     entries = {}
     for split, pairs in settings["pairs"].items():
         for image, label in pairs:
-            there = [] if image.is_file() else channels[image.parent].get(composed(without_ending(image)))
+            case = composed(without_ending(image))
+            there = [] if image.is_file() else channels[image.parent].get(case)
             first, *more = there or [image]
             name = without_ending(label)
             if repeated:  # case1/label.nii.gz, case2/label.nii.gz

@@ -477,7 +477,8 @@ def test_pairs_of_different_unicode_forms(tmp_path):
     (found,) = layouts.annotations(root, "train")
     assert found.name == unicodedata.normalize("NFD", "Läsion")
     Image.fromarray(MASK).save(mask)  # now both forms are there
-    assert "a second file of this name" in one_line(layouts.annotations, root, "train")
+    line = one_line(layouts.annotations, root, "train")
+    assert "a second file of this name" in line and line.endswith("; remove or rename one")
 
 
 def test_missing_files_say_what_is_there(tmp_path):
@@ -564,3 +565,11 @@ def test_hidden_annotation_files_are_passed_over(tmp_path):
     annotate(tmp_path, [entry()])
     (tmp_path / "anns/._train.json").write_bytes(b"macOS")
     assert [*layouts.splits(tmp_path)] == ["train"]
+
+
+def test_a_file_of_macos_beside_an_image_is_named_as_such(tmp_path):
+    path = tmp_path / "._a.jpg"
+    path.write_bytes(b"\0\5\26\7")
+    assert one_line(data.read_image, path) == (
+        f"{path}: no image, but what macOS leaves beside one; delete it"
+    )
