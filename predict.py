@@ -349,7 +349,7 @@ class Batch:
             except (MemoryError, RuntimeError) as error:
                 if not report.is_out_of_memory(error):
                     raise
-                self.bad.append(f"{name}: is too large for the memory of this machine")
+                self.bad.append(f"{name}: does not fit into memory")
                 continue
             self.write_shared()
             for kind, path in self.cases[name].items():

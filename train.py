@@ -28,7 +28,7 @@ import os
 import shutil
 import sys
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -47,7 +47,7 @@ import recipes
 import report
 import volumes
 from adapters import merge_lora, merged_state_dict, save_adapter, tensor_fault
-from options import Options, check_same, flag, parse, resolve
+from options import Options, check_same, checked, flag, parse, resolve
 from protocol import (
     Settings, allow_single_values, choose_trained, describe_cuts, keep_features, lr_factor,
 )  # fmt: skip
@@ -155,7 +155,7 @@ class Run:
             raise unusable(path, f"has no {missing[0]}")
         unknown = [name for name in state if name not in {*kinds, *self.PARTS, "chosen"}]
         if unknown:
-            raise unusable(path, f"was written by a newer version (it has {unknown[0]!r})")
+            raise evaluate.newer(path, f"it has {unknown[0]!r}")
         for name, kind in STATE.items():
             value = state[name]
             if not evaluate.fits(value, kind) or kind is int and value < 0:
@@ -462,7 +462,12 @@ def saved_options(out: Path) -> dict | None:
         return None
     if "options" not in run:
         raise ValueError(f"{out / 'config.json'}: has no options; {evaluate.EDITED}")
-    evaluate.check_options(out / "config.json", run["options"], Options)
+    path = out / "config.json"
+    evaluate.check_keys(path, run["options"], {spec.name: spec.type for spec in fields(Options)})
+    try:
+        checked(Options(**run["options"]))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; {evaluate.EDITED}") from None
     return run["options"]
 
 

@@ -44,6 +44,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from atomic_files import remove_leftovers, whole_file
+from files import WITH_SIMPLEITK, describe_foreign
 
 # --- what is said of files -----------------------------------------------------------------------
 
@@ -468,45 +469,19 @@ class Grid:
 
 
 PAIR = re.compile(r"\.(hdr|img)(\.gz)?$", re.IGNORECASE)  # a header beside its voxels
-SIMPLEITK = 'SimpleITK.WriteImage(SimpleITK.ReadImage("IN"), "OUT.nii.gz")'
-CONVERT = {
-    "DICOM": "dcm2niix -z y FOLDER",
-    "MGH": "mri_convert IN OUT.nii.gz of FreeSurfer",
-    "MINC": "mnc2nii IN OUT.nii",
-    "a ZIP archive": "unpack it",
-    "an image": "a model of images takes it",
-}  # others: SIMPLEITK
-MAGIC = {
-    b"NRRD": "NRRD",
-    b"ObjectType": "MetaImage",
-    b"NDims": "MetaImage",
-    b"PK\3\4": "a ZIP archive",
-    b"CDF\1": "MINC",
-    b"\x89HDF": "MINC",
-    b"\0\0\0\1\0\0": "MGH",
-    b"\x89PNG": "an image",
-    b"\xff\xd8\xff": "an image",
-    b"II*\0": "an image",
-    b"MM\0*": "an image",
-    b"BM": "an image",
-}
-FOREIGN_ENDINGS = {
-    ".nrrd": "NRRD",
-    ".nhdr": "NRRD",
-    ".mha": "MetaImage",
-    ".mhd": "MetaImage",
-    ".dcm": "DICOM",
-    ".ima": "DICOM",
-    ".mgh": "MGH",
-    ".mgz": "MGH",
-    ".mnc": "MINC",
-}
+NOT_VOLUMES = [  # first bytes, what the file is and the way out
+    ((b"PK\3\4",), "is a ZIP archive, not NIfTI; unpack it"),
+    (
+        (b"\x89PNG", b"\xff\xd8\xff", b"II*\0", b"MM\0*", b"BM"),
+        "is an image, not NIfTI; a model of images takes it",
+    ),
+]
 
 
 def foreign_format(path: Path) -> str | None:
-    """Return a line about a file of a known format that is not read, None for all other files.
+    """Return a line about a file of a known format other than NIfTI, None for all other files.
 
-    The line names the file, the format and the way out. The content decides, or else the ending.
+    The line names the file, the format and the way out.
     """
     block = b""
     if path.is_file():
@@ -515,31 +490,17 @@ def foreign_format(path: Path) -> str | None:
                 block = stream.read(540)
         except (OSError, EOFError, zlib.error):
             pass  # its ending says what it should be
-    kind = _foreign_kind(block) or FOREIGN_ENDINGS.get(path.suffix.lower())
-    if kind is None or _is_nifti(block):
+    if block[344:348] in (b"n+1\0", b"ni1\0") or block[4:7] in (b"n+2", b"ni2"):
         return None
-    way = CONVERT.get(kind, SIMPLEITK)
-    if kind in ("a ZIP archive", "an image"):
-        return f"{path}: is {kind}, not NIfTI; {way}"
-    return f"{path}: holds {kind}, not NIfTI; convert it to .nii.gz: {way}"
-
-
-def _is_nifti(block: bytes) -> bool:
-    """Return True if a file that begins so has the signature of NIfTI-1 or NIfTI-2."""
-    return block[344:348] in (b"n+1\0", b"ni1\0") or block[4:7] in (b"n+2", b"ni2")
-
-
-def _foreign_kind(block: bytes) -> str | None:
-    """Return the name of another format than NIfTI that a file begins like; None if unknown."""
-    for magic, kind in MAGIC.items():
-        if block.startswith(magic):
-            return kind
-    if block[128:132] == b"DICM":
-        return "DICOM"
+    for first_bytes, what in NOT_VOLUMES:
+        if block.startswith(first_bytes):
+            return f"{path}: {what}"
     sizes = [int.from_bytes(block[:4], order) for order in ("little", "big")]
-    if len(block) >= 348 and 348 in sizes and not _is_nifti(block):
-        return "Analyze 7.5"
-    return None
+    if len(block) >= 348 and 348 in sizes:
+        return f"{path}: Analyze 7.5 is not read; {WITH_SIMPLEITK}"
+    if PAIR.search(path.name):  # the ending says nothing
+        return None
+    return describe_foreign(path, block)
 
 
 def files_of(path: Path) -> tuple[Path, ...]:

@@ -144,8 +144,9 @@ def run_folder(trained, tmp_path):
 
 TO_RESUME = {  # what is in options: words of the message
     ("lr", "fast"): "lr is 'fast', expected float | None",
-    ("schedule", "linear"): "schedule is 'linear', expected one of cosine",
-    ("model", "unet"): "model is 'unet', expected one of",
+    ("schedule", "linear"): "--schedule linear: must be one of cosine",
+    ("model", "unet"): "--model unet: must be one of",
+    ("epochs", -1): "--epochs -1: must be a whole number of at least 0",
     ("size", 64): "size is 64, expected list[int] | None",
     ("novelty", 1): "was written by a newer version (it has 'novelty')",
 }
@@ -279,7 +280,7 @@ def test_a_damaged_state_is_one_line(kind, trained, run_folder, monkeypatch):
         run.load()
     said = str(caught.value)
     assert said.startswith(f"{path}: ") and words in said and "\n" not in said
-    assert said.endswith("start again with another --out")
+    assert said.endswith(("start again with another --out", "use that version for it"))
 
 
 WEIGHTS = {  # what becomes of best.safetensors: words of the message
