@@ -552,25 +552,46 @@ def images_by_stem(folder: Path) -> dict[str, Path]:
     return by_stem
 
 
-def every_image(root: Path) -> list[Entry]:
-    """Return an entry for each image of a folder with images/ and masks/, in sub-folders too.
+def every_image(root: Path, folder: Path | None = None) -> list[Entry]:
+    """Return an entry for each image of a folder with images/, in sub-folders too.
 
-    An image may lack its mask: the entry then names one that does not exist. Raises ValueError if
-    there is no image.
+    root: the data set. folder: that of one of its splits; None for the data set itself. An image
+    may lack its mask, as all do without masks/: the entry then names one that does not exist.
+    Raises ValueError if there is no image.
     """
     root = Path(root).resolve()
-    images, masks = (next(root / n for n in names if (root / n).is_dir()) for names in FOLDERS)
+    folder = root if folder is None else folder.resolve()
+    images, masks = (_first_folder(folder, names) for names in FOLDERS)
     mask_of = {}
-    for file in files_below(masks):
+    for file in files_below(masks) if masks.is_dir() else []:
         if is_image(file):
-            mask_of[file.relative_to(masks).with_suffix("")] = file
+            mask_of[composed(file.relative_to(masks).with_suffix("").as_posix())] = file
 
     entries = []
     for file in list_files(images, "image"):
-        name = file.relative_to(images).with_suffix("")
-        mask = mask_of.get(name, masks / f"{name}.png")
-        entries.append(Entry(name.as_posix(), file, mask, {}, root))
+        name = file.relative_to(images).with_suffix("").as_posix()
+        mask = mask_of.get(composed(name), masks / f"{name}.png")
+        entries.append(Entry(name, file, mask, {}, root))
     return with_classes(root, entries)
+
+
+def _first_folder(folder: Path, names: tuple[str, ...]) -> Path:
+    """Return the first of these folders that exists, or else the first one."""
+    return next((folder / name for name in names if (folder / name).is_dir()), folder / names[0])
+
+
+def split_folder(root: Path, split: str) -> Path | None:
+    """Return the folder of a split that holds images/, with or without masks/.
+
+    None if there is none, as in data sets with annotation files and in those of volumes.
+    """
+    root = Path(root)
+    if has_volumes(root) or (root / "anns").is_dir():
+        return None
+    for name, own in SPLITS.items():
+        if own == split and _first_folder(root / name, FOLDERS[0]).is_dir():
+            return root / name
+    return None
 
 
 def read_classes(path: Path) -> tuple[str, ...]:

@@ -180,7 +180,11 @@ def entries_of(place: Path, args, run: dict) -> list[layouts.Entry]:
         print(f"{place}: all {len(entries)} images; --split test takes those of its test split")
         return entries
     split = args.split or "test"
-    entries = layouts.annotations(place, split, patients_of(run, args.inputs))
+    folder = layouts.split_folder(place, split)
+    if folder is not None:  # its masks are not needed, and may not exist
+        entries = layouts.every_image(place, folder)
+    else:
+        entries = layouts.annotations(place, split, patients_of(run, args.inputs))
     print(f"{place}: {len(entries)} cases of its split {split}")
     return entries
 

@@ -388,6 +388,20 @@ def test_images_and_masks_alone_are_predicted_whole(run, tmp_path, monkeypatch, 
     assert "--split: none of the inputs is a data set; remove it" in error
 
 
+@pytest.mark.parametrize("with_folder", [True, False])
+def test_a_split_without_masks_is_predicted(with_folder, run, tmp_path, monkeypatch, capsys):
+    root = tmp_path / "set"
+    for split in ("train", "test"):
+        photo(root / split / "images/1.png", size=(8, 9))
+    photo(root / "train/masks/1.png", size=(8, 9))
+    if with_folder:
+        (root / "test/masks").mkdir()
+    given = ["--weights", run, root, "--out", tmp_path / "out", "--overlays"]
+    said, _ = called(monkeypatch, capsys, *given)
+    assert f"{root}: 1 cases of its split test" in said and "1 masks in" in said
+    assert (tmp_path / "out/1_overlay.png").is_file()
+
+
 def test_a_hidden_file_is_no_split(tmp_path):
     (tmp_path / "anns").mkdir()
     for name in ("test.json", "._test.json", ".json"):
