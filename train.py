@@ -28,7 +28,7 @@ import os
 import shutil
 import sys
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -47,7 +47,7 @@ import recipes
 import report
 import volumes
 from adapters import merge_lora, merged_state_dict, save_adapter, tensor_fault
-from options import Options, check_same, flag, parse, resolve
+from options import Options, check_same, checked, flag, parse, resolve
 from protocol import (
     Settings, allow_single_values, choose_trained, describe_cuts, keep_features, lr_factor,
 )  # fmt: skip
@@ -457,12 +457,17 @@ def saved_options(out: Path) -> dict | None:
 
     Raises ValueError, one line, if they are not what train.py writes.
     """
+    path = out / "config.json"
     run = evaluate.run_config(out)
     if not run:
         return None
     if "options" not in run:
-        raise ValueError(f"{out / 'config.json'}: has no options; {evaluate.EDITED}")
-    evaluate.check_options(out / "config.json", run["options"], Options)
+        raise ValueError(f"{path}: has no options; {evaluate.EDITED}")
+    evaluate.check_keys(path, run["options"], {spec.name: spec.type for spec in fields(Options)})
+    try:
+        checked(Options(**run["options"]))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; {evaluate.EDITED}") from None
     return run["options"]
 
 
