@@ -457,12 +457,12 @@ def saved_options(out: Path) -> dict | None:
 
     Raises ValueError, one line, if they are not what train.py writes.
     """
+    path = out / "config.json"
     run = evaluate.run_config(out)
     if not run:
         return None
     if "options" not in run:
-        raise ValueError(f"{out / 'config.json'}: has no options; {evaluate.EDITED}")
-    path = out / "config.json"
+        raise ValueError(f"{path}: has no options; {evaluate.EDITED}")
     evaluate.check_keys(path, run["options"], {spec.name: spec.type for spec in fields(Options)})
     try:
         checked(Options(**run["options"]))

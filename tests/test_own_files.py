@@ -20,6 +20,7 @@ import evaluate
 import features
 import layouts
 import predict
+import recipes
 import studies
 import train
 import volumes
@@ -149,6 +150,8 @@ TO_RESUME = {  # what is in options: words of the message
     ("epochs", -1): "--epochs -1: must be a whole number of at least 0",
     ("size", 64): "size is 64, expected list[int] | None",
     ("novelty", 1): "was written by a newer version (it has 'novelty')",
+    ("spacing", ()): "--spacing: takes 3 values, not 0",
+    ("batch_size", 0): "--batch-size ",
 }
 
 
@@ -405,3 +408,50 @@ def test_a_damaged_table_of_a_study_is_one_line(kind, tmp_path):
     said = str(caught.value)
     assert said.startswith(f"{path}: is damaged (") and "\n" not in said
     assert f"remove {path.parent}" in said
+
+
+# --- a config.json that describes no model -------------------------------------------------------
+
+NO_MODEL = {  # what is in config: words of the message
+    ("dropout", 7.0): "dropout probability has to be between 0 and 1",
+    ("heads", 0): "num_heads",
+    ("layers", ()): "index",
+    ("pixels", "x"): "pixels='x': choose letterbox",
+}
+
+
+@pytest.mark.parametrize("has_best", [True, False])
+@pytest.mark.parametrize("damage", NO_MODEL)
+def test_a_config_that_describes_no_model_is_one_line(damage, has_best, run_folder):
+    file = run_folder / "config.json"
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps(changed(content, ("config", damage[0]), damage[1])))
+    if not has_best:
+        (run_folder / "best.safetensors").unlink()
+    family = recipes.FAMILIES["cris"]
+    with pytest.raises(ValueError) as caught:
+        recipes.load_model(family, run_folder, None, family.settings["default"], {}, None)
+    said = str(caught.value)
+    assert said.startswith(f"{file}: does not describe a model (") and "\n" not in said
+    assert NO_MODEL[damage] in said and said.endswith(evaluate.EDITED)
+
+
+def test_other_weights_than_the_config_describes_name_the_run(run_folder):
+    """Even if the last weights are read, which are in no file of their own."""
+    file = run_folder / "config.json"
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps(changed(content, ("config", "ffn_dim"), 64)))
+    (run_folder / "best.safetensors").unlink()
+    family = recipes.FAMILIES["cris"]
+    with pytest.raises(ValueError, match=f"^{run_folder}: .*ffn"):
+        recipes.load_model(family, run_folder, None, family.settings["default"], {}, None)
+
+
+def test_a_lack_of_memory_is_no_fault_of_the_config(run_folder, monkeypatch):
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(cris.CRIS, "__init__", fail)
+    family = recipes.FAMILIES["cris"]
+    with pytest.raises(torch.OutOfMemoryError):
+        recipes.load_model(family, run_folder, None, family.settings["default"], {}, None)
