@@ -123,7 +123,7 @@ def _unreadable_line(path: Path, error: Exception) -> str:
     reason = textwrap.shorten(str(error), 200) or type(error).__name__
     if isinstance(error, UnidentifiedImageError):
         reason = "of no kind that Pillow reads"
-    hint = "if it opens elsewhere, save it anew as PNG, else replace the file"
+    hint = "if it opens elsewhere, save it again as PNG, else replace the file"
     return f"{path}: not readable as an image ({reason}); {hint}"
 
 

@@ -52,7 +52,7 @@ def parse_json(text: str, name):
         raise ValueError(f"{name}: is nested too deeply for a file of this kind") from None
     except UnicodeEncodeError:
         raise ValueError(
-            f"{name}: holds half a character (a lone \\ud8…); write it anew"
+            f"{name}: holds half a character (a lone \\ud8…); write it again"
         ) from None
     except ValueError as error:  # JSONDecodeError is one
         raise ValueError(f"{name}: is not valid JSON ({error})") from None

@@ -685,7 +685,7 @@ def label_numbers(name: str, value) -> tuple[int, ...]:
 
 
 def _check_label_names(labels: dict) -> None:
-    """ValueError if `labels` of dataset.json is no object, or a name is empty or has lines."""
+    """Raise ValueError unless `labels` of dataset.json is an object with one-line names."""
     if not isinstance(labels, dict):
         raise ValueError('labels must be an object, {"0": "background", "1": "liver"}')
     for text in (*labels, *labels.values()):
@@ -758,7 +758,7 @@ def as_overlapping(entry: Entry, names: list[str]) -> Entry:
 
 
 def _listed(root: Path, item) -> tuple[Path, Path] | None:
-    """Image and label of an item of a list in dataset.json; None without a label.
+    """Return image and label of an item of a list in dataset.json, None without a label.
 
     Raises KeyError without an image, TypeError if one of the two is no name.
     """
@@ -774,9 +774,9 @@ def _listed(root: Path, item) -> tuple[Path, Path] | None:
 
 
 def _volume_pairs(root: Path, settings: dict) -> dict[str, list[tuple[Path, Path]]]:
-    """Split -> (image, label map) of its cases, from dataset.json's lists or the folders.
+    """Return {split: (image, label map) of its cases} from dataset.json's lists or the folders.
 
-    ValueError: a list is none, or an entry in it.
+    Raises ValueError if something else stands in place of a list or an entry.
     """
     keys = {"train": "training", "val": "validation", "test": "test"}
     pairs = {}

@@ -546,7 +546,7 @@ def truth_of(truth: tuple | None, n: int) -> np.ndarray | None:
 
 
 def ask_by(recipe, cases, classes: list[str] | None, args):
-    """SAM's recipe asking by prompts from files or by the whole image; and the classes."""
+    """Return SAM's function that asks by files or by the whole image, and the classes."""
     if args.boxes or args.points:
         images = [file for _, file, _ in cases]
         sizes = [size_for_boxes(file) for file in images]

@@ -30,7 +30,7 @@ def set_handlers(handler) -> None:
 
 
 def guard_imports() -> None:
-    """Until `catch_signals`, let a signal end the process with one line; hide warnings."""
+    """Let a signal end the process with one line until `catch_signals`, and hide warnings."""
     set_handlers(end_at_once)
     hide_warnings()
 
@@ -42,7 +42,7 @@ def end_at_once(number: int, frame) -> None:
 
 
 def catch_signals() -> None:
-    """From here on, raise Interrupted at the first signal and ignore further ones."""
+    """Raise Interrupted at the first signal from now on, and ignore further ones."""
     set_handlers(interrupt)
 
 
@@ -69,7 +69,7 @@ def begin_child() -> None:
 
 
 def reset_in_child() -> None:
-    """Leave it to the parent to say that it was stopped: data-loading processes end with it."""
+    """End silently at a signal, as data-loading processes do: the parent prints the line."""
     for number in SIGNALS:
         if signal.getsignal(number) == interrupt:
             # Ctrl-C reaches the children of a program as well.

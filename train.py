@@ -341,7 +341,7 @@ class Run:
         order = data.train_batches(len(self.train_set), o.batch_size, o.epochs, o.seed, start)
         collate = self.recipe.collate
         batches = iter(data.loader(items, order, o.workers, self.device, collate))
-        while self.step < self.total_steps and not self.patience_lost():
+        while self.epoch < o.epochs and self.step < self.total_steps and not self.patience_lost():
             self.train_epoch(batches)
             self.end_epoch()
         if self.patience_lost():

@@ -52,7 +52,7 @@ INTERRUPTIONS = {  # what is raised: status, start of the line
     "ctrl-c": (KeyboardInterrupt(), 130, "stopped by Ctrl-C: "),
     "SIGINT": (startup.Interrupted(signal.SIGINT), 130, "stopped by Ctrl-C: "),
     "SIGTERM": (startup.Interrupted(signal.SIGTERM), 143, "stopped by SIGTERM: "),
-    "SIGHUP": (startup.Interrupted(signal.SIGHUP), 129, "stopped as the terminal was closed: "),
+    "SIGHUP": (startup.Interrupted(signal.SIGHUP), 129, "stopped because the terminal was closed: "),
     "killed worker": (RuntimeError(KILLED), 2, "error: a data-loading process was killed (signal"),
     "dead worker": (RuntimeError(EXITED), 2, "error: a data-loading process was killed, most"),
     "connection": (broken_connection, 2, "error: a data-loading process was killed, most"),
@@ -64,7 +64,7 @@ INTERRUPTIONS = {  # what is raised: status, start of the line
     "numpy": (MemoryError("Unable to allocate 3 GiB for an array"), 2, "error: out of memory"),
     "memory of a fork": (OSError(errno.ENOMEM, "Cannot allocate"), 2, "error: out of memory"),
     "gpu": (RuntimeError(GPU), 2, "error: out of memory"),
-    "pipe": (BrokenPipeError(errno.EPIPE, "Broken pipe"), 2, "error: nobody reads the output"),
+    "pipe": (BrokenPipeError(errno.EPIPE, "Broken pipe"), 2, "error: the program that reads the output"),
 }
 
 

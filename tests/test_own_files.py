@@ -185,6 +185,8 @@ MODEL = {  # what is in config: words of the message
     ("image_size", "64"): "image_size is '64', expected a value such as 416",
     ("image_size", -64): "image_size is -64, expected",
     ("threshold", None): "threshold is None, expected",
+    ("layers", (1,)): "layers=(1,): the image encoder has four stages",
+    ("heads", 5): "heads=5: must divide dim=64",
     ("mean", (0.5,)): "mean is [0.5], expected",
     ("std", (1, 1, "1")): "std is [1, 1, '1'], expected",
     ("dropout", float("nan")): "dropout is nan, expected",
