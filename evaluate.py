@@ -737,8 +737,8 @@ def prompt_study(model, recipe, tests: dict, options) -> dict:
 def list_tests(options) -> dict[str, list]:
     """Return the entries of the test sets by name: of --test, else of the test splits of --data.
 
-    A test set with missing files is left out of a training, which is printed; with --eval it is an
-    error. Raises FileNotFoundError or ValueError, one line.
+    A test set that is empty or lacks files is left out of a training, which is printed; with --eval
+    it is an error. Raises FileNotFoundError or ValueError, one line.
     """
     tests = {}
     for place in options.test or options.data:
@@ -751,8 +751,10 @@ def list_tests(options) -> dict[str, list]:
             raise ValueError(f"two test sets are called {name}; rename a folder")
         try:
             entries = layouts.annotations(path, split, options.group_regex)
+            if not entries:
+                raise layouts.EmptySplit(f"{path}: its split {split} is empty")
             layouts.check_files_exist(entries)
-        except (layouts.Unpaired, layouts.MissingFiles) as error:
+        except (layouts.Unpaired, layouts.MissingFiles, layouts.EmptySplit) as error:
             if options.eval:
                 raise
             print(f"test {name} is left out, training goes on without it: {error}")

@@ -505,6 +505,10 @@ class Unpaired(ValueError):
     """Images without a mask, or masks without an image."""
 
 
+class EmptySplit(ValueError):
+    """A split has no entries."""
+
+
 def read_pairs(root: Path, folder: Path, group_regex: str | None = None) -> list[Entry]:
     """Return the images and masks of one stem in two folders of `folder`.
 
@@ -770,7 +774,7 @@ def _listed(root: Path, item) -> tuple[Path, Path] | None:
         return None
     image = check_name(item["image"], "image")
     label = check_name(item["label"], "label")
-    return root / image, root / label
+    return find_file(root, image), find_file(root, label)
 
 
 def _volume_pairs(root: Path, settings: dict) -> dict[str, list[tuple[Path, Path]]]:
@@ -795,7 +799,7 @@ def _volume_pairs(root: Path, settings: dict) -> dict[str, list[tuple[Path, Path
     for split, end in ("train", "Tr"), ("test", "Ts"):
         if not pairs[split]:  # nnU-Net lists none
             images, labels = root / f"images{end}", root / f"labels{end}"
-            pairs[split] = [(images / file.name, file) for file in volumes_in(labels)]
+            pairs[split] = [(find_file(images, file.name), file) for file in volumes_in(labels)]
     return {split: some for split, some in pairs.items() if some}
 
 
@@ -847,13 +851,16 @@ def read_volumes(root: Path, group_regex: str | None = None) -> dict[str, list[E
         raise ValueError(f"{root}: no label maps that end in {' or '.join(NIFTI)}; {others}")
     # Where a file is not there itself, nnU-Net's files of its channels are.
     folders = {image.parent for image, _ in every if not image.is_file()}
-    channels = {folder: channels_of(volumes_in(folder)) for folder in folders}
+    channels = {}  # folder -> {case, composed: files of its channels}
+    for folder in folders:
+        cases = channels_of(volumes_in(folder))
+        channels[folder] = {composed(case): files for case, files in cases.items()}
     labels = {label for _, label in every}
     repeated = len({without_ending(label) for label in labels}) < len(labels)
     entries = {}
     for split, pairs in settings["pairs"].items():
         for image, label in pairs:
-            there = [] if image.is_file() else channels[image.parent].get(without_ending(image))
+            there = [] if image.is_file() else channels[image.parent].get(composed(without_ending(image)))
             first, *more = there or [image]
             name = without_ending(label)
             if repeated:  # case1/label.nii.gz, case2/label.nii.gz

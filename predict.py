@@ -670,6 +670,7 @@ def list_volumes(args, run: dict, channels: int) -> dict[str, list[Path]]:
     cases = []
     single = []  # files that are inputs themselves
     for place in map(Path, sorted(args.inputs)):
+        place = unlabelled_test(place, args)
         if layouts.splits(place):
             entries = entries_of(place, args, run)
             cases += [(entry.name, [entry.image, *entry.more]) for entry in entries]
@@ -690,6 +691,14 @@ def list_volumes(args, run: dict, channels: int) -> dict[str, list[Path]]:
         repeated = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"{repeated}: two inputs have this name; predict them to two folders")
     return dict(cases)
+
+
+def unlabelled_test(place: Path, args) -> Path:
+    """Return imagesTs/ of a data set whose test has no labels; any other input as it is."""
+    images = place / "imagesTs"
+    splits = layouts.splits(place)
+    is_test = args.split in (None, "test")
+    return images if is_test and splits and "test" not in splits and images.is_dir() else place
 
 
 def group_channels(listed: list[Path], channels: int) -> list[tuple[str, list[Path]]]:

@@ -137,12 +137,13 @@ class Folder:
         for folder in FOLDERS:
             if (root / folder).is_dir():
                 self.names |= {f"{folder}/{path.name}" for path in (root / folder).iterdir()}
+        self.names = {layouts.composed(name) for name in self.names}
 
     def read(self, name):
         return (self.root / name).read_bytes()
 
     def put(self, name, target):
-        link(self.root / name, target)
+        link(layouts.find_file(self.root, name), target)
 
 
 class Archive:
@@ -150,7 +151,8 @@ class Archive:
 
     def __init__(self, tar):
         self.tar = tar
-        found = {item.name.removeprefix("./"): item for item in tar if item.isfile()}
+        files = [item for item in tar if item.isfile()]
+        found = {layouts.composed(item.name).removeprefix("./"): item for item in files}
         tops = [name[:-12] for name in found if re.fullmatch(r"([^/]+/)?dataset\.json", name)]
         top = tops[0] if len(tops) == 1 else ""
         self.items = {n.removeprefix(top): item for n, item in found.items() if n.startswith(top)}
@@ -181,8 +183,11 @@ def opened(raw):
 
 
 def inside(name):
-    """ "./imagesTr/a.nii.gz" -> "imagesTr/a.nii.gz". ValueError for anything else."""
-    plain = PurePosixPath(name).as_posix() if isinstance(name, str) else ""
+    """Return "imagesTr/a.nii.gz" for "./imagesTr/a.nii.gz", in the form of `layouts.composed`.
+
+    Raises ValueError for any other name.
+    """
+    plain = layouts.composed(PurePosixPath(name).as_posix()) if isinstance(name, str) else ""
     if not FILE.fullmatch(plain):
         raise ValueError(f"{name!r} is no volume in imagesTr, labelsTr or imagesTs")
     return plain
@@ -215,15 +220,16 @@ def read_listing(source, where):
         cases = [(inside(case["image"]), inside(case["label"])) for case in about["training"]]
         pairs = dict(cases)
         bare = [unlabelled(case) for case in about.get("test") or []]
-        if sorted(map(int, about["labels"])) != list(range(len(about["labels"]))):
-            raise ValueError("the labels have a gap")
+        if {*about["labels"]} != {str(number) for number in range(len(about["labels"]))}:
+            raise ValueError("the labels are not 0, 1, 2, … without a gap")
         if not all(isinstance(name, str) for name in about["labels"].values()):
             raise ValueError("a label is no name")
         if len(pairs) + len(set(bare)) < len(cases) + len(bare):
             raise ValueError("an image is listed twice")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         need = 'expected "labels": {"0": name, …}, "training": [{"image", "label"}, …], "test"'
-        raise ValueError(f"{place}: {error!r}; {need}") from None
+        why = f"has no {error}" if isinstance(error, KeyError) else error
+        raise ValueError(f"{place}: {why}; {need}") from None
     if about.get("validation"):
         raise ValueError(f"{place}: lists a validation split; train on it as it is")
     missing = [name for name in (*pairs, *pairs.values()) if name not in source.names]

@@ -570,7 +570,8 @@ def _header_of(path: Path):
     foreign = foreign_format(path)
     if foreign:
         raise ValueError(foreign)
-    raise ValueError(f"{path}: not readable as NIfTI (it has no such header); replace the file")
+    why = "it has no such header" if path.stat().st_size else "it is empty, 0 bytes"
+    raise ValueError(f"{path}: not readable as NIfTI ({why}); replace the file")
 
 
 def _open_by_header(path: Path):

@@ -489,6 +489,17 @@ def test_without_any_good_volume_nothing_is_written(scans, tmp_path, monkeypatch
     assert not (tmp_path / "out").exists()
 
 
+def test_a_test_of_volumes_without_labels_is_predicted(scans, tmp_path, monkeypatch, capsys):
+    root = tmp_path / "set"
+    for name in ("imagesTr/a_0000", "labelsTr/a", "imagesTs/b_0000"):
+        volume(root / f"{name}.nii.gz")
+    (root / "dataset.json").write_text('{"labels": {"background": 0, "one": 1}}')
+    given = ["--weights", scans, root, "--out", tmp_path / "out"]
+    said, _ = called(monkeypatch, capsys, *given)
+    assert f"{root / 'imagesTs'}: 1 volume files" in said
+    assert {*contents(tmp_path / "out")} == {"classes.json", "b.nii.gz"}
+
+
 def test_channels_belong_together_in_their_folder(tmp_path, monkeypatch, capsys):
     weights = volume_run(tmp_path / "run", channels=2, intensity=None)
     for k, name in enumerate(("p1/x_0000", "p1/x_0001", "p2/x_0000", "p2/x_0001")):

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import tarfile
+import unicodedata
 
 import nibabel
 import numpy as np
@@ -180,6 +181,25 @@ def test_a_link_is_followed(task, tmp_path):
     assert not path.is_symlink() and os.path.samefile(path, task / found["training"][0]["image"])
 
 
+@pytest.mark.parametrize("packed", [True, False])
+def test_names_of_other_unicode_forms_are_the_same(tmp_path, packed):
+    """dataset.json holds ä as one character, the disk as two, as macOS writes it."""
+    root = write_task(tmp_path / "task", count=4, bare=0)
+    about = (root / "dataset.json").read_text().replace("spleen_", "Läsion_")
+    (root / "dataset.json").write_text(unicodedata.normalize("NFC", about))
+    for path in [*root.glob("*Tr/spleen_*")]:
+        name = path.name.replace("spleen_", "Läsion_")
+        path.rename(path.with_name(unicodedata.normalize("NFD", name)))
+    raw = root
+    if packed:
+        raw = tmp_path / "task.tar"
+        with tarfile.open(raw, "w") as tar:
+            tar.add(root, "task")
+    found = run("msd", raw, "--out", tmp_path / "out")
+    assert sum(found[f"num{name.title()}"] for name in LISTS) == 4
+    layouts.check_files_exist(layouts.annotations(tmp_path / "out", "train"))
+
+
 def test_the_download_is_left_alone(task, tmp_path):
     before = contents(task)
     run("msd", task, "--out", tmp_path / "out")
@@ -201,7 +221,7 @@ DEFECTS = {
     "image": (lambda r: lose(r, "imagesTr/spleen_9.nii.gz"), "no imagesTr/spleen_9.nii.gz, which"),
     "label": (lambda r: lose(r, "labelsTr/spleen_9.nii.gz"), "no labelsTr/spleen_9.nii.gz, which"),
     "text": (lambda r: (r / "dataset.json").write_text("{"), "dataset.json: is not valid JSON"),
-    "keys": (lambda r: edit(r, lambda a: a.pop("labels")), "dataset.json: KeyError('labels')"),
+    "keys": (lambda r: edit(r, lambda a: a.pop("labels")), "dataset.json: has no 'labels'; expected"),
     "out": (
         lambda r: edit(r, lambda a: a["training"][0].update(image="../imagesTr/a.nii.gz")),
         "'../imagesTr/a.nii.gz' is no volume in imagesTr",
@@ -210,7 +230,11 @@ DEFECTS = {
         lambda r: edit(r, lambda a: a["training"].append(a["training"][0])),
         "an image is listed twice",
     ),
-    "gap": (lambda r: edit(r, lambda a: a["labels"].update({"3": "x"})), "the labels have a gap"),
+    "gap": (lambda r: edit(r, lambda a: a["labels"].update({"3": "x"})), "without a gap; expected"),
+    "direction": (
+        lambda r: edit(r, lambda a: a.update(labels={"background": 0, "spleen": 1})),
+        "dataset.json: the labels are not 0, 1, 2, … without a gap; expected",
+    ),
     "divided": (
         lambda r: edit(r, lambda a: a.update(validation=a["training"][:1])),
         "lists a validation split",

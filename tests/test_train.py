@@ -1036,3 +1036,14 @@ def test_a_test_split_without_masks_is_left_out(layout, tmp_path, capsys):
         train.open_sets(opening(tmp_path, root))
     with pytest.raises(FileNotFoundError, match="lost: no such folder"):
         train.open_sets(opening(tmp_path, root, test=[str(tmp_path / "lost")]))
+
+
+def test_a_test_split_without_entries_is_left_out(tmp_path, capsys):
+    root = picture_set(tmp_path / "set", dict.fromkeys(("train", "val", "test"), stripes(255)))
+    for path in [*root.glob("test/*/*")]:
+        path.unlink()
+    _, tests = train.open_sets(opening(tmp_path, root))
+    line = f"test set is left out, training goes on without it: {root}: its split test is empty"
+    assert tests == {} and line in capsys.readouterr().out
+    with pytest.raises(ValueError, match=f"{root}: its split test is empty"):
+        train.open_sets(opening(tmp_path, root, eval=True, weights="x.safetensors"))

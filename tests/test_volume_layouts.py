@@ -2,6 +2,7 @@
 read here."""
 
 import json
+import unicodedata
 
 import numpy as np
 import pytest
@@ -416,3 +417,18 @@ def test_any_change_of_a_dataset_json_is_read_or_a_line(tmp_path):
             refused += 1
             assert str(root) in str(error) and len(str(error).splitlines()) == 1
     assert refused > 30
+
+
+@pytest.mark.parametrize("listed", [True, False])
+@pytest.mark.parametrize("forms", [("NFC", "NFD"), ("NFD", "NFC")])
+def test_names_of_other_unicode_forms_are_the_same(tmp_path, forms, listed):
+    """As macOS writes them: in dataset.json or in the labels' folder, and on the disk."""
+    given, stored = (unicodedata.normalize(form, "Läsion") for form in forms)
+    end = "" if listed else "_0000"
+    label_name = stored if listed else given
+    files = [f"imagesTr/{stored}{end}.nii.gz", f"labelsTr/{label_name}.nii.gz"]
+    settings = {"labels": ORGANS, "training": [pair(given)] if listed else []}
+    root = make(tmp_path, files, settings)
+    (entry,) = layouts.annotations(root, "train")
+    assert entry.image == root / files[0] and entry.mask == root / files[1]
+    layouts.check_files_exist([entry])
