@@ -164,7 +164,24 @@ class Run:
             raise unusable(path, f"chosen is {state['chosen']!r:.50}")
         if state["batch"] > self.batches or state["batch"] and "loss" not in state["sums"]:
             raise unusable(path, f"batch {state['batch']} is none of this run")
+        self.check_place(path, state)
         check_tensors(path, state["model"], self.model.state_dict())
+
+    def check_place(self, path: Path, state: dict) -> None:
+        """Raise ValueError, one line, if fewer batches follow than the run has steps left.
+
+        So it is if the data set has grown, or --max-steps, which ended the run, was edited.
+        """
+        per_step = self.options.grad_accum_steps
+        steps_per_epoch = math.ceil(self.batches / per_step)
+        epochs_left = self.options.epochs - state["epoch"]
+        steps_that_follow = epochs_left * steps_per_epoch - math.ceil(state["batch"] / per_step)
+        if self.total_steps - state["step"] > max(0, steps_that_follow):
+            raise unusable(
+                path,
+                f"stands at step {state['step']} in epoch {state['epoch'] + 1}, which does not fit "
+                f"{self.total_steps} steps in all (the data set or config.json has changed since)",
+            )
 
     def follow_schedule(self) -> str:
         """Set the learning rates that the schedule has for this step; return what changed, "" if

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -470,11 +471,13 @@ def test_preparations_killed_20_times_end_the_same_and_leave_nothing(tmp_path):
     seconds = finish([*words, tmp_path / "whole"])
     moments = random.Random(2)
     killed = tmp_path / "killed"
-    for _ in range(20):
-        if not killed.exists():  # else a call ended before its kill
-            kill_at_random([*words, killed], moments, seconds)
-    if not killed.exists():
-        finish([*words, killed])
+    kills = 0
+    while kills < 20:
+        kills += kill_at_random([*words, killed], moments, seconds)
+        if killed.exists():  # whole, even if the kill came after it
+            assert contents(tmp_path / "whole") == contents(killed)
+            shutil.rmtree(killed)
+    finish([*words, killed])
     assert contents(tmp_path / "whole") == contents(killed)
     assert {path.name for path in tmp_path.iterdir()} == {"whole", "killed"}
 

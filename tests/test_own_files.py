@@ -4,6 +4,7 @@ import copy
 import json
 import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -259,6 +260,7 @@ STATES = {  # what becomes of last.pt: words of the message
     "best is no number": (lambda s: s | {"best": None}, "best is None"),
     "history of numbers": (lambda s: s | {"history": [1]}, "history is [1]"),
     "chosen in part": (lambda s: s | {"chosen": {"epoch": 1}}, "chosen is {'epoch': 1}"),
+    "too few steps": (lambda s: s | {"step": 0}, "stands at step 0 in epoch 2, which does not fit"),
     "a batch too far": (lambda s: s | {"batch": 10**6}, "batch 1000000 is none of this run"),
     "another model": (lambda s: s | {"model": {"x": torch.ones(1)}}, "is missing"),
     "weights of NaN": (lambda s: s | {"model": to_nan(s["model"])}, "holds NaN"),
@@ -457,3 +459,18 @@ def test_a_lack_of_memory_is_no_fault_of_the_config(run_folder, monkeypatch):
     family = recipes.FAMILIES["cris"]
     with pytest.raises(torch.OutOfMemoryError):
         recipes.load_model(family, run_folder, None, family.settings["default"], {}, None)
+
+
+def test_a_run_with_more_images_than_it_started_with_is_one_line(
+    options, demo, tmp_path, monkeypatch, capsys
+):
+    root = Path(shutil.copytree(demo, tmp_path / "data"))
+    entries = json.loads((root / "anns/train.json").read_text())
+    (root / "anns/train.json").write_text(json.dumps(entries[:16]))
+    run = replace(options, model="segformer", data=[str(root)], size=[32], overlays=0)
+    monkeypatch.setattr(evaluate, "test", lambda *_: {})
+    train.run(run)
+    (root / "anns/train.json").write_text(json.dumps(entries))
+    code, _, err = command(monkeypatch, capsys, train, "--resume", "--out", options.out)
+    assert code == 2 and err.count("\n") == 1
+    assert f"{options.out}/last.pt: stands at step 2 in epoch 3, which does not fit" in err
