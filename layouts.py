@@ -860,8 +860,11 @@ def read_volumes(root: Path, group_regex: str | None = None) -> dict[str, list[E
     entries = {}
     for split, pairs in settings["pairs"].items():
         for image, label in pairs:
-            there = [] if image.is_file() else channels[image.parent].get(composed(without_ending(image)))
-            first, *more = there or [image]
+            files = [image]
+            if not image.is_file():
+                case = composed(without_ending(image))
+                files = channels[image.parent].get(case) or [image]
+            first, *more = files
             name = without_ending(label)
             if repeated:  # case1/label.nii.gz, case2/label.nii.gz
                 name = (label.parent.relative_to(root) / name).as_posix()
