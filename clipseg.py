@@ -280,6 +280,8 @@ def with_grid(tokens: Tensor, H: int, W: int) -> Tensor:
 class CLIPSeg(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
+        if config.heads < 1 or config.reduce_dim % config.heads:
+            raise ValueError(f"heads={config.heads}: must divide reduce_dim={config.reduce_dim}")
         self.config, c = config, config
         self.preprocess = partial(preprocess, config=config)  # image -> (3,S,S)
         self.visual_prompt = partial(visual_prompt, config=config)  # image and mask -> (3,S,S)

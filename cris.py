@@ -337,6 +337,10 @@ class CRIS(nn.Module):
         super().__init__()
         if config.pixels not in ("letterbox", "stretch", "medvlsm"):
             raise ValueError(f"pixels={config.pixels!r}: choose letterbox, stretch or medvlsm")
+        if len(config.layers) != 4:
+            raise ValueError(f"layers={config.layers}: the image encoder has four stages")
+        if config.heads < 1 or config.dim % config.heads:
+            raise ValueError(f"heads={config.heads}: must divide dim={config.dim}")
         self.config, c = config, config
         self.preprocess = partial(preprocess, config=config)  # image -> (3,S,S)
         self.postprocess = partial(postprocess, config=config)  # logits, size -> (1,H,W)

@@ -125,7 +125,7 @@ def _unreadable_line(path: Path, error: Exception) -> str:
     reason = textwrap.shorten(str(error), 200) or type(error).__name__
     if isinstance(error, UnidentifiedImageError):
         reason = "of no kind that Pillow reads"
-    hint = "if it opens elsewhere, save it anew as PNG, else replace the file"
+    hint = "if it opens elsewhere, save it again as PNG, else replace the file"
     return f"{path}: not readable as an image ({reason}); {hint}"
 
 
@@ -134,7 +134,6 @@ def refuse_special(path: Path) -> None:
 
     Opening a pipe would wait for whoever writes to it.
     """
-    path = Path(path)
     if path.exists() and not path.is_file():
         raise ValueError(f"{path}: is no file, but a folder, a pipe or a device")
 
@@ -145,7 +144,8 @@ def open_image(path: Path, decode: bool = True, rawmode: str | None = None) -> I
     rawmode: how Pillow unpacks the stored channels, instead of its own choice.
     Raises FileNotFoundError, OSError or ValueError, one line: not readable, or several pages.
     """
-    image = _open_head(Path(path))
+    path = Path(path)
+    image = _open_head(path)
     if rawmode is not None:
         image.tile = [_replace_rawmode(tile, {_rawmode(tile): rawmode}) for tile in image.tile]
     if decode:
@@ -1529,7 +1529,9 @@ def open_datasets(
     remove_leftovers(Path(cache), recursive=False)
     decoded = {}
     for name, entries in lists.items():
-        check_files(entries)
+        if not entries:
+            raise ValueError("the annotation file has no entries")
+        layouts.check_files_exist(entries)
         decoded[name] = _cache(entries, Path(cache))
 
     every = [entry for entries in lists.values() for entry in entries] + reading.others
@@ -1549,19 +1551,6 @@ def open_datasets(
         for line in remarks(entries, rows[:, -1]):
             print(line)
     return datasets
-
-
-def check_files(entries: list) -> None:
-    """Raise ValueError or FileNotFoundError, one line, if there are no entries or files."""
-    if not entries:
-        raise ValueError("the annotation file has no entries")
-    files = [path for entry in entries for path in (entry.image, entry.mask)]
-    for path in files:
-        refuse_special(path)
-    lost = [path for path in files if not path.is_file()]
-    if lost:
-        names = ", ".join(map(layouts.missing_file, lost[:5])) + (" …" if len(lost) > 5 else "")
-        raise FileNotFoundError(f"{len(lost)} files are missing: {names}")
 
 
 def decide_rules(entries: list, counts: np.ndarray, reading: MaskReading) -> dict[Path, str]:

@@ -4,7 +4,7 @@ import io
 import math
 import re
 from contextlib import redirect_stdout
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import UnionType
@@ -120,21 +120,6 @@ def check_option_values(path: Path, options: dict) -> None:
         re.compile(options.get("group_regex") or "")
     except re.error as error:
         raise wrong_value(path, "group_regex", options["group_regex"], str(error)) from None
-
-
-def check_options(path: Path, options: dict, kind: type) -> None:
-    """Raise ValueError, one line, if saved options are not fields of the dataclass `kind`.
-
-    Their metadata may have `choices`.
-    """
-    check_keys(path, options, {spec.name: spec.type for spec in fields(kind)})
-    for spec in fields(kind):
-        choices = spec.metadata.get("choices")
-        value = options.get(spec.name)
-        if choices and value is not None:
-            for each in value if isinstance(value, list) else [value]:
-                if each not in choices:
-                    raise wrong_value(path, spec.name, each, f"one of {', '.join(choices)}")
 
 
 def check_keys(path: Path, content: dict, kinds: dict) -> None:

@@ -1,6 +1,7 @@
-"""Text and JSON files as other systems write them: with a byte order mark, in UTF-16.
+"""Files that a user or another program wrote: text, JSON, and known formats that are not read.
 
-Every file that a user or another program wrote is read with these functions.
+Text and JSON may have a byte order mark or be in UTF-16. Every such file is read with these
+functions.
 """
 
 import codecs
@@ -51,7 +52,7 @@ def parse_json(text: str, name):
         raise ValueError(f"{name}: is nested too deeply for a file of this kind") from None
     except UnicodeEncodeError:
         raise ValueError(
-            f"{name}: holds half a character (a lone \\ud8…); write it anew"
+            f"{name}: holds half a character (a lone \\ud8…); write it again"
         ) from None
     except ValueError as error:  # JSONDecodeError is one
         raise ValueError(f"{name}: is not valid JSON ({error})") from None
@@ -66,3 +67,70 @@ def unique_keys(pairs: list[tuple[str, object]]) -> dict:
         repeated = next(key for key in keys if keys.count(key) > 1)
         raise ValueError(f"the key {repeated!r} stands twice in one object")
     return content
+
+
+# --- formats that are known, but not read --------------------------------------------------------
+
+SIMPLEITK = 'SimpleITK.WriteImage(SimpleITK.ReadImage("IN"), "OUT.nii.gz")'
+WITH_SIMPLEITK = f"convert it to .nii.gz ({SIMPLEITK}), or a single image to PNG"
+WITH_NIBABEL = "save a volume as .nii.gz, for example with nibabel, and a single image as PNG"
+TO_PNG = "save it as PNG"
+FORMATS = [  # name, endings, first bytes, what to do; the first row that fits a file counts
+    (
+        "DICOM",
+        (".dcm", ".dicom", ".ima"),
+        (),  # it begins with 128 bytes of anything
+        "convert it to .nii.gz (dcm2niix -z y FOLDER), or a single image to PNG (pydicom)",
+    ),
+    ("NRRD", (".nrrd", ".nhdr"), (b"NRRD",), WITH_SIMPLEITK),
+    ("MetaImage", (".mha", ".mhd"), (b"ObjectType", b"NDims"), WITH_SIMPLEITK),
+    (
+        "MGH",
+        (".mgh", ".mgz"),
+        (b"\0\0\0\1\0\0",),
+        "convert it to .nii.gz (mri_convert IN OUT.nii.gz of FreeSurfer)",
+    ),
+    ("MINC", (".mnc",), (b"CDF\1",), "convert it to .nii.gz (mnc2nii IN OUT.nii)"),
+    ("Analyze", (".img",), (), WITH_SIMPLEITK),
+    ("HDF5", (".h5", ".hdf5", ".hdf"), (b"\x89HDF",), WITH_NIBABEL),
+    ("NumPy", (".npy", ".npz"), (b"\x93NUMPY",), WITH_NIBABEL),
+    ("MATLAB", (".mat",), (b"MATLAB 5.0",), WITH_NIBABEL),
+    ("HEIC", (".heic", ".heif"), (), "save it as PNG or JPEG"),
+    ("a camera's raw format", (".dng", ".nef", ".cr2", ".arw"), (), TO_PNG),
+    ("PDF", (".pdf",), (b"%PDF",), "save its pages as PNG"),
+    ("PostScript or SVG", (".ps", ".eps", ".svg"), (b"%!PS",), TO_PNG),
+    ("Photoshop or GIMP", (".psd", ".xcf"), (b"gimp xcf",), TO_PNG),
+    (
+        "video",
+        (".mp4", ".avi", ".mov", ".mkv", ".mpg", ".mpeg", ".wmv", ".webm"),
+        (),
+        "save its frames as PNG, for example with ffmpeg",
+    ),
+    (
+        "whole-slide",
+        (".svs", ".ndpi", ".mrxs", ".scn", ".vms", ".bif"),
+        (),
+        "cut it into tiles, for example with QuPath, and save them as PNG",
+    ),
+    ("a microscope's raw format", (".czi", ".lif", ".nd2", ".oib"), (), TO_PNG),
+    (
+        "Git LFS (only a pointer to the file)",
+        (),
+        (b"version https://git-lfs",),
+        "run git lfs pull in its folder",
+    ),
+]
+
+
+def describe_foreign(path: Path, start: bytes) -> str | None:
+    """Return a line about a file of one of FORMATS, None for all other files.
+
+    start: at least the first 132 bytes, if it has so many. The line names the file, the format and
+    the way out.
+    """
+    for name, endings, first_bytes, way_out in FORMATS:
+        has_ending = path.name.lower().endswith(endings)
+        is_dicom = name == "DICOM" and start[128:132] == b"DICM"
+        if has_ending or is_dicom or start.startswith(first_bytes):
+            return f"{path}: {name} is not read; {way_out}"
+    return None

@@ -41,7 +41,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 import numpy as np
 from PIL import Image
 
-from files import read_json
+from files import describe_foreign, read_json
 
 
 def image_endings() -> frozenset[str]:
@@ -118,117 +118,16 @@ def prompt_option(text: str) -> str:
 
 # --- files and their names -----------------------------------------------------------------------
 
-TO_PNG = "save it as PNG"
-TO_VOLUME = "convert volumes to .nii.gz, for example with SimpleITK, and single images to PNG"
-TO_FILES = "save volumes as .nii.gz, for example with nibabel, and single images as PNG"
-TO_TILES = "cut it into tiles, for example with QuPath, and save them as PNG"
-FOREIGN = [  # formats that are known, but not read: name, endings, first bytes, what to do
-    (
-        "DICOM",
-        (".dcm", ".dicom", ".ima"),
-        None,  # it begins with 128 bytes of anything
-        "convert volumes to .nii.gz, for example with dcm2niix, and single images to PNG, for "
-        "example with pydicom",
-    ),
-    ("NRRD", (".nrrd", ".nhdr"), b"NRRD000", TO_VOLUME),
-    ("MetaImage", (".mha", ".mhd"), b"ObjectType", TO_VOLUME),
-    ("Analyze", (".img",), None, TO_VOLUME),
-    ("HDF5", (".h5", ".hdf5", ".hdf"), b"\x89HDF", TO_FILES),
-    ("NumPy", (".npy", ".npz"), b"\x93NUMPY", TO_FILES),
-    ("MATLAB", (".mat",), b"MATLAB 5.0", TO_FILES),
-    ("HEIC", (".heic", ".heif"), None, "save it as PNG or JPEG"),
-    ("a camera's raw format", (".dng", ".nef", ".cr2", ".arw"), None, TO_PNG),
-    ("PDF", (".pdf",), b"%PDF", "save its pages as PNG"),
-    ("PostScript or SVG", (".ps", ".eps", ".svg"), b"%!PS", TO_PNG),
-    ("Photoshop or GIMP", (".psd", ".xcf"), b"gimp xcf", TO_PNG),
-    (
-        "video",
-        (".mp4", ".avi", ".mov", ".mkv", ".mpg", ".mpeg", ".wmv", ".webm"),
-        None,
-        "save its frames as PNG, for example with ffmpeg",
-    ),
-    ("whole-slide", (".svs", ".ndpi", ".mrxs", ".scn", ".vms", ".bif"), None, TO_TILES),
-    ("a microscope's raw format", (".czi", ".lif", ".nd2", ".oib"), None, TO_PNG),
-    (
-        "Git LFS (only a pointer to the file)",
-        (),
-        b"version https://git-lfs",
-        "run git lfs pull in its folder",
-    ),
-]
-
 
 def foreign_format(path: Path) -> str | None:
-    """Return a line about a file of a known format that is not read, None for all other files.
-
-    The line names the file, the format and the way out. The ending decides, or else the content.
-    """
-    path = Path(path)
+    """Return a line about a file of a known format that is not read, None for all other files."""
     if path.is_dir():
         return None
     start = b""
     if path.is_file():
         with open(path, "rb") as file:
             start = file.read(132)
-
-    for name, endings, first_bytes, way_out in FOREIGN:
-        has_ending = path.name.lower().endswith(endings)
-        has_content = first_bytes is not None and start.startswith(first_bytes)
-        is_dicom = name == "DICOM" and start[128:] == b"DICM"
-        if has_ending or has_content or is_dicom:
-            return f"{path}: {name} is not read; {way_out}"
-    return None
-
-
-def count_endings(files: list[Path]) -> str:
-    """Return how many files have which ending, most first: "6 .dcm, 1 .txt, 1 folder"."""
-    counts = Counter()
-    for file in files:
-        is_packed_volume = file.name.lower().endswith(".nii.gz")
-        ending = ".nii.gz" if is_packed_volume else file.suffix.lower()
-        counts["folder" if file.is_dir() else ending or "without an ending"] += 1
-    return ", ".join(f"{n} {ending}" for ending, n in counts.most_common())
-
-
-def image_files(folder: Path) -> list[Path]:
-    """Return the image files of a folder, sorted, without hidden ones such as macOS's ._a.png.
-
-    Raises ValueError, one line, if a name is not Unicode: it could not be printed or written.
-    """
-    files = []
-    for path in sorted(folder.iterdir()):
-        if path.suffix.lower() in ENDINGS and not path.name.startswith(".") and not path.is_dir():
-            if not is_unicode(path.name):
-                name = os.fsencode(path.name)
-                raise ValueError(f"{folder}: the file name {name!r} is not Unicode; rename it")
-            files.append(path)
-    return files
-
-
-def other_files(folder: Path) -> list[Path]:
-    """Return what a folder holds but images, sorted: files and folders, but none of the system."""
-    others = []
-    for path in sorted(folder.iterdir()):
-        is_system = path.name.startswith(".") or path.name.lower() in SYSTEM_FILES
-        if (path.suffix.lower() not in ENDINGS or path.is_dir()) and not is_system:
-            others.append(path)
-    return others
-
-
-def no_images(folder: Path) -> str:
-    """Return a line about a folder without image files: what it holds, and the way out."""
-    others = other_files(folder)
-    if not others:
-        return f"{folder}: no images in this folder; they end in {COMMON_ENDINGS}"
-    content = count_endings(others)
-    foreign = next(filter(None, map(foreign_format, others)), None)
-    if foreign is not None:
-        return f"{foreign} ({folder}: only {content})"
-    if is_volume(others[0]):
-        hint = "a data set of volumes has a dataset.json"
-    else:
-        hint = f"images end in {COMMON_ENDINGS}"
-    return f"{folder}: no images in this folder, only {content}; {hint}"
+    return describe_foreign(path, start)
 
 
 def is_unicode(name: str) -> bool:
@@ -377,18 +276,74 @@ def is_image(path: Path) -> bool:
     return path.suffix.lower() in ENDINGS
 
 
-def ending(path: Path) -> str:
-    """Return the ending of a file's name in small letters, .nii.gz in one piece.
+def is_hidden(path: Path) -> bool:
+    """Return True for a hidden file such as macOS's ._a.png, and for those that Windows leaves."""
+    return path.name.startswith(".") or path.name.lower() in SYSTEM_FILES
 
-    Of what is no file, say a named pipe, what it is.
+
+def image_files(folder: Path) -> list[Path]:
+    """Return the image files of a folder, sorted, without hidden ones.
+
+    Raises ValueError, one line, if a name is not Unicode: it could not be printed or written.
     """
+    images = []
+    for path in sorted(folder.iterdir()):
+        if is_image(path) and not is_hidden(path) and not path.is_dir():
+            if not is_unicode(path.name):
+                name = os.fsencode(path.name)
+                raise ValueError(f"{folder}: the file name {name!r} is not Unicode; rename it")
+            images.append(path)
+    return images
+
+
+def other_files(folder: Path) -> list[Path]:
+    """Return the files and folders in a folder that are not images, sorted, without hidden ones."""
+    others = []
+    for path in sorted(folder.iterdir()):
+        if (not is_image(path) or path.is_dir()) and not is_hidden(path):
+            others.append(path)
+    return others
+
+
+def kind_of_file(path: Path) -> str:
+    """Return the ending of a file's name in small letters, or what is there instead of a file."""
+    if path.is_dir():
+        return "folder"
     if path.exists() and not path.is_file():
         return "pipe or device"
-    name = path.name.lower()
-    for known in NIFTI:
-        if name.endswith(known):
-            return known
-    return path.suffix.lower() or "no ending"
+    if path.name.lower().endswith(".nii.gz"):
+        return ".nii.gz"
+    return path.suffix.lower() or "without an ending"
+
+
+def count_kinds(paths: list[Path]) -> str:
+    """Return how many files there are of each kind, most first: "6 .dcm, 1 .txt, 1 folder"."""
+    counts = Counter(map(kind_of_file, paths))
+    return ", ".join(f"{n} {kind}" for kind, n in counts.most_common())
+
+
+def none_usable(folder: Path, noun: str, others: list[Path]) -> str:
+    """Return a line about a folder with no file of a kind: what it holds, and the way out.
+
+    noun: "image" or "volume".
+    """
+    endings = {"image": COMMON_ENDINGS, "volume": ", ".join(NIFTI)}[noun]
+    if not others:
+        return f"{folder}: no {noun}s in this folder; they end in {endings}"
+    content = count_kinds(others)
+    foreign = next(filter(None, map(foreign_format, others)), None)
+    if foreign is not None:
+        return f"{foreign} ({folder}: only {content})"
+    hint = f"{noun}s end in {endings}"
+    if noun == "image" and is_volume(others[0]):
+        hint = "volumes need a model of volumes, and a data set of them a dataset.json"
+    return f"{folder}: no {noun}s in this folder, only {content}; {hint}"
+
+
+def say_passed_over(folder: Path, noun: str, others: list[Path]) -> None:
+    """Print how many files of a folder are not read, as they are no images or no volumes."""
+    if others:
+        print(f"{folder}: not {noun}s, passed over: {count_kinds(others)}")
 
 
 def files_below(folder: Path, without: Path | None = None) -> list[Path]:
@@ -420,7 +375,8 @@ def files_below(folder: Path, without: Path | None = None) -> list[Path]:
             entered.append(name)
         subfolders[:] = entered
 
-        files += [place / name for name in names if not name.startswith(".")]
+        paths = [place / name for name in names]
+        files += [path for path in paths if not is_hidden(path)]
     return sorted(files)
 
 
@@ -430,28 +386,18 @@ def list_files(folder: Path, noun: str, without: Path | None = None) -> list[Pat
     noun: "image" or "volume". Raises ValueError, one line with the way out, if there is none.
     """
     is_kind = {"image": is_image, "volume": is_volume}[noun]
-    known = {"image": COMMON_ENDINGS, "volume": ", ".join(NIFTI)}[noun]
-    files = []
+    usable = []
     others = []
     for file in files_below(folder, without):
         is_special = file.exists() and not file.is_file()
-        if is_kind(file) and not is_special:  # also a link to nothing, which will be named
-            files.append(file)
+        if is_kind(file) and not is_special:  # also a broken link: reading it says what is wrong
+            usable.append(file)
         else:
             others.append(file)
-
-    kinds = ", ".join(sorted({*map(ending, others)}))
-    if not files:
-        foreign = next(filter(None, map(foreign_format, others)), None)
-        if foreign is not None:
-            raise ValueError(foreign)
-        holds = f"; it holds {len(others)} other files ({kinds})" if others else ""
-        raise ValueError(f"{folder}: no {noun}s in this folder ({known}){holds}")
-    if len(others) == 1:
-        print(f"{folder}: 1 file is no {noun} ({kinds}) and was passed over")
-    elif others:
-        print(f"{folder}: {len(others)} files are not {noun}s ({kinds}) and were passed over")
-    return files
+    if not usable:
+        raise ValueError(none_usable(folder, noun, others))
+    say_passed_over(folder, noun, others)
+    return usable
 
 
 # --- two ways to list a split --------------------------------------------------------------------
@@ -585,7 +531,7 @@ def read_pairs(root: Path, folder: Path, group_regex: str | None = None) -> list
             line = foreign_format(partner) or f"{line} ({partner.name} is no image file)"
         raise Unpaired(line)
     for place in places:
-        say_other_files(place)
+        say_passed_over(place, "image", other_files(place))
 
     entries = []
     for stem, image in images.items():
@@ -606,17 +552,10 @@ def images_by_stem(folder: Path) -> dict[str, Path]:
             line = f"{path}: a second file of this name, with another ending than {first.name}"
             raise ValueError(f"{line}; remove or rename one")
 
-    if other_files(folder) and not by_stem:
-        raise ValueError(no_images(folder))
-    return by_stem
-
-
-def say_other_files(folder: Path) -> None:
-    """Print how many files of a folder are passed over because they are no images."""
     others = other_files(folder)
-    if others:
-        what = "others are no images and are" if len(others) > 1 else "other is no image and is"
-        print(f"{folder}: {len(others)} {what} passed over ({count_endings(others)})")
+    if others and not by_stem:
+        raise ValueError(none_usable(folder, "image", others))
+    return by_stem
 
 
 def every_image(root: Path, folder: Path | None = None) -> list[Entry]:
@@ -752,7 +691,7 @@ def label_numbers(name: str, value) -> tuple[int, ...]:
 
 
 def _check_label_names(labels: dict) -> None:
-    """ValueError if `labels` of dataset.json is no object, or a name is empty or has lines."""
+    """Raise ValueError unless `labels` of dataset.json is an object with one-line names."""
     if not isinstance(labels, dict):
         raise ValueError('labels must be an object, {"0": "background", "1": "liver"}')
     for text in (*labels, *labels.values()):
@@ -825,7 +764,7 @@ def as_overlapping(entry: Entry, names: list[str]) -> Entry:
 
 
 def _listed(root: Path, item) -> tuple[Path, Path] | None:
-    """Image and label of an item of a list in dataset.json; None without a label.
+    """Return image and label of an item of a list in dataset.json, None without a label.
 
     Raises KeyError without an image, TypeError if one of the two is no name.
     """
@@ -841,9 +780,9 @@ def _listed(root: Path, item) -> tuple[Path, Path] | None:
 
 
 def _volume_pairs(root: Path, settings: dict) -> dict[str, list[tuple[Path, Path]]]:
-    """Split -> (image, label map) of its cases, from dataset.json's lists or the folders.
+    """Return {split: (image, label map) of its cases} from dataset.json's lists or the folders.
 
-    ValueError: a list is none, or an entry in it.
+    Raises ValueError if something else stands in place of a list or an entry.
     """
     keys = {"train": "training", "val": "validation", "test": "test"}
     pairs = {}
@@ -923,9 +862,11 @@ def read_volumes(root: Path, group_regex: str | None = None) -> dict[str, list[E
     entries = {}
     for split, pairs in settings["pairs"].items():
         for image, label in pairs:
-            case = composed(without_ending(image))
-            there = [] if image.is_file() else channels[image.parent].get(case)
-            first, *more = there or [image]
+            files = [image]
+            if not image.is_file():
+                case = composed(without_ending(image))
+                files = channels[image.parent].get(case) or [image]
+            first, *more = files
             name = without_ending(label)
             if repeated:  # case1/label.nii.gz, case2/label.nii.gz
                 name = (label.parent.relative_to(root) / name).as_posix()

@@ -353,7 +353,7 @@ class Batch:
             except (MemoryError, RuntimeError) as error:
                 if not report.is_out_of_memory(error):
                     raise
-                self.bad.append(f"{name}: is too large for the memory of this machine")
+                self.bad.append(f"{name}: does not fit into memory")
                 continue
             self.write_shared()
             for kind, path in self.cases[name].items():
@@ -546,7 +546,7 @@ def truth_of(truth: tuple | None, n: int) -> np.ndarray | None:
 
 
 def ask_by(recipe, cases, classes: list[str] | None, args):
-    """SAM's recipe asking by prompts from files or by the whole image; and the classes."""
+    """Return SAM's function that asks by files or by the whole image, and the classes."""
     if args.boxes or args.points:
         images = [file for _, file, _ in cases]
         sizes = [size_for_boxes(file) for file in images]

@@ -424,7 +424,7 @@ def image_facts(path):
     except (ValueError, OSError) as error:
         return error
     except MemoryError:
-        return ValueError(f"{path}: takes more memory than there is")
+        return ValueError(f"{path}: does not fit into memory")
 
 
 def mask_facts(entry, image):
@@ -439,7 +439,7 @@ def mask_facts(entry, image):
     except (ValueError, OSError) as error:
         return error
     except MemoryError:
-        return ValueError(f"{entry.mask}: takes more memory than there is")
+        return ValueError(f"{entry.mask}: does not fit into memory")
 
 
 def add_error(error, findings):
@@ -947,7 +947,7 @@ def read_volumes(splits, findings):
             with redirect_stdout(io.StringIO()) as said:
                 fact = volume_facts(entry, findings)
         except MemoryError:
-            add_error(ValueError(f"{entry.image}: takes more memory than there is"), findings)
+            add_error(ValueError(f"{entry.image}: does not fit into memory"), findings)
             continue
         if fact:
             facts[entry.image] = fact
@@ -1476,12 +1476,6 @@ def duke_amd(args):
 # --- boxes ---------------------------------------------------------------------------------------
 
 
-def is_image(path, folder):
-    """Return True for an image file in a folder, False for hidden files such as ._a.png."""
-    hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-    return path.suffix.lower() in layouts.ENDINGS and not hidden
-
-
 def images_of(place):
     """Return what --like holds: {name of a mask: image file}, {image file: path}, entries.
 
@@ -1499,7 +1493,7 @@ def images_of(place):
         raise FileNotFoundError(f"--like {place}: no such folder of images or data set")
     images = {}
     paths = {}
-    for file in sorted(path for path in folder.rglob("*") if is_image(path, folder)):
+    for file in filter(layouts.is_image, layouts.files_below(folder)):
         relative = file.relative_to(folder)
         if images.setdefault(relative.with_suffix("").as_posix(), file) != file:
             raise ValueError(f"{file}: a second image of this name, with another ending")
@@ -1512,7 +1506,7 @@ def find_masks(folder, images, place):
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder of masks")
     found = {}
-    for path in sorted(path for path in folder.rglob("*") if is_image(path, folder)):
+    for path in filter(layouts.is_image, layouts.files_below(folder)):
         name = path.relative_to(folder).with_suffix("").as_posix()
         if name in images:  # asked first: an image may be called x_overlay
             found[path] = images[name]

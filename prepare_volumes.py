@@ -194,9 +194,9 @@ def inside(name):
 
 
 def unlabelled(case):
-    """The image of a case of the test, {"image": name} or the name itself, as `inside` has it.
+    """Return the image of a test case, {"image": name} or the name itself, as `inside` does.
 
-    ValueError: it has a label, so that the task has splits already.
+    Raises ValueError if it has a label: then the task has splits already.
     """
     if not isinstance(case, dict):
         return inside(case)

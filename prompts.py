@@ -376,7 +376,7 @@ def read_points(path, sizes: dict, classes=None, names: dict | None = None) -> d
 
 
 def _read(path, kind: str, sizes: dict, classes, names: dict | None) -> dict:
-    """`read_boxes` or `read_points`: kind is "boxes" or "points"."""
+    """Return what `read_boxes` or `read_points` does: kind is "boxes" or "points"."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file of {kind}")

@@ -18,10 +18,12 @@ protocol.py has what they are made of.
 """
 
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from traceback import extract_tb
 from zlib import crc32
 
 import numpy as np
@@ -45,7 +47,7 @@ import volumes
 from adapters import merge_state_dict
 from augment import Augment, GITractAugment
 from data import Dataset
-from evaluate import run_config
+from evaluate import EDITED, run_config
 from layouts import moved, plain_name
 from losses import (
     cldice_loss,
@@ -72,6 +74,7 @@ from protocol import (
     prompted_recipe,
     texts_per_batch,
 )
+from report import is_out_of_memory
 from tokenizer import CHARACTERS, CLIPTokenizer, WordPieceTokenizer
 
 # --- CRIS -----------------------------------------------------------------------------------------
@@ -1155,12 +1158,16 @@ def load_model(family: Family, weights, variant, settings: Settings, overrides: 
     """Return `family.load` of these arguments; the last weights of a run that never validated.
 
     Such a run folder has last.pt, but no best.safetensors yet. That they are used is printed.
-    Raises ValueError, one line, for a run folder without either.
+    Raises ValueError, one line, for a run folder without either, or with a config.json that does
+    not describe a model.
     """
-    run = Path(weights) if weights else None
-    has_best = not run or not run.is_dir() or (run / "best.safetensors").exists()
-    if has_best or not run_config(run):
+    if not weights or not run_config(weights):
         return family.load(weights, variant, settings, overrides, train_set)
+    run = Path(weights)
+    if not run.is_dir() or (run / "best.safetensors").exists():
+        folder = run if run.is_dir() else run.parent
+        with model_described_by(folder / "config.json"):
+            return family.load(weights, variant, settings, overrides, train_set)
     if not (run / "last.pt").is_file():
         hint = f"train.py --resume --out {run} starts it again"
         raise ValueError(f"{run}: this run was stopped before it saved any weights; {hint}")
@@ -1170,7 +1177,29 @@ def load_model(family: Family, weights, variant, settings: Settings, overrides: 
             if (run / name).is_file():
                 (Path(folder) / name).symlink_to((run / name).resolve())
         save_file(last_weights(run, family), Path(folder) / "best.safetensors")
-        return family.load(folder, variant, settings, overrides, train_set)
+        try:
+            with model_described_by(run / "config.json"):
+                return family.load(folder, variant, settings, overrides, train_set)
+        except ValueError as error:
+            raise ValueError(str(error).replace(folder, str(run))) from None
+
+
+@contextmanager
+def model_described_by(config: Path):
+    """Raise ValueError, one line that names the config.json of a run, if it describes no model.
+
+    It does not if a constructor fails, or anything in a way that our own lines do not explain. A
+    lack of memory and files that cannot be read stay what they are.
+    """
+    try:
+        yield
+    except Exception as error:
+        steps = [step.name for step in extract_tb(error.__traceback__)]
+        is_explained = isinstance(error, ValueError) and "__init__" not in steps
+        if is_explained or isinstance(error, OSError) or is_out_of_memory(error):
+            raise
+        reason = " ".join(str(error).split()) or repr(error)
+        raise ValueError(f"{config}: does not describe a model ({reason:.150}); {EDITED}") from None
 
 
 def last_weights(run: Path, family: Family) -> dict[str, Tensor]:

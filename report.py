@@ -239,7 +239,7 @@ def describe_error(error: BaseException) -> str | None:
     more = more or "nothing is left half written; run the same command again"
     number = interruption(error)
     if number is not None:
-        how = {2: "by Ctrl-C", 15: "by SIGTERM", 1: "as the terminal was closed"}[number]
+        how = {2: "by Ctrl-C", 15: "by SIGTERM", 1: "because the terminal was closed"}[number]
         return f"stopped {how}: {more}"
     if is_dead_worker(error):
         return f"error: {describe_dead_worker(error)}; {more}"
@@ -248,7 +248,7 @@ def describe_error(error: BaseException) -> str | None:
     if is_full_disk(error):
         return f"error: {describe_full_disk(error)}; {more}"
     if isinstance(error, BrokenPipeError):
-        return f"error: nobody reads the output of this program any more; {more}"
+        return f"error: the program that reads the output has ended; {more}"
     if isinstance(error, ValueError | OSError):
         return f"error: {last_line(error)}"
     return None
@@ -280,10 +280,10 @@ def describe_dead_worker(error: BaseException) -> str:
     """Return what happened to a data-loading process, and what helps."""
     texts = " ".join(str(cause) for cause in chain(error))
     if SHARED_MEMORY.search(texts) or "signal: Bus" in texts:
-        return "the memory that processes share (/dev/shm) is full: take --workers 0, or enlarge it"
+        return "the memory that processes share (/dev/shm) is full: use --workers 0, or enlarge it"
     killed = DEAD_WORKER.search(texts)
     how = f" (signal {killed[1]})" if killed and killed[1] else ""
-    hint = "most often as memory ran out: take fewer --workers"
+    hint = "most often because memory ran out: use fewer --workers"
     return f"a data-loading process was killed{how}, {hint}"
 
 

@@ -12,7 +12,6 @@ import warnings
 # Ctrl-C, what `kill` and cluster schedulers send, and the end of a terminal session.
 NAMES = ("SIGINT", "SIGTERM", "SIGHUP")
 SIGNALS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]  # fewer on Windows
-IN_A_CHILD = {signal.SIGINT: signal.SIG_IGN}  # Ctrl-C reaches the children of a program as well
 
 
 class Interrupted(KeyboardInterrupt):
@@ -31,7 +30,7 @@ def set_handlers(handler) -> None:
 
 
 def guard_imports() -> None:
-    """Until `catch_signals`, let a signal end the process with one line; hide warnings."""
+    """Let a signal end the process with one line until `catch_signals`, and hide warnings."""
     set_handlers(end_at_once)
     hide_warnings()
 
@@ -43,14 +42,8 @@ def end_at_once(number: int, frame) -> None:
 
 
 def catch_signals() -> None:
-    """From here on, raise Interrupted at the first signal and ignore further ones."""
+    """Raise Interrupted at the first signal from now on, and ignore further ones."""
     set_handlers(interrupt)
-    if hasattr(os, "register_at_fork") and not IN_CHILDREN:
-        os.register_at_fork(after_in_child=reset_in_child)
-        IN_CHILDREN.append(True)
-
-
-IN_CHILDREN = []  # not empty once `reset_in_child` is registered
 
 
 def interrupt(number: int, frame) -> None:
@@ -76,10 +69,16 @@ def begin_child() -> None:
 
 
 def reset_in_child() -> None:
-    """Leave it to the parent to say that it was stopped: data-loading processes end with it."""
+    """End silently at a signal, as data-loading processes do: the parent prints the line."""
     for number in SIGNALS:
         if signal.getsignal(number) == interrupt:
-            signal.signal(number, IN_A_CHILD.get(number, signal.SIG_DFL))
+            # Ctrl-C reaches the children of a program as well.
+            is_ctrl_c = number == signal.SIGINT
+            signal.signal(number, signal.SIG_IGN if is_ctrl_c else signal.SIG_DFL)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=reset_in_child)
 
 
 def hide_warnings() -> None:

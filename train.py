@@ -28,7 +28,7 @@ import os
 import shutil
 import sys
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -47,7 +47,7 @@ import recipes
 import report
 import volumes
 from adapters import merge_lora, merged_state_dict, save_adapter, tensor_fault
-from options import Options, check_same, flag, parse, resolve
+from options import Options, check_same, checked, flag, parse, resolve
 from protocol import (
     Settings, allow_single_values, choose_trained, describe_cuts, keep_features, lr_factor,
 )  # fmt: skip
@@ -155,7 +155,7 @@ class Run:
             raise unusable(path, f"has no {missing[0]}")
         unknown = [name for name in state if name not in {*kinds, *self.PARTS, "chosen"}]
         if unknown:
-            raise unusable(path, f"was written by a newer version (it has {unknown[0]!r})")
+            raise evaluate.newer(path, f"it has {unknown[0]!r}")
         for name, kind in STATE.items():
             value = state[name]
             if not evaluate.fits(value, kind) or kind is int and value < 0:
@@ -164,7 +164,24 @@ class Run:
             raise unusable(path, f"chosen is {state['chosen']!r:.50}")
         if state["batch"] > self.batches or state["batch"] and "loss" not in state["sums"]:
             raise unusable(path, f"batch {state['batch']} is none of this run")
+        self.check_place(path, state)
         check_tensors(path, state["model"], self.model.state_dict())
+
+    def check_place(self, path: Path, state: dict) -> None:
+        """Raise ValueError, one line, if fewer batches follow than the run has steps left.
+
+        So it is if the data set has grown, or --max-steps, which ended the run, was edited.
+        """
+        per_step = self.options.grad_accum_steps
+        steps_per_epoch = math.ceil(self.batches / per_step)
+        epochs_left = self.options.epochs - state["epoch"]
+        steps_that_follow = epochs_left * steps_per_epoch - math.ceil(state["batch"] / per_step)
+        if self.total_steps - state["step"] > max(0, steps_that_follow):
+            raise unusable(
+                path,
+                f"stands at step {state['step']} in epoch {state['epoch'] + 1}, which does not fit "
+                f"{self.total_steps} steps in all (the data set or config.json has changed since)",
+            )
 
     def follow_schedule(self) -> str:
         """Set the learning rates that the schedule has for this step; return what changed, "" if
@@ -341,7 +358,7 @@ class Run:
         order = data.train_batches(len(self.train_set), o.batch_size, o.epochs, o.seed, start)
         collate = self.recipe.collate
         batches = iter(data.loader(items, order, o.workers, self.device, collate))
-        while self.step < self.total_steps and not self.patience_lost():
+        while self.epoch < o.epochs and self.step < self.total_steps and not self.patience_lost():
             self.train_epoch(batches)
             self.end_epoch()
         if self.patience_lost():
@@ -457,12 +474,17 @@ def saved_options(out: Path) -> dict | None:
 
     Raises ValueError, one line, if they are not what train.py writes.
     """
+    path = out / "config.json"
     run = evaluate.run_config(out)
     if not run:
         return None
     if "options" not in run:
-        raise ValueError(f"{out / 'config.json'}: has no options; {evaluate.EDITED}")
-    evaluate.check_options(out / "config.json", run["options"], Options)
+        raise ValueError(f"{path}: has no options; {evaluate.EDITED}")
+    evaluate.check_keys(path, run["options"], {spec.name: spec.type for spec in fields(Options)})
+    try:
+        checked(Options(**run["options"]))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; {evaluate.EDITED}") from None
     return run["options"]
 
 

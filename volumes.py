@@ -44,6 +44,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from atomic_files import remove_leftovers, whole_file
+from files import WITH_SIMPLEITK, describe_foreign
 
 # --- what is said of files -----------------------------------------------------------------------
 
@@ -253,7 +254,7 @@ def _is_plausible(spacing: np.ndarray) -> bool:
 
 @contextmanager
 def _quiet():
-    """Keep the warnings of libraries about a file from the user, who reads ours."""
+    """Hide the warnings of libraries about a file: ours say what matters."""
     import nibabel
 
     logger = nibabel.imageglobals.logger
@@ -299,9 +300,9 @@ def _set_signs(header) -> None:
 
 
 def _set_codes(header) -> None:
-    """Make the code of a transform 2 where it is none of the standard, whose meaning is unknown.
+    """Replace transform codes that the standard does not have by 2.
 
-    It tells which space the positions are in. That there are positions is all that counts here.
+    A code names the space of the positions. Only that there are positions matters here.
     """
     import nibabel
 
@@ -311,13 +312,13 @@ def _set_codes(header) -> None:
             header[field] = 2
 
 
-LONGEST_QUATERNION = 1.005  # what is longer is no rounding error
+LONGEST_QUATERNION = 1.005  # a longer one is no rounding error
 
 
 def _shorten_quaternion(header) -> None:
-    """Make a quaternion that rounding made longer than 1 exactly 1 long, as ITK and FSL do.
+    """Scale a quaternion that rounding made longer than 1 to a length of 1, as ITK and FSL do.
 
-    nibabel takes what is too long by the rounding of float32, and refuses all else.
+    nibabel accepts what the rounding of float32 explains and refuses all else.
     """
     fields = ("quatern_b", "quatern_c", "quatern_d")
     values = np.array([header[field] for field in fields], np.float64)
@@ -468,45 +469,19 @@ class Grid:
 
 
 PAIR = re.compile(r"\.(hdr|img)(\.gz)?$", re.IGNORECASE)  # a header beside its voxels
-SIMPLEITK = 'SimpleITK.WriteImage(SimpleITK.ReadImage("IN"), "OUT.nii.gz")'
-CONVERT = {
-    "DICOM": "dcm2niix -z y FOLDER",
-    "MGH": "mri_convert IN OUT.nii.gz of FreeSurfer",
-    "MINC": "mnc2nii IN OUT.nii",
-    "a ZIP archive": "unpack it",
-    "an image": "a model of images takes it",
-}  # others: SIMPLEITK
-MAGIC = {
-    b"NRRD": "NRRD",
-    b"ObjectType": "MetaImage",
-    b"NDims": "MetaImage",
-    b"PK\3\4": "a ZIP archive",
-    b"CDF\1": "MINC",
-    b"\x89HDF": "MINC",
-    b"\0\0\0\1\0\0": "MGH",
-    b"\x89PNG": "an image",
-    b"\xff\xd8\xff": "an image",
-    b"II*\0": "an image",
-    b"MM\0*": "an image",
-    b"BM": "an image",
-}
-FOREIGN_ENDINGS = {
-    ".nrrd": "NRRD",
-    ".nhdr": "NRRD",
-    ".mha": "MetaImage",
-    ".mhd": "MetaImage",
-    ".dcm": "DICOM",
-    ".ima": "DICOM",
-    ".mgh": "MGH",
-    ".mgz": "MGH",
-    ".mnc": "MINC",
-}
+NOT_VOLUMES = [  # first bytes, what the file is and the way out
+    ((b"PK\3\4",), "is a ZIP archive, not NIfTI; unpack it"),
+    (
+        (b"\x89PNG", b"\xff\xd8\xff", b"II*\0", b"MM\0*", b"BM"),
+        "is an image, not NIfTI; a model of images takes it",
+    ),
+]
 
 
 def foreign_format(path: Path) -> str | None:
-    """Return a line about a file of a known format that is not read, None for all other files.
+    """Return a line about a file of a known format other than NIfTI, None for all other files.
 
-    The line names the file, the format and the way out. The content decides, or else the ending.
+    The line names the file, the format and the way out.
     """
     block = b""
     if path.is_file():
@@ -515,31 +490,17 @@ def foreign_format(path: Path) -> str | None:
                 block = stream.read(540)
         except (OSError, EOFError, zlib.error):
             pass  # its ending says what it should be
-    kind = _foreign_kind(block) or FOREIGN_ENDINGS.get(path.suffix.lower())
-    if kind is None or _is_nifti(block):
+    if block[344:348] in (b"n+1\0", b"ni1\0") or block[4:7] in (b"n+2", b"ni2"):
         return None
-    way = CONVERT.get(kind, SIMPLEITK)
-    if kind in ("a ZIP archive", "an image"):
-        return f"{path}: is {kind}, not NIfTI; {way}"
-    return f"{path}: holds {kind}, not NIfTI; convert it to .nii.gz: {way}"
-
-
-def _is_nifti(block: bytes) -> bool:
-    """Return True if a file that begins so has the signature of NIfTI-1 or NIfTI-2."""
-    return block[344:348] in (b"n+1\0", b"ni1\0") or block[4:7] in (b"n+2", b"ni2")
-
-
-def _foreign_kind(block: bytes) -> str | None:
-    """Return the name of another format than NIfTI that a file begins like; None if unknown."""
-    for magic, kind in MAGIC.items():
-        if block.startswith(magic):
-            return kind
-    if block[128:132] == b"DICM":
-        return "DICOM"
+    for first_bytes, what in NOT_VOLUMES:
+        if block.startswith(first_bytes):
+            return f"{path}: {what}"
     sizes = [int.from_bytes(block[:4], order) for order in ("little", "big")]
-    if len(block) >= 348 and 348 in sizes and not _is_nifti(block):
-        return "Analyze 7.5"
-    return None
+    if len(block) >= 348 and 348 in sizes:
+        return f"{path}: Analyze 7.5 is not read; {WITH_SIMPLEITK}"
+    if PAIR.search(path.name):  # the ending says nothing
+        return None
+    return describe_foreign(path, block)
 
 
 def files_of(path: Path) -> tuple[Path, ...]:
@@ -577,7 +538,7 @@ def _readable(path: Path):
             raise OSError(f"{path}: {error.strerror}") from None
         why = (str(error) or type(error).__name__).splitlines()[0]
         if isinstance(error, wrong_header):
-            raise ValueError(f"{path}: its header is wrong ({why}); write it anew") from None
+            raise ValueError(f"{path}: its header is wrong ({why}); write it again") from None
         if isinstance(error, zlib.error):
             why = f"its compressed data is damaged: {why.rpartition(': ')[2]}"
         raise ValueError(f"{path}: not readable as NIfTI ({why}); replace the file") from None
@@ -656,11 +617,16 @@ def _volume_shape(path: Path, shape: tuple[int, ...]) -> tuple[int, int, int, in
     return (*shape[:3], more[0] if more else 1)
 
 
+def _voxels_end(stored) -> int:
+    """Return where the voxels end in a file, in bytes of its uncompressed content."""
+    return stored.offset + math.prod(stored.shape) * stored.dtype.itemsize
+
+
 def _check_size(path: Path, stored) -> None:
-    """ValueError, one line, if a file is too small for the voxels that its header promises."""
+    """Raise ValueError, one line, if a file is too small for the voxels of its header."""
     place = Path(stored.file_like)
     have = place.stat().st_size
-    need = stored.offset + math.prod(stored.shape) * stored.dtype.itemsize
+    need = _voxels_end(stored)
     with _readable(path), _decompressed(place) as (_, compressed):
         if stored.offset < 0:
             raise EOFError("its voxels begin before the file does")
@@ -695,21 +661,17 @@ def _finish(path: Path, stream: GzipReader) -> None:
 
 
 def check_whole(path: Path) -> None:
-    """ValueError, one line, if a file is damaged or holds fewer voxels than its header says.
+    """Raise ValueError, one line, if a file is damaged or holds fewer voxels than its header says.
 
     Of a compressed file the checksums are verified; it is read a block at a time.
     """
     path = Path(path)
-    stored, _ = _open(path)
-    need = stored.offset + math.prod(stored.shape) * stored.dtype.itemsize
-    place = Path(stored.file_like)
-    with _readable(path), _decompressed(place) as (stream, compressed):
-        have = place.stat().st_size
+    stored, _ = _open(path)  # which checks the size of uncompressed files
+    with _readable(path), _decompressed(Path(stored.file_like)) as (stream, compressed):
         if compressed:
             _finish(path, stream)
-            have = stream.tell()
-        if have < need:
-            raise EOFError(f"{have:,} bytes of {need:,}")
+            if stream.tell() < _voxels_end(stored):
+                raise EOFError(f"{stream.tell():,} bytes of {_voxels_end(stored):,}")
 
 
 def read_grid(path: Path) -> Grid:
@@ -720,7 +682,7 @@ def read_grid(path: Path) -> Grid:
     return _open(path)[1]
 
 
-OFF_GRID = 0.01  # of a voxel; less is rounding, which no resampling would mend
+OFF_GRID = 0.01  # of a voxel; less is rounding, which resampling would not improve
 NEAR_GRID = (
     f"less than {OFF_GRID:g} of a voxel off the grid of its image, and taken to lie on it"
 )
@@ -740,9 +702,9 @@ def grid_distance(grid: Grid, other: Grid) -> float:
 
 
 def check_grid(grid: Grid, other: Grid) -> None:
-    """ValueError, one line, if the voxels of two files do not lie at the same places.
+    """Raise ValueError, one line, if the voxels of two files do not lie at the same places.
 
-    What is less than OFF_GRID of a voxel is taken, and said if it is more than rounding.
+    Less than OFF_GRID of a voxel is accepted, with a notice if it is more than rounding.
     """
     if grid.size != other.size:
         raise ValueError(f"{grid.file}: {grid.size} voxels, but {other.file} has {other.size}")
@@ -1307,7 +1269,7 @@ class VolumeSet:
         return empty
 
     def check_foreground(self) -> None:
-        """ValueError, one line, if there is nothing to train on in a data set of a prepared set.
+        """Raise ValueError, one line, if a data set of a prepared set has nothing to train on.
 
         Its label maps are empty, hold 0 and 255 alone, or are empty at the spacing of the model.
         """
@@ -1323,8 +1285,8 @@ class VolumeSet:
             ratio = self._index(ours[0])["ratio"]
             spacing = mm_text(np.multiply(self.grids[ours[0]].spacing, ratio))
             raise ValueError(
-                f"{root}: what all {len(ours)} label maps hold is lost at a spacing of {spacing}, "
-                f"{one} for one; choose a finer --spacing"
+                f"{root}: all foreground of {len(ours)} label maps is lost at a spacing of "
+                f"{spacing}, {one} for one; choose a finer --spacing"
             )
 
     def digest(self, i: int) -> str:
@@ -1625,7 +1587,7 @@ def class_numbers(model: nn.Module, names: Sequence[str]) -> list[int]:
 
 
 def _stored(x: np.ndarray, grid: Grid) -> np.ndarray:
-    """(X,Y,Z) or (K,X,Y,Z) in RAS -> on the voxels of the file, a view."""
+    """Return (X,Y,Z) or (K,X,Y,Z) in RAS on the voxels of the file, a view."""
     if x.ndim == 3:
         return grid.to_stored(x)
     return np.moveaxis(grid.to_stored(np.moveaxis(x, 0, 3)), 3, 0)

@@ -389,8 +389,8 @@ def test_folders_of_other_files_are_refused_with_counts(tmp_path):
     line = one_line(layouts.annotations, root, "train")
     assert "train/images: no images in this folder, only 2 .xyz; images end in .png" in line
     findings = defaultdict(list)
-    prepare.read_splits(root, findings)
-    assert findings["annotation files that cannot be used"] == [line]
+    prepare.read_splits(root, None, findings)
+    assert findings["splits that cannot be used"] == [line]
 
 
 def test_an_image_whose_partner_is_dicom(tmp_path):
@@ -412,7 +412,7 @@ def test_other_files_beside_pairs_are_counted_aloud(tmp_path, capsys):
     (root / "train/images/sub").mkdir()
     assert len(layouts.annotations(root, "train")) == 1
     said = capsys.readouterr().out
-    assert "images: 3 others are no images and are passed over" in said
+    assert "train/images: not images, passed over: " in said
     assert "1 folder" in said and "1 .xyz" in said and "1 .txt" in said
 
 

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -52,7 +53,7 @@ INTERRUPTIONS = {  # what is raised: status, start of the line
     "ctrl-c": (KeyboardInterrupt(), 130, "stopped by Ctrl-C: "),
     "SIGINT": (startup.Interrupted(signal.SIGINT), 130, "stopped by Ctrl-C: "),
     "SIGTERM": (startup.Interrupted(signal.SIGTERM), 143, "stopped by SIGTERM: "),
-    "SIGHUP": (startup.Interrupted(signal.SIGHUP), 129, "stopped as the terminal was closed: "),
+    "SIGHUP": (startup.Interrupted(signal.SIGHUP), 129, "stopped because the terminal was closed: "),
     "killed worker": (RuntimeError(KILLED), 2, "error: a data-loading process was killed (signal"),
     "dead worker": (RuntimeError(EXITED), 2, "error: a data-loading process was killed, most"),
     "connection": (broken_connection, 2, "error: a data-loading process was killed, most"),
@@ -64,7 +65,7 @@ INTERRUPTIONS = {  # what is raised: status, start of the line
     "numpy": (MemoryError("Unable to allocate 3 GiB for an array"), 2, "error: out of memory"),
     "memory of a fork": (OSError(errno.ENOMEM, "Cannot allocate"), 2, "error: out of memory"),
     "gpu": (RuntimeError(GPU), 2, "error: out of memory"),
-    "pipe": (BrokenPipeError(errno.EPIPE, "Broken pipe"), 2, "error: nobody reads the output"),
+    "pipe": (BrokenPipeError(errno.EPIPE, "Broken pipe"), 2, "error: the program that reads the output"),
 }
 
 
@@ -470,11 +471,13 @@ def test_preparations_killed_20_times_end_the_same_and_leave_nothing(tmp_path):
     seconds = finish([*words, tmp_path / "whole"])
     moments = random.Random(2)
     killed = tmp_path / "killed"
-    for _ in range(20):
-        if not killed.exists():  # else a call ended before its kill
-            kill_at_random([*words, killed], moments, seconds)
-    if not killed.exists():
-        finish([*words, killed])
+    kills = 0
+    while kills < 20:
+        kills += kill_at_random([*words, killed], moments, seconds)
+        if killed.exists():  # whole, even if the kill came after it
+            assert contents(tmp_path / "whole") == contents(killed)
+            shutil.rmtree(killed)
+    finish([*words, killed])
     assert contents(tmp_path / "whole") == contents(killed)
     assert {path.name for path in tmp_path.iterdir()} == {"whole", "killed"}
 

@@ -4,6 +4,7 @@ import copy
 import json
 import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ import evaluate
 import features
 import layouts
 import predict
+import recipes
 import studies
 import train
 import volumes
@@ -144,10 +146,13 @@ def run_folder(trained, tmp_path):
 
 TO_RESUME = {  # what is in options: words of the message
     ("lr", "fast"): "lr is 'fast', expected float | None",
-    ("schedule", "linear"): "schedule is 'linear', expected one of cosine",
-    ("model", "unet"): "model is 'unet', expected one of",
+    ("schedule", "linear"): "--schedule linear: must be one of cosine",
+    ("model", "unet"): "--model unet: must be one of",
+    ("epochs", -1): "--epochs -1: must be a whole number of at least 0",
     ("size", 64): "size is 64, expected list[int] | None",
     ("novelty", 1): "was written by a newer version (it has 'novelty')",
+    ("spacing", ()): "--spacing: takes 3 values, not 0",
+    ("batch_size", 0): "--batch-size ",
 }
 
 
@@ -181,6 +186,8 @@ MODEL = {  # what is in config: words of the message
     ("image_size", "64"): "image_size is '64', expected a value such as 416",
     ("image_size", -64): "image_size is -64, expected",
     ("threshold", None): "threshold is None, expected",
+    ("layers", (1,)): "layers=(1,): the image encoder has four stages",
+    ("heads", 5): "heads=5: must divide dim=64",
     ("mean", (0.5,)): "mean is [0.5], expected",
     ("std", (1, 1, "1")): "std is [1, 1, '1'], expected",
     ("dropout", float("nan")): "dropout is nan, expected",
@@ -253,6 +260,7 @@ STATES = {  # what becomes of last.pt: words of the message
     "best is no number": (lambda s: s | {"best": None}, "best is None"),
     "history of numbers": (lambda s: s | {"history": [1]}, "history is [1]"),
     "chosen in part": (lambda s: s | {"chosen": {"epoch": 1}}, "chosen is {'epoch': 1}"),
+    "too few steps": (lambda s: s | {"step": 0}, "stands at step 0 in epoch 2, which does not fit"),
     "a batch too far": (lambda s: s | {"batch": 10**6}, "batch 1000000 is none of this run"),
     "another model": (lambda s: s | {"model": {"x": torch.ones(1)}}, "is missing"),
     "weights of NaN": (lambda s: s | {"model": to_nan(s["model"])}, "holds NaN"),
@@ -279,7 +287,7 @@ def test_a_damaged_state_is_one_line(kind, trained, run_folder, monkeypatch):
         run.load()
     said = str(caught.value)
     assert said.startswith(f"{path}: ") and words in said and "\n" not in said
-    assert said.endswith("start again with another --out")
+    assert said.endswith(("start again with another --out", "use that version for it"))
 
 
 WEIGHTS = {  # what becomes of best.safetensors: words of the message
@@ -404,3 +412,65 @@ def test_a_damaged_table_of_a_study_is_one_line(kind, tmp_path):
     said = str(caught.value)
     assert said.startswith(f"{path}: is damaged (") and "\n" not in said
     assert f"remove {path.parent}" in said
+
+
+# --- a config.json that describes no model -------------------------------------------------------
+
+NO_MODEL = {  # what is in config: words of the message
+    ("dropout", 7.0): "dropout probability has to be between 0 and 1",
+    ("heads", 0): "num_heads",
+    ("layers", ()): "index",
+    ("pixels", "x"): "pixels='x': choose letterbox",
+}
+
+
+@pytest.mark.parametrize("has_best", [True, False])
+@pytest.mark.parametrize("damage", NO_MODEL)
+def test_a_config_that_describes_no_model_is_one_line(damage, has_best, run_folder):
+    file = run_folder / "config.json"
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps(changed(content, ("config", damage[0]), damage[1])))
+    if not has_best:
+        (run_folder / "best.safetensors").unlink()
+    family = recipes.FAMILIES["cris"]
+    with pytest.raises(ValueError) as caught:
+        recipes.load_model(family, run_folder, None, family.settings["default"], {}, None)
+    said = str(caught.value)
+    assert said.startswith(f"{file}: does not describe a model (") and "\n" not in said
+    assert NO_MODEL[damage] in said and said.endswith(evaluate.EDITED)
+
+
+def test_other_weights_than_the_config_describes_name_the_run(run_folder):
+    """Even if the last weights are read, which are in no file of their own."""
+    file = run_folder / "config.json"
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps(changed(content, ("config", "ffn_dim"), 64)))
+    (run_folder / "best.safetensors").unlink()
+    family = recipes.FAMILIES["cris"]
+    with pytest.raises(ValueError, match=f"^{run_folder}: .*ffn"):
+        recipes.load_model(family, run_folder, None, family.settings["default"], {}, None)
+
+
+def test_a_lack_of_memory_is_no_fault_of_the_config(run_folder, monkeypatch):
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(cris.CRIS, "__init__", fail)
+    family = recipes.FAMILIES["cris"]
+    with pytest.raises(torch.OutOfMemoryError):
+        recipes.load_model(family, run_folder, None, family.settings["default"], {}, None)
+
+
+def test_a_run_with_more_images_than_it_started_with_is_one_line(
+    options, demo, tmp_path, monkeypatch, capsys
+):
+    root = Path(shutil.copytree(demo, tmp_path / "data"))
+    entries = json.loads((root / "anns/train.json").read_text())
+    (root / "anns/train.json").write_text(json.dumps(entries[:16]))
+    run = replace(options, model="segformer", data=[str(root)], size=[32], overlays=0)
+    monkeypatch.setattr(evaluate, "test", lambda *_: {})
+    train.run(run)
+    (root / "anns/train.json").write_text(json.dumps(entries))
+    code, _, err = command(monkeypatch, capsys, train, "--resume", "--out", options.out)
+    assert code == 2 and err.count("\n") == 1
+    assert f"{options.out}/last.pt: stands at step 2 in epoch 3, which does not fit" in err

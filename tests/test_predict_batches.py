@@ -137,7 +137,7 @@ def test_an_input_too_large_for_the_memory_is_a_bad_one(
     monkeypatch.setattr(predict.data, "load_image", load)
     given = ["--weights", run, photos, "--out", tmp_path / "out"]
     _, error = called(monkeypatch, capsys, *given, status=1)
-    assert error.splitlines()[1:] == ["  b: is too large for the memory of this machine"]
+    assert error.splitlines()[1:] == ["  b: does not fit into memory"]
 
 
 @pytest.mark.parametrize("how", ["full", "gone"])
@@ -328,7 +328,7 @@ def test_sub_folders_are_mirrored_and_the_rest_is_counted(
     out = photos / "out"
     given = ["--weights", run, photos, "--out", out]
     said, _ = called(monkeypatch, capsys, *given)
-    assert "3 files are not images (.dcm, .txt, no ending) and were passed over" in said
+    assert "not images, passed over: 1 without an ending, 1 .dcm, 1 .txt" in said
     names = {"a.png", "b.png", "g/a.png", "g/h/c.png", "link/z.png"}
     assert {*contents(out)} == names | {"classes.json", "legend.png"}
     said, _ = called(monkeypatch, capsys, *given, "--skip-existing")  # masks are no input
@@ -349,8 +349,8 @@ def test_files_below_a_folder(tmp_path, capsys):
     os.mkfifo(tmp_path / "b/pipe.png")
     files = layouts.list_files(tmp_path / "b", "image", without=tmp_path / "b/c")
     assert files == [tmp_path / "b/x.png"]
-    assert "1 file is no image (pipe or device) and was passed over" in capsys.readouterr().out
-    with pytest.raises(ValueError, match=r"no volumes in this folder .*holds 1 other files"):
+    assert "not images, passed over: 1 pipe or device" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="no volumes in this folder, only 1 .png; volumes end in .nii"):
         layouts.list_files(tmp_path / "masks", "volume")
 
 
@@ -458,7 +458,7 @@ def test_a_cut_volume_does_not_end_the_batch(scans, tmp_path, monkeypatch, capsy
     out = folder / "out"
     given = ["--weights", scans, folder, "--out", out, "--overlays", "--probabilities"]
     said, error = called(monkeypatch, capsys, *given, status=1)
-    assert "1 file is no volume (.dcm) and was passed over" in said and "3 volumes in" in said
+    assert "not volumes, passed over: 1 .dcm" in said and "3 volumes in" in said
     first, cut, two = error.splitlines()
     assert "2 of 5 volumes could not be predicted" in first
     assert "b.nii.gz: " in cut and "replace the file" in cut

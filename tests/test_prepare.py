@@ -1169,7 +1169,7 @@ for entry in layouts.annotations(sys.argv[1], "train")[:6]:
     ):
         try:
             read()
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             print("refused:", error)
 """
     done = subprocess.run(

@@ -277,7 +277,7 @@ def damaged(tmp_path):
         "text.nii.gz": "not readable as NIfTI .*replace",
         "zipped.nii.gz": "not readable as NIfTI .*replace",
         "._a.nii.gz": "macOS.*delete",
-        "m.mgz": "holds MGH, not NIfTI; convert",
+        "m.mgz": "MGH is not read; convert it to .nii.gz",
         "two.nii.gz": "2 axes.*it needs X,Y,Z",
         "five.nii.gz": "5 axes.*it needs X,Y,Z",
         "none.nii.gz": "no affine .sform_code and qform_code are 0.; write",
@@ -422,7 +422,7 @@ def test_only_damaged_files_are_to_be_replaced(tmp_path):
         image, _ = volumes.read_image(tmp_path / name)
         np.testing.assert_array_equal(image, volumes.read_image(path)[0])
         volumes.check_whole(tmp_path / name)
-    with pytest.raises(ValueError, match="d.nrrd: holds NRRD, not NIfTI; convert it to .nii.gz"):
+    with pytest.raises(ValueError, match="d.nrrd: NRRD is not read; convert it to .nii.gz"):
         volumes.read_image(tmp_path / "d.nrrd")
 
 
@@ -1357,13 +1357,13 @@ def test_a_header_beside_its_voxels(tmp_path, kind, end):
 
 
 FOREIGN = {
-    "a.nrrd": (b"NRRD0005\n", "holds NRRD, not NIfTI; convert it to .nii.gz: SimpleITK"),
-    "b.nii.gz": (b"NRRD0005\n", "holds NRRD, not NIfTI; convert it to .nii.gz: SimpleITK"),
-    "a.mha": (b"ObjectType = Image\nNDims = 3\n", "holds MetaImage, not NIfTI; convert"),
-    "IM0001": (bytes(128) + b"DICM" + bytes(300), "holds DICOM, not NIfTI; .*dcm2niix"),
-    "a.dcm": (b"\x08\0\x05\0", "holds DICOM, not NIfTI; .*dcm2niix"),
-    "a.mgz": (gzip.compress(b"\0\0\0\1\0\0\1\0" * 100), "holds MGH, not NIfTI; .*mri_convert"),
-    "a.hdr": (b"\x5c\1\0\0" + bytes(344), "holds Analyze 7.5, not NIfTI; convert"),
+    "a.nrrd": (b"NRRD0005\n", "NRRD is not read; convert it to .nii.gz .SimpleITK"),
+    "b.nii.gz": (b"NRRD0005\n", "NRRD is not read; convert it to .nii.gz .SimpleITK"),
+    "a.mha": (b"ObjectType = Image\nNDims = 3\n", "MetaImage is not read; convert"),
+    "IM0001": (bytes(128) + b"DICM" + bytes(300), "DICOM is not read; .*.nii.gz .dcm2niix"),
+    "a.dcm": (b"\x08\0\x05\0", "DICOM is not read; .*.nii.gz .dcm2niix"),
+    "a.mgz": (gzip.compress(b"\0\0\0\1\0\0\1\0" * 100), "MGH is not read; .*mri_convert"),
+    "a.hdr": (b"\x5c\1\0\0" + bytes(344), "Analyze 7.5 is not read; convert"),
     "a.zip": (b"PK\3\4", "is a ZIP archive, not NIfTI; unpack it"),
     "a.png": (b"\x89PNG\r\n", "is an image, not NIfTI; a model of images takes it"),
 }
