@@ -29,6 +29,7 @@ if __name__ == "__main__":
     startup.guard_imports()  # the imports below take seconds
 
 import argparse
+import errno
 import io
 import os
 import re
@@ -376,6 +377,8 @@ class Batch:
                 raise FileNotFoundError(f"the folder {self.out} is gone")
             save(path)
         except OSError as error:
+            if error.errno == errno.ENOSPC:  # the line about a full disk names the file
+                raise OSError(error.errno, error.strerror, str(path)) from None
             reason = error.strerror or error
             hint = "the finished files are whole; mend this, then continue with --skip-existing"
             raise OSError(f"{path}: cannot be written ({reason}); {hint}") from None

@@ -156,8 +156,11 @@ def test_an_output_folder_that_fails_ends_the_call(how, run, photos, tmp_path, m
 
     monkeypatch.setattr(report, "save_picture", fail)
     _, error = called(monkeypatch, capsys, *given, "--out", out, status=2)
-    reason = {"full": "No space left on device", "gone": f"the folder {out} is gone"}[how]
-    assert f": cannot be written ({reason}); " in error and "--skip-existing" in error
+    reason = {
+        "full": "b.png could not be written (No space left on device): free some space; ",
+        "gone": f": cannot be written (the folder {out} is gone); ",
+    }[how]
+    assert reason in error and "--skip-existing" in error
     assert out.exists() == (how == "full")
 
     monkeypatch.setattr(report, "save_picture", save)
