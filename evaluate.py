@@ -289,8 +289,9 @@ def search_threshold(model, recipe, dataset, options, title: str) -> tuple[dict,
     """Score a validation set at every one of THRESHOLDS, in one pass.
 
     Returns the scores of `validate` at the threshold with the highest mean Dice (the lowest such
-    one) with that threshold as val_threshold, and the mean Dice of each threshold. Memory grows by
-    three numbers an image and threshold. Raises ValueError as `check_asked`.
+    one, 0.5 if no case has foreground) with that threshold as val_threshold, and the mean Dice of
+    each threshold. Memory grows by three numbers an image and threshold. Raises ValueError as
+    `check_asked`.
     """
     cases = []  # a row an image, all but what depends on the threshold
     scores = []  # of each image and threshold: Dice, IoU, whether anything is predicted
@@ -312,13 +313,17 @@ def search_threshold(model, recipe, dataset, options, title: str) -> tuple[dict,
         groups.append((row["dataset"], row["name"] if row["group"] is None else row["group"]))
     means = [metrics.mean_ci(values, groups)["mean"] for values in dice]
 
+    has_foreground = any(row["in_truth"] for row in cases)
     best = int(np.argmax(means))
+    if not has_foreground:  # the Dice of empty cases asks for the highest threshold, and no mask
+        best = THRESHOLDS.index(0.5)
+        print(f"{title}: no case has foreground to choose a threshold by; it stays 0.5")
     threshold = THRESHOLDS[best]
     result = {"val_loss": float(np.mean(losses))} if losses else {}
     result["val_dice"] = means[best]
     result["val_iou"] = metrics.mean_ci(iou[best], groups)["mean"]
     result["val_threshold"] = threshold
-    if not is_predicted[best].any() and any(row["in_truth"] for row in cases):
+    if not is_predicted[best].any() and has_foreground:
         where = f"the best threshold, {threshold:g}"
         if not is_predicted.any():
             where = f"every threshold from {THRESHOLDS[0]:g} to {THRESHOLDS[-1]:g}"

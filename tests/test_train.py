@@ -991,8 +991,8 @@ def test_a_run_whose_validation_and_test_have_no_foreground(tmp_path, capsys):
     assert "of 2 images without foreground, specificity of images" in text
 
 
-def test_the_best_threshold_is_the_lowest_without_false_alarms(monkeypatch):
-    """Where validation has no foreground: the highest probabilities are 0.42 and 0.63."""
+def test_without_foreground_the_threshold_stays_a_half(monkeypatch, capsys):
+    """Cases without foreground cannot choose one: the highest probabilities are 0.42 and 0.63."""
     items = []
     for k, highest in enumerate((0.42, 0.63)):
         item = {"truth": torch.zeros(1, 4, 4, dtype=torch.uint8), "name": str(k), "group": None}
@@ -1001,8 +1001,9 @@ def test_the_best_threshold_is_the_lowest_without_false_alarms(monkeypatch):
     monkeypatch.setattr(evaluate, "predictions", lambda *_: items)
     dataset = type("", (), {"classes": ("polyp",)})
     scores, dice = evaluate.search_threshold(None, None, dataset, None, "validate")
-    assert scores["val_threshold"] == 0.65 and scores["val_dice"] == 1
-    assert dice[0.45] == 0.5 and dice[0.05] == 0
+    assert scores["val_threshold"] == 0.5 and scores["val_dice"] == 0.5
+    assert dice[0.65] == 1 and dice[0.05] == 0
+    assert "no case has foreground to choose a threshold by" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("layout", ["folders", "lists"])
