@@ -444,8 +444,13 @@ def test_training_killed_20_times_ends_the_same_and_leaves_nothing(options, tmp_
     seconds = finish(plain)
     words = arguments(replace(longer, out=str(tmp_path / "killed"), resume=True))
     moments = random.Random(0)
-    for _ in range(20):
-        kill_at_random([ROOT / "train.py", *words], moments, seconds)
+    kills = 0
+    while kills < 20:
+        if kill_at_random([ROOT / "train.py", *words], moments, seconds):
+            kills += 1
+        else:  # the run has ended: more kills need another one
+            same_run(tmp_path / "whole", tmp_path / "killed")
+            shutil.rmtree(tmp_path / "killed")
     finish([ROOT / "train.py", *words])
     same_run(tmp_path / "whole", tmp_path / "killed")
     assert not hidden(tmp_path / "killed") and not hidden(tmp_path / "cache")
@@ -458,8 +463,13 @@ def test_predictions_killed_20_times_end_the_same_and_leave_nothing(options, dem
     words += ["--device", "cpu", "--skip-existing"]
     seconds = finish([*words, "--out", tmp_path / "whole"])
     moments = random.Random(1)
-    for _ in range(20):
-        kill_at_random([*words, "--out", tmp_path / "killed"], moments, seconds)
+    kills = 0
+    while kills < 20:
+        if kill_at_random([*words, "--out", tmp_path / "killed"], moments, seconds):
+            kills += 1
+        else:  # all is predicted: more kills need another folder
+            assert contents(tmp_path / "whole") == contents(tmp_path / "killed")
+            shutil.rmtree(tmp_path / "killed")
     finish([*words, "--out", tmp_path / "killed"])
     assert contents(tmp_path / "whole") == contents(tmp_path / "killed")
     assert not hidden(tmp_path / "killed")
