@@ -95,7 +95,7 @@ def check_run(path: Path, run: dict) -> None:
     numbers = run.get("labels") or []
     count = run.get("config", {}).get("num_classes")
     background = bool(run.get("config", {}).get("overlapping"))
-    if not background and len(numbers) not in (0, len(classes)):
+    if not background and len(numbers) not in (0, max(2, len(classes))):  # a single class and 0
         raise ValueError(f"{path}: labels do not number the {len(classes)} classes; {EDITED}")
     if any(not 0 <= number < 2**16 for number in numbers):
         raise wrong_value(path, "labels", numbers, "numbers from 0 to 65535")

@@ -48,7 +48,7 @@ def training(data: str, out: str, seed: int) -> Options:
         epochs=15,
         eval_every=8,
         batch_size=16,
-        lr=2e-3,
+        lr=3e-3,
         warmup=0.15,
         workers=0,  # two cores are busy enough
         seed=seed,

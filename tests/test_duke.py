@@ -167,7 +167,7 @@ def test_amd_masks_by_hand(tmp_path):
 
 
 @pytest.mark.parametrize("which", ["duke-dme", "duke-amd"])
-def test_masks_read_as_a_data_set(dme, amd, tmp_path, which):
+def test_masks_read_as_a_data_set(dme, amd, tmp_path, capsys, which):
     root, names = {"duke-dme": (dme, DME_NAMES), "duke-amd": (amd, AMD_NAMES)}[which]
     out = run(which, root, tmp_path / "out")
     assert json.loads((out / "classes.json").read_text()) == dict(zip("012345678", names))
@@ -179,7 +179,12 @@ def test_masks_read_as_a_data_set(dme, amd, tmp_path, which):
     assert dataset.pixels(0)[1].max() == (7 if which == "duke-dme" else 3)
     picture = Image.open(entries[0].mask)
     assert picture.mode == "P" and picture.getpalette()[765:] == [128] * 3  # 255 is grey
-    assert prepare.main(["check", str(out)]) == 0
+    capsys.readouterr()
+    assert prepare.main(["check", str(out)]) == 1
+    findings = capsys.readouterr().out.split("findings: ")[1]
+    kinds = [line for line in findings.splitlines()[1:] if line[:3].rstrip() and line[2] != " "]
+    only = {"duke-dme": "  classes that no mask holds: 1", "duke-amd": "  foreground above 60%: 3"}
+    assert kinds == [only[which]]
 
 
 def kinds_of_volumes():

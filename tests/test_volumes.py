@@ -195,7 +195,7 @@ def test_channels_of_one_file_and_of_several(tmp_path):
         ours, grid = volumes.read_image(paths)
         np.testing.assert_array_equal(ours, several.transpose(3, 0, 1, 2))
     assert grid.file == files[0] and volumes.read_grid(one).channels == 3
-    with pytest.raises(ValueError, match=r"c\.nii\.gz: 3 channels, the model takes 4; choose"):
+    with pytest.raises(ValueError, match=r"c\.nii\.gz: 3 channels, the model takes 4; name "):
         volumes.check_channels(one, len(ours), 4)
 
 
