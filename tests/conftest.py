@@ -15,6 +15,8 @@ from safetensors.torch import save_file
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # of what a shell starts in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # programs that tests start inherit it
 
 
 def command(monkeypatch, capsys, module, *arguments) -> tuple[int, str, str]:

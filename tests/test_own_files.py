@@ -418,8 +418,8 @@ def test_a_damaged_table_of_a_study_is_one_line(kind, tmp_path):
 
 NO_MODEL = {  # what is in config: words of the message
     ("dropout", 7.0): "dropout probability has to be between 0 and 1",
-    ("heads", 0): "num_heads",
-    ("layers", ()): "index",
+    ("heads", 0): "heads=0: must divide dim=64",
+    ("layers", ()): "layers=(): the image encoder has four stages",
     ("pixels", "x"): "pixels='x': choose letterbox",
 }
 
