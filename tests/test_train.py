@@ -661,7 +661,9 @@ def test_predictions_that_are_all_empty_are_said(monkeypatch, capsys):
     assert "all predictions are empty at every threshold from 0.05 to 0.95" in text
     healthy = [("a", None, [0.01, 0.02], [0, 0], 1.0)]
     evaluate.validate(*made_predictions(monkeypatch, healthy))
-    assert not capsys.readouterr().out  # as empty as the ground truth
+    text = capsys.readouterr().out
+    assert "all predictions are empty" not in text  # as empty as the ground truth
+    assert "no case has foreground" in text
 
 
 def test_the_threshold_of_each_validation_chooses_the_epoch(
