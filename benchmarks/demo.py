@@ -45,10 +45,10 @@ def training(data: str, out: str, seed: int) -> Options:
         out=out,
         prompt="p6,p3",  # on p6 alone it learns whichever words are enough
         views=["original", "hflip", "vflip"],  # flips suffice here and cost least
-        epochs=15,
+        epochs=16,
         eval_every=8,
         batch_size=16,
-        lr=3e-3,
+        lr=2e-3,
         warmup=0.15,
         workers=0,  # two cores are busy enough
         seed=seed,
