@@ -41,7 +41,6 @@ import tempfile
 import textwrap
 import threading
 import warnings
-import zlib
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -56,7 +55,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from tqdm import tqdm
 
 import layouts
-from atomic_files import remove_leftovers, whole_file
+from atomic_files import checksums, is_intact, remove_leftovers, whole_file
 
 # Libraries warn without the file's name. What matters in their warnings is said here.
 warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -370,7 +369,7 @@ def _grey_as_pillow(pixels: np.ndarray) -> Image.Image:
     return Image.fromarray(pixels.astype(np.int32))
 
 
-def turn(pixels: np.ndarray, orientation: int) -> np.ndarray:
+def turn_pixels(pixels: np.ndarray, orientation: int) -> np.ndarray:
     """Return pixels (H,W,C) turned by an EXIF orientation, 1 to 8."""
     if orientation in (5, 6, 7, 8):
         pixels = pixels.swapaxes(0, 1)
@@ -390,7 +389,7 @@ def sixteen_bit_colours(path: Path, orientation: int | None = None) -> np.ndarra
     """
     head = open_image(path, decode=False)
     if hasattr(head, "wide"):
-        return turn(head.wide, orientation or exif_orientation(head))
+        return turn_pixels(head.wide, orientation or exif_orientation(head))
     if head.mode[0] in "IF" or not getattr(head, "tile", []):
         return None
     match = re.fullmatch(r"(\w+);16([LBN])", _rawmode(head.tile[0]) or "")
@@ -1245,30 +1244,6 @@ def _decode(entries: list, file) -> tuple[np.ndarray, np.ndarray]:
                 bar.update()
     places = np.hstack([np.array(places, dtype=np.int64), flags])
     return places, counts
-
-
-# shared: checksums
-def checksums(paths) -> bytes:
-    """Return a line for each file: its CRC-32 and its name. Reads about a GB a second."""
-    lines = []
-    for path in paths:
-        crc = 0
-        with open(path, "rb") as file:
-            for block in iter(lambda: file.read(2**20), b""):
-                crc = zlib.crc32(block, crc)
-        lines.append(f"{crc:08x}  {path.name}\n")
-    return "".join(lines).encode()
-
-
-def is_intact(paths, listed: Path) -> bool:
-    """Return True if the files are as the file of their checksums lists them.
-
-    False if one of them is missing, or if they are of an older version, without checksums.
-    """
-    if not all(path.is_file() for path in (*paths, listed)):
-        return False
-    return listed.read_bytes() == checksums(paths)
-# end shared
 
 
 def _cache(entries: list, folder: Path) -> tuple[Path, np.ndarray, np.ndarray]:

@@ -43,7 +43,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from atomic_files import remove_leftovers, whole_file
+from atomic_files import checksums, is_intact, remove_leftovers, whole_file
 from files import WITH_SIMPLEITK, describe_foreign
 
 # --- what is said of files -----------------------------------------------------------------------
@@ -968,30 +968,6 @@ def _settings(spacing, preprocess: Callable, channels: int) -> bytes:
     _, done = _probe(preprocess, channels)
     rules = "rules 3"  # raise the number when the way of preparing changes
     return repr((rules, [float(mm) for mm in spacing])).encode() + done.numpy().tobytes()
-
-
-# shared: checksums
-def checksums(paths) -> bytes:
-    """Return a line for each file: its CRC-32 and its name. Reads about a GB a second."""
-    lines = []
-    for path in paths:
-        crc = 0
-        with open(path, "rb") as file:
-            for block in iter(lambda: file.read(2**20), b""):
-                crc = zlib.crc32(block, crc)
-        lines.append(f"{crc:08x}  {path.name}\n")
-    return "".join(lines).encode()
-
-
-def is_intact(paths, listed: Path) -> bool:
-    """Return True if the files are as the file of their checksums lists them.
-
-    False if one of them is missing, or if they are of an older version, without checksums.
-    """
-    if not all(path.is_file() for path in (*paths, listed)):
-        return False
-    return listed.read_bytes() == checksums(paths)
-# end shared
 
 
 # A prepared volume is STEM with each of these, and STEM.crc, their checksums, written last.
