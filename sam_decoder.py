@@ -74,7 +74,9 @@ VARIANTS = {
 # MedSAM's fields of Config, for files whose name does not tell: from_pretrained(file, **MEDSAM)
 MEDSAM = dict(mean=(0.0,) * 3, std=(1.0,) * 3, resample="bicubic", letterbox=False, min_max=True)
 WINDOW = 14  # tokens along a side
-BIAS_SIZE = 2**23  # numbers of `bias_attention`'s buffer at most, 32 MB
+# Numbers of `bias_attention`'s buffer at most: 32 MB, and 1 GB on a GPU, in float32.
+BIAS_SIZE = 2**23
+BIAS_SIZE_ON_GPU = 2**28
 
 
 # shared: channel_norm
@@ -108,7 +110,8 @@ def bias_attention(q: Tensor, k: Tensor, v: Tensor, by_row: Tensor, by_column: T
     get theirs, in one small buffer: faster on a CPU than all at once. Without gradients of a bias.
     """
     B, h, S = by_row.shape[:3]
-    rows = min(S, max(1, BIAS_SIZE // (B * h * S**3)))
+    most = BIAS_SIZE if q.device.type == "cpu" else BIAS_SIZE_ON_GPU
+    rows = min(S, max(1, most // (B * h * S**3)))
     buffer, outputs = by_row.new_empty(B, h, rows, S, S, S), []
     for start in range(0, S, rows):
         part = slice(start, start + rows)
@@ -121,7 +124,8 @@ def bias_attention(q: Tensor, k: Tensor, v: Tensor, by_row: Tensor, by_column: T
 
 
 def widened_attention(q: Tensor, k: Tensor, v: Tensor, by_row: Tensor, by_column: Tensor) -> Tensor:
-    """The same for training and GPUs, as attention without a bias, whose kernels hold no scores.
+    """The same as attention without a bias, whose kernels hold no scores: for training, and for
+    global attention in half precision on a GPU, which has its fastest kernels for that.
 
     A query appended by its biases and a key appended by the one-hot codes of its row and column
     have the product q k + bias. Zeros make v as wide, for kernels that want one width.
@@ -164,7 +168,8 @@ class VisionAttention(nn.Module):
         # quirk: these are products with q as it is, not with q / sqrt(d)
         by_row = torch.einsum("bhyxd,ykd->bhyxk", grid, self.rel_pos_h[step])
         by_column = torch.einsum("bhyxd,xkd->bhyxk", grid, self.rel_pos_w[step])
-        plain = x.device.type == "cpu" and not by_row.requires_grad
+        fused = x.device.type != "cpu" and q.dtype != torch.float32 and S > WINDOW
+        plain = not (fused or by_row.requires_grad)
         y = (bias_attention if plain else widened_attention)(q, k, v, by_row, by_column)
         y = y.view(B, n, n, h, S, S, -1).permute(0, 1, 4, 2, 5, 3, 6)  # (B,n,S,n,S,h,d)
         return self.proj(y.reshape(B, n * S, n * S, -1)[:, :H, :H])  # (B,H,H,C)

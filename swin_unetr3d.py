@@ -110,7 +110,10 @@ UNIVERSAL_VARIANTS = {
 HEADS = (3, 6, 12, 24)  # of the four stages
 WINDOW, SHIFT = 7, 3  # tokens along a side
 EPS, SLOPE = 1e-5, 0.01  # of the instance norms and the leaky ReLUs
-CHUNK = 2**22  # attention scores that exist at a time while gradients are made, 17 MB
+# Attention scores that exist at a time while gradients are made: 17 MB, and 268 MB on a GPU, which
+# waits for small pieces longer than it computes them.
+CHUNK = 2**22
+CHUNK_ON_GPU = 2**26
 # The octants of a cell of 2x2x2 in the order in which they are merged.
 OCTANTS = {
     # quirk: reads two octants twice and two never (swin_unetr.py of MONAI 0.9.0 to 1.4.0)
@@ -199,11 +202,12 @@ class WindowedAttention(torch.autograd.Function):
         dqkv, dbias = torch.empty_like(qkv), torch.zeros_like(bias)
         given = (qkv, 3), (dy.contiguous(), 1), (dqkv, 3)
         *inputs, outputs = (windows(x, ctx.window, n, h) for x, n in given)
+        most = CHUNK if dy.device.type == "cpu" else CHUNK_ON_GPU
         for part, mask in slabs(ctx.window, ctx.shifts):
             added = bias + masks[mask].reshape(N, N)  # (h,N,N)
             some = torch.cat([x[part].flatten(1, 4) for x in inputs])  # (4,n,h,7,7,7,d)
             some = some.flatten(3, 5)  # (4,n,h,N,d)
-            for chunk in some.split(max(1, CHUNK // bias.numel()), 1):
+            for chunk in some.split(max(1, most // bias.numel()), 1):
                 gradients(*chunk, added, dbias)
             outputs[part] = some[:3].view(outputs[part].shape)
         return dqkv, dbias, None, None, None
@@ -634,7 +638,9 @@ CODE, TEXT = 256, 512  # numbers of a class's code and of CLIP's text
 CODES = ("text", "random", "one-hot")  # of CLIP; a parameter (256,); like a text, but (K,)
 HEAD = r"(organ_embedding|text_to_vision|cross_attention|precls_conv|GAP|controller).*"
 LAYERS = (64, 64, 8, 8, 8, 1)  # numbers of a class: weights of three layers, then their biases
-PART = 4096  # voxels at a time, whose channels then stay in the cache of a processor
+# Voxels at a time: their channels stay in the cache of a processor, and keep a GPU busy.
+PART = 4096
+PART_ON_GPU = 2**17
 
 
 def dynamic_head(x: Tensor, numbers: Tensor) -> Tensor:
@@ -649,8 +655,9 @@ def dynamic_head(x: Tensor, numbers: Tensor) -> Tensor:
     w1, b1 = w1.reshape(B, 8 * k, 8), b1.reshape(B, 8 * k, 1)
     w2, b2 = w2.reshape(B * k, 8, 8), b2.reshape(B * k, 8, 1)
     w3, b3 = w3.reshape(B * k, 1, 8), b3.reshape(B * k, 1, 1)
+    voxels = PART if x.device.type == "cpu" else PART_ON_GPU
     parts = []
-    for part in x.flatten(2).split(PART, 2):  # (B,8,n)
+    for part in x.flatten(2).split(voxels, 2):  # (B,8,n)
         y = torch.baddbmm(b1, w1, part).relu_()  # (B,8k,n)
         y = torch.baddbmm(b2, w2, y.view(B * k, 8, -1)).relu_()  # (B*k,8,n)
         parts.append(torch.baddbmm(b3, w3, y).view(B, k, -1))

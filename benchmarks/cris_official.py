@@ -15,7 +15,7 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from common import HEADER, ROOT, in_turns, machine, memory_rows, peak_memory, row
+from common import HEADER, ROOT, in_turns, machine, memory_rows, peak_memory, row, settle
 from torch import nn
 
 sys.path.insert(0, str(ROOT))
@@ -93,7 +93,7 @@ def main() -> int:
     args = parser.parse_args()
     if not (Path(args.official) / "model" / "segmenter.py").exists():
         raise ValueError(f"{args.official} has no model/segmenter.py; name a checkout of CRIS.pytorch")
-    torch.set_num_threads(args.threads)
+    settle(args)
 
     models = {"ours": our_model(args.variant)}
     models["official"] = official_model(args.official, models["ours"])
