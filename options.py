@@ -12,14 +12,13 @@ from typing import get_args
 import report
 from augment import VIEWS
 from data import ORIENTATIONS, colour_table
+from engine.ranges import Choice, Flag, Number, Text, Values
 from evaluate import patients_of, run_config
 from layouts import is_prompt_type, path_and_split, prompt_option
 from prompts import KINDS
 from protocol import Settings
-from ranges import Choice, Flag, Number, Text, Values
 from recipes import FAMILIES, TOPOLOGY, second_file
 from swin_unetr3d import CODES
-
 
 LIMITS = ("at_least", "above", "at_most", "below", "word", "note")
 

@@ -53,12 +53,18 @@ import layouts
 import organs
 import report
 import volumes
+from engine.ranges import GREY_LEVEL, POSITIVE, Number
 from evaluate import (
-    check_threshold, each_is, num_classes, patients_of, pick_device, read_image_prompts, run_config,
+    check_threshold,
+    each_is,
+    num_classes,
+    patients_of,
+    pick_device,
+    read_image_prompts,
+    run_config,
     to_masks,
 )  # fmt: skip
 from protocol import describe_cuts
-from ranges import GREY_LEVEL, POSITIVE, Number
 from recipes import FAMILIES, load_model, second_file
 
 

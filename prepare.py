@@ -59,8 +59,7 @@ import prompts
 import report
 import textcodes
 import volumes
-from ranges import GREY_LEVEL, POSITIVE, SEED, Number
-
+from engine.ranges import GREY_LEVEL, POSITIVE, SEED, Number
 
 # --- demo ----------------------------------------------------------------------------------------
 #

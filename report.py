@@ -24,7 +24,12 @@ from scipy import ndimage
 
 import startup
 from atomic_files import (
-    full_disk_errors, is_full_disk, open_locked, release, remove_leftovers, whole_file,
+    full_disk_errors,
+    is_full_disk,
+    open_locked,
+    release,
+    remove_leftovers,
+    whole_file,
 )  # fmt: skip
 
 # green and magenta: apart on tissue, also for the colour-blind
@@ -146,7 +151,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         value = re.fullmatch(r"argument (\S+): (.+: must be .+)", message)
-        if value:  # what ranges.py refuses reads as it does from Python: --lr -1: must be …
+        if value:  # what engine/ranges.py refuses reads as it does from Python: --lr -1: must be …
             self.exit(2, f"error: {value[1]} {value[2]}\n")
         self.exit(2, f"error: {message}; --help lists the options\n")
 

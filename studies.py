@@ -47,7 +47,12 @@ import multiprocessing
 import os
 import sys
 from concurrent.futures import (
-    FIRST_COMPLETED, BrokenExecutor, Executor, Future, ProcessPoolExecutor, wait,
+    FIRST_COMPLETED,
+    BrokenExecutor,
+    Executor,
+    Future,
+    ProcessPoolExecutor,
+    wait,
 )  # fmt: skip
 from dataclasses import dataclass
 from itertools import islice
@@ -67,8 +72,8 @@ import report
 import startup
 import train
 import volumes
+from engine.ranges import POSITIVE, Number
 from options import Options, flag
-from ranges import POSITIVE, Number
 
 # --- what all studies share ----------------------------------------------------------------------
 

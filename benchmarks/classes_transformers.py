@@ -24,7 +24,7 @@ from common import HEADER, ROOT, in_turns, machine, memory_rows, peak_memory, ro
 sys.path.insert(0, str(ROOT))
 
 import report
-from ranges import POSITIVE
+from engine.ranges import POSITIVE
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,8 @@ import layouts  # noqa: E402
 import protocol  # noqa: E402
 import recipes  # noqa: E402
 import report  # noqa: E402
+from engine.ranges import POSITIVE, Number  # noqa: E402
 from losses import dice_bce  # noqa: E402
-from ranges import POSITIVE, Number  # noqa: E402
 from tokenizer import CLIPTokenizer  # noqa: E402
 
 PROMPTS = [

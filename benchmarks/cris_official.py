@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 
 import cris  # noqa: E402
 import report  # noqa: E402
-from ranges import POSITIVE  # noqa: E402
+from engine.ranges import POSITIVE  # noqa: E402
 
 
 def our_model(variant: str) -> cris.CRIS:

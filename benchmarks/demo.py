@@ -20,9 +20,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-import report  # noqa: E402
 from common import machine  # noqa: E402
-from ranges import SEED  # noqa: E402
+
+import report  # noqa: E402
+from engine.ranges import SEED  # noqa: E402
 from train import Options, run  # noqa: E402
 
 # name -> (heading of its column, row of its own, --prompt, split)

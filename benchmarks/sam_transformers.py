@@ -27,8 +27,8 @@ sys.path.insert(0, str(ROOT))
 
 import report  # noqa: E402
 import sam_decoder  # noqa: E402
+from engine.ranges import POSITIVE  # noqa: E402
 from losses import sam_loss  # noqa: E402
-from ranges import POSITIVE  # noqa: E402
 
 PARTS = ("encoder", "decoder", "step", "epoch", "memory")
 PROMPTS = {"a box": 1, "14 boxes": 14}  # of each image

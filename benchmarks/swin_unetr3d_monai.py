@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 
 import report
 import swin_unetr3d
-from ranges import POSITIVE
+from engine.ranges import POSITIVE
 
 TABLE = {"forward": (96, 64), "step": (64,), "memory": (64,)}  # sides of the volume
 # The largest difference of two outputs over the largest output.

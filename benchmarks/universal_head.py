@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 
 import report
 import swin_unetr3d
-from ranges import POSITIVE
+from engine.ranges import POSITIVE
 
 CLASSES = 32
 # The largest difference over the largest logit or gradient. To float64, the gradients of grouped

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import volumes
-from ranges import POSITIVE, Number
+from engine.ranges import POSITIVE, Number
 
 
 def main() -> int:

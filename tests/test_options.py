@@ -24,8 +24,8 @@ import recipes
 import report
 import studies
 import train
+from engine.ranges import Number
 from options import Options, flag, resolve, values_of
-from ranges import Number
 
 # --- ranges --------------------------------------------------------------------------------------
 
