@@ -24,7 +24,7 @@ same call with --skip-existing continues where an earlier one ended.
 """
 
 if __name__ == "__main__":
-    import startup
+    from engine import startup
 
     startup.guard_imports()  # the imports below take seconds
 

@@ -27,7 +27,7 @@ and `uw-madison` and `duke-*` that of class maps, whose pixels are class numbers
 """
 
 if __name__ == "__main__":
-    import startup
+    from engine import startup
 
     startup.guard_imports()  # the imports below take seconds
 

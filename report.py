@@ -22,7 +22,6 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
-import startup
 from atomic_files import (
     full_disk_errors,
     is_full_disk,
@@ -31,6 +30,7 @@ from atomic_files import (
     remove_leftovers,
     whole_file,
 )  # fmt: skip
+from engine import startup
 
 # green and magenta: apart on tissue, also for the colour-blind
 TRUTH, PREDICTION = (0, 230, 90), (255, 0, 200)

@@ -33,7 +33,7 @@ class and case), table.md and few_shot.png.
 """
 
 if __name__ == "__main__":
-    import startup
+    from engine import startup
 
     startup.guard_imports()  # the imports below take seconds
 
@@ -69,9 +69,9 @@ import metrics
 import options
 import recipes
 import report
-import startup
 import train
 import volumes
+from engine import startup
 from engine.ranges import POSITIVE, Number
 from options import Options, flag
 

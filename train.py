@@ -17,7 +17,7 @@ with the run: a line says from what to what. --patience may change as well.
 """
 
 if __name__ == "__main__":
-    import startup
+    from engine import startup
 
     startup.guard_imports()  # the imports below take seconds
 
@@ -49,7 +49,12 @@ import volumes
 from adapters import merge_lora, merged_state_dict, save_adapter, tensor_fault
 from options import Options, check_same, checked, flag, parse, resolve
 from protocol import (
-    Settings, allow_single_values, choose_trained, describe_cuts, keep_features, lr_factor,
+    Settings,
+    allow_single_values,
+    choose_trained,
+    describe_cuts,
+    keep_features,
+    lr_factor,
 )  # fmt: skip
 from recipes import FAMILIES, second_file
 

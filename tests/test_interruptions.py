@@ -25,8 +25,8 @@ import data
 import evaluate
 import layouts
 import report
-import startup
 import train
+from engine import startup
 
 # --- one line, and the exit status ---------------------------------------------------------------
 
