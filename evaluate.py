@@ -16,12 +16,12 @@ from PIL import Image
 from tqdm import tqdm
 
 import data
-import files
 import layouts
 import metrics
 import prompts
 import report
 import volumes
+from imaging import files
 
 
 def pick_device(name: str) -> torch.device:

@@ -41,7 +41,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 import numpy as np
 from PIL import Image
 
-from files import describe_foreign, read_json
+from imaging.files import describe_foreign, read_json
 
 
 def image_endings() -> frozenset[str]:

@@ -48,7 +48,6 @@ from PIL import Image
 from tqdm import tqdm
 
 import data
-import files
 import layouts
 import organs
 import report
@@ -64,6 +63,7 @@ from evaluate import (
     run_config,
     to_masks,
 )  # fmt: skip
+from imaging import files
 from protocol import describe_cuts
 from recipes import FAMILIES, load_model, second_file
 

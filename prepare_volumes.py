@@ -29,7 +29,7 @@ import layouts
 import report
 import volumes
 from engine.ranges import SEED, Number
-from files import decode_text, parse_json, read_json
+from imaging.files import decode_text, parse_json, read_json
 
 CASES = {"test": 0.15, "val": 0.30, "train": 1}  # where each split ends in a shuffled list
 LISTS = {"train": "training", "val": "validation", "test": "test"}  # their names in dataset.json

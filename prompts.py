@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy.ndimage import distance_transform_edt, find_objects, label
 
-import files
+from imaging import files
 
 KINDS = ("boxes", "points", "both", "image")
 

@@ -63,7 +63,6 @@ import torch
 from tqdm import tqdm
 
 import evaluate
-import files
 import layouts
 import metrics
 import options
@@ -73,6 +72,7 @@ import train
 import volumes
 from engine import startup
 from engine.ranges import POSITIVE, Number
+from imaging import files
 from options import Options, flag
 
 # --- what all studies share ----------------------------------------------------------------------

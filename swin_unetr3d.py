@@ -28,7 +28,7 @@ channels last in memory. Left out: two dimensions, dropout (0 in all files), sel
 
 A whole CT is turned to RAS, resampled to `config.spacing`, preprocessed, cut into windows of
 `config.image_size` and brought back to its own grid. Copy `volumes.py`, `atomic_files.py` and
-`files.py` too (they need numpy, nibabel, tqdm):
+`imaging/files.py` too (they need numpy, nibabel, tqdm):
     probabilities, labels, affine = volumes.segment(SwinUNETR.from_pretrained(…), "ct.nii.gz")
 In MONAI: Orientation("RAS"), Spacing, `preprocess`, sliding_window_inference(mode="gaussian").
 """

@@ -44,7 +44,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from atomic_files import checksums, is_intact, remove_leftovers, whole_file
-from files import WITH_SIMPLEITK, describe_foreign
+from imaging.files import WITH_SIMPLEITK, describe_foreign
 
 # --- what is said of files -----------------------------------------------------------------------
 

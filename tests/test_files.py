@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-import files
+from imaging import files
 
 CONTENT = {"name": "Läsion", "numbers": [1, 2.5, None]}
 TEXT = json.dumps(CONTENT, ensure_ascii=False)
