@@ -55,7 +55,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from tqdm import tqdm
 
 import layouts
-from atomic_files import checksums, is_intact, remove_leftovers, whole_file
+from imaging.atomic_files import checksums, is_intact, remove_leftovers, whole_file
 
 # Libraries warn without the file's name. What matters in their warnings is said here.
 warnings.filterwarnings("ignore", module=r"PIL\.")

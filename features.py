@@ -27,7 +27,7 @@ from numpy.lib import format as npy
 from torch import Tensor
 from tqdm import tqdm
 
-from atomic_files import full_disk_errors
+from imaging.atomic_files import full_disk_errors
 
 
 def fingerprint(tensors: dict[str, Tensor], *settings) -> str:

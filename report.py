@@ -22,15 +22,15 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
-from atomic_files import (
+from engine import startup
+from imaging.atomic_files import (
     full_disk_errors,
     is_full_disk,
     open_locked,
     release,
     remove_leftovers,
     whole_file,
-)  # fmt: skip
-from engine import startup
+)
 
 # green and magenta: apart on tissue, also for the colour-blind
 TRUTH, PREDICTION = (0, 230, 90), (255, 0, 200)

@@ -43,7 +43,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from atomic_files import checksums, is_intact, remove_leftovers, whole_file
+from imaging.atomic_files import checksums, is_intact, remove_leftovers, whole_file
 from imaging.files import WITH_SIMPLEITK, describe_foreign
 
 # --- what is said of files -----------------------------------------------------------------------

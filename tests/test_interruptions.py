@@ -20,13 +20,13 @@ from conftest import ROOT, command, contents, rows
 from safetensors import SafetensorError
 from test_train import arguments, same_run
 
-import atomic_files
 import data
 import evaluate
 import layouts
 import report
 import train
 from engine import startup
+from imaging import atomic_files
 
 # --- one line, and the exit status ---------------------------------------------------------------
 

@@ -20,7 +20,6 @@ from conftest import ROOT, command, rows
 from PIL import ExifTags, Image
 from safetensors.torch import load_file
 
-import atomic_files
 import cris
 import data
 import evaluate
@@ -30,6 +29,7 @@ import protocol
 import recipes
 import report
 import train
+from imaging import atomic_files
 from options import resolve
 
 pytestmark = pytest.mark.numeric
