@@ -54,7 +54,7 @@ import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
 from tqdm import tqdm
 
-import layouts
+from imaging import layouts
 from imaging.atomic_files import checksums, is_intact, remove_leftovers, whole_file
 
 # Libraries warn without the file's name. What matters in their warnings is said here.

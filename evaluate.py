@@ -16,12 +16,11 @@ from PIL import Image
 from tqdm import tqdm
 
 import data
-import layouts
 import metrics
 import prompts
 import report
 import volumes
-from imaging import files
+from imaging import files, layouts
 
 
 def pick_device(name: str) -> torch.device:

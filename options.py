@@ -14,7 +14,7 @@ from augment import VIEWS
 from data import ORIENTATIONS, colour_table
 from engine.ranges import Choice, Flag, Number, Text, Values
 from evaluate import patients_of, run_config
-from layouts import is_prompt_type, path_and_split, prompt_option
+from imaging.layouts import is_prompt_type, path_and_split, prompt_option
 from prompts import KINDS
 from protocol import Settings
 from recipes import FAMILIES, TOPOLOGY, second_file

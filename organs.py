@@ -21,7 +21,7 @@ What differs from the official code, where it is plainly wrong or knows no other
 
 import numpy as np
 
-from layouts import plain_name
+from imaging.layouts import plain_name
 from volumes import components, largest_components
 
 ORGANS = (

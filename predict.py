@@ -48,7 +48,6 @@ from PIL import Image
 from tqdm import tqdm
 
 import data
-import layouts
 import organs
 import report
 import volumes
@@ -63,7 +62,7 @@ from evaluate import (
     run_config,
     to_masks,
 )  # fmt: skip
-from imaging import files
+from imaging import files, layouts
 from protocol import describe_cuts
 from recipes import FAMILIES, load_model, second_file
 

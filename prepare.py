@@ -53,13 +53,13 @@ from scipy import ndimage
 from tqdm import tqdm
 
 import data
-import layouts
 import prepare_volumes
 import prompts
 import report
 import textcodes
 import volumes
 from engine.ranges import GREY_LEVEL, POSITIVE, SEED, Number
+from imaging import layouts
 
 # --- demo ----------------------------------------------------------------------------------------
 #

@@ -25,10 +25,10 @@ import numpy as np
 from scipy import ndimage
 from tqdm import tqdm
 
-import layouts
 import report
 import volumes
 from engine.ranges import SEED, Number
+from imaging import layouts
 from imaging.files import decode_text, parse_json, read_json
 
 CASES = {"test": 0.15, "val": 0.30, "train": 1}  # where each split ends in a shuffled list

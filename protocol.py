@@ -21,7 +21,7 @@ from adapters import add_lora, is_lora
 from augment import MIRRORS, Augment, mirror_prompt, sided, view
 from data import Dataset, Items, loader
 from features import Rows, fingerprint, keep
-from layouts import is_prompt_type
+from imaging.layouts import is_prompt_type
 from losses import dice_bce
 
 

@@ -48,7 +48,7 @@ from adapters import merge_state_dict
 from augment import Augment, GITractAugment
 from data import Dataset
 from evaluate import EDITED, run_config
-from layouts import moved, plain_name
+from imaging.layouts import moved, plain_name
 from losses import (
     cldice_loss,
     dice_bce,

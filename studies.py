@@ -63,7 +63,6 @@ import torch
 from tqdm import tqdm
 
 import evaluate
-import layouts
 import metrics
 import options
 import recipes
@@ -72,7 +71,7 @@ import train
 import volumes
 from engine import startup
 from engine.ranges import POSITIVE, Number
-from imaging import files
+from imaging import files, layouts
 from options import Options, flag
 
 # --- what all studies share ----------------------------------------------------------------------

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import clipseg
-import layouts
 import report
+from imaging import layouts
 from swin_unetr3d import ORGANS, TEXT
 from tokenizer import CLIPTokenizer
 

@@ -42,11 +42,11 @@ from tqdm import tqdm
 
 import data
 import evaluate
-import layouts
 import recipes
 import report
 import volumes
 from adapters import merge_lora, merged_state_dict, save_adapter, tensor_fault
+from imaging import layouts
 from options import Options, check_same, checked, flag, parse, resolve
 from protocol import (
     Settings,

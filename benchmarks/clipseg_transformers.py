@@ -21,11 +21,11 @@ sys.path.insert(0, str(ROOT))
 
 import clipseg  # noqa: E402
 import data  # noqa: E402
-import layouts  # noqa: E402
 import protocol  # noqa: E402
 import recipes  # noqa: E402
 import report  # noqa: E402
 from engine.ranges import POSITIVE, Number  # noqa: E402
+from imaging import layouts  # noqa: E402
 from losses import dice_bce  # noqa: E402
 from tokenizer import CLIPTokenizer  # noqa: E402
 

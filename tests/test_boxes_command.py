@@ -11,13 +11,13 @@ from PIL import Image
 
 import data
 import evaluate
-import layouts
 import predict
 import prepare
 import prompts
 import recipes
 import report
 import sam_decoder
+from imaging import layouts
 
 NAMES = {"0": "background", "1": "stomach", "2": "small bowel"}
 CORNERS = ("x0", "y0", "x1", "y1")

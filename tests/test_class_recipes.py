@@ -13,13 +13,13 @@ from PIL import Image
 import augment
 import data
 import evaluate
-import layouts
 import losses
 import metrics
 import predict
 import recipes
 import segformer
 import train
+from imaging import layouts
 
 pytestmark = pytest.mark.numeric
 

@@ -16,7 +16,7 @@ from PIL import ExifTags, Image, ImageFilter
 from scipy import ndimage
 
 import data
-import layouts
+from imaging import layouts
 
 RNG = np.random.default_rng(0)
 BLOB = np.zeros((40, 60), dtype=bool)

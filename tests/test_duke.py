@@ -11,8 +11,8 @@ from PIL import Image
 from scipy.io import savemat
 
 import data
-import layouts
 import prepare
+from imaging import layouts
 
 NAN = np.nan
 DME_NAMES = "background NFL GCL-IPL INL OPL ONL-ISM ISE-OS RPE fluid".split()

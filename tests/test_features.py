@@ -15,7 +15,7 @@ from conftest import ROOT
 
 import data
 import features
-import layouts
+from imaging import layouts
 
 pytestmark = pytest.mark.numeric
 

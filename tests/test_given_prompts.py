@@ -11,7 +11,6 @@ from PIL import Image
 
 import data
 import evaluate
-import layouts
 import predict
 import prepare
 import prompts
@@ -19,6 +18,7 @@ import recipes
 import report
 import sam_decoder
 import train
+from imaging import layouts
 
 SIZES = {"a.png": (30, 40), "b.png": (10, 20)}
 MINI = replace(sam_decoder.VARIANTS["mini"], image_size=64)

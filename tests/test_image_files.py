@@ -16,9 +16,9 @@ from conftest import ROOT
 from PIL import ExifTags, Image
 
 import data
-import layouts
 import predict
 import prepare
+from imaging import layouts
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # pytest undoes data.py's filter
 COLOURS = np.random.default_rng(0).integers(0, 255, (24, 32, 3), dtype=np.uint8)

@@ -22,11 +22,10 @@ from test_train import arguments, same_run
 
 import data
 import evaluate
-import layouts
 import report
 import train
 from engine import startup
-from imaging import atomic_files
+from imaging import atomic_files, layouts
 
 # --- one line, and the exit status ---------------------------------------------------------------
 

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 import data
-import layouts
 import predict
+from imaging import layouts
 
 CLASSES = {"0": "background", "1": "large bowel", "2": "small bowel", "3": "stomach"}
 RNG = np.random.default_rng(0)

@@ -19,12 +19,12 @@ import cris
 import data
 import evaluate
 import features
-import layouts
 import predict
 import recipes
 import studies
 import train
 import volumes
+from imaging import layouts
 
 # --- config.json ---------------------------------------------------------------------------------
 

@@ -12,13 +12,13 @@ from conftest import command, rows, write_run
 from safetensors.torch import save_file
 from test_volume_recipe import FAST, data_set, phantom
 
-import layouts
 import losses
 import predict
 import recipes
 import swin_unetr3d
 import train
 import volumes
+from imaging import layouts
 
 pytestmark = pytest.mark.numeric
 

@@ -17,7 +17,6 @@ import torch
 from conftest import command, contents, write_run
 from PIL import Image
 
-import layouts
 import predict
 import recipes
 import report
@@ -25,6 +24,7 @@ import sam_decoder
 import segformer
 import swin_unetr3d
 import train
+from imaging import layouts
 
 AFFINE = np.diag([4.0, 4.2, 5.0, 1])
 

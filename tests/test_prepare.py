@@ -18,9 +18,9 @@ from PIL import Image
 from scipy import ndimage
 
 import data
-import layouts
 import prepare
 import report
+from imaging import layouts
 
 IMAGES, SIZE = 300, 96
 

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from conftest import ROOT, command, contents, stop_at_rename
 
-import layouts
 import prepare
 import prepare_volumes
+from imaging import layouts
 
 LISTS = "training", "validation", "test"
 

@@ -14,7 +14,6 @@ import adapters
 import augment
 import data
 import evaluate
-import layouts
 import losses
 import options as command_line
 import predict
@@ -22,6 +21,7 @@ import prompts
 import recipes
 import sam_decoder
 import train
+from imaging import layouts
 
 pytestmark = pytest.mark.numeric
 

@@ -17,12 +17,12 @@ from conftest import command, rows
 from safetensors.torch import save_file
 
 import evaluate
-import layouts
 import metrics
 import report
 import studies
 import train
 import volumes
+from imaging import layouts
 
 NAMES = ["spleen", "right kidney", "liver"]  # label numbers 1, 2, 3
 LACKS = {1, 4}  # cases without a spleen, of the training split

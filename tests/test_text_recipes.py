@@ -16,10 +16,10 @@ import biomedclipseg
 import clipseg
 import data
 import evaluate
-import layouts
 import protocol
 import recipes
 import train
+from imaging import layouts
 from options import resolve
 from tokenizer import CHARACTERS, CLIPTokenizer, WordPieceTokenizer
 

@@ -23,13 +23,12 @@ from safetensors.torch import load_file
 import cris
 import data
 import evaluate
-import layouts
 import predict
 import protocol
 import recipes
 import report
 import train
-from imaging import atomic_files
+from imaging import atomic_files, layouts
 from options import resolve
 
 pytestmark = pytest.mark.numeric

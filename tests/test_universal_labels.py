@@ -9,10 +9,10 @@ import pytest
 from conftest import ROOT, command
 from test_prepare_volumes import edit, write_btcv, write_task
 
-import layouts
 import prepare
 import swin_unetr3d
 import volumes
+from imaging import layouts
 
 TABLES = ROOT / "universal_labels.json"
 # The study's: raw number -> classes, from 1 (label_transfer.py and utils/utils.py at 43c1239);

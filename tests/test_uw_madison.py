@@ -12,8 +12,8 @@ from conftest import ROOT, command, contents, pictures, stop_at_rename
 from PIL import Image
 
 import data
-import layouts
 import prepare
+from imaging import layouts
 
 CLASSES = ("large_bowel", "small_bowel", "stomach")  # the order of the rows in train.csv
 NAMES = {"0": "background", "1": "stomach", "2": "small bowel", "3": "large bowel"}

@@ -7,8 +7,8 @@ import unicodedata
 import numpy as np
 import pytest
 
-import layouts
 import swin_unetr3d
+from imaging import layouts
 
 
 def make(root, files, settings=None):

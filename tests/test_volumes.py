@@ -25,10 +25,10 @@ from monai.inferers import sliding_window_inference
 from monai.transforms import RandCropByPosNegLabel, RandRotate, Spacing
 from scipy import ndimage
 
-import layouts
 import swin_unetr3d
 import volumes
-from layouts import Entry
+from imaging import layouts
+from imaging.layouts import Entry
 from volumes import VolumeSet
 
 pytestmark = pytest.mark.numeric

@@ -809,7 +809,7 @@ def _volume_settings(root: Path) -> dict:
     path = root / "dataset.json"
     settings = read_json(path)
     if not isinstance(settings, dict):
-        raise ValueError(f"{path}: no data set of volumes (it is no object); see layouts.py")
+        raise ValueError(f"{path}: no data set of volumes (it is no object); see imaging/layouts.py")
     try:
         fields = _read_labels(settings["labels"], settings.get("overlapping", False))
         channels = settings.get("channel_names") or settings.get("modality") or {}
@@ -818,7 +818,7 @@ def _volume_settings(root: Path) -> dict:
         fields |= {"numbers": True, "modality": modality}
         pairs = _volume_pairs(root, settings)
     except KeyError as error:
-        raise ValueError(f"{path}: has no {error}; see the top of layouts.py") from None
+        raise ValueError(f"{path}: has no {error}; see the top of imaging/layouts.py") from None
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: no data set of volumes ({error})") from None
     return {"fields": fields, "pairs": pairs}
