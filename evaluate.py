@@ -19,8 +19,7 @@ import data
 import metrics
 import prompts
 import report
-import volumes
-from imaging import files, layouts
+from imaging import files, layouts, volumes
 
 
 def pick_device(name: str) -> torch.device:

@@ -22,7 +22,7 @@ What differs from the official code, where it is plainly wrong or knows no other
 import numpy as np
 
 from imaging.layouts import plain_name
-from volumes import components, largest_components
+from imaging.volumes import components, largest_components
 
 ORGANS = (
     "spleen", "right kidney", "left kidney", "gall bladder", "esophagus", "liver", "stomach",

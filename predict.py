@@ -50,7 +50,6 @@ from tqdm import tqdm
 import data
 import organs
 import report
-import volumes
 from engine.ranges import GREY_LEVEL, POSITIVE, Number
 from evaluate import (
     check_threshold,
@@ -62,7 +61,7 @@ from evaluate import (
     run_config,
     to_masks,
 )  # fmt: skip
-from imaging import files, layouts
+from imaging import files, layouts, volumes
 from protocol import describe_cuts
 from recipes import FAMILIES, load_model, second_file
 

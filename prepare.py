@@ -57,9 +57,8 @@ import prepare_volumes
 import prompts
 import report
 import textcodes
-import volumes
 from engine.ranges import GREY_LEVEL, POSITIVE, SEED, Number
-from imaging import layouts
+from imaging import layouts, volumes
 
 # --- demo ----------------------------------------------------------------------------------------
 #
@@ -325,7 +324,7 @@ def demo(args):
 
 # --- check ---------------------------------------------------------------------------------------
 #
-# How a file is read is decided in data.py and volumes.py; here is only counted what came out.
+# How a file is read is decided in data.py and imaging/volumes.py; here is only counted what came out.
 # `findings` maps a kind of finding to its lines, each of which begins with the file it is about.
 
 MOST_LINES = 10  # printed of one kind; the rest are counted

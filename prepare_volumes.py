@@ -26,9 +26,8 @@ from scipy import ndimage
 from tqdm import tqdm
 
 import report
-import volumes
 from engine.ranges import SEED, Number
-from imaging import layouts
+from imaging import layouts, volumes
 from imaging.files import decode_text, parse_json, read_json
 
 CASES = {"test": 0.15, "val": 0.30, "train": 1}  # where each split ends in a shuffled list

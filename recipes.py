@@ -43,11 +43,11 @@ import sam_decoder
 import segformer
 import swin_unetr3d
 import upernet
-import volumes
 from adapters import merge_state_dict
 from augment import Augment, GITractAugment
 from data import Dataset
 from evaluate import EDITED, run_config
+from imaging import volumes
 from imaging.layouts import moved, plain_name
 from losses import (
     cldice_loss,

@@ -68,10 +68,9 @@ import options
 import recipes
 import report
 import train
-import volumes
 from engine import startup
 from engine.ranges import POSITIVE, Number
-from imaging import files, layouts
+from imaging import files, layouts, volumes
 from options import Options, flag
 
 # --- what all studies share ----------------------------------------------------------------------

@@ -44,9 +44,8 @@ import data
 import evaluate
 import recipes
 import report
-import volumes
 from adapters import merge_lora, merged_state_dict, save_adapter, tensor_fault
-from imaging import layouts
+from imaging import layouts, volumes
 from options import Options, check_same, checked, flag, parse, resolve
 from protocol import (
     Settings,

@@ -2,7 +2,7 @@
 
     python benchmarks/volume_memory.py
 
-The model is a 1x1 convolution, so that the memory is that of volumes.py: the image, the logits on a
+The model is a 1x1 convolution, so that the memory is that of imaging/volumes.py: the image, the logits on a
 grid a little finer than the file's, the probabilities on the file's own.
 """
 
@@ -18,8 +18,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import volumes
 from engine.ranges import POSITIVE, Number
+from imaging import volumes
 
 
 def main() -> int:

@@ -12,8 +12,8 @@ from recipe import fill
 
 import fewshot3d
 import swin_unetr3d
-import volumes
 from fewshot3d import AttentionUniversal, CrossModalTransformer, TextSwinUNETR
+from imaging import volumes
 
 pytestmark = pytest.mark.numeric
 

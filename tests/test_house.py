@@ -230,7 +230,7 @@ def with_imports(name: str) -> set[str]:
 
 
 def test_a_copied_swin_unetr_segments_a_volume(tmp_path):
-    """With volumes.py and what it imports, which the model's docstring names."""
+    """With imaging/volumes.py and what it imports, which the model's docstring names."""
     docstring = ast.get_docstring(ast.parse(source("swin_unetr3d")))
     files = [f"{name}.py" for name in sorted(with_imports("volumes"))]
     assert "volumes.segment(" in docstring

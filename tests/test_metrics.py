@@ -27,7 +27,7 @@ import options as command_line
 import predict
 import report
 import train
-import volumes
+from imaging import volumes
 
 pytestmark = pytest.mark.numeric
 

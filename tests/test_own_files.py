@@ -23,8 +23,7 @@ import predict
 import recipes
 import studies
 import train
-import volumes
-from imaging import layouts
+from imaging import layouts, volumes
 
 # --- config.json ---------------------------------------------------------------------------------
 

@@ -17,8 +17,7 @@ import predict
 import recipes
 import swin_unetr3d
 import train
-import volumes
-from imaging import layouts
+from imaging import layouts, volumes
 
 pytestmark = pytest.mark.numeric
 

@@ -23,7 +23,7 @@ import sam_decoder
 import segformer
 import swin_unetr3d
 import upernet
-import volumes
+from imaging import volumes
 
 pytestmark = pytest.mark.numeric
 

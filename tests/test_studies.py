@@ -21,8 +21,7 @@ import metrics
 import report
 import studies
 import train
-import volumes
-from imaging import layouts
+from imaging import layouts, volumes
 
 NAMES = ["spleen", "right kidney", "liver"]  # label numbers 1, 2, 3
 LACKS = {1, 4}  # cases without a spleen, of the training split

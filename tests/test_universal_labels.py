@@ -11,8 +11,7 @@ from test_prepare_volumes import edit, write_btcv, write_task
 
 import prepare
 import swin_unetr3d
-import volumes
-from imaging import layouts
+from imaging import layouts, volumes
 
 TABLES = ROOT / "universal_labels.json"
 # The study's: raw number -> classes, from 1 (label_transfer.py and utils/utils.py at 43c1239);

@@ -26,10 +26,9 @@ from monai.transforms import RandCropByPosNegLabel, RandRotate, Spacing
 from scipy import ndimage
 
 import swin_unetr3d
-import volumes
-from imaging import layouts
+from imaging import layouts, volumes
 from imaging.layouts import Entry
-from volumes import VolumeSet
+from imaging.volumes import VolumeSet
 
 pytestmark = pytest.mark.numeric
 
