@@ -17,9 +17,8 @@ from tqdm import tqdm
 
 import data
 import metrics
-import prompts
 import report
-from imaging import files, layouts, volumes
+from imaging import boxes_and_points, files, layouts, volumes
 
 
 def pick_device(name: str) -> torch.device:
@@ -105,7 +104,7 @@ def check_run(path: Path, run: dict) -> None:
 
 def check_option_values(path: Path, options: dict) -> None:
     """Raise ValueError, one line, if options of RUN_OPTIONS have values that are refused."""
-    choices = {"sam_prompts": prompts.KINDS, "mask_orientation": data.ORIENTATIONS}
+    choices = {"sam_prompts": boxes_and_points.KINDS, "mask_orientation": data.ORIENTATIONS}
     for key, allowed in choices.items():
         if options.get(key) not in (None, *allowed):
             raise wrong_value(path, key, options[key], f"one of {', '.join(allowed)}")
@@ -639,12 +638,12 @@ def read_image_prompts(boxes, points, images: list[Path], names: list[str], size
 
     paths = dict(zip(images, names))
     sizes = dict(zip(images, sizes))
-    given, classes = prompts.read_given(boxes, points, sizes, classes, paths)
+    given, classes = boxes_and_points.read_given(boxes, points, sizes, classes, paths)
     without = [paths[image] for image in images if image not in given]
     if without:
         kind = "box or point" if boxes and points else kind
         count = f"{len(without)} of {len(images)} images have no {kind}, and their masks are empty"
-        print(f"{boxes or points}: {count} ({prompts.first_three(without)})")
+        print(f"{boxes or points}: {count} ({boxes_and_points.first_three(without)})")
     return given, classes
 
 

@@ -14,8 +14,8 @@ from augment import VIEWS
 from data import ORIENTATIONS, colour_table
 from engine.ranges import Choice, Flag, Number, Text, Values
 from evaluate import patients_of, run_config
+from imaging.boxes_and_points import KINDS
 from imaging.layouts import is_prompt_type, path_and_split, prompt_option
-from prompts import KINDS
 from protocol import Settings
 from recipes import FAMILIES, TOPOLOGY, second_file
 from swin_unetr3d import CODES

@@ -54,11 +54,10 @@ from tqdm import tqdm
 
 import data
 import prepare_volumes
-import prompts
 import report
 import textcodes
 from engine.ranges import GREY_LEVEL, POSITIVE, SEED, Number
-from imaging import layouts, volumes
+from imaging import boxes_and_points, layouts, volumes
 
 # --- demo ----------------------------------------------------------------------------------------
 #
@@ -1572,7 +1571,7 @@ def mask_boxes(entries, args):
         names = layouts.foreground(entry.classes)
         numbers = range(1, len(names) + 1)
         mask = data.read_truth(entry, threshold)
-        for component in prompts.components(mask, numbers, args.min_area):
+        for component in boxes_and_points.components(mask, numbers, args.min_area):
             name = names[component.label - 1] if entry.numbers else ""
             yield entry, name, component.box
 
@@ -1609,7 +1608,7 @@ def instance_boxes(entry, min_area):
 def listed_boxes(path, paths):
     """Return [(image, class, box)] of a JSON file that lists boxes, such as an annotation file."""
     sizes = {image: data.read_image(image).shape[:2] for image in paths}
-    given = prompts.read_boxes(path, sizes, names=paths)
+    given = boxes_and_points.read_boxes(path, sizes, names=paths)
     return [(image, row.name or "", row.xy) for image, rows in given.items() for row in rows]
 
 
@@ -1634,7 +1633,7 @@ def boxes(args):
     if args.instances and args.mask_threshold is not None:
         raise ValueError("--mask-threshold: --instances takes numbers; remove one of the two")
     images, paths, entries = images_of(args.like)
-    names = prompts.ImageNames(paths)
+    names = boxes_and_points.ImageNames(paths)
     made = []
     count = 0
     for place in args.masks:

@@ -50,7 +50,7 @@ class Settings:
     window_batch: int | None = None  # windows at a time
     eval_every: int = 1  # epochs between validations
     pseudocolor: str | None = None  # colours of a map for grey levels: see data.py
-    sam_prompts: str | None = None  # SAM: boxes | points | both | image, see prompts.py
+    sam_prompts: str | None = None  # SAM: boxes | points | both | image, see imaging/boxes_and_points.py
     jitter: int | None = None  # largest move of a box's side in training, in pixels of the image
     min_area: int | None = None  # pixels that a component needs to be asked for
     prompts_per_image: int | None = None  # in training, by lot; 0: all

@@ -38,7 +38,6 @@ import clipseg
 import cris
 import dpt
 import fewshot3d
-import prompts
 import sam_decoder
 import segformer
 import swin_unetr3d
@@ -47,7 +46,7 @@ from adapters import merge_state_dict
 from augment import Augment, GITractAugment
 from data import Dataset
 from evaluate import EDITED, run_config
-from imaging import volumes
+from imaging import boxes_and_points, volumes
 from imaging.layouts import moved, plain_name
 from losses import (
     cldice_loss,
@@ -444,7 +443,7 @@ NO_POINTS = np.zeros((0, 2), np.float32), np.zeros(0, np.int64)
 
 
 def sam_prompts(sample, source, settings, rng=None, given=None) -> list:
-    """The prompts (prompts.py) of one sample, in training with rng.
+    """The prompts (imaging/boxes_and_points.py) of one sample, in training with rng.
 
     source: one of prompts.KINDS, made of the mask; "jittered boxes", as in training, but always the
     same; "given boxes", "given points", "given both": those of `given`, {image file as a path:
@@ -454,7 +453,7 @@ def sam_prompts(sample, source, settings, rng=None, given=None) -> list:
     if source.startswith("given"):
         return given.get(sample["file"], [])
     if "mask" not in sample:
-        return [prompts.Prompt(1, None, prompts.image_box(sample["size"]), *NO_POINTS)]
+        return [boxes_and_points.Prompt(1, None, boxes_and_points.image_box(sample["size"]), *NO_POINTS)]
     kind, how = source.split()[-1], {"jitter": settings.jitter, "min_area": settings.min_area}
     first = 0 if rng is not None and settings.ask_background else 1
     if source == "jittered boxes":
@@ -462,7 +461,7 @@ def sam_prompts(sample, source, settings, rng=None, given=None) -> list:
     elif rng is not None:
         how["limit"] = settings.prompts_per_image or None
     classes = range(first, max(2, len(names)))
-    return prompts.make_prompts(sample["mask"].numpy(), classes, kind, rng, **how)
+    return boxes_and_points.make_prompts(sample["mask"].numpy(), classes, kind, rng, **how)
 
 
 def prompt_tensors(asked: list, size, config) -> dict:

@@ -13,11 +13,10 @@ import data
 import evaluate
 import predict
 import prepare
-import prompts
 import recipes
 import report
 import sam_decoder
-from imaging import layouts
+from imaging import boxes_and_points, layouts
 
 NAMES = {"0": "background", "1": "stomach", "2": "small bowel"}
 CORNERS = ("x0", "y0", "x1", "y1")
@@ -95,13 +94,13 @@ def test_binary_masks_of_a_folder_of_images(binary, images, tmp_path, capsys):
 def test_boxes_are_read_back(binary, images, tmp_path):
     run(binary, tmp_path / "boxes.csv", images)
     sizes = {path.name: data.read_image(path).shape[:2] for path in images.iterdir()}
-    read = prompts.read_boxes(tmp_path / "boxes.csv", sizes, ["polyp"])
+    read = boxes_and_points.read_boxes(tmp_path / "boxes.csv", sizes, ["polyp"])
     assert read.keys() == {"a.jpg", "c.tif", "d.bmp"}  # b has none
     flat = [(i, row.name or "", *row.xy.tolist()) for i in read for row in read[i]]
     assert flat == BINARY
     # and they are the components' own
     mask = (data.read_mask(binary / "a.png") > 127).astype(np.uint8)
-    expected = [component.box.tolist() for component in prompts.components(mask, [1])]
+    expected = [component.box.tolist() for component in boxes_and_points.components(mask, [1])]
     assert [row.xy.tolist() for row in read["a.jpg"]] == expected
 
 
@@ -132,7 +131,7 @@ def test_class_maps_of_a_data_set(tmp_path):
     assert run(tmp_path / "predicted", tmp_path / "a.csv", tmp_path / "set") == expected
     assert run(tmp_path / "predicted", tmp_path / "b.csv", f"{tmp_path / 'set'}:test") == expected
     sizes = {"case1_slice1.tif": (30, 40)}
-    read = prompts.read_boxes(tmp_path / "a.csv", sizes, ["stomach", "small bowel"])
+    read = boxes_and_points.read_boxes(tmp_path / "a.csv", sizes, ["stomach", "small bowel"])
     assert [row.name for row in read["case1_slice1.tif"]] == ["stomach"] * 2 + ["small bowel"]
 
 

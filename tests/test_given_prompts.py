@@ -13,12 +13,11 @@ import data
 import evaluate
 import predict
 import prepare
-import prompts
 import recipes
 import report
 import sam_decoder
 import train
-from imaging import layouts
+from imaging import boxes_and_points, layouts
 
 SIZES = {"a.png": (30, 40), "b.png": (10, 20)}
 MINI = replace(sam_decoder.VARIANTS["mini"], image_size=64)
@@ -111,21 +110,21 @@ def test_the_tables_are_as_meant():
 @pytest.mark.parametrize("name", FORMATS)
 def test_boxes_of_every_format(name, tmp_path):
     path = write(tmp_path, *FORMATS[name])
-    assert plain(prompts.read_boxes(path, SIZES, ["polyp"])) == BOXES
+    assert plain(boxes_and_points.read_boxes(path, SIZES, ["polyp"])) == BOXES
 
 
 def test_keys_of_annotation_files_are_no_news(tmp_path, capsys):
-    prompts.read_boxes(write(tmp_path, *FORMATS["annotations"]), SIZES)
+    boxes_and_points.read_boxes(write(tmp_path, *FORMATS["annotations"]), SIZES)
     assert capsys.readouterr().out == ""
 
 
 def test_columns_that_are_not_read_are_said_once(tmp_path, capsys):
     path = write(tmp_path, table(f"score:more {PLAIN} note:more"))
-    prompts.read_boxes(path, SIZES, ["polyp"])
+    boxes_and_points.read_boxes(path, SIZES, ["polyp"])
     assert capsys.readouterr().out == f"{path}: columns that are not read: note, score\n"
     rows = [{"image": "a.png", "x0": 1, "y0": 1, "x1": 2, "y1": 2, "id": k} for k in range(3)]
     path = write(tmp_path, json.dumps(rows), "json")
-    prompts.read_boxes(path, SIZES)
+    boxes_and_points.read_boxes(path, SIZES)
     assert capsys.readouterr().out == f"{path}: columns that are not read: id\n"
 
 
@@ -137,7 +136,7 @@ def test_boxes_of_other_images_are_counted(tmp_path, capsys):
     """What they hold does not matter: their images are unknown."""
     others = "".join(f"z{k}.png,5,5,2,inf\n" for k in range(4))
     path = write(tmp_path, HEADER + ONE + others + "z0.png,1,1,2,2\n")
-    assert plain(prompts.read_boxes(path, SIZES)) == {"a.png": [(None, None, [1, 1, 2, 2])]}
+    assert plain(boxes_and_points.read_boxes(path, SIZES)) == {"a.png": [(None, None, [1, 1, 2, 2])]}
     line = "5 boxes of images that are not asked for are left out (z0.png, z1.png, z2.png, …)"
     assert capsys.readouterr().out == f"{path}: {line}\n"
 
@@ -145,11 +144,11 @@ def test_boxes_of_other_images_are_counted(tmp_path, capsys):
 def test_names_in_either_form_of_unicode_are_one(tmp_path):
     sizes = {"L\u00e4sion.png": (30, 40)}
     path = write(tmp_path, HEADER + ONE.replace("a.png", "La\u0308sion.png"))
-    assert list(prompts.read_boxes(path, sizes)) == list(sizes)
+    assert list(boxes_and_points.read_boxes(path, sizes)) == list(sizes)
 
 
 def test_a_name_without_ending_fits_one_image(tmp_path):
-    names = prompts.ImageNames({1: "g/a.png", 2: "a.jpg", 3: "g/b.png", 4: "c.png", 5: "c.png.jpg"})
+    names = boxes_and_points.ImageNames({1: "g/a.png", 2: "a.jpg", 3: "g/b.png", 4: "c.png", 5: "c.png.jpg"})
     assert names.find("g/a") == 1 and names.find("./a") == 2 and names.find("b") == 3
     assert names.find("c.png") == 4 and names.find("c.png.jpg") == 5
     assert names.shortest(4) == "c.png" and names.find("d") is None
@@ -204,7 +203,7 @@ def test_boxes_that_cannot_be_read_are_one_line(name, tmp_path):
     text, ending, expected = BOX_ERRORS[name]
     path = write(tmp_path, text, ending)
     with pytest.raises(ValueError) as caught:
-        prompts.read_boxes(path, SIZES)
+        boxes_and_points.read_boxes(path, SIZES)
     message = str(caught.value)
     assert message.startswith(str(path)) and expected in message and "\n" not in message, message
 
@@ -221,7 +220,7 @@ def given(tmp_path, boxes=None, points=None, classes=("background", "one", "two"
         if text is not None:
             (tmp_path / name).write_text(text)
         paths.append(None if text is None else tmp_path / name)
-    return prompts.read_given(*paths, SIZES, classes if classes is None else [*classes])
+    return boxes_and_points.read_given(*paths, SIZES, classes if classes is None else [*classes])
 
 
 def test_points_of_one_class_are_one_object(tmp_path):
@@ -248,7 +247,7 @@ def test_objects_tell_points_of_one_class_apart(tmp_path):
 def test_points_of_a_json_file(tmp_path):
     rows = [{"image": "a.png", "x": 3, "y": 4}, {"image": "a.png", "x": 5, "y": 6, "label": False}]
     path = write(tmp_path, json.dumps(rows), "json")
-    made, _ = prompts.read_given(None, path, SIZES, ["polyp"])
+    made, _ = boxes_and_points.read_given(None, path, SIZES, ["polyp"])
     assert unpacked(made) == {"a.png": [(1, None, [[3, 4], [5, 6]], [1, 0])]}
 
 
@@ -371,9 +370,9 @@ def test_the_same_prompts_from_files_give_the_same_answers(maps, tmp_path, capsy
     points = tmp_path / "points.csv"
     lines = ["image,class,object,x,y"]
     for i, entry in enumerate(dataset.entries):
-        pieces = prompts.components(dataset.sample(i, "")["mask"].numpy(), (1, 2))
+        pieces = boxes_and_points.components(dataset.sample(i, "")["mask"].numpy(), (1, 2))
         for k, piece in enumerate(pieces):
-            x, y = prompts.deepest_point(piece)
+            x, y = boxes_and_points.deepest_point(piece)
             lines.append(f"{entry.image.name},{dataset.classes[piece.label]},{k},{x:g},{y:g}")
     points.write_text("\n".join(lines))
 
@@ -400,10 +399,10 @@ def test_objects_with_other_numbers_of_points_are_answered_as_if_alone():
     model = net()
     size = (48, 64)
     some = [
-        prompts.Prompt(1, None, np.float32([3, 4, 20, 30]), *recipes.NO_POINTS),
-        prompts.Prompt(1, None, None, np.float32([[9, 9]]), np.int64([1])),
-        prompts.Prompt(1, None, None, np.float32([[9, 9], [30, 30], [5, 40]]), np.int64([1, 0, 1])),
-        prompts.Prompt(
+        boxes_and_points.Prompt(1, None, np.float32([3, 4, 20, 30]), *recipes.NO_POINTS),
+        boxes_and_points.Prompt(1, None, None, np.float32([[9, 9]]), np.int64([1])),
+        boxes_and_points.Prompt(1, None, None, np.float32([[9, 9], [30, 30], [5, 40]]), np.int64([1, 0, 1])),
+        boxes_and_points.Prompt(
             1, None, np.float32([3, 4, 20, 30]), np.float32([[9, 9], [30, 30]]), np.int64([0, 1])
         ),
     ]
@@ -524,8 +523,8 @@ def test_a_test_scores_points_of_a_file(maps, run, tmp_path, capsys):
     points = tmp_path / "points.csv"
     lines = ["image,class,object,x,y"]
     for stem, mask in MASKS.items():
-        for k, piece in enumerate(prompts.components(mask, (1, 2))):
-            x, y = prompts.deepest_point(piece)
+        for k, piece in enumerate(boxes_and_points.components(mask, (1, 2))):
+            x, y = boxes_and_points.deepest_point(piece)
             lines.append(f"{stem},{['one', 'two'][piece.label - 1]},{k},{x:g},{y:g}")
     points.write_text("\n".join(lines))
     how = {"out": str(tmp_path / "test"), "cache": str(tmp_path / "cache"), "workers": 0}

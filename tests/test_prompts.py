@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from prompts import (
+from imaging.boxes_and_points import (
     KINDS,
     Component,
     ImageNames,

@@ -17,11 +17,10 @@ import evaluate
 import losses
 import options as command_line
 import predict
-import prompts
 import recipes
 import sam_decoder
 import train
-from imaging import layouts
+from imaging import boxes_and_points, layouts
 
 pytestmark = pytest.mark.numeric
 
@@ -166,7 +165,7 @@ def test_an_evaluation_asks_the_same_every_time(maps, tmp_path):
     sample = dataset.sample(0, "")
     one, two = (recipe.inputs(sample, False, np.random.default_rng(s)) for s in (0, 1))
     assert torch.equal(one["boxes"], two["boxes"])
-    tight = [c.box for c in prompts.components(sample["mask"].numpy(), (1, 2))]
+    tight = [c.box for c in boxes_and_points.components(sample["mask"].numpy(), (1, 2))]
     scale = 64 / 64  # the longest side is the frame's
     close(one["boxes"], torch.tensor(np.array(tight)) * scale, 1e-5)
     jittered = [recipe.ask(sample, "jittered boxes")["boxes"] for _ in range(2)]
@@ -464,7 +463,7 @@ def test_the_study_s_recipe_runs_and_asks_for_the_background(asked, maps, tmp_pa
     settings = recipes.SAM["origin"]
     item = made(open_split(maps, tmp_path / "cache").sample(0, ""), settings)
     sample = open_split(maps, tmp_path / "cache").sample(0, "")["mask"].numpy()
-    expected = prompts.components(sample, range(3), min_area=1)
+    expected = boxes_and_points.components(sample, range(3), min_area=1)
     assert len(item["boxes"]) == len(expected) and item["mask"].shape[2:] == (48, 64)
     for mask, component in zip(item["mask"][:, 0].numpy(), expected):
         assert (mask == component.mask).all()
@@ -520,7 +519,7 @@ def test_boxes_from_a_file_are_scored_beside_the_truth_s(asked, monkeypatch, cap
     test, sheet = open_split(asked.data[0], asked.cache, "test"), tmp_path / "boxes.csv"
     lines = []
     for i, entry in enumerate(test.entries):
-        for c in prompts.components(test.sample(i, "")["mask"].numpy(), (1, 2)):
+        for c in boxes_and_points.components(test.sample(i, "")["mask"].numpy(), (1, 2)):
             corners = ",".join(str(int(x)) for x in c.box)
             lines.append(f"{entry.image.name},{test.classes[c.label]},{corners}\n")
     sheet.write_text(BOXES + "".join(lines))
