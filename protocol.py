@@ -18,9 +18,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from adapters import add_lora, is_lora
-from augment import MIRRORS, Augment, mirror_prompt, sided, view
 from data import Dataset, Items, loader
 from features import Rows, fingerprint, keep
+from imaging.augment import MIRRORS, Augment, mirror_prompt, sided, view
 from imaging.layouts import is_prompt_type
 from losses import dice_bce
 
@@ -39,7 +39,7 @@ class Settings:
     adapter_dim: int = 64
     keep_features: bool | None = None  # of a frozen encoder, on files; None: wherever it is frozen
     feature_dtype: str = "float16"
-    views: tuple[str, ...] = ("original",)  # of an image (augment.py), the augmentation then
+    views: tuple[str, ...] = ("original",)  # of an image (imaging/augment.py), the augmentation then
     augment: Augment | dict | None = None  # None: the model's own preprocessing
     crops_per_volume: int | None = None  # random windows that a volume gives in a training step
     crop_ratio: tuple[float, ...] | None = None  # of those around background and foreground, or

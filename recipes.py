@@ -43,10 +43,10 @@ import segformer
 import swin_unetr3d
 import upernet
 from adapters import merge_state_dict
-from augment import Augment, GITractAugment
 from data import Dataset
 from evaluate import EDITED, run_config
 from imaging import boxes_and_points, volumes
+from imaging.augment import Augment, GITractAugment
 from imaging.layouts import moved, plain_name
 from losses import (
     cldice_loss,
@@ -372,7 +372,7 @@ def load_classes(weights, variant, settings: Settings, overrides, train_set, kin
 
 
 # github.com/JaeL17/Medical-Image-Segmentation (model.py, utils.py, trainer.py). Quirks: 288 pixels
-# of the nearest neighbour and ImageNet's mean for every model; see losses.py and augment.py. Left
+# of the nearest neighbour and ImageNet's mean for every model; see losses.py and imaging/augment.py. Left
 # out: the last, smaller batch was dropped.
 GI_TRACT = dict(
     config={

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-import augment
 import protocol
+from imaging import augment
 
 pytestmark = pytest.mark.numeric
 

@@ -10,7 +10,6 @@ import torch
 from conftest import command, rows
 from PIL import Image
 
-import augment
 import data
 import evaluate
 import losses
@@ -19,7 +18,7 @@ import predict
 import recipes
 import segformer
 import train
-from imaging import layouts
+from imaging import augment, layouts
 
 pytestmark = pytest.mark.numeric
 

@@ -11,7 +11,6 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import adapters
-import augment
 import data
 import evaluate
 import losses
@@ -20,7 +19,7 @@ import predict
 import recipes
 import sam_decoder
 import train
-from imaging import boxes_and_points, layouts
+from imaging import augment, boxes_and_points, layouts
 
 pytestmark = pytest.mark.numeric
 
