@@ -17,7 +17,7 @@ Volumes (NIfTI; a case's channels one 4-D file or, in one folder, CASE_0000, CAS
 label maps on their own grid, the numbers' names in classes.json; where classes overlap a file for
 each. A Universal Model can be asked for some of its --classes alone, which takes less memory. Of
 such organs --organ-rules keep what anatomy allows: one piece, tumours within their organs
-(organs.py).
+(imaging/organ_rules.py).
 Existing files are never overwritten. An input that cannot be read does not end the call: the others
 are predicted, such inputs are listed at the end, and the exit status is 1 (2 if none was good). The
 same call with --skip-existing continues where an earlier one ended.
@@ -48,7 +48,6 @@ from PIL import Image
 from tqdm import tqdm
 
 import data
-import organs
 import report
 from engine.ranges import GREY_LEVEL, POSITIVE, Number
 from evaluate import (
@@ -61,7 +60,7 @@ from evaluate import (
     run_config,
     to_masks,
 )  # fmt: skip
-from imaging import files, layouts, volumes
+from imaging import files, layouts, organ_rules, volumes
 from protocol import describe_cuts
 from recipes import FAMILIES, load_model, second_file
 
@@ -125,7 +124,7 @@ def volume_options(add) -> None:
     """Those that only models of volumes take, OF_VOLUMES."""
     help = "of a volume: keep of each class only its largest connected component"
     add("--largest-component", action="store_true", help=help)
-    help = "keep of organs their largest piece, of tumours what is in the organ; see organs.py"
+    help = "keep of organs their largest piece, of tumours what is in the organ; see imaging/organ_rules.py"
     add("--organ-rules", action="store_true", help=help)
     add("--classes", nargs="+", metavar="NAME", help="of a Universal Model: these alone")
     share = Number(at_least=0, below=1)
@@ -847,10 +846,10 @@ def check_rules(config, classes: list[str], args) -> None:
         raise ValueError(f"--organ-rules: {told}, take --largest-component")
     if args.largest_component:
         raise ValueError("--organ-rules knows what is one piece; drop --largest-component")
-    if not organs.ruled(classes[1:]):
+    if not organ_rules.ruled(classes[1:]):
         told = ", ".join(classes[1:]) or "nothing names the model's classes"
         raise ValueError(f"--organ-rules: none for these classes ({told}); drop it")
-    for name, needs in organs.unruled(classes).items():
+    for name, needs in organ_rules.unruled(classes).items():
         print(f"--organ-rules: {name} stays as it is without {', '.join(needs)}")
 
 
@@ -902,7 +901,7 @@ def label_maps(probabilities, config, classes, numbers, grid, args) -> np.ndarra
         maps = np.stack([volumes.largest_component(labels) for labels in maps])
     if args.organ_rules:
         masks = dict(zip(classes[1:], maps.view(bool)))
-        maps = np.stack([*organs.organ_rules(masks, grid.spacing).values()]).view(np.uint8)
+        maps = np.stack([*organ_rules.organ_rules(masks, grid.spacing).values()]).view(np.uint8)
     return maps
 
 

@@ -9,7 +9,7 @@ from scipy import ndimage
 
 import predict
 import swin_unetr3d
-from organs import organ_rules
+from imaging.organ_rules import organ_rules
 
 pytestmark = pytest.mark.numeric
 
