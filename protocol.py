@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from adapters import add_lora, is_lora
 from data import Dataset, Items, loader
+from engine.lora import add_lora, is_lora
 from features import Rows, fingerprint, keep
 from imaging.augment import MIRRORS, Augment, mirror_prompt, sided, view
 from imaging.layouts import is_prompt_type
@@ -393,7 +393,7 @@ def choose_trained(model: nn.Module, family, settings: Settings) -> None:
     """Freezes what `settings.train` leaves as it is; family: the model's in recipes.FAMILIES.
 
     all: nothing is frozen; decoder: the towers are; lora: the towers are, with a low-rank update of
-    `lora_rank` on their linear layers (adapters.py; see `Family.lora`), which is trained with the
+    `lora_rank` on their linear layers (engine/lora.py; see `Family.lora`), which is trained with the
     decoder; adapters: everything but the adapters of `adapter_dim` in both towers.
     """
     adapters = [name for name, _ in model.named_parameters() if "adapter" in name]

@@ -42,8 +42,8 @@ import sam_decoder
 import segformer
 import swin_unetr3d
 import upernet
-from adapters import merge_state_dict
 from data import Dataset
+from engine.lora import merge_state_dict
 from evaluate import EDITED, run_config
 from imaging import boxes_and_points, volumes
 from imaging.augment import Augment, GITractAugment

@@ -9,7 +9,7 @@
 What is not given comes from the recipe (recipes.py). The run folder, runs/NAME, holds config.json,
 metrics.csv (a row an epoch), curves.png, log.txt, last.pt (all that a resumed run needs),
 best.safetensors (`Model.from_pretrained("runs/NAME")` reads it), where only a part was trained
-that part in adapter.safetensors (adapters.py), and test/ with summary.json, per_image.csv and
+that part in adapter.safetensors (engine/lora.py), and test/ with summary.json, per_image.csv and
 overlays. On the CPU a resumed run gives the same numbers, bit for bit, as one that never stopped.
 A run that fails before anything is saved leaves no run folder, and one that was killed before that
 is started again by the same command. More --epochs change the learning rate of schedules that end
@@ -44,7 +44,7 @@ import data
 import evaluate
 import recipes
 import report
-from adapters import merge_lora, merged_state_dict, save_adapter, tensor_fault
+from engine.lora import merge_lora, merged_state_dict, save_adapter, tensor_fault
 from imaging import layouts, volumes
 from options import Options, check_same, checked, flag, parse, resolve
 from protocol import (

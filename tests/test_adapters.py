@@ -9,9 +9,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-import adapters
 import cris
 import sam_decoder
+from engine import lora
 
 pytestmark = pytest.mark.numeric
 
@@ -28,9 +28,9 @@ def inputs():
 
 def test_it_starts_as_the_loaded_model_and_ends_in_its_names():
     model, plain = mini(), mini()
-    adapters.add_lora(model, 4, lambda name: name.startswith("backbone."))
+    lora.add_lora(model, 4, lambda name: name.startswith("backbone."))
     torch.testing.assert_close(model(*inputs()), plain(*inputs()), rtol=0, atol=0)
-    merged = adapters.merged_state_dict(model)
+    merged = lora.merged_state_dict(model)
     assert set(merged) == set(plain.state_dict())
     for name, tensor in plain.state_dict().items():
         assert torch.equal(merged[name], tensor), name
@@ -38,18 +38,18 @@ def test_it_starts_as_the_loaded_model_and_ends_in_its_names():
 
 def test_only_the_updates_and_what_was_not_chosen_learn():
     model = mini().train()
-    before = {name: t.clone() for name, t in adapters.merged_state_dict(model).items()}
-    adapters.add_lora(model, 4, lambda name: name.startswith("backbone."))
+    before = {name: t.clone() for name, t in lora.merged_state_dict(model).items()}
+    lora.add_lora(model, 4, lambda name: name.startswith("backbone."))
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     towers = {name for name in trained if name.startswith("backbone.")}
-    assert towers and all(adapters.is_lora(name) for name in towers)
+    assert towers and all(lora.is_lora(name) for name in towers)
     assert any("in_proj_weight" in name for name in towers), "packed projections are reached too"
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     for _ in range(2):  # in the first step `up` is zero, and so is the gradient of `down`
         model(*inputs()).square().mean().backward()
         optimizer.step()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
-    after = adapters.merged_state_dict(model)
+    after = lora.merged_state_dict(model)
     changed = {name for name in after if not torch.equal(after[name], before[name])}
     linear = {name for name in changed if name.startswith("backbone.transformer")}
     assert linear == {
@@ -70,9 +70,9 @@ def test_only_the_updates_and_what_was_not_chosen_learn():
 def test_the_update_has_the_rank_that_was_asked_for():
     layer = nn.Sequential(nn.Linear(20, 30))
     weight = layer[0].weight.detach().clone()
-    adapters.add_lora(layer, 3, lambda name: True)
+    lora.add_lora(layer, 3, lambda name: True)
     nn.init.normal_(layer[0].parametrizations.weight[0].up)
-    difference = adapters.merged_state_dict(layer)["0.weight"] - weight
+    difference = lora.merged_state_dict(layer)["0.weight"] - weight
     assert torch.linalg.matrix_rank(difference) == 3
     assert sum(p.numel() for p in layer.parameters() if p.requires_grad) == 3 * (20 + 30)
 
@@ -80,13 +80,13 @@ def test_the_update_has_the_rank_that_was_asked_for():
 def test_a_merged_model_is_plain_and_gives_the_same():
     image, tokens = inputs()
     model, untouched = mini().double(), mini().double()
-    adapters.add_lora(model, 4, lambda name: name.startswith("backbone."))
+    lora.add_lora(model, 4, lambda name: name.startswith("backbone."))
     for name, p in model.named_parameters():
         if name.endswith(".up"):
             nn.init.normal_(p, std=0.1)
-    expected, state = model(image.double(), tokens), adapters.merged_state_dict(model)
+    expected, state = model(image.double(), tokens), lora.merged_state_dict(model)
     assert (expected - untouched(image.double(), tokens)).abs().max() > 1e-3
-    adapters.merge_lora(model)
+    lora.merge_lora(model)
     assert set(model.state_dict()) == set(untouched.state_dict()) == set(state)
     torch.testing.assert_close(model(image.double(), tokens), expected, rtol=0, atol=1e-12)
     untouched.load_state_dict(state)
@@ -95,9 +95,9 @@ def test_a_merged_model_is_plain_and_gives_the_same():
 
 def test_nothing_to_work_on_is_an_error():
     with pytest.raises(ValueError, match="no linear layer"):
-        adapters.add_lora(mini(), 4, lambda name: "bn" in name)
+        lora.add_lora(mini(), 4, lambda name: "bn" in name)
     with pytest.raises(ValueError, match="at least 1"):
-        adapters.add_lora(mini(), 0, lambda name: True)
+        lora.add_lora(mini(), 0, lambda name: True)
 
 
 # --- some rows ------------------------------------------------------------------------------------
@@ -110,7 +110,7 @@ def mini_sam(seed: int = 0) -> sam_decoder.SAM:
 
 def samed(model, rank: int = 4) -> None:
     """As SAMed does."""
-    adapters.add_lora(
+    lora.add_lora(
         model,
         rank,
         lambda name: name.startswith("vision_encoder."),
@@ -158,8 +158,8 @@ def test_rows_against_plain_matrices():
     layer = nn.Linear(5, 12).double()
     weight, bias = layer.weight.detach().clone(), layer.bias.detach().clone()
     register = torch.nn.utils.parametrize.register_parametrization
-    register(layer, "weight", adapters.LoRA(layer.weight, 2, slice(4, 10)))
-    register(layer, "weight", adapters.LoRA(layer.weight, 1))
+    register(layer, "weight", lora.LoRA(layer.weight, 2, slice(4, 10)))
+    register(layer, "weight", lora.LoRA(layer.weight, 1))
     some, whole = layer.parametrizations.weight
     assert some.up.shape == (6, 2) and whole.up.shape == (12, 1)
     assert not some.up.any() and not whole.up.any()
@@ -176,7 +176,7 @@ def test_rows_against_plain_matrices():
                 expected[o, i] += up[o - 4][0] * down[0][i] + up[o - 4][1] * down[1][i]
     x = torch.randn(7, 5, dtype=torch.float64)
     torch.testing.assert_close(layer(x), x @ expected.T + bias, rtol=0, atol=1e-12)
-    adapters.merge_lora(layer)
+    lora.merge_lora(layer)
     torch.testing.assert_close(layer.weight, expected, rtol=0, atol=1e-12)
 
 
@@ -190,7 +190,7 @@ def test_samed_updates_queries_and_values_alone():
     # 4 blocks, 2 updates of rank 4 each, 64 channels in and 64 of the 192 rows out
     assert trained == total - encoder + 4 * 2 * 4 * (64 + 64)
     train(model, sam_masks)
-    after = adapters.merged_state_dict(model)
+    after = lora.merged_state_dict(model)
     assert set(after) == set(plain)
     for name, tensor in plain.items():
         if name.endswith("attn.qkv.weight"):
@@ -210,7 +210,7 @@ def test_each_third_has_an_update_of_its_own_rank():
         if name.endswith(".up"):
             assert p.shape == (64, 4)
             nn.init.normal_(p)
-    after = adapters.merged_state_dict(model)
+    after = lora.merged_state_dict(model)
     name = "vision_encoder.layers.2.attn.qkv.weight"
     q, k, v = (after[name] - before[name]).split(64)
     assert [torch.linalg.matrix_rank(x).item() for x in (q, k, v)] == [4, 0, 4]
@@ -219,27 +219,27 @@ def test_each_third_has_an_update_of_its_own_rank():
 
 def test_thirds_of_packed_projections_in_torch():
     model, plain = mini_attending(), mini_attending()
-    adapters.add_lora(
+    lora.add_lora(
         model, 3, lambda name: name.startswith("attn."), lambda name: "in_proj" in name, (1,)
     )
     trained = {n: p.numel() for n, p in model.named_parameters() if p.requires_grad}
     updates = {n: size for n, size in trained.items() if n.startswith("attn.")}
-    assert sum(updates.values()) == 3 * (24 + 24) and all(map(adapters.is_lora, updates))
+    assert sum(updates.values()) == 3 * (24 + 24) and all(map(lora.is_lora, updates))
     x = torch.randn(2, 6, 24)
     train(model, lambda m: m(x))
-    after, before = adapters.merged_state_dict(model), plain.state_dict()
+    after, before = lora.merged_state_dict(model), plain.state_dict()
     changed = (after["attn.in_proj_weight"] != before["attn.in_proj_weight"]).any(1)
     assert changed[24:48].any() and not changed[:24].any() and not changed[48:].any()
     assert torch.equal(after["attn.out_proj.weight"], before["attn.out_proj.weight"])
     expected = model(x)
-    adapters.merge_lora(model)
+    lora.merge_lora(model)
     torch.testing.assert_close(model(x), expected, rtol=0, atol=1e-6)
 
 
 def test_what_has_no_thirds_is_refused_and_left_alone():
     model = mini_sam()
     with pytest.raises(ValueError, match=r"attn.proj.weight is \(64,64\), .*no thirds$"):
-        adapters.add_lora(
+        lora.add_lora(
             model, 4, lambda name: ".attn." in name, lambda name: "attn.proj" in name, (0, 2)
         )
     assert all(p.requires_grad for p in model.parameters())
@@ -258,7 +258,7 @@ def trained_sam():
 def trained_attending():
     """In training mode, so that the batch norm's statistics change."""
     model = mini_attending()
-    adapters.add_lora(model, 3, lambda name: name.startswith(("attn.", "norm.")))
+    lora.add_lora(model, 3, lambda name: name.startswith(("attn.", "norm.")))
     model.train()
     torch.manual_seed(1)
     train(model, lambda m: m(torch.randn(8, 6, 24)))
@@ -267,7 +267,7 @@ def trained_attending():
 
 def trained_cris():
     model = mini().train()
-    adapters.add_lora(model, 4, lambda name: name.startswith("backbone."))
+    lora.add_lora(model, 4, lambda name: name.startswith("backbone."))
     train(model, lambda m: m(*inputs()), lr=0.1)
     return model, mini, "backbone.transformer.resblocks.0.attn.in_proj_weight"
 
@@ -282,16 +282,16 @@ def decoder_only():
 @pytest.mark.parametrize("make", [trained_sam, trained_attending, trained_cris, decoder_only])
 def test_a_small_file_and_the_plain_model_give_the_trained_one(make, tmp_path):
     model, plain, changed = make()
-    adapters.save_adapter(model, tmp_path / "a.safetensors")
-    expected, other = adapters.merged_state_dict(model), plain()
+    lora.save_adapter(model, tmp_path / "a.safetensors")
+    expected, other = lora.merged_state_dict(model), plain()
     assert not torch.equal(expected[changed], other.state_dict()[changed])
-    adapters.load_adapter(other, tmp_path / "a.safetensors")
+    lora.load_adapter(other, tmp_path / "a.safetensors")
     # ready to go on: the same is trained, and saved again the file is the same
     flags = [{n: p.requires_grad for n, p in m.named_parameters()} for m in (model, other)]
     assert flags[0] == flags[1]
-    adapters.save_adapter(other, tmp_path / "b.safetensors")
+    lora.save_adapter(other, tmp_path / "b.safetensors")
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
-    adapters.merge_lora(other)
+    lora.merge_lora(other)
     state = other.state_dict()
     assert set(state) == set(plain().state_dict()) == set(expected)
     for name, tensor in expected.items():
@@ -304,10 +304,10 @@ def test_the_file_is_small_and_its_names_are_what_was_trained(tmp_path):
     samed(model)
     model.prompt_encoder.requires_grad_(False)
     model.mask_decoder.requires_grad_(False)
-    adapters.save_adapter(model, path)
+    lora.save_adapter(model, path)
     saved = load_file(path)
     fourier = "prompt_encoder.shared_embedding.positional_embedding"
-    assert {name for name in saved if not adapters.is_lora(name)} == {fourier}  # a buffer
+    assert {name for name in saved if not lora.is_lora(name)} == {fourier}  # a buffer
     assert len(saved) == 4 * 2 * 2 + 1
     numbers = 4 * 2 * 4 * (64 + 64) + 2 * 32
     whole = sum(4 * t.numel() for t in mini_sam().state_dict().values())
@@ -326,14 +326,14 @@ def changed_file(path, tensors=None, **metadata):
 
 def test_what_does_not_fit_is_told_in_a_line_and_changes_nothing(tmp_path):
     path = tmp_path / "adapter.safetensors"
-    adapters.save_adapter(trained_sam()[0], path)
+    lora.save_adapter(trained_sam()[0], path)
     good = path.read_bytes()
 
     def refused(words, model=None):
         model = model or mini_sam()
         names, before = list(model.state_dict()), [t.clone() for t in model.state_dict().values()]
         with pytest.raises(ValueError, match=words) as caught:
-            adapters.load_adapter(model, path)
+            lora.load_adapter(model, path)
         assert "\n" not in str(caught.value) and str(path) in str(caught.value)
         assert list(model.state_dict()) == names  # no update was left behind
         assert all(map(torch.equal, model.state_dict().values(), before))

@@ -16,7 +16,6 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
-import adapters
 import beit
 import biomedclipseg
 import clipseg
@@ -31,6 +30,8 @@ import swin_unetr3d
 import textcodes
 import train
 import upernet
+from engine import lora
+from engine.lora import add_lora, load_adapter, save_adapter
 
 FILES = (beit, biomedclipseg, clipseg, cris, dpt, sam_decoder, segformer, swin_unetr3d, upernet)
 MODELS = {
@@ -364,7 +365,7 @@ def test_no_way_in_runs_the_code_of_a_file(payload, demo, tmp_path, monkeypatch,
     with pytest.raises(ValueError):
         textcodes.TextTower.from_pretrained(path)
     with pytest.raises(ValueError):
-        adapters.load_adapter(mini_model("sam_decoder"), path)
+        load_adapter(mini_model("sam_decoder"), path)
     assert not mark.exists()
 
 
@@ -439,7 +440,7 @@ FAULTS = {
 def test_what_is_no_number_is_told(fault):
     change, said = FAULTS[fault]
     good = torch.randn(3, 4)
-    for file in (*FILES, adapters):
+    for file in (*FILES, lora):
         assert said in file.tensor_fault(change(good), good)
         assert file.tensor_fault(change(good), torch.zeros(3, 4, dtype=torch.int64)) == ""
     for t in (torch.zeros(0, 2), torch.tensor(2.0), good.t(), good.half(), good.double()):
@@ -502,9 +503,9 @@ def test_counters_and_ignored_tensors_may_be_of_any_type(tmp_path):
 def test_adapters_and_codes_that_are_no_numbers_are_refused(fault, tmp_path):
     change, said = FAULTS[fault]
     model = mini_model("sam_decoder")
-    adapters.add_lora(model, 2, lambda name: name.startswith("vision_encoder."))
+    add_lora(model, 2, lambda name: name.startswith("vision_encoder."))
     path = tmp_path / "adapter.safetensors"
-    adapters.save_adapter(model, path)
+    save_adapter(model, path)
     from safetensors import safe_open
 
     with safe_open(path, "pt") as file:
@@ -513,7 +514,7 @@ def test_adapters_and_codes_that_are_no_numbers_are_refused(fault, tmp_path):
     name = next(name for name in tensors if name.endswith(".down"))
     save_file(tensors | {name: change(tensors[name]).contiguous()}, path, about)
     with pytest.raises(ValueError, match=f"{re.escape(name)} {said}"):
-        adapters.load_adapter(mini_model("sam_decoder"), path)
+        load_adapter(mini_model("sam_decoder"), path)
 
     codes = {"liver": torch.randn(512), "spleen": change(torch.randn(512))}
     save_file(codes, tmp_path / "codes.safetensors")

@@ -14,7 +14,6 @@ from conftest import command
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-import adapters
 import cris
 import data
 import evaluate
@@ -23,6 +22,7 @@ import predict
 import recipes
 import studies
 import train
+from engine import lora
 from imaging import layouts, volumes
 
 # --- config.json ---------------------------------------------------------------------------------
@@ -320,7 +320,7 @@ def test_an_adapter_that_does_not_say_where_it_belongs_is_one_line(text, tmp_pat
     path = tmp_path / "adapter.safetensors"
     save_file({"a": torch.ones(1)}, path, {"lora": text})
     with pytest.raises(ValueError) as caught:
-        adapters.load_adapter(nn.Linear(2, 2), path)
+        lora.load_adapter(nn.Linear(2, 2), path)
     assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
 
 
@@ -329,7 +329,7 @@ def test_an_adapter_of_a_huge_rank_takes_no_memory(tmp_path):
     name = "parametrizations.weight.0"
     save_file({"a": torch.ones(1)}, path, {"lora": json.dumps({name: [10**15, None, None]})})
     with pytest.raises(ValueError, match="of rank 1000000000000000"):
-        adapters.load_adapter(nn.Linear(2, 2), path)
+        lora.load_adapter(nn.Linear(2, 2), path)
 
 
 # --- caches that change while they are used ------------------------------------------------------

@@ -10,7 +10,6 @@ from conftest import close, command, rows
 from PIL import Image
 from safetensors.torch import load_file
 
-import adapters
 import data
 import evaluate
 import losses
@@ -19,6 +18,7 @@ import predict
 import recipes
 import sam_decoder
 import train
+from engine.lora import load_adapter, merge_lora
 from imaging import augment, boxes_and_points, layouts
 
 pytestmark = pytest.mark.numeric
@@ -453,8 +453,8 @@ def test_lora_trains_queries_and_values_and_loads_back_from_a_small_file(asked, 
     assert {name for name in changed if name.startswith("vision")} == inside
     keys = "vision_encoder.layers.0.attn.qkv.weight"
     assert torch.equal(best[keys][C : 2 * C], before[keys][C : 2 * C])
-    adapters.load_adapter(base, folder / "adapter.safetensors")
-    adapters.merge_lora(base)
+    load_adapter(base, folder / "adapter.safetensors")
+    merge_lora(base)
     assert all(torch.equal(best[name], t) for name, t in base.state_dict().items())
 
 
