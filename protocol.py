@@ -18,8 +18,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from data import Dataset, Items, loader
+from engine.feature_cache import Rows, fingerprint, keep
 from engine.lora import add_lora, is_lora
-from features import Rows, fingerprint, keep
 from imaging.augment import MIRRORS, Augment, mirror_prompt, sided, view
 from imaging.layouts import is_prompt_type
 from losses import dice_bce
@@ -311,7 +311,7 @@ def allow_single_values(model: nn.Module) -> None:
 
 @dataclass
 class Kept:
-    """What frozen towers gave for images and texts, in files of features.py."""
+    """What frozen towers gave for images and texts, in files of engine/feature_cache.py."""
 
     images: dict[tuple[Path, str], tuple[Rows, int]]  # image file and view -> where
     texts: dict[str, tuple[Rows, int]]

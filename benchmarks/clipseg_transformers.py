@@ -5,7 +5,7 @@
 
 Forward: evaluation mode, no gradients; transformers pads a prompt to 77 tokens and repeats the image for
 every prompt, as its processor and its interface ask for. Training step: the decoder alone, from kept
-features (features.py) against transformers' whole model, whose towers run without gradients too. Epoch:
+features (engine/feature_cache.py) against transformers' whole model, whose towers run without gradients too. Epoch:
 a later one over --images images, with loading and all, the features being on file.
 """
 

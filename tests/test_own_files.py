@@ -17,12 +17,11 @@ from torch import nn
 import cris
 import data
 import evaluate
-import features
 import predict
 import recipes
 import studies
 import train
-from engine import lora
+from engine import feature_cache, lora
 from imaging import layouts, volumes
 
 # --- config.json ---------------------------------------------------------------------------------
@@ -349,11 +348,11 @@ def test_pixels_that_are_cut_while_a_run_reads_them_are_one_line(left, demo, tmp
 @pytest.mark.parametrize("left", [0, 60, 140])
 def test_features_that_are_cut_while_a_run_reads_them_are_one_line(left, tmp_path):
     path = tmp_path / "x.npy"
-    features.keep(path, 3, lambda start: iter(torch.ones(3, 8)[start:]), "rows", "float32")
-    rows = features.Rows(path)
+    feature_cache.keep(path, 3, lambda start: iter(torch.ones(3, 8)[start:]), "rows", "float32")
+    rows = feature_cache.Rows(path)
     assert rows[2].tolist() == [1] * 8
     path.write_bytes(path.read_bytes()[:left])
-    for again in rows, features.Rows(path):
+    for again in rows, feature_cache.Rows(path):
         with pytest.raises(OSError, match="x.npy: (row 2|the header) was damaged while"):
             again[2]
 
