@@ -11,8 +11,8 @@ from typing import get_args
 
 import report
 from data import ORIENTATIONS, colour_table
+from engine.evaluate import patients_of, run_config
 from engine.ranges import Choice, Flag, Number, Text, Values
-from evaluate import patients_of, run_config
 from imaging.augment import VIEWS
 from imaging.boxes_and_points import KINDS
 from imaging.layouts import is_prompt_type, path_and_split, prompt_option

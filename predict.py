@@ -49,8 +49,7 @@ from tqdm import tqdm
 
 import data
 import report
-from engine.ranges import GREY_LEVEL, POSITIVE, Number
-from evaluate import (
+from engine.evaluate import (
     check_threshold,
     each_is,
     num_classes,
@@ -59,7 +58,8 @@ from evaluate import (
     read_image_prompts,
     run_config,
     to_masks,
-)  # fmt: skip
+)
+from engine.ranges import GREY_LEVEL, POSITIVE, Number
 from imaging import files, layouts, organ_rules, volumes
 from protocol import describe_cuts
 from recipes import FAMILIES, load_model, second_file

@@ -43,8 +43,8 @@ import segformer
 import swin_unetr3d
 import upernet
 from data import Dataset
+from engine.evaluate import EDITED, run_config
 from engine.lora import merge_state_dict
-from evaluate import EDITED, run_config
 from imaging import boxes_and_points, volumes
 from imaging.augment import Augment, GITractAugment
 from imaging.layouts import moved, plain_name

@@ -62,13 +62,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import evaluate
 import metrics
 import options
 import recipes
 import report
 import train
-from engine import startup
+from engine import evaluate, startup
 from engine.ranges import POSITIVE, Number
 from imaging import files, layouts, volumes
 from options import Options, flag

@@ -41,9 +41,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 import data
-import evaluate
 import recipes
 import report
+from engine import evaluate
 from engine.lora import merge_lora, merged_state_dict, save_adapter, tensor_fault
 from imaging import layouts, volumes
 from options import Options, check_same, checked, flag, parse, resolve

@@ -10,12 +10,12 @@ from conftest import command, rows
 from PIL import Image
 
 import data
-import evaluate
 import predict
 import prepare
 import recipes
 import report
 import sam_decoder
+from engine import evaluate
 from imaging import boxes_and_points, layouts
 
 NAMES = {"0": "background", "1": "stomach", "2": "small bowel"}

@@ -11,13 +11,13 @@ from conftest import command, rows
 from PIL import Image
 
 import data
-import evaluate
 import losses
 import metrics
 import predict
 import recipes
 import segformer
 import train
+from engine import evaluate
 from imaging import augment, layouts
 
 pytestmark = pytest.mark.numeric

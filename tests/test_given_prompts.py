@@ -10,13 +10,13 @@ from conftest import close, command, rows, write_run
 from PIL import Image
 
 import data
-import evaluate
 import predict
 import prepare
 import recipes
 import report
 import sam_decoder
 import train
+from engine import evaluate
 from imaging import boxes_and_points, layouts
 
 SIZES = {"a.png": (30, 40), "b.png": (10, 20)}

@@ -21,10 +21,9 @@ from safetensors import SafetensorError
 from test_train import arguments, same_run
 
 import data
-import evaluate
 import report
 import train
-from engine import startup
+from engine import evaluate, startup
 from imaging import atomic_files, layouts
 
 # --- one line, and the exit status ---------------------------------------------------------------

@@ -21,12 +21,12 @@ from scipy.ndimage import gaussian_filter
 from scipy.spatial.transform import Rotation
 from scipy.stats import beta, bootstrap, norm, t
 
-import evaluate
 import metrics
 import options as command_line
 import predict
 import report
 import train
+from engine import evaluate
 from imaging import volumes
 
 pytestmark = pytest.mark.numeric

@@ -16,12 +16,11 @@ from torch import nn
 
 import cris
 import data
-import evaluate
 import predict
 import recipes
 import studies
 import train
-from engine import feature_cache, lora
+from engine import evaluate, feature_cache, lora
 from imaging import layouts, volumes
 
 # --- config.json ---------------------------------------------------------------------------------

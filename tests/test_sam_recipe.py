@@ -11,13 +11,13 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import data
-import evaluate
 import losses
 import options as command_line
 import predict
 import recipes
 import sam_decoder
 import train
+from engine import evaluate
 from engine.lora import load_adapter, merge_lora
 from imaging import augment, boxes_and_points, layouts
 

@@ -16,11 +16,11 @@ import torch
 from conftest import command, rows
 from safetensors.torch import save_file
 
-import evaluate
 import metrics
 import report
 import studies
 import train
+from engine import evaluate
 from imaging import layouts, volumes
 
 NAMES = ["spleen", "right kidney", "liver"]  # label numbers 1, 2, 3

@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 import biomedclipseg
 import clipseg
 import data
-import evaluate
 import protocol
 import recipes
 import train
+from engine import evaluate
 from imaging import layouts
 from options import resolve
 from tokenizer import CHARACTERS, CLIPTokenizer, WordPieceTokenizer

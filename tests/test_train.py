@@ -22,12 +22,12 @@ from safetensors.torch import load_file
 
 import cris
 import data
-import evaluate
 import predict
 import protocol
 import recipes
 import report
 import train
+from engine import evaluate
 from imaging import atomic_files, layouts
 from options import resolve
 

@@ -13,7 +13,6 @@ from conftest import command, contents, rows
 from monai.losses import DiceCELoss
 from scipy import ndimage
 
-import evaluate
 import losses
 import predict
 import prepare
@@ -21,6 +20,7 @@ import recipes
 import report
 import swin_unetr3d
 import train
+from engine import evaluate
 
 pytestmark = pytest.mark.numeric
 
