@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import get_args
 
-import report
 from data import ORIENTATIONS, colour_table
+from engine import report
 from engine.evaluate import patients_of, run_config
 from engine.ranges import Choice, Flag, Number, Text, Values
 from imaging.augment import VIEWS

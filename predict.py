@@ -48,7 +48,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import data
-import report
+from engine import report
 from engine.evaluate import (
     check_threshold,
     each_is,

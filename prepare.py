@@ -54,8 +54,8 @@ from tqdm import tqdm
 
 import data
 import prepare_volumes
-import report
 import textcodes
+from engine import report
 from engine.ranges import GREY_LEVEL, POSITIVE, SEED, Number
 from imaging import boxes_and_points, layouts, volumes
 

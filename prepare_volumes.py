@@ -25,7 +25,7 @@ import numpy as np
 from scipy import ndimage
 from tqdm import tqdm
 
-import report
+from engine import report
 from engine.ranges import SEED, Number
 from imaging import layouts, volumes
 from imaging.files import decode_text, parse_json, read_json

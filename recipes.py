@@ -45,6 +45,7 @@ import upernet
 from data import Dataset
 from engine.evaluate import EDITED, run_config
 from engine.lora import merge_state_dict
+from engine.report import is_out_of_memory
 from imaging import boxes_and_points, volumes
 from imaging.augment import Augment, GITractAugment
 from imaging.layouts import moved, plain_name
@@ -73,7 +74,6 @@ from protocol import (
     prompted_recipe,
     texts_per_batch,
 )
-from report import is_out_of_memory
 from tokenizer import CHARACTERS, CLIPTokenizer, WordPieceTokenizer
 
 # --- CRIS -----------------------------------------------------------------------------------------

@@ -65,9 +65,8 @@ from tqdm import tqdm
 import metrics
 import options
 import recipes
-import report
 import train
-from engine import evaluate, startup
+from engine import evaluate, report, startup
 from engine.ranges import POSITIVE, Number
 from imaging import files, layouts, volumes
 from options import Options, flag

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import clipseg
-import report
+from engine import report
 from imaging import layouts
 from swin_unetr3d import ORGANS, TEXT
 from tokenizer import CLIPTokenizer

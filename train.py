@@ -42,8 +42,7 @@ from tqdm import tqdm
 
 import data
 import recipes
-import report
-from engine import evaluate
+from engine import evaluate, report
 from engine.lora import merge_lora, merged_state_dict, save_adapter, tensor_fault
 from imaging import layouts, volumes
 from options import Options, check_same, checked, flag, parse, resolve

@@ -23,7 +23,7 @@ from common import HEADER, ROOT, in_turns, machine, memory_rows, peak_memory, ro
 
 sys.path.insert(0, str(ROOT))
 
-import report
+from engine import report
 from engine.ranges import POSITIVE
 
 

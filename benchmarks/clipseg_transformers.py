@@ -23,7 +23,7 @@ import clipseg  # noqa: E402
 import data  # noqa: E402
 import protocol  # noqa: E402
 import recipes  # noqa: E402
-import report  # noqa: E402
+from engine import report  # noqa: E402
 from engine.ranges import POSITIVE, Number  # noqa: E402
 from imaging import layouts  # noqa: E402
 from losses import dice_bce  # noqa: E402

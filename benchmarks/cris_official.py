@@ -21,7 +21,7 @@ from torch import nn
 sys.path.insert(0, str(ROOT))
 
 import cris  # noqa: E402
-import report  # noqa: E402
+from engine import report  # noqa: E402
 from engine.ranges import POSITIVE  # noqa: E402
 
 

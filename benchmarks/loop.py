@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 from common import in_turns, machine, now  # noqa: E402
 
 import data  # noqa: E402
-import report  # noqa: E402
+from engine import report  # noqa: E402
 from engine.evaluate import evaluate, pick_device  # noqa: E402
 from engine.ranges import POSITIVE  # noqa: E402
 from imaging import layouts  # noqa: E402

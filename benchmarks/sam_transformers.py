@@ -25,8 +25,8 @@ from torch import nn
 
 sys.path.insert(0, str(ROOT))
 
-import report  # noqa: E402
 import sam_decoder  # noqa: E402
+from engine import report  # noqa: E402
 from engine.ranges import POSITIVE  # noqa: E402
 from losses import sam_loss  # noqa: E402
 

@@ -20,8 +20,8 @@ from common import HEADER, ROOT, in_fresh_process, in_turns, machine, peak_memor
 
 sys.path.insert(0, str(ROOT))
 
-import report
 import swin_unetr3d
+from engine import report
 from engine.ranges import POSITIVE
 
 TABLE = {"forward": (96, 64), "step": (64,), "memory": (64,)}  # sides of the volume

@@ -18,8 +18,8 @@ from common import HEADER, ROOT, in_fresh_process, in_turns, machine, peak_memor
 
 sys.path.insert(0, str(ROOT))
 
-import report
 import swin_unetr3d
+from engine import report
 from engine.ranges import POSITIVE
 
 CLASSES = 32

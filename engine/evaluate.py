@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 import data
 import metrics
-import report
+from engine import report
 from imaging import boxes_and_points, files, layouts, volumes
 
 

@@ -21,8 +21,7 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # of what a shell starts 
 
 def command(monkeypatch, capsys, module, *arguments) -> tuple[int, str, str]:
     """Runs a program as from the command line: exit status, stdout, stderr."""
-    import report
-    from engine import startup
+    from engine import report, startup
 
     monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
     signals = [*startup.SIGNALS, signal.SIGCHLD]

@@ -13,9 +13,8 @@ import data
 import predict
 import prepare
 import recipes
-import report
 import sam_decoder
-from engine import evaluate
+from engine import evaluate, report
 from imaging import boxes_and_points, layouts
 
 NAMES = {"0": "background", "1": "stomach", "2": "small bowel"}

@@ -46,7 +46,7 @@ LIMIT = 180  # seconds for a command, many times what it takes
 
 def run_program(name: str, arguments: list[str]) -> int:
     """Return the exit status of a program; a traceback is printed as Python prints it."""
-    import report
+    from engine import report
 
     sys.argv = [f"{name}.py", *arguments]
     try:

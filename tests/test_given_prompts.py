@@ -13,10 +13,9 @@ import data
 import predict
 import prepare
 import recipes
-import report
 import sam_decoder
 import train
-from engine import evaluate
+from engine import evaluate, report
 from imaging import boxes_and_points, layouts
 
 SIZES = {"a.png": (30, 40), "b.png": (10, 20)}

@@ -21,9 +21,8 @@ from safetensors import SafetensorError
 from test_train import arguments, same_run
 
 import data
-import report
 import train
-from engine import evaluate, startup
+from engine import evaluate, report, startup
 from imaging import atomic_files, layouts
 
 # --- one line, and the exit status ---------------------------------------------------------------

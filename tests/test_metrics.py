@@ -24,9 +24,8 @@ from scipy.stats import beta, bootstrap, norm, t
 import metrics
 import options as command_line
 import predict
-import report
 import train
-from engine import evaluate
+from engine import evaluate, report
 from imaging import volumes
 
 pytestmark = pytest.mark.numeric

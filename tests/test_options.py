@@ -21,9 +21,9 @@ import predict
 import prepare
 import protocol
 import recipes
-import report
 import studies
 import train
+from engine import report
 from engine.ranges import Number
 from options import Options, flag, resolve, values_of
 

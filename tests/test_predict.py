@@ -11,9 +11,9 @@ from PIL import Image
 import cris
 import data
 import predict
-import report
 import sam_decoder
 import segformer
+from engine import report
 
 pytestmark = pytest.mark.numeric
 

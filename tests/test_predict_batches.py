@@ -19,11 +19,11 @@ from PIL import Image
 
 import predict
 import recipes
-import report
 import sam_decoder
 import segformer
 import swin_unetr3d
 import train
+from engine import report
 from imaging import layouts
 
 AFFINE = np.diag([4.0, 4.2, 5.0, 1])

@@ -19,7 +19,7 @@ from scipy import ndimage
 
 import data
 import prepare
-import report
+from engine import report
 from imaging import layouts
 
 IMAGES, SIZE = 300, 96

@@ -17,10 +17,9 @@ from conftest import command, rows
 from safetensors.torch import save_file
 
 import metrics
-import report
 import studies
 import train
-from engine import evaluate
+from engine import evaluate, report
 from imaging import layouts, volumes
 
 NAMES = ["spleen", "right kidney", "liver"]  # label numbers 1, 2, 3

@@ -25,9 +25,8 @@ import data
 import predict
 import protocol
 import recipes
-import report
 import train
-from engine import evaluate
+from engine import evaluate, report
 from imaging import atomic_files, layouts
 from options import resolve
 

@@ -17,10 +17,9 @@ import losses
 import predict
 import prepare
 import recipes
-import report
 import swin_unetr3d
 import train
-from engine import evaluate
+from engine import evaluate, report
 
 pytestmark = pytest.mark.numeric
 
