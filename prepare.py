@@ -54,10 +54,10 @@ from tqdm import tqdm
 
 import data
 import prepare_volumes
-import textcodes
 from engine import report
 from engine.ranges import GREY_LEVEL, POSITIVE, SEED, Number
 from imaging import boxes_and_points, layouts, volumes
+from preparation import text_embeddings
 
 # --- demo ----------------------------------------------------------------------------------------
 #
@@ -1741,7 +1741,7 @@ def parser():
     add("--min-area", type=POSITIVE, default=20, metavar="N", help=help)
     add("--mask-threshold", type=GREY_LEVEL, metavar="N", help=MASK_THRESHOLD)
 
-    textcodes.options(command)
+    text_embeddings.options(command)
     return top
 
 

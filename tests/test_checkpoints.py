@@ -27,11 +27,11 @@ import recipes
 import sam_decoder
 import segformer
 import swin_unetr3d
-import textcodes
 import train
 import upernet
 from engine import lora
 from engine.lora import add_lora, load_adapter, save_adapter
+from preparation import text_embeddings
 
 FILES = (beit, biomedclipseg, clipseg, cris, dpt, sam_decoder, segformer, swin_unetr3d, upernet)
 MODELS = {
@@ -363,7 +363,7 @@ def test_no_way_in_runs_the_code_of_a_file(payload, demo, tmp_path, monkeypatch,
     with pytest.raises(ValueError):
         recipes.read_codes(str(path))
     with pytest.raises(ValueError):
-        textcodes.TextTower.from_pretrained(path)
+        text_embeddings.TextTower.from_pretrained(path)
     with pytest.raises(ValueError):
         load_adapter(mini_model("sam_decoder"), path)
     assert not mark.exists()

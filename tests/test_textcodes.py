@@ -18,7 +18,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModelWit
 import clipseg
 import prepare
 import swin_unetr3d
-import textcodes
+from preparation import text_embeddings
 
 pytestmark = pytest.mark.numeric
 
@@ -106,8 +106,8 @@ def their_codes(theirs, texts):
 @pytest.mark.parametrize("form", [folder, old_folder, bare_file, text_half])
 def test_codes_equal_transformers(theirs, form, tmp_path):
     expected = their_codes(theirs, TEXTS)
-    tower = textcodes.TextTower.from_pretrained(form(theirs, tmp_path))
-    found = textcodes.encode(tower, TEXTS)
+    tower = text_embeddings.TextTower.from_pretrained(form(theirs, tmp_path))
+    found = text_embeddings.encode(tower, TEXTS)
     assert found.shape == (3, 512) and found.dtype == torch.float32 and not tower.training
     assert expected.std() > 0.1 and not torch.allclose(expected[0], expected[1])
     close(found, expected, 2e-5 * expected.abs().max().item())
@@ -117,7 +117,7 @@ def test_codes_equal_transformers(theirs, form, tmp_path):
 def test_codes_equal_open_clip(openai, form, tmp_path):
     with torch.no_grad():
         expected = openai.encode_text(open_clip.tokenize(TEXTS))
-    found = textcodes.encode(textcodes.TextTower.from_pretrained(form(openai, tmp_path)), TEXTS)
+    found = text_embeddings.encode(text_embeddings.TextTower.from_pretrained(form(openai, tmp_path)), TEXTS)
     assert expected.std() > 0.1
     close(found, expected, 2e-5 * expected.abs().max().item())
 
@@ -126,7 +126,7 @@ def test_names_and_shapes_of_the_official_size():
     """CLIP ViT-B/32 has 151,277,313 parameters, prints OpenAI's notebook."""
     with torch.device("meta"):
         hub = CLIPModel(CLIPConfig())
-        ours = textcodes.TextTower(512, 12, 512)
+        ours = text_embeddings.TextTower(512, 12, 512)
     original = open_clip.create_model("ViT-B-32-quickgelu", device="meta")
     for model in hub, original:
         assert sum(p.numel() for p in model.parameters()) == 151_277_313
@@ -164,7 +164,7 @@ def test_a_file_that_is_not_whole_is_refused(theirs, fault, tmp_path):
     harm(state)
     save_file(state, tmp_path / "clip.safetensors")
     with pytest.raises(ValueError) as error:
-        textcodes.TextTower.from_pretrained(tmp_path / "clip.safetensors")
+        text_embeddings.TextTower.from_pretrained(tmp_path / "clip.safetensors")
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
@@ -281,11 +281,11 @@ def test_what_is_refused(weights, tmp_path, what, monkeypatch, capsys):
 
 
 def test_a_text_of_just_so_many_tokens(theirs, weights):
-    tower = textcodes.TextTower.from_pretrained(weights)
+    tower = text_embeddings.TextTower.from_pretrained(weights)
     just = " ".join(["x"] * 75)  # and start and end
-    close(textcodes.encode(tower, [just])[0], their_codes(theirs, [just])[0], 1e-4)
+    close(text_embeddings.encode(tower, [just])[0], their_codes(theirs, [just])[0], 1e-4)
     with pytest.raises(ValueError, match="more than 77 tokens"):
-        textcodes.encode(tower, [just + " x"])
+        text_embeddings.encode(tower, [just + " x"])
 
 
 def test_other_clips_and_data_without_names(theirs, demo, weights, tmp_path, monkeypatch, capsys):
@@ -320,7 +320,7 @@ def test_codes_of_the_real_weights(tmp_path, monkeypatch, capsys):
     """What the released txt_encoding.pth has: norms of 8.10 to 9.62 and these cosines."""
     reach(constants.ENDPOINT)
     out = tmp_path / "a.safetensors"
-    codes, _, said = made(textcodes.WEIGHTS, out, monkeypatch, capsys, "--study", "universal")
+    codes, _, said = made(text_embeddings.WEIGHTS, out, monkeypatch, capsys, "--study", "universal")
     norms = torch.stack([code.norm() for code in codes.values()])
     assert abs(norms.min() - 8.103) < 0.01 and abs(norms.max() - 9.618) < 0.01
     assert "mean 0.875" in said
