@@ -19,7 +19,7 @@ and `uw-madison` and `duke-*` that of class maps, whose pixels are class numbers
 
     {train,val,test}/{images,masks}/NAME.png  classes.json: {"0": "background", "1": "stomach", ...}
 
-`msd`, `btcv` and `demo-volumes` make volumes, in the Decathlon's layout (prepare_volumes.py):
+`msd`, `btcv` and `demo-volumes` make volumes, in the Decathlon's layout (preparation/volume_sets.py):
 
     images{Tr,Ts}/NAME.nii.gz  labels{Tr,Ts}/NAME.nii.gz  dataset.json, which lists the splits
 
@@ -53,11 +53,10 @@ from scipy import ndimage
 from tqdm import tqdm
 
 import data
-import prepare_volumes
 from engine import report
 from engine.ranges import GREY_LEVEL, POSITIVE, SEED, Number
 from imaging import boxes_and_points, layouts, volumes
-from preparation import text_embeddings
+from preparation import text_embeddings, volume_sets
 
 # --- demo ----------------------------------------------------------------------------------------
 #
@@ -1069,7 +1068,7 @@ def check(args):
 ORGANS = {"stomach": 1, "small_bowel": 2, "large_bowel": 3}  # the tutorial's numbers; 0: none
 FAULTY = ("case7_day0", "case81_day30")  # outlines known to be wrong; Kaggle's winner drops them
 ENDS = {  # where each split ends in a shuffled list of its length 1
-    "case": prepare_volumes.CASES,  # 13, 13 and 59 of 85 patients
+    "case": volume_sets.CASES,  # 13, 13 and 59 of 85 patients
     "slice": {"val": 0.20, "train": 1},
 }
 
@@ -1117,7 +1116,7 @@ def choose_splits(slices, by, keep_empty, seed):
         for s in kept:
             pools[s.case].append(s.name)
     for pool in pools.values():
-        dealt |= prepare_volumes.deal(pool, ENDS[by], rng)
+        dealt |= volume_sets.deal(pool, ENDS[by], rng)
     for s in kept:
         s.split = dealt[s.case if by == "case" else s.name]
     for split in ENDS[by].keys() - {s.split for s in kept}:
@@ -1455,7 +1454,7 @@ def duke_amd(args):
     rng, splits = np.random.default_rng(args.seed), {}
     kinds = {kind: [name for name in files if name.startswith(kind)] for kind in ("amd", "control")}
     for names in kinds.values():
-        splits |= prepare_volumes.deal(names, ENDS["case"], rng)
+        splits |= volume_sets.deal(names, ENDS["case"], rng)
     if lost := ENDS["case"].keys() - splits.values():
         have = ", ".join(f"{len(names)} files {kind}" for kind, names in kinds.items())
         hint = "expected Farsiu_Ophthalmology_2013_AMD_Subject_1001.mat and so on"
@@ -1728,7 +1727,7 @@ def parser():
     add("--group-regex", metavar="REGEX", help=help)
 
     download_options(command)
-    prepare_volumes.options(command)
+    volume_sets.options(command)
 
     add = command(boxes, "make boxes for SAM out of masks")
     help = "folder that predict.py wrote, another folder of masks, or a JSON file that lists boxes"

@@ -15,8 +15,8 @@ import pytest
 from conftest import ROOT, command, contents, stop_at_rename
 
 import prepare
-import prepare_volumes
 from imaging import layouts
+from preparation import volume_sets
 
 LISTS = "training", "validation", "test"
 
@@ -117,7 +117,7 @@ def test_a_task_is_divided(task, tmp_path, capsys):
     assert said == f"{tmp_path / 'out'}: " + (tmp_path / "out" / "README.txt").read_text()
     for line in (
         "train: 14 volumes", "val: 3 volumes", "test: 3 volumes, and 3 without labels, for predict.py imagesTs",
-        "classes: 1 spleen", "stored axes point to: LAS in 23", prepare_volumes.LINKED,
+        "classes: 1 spleen", "stored axes point to: LAS in 23", volume_sets.LINKED,
         "voxels: 4 to 4, 5 to 5, 6 to 8 (to the right, front, head)", "channels: 1",
         "their size in mm: 0.80 to 0.80, 0.80 to 0.80, 5.00 to 5.00",
     ):  # fmt: skip
@@ -143,7 +143,7 @@ def test_a_tar_gives_what_its_folder_gives(task, tmp_path):
         run("msd", tmp_path / "task.tar", "--out", tmp_path / f"tar{k}")
     run("msd", task, "--out", tmp_path / "folder")
     tars, folder = [contents(tmp_path / f"tar{k}") for k in range(3)], contents(tmp_path / "folder")
-    readme = folder["README.txt"].decode().replace(f"{prepare_volumes.LINKED}\n", "").encode()
+    readme = folder["README.txt"].decode().replace(f"{volume_sets.LINKED}\n", "").encode()
     assert tars == [folder | {"README.txt": readme}] * 3
 
 
