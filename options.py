@@ -16,8 +16,9 @@ from engine.ranges import Choice, Flag, Number, Text, Values
 from imaging.augment import VIEWS
 from imaging.boxes_and_points import KINDS
 from imaging.layouts import is_prompt_type, path_and_split, prompt_option
-from protocol import Settings
-from recipes import FAMILIES, TOPOLOGY, second_file
+from recipes import FAMILIES, second_file
+from recipes.base import Settings
+from recipes.sam import TOPOLOGY
 from swin_unetr3d import CODES
 
 LIMITS = ("at_least", "above", "at_most", "below", "word", "note")
@@ -60,11 +61,11 @@ class Options:
     decoder: str | None = option(
         None, "CLIPSeg whose decoder biomedclipseg starts from; else the recipe's"
     )
-    recipe: str | None = option(None, "default, or a published protocol: see recipes.py")
+    recipe: str | None = option(None, "default, or a published protocol: see recipes/")
     data: list[str] = option([], "data sets to train and validate on; several are pooled")
     test: list[str] = option([], "data sets to test on, PATH[:split]; else --data's test splits")
     prompt: str | None = option(None, 'prompt types (p6; p6,p3; random), or a literal "text"')
-    train: str | None = option(None, "all, or some parts: see protocol.py", choices=TRAINED)
+    train: str | None = option(None, "all, or some parts: see recipes/base.py", choices=TRAINED)
     lora_rank: int | None = option(
         None, "of the updates that --train lora puts on linear layers", at_least=1
     )

@@ -61,8 +61,9 @@ from engine.evaluate import (
 )
 from engine.ranges import GREY_LEVEL, POSITIVE, Number
 from imaging import files, layouts, organ_rules, volumes
-from protocol import describe_cuts
-from recipes import FAMILIES, load_model, second_file
+from recipes import FAMILIES, second_file
+from recipes.images import describe_cuts
+from recipes.loading import load_model
 
 
 def parse() -> argparse.Namespace:

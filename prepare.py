@@ -859,7 +859,7 @@ def check_tokens(root, model, tokenizers, texts, findings):
     """
     if not tokenizers:
         return
-    from protocol import describe_cuts  # here, for the same reason
+    from recipes.images import describe_cuts  # here, for the same reason
 
     for recipes, tokenizer in tokenizers.items():
         lines = []

@@ -64,12 +64,12 @@ from tqdm import tqdm
 
 import metrics
 import options
-import recipes
 import train
 from engine import evaluate, report, startup
 from engine.ranges import POSITIVE, Number
 from imaging import files, layouts, volumes
 from options import Options, flag
+from recipes import universal
 
 # --- what all studies share ----------------------------------------------------------------------
 
@@ -323,7 +323,7 @@ class FewShot:
         if texts and not self.text_codes:
             hint = "prepare.py text-codes makes it; or --methods random plain"
             raise ValueError(f"--text-codes is missing, {' and '.join(texts)} need it; {hint}")
-        have = recipes.read_codes(self.text_codes) if texts else self.classes
+        have = universal.read_codes(self.text_codes) if texts else self.classes
         if lost := [name for name in self.classes if name not in have]:
             hint = "prepare.py text-codes makes it"
             raise ValueError(f"{self.text_codes}: has no code of {lost[0]}; {hint}")

@@ -6,7 +6,7 @@
     python train.py --weights runs/cris-kvasir_polyp --eval --test data/cvc300_polyp
     python train.py --weights cris_best.pth --data data/busi --epochs 0 --prompt p1     # zero-shot
 
-What is not given comes from the recipe (recipes.py). The run folder, runs/NAME, holds config.json,
+What is not given comes from the recipe (recipes/). The run folder, runs/NAME, holds config.json,
 metrics.csv (a row an epoch), curves.png, log.txt, last.pt (all that a resumed run needs),
 best.safetensors (`Model.from_pretrained("runs/NAME")` reads it), where only a part was trained
 that part in adapter.safetensors (engine/lora.py), and test/ with summary.json, per_image.csv and
@@ -41,20 +41,14 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 import data
-import recipes
 from engine import evaluate, report
 from engine.lora import merge_lora, merged_state_dict, save_adapter, tensor_fault
 from imaging import layouts, volumes
 from options import Options, check_same, checked, flag, parse, resolve
-from protocol import (
-    Settings,
-    allow_single_values,
-    choose_trained,
-    describe_cuts,
-    keep_features,
-    lr_factor,
-)  # fmt: skip
-from recipes import FAMILIES, second_file
+from recipes import FAMILIES, loading, second_file
+from recipes.base import Settings, allow_single_values, choose_trained, lr_factor
+from recipes.images import describe_cuts
+from recipes.kept_features import keep_features
 
 # --- the loop ------------------------------------------------------------------------------------
 
@@ -564,7 +558,7 @@ def load_model(options: Options, settings: Settings, train_set, device: torch.de
     overrides |= {} if options.threshold in (None, "auto") else {"threshold": options.threshold}
     overrides |= second_file(options.model, options.clip, options.decoder)
     start = options.weights, options.variant, settings, overrides, train_set
-    return recipes.load_model(FAMILIES[options.model], *start).to(device)
+    return loading.load_model(FAMILIES[options.model], *start).to(device)
 
 
 def fit(options: Options, settings: Settings, model, recipe, sets, resume: bool) -> dict:

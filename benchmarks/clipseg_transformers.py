@@ -21,12 +21,12 @@ sys.path.insert(0, str(ROOT))
 
 import clipseg  # noqa: E402
 import data  # noqa: E402
-import protocol  # noqa: E402
 import recipes  # noqa: E402
 from engine import report  # noqa: E402
 from engine.ranges import POSITIVE, Number  # noqa: E402
 from imaging import layouts  # noqa: E402
 from losses import dice_bce  # noqa: E402
+from recipes import kept_features  # noqa: E402
 from tokenizer import CLIPTokenizer  # noqa: E402
 
 PROMPTS = [
@@ -114,15 +114,19 @@ def steps(models: dict, batch: dict) -> dict[str, dict]:
 def epochs(models: dict, kinds: dict, args) -> dict:
     """Whose -> a pass over the data set, with loading."""
     options = SimpleNamespace(
-        prompt="p6", train="decoder", cache=tempfile.mkdtemp(), workers=args.workers,
-        views=["original"], feature_dtype="float16",  # fmt: skip
+        prompt="p6",
+        train="decoder",
+        cache=tempfile.mkdtemp(),
+        workers=args.workers,
+        views=["original"],
+        feature_dtype="float16",  # fmt: skip
     )
     entries = layouts.annotations(args.data, "train")[: args.images]
     dataset = data.open_dataset(entries, options.cache)
     settings = recipes.CLIPSEG["origin"]
     plain = recipes.clipseg_recipe(models["ours"], settings)
     towers = recipes.clipseg_towers
-    kept = protocol.keep_features(plain, models["ours"], towers, [dataset], options)
+    kept = kept_features.keep_features(plain, models["ours"], towers, [dataset], options)
     functions = {}
     for name, recipe in (("official", plain), ("ours", kept)):
         step = kinds["step"][name]
@@ -154,7 +158,9 @@ def main() -> int:
     parser.add_argument("--data", help="a prompted data set, for whole epochs")
     parser.add_argument("--images", type=POSITIVE, default=64, help="of it")
     parser.add_argument("--workers", type=Number(True, 0), default=2)
-    parser.add_argument("--memory", nargs=2, help=argparse.SUPPRESS)  # whose, of what: a child of ours
+    parser.add_argument(
+        "--memory", nargs=2, help=argparse.SUPPRESS
+    )  # whose, of what: a child of ours
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     models = {"ours": our_model()}
@@ -164,11 +170,15 @@ def main() -> int:
         print(peak_memory(steps({whose: models[whose]}, example(args))[kind][whose]))
         return 0
     kinds = steps(models, example(args))
-    print(f"{machine()}\nrd64-refined, images of 352 px, float32; steps with {args.batch_size} images")
+    print(
+        f"{machine()}\nrd64-refined, images of 352 px, float32; steps with {args.batch_size} images"
+    )
     for kind in list(kinds)[:2]:
         a, b = (kinds[kind][name]() for name in ("official", "ours"))
         difference = (a - b).abs().max()
-        print(f"largest difference of two logits, {kind}: {difference:.1e} (deviation {a.std():.1e})")
+        print(
+            f"largest difference of two logits, {kind}: {difference:.1e} (deviation {a.std():.1e})"
+        )
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
     print(f"\n{HEADER}")
     for kind, step in kinds.items():
@@ -176,7 +186,9 @@ def main() -> int:
         print(row(kind, times["official"], times["ours"], "s"), flush=True)
     if args.data:
         times = in_turns(epochs(models, kinds, args), 1)
-        print(row(f"epoch of {args.images} images", times["official"], times["ours"], "s"), flush=True)
+        print(
+            row(f"epoch of {args.images} images", times["official"], times["ours"], "s"), flush=True
+        )
     memory_rows(kinds)
     return 0
 

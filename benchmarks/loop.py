@@ -41,7 +41,11 @@ def main() -> int:
     parser.add_argument("--images", type=POSITIVE, default=100, help="images validated")
     args = parser.parse_args()
     options = Options(
-        model=args.model, data=[args.data], weights="none", size=args.size, batch_size=args.batch_size
+        model=args.model,
+        data=[args.data],
+        weights="none",
+        size=args.size,
+        batch_size=args.batch_size,
     )
     options, settings = resolve(replace(options, out=tempfile.mkdtemp(), workers=2))
     family, device = FAMILIES[args.model], pick_device("auto")
@@ -72,7 +76,9 @@ def main() -> int:
     b, l = (statistics.median(seconds[name]) / args.steps for name in ("bare", "loop"))
     print(f"{machine()}, batch {options.batch_size} at {model.config.image_size} px")
     print("\n| | bare | in the loop | ratio |\n| --- | --- | --- | --- |")
-    print(f"| training step | {b:.3f} s | {l:.3f} s ({options.batch_size / l:.2f} images/s) | {l / b:.3f} |")
+    print(
+        f"| training step | {b:.3f} s | {l:.3f} s ({options.batch_size / l:.2f} images/s) | {l / b:.3f} |"
+    )
 
     part = val_set.subset(list(range(min(args.images, len(val_set)))))
     items = data.Items(part, options.prompt, recipe.inputs, train=False, seed=0)

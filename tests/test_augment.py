@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-import protocol
 from imaging import augment
+from recipes import images
 
 pytestmark = pytest.mark.numeric
 
@@ -76,7 +76,7 @@ def test_no_view_is_mirrored_whose_class_tells_a_side():
     for classes in ("stomach", "liver"), ("left lung", "right lung"):
         sample = {"image": picture, "mask": picture[0].long(), "prompt": "", "classes": classes}
         items = [
-            protocol.image_inputs(sample, True, np.random.default_rng(k), **how) for k in range(9)
+            images.image_inputs(sample, True, np.random.default_rng(k), **how) for k in range(9)
         ]
         found[classes[0]] = {bool(item["image"][0, 0, 0]) for item in items}
     assert found == {"stomach": {False, True}, "left lung": {False}}

@@ -25,10 +25,10 @@ from transformers.models.clipseg.modeling_clipseg import CLIPSegDecoder
 import biomedclipseg
 import options as options_module
 import predict
-import recipes
 import train
 from biomedclipseg import VARIANTS, BiomedCLIPSeg
 from options import Options
+from recipes import FAMILIES
 from tokenizer import CHARACTERS, WordPieceTokenizer
 
 pytestmark = pytest.mark.numeric
@@ -536,7 +536,7 @@ def recipe_files(tmp_path, monkeypatch) -> tuple[dict, dict, dict]:
     state = mini_state()
     files = write_hub_files(state, tmp_path / "hub")
     named = write_hub_files(other_decoder(state, 1), tmp_path / "named")
-    settings = recipes.FAMILIES["biomedclipseg"].settings
+    settings = FAMILIES["biomedclipseg"].settings
     for recipe in settings:
         towers, decoder = {"biomedclipseg": str(files["source"])}, settings[recipe].decoder
         decoder = str(files["decoder"]) if decoder else None

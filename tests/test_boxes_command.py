@@ -12,10 +12,10 @@ from PIL import Image
 import data
 import predict
 import prepare
-import recipes
 import sam_decoder
 from engine import evaluate, report
 from imaging import boxes_and_points, layouts
+from recipes import sam
 
 NAMES = {"0": "background", "1": "stomach", "2": "small bowel"}
 CORNERS = ("x0", "y0", "x1", "y1")
@@ -305,7 +305,7 @@ def test_boxes_of_files_of_one_name_are_read_back(patients, tmp_path):
         "g/slice0.png": 2, "h/slice0.png": 12, "./slice0.png": 22, "slice1.png": 5,
     }  # fmt: skip
     dataset = data.open_dataset(layouts.annotations(patients, "test"), tmp_path / "cache")
-    recipe = recipes.sam_recipe(sam_decoder.SAM(SAM), recipes.SAM["default"])
+    recipe = sam.sam_recipe(sam_decoder.SAM(SAM), sam.SAM["default"])
     asking = evaluate.with_given(recipe, {"test": dataset}, str(tmp_path / "boxes.csv"), None).ask
     for i, x0 in enumerate((2, 12, 22, 5)):
         ((box, _, _),) = asking(dataset.sample(i, ""), source="given boxes")["shown"]
@@ -333,7 +333,9 @@ def test_images_of_two_data_sets(patients, tmp_path):
     """Their folders tell the files of one path apart."""
     other = tmp_path / "other"
     shutil.copytree(patients, other)
-    images = [entry.image for root in (patients, other) for entry in layouts.annotations(root, "test")]
+    images = [
+        entry.image for root in (patients, other) for entry in layouts.annotations(root, "test")
+    ]
     names = predict.image_names(images, [str(patients), str(other)])
     assert names[0] == "patients/g/slice0.png" and names[4] == "other/g/slice0.png"
     assert predict.image_names(images[:4], [str(patients)])[0] == "g/slice0.png"

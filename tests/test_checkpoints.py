@@ -23,7 +23,6 @@ import cris
 import dpt
 import fewshot3d
 import predict
-import recipes
 import sam_decoder
 import segformer
 import swin_unetr3d
@@ -32,6 +31,7 @@ import upernet
 from engine import lora
 from engine.lora import add_lora, load_adapter, save_adapter
 from preparation import text_embeddings
+from recipes import FAMILIES, universal
 
 FILES = (beit, biomedclipseg, clipseg, cris, dpt, sam_decoder, segformer, swin_unetr3d, upernet)
 MODELS = {
@@ -347,9 +347,9 @@ def test_no_way_in_runs_the_code_of_a_file(payload, demo, tmp_path, monkeypatch,
     demo_set = ("--data", demo, "--cache", tmp_path / "cache", "--workers", 0)
     image = next((demo / "images").iterdir())
     for model in MODELS:
-        if model in recipes.FAMILIES and not recipes.FAMILIES[model].volumes:
+        if model in FAMILIES and not FAMILIES[model].volumes:
             out = ("--out", tmp_path / model)
-            prompt = ("--prompt", "p") if recipes.FAMILIES[model].reads else ()
+            prompt = ("--prompt", "p") if FAMILIES[model].reads else ()
             refused(predict, image, "--model", model, "--weights", path, *out, *prompt)
     volume = tmp_path / "a.nii.gz"
     refused(predict, volume, "--model", "universal", "--weights", path, "--out", tmp_path / "v")
@@ -361,7 +361,7 @@ def test_no_way_in_runs_the_code_of_a_file(payload, demo, tmp_path, monkeypatch,
         refused(predict, image, *words, "--prompt", "x", "--out", tmp_path / "masks")
 
     with pytest.raises(ValueError):
-        recipes.read_codes(str(path))
+        universal.read_codes(str(path))
     with pytest.raises(ValueError):
         text_embeddings.TextTower.from_pretrained(path)
     with pytest.raises(ValueError):
@@ -519,7 +519,7 @@ def test_adapters_and_codes_that_are_no_numbers_are_refused(fault, tmp_path):
     codes = {"liver": torch.randn(512), "spleen": change(torch.randn(512))}
     save_file(codes, tmp_path / "codes.safetensors")
     with pytest.raises(ValueError, match=f"codes.safetensors: .*spleen {said}"):
-        recipes.read_codes(str(tmp_path / "codes.safetensors"))
+        universal.read_codes(str(tmp_path / "codes.safetensors"))
 
 
 # --- files that hold something else ---------------------------------------------------------------
@@ -549,10 +549,10 @@ def test_a_file_without_named_tensors_says_what_it_holds(file, what, tmp_path):
 def test_codes_without_names(tmp_path):
     path = save(tmp_path / "txt_encoding.pth", torch.zeros(32, 512))
     with pytest.raises(ValueError, match="a single tensor"):
-        recipes.read_codes(str(path))
+        universal.read_codes(str(path))
     save(path, {1: torch.zeros(512)})
     with pytest.raises(ValueError, match="1 is not the name of a class"):
-        recipes.read_codes(str(path))
+        universal.read_codes(str(path))
 
 
 # --- pixels ---------------------------------------------------------------------------------------
@@ -584,24 +584,24 @@ def test_images_that_pillow_would_clip_are_refused(file):
 
 # --- another model's file -------------------------------------------------------------------------
 
-FAMILIES = {
+RECOGNISED = {
     "beit": "a BEiT", "biomedclipseg": "BiomedCLIP", "clipseg": "CLIPSeg", "cris": "CRIS",
     "dpt": "a DPT", "sam_decoder": "SAM", "segformer": "a SegFormer",
     "swin_unetr3d": "a Swin UNETR", "upernet": "a UPerNet on ConvNeXt",
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", RECOGNISED)
 def test_a_known_kind_of_file_is_recognised_under_all_its_names(name):
     kind, variants = MODELS[name]
     with torch.device("meta"):
         state = kind(variants["mini"]).state_dict()
     file = next(file for file in FILES if file.__name__ == name)
-    assert file.recognise(state) == file.recognise(file.to_official(state)) == FAMILIES[name]
+    assert file.recognise(state) == file.recognise(file.to_official(state)) == RECOGNISED[name]
     assert file.recognise({"weight": torch.zeros(1)}) == ""
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", RECOGNISED)
 def test_another_model_s_file_is_named_or_refused_in_a_line(name, tmp_path):
     """A LoRA's weights. Models that ask for their classes first say that instead."""
     kind, _ = MODELS[name]

@@ -14,11 +14,11 @@ import data
 import losses
 import metrics
 import predict
-import recipes
 import segformer
 import train
 from engine import evaluate
 from imaging import augment, layouts
+from recipes import class_maps
 
 pytestmark = pytest.mark.numeric
 
@@ -233,8 +233,8 @@ def test_class_loss_is_taken_at_the_size_of_the_mask():
     mask[0, 0, :4] = 255
     large = torch.nn.functional.interpolate(logits, (32, 32), mode="bilinear")
     expected, _ = losses.dice_ce(large, mask[:, 0].long())
-    torch.testing.assert_close(recipes.class_loss(logits, {"mask": mask})[0], expected)
-    one = recipes.class_loss(logits[:, :1], {"mask": (mask == 1).float()})[0]
+    torch.testing.assert_close(class_maps.class_loss(logits, {"mask": mask})[0], expected)
+    one = class_maps.class_loss(logits[:, :1], {"mask": (mask == 1).float()})[0]
     torch.testing.assert_close(one, losses.dice_bce(large[:, :1], (mask == 1).float())[0])
 
 

@@ -6,8 +6,8 @@ import pytest
 from conftest import command
 
 import prepare
-import recipes
 import train
+from recipes import cris
 
 pytestmark = pytest.mark.numeric
 
@@ -30,9 +30,9 @@ def test_one_prompt_for_all_images(tmp_path, monkeypatch, capsys):
         demo,
     )
     assert code == 0, err
-    default = recipes.CRIS["default"]
+    default = cris.CRIS["default"]
     without = replace(default, config=default.config | {"freeze_text_norm": False})
-    monkeypatch.setitem(recipes.CRIS, "without", without)  # as CRIS itself trains
+    monkeypatch.setitem(cris.CRIS, "without", without)  # as CRIS itself trains
     dice = {}
     for recipe in ("without", "default"):
         options = train.Options(

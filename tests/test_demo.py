@@ -9,6 +9,7 @@ from conftest import ROOT, command
 sys.path.append(str(ROOT / "benchmarks"))
 
 import demo as program
+
 import prepare
 
 MEANS = {"full": 0.9, "short": 0.87, "other blob": 0.88, "no text": 0.2, "other image": 0.25}

@@ -12,11 +12,11 @@ from PIL import Image
 import data
 import predict
 import prepare
-import recipes
 import sam_decoder
 import train
 from engine import evaluate, report
 from imaging import boxes_and_points, layouts
+from recipes import sam
 
 SIZES = {"a.png": (30, 40), "b.png": (10, 20)}
 MINI = replace(sam_decoder.VARIANTS["mini"], image_size=64)
@@ -135,7 +135,9 @@ def test_boxes_of_other_images_are_counted(tmp_path, capsys):
     """What they hold does not matter: their images are unknown."""
     others = "".join(f"z{k}.png,5,5,2,inf\n" for k in range(4))
     path = write(tmp_path, HEADER + ONE + others + "z0.png,1,1,2,2\n")
-    assert plain(boxes_and_points.read_boxes(path, SIZES)) == {"a.png": [(None, None, [1, 1, 2, 2])]}
+    assert plain(boxes_and_points.read_boxes(path, SIZES)) == {
+        "a.png": [(None, None, [1, 1, 2, 2])]
+    }
     line = "5 boxes of images that are not asked for are left out (z0.png, z1.png, z2.png, …)"
     assert capsys.readouterr().out == f"{path}: {line}\n"
 
@@ -147,7 +149,9 @@ def test_names_in_either_form_of_unicode_are_one(tmp_path):
 
 
 def test_a_name_without_ending_fits_one_image(tmp_path):
-    names = boxes_and_points.ImageNames({1: "g/a.png", 2: "a.jpg", 3: "g/b.png", 4: "c.png", 5: "c.png.jpg"})
+    names = boxes_and_points.ImageNames(
+        {1: "g/a.png", 2: "a.jpg", 3: "g/b.png", 4: "c.png", 5: "c.png.jpg"}
+    )
     assert names.find("g/a") == 1 and names.find("./a") == 2 and names.find("b") == 3
     assert names.find("c.png") == 4 and names.find("c.png.jpg") == 5
     assert names.shortest(4) == "c.png" and names.find("d") is None
@@ -376,7 +380,7 @@ def test_the_same_prompts_from_files_give_the_same_answers(maps, tmp_path, capsy
     points.write_text("\n".join(lines))
 
     model = net()
-    recipe = recipes.sam_recipe(model, recipes.SAM["default"])
+    recipe = sam.sam_recipe(model, sam.SAM["default"])
     files = {"boxes": (boxes, None), "points": (None, points), "both": (boxes, points)}
     what = {"boxes": "box", "points": "point", "both": "box or point"}
     for kind, pair in files.items():
@@ -398,20 +402,22 @@ def test_objects_with_other_numbers_of_points_are_answered_as_if_alone():
     model = net()
     size = (48, 64)
     some = [
-        boxes_and_points.Prompt(1, None, np.float32([3, 4, 20, 30]), *recipes.NO_POINTS),
+        boxes_and_points.Prompt(1, None, np.float32([3, 4, 20, 30]), *sam.NO_POINTS),
         boxes_and_points.Prompt(1, None, None, np.float32([[9, 9]]), np.int64([1])),
-        boxes_and_points.Prompt(1, None, None, np.float32([[9, 9], [30, 30], [5, 40]]), np.int64([1, 0, 1])),
+        boxes_and_points.Prompt(
+            1, None, None, np.float32([[9, 9], [30, 30], [5, 40]]), np.int64([1, 0, 1])
+        ),
         boxes_and_points.Prompt(
             1, None, np.float32([3, 4, 20, 30]), np.float32([[9, 9], [30, 30]]), np.int64([0, 1])
         ),
     ]
-    tensors = recipes.prompt_tensors(some, size, MINI)
+    tensors = sam.prompt_tensors(some, size, MINI)
     assert tensors["points"].shape == (4, 3, 2)
     image = torch.randn(1, 3, 64, 64)
     batch = {key: tensors[key] for key in ("boxes", "points", "labels")}
     with torch.no_grad():
         batch |= {"image": image, "of": torch.zeros(4, dtype=torch.int64)}
-        masks, _ = recipes.sam_forward(model, batch)
+        masks, _ = sam.sam_forward(model, batch)
         for k, p in enumerate(some):
             how = {}
             if p.box is not None:

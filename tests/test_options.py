@@ -19,13 +19,12 @@ import losses
 import options
 import predict
 import prepare
-import protocol
-import recipes
 import studies
 import train
 from engine import report
 from engine.ranges import Number
 from options import Options, flag, resolve, values_of
+from recipes import FAMILIES, base, cris, images, sam
 
 # --- ranges --------------------------------------------------------------------------------------
 
@@ -214,10 +213,10 @@ def test_a_word_that_is_no_choice_is_refused_in_the_same_words(monkeypatch, caps
     assert error == f"error: {told.value}\n"
 
 
-@pytest.mark.parametrize("model", recipes.FAMILIES)
+@pytest.mark.parametrize("model", FAMILIES)
 def test_what_a_recipe_sets_can_be_handed_on(model):
     """A resumed run gives all of its options again."""
-    family = recipes.FAMILIES[model]
+    family = FAMILIES[model]
     for recipe in family.settings:
         given = Options(model=model, recipe=recipe, data=["a"], weights="none")
         done, settings = resolve(given)
@@ -233,14 +232,14 @@ def test_what_a_recipe_sets_can_be_handed_on(model):
 
 # --- sizes ---------------------------------------------------------------------------------------
 
-IMAGES = [name for name, family in recipes.FAMILIES.items() if not family.volumes]
+IMAGES = [name for name, family in FAMILIES.items() if not family.volumes]
 
 
 @pytest.mark.parametrize("model", IMAGES)
 def test_a_size_that_a_model_cannot_take_is_refused_before_data_is_read(
     model, tmp_path, monkeypatch, capsys
 ):
-    least, step = recipes.FAMILIES[model].sides
+    least, step = FAMILIES[model].sides
     wrong = {1, 8, least - 1, least + 1 if step > 1 else 1}
     words = "--model", model, "--data", tmp_path / "nowhere", "--out", tmp_path / "run"
     for size in wrong:
@@ -261,7 +260,7 @@ def test_segformer_s_least_side(variant):
         assert model.eval()(torch.zeros(1, 3, 29, 29)).shape == (1, 2, 8, 8)
         with pytest.raises(ValueError, match=r"at least 29, not \(64, 28\)"):
             model(torch.zeros(1, 3, 64, 28))
-    assert recipes.FAMILIES["segformer"].sides == (29, 1)
+    assert FAMILIES["segformer"].sides == (29, 1)
 
 
 # --- batches of one image ------------------------------------------------------------------------
@@ -281,7 +280,7 @@ def test_a_single_value_is_normalised_by_the_running_statistics():
 
     before = {name: value.clone() for name, value in model.state_dict().items()}
     expected = model.eval()(x)
-    protocol.allow_single_values(model)
+    base.allow_single_values(model)
     found = model.train()(x)
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
     found.sum().backward()
@@ -293,7 +292,7 @@ def test_a_single_value_is_normalised_by_the_running_statistics():
 def test_other_batches_are_normalised_as_ever():
     torch.manual_seed(0)
     plain, other = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
-    protocol.allow_single_values(other)
+    base.allow_single_values(other)
     for shape in (2, 3, 1, 1), (1, 3, 2, 1), (4, 3, 5, 6):
         x = torch.randn(shape)
         assert torch.equal(plain(x), other(x))
@@ -319,8 +318,8 @@ def small_run(root: Path, tmp_path: Path, model: str, **more) -> Options:
     """A training of one or two steps of a small model."""
     how = {"variant": "mini", "weights": "none", "out": str(tmp_path / "run"), "device": "cpu"}
     how |= {"cache": str(tmp_path / "cache"), "epochs": 1, "max_steps": 2, "workers": 0}
-    how |= {"prompt": "a blob"} if recipes.FAMILIES[model].reads else {}
-    how |= {"min_area": 1} if recipes.FAMILIES[model].asked else {}
+    how |= {"prompt": "a blob"} if FAMILIES[model].reads else {}
+    how |= {"min_area": 1} if FAMILIES[model].asked else {}
     return Options(model=model, data=[str(root)], **how | {"overlays": 0} | more)
 
 
@@ -328,7 +327,7 @@ def small_run(root: Path, tmp_path: Path, model: str, **more) -> Options:
 def test_one_image_trains_every_model(model, tmp_path):
     """At the least size, where last maps have a single value; ema copies the model."""
     root = few_images(tmp_path / "set", [(20, 30)])
-    least = recipes.FAMILIES[model].sides[0]
+    least = FAMILIES[model].sides[0]
     how = {"overfit": 1, "batch_size": 4, "size": least, "ema": 0.5, "max_steps": 1}
     summary = train.run(small_run(root, tmp_path, model, **how))
     assert summary["tests"]["overfit"]["dice"]["n"] == 1
@@ -451,11 +450,11 @@ def test_a_prompt_whose_truth_is_255_alone_costs_nothing():
 def test_topology_of_255_alone_costs_nothing(topology):
     x = leaf(2, 1, 16, 17)
     settings = SimpleNamespace(topology=topology, topology_weight=1.0)
-    term, _ = recipes.sam_terms(x, torch.full((2, 1, 16, 17), 255.0), settings)
+    term, _ = sam.sam_terms(x, torch.full((2, 1, 16, 17), 255.0), settings)
     zero(term, x)
 
 
-@pytest.mark.parametrize("loss", [recipes.medvlsm_dice, recipes.refcoco_bce])
+@pytest.mark.parametrize("loss", [images.medvlsm_dice, cris.refcoco_bce])
 def test_published_losses_of_cris_count_no_pixel_of_255(loss):
     x = leaf(2, 1, 4, 4)
     zero(loss(x, {"mask": torch.full((2, 1, 16, 16), 255.0)})[0], x)
@@ -463,7 +462,7 @@ def test_published_losses_of_cris_count_no_pixel_of_255(loss):
     mask = torch.zeros(2, 1, 16, 16)
     mask[:, :, 4:8, :8] = 1
     total, _ = loss(x, {"mask": mask})
-    if loss is recipes.refcoco_bce:
+    if loss is cris.refcoco_bce:
         small = nn.functional.interpolate(mask, (4, 4), mode="nearest")
         expected = nn.functional.binary_cross_entropy_with_logits(x, small)
         assert float(total) == pytest.approx(float(expected), rel=1e-6)

@@ -17,11 +17,11 @@ from torch import nn
 import cris
 import data
 import predict
-import recipes
 import studies
 import train
 from engine import evaluate, feature_cache, lora
 from imaging import layouts, volumes
+from recipes import FAMILIES, loading
 
 # --- config.json ---------------------------------------------------------------------------------
 
@@ -429,9 +429,9 @@ def test_a_config_that_describes_no_model_is_one_line(damage, has_best, run_fold
     file.write_text(json.dumps(changed(content, ("config", damage[0]), damage[1])))
     if not has_best:
         (run_folder / "best.safetensors").unlink()
-    family = recipes.FAMILIES["cris"]
+    family = FAMILIES["cris"]
     with pytest.raises(ValueError) as caught:
-        recipes.load_model(family, run_folder, None, family.settings["default"], {}, None)
+        loading.load_model(family, run_folder, None, family.settings["default"], {}, None)
     said = str(caught.value)
     assert said.startswith(f"{file}: does not describe a model (") and "\n" not in said
     assert NO_MODEL[damage] in said and said.endswith(evaluate.EDITED)
@@ -443,9 +443,9 @@ def test_other_weights_than_the_config_describes_name_the_run(run_folder):
     content = json.loads(file.read_text())
     file.write_text(json.dumps(changed(content, ("config", "ffn_dim"), 64)))
     (run_folder / "best.safetensors").unlink()
-    family = recipes.FAMILIES["cris"]
+    family = FAMILIES["cris"]
     with pytest.raises(ValueError, match=f"^{run_folder}: .*ffn"):
-        recipes.load_model(family, run_folder, None, family.settings["default"], {}, None)
+        loading.load_model(family, run_folder, None, family.settings["default"], {}, None)
 
 
 def test_a_lack_of_memory_is_no_fault_of_the_config(run_folder, monkeypatch):
@@ -453,9 +453,9 @@ def test_a_lack_of_memory_is_no_fault_of_the_config(run_folder, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(cris.CRIS, "__init__", fail)
-    family = recipes.FAMILIES["cris"]
+    family = FAMILIES["cris"]
     with pytest.raises(torch.OutOfMemoryError):
-        recipes.load_model(family, run_folder, None, family.settings["default"], {}, None)
+        loading.load_model(family, run_folder, None, family.settings["default"], {}, None)
 
 
 def test_a_run_with_more_images_than_it_started_with_is_one_line(

@@ -14,10 +14,11 @@ from test_volume_recipe import FAST, data_set, phantom
 
 import losses
 import predict
-import recipes
 import swin_unetr3d
 import train
 from imaging import layouts, volumes
+from recipes import swin_unetr3d as swin_unetr3d_recipes
+from recipes import universal
 
 pytestmark = pytest.mark.numeric
 
@@ -117,13 +118,13 @@ def batch_of(tmp_path, config):
     entries = [layouts.as_regions(layouts.annotations(r, "train")[0]) for r in roots]
     part = volumes.VolumeSet(entries, partial=True)
     part = part.prepared(config.spacing, lambda x: x, 1, tmp_path / "cache")
-    settings = replace(recipes.UNIVERSAL["default"], augment={}, crops_per_volume=2)
+    settings = replace(universal.UNIVERSAL["default"], augment={}, crops_per_volume=2)
     how = {"config": config, "settings": settings}
     items = [
-        recipes.universal_inputs(part.sample(i), True, np.random.default_rng(0), **how)
+        universal.universal_inputs(part.sample(i), True, np.random.default_rng(0), **how)
         for i in range(2)
     ]
-    return recipes.collate_crops(items), items
+    return swin_unetr3d_recipes.collate_crops(items), items
 
 
 def test_a_batch_and_its_loss(tmp_path):
@@ -131,14 +132,14 @@ def test_a_batch_and_its_loss(tmp_path):
     config = replace(swin_unetr3d.UNIVERSAL_VARIANTS["mini"], classes=names, num_classes=4)
     config = replace(config, image_size=(64, 32, 32), spacing=(4.0, 4.2, 5.0))
     batch, items = batch_of(tmp_path, config)
-    assert recipes.annotated(batch).tolist() == [1, 2, 3]
+    assert universal.annotated(batch).tolist() == [1, 2, 3]
     target = torch.full((4, 3, 64, 32, 32), -1)
     target[:2, 1] = items[0]["mask"][:, 0]
     target[2:, 0], target[2:, 2] = items[1]["mask"][:, 0] == 2, items[1]["mask"][:, 0] > 0
     for organ in target[:2, 1], target[2:, 0], target[2:, 2]:
         assert 0 < organ.float().mean() < 0.5
     logits = torch.randn(4, 3, 64, 32, 32)
-    assert recipes.universal_loss(logits, batch)[0] == losses.partial_dice_bce(logits, target)[0]
+    assert universal.universal_loss(logits, batch)[0] == losses.partial_dice_bce(logits, target)[0]
 
 
 def test_a_class_that_no_volume_of_a_batch_annotates_learns_nothing(tmp_path):
@@ -148,9 +149,9 @@ def test_a_class_that_no_volume_of_a_batch_annotates_learns_nothing(tmp_path):
     batch, _ = batch_of(tmp_path, config)
     torch.manual_seed(0)
     model = swin_unetr3d.UniversalSwinUNETR(config)
-    output = recipes.universal_forward(model, {k: x[:2] for k, x in batch.items()})
+    output = universal.universal_forward(model, {k: x[:2] for k, x in batch.items()})
     assert output.shape == (2, 1, 64, 32, 32)  # the left kidney alone
-    recipes.universal_loss(output, {k: x[:2] for k, x in batch.items()})[0].backward()
+    universal.universal_loss(output, {k: x[:2] for k, x in batch.items()})[0].backward()
     touched = (model.organ_embedding.weight.grad != 0).any(1).tolist()
     assert touched == [False, False, True, False]
 

@@ -18,13 +18,13 @@ from conftest import command, contents, write_run
 from PIL import Image
 
 import predict
-import recipes
 import sam_decoder
 import segformer
 import swin_unetr3d
 import train
 from engine import report
 from imaging import layouts
+from recipes import FAMILIES, loading
 
 AFFINE = np.diag([4.0, 4.2, 5.0, 1])
 
@@ -101,9 +101,7 @@ def test_broken_photos_are_listed_and_the_rest_is_done(run, photos, tmp_path, mo
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_without_any_good_input_nothing_is_written(
-    count, run, tmp_path, monkeypatch, capsys
-):
+def test_without_any_good_input_nothing_is_written(count, run, tmp_path, monkeypatch, capsys):
     (tmp_path / "in").mkdir()
     for k in range(count):
         (tmp_path / f"in/{k}.png").write_bytes(b"no image")
@@ -124,9 +122,7 @@ def test_many_bad_inputs_are_counted(run, tmp_path, monkeypatch, capsys):
     assert "25 of 26 images" in lines[0] and lines[-1] == "  and 5 more" and len(lines) == 22
 
 
-def test_an_input_too_large_for_the_memory_is_a_bad_one(
-    run, photos, tmp_path, monkeypatch, capsys
-):
+def test_an_input_too_large_for_the_memory_is_a_bad_one(run, photos, tmp_path, monkeypatch, capsys):
     load_image = predict.data.load_image
 
     def load(path):
@@ -341,7 +337,14 @@ def test_sub_folders_are_mirrored_and_the_rest_is_counted(
 
 
 def test_files_below_a_folder(tmp_path, capsys):
-    for name in ("b/x.png", "b/c/y.png", "a.png", "set/images/i.png", "set/masks/i.png", "masks/m.png"):
+    for name in (
+        "b/x.png",
+        "b/c/y.png",
+        "a.png",
+        "set/images/i.png",
+        "set/masks/i.png",
+        "masks/m.png",
+    ):
         photo(tmp_path / name)
     os.symlink(tmp_path, tmp_path / "b/c/top")
     os.symlink(tmp_path / "b", tmp_path / "copy")
@@ -353,7 +356,9 @@ def test_files_below_a_folder(tmp_path, capsys):
     files = layouts.list_files(tmp_path / "b", "image", without=tmp_path / "b/c")
     assert files == [tmp_path / "b/x.png"]
     assert "not images, passed over: 1 pipe or device" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="no volumes in this folder, only 1 .png; volumes end in .nii"):
+    with pytest.raises(
+        ValueError, match="no volumes in this folder, only 1 .png; volumes end in .nii"
+    ):
         layouts.list_files(tmp_path / "masks", "volume")
 
 
@@ -605,4 +610,4 @@ def test_a_run_without_any_weights_says_so(run, photos, tmp_path, monkeypatch, c
     _, error = called(monkeypatch, capsys, *given, status=2)
     assert f"{folder / 'last.pt'}: cannot be read" in error
     with pytest.raises(ValueError, match="cannot be read"):
-        recipes.last_weights(folder, recipes.FAMILIES["segformer"])
+        loading.last_weights(folder, FAMILIES["segformer"])

@@ -14,17 +14,17 @@ import data
 import losses
 import options as command_line
 import predict
-import recipes
 import sam_decoder
 import train
 from engine import evaluate
 from engine.lora import load_adapter, merge_lora
 from imaging import augment, boxes_and_points, layouts
+from recipes import sam
 
 pytestmark = pytest.mark.numeric
 
 MINI = replace(sam_decoder.VARIANTS["mini"], image_size=64)
-DEFAULT = recipes.SAM["default"]
+DEFAULT = sam.SAM["default"]
 
 
 def net(seed=0) -> sam_decoder.SAM:
@@ -86,7 +86,7 @@ def open_split(root, cache, split="train"):
 
 
 def made(sample, settings, train=True, seed=0):
-    recipe = recipes.sam_recipe(net(), settings)
+    recipe = sam.sam_recipe(net(), settings)
     return recipe.inputs(sample, train=train, rng=np.random.default_rng(seed))
 
 
@@ -96,7 +96,7 @@ def test_images_with_different_numbers_of_prompts_share_a_batch(maps, tmp_path):
     items = [made(dataset.sample(i, ""), settings) for i in (0, 5, 1)]  # 5 is the empty one
     items[0] = {k: v[:2] if k != "image" else v for k, v in items[0].items()}
     assert [len(item["boxes"]) for item in items] == [2, 0, 3]
-    batch = recipes.collate_prompts(items)
+    batch = sam.collate_prompts(items)
     assert batch["of"].tolist() == [0, 0, 1, 1, 1]
     assert torch.equal(batch["image"], torch.stack([items[0]["image"], items[2]["image"]]))
     assert torch.equal(batch["boxes"], torch.cat([items[0]["boxes"], items[2]["boxes"]]))
@@ -119,7 +119,7 @@ def test_each_prompt_is_answered_as_if_it_were_alone():
             item | {"points": points, "labels": labels, "mask": torch.zeros(count, 1, 16, 16)}
         )
     with torch.no_grad():
-        masks, iou = recipes.sam_forward(model, recipes.collate_prompts(items))
+        masks, iou = sam.sam_forward(model, sam.collate_prompts(items))
         expected = []
         for item in items:
             for k, (box, point, label) in enumerate(
@@ -136,7 +136,7 @@ def test_each_prompt_is_answered_as_if_it_were_alone():
 
 def test_a_batch_without_any_object_teaches_nothing(maps, tmp_path):
     dataset, model = open_split(maps, tmp_path / "cache"), net()
-    recipe = recipes.sam_recipe(model, DEFAULT)
+    recipe = sam.sam_recipe(model, DEFAULT)
     item = recipe.inputs(dataset.sample(5, ""), train=True, rng=np.random.default_rng(0))
     batch = recipe.collate([item, item])
     loss, _ = recipe.loss(recipe.forward(model, batch), batch)
@@ -160,7 +160,7 @@ def test_augmentation_leaves_prompts_where_objects_are(maps, tmp_path):
 
 def test_an_evaluation_asks_the_same_every_time(maps, tmp_path):
     dataset = open_split(maps, tmp_path / "cache", "test")
-    recipe = recipes.sam_recipe(net(), DEFAULT)
+    recipe = sam.sam_recipe(net(), DEFAULT)
     sample = dataset.sample(0, "")
     one, two = (recipe.inputs(sample, False, np.random.default_rng(s)) for s in (0, 1))
     assert torch.equal(one["boxes"], two["boxes"])
@@ -205,10 +205,10 @@ def test_of_several_masks_a_pixel_goes_to_the_surest_class():
         "labels": torch.zeros(3, 0),
         "numbers": torch.tensor([1, 2, 1]),
     }
-    p, _ = recipes.sam_predict(Says(logits), item | {"classes": ("none", "one", "two")})
+    p, _ = sam.sam_predict(Says(logits), item | {"classes": ("none", "one", "two")})
     masks = evaluate.to_masks(p.numpy(), MINI)
     assert masks.argmax(0).tolist() == [[1, 1, 2, 0]]
-    p, _ = recipes.sam_predict(
+    p, _ = sam.sam_predict(
         Says(logits), item | {"classes": ("target",), "numbers": torch.ones(3).long()}
     )
     assert evaluate.to_masks(p.numpy(), MINI).tolist() == [[[True, True, True, False]]]
@@ -216,7 +216,7 @@ def test_of_several_masks_a_pixel_goes_to_the_surest_class():
 
 def test_nothing_asked_is_nothing_found():
     item = {"size": (5, 7), "image": torch.zeros(3, 64, 64), "boxes": torch.zeros(0, 4)}
-    p, output = recipes.sam_predict(net(), item | {"classes": ("none", "one", "two")})
+    p, output = sam.sam_predict(net(), item | {"classes": ("none", "one", "two")})
     assert p.shape == (3, 5, 7) and output is None and not p[1:].any()
 
 
@@ -251,10 +251,10 @@ def test_each_component_has_its_own_scores():
 def test_the_study_s_loss_is_monai_s_and_the_topological_one():
     monai = pytest.importorskip("monai.losses")
     torch.manual_seed(0)
-    config, settings = replace(MINI, image_size=64), recipes.SAM["origin"]
+    config, settings = replace(MINI, image_size=64), sam.SAM["origin"]
     output = torch.randn(3, 1, 1, 16, 16) * 3, torch.zeros(3, 1, 1)
     target = (torch.rand(3, 1, 40, 50) > 0.6).float()
-    loss, parts = recipes.oct_study_loss(output, {"mask": target}, settings, config)
+    loss, parts = sam.oct_study_loss(output, {"mask": target}, settings, config)
     resize = torch.nn.functional.interpolate
     logits = resize(output[0][:, 0], (64, 64), mode="bilinear")[..., :51, :]  # 40 / 50 * 64 = 51.2
     logits = resize(logits, (40, 50), mode="bilinear")
@@ -272,8 +272,8 @@ def test_topology_is_added_with_its_weight(name):
     target = (torch.rand(2, 1, 16, 16) > 0.5).float()
     target[:, :, :2] = 255
     settings = [replace(DEFAULT, topology=t, topology_weight=0.3) for t in ("none", name)]
-    plain, _ = recipes.sam_dice_bce(output, {"mask": target}, settings[0], MINI)
-    loss, parts = recipes.sam_dice_bce(output, {"mask": target}, settings[1], MINI)
+    plain, _ = sam.sam_dice_bce(output, {"mask": target}, settings[0], MINI)
+    loss, parts = sam.sam_dice_bce(output, {"mask": target}, settings[1], MINI)
     p, keep = output[0][:, 0].sigmoid(), (target != 255).float()
     if name == "cldice":
         term = losses.cldice_loss(p, target * keep, keep=keep).mean()
@@ -459,7 +459,7 @@ def test_lora_trains_queries_and_values_and_loads_back_from_a_small_file(asked, 
 
 
 def test_the_study_s_recipe_runs_and_asks_for_the_background(asked, maps, tmp_path):
-    settings = recipes.SAM["origin"]
+    settings = sam.SAM["origin"]
     item = made(open_split(maps, tmp_path / "cache").sample(0, ""), settings)
     sample = open_split(maps, tmp_path / "cache").sample(0, "")["mask"].numpy()
     expected = boxes_and_points.components(sample, range(3), min_area=1)

@@ -15,12 +15,12 @@ from safetensors.torch import load_file
 import biomedclipseg
 import clipseg
 import data
-import protocol
-import recipes
 import train
 from engine import evaluate
 from imaging import layouts
 from options import resolve
+from recipes import FAMILIES, cris, images, kept_features
+from recipes import clipseg as clipseg_recipes
 from tokenizer import CHARACTERS, CLIPTokenizer, WordPieceTokenizer
 
 pytestmark = pytest.mark.numeric
@@ -36,9 +36,9 @@ def options(options, tmp_path):
 
 def start(options) -> dict[str, torch.Tensor]:
     """The weights that a run with these options begins with."""
-    settings = recipes.FAMILIES[options.model].settings["default"]
+    settings = FAMILIES[options.model].settings["default"]
     torch.manual_seed(options.seed)
-    model = recipes.FAMILIES[options.model].load("none", "mini", settings, {"image_size": 64}, None)
+    model = FAMILIES[options.model].load("none", "mini", settings, {"image_size": 64}, None)
     return {name: t.clone() for name, t in model.state_dict().items()}
 
 
@@ -81,9 +81,9 @@ def test_what_trains(model, what, options, capsys):
 
 @pytest.mark.parametrize("model", MODELS)
 def test_all_that_is_said_to_train_gets_a_gradient(model, demo, options):
-    settings = recipes.FAMILIES[model].settings["default"]
-    net = recipes.FAMILIES[model].load("none", "mini", settings, {"image_size": 64}, None)
-    recipe = recipes.FAMILIES[model].recipe(net, settings)
+    settings = FAMILIES[model].settings["default"]
+    net = FAMILIES[model].load("none", "mini", settings, {"image_size": 64}, None)
+    recipe = FAMILIES[model].recipe(net, settings)
     dataset = data.open_dataset(layouts.annotations(demo, "train"), options.cache)
     items = data.Items(dataset, "p6", recipe.inputs, train=True, seed=0)
     batch = torch.utils.data.default_collate([items[0, i] for i in range(4)])
@@ -156,12 +156,14 @@ def test_kept_features_are_those_of_the_image_and_the_text(demo, options):
     entries = layouts.annotations(demo, "train")[:4]
     entries.append(replace(entries[1], name="again", prompts={"p6": ["another text"]}))
     dataset = data.open_dataset(entries, options.cache)
-    settings = recipes.CLIPSEG["origin"]
-    net = recipes.load_clipseg("none", "mini", settings, {"image_size": 64}, None).eval()
-    recipe = recipes.clipseg_recipe(net, settings)
+    settings = clipseg_recipes.CLIPSEG["origin"]
+    net = clipseg_recipes.load_clipseg("none", "mini", settings, {"image_size": 64}, None).eval()
+    recipe = clipseg_recipes.clipseg_recipe(net, settings)
     asked = replace(options, prompt="p6", train="decoder", views=["original"])
     asked = replace(asked, feature_dtype="float16")
-    kept = protocol.keep_features(recipe, net, recipes.clipseg_towers, [dataset], asked)
+    kept = kept_features.keep_features(
+        recipe, net, clipseg_recipes.clipseg_towers, [dataset], asked
+    )
     for i in range(5):
         plain, short = (
             data.Items(dataset, "p6", r.inputs, train=True, seed=0)[0, i] for r in (recipe, kept)
@@ -288,7 +290,7 @@ def test_a_threshold_is_found_in_validation(options, demo):
     options = replace(options, threshold="auto", epochs=1)
     train.run(options)
     model = clipseg.CLIPSeg.from_pretrained(options.out)
-    recipe = recipes.clipseg_recipe(model, recipes.CLIPSEG["default"])
+    recipe = clipseg_recipes.clipseg_recipe(model, clipseg_recipes.CLIPSEG["default"])
     val = data.open_dataset(layouts.annotations(demo, "val"), options.cache)
     options = replace(options, prompt="p6")
     dice = {}
@@ -301,9 +303,9 @@ def test_a_threshold_is_found_in_validation(options, demo):
 
 
 def test_towers_that_no_decoder_reads_are_not_tested():
-    settings = recipes.BIOMEDCLIPSEG["origin"]
+    settings = clipseg_recipes.BIOMEDCLIPSEG["origin"]
     with pytest.raises(ValueError, match="--weights is missing: BiomedCLIP"):
-        recipes.load_biomedclipseg(None, None, settings, {}, None)
+        clipseg_recipes.load_biomedclipseg(None, None, settings, {}, None)
 
 
 def test_a_study_of_prompts_needs_a_type_of_all():
@@ -397,23 +399,25 @@ def test_an_absent_prompt_is_found_among_several_texts(demo, options):
 def test_texts_of_a_batch_are_counted_as_the_model_sees_them(demo, options):
     dataset = data.open_dataset(with_prompts(demo, *ONE_PROMPT[:4]), options.cache)
     dataset.compare_prompts_by(CLIPTokenizer(77))
-    assert protocol.texts_per_batch(dataset, "p1", 8) == pytest.approx(1)
+    assert images.texts_per_batch(dataset, "p1", 8) == pytest.approx(1)
     dataset = data.open_dataset(with_prompts(demo, *ONE_PROMPT[:3], "lesion"), options.cache)
     dataset.compare_prompts_by(CLIPTokenizer(77))
     two = 1 - 0.25**2 + 1 - 0.75**2  # three quarters of all draws, and a quarter
-    assert protocol.texts_per_batch(dataset, "p1", 2) == pytest.approx(two)
+    assert images.texts_per_batch(dataset, "p1", 2) == pytest.approx(two)
 
 
-@pytest.mark.parametrize("texts, frozen", [(ONE_PROMPT, True), (["polyp", "lesion", "fold"], False)])
+@pytest.mark.parametrize(
+    "texts, frozen", [(ONE_PROMPT, True), (["polyp", "lesion", "fold"], False)]
+)
 def test_cris_keeps_its_text_norm_where_all_prompts_are_the_same(demo, options, texts, frozen):
     dataset = data.open_dataset(with_prompts(demo, *texts * 2), options.cache)
-    settings = replace(recipes.CRIS["default"], prompt="p1")
-    model = recipes.load_cris("none", "mini", settings, {"image_size": 64}, dataset)
+    settings = replace(cris.CRIS["default"], prompt="p1")
+    model = cris.load_cris("none", "mini", settings, {"image_size": 64}, dataset)
     assert model.config.freeze_text_norm is frozen
     model.train()
     assert model.neck.txt_proj[1].training is not frozen
     given = {"image_size": 64, "freeze_text_norm": not frozen}  # of a recipe: it decides
-    model = recipes.load_cris("none", "mini", settings, given, dataset)
+    model = cris.load_cris("none", "mini", settings, given, dataset)
     assert model.config.freeze_text_norm is not frozen
 
 
@@ -427,9 +431,7 @@ def test_negatives_are_refused_before_training(demo, tmp_path, monkeypatch, caps
     assert err.strip().count("\n") == 0 and not (tmp_path / "run/last.pt").exists()
 
 
-def test_types_are_read_in_any_case_and_cut_prompts_are_said(
-    demo, tmp_path, monkeypatch, capsys
-):
+def test_types_are_read_in_any_case_and_cut_prompts_are_said(demo, tmp_path, monkeypatch, capsys):
     """76 words of one token fit between start and end in 78, not in CLIP's 77."""
     root = with_texts(demo, tmp_path / "set", ["red " * 76, "red " * 75, "blue"], kind="p3")
     words = ["--model", "clipseg", "--variant", "mini", "--weights", "none", "--data", root]

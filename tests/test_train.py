@@ -23,12 +23,12 @@ from safetensors.torch import load_file
 import cris
 import data
 import predict
-import protocol
-import recipes
 import train
 from engine import evaluate, report
 from imaging import atomic_files, layouts
 from options import resolve
+from recipes import base, images
+from recipes import cris as cris_recipes
 
 pytestmark = pytest.mark.numeric
 
@@ -236,8 +236,14 @@ REFUSED = {
         "--device cuda:7: not on this machine",
     ),
     "not a device": (lambda o, d: replace(o, device="tpu9"), "--device tpu9: unknown"),
-    "no steps": (lambda o, d: replace(o, max_steps=0), "--max-steps 0: must be a whole number of at least 1"),
-    "fewer than no epochs": (lambda o, d: replace(o, epochs=-1), "--epochs -1: must be a whole number of at least 0"),
+    "no steps": (
+        lambda o, d: replace(o, max_steps=0),
+        "--max-steps 0: must be a whole number of at least 1",
+    ),
+    "fewer than no epochs": (
+        lambda o, d: replace(o, epochs=-1),
+        "--epochs -1: must be a whole number of at least 0",
+    ),
     "a test of nothing": (lambda o, d: replace(o, epochs=0), "--weights none: nothing was trained"),
     "a test of CLIP": (
         lambda o, d: replace(o, epochs=0, weights=None, variant=None),
@@ -261,7 +267,10 @@ REFUSED = {
         lambda o, d: replace(o, prompt_study=True, score_size="network"),
         "--score-size network: --prompt-study",
     ),
-    "batch of none": (lambda o, d: replace(o, batch_size=0), "--batch-size 0: must be a whole number of at least 1"),
+    "batch of none": (
+        lambda o, d: replace(o, batch_size=0),
+        "--batch-size 0: must be a whole number of at least 1",
+    ),
     "size": (lambda o, d: replace(o, size=[50]), "32"),
     "a loss that is no number": (
         lambda o, d: replace(o, lr=1e38, clip_grad=0.0),
@@ -308,7 +317,7 @@ def test_decoder_only_leaves_the_towers_as_they_are(options):
     before = cris.CRIS(replace(cris.VARIANTS["mini"], text_length=77)).state_dict()
     after = load_file(f"{options.out}/best.safetensors")
     moved = {name for name in before if not torch.equal(before[name], after[name])}
-    towers = {name for name in before if recipes.clip_towers(name)}
+    towers = {name for name in before if cris_recipes.clip_towers(name)}
     assert towers and not moved & towers
     assert {name.split(".")[0] for name in moved} == {
         "backbone",
@@ -319,15 +328,15 @@ def test_decoder_only_leaves_the_towers_as_they_are(options):
 
 
 def test_accumulated_gradients_are_the_mean_of_their_batches(options, demo):
-    settings = recipes.CRIS["default"]
+    settings = cris_recipes.CRIS["default"]
     dataset = data.open_dataset(layouts.annotations(demo, "train"), options.cache)
 
     def step(count, freeze):
         torch.manual_seed(0)
         o, s = train.resolve(replace(options, batch_size=4, grad_accum_steps=count, clip_grad=0.0))
         s = replace(s, optimizer="adam", schedule="constant", warmup=0.0)
-        model = recipes.load_cris("none", "mini", s, {"image_size": 64, "dropout": 0.0}, None)
-        run = train.Run(o, s, model, recipes.cris_recipe(model, s), dataset, dataset)
+        model = cris_recipes.load_cris("none", "mini", s, {"image_size": 64, "dropout": 0.0}, None)
+        run = train.Run(o, s, model, cris_recipes.cris_recipe(model, s), dataset, dataset)
         model.eval()  # batch statistics would differ
         seen = []
         run.optimizer.step = lambda: seen.append(
@@ -349,8 +358,8 @@ def test_accumulated_gradients_are_the_mean_of_their_batches(options, demo):
 
 def test_learning_rates_over_time():
     def curve(**settings):
-        s = replace(recipes.CRIS["default"], **settings)
-        return [protocol.lr_factor(step, 100, s) for step in range(101)]
+        s = replace(cris_recipes.CRIS["default"], **settings)
+        return [base.lr_factor(step, 100, s) for step in range(101)]
 
     cosine = curve(schedule="cosine", warmup=0.1)
     assert (
@@ -385,12 +394,12 @@ def test_texts_per_batch(demo):
     entries = layouts.annotations(demo, "train")
     part = [replace(entry, prompts={"p1": ["a"], "p2": ["b", "c"]}) for entry in entries[:10]]
     dataset = data.Dataset(part, np.zeros((10, 6), int), None)
-    assert protocol.texts_per_batch(dataset, "p1", 16) == pytest.approx(1)
-    assert protocol.texts_per_batch(dataset, "some text", 16) == pytest.approx(1)
-    assert protocol.texts_per_batch(dataset, "p2", 2) == pytest.approx(1.5)
-    assert protocol.texts_per_batch(dataset, "random", 1) == pytest.approx(1)
+    assert images.texts_per_batch(dataset, "p1", 16) == pytest.approx(1)
+    assert images.texts_per_batch(dataset, "some text", 16) == pytest.approx(1)
+    assert images.texts_per_batch(dataset, "p2", 2) == pytest.approx(1.5)
+    assert images.texts_per_batch(dataset, "random", 1) == pytest.approx(1)
     three = 1 - 0.5**4 + 2 * (1 - 0.75**4)  # a half of all draws, b and c a quarter each
-    assert protocol.texts_per_batch(dataset, "random", 4) == pytest.approx(three)
+    assert images.texts_per_batch(dataset, "random", 4) == pytest.approx(three)
 
 
 def test_a_constant_prompt_keeps_the_text_norm_in_evaluation_mode(options, capsys):
@@ -689,7 +698,7 @@ def test_the_threshold_of_each_validation_chooses_the_epoch(
     assert f"testing the weights of {told} {threshold:g})" in text
 
     model = cris.CRIS.from_pretrained(whole.out)  # that Dice is what a plain evaluation gives
-    recipe = recipes.cris_recipe(model, recipes.CRIS["default"])
+    recipe = cris_recipes.cris_recipe(model, cris_recipes.CRIS["default"])
     val = data.open_dataset(layouts.annotations(demo, "val"), options.cache)
     found = evaluate.evaluate(model, recipe, val, replace(options, prompt="p6"), False, "")
     dice = np.mean([row["dice"] for row in found])
@@ -738,9 +747,7 @@ def test_a_file_in_a_run_folder_is_of_that_run(tmp_path, monkeypatch):
 # --- one process a folder ------------------------------------------------------------------------
 
 
-def test_a_second_process_is_refused_and_a_killed_one_leaves_no_lock(
-    options, monkeypatch, capsys
-):
+def test_a_second_process_is_refused_and_a_killed_one_leaves_no_lock(options, monkeypatch, capsys):
     words = arguments(replace(options, epochs=1000, workers=1, batch_size=4))
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
     first = subprocess.Popen([sys.executable, ROOT / "train.py", *words], **pipes)

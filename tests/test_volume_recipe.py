@@ -16,10 +16,11 @@ from scipy import ndimage
 import losses
 import predict
 import prepare
-import recipes
 import swin_unetr3d
 import train
 from engine import evaluate, report
+from recipes import FAMILIES
+from recipes import swin_unetr3d as swin_unetr3d_recipes
 
 pytestmark = pytest.mark.numeric
 
@@ -92,7 +93,7 @@ def test_origin_has_the_loss_of_monai():
     target = torch.randint(0, 3, (2, 1, 6, 5, 7))  # class 3 is absent
     theirs = DiceCELoss(to_onehot_y=True, softmax=True, smooth_nr=1e-5, smooth_dr=1e-5)
     expected = theirs(logits, target)
-    ours = recipes.SWIN["origin"].loss(logits, {"mask": target.byte()})[0]
+    ours = swin_unetr3d_recipes.SWIN["origin"].loss(logits, {"mask": target.byte()})[0]
     # Our logits are float32 from here on: 6e-8 each, and sums of 1,680 of them.
     assert abs((ours - expected).item()) < 1e-5
     grads = [torch.autograd.grad(x, logits)[0] for x in (ours, expected)]
@@ -116,26 +117,32 @@ def sample(regions=None):
 
 def test_crops_of_image_and_mask_are_of_one_place():
     config = SimpleNamespace(image_size=(32, 16, 16))
-    settings = recipes.replace(recipes.SWIN["default"], augment={"flip": (0.5, 0.5, 0.5)})
-    item = recipes.volume_inputs(sample(), True, np.random.default_rng(1), config, settings)
+    settings = replace(
+        swin_unetr3d_recipes.SWIN["default"], augment={"flip": (0.5, 0.5, 0.5)}
+    )
+    item = swin_unetr3d_recipes.volume_inputs(
+        sample(), True, np.random.default_rng(1), config, settings
+    )
     assert item["image"].shape == (4, 1, 32, 16, 16) and item["mask"].shape == (4, 1, 32, 16, 16)
     assert torch.equal(item["image"], item["mask"] + 1.0)
-    batch = recipes.collate_crops([item, item])
+    batch = swin_unetr3d_recipes.collate_crops([item, item])
     assert batch["image"].shape == (8, 1, 32, 16, 16)
 
 
 def test_regions_become_a_mask_each():
     config = SimpleNamespace(image_size=(40, 36, 34))  # the whole
-    settings = recipes.replace(recipes.SWIN["default"], augment={}, crops_per_volume=1)
+    settings = replace(swin_unetr3d_recipes.SWIN["default"], augment={}, crops_per_volume=1)
     one, regions = sample(((1, 3), (1, 2, 3), (3,))), [[1, 3], [1, 2, 3], [3]]
-    mask = recipes.volume_inputs(one, True, np.random.default_rng(1), config, settings)["mask"][0]
+    mask = swin_unetr3d_recipes.volume_inputs(
+        one, True, np.random.default_rng(1), config, settings
+    )["mask"][0]
     assert mask.shape == (3, 40, 36, 34)
     valid = one["mask"] != 255
     for found, numbers in zip(mask, regions):
         expected = torch.from_numpy(np.isin(one["mask"].numpy(), numbers))
         assert torch.equal(found[valid], expected[valid].byte()) and (found[~valid] == 255).all()
     logits = torch.randn(1, 3, 40, 36, 34)
-    loss = recipes.volume_loss(logits, {"mask": mask[None]})[0]
+    loss = swin_unetr3d_recipes.volume_loss(logits, {"mask": mask[None]})[0]
     assert torch.equal(loss, losses.dice_bce(logits, mask[None])[0])
 
 
@@ -265,9 +272,7 @@ def test_a_background_of_several_numbers_leaves_one_label_map(tmp_path, monkeypa
     assert {*np.unique(found)} <= {0, 2, 5}
 
 
-def test_a_run_begun_when_such_a_background_made_regions_is_tested(
-    tmp_path, monkeypatch, capsys
-):
+def test_a_run_begun_when_such_a_background_made_regions_is_tested(tmp_path, monkeypatch, capsys):
     labels = {"background": [0, 1], "spleen": 5, "liver": 2}
     root = data_set(tmp_path / "set", labels)
     about = json.loads((root / "dataset.json").read_text())
@@ -478,7 +483,7 @@ def test_classes_in_another_order_than_a_released_file_s(tmp_path, monkeypatch, 
     names = swin_unetr3d.BTCV["classes"]
     orders = {"same": names, "mine": [f"x{name}" for name in names], "flare": [*names]}
     orders["flare"][1], orders["flare"][6] = names[6], names[1]
-    model, settings = recipes.FAMILIES["swin_unetr3d"], recipes.SWIN["default"]
+    model, settings = FAMILIES["swin_unetr3d"], swin_unetr3d_recipes.SWIN["default"]
     for name, order in orders.items():
         entries = [SimpleNamespace(regions=None, classes=tuple(order), root=name, modality="CT")]
         some = SimpleNamespace(entries=entries, classes=tuple(order))
@@ -585,7 +590,6 @@ def test_volumes_in_two_splits_are_a_line(tmp_path, monkeypatch, capsys):
         "case2 (val and test); "
     )
     assert line in (tmp_path / "run/log.txt").read_text()
-
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,158 @@
+"""CRIS: its recipes and how it is loaded."""
+
+from dataclasses import replace
+
+import torch.nn.functional as F
+from torch import Tensor
+
+import cris
+from data import Dataset
+from imaging.augment import Augment
+from recipes.base import Family, Recipe, Settings, hub_id
+from recipes.images import (
+    MEDVLSM,
+    clip_tokenizer,
+    dice_bce_at_mask_size,
+    prompted_recipe,
+    texts_per_batch,
+)
+
+
+def refcoco_bce(logits: Tensor, batch: dict) -> tuple[Tensor, dict]:
+    """BCE at stride 4 with the mask brought there by nearest neighbour (model/segmenter.py)."""
+    mask = F.interpolate(batch["mask"], logits.shape[-2:], mode="nearest")
+    keep = (mask != 255).float()  # the official masks have no 255
+    bce = F.binary_cross_entropy_with_logits(logits.float(), mask * keep, keep, reduction="sum")
+    loss = bce / keep.sum().clamp(min=1)
+    return loss, {"bce": loss}
+
+
+def clip_towers(name: str) -> bool:
+    """What comes from CLIP: all of `backbone` but the new branch in its attention pool."""
+    return name.startswith("backbone.") and ".connect." not in name
+
+
+def refcoco_backbone(name: str) -> bool:
+    """What CRIS trains at the lower rate: `backbone` but its position tables (build_segmenter)."""
+    return name.startswith("backbone.") and "positional_embedding" not in name
+
+
+CLIP = {"rn50": "timm/resnet50_clip.openai", "rn101": "timm/resnet101_clip.openai"}
+
+CRIS = {
+    # What we recommend: one clear prompt type, pixels used whole, everything trained, CLIP gently.
+    "default": Settings(
+        weights=CLIP,
+        config={"pixels": "stretch", "threshold": 0.5},
+        augment=Augment(),
+        loss=dice_bce_at_mask_size,
+        backbone=clip_towers,
+    ),
+    # medvlsm (arXiv 2308.07706; github.com/naamiinepal/medvlsm, configs/experiment/cris.yaml),
+    # which started from a CRIS trained on RefCOCO: give that file as --weights. Quirks: every
+    # prompt is padded with 49407 to 77, so that the decoder attends to the padding too; masks are
+    # stretched with nearest neighbour. Left out: JPEG masks served there as soft targets and
+    # prompts were drawn anew in validation and test.
+    "origin": Settings(
+        weights=CLIP,
+        config={
+            "pixels": "medvlsm",
+            "text_length": 77,
+            "pad_token": 49407,
+            "threshold": 0.35,
+            "dropout": 0.2,
+        },
+        lr=2e-5,
+        backbone_lr=2e-5,
+        backbone=clip_towers,
+        batch_size=32,
+        **MEDVLSM,
+    ),
+    # CRIS itself (arXiv 2111.15174; github.com/DerrickWang005/CRIS.pytorch,
+    # config/refcoco/cris_r50.yaml). Left out: its first epoch trained the backbone at the full
+    # rate, because the groups named only `initial_lr`; the last, smaller batch was dropped.
+    "refcoco": Settings(
+        weights=CLIP,
+        config={
+            "pixels": "letterbox",
+            "text_length": 17,
+            "pad_token": 0,
+            "threshold": 0.35,
+            "dropout": 0.1,
+        },
+        loss=refcoco_bce,
+        backbone=refcoco_backbone,
+        optimizer="adam",
+        lr=1e-4,
+        backbone_lr=1e-5,
+        weight_decay=0.0,
+        batch_size=64,
+        epochs=50,
+        schedule="multistep",
+        milestones=(0.7,),  # after 35 epochs
+        warmup=0.0,
+        clip_grad=None,
+        dtype="float16",
+    ),
+}
+
+
+# CLIP's own length, at which CRIS starts from CLIP or from scratch: long enough for nearly every
+# prompt; short ones are trimmed.
+FROM_CLIP = {"text_length": 77}
+
+
+def load_cris(
+    weights, variant, settings: Settings, overrides: dict, train_set: Dataset | None
+) -> cris.CRIS:
+    """CRIS from `weights`; from CLIP of the hub if None, and that is said; from scratch if "none".
+
+    Its batch norm over the sentence vectors sees no variance where all texts of a batch are the
+    same to the model, and ruins evaluation: it then stays in evaluation mode.
+    """
+    model = make_cris(weights, variant, settings, overrides, train_set)
+    if train_set is None or "freeze_text_norm" in overrides:
+        return model
+
+    train_set.compare_prompts_by(clip_tokenizer(model.config))
+    texts = texts_per_batch(train_set, settings.prompt, settings.batch_size)
+    if texts < 2:
+        print(
+            f"a batch holds {texts:.1f} different texts on average: the batch norm over texts, "
+            "neck.txt_proj.1, stays in evaluation mode"
+        )
+        model.config = replace(model.config, freeze_text_norm=True)
+    return model
+
+
+def make_cris(weights, variant, settings, overrides, train_set) -> cris.CRIS:
+    """Return CRIS as `load_cris` starts from it."""
+    if weights == "none":
+        config = FROM_CLIP | overrides
+        return cris.CRIS(replace(cris.VARIANTS[variant or "rn50"], **config))
+    if weights is None and train_set is None:
+        raise ValueError("--weights is missing: CLIP alone, which is the default, segments nothing")
+    if weights is None:
+        weights = hub_id(settings, variant or "rn50")
+        print(
+            f"starting from CLIP ({weights}): no CRIS checkpoint is on the hub. The known one, "
+            "trained on RefCOCO, is linked in the README of github.com/naamiinepal/medvlsm and in "
+            "issue 3 of github.com/DerrickWang005/CRIS.pytorch; pass it as --weights cris_best.pth"
+        )
+    return cris.CRIS.from_pretrained(weights, **overrides)
+
+
+def cris_recipe(model: cris.CRIS, settings: Settings) -> Recipe:
+    return prompted_recipe(cris, model, settings, clip_tokenizer(model.config))
+
+
+FAMILY = Family(
+    CRIS,
+    cris.VARIANTS,
+    load_cris,
+    cris_recipe,
+    clip_towers,
+    sides=(32, 32),
+    tokenizer=clip_tokenizer,
+    text_config=FROM_CLIP,
+)

@@ -1,0 +1,167 @@
+"""The CLIP-Driven Universal Model and its few-shot variants: classes that have codes."""
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import fewshot3d
+import swin_unetr3d
+from imaging.layouts import plain_name
+from losses import (
+    partial_dice_bce,
+)
+from recipes.base import Family, Recipe, Settings, hub_id
+from recipes.swin_unetr3d import SWIN, check_modality, swin_encoder, volume_inputs, volume_recipe
+
+# --- volumes: the CLIP-Driven Universal Model -----------------------------------------------------
+
+
+def universal_inputs(sample, train, rng, config, settings) -> dict:
+    """As `volume_inputs`; of training mask (n,1,D,H,W) of label numbers, and what these are:
+    table int16 (n,K,256), of each class 1 for its numbers and else 0, 255 for what does not count,
+    all -1 if it is not annotated."""
+    numbers = [config.classes.index(name) - 1 for name in sample["classes"][1:]]
+    if not train:
+        return volume_inputs(sample, train, rng, config, settings) | {"asked": numbers}
+    item = volume_inputs(sample | {"regions": None}, train, rng, config, settings)
+    table = torch.full((config.num_classes, 256), -1, dtype=torch.int16)
+    for k, region in zip(numbers, sample["regions"]):
+        table[k] = torch.isin(torch.arange(256), torch.tensor(region))
+        table[k, 255] = 255
+    return item | {"table": table.expand(len(item["mask"]), -1, -1)}
+
+
+def annotated(batch: dict) -> Tensor:
+    """Numbers (k,) of the classes that are annotated in any of a batch."""
+    return (batch["table"][:, :, 0] >= 0).any(0).nonzero().flatten()
+
+
+def universal_forward(model: nn.Module, batch: dict) -> Tensor:
+    """Logits (B,k,D,H,W) of the annotated classes: nothing is to be learned of the others."""
+    return model(batch["image"], annotated(batch).tolist())
+
+
+def universal_loss(logits: Tensor, batch: dict) -> tuple[Tensor, dict]:
+    """Dice + BCE of each class in each crop for which it is annotated."""
+    tables = batch["table"][:, annotated(batch)]  # (B,k,256)
+    target = [table[:, mask.long()] for table, mask in zip(tables, batch["mask"][:, 0])]
+    return partial_dice_bce(logits.float(), torch.stack(target))
+
+
+def read_codes(path: str | None) -> dict[str, Tensor]:
+    """A file of `prepare.py text-codes`: class -> its code (512,). ValueError, one line."""
+    if path is None:
+        return {}
+    codes = swin_unetr3d.read_file(Path(path))
+    for name, code in codes.items():
+        if not isinstance(name, str):
+            told = f"{name!r:.80} is not the name of a class"
+            raise ValueError(f"{path}: {told}; prepare.py text-codes makes codes")
+        what = "no tensor"
+        if isinstance(code, Tensor):
+            what = "a nested tensor" if code.is_nested else tuple(code.shape)
+        if what != (swin_unetr3d.TEXT,):
+            told = f"{name} is {what}"
+            raise ValueError(f"{path}: {told}, a code (512,); prepare.py text-codes makes codes")
+    expected = torch.empty(swin_unetr3d.TEXT)
+    swin_unetr3d.check_complete(codes, dict.fromkeys(codes, expected), path)  # finite floats
+    return {plain_name(name): code for name, code in codes.items()}
+
+
+def load_universal(
+    kind, variants, weights, variant, settings: Settings, overrides: dict, train_set
+):
+    """A Universal Model that knows the classes of the training set; without one those of the file
+    of codes. What its weights do not know becomes a new class.
+
+    ValueError: a code that is needed and not there, other codes than those of the weights.
+    """
+    texts, names = read_codes(settings.text_codes), train_set and train_set.classes[1:]
+    codes, names = settings.codes, list(texts if names is None else names)
+    variant = variant or next(iter(variants))
+
+    def code(name: str) -> Tensor | None:
+        if codes == "text" and name not in texts:
+            hint = "prepare.py text-codes makes it; or take --codes random"
+            raise ValueError(f"{settings.text_codes or '--text-codes'}: no code of {name}; {hint}")
+        return texts[name] if codes == "text" else None
+
+    if weights == "none":
+        if train_set is None:
+            raise ValueError("--weights none: nothing was trained; give those of a run or a file")
+        overrides |= {"num_classes": len(names), "classes": ("background", *names), "codes": codes}
+        overrides |= {"in_channels": train_set.channels}
+        config = replace(variants[variant], **overrides)
+        model = kind(config, torch.stack([code(n) for n in names]) if codes == "text" else None)
+    else:
+        source = weights or hub_id(settings, variant)
+        known = codes == "text" and names and {*names} <= {*texts}
+        embedding = torch.stack([texts[name] for name in names]) if known else None
+        overrides |= {"codes": codes} if train_set else {}  # else what the weights have
+        model = kind.from_pretrained(source, names or None, embedding, **overrides)
+        if texts and model.config.codes != "text":
+            told = f"the codes of {source} are {model.config.codes}"
+            raise ValueError(f"--text-codes: {told}, drop it")
+        if new := [name for name in names if name not in model.config.classes]:
+            print(f"{source}: new classes: {', '.join(new)}")
+        for name in new:
+            model.add_class(name, code(name))
+    check_modality(model, train_set)
+    return model
+
+
+def universal_recipe(model: swin_unetr3d.UniversalSwinUNETR, settings: Settings) -> Recipe:
+    inputs = partial(universal_inputs, config=model.config, settings=settings)
+    return replace(volume_recipe(model, settings), inputs=inputs, forward=universal_forward)
+
+
+UNIVERSAL = {
+    "default": replace(
+        SWIN["default"],
+        weights={"universal": "ljwztc/CLIP-Driven-Universal-Model"},
+        codes="text",
+        loss=universal_loss,
+    ),  # backbone as of Swin UNETR, so that --train decoder leaves the same alone
+}
+# train.py of ljwztc/CLIP-Driven-Universal-Model at 43c1239, which does not run as it is (its Dice
+# sums over an axis that is not there). It starts from the BTCV file: --weights. Left out: the zoom
+# of Decathlon volumes, eight GPUs, the lottery between data sets, crops by class in some of them
+# (--crop-ratio).
+UNIVERSAL["origin"] = replace(
+    UNIVERSAL["default"],
+    weights={},
+    augment={"rotate90": 0.1, "shift": (0.1, 0.2)},
+    crop_ratio=(1.0, 2.0),
+    decay_all=True,
+    epochs=2000,
+    eval_every=50,
+    warmup=0.05,
+    clip_grad=None,
+    dtype="float32",
+)
+
+
+# The few-shot study, CLIP-Driven-Universal-Model/train.py of github.com/CMPT983-Winter2023/
+# Few-Shot-3D-Medical-Segmentation at 0973c44, with the attention controller, from the BTCV file.
+# Quirk: the rate was to rise to 1e-4 over 100 epochs, of which there were 11 (and then 2 of 4
+# volumes of the new organ): it ended at 1.1e-5. Left out: its Dice of each slice apart; what three
+# of its four crops learned from the first one's image (--recipe origin is not "chain" of ATTEND).
+FEWSHOT = {
+    "default": replace(UNIVERSAL["default"], weights={}),
+    "origin": replace(UNIVERSAL["origin"], epochs=11, warmup=100 / 11, eval_every=1),
+}
+
+
+def universal_family(settings: dict[str, Settings], kind, variants: dict) -> Family:
+    """Return the family of a model of class `kind` whose classes have codes."""
+    load = partial(load_universal, kind, variants)
+    return Family(settings, variants, load, universal_recipe, swin_encoder)
+
+
+FAMILY = universal_family(
+    UNIVERSAL, swin_unetr3d.UniversalSwinUNETR, swin_unetr3d.UNIVERSAL_VARIANTS
+)
+FEWSHOT_FAMILY = universal_family(FEWSHOT, fewshot3d.AttentionUniversal, fewshot3d.VARIANTS)
