@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import get_args
 
 from data import ORIENTATIONS, colour_table
-from engine import report
+from engine import command_line
 from engine.evaluate import patients_of, run_config
 from engine.ranges import Choice, Flag, Number, Text, Values
 from imaging.augment import VIEWS
@@ -245,7 +245,7 @@ def values_of(spec) -> Values:
 
 def parse(description: str, arguments: list[str] | None = None) -> dict:
     """The options that were given, by name."""
-    parser = report.Parser(description)
+    parser = command_line.Parser(description)
     for spec in fields(Options):
         values = values_of(spec)
         how = {"type": values}

@@ -48,7 +48,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import data
-from engine import report
+from engine import command_line, tables
 from engine.evaluate import (
     check_threshold,
     each_is,
@@ -60,14 +60,14 @@ from engine.evaluate import (
     to_masks,
 )
 from engine.ranges import GREY_LEVEL, POSITIVE, Number
-from imaging import files, layouts, organ_rules, volumes
+from imaging import atomic_files, files, layouts, organ_rules, pictures, volumes
 from recipes import FAMILIES, second_file
 from recipes.images import describe_cuts
 from recipes.loading import load_model
 
 
 def parse() -> argparse.Namespace:
-    parser = report.Parser(__doc__)
+    parser = command_line.Parser(__doc__)
     parser.add_argument("inputs", nargs="+", help="images, folders of images, data sets")
     parser.add_argument("--weights", required=True, help="run folder, file, or hub id")
     help = "clipseg: CLIP ViT-B/16 for --weights that are the original release's decoder alone"
@@ -284,9 +284,9 @@ def check_outputs(paths: list[Path], out: Path, may_exist: bool = False) -> None
 def save_shared(path: Path, content: dict | Image.Image) -> None:
     """Write a file that belongs to all cases of a call: names of classes, or the legend."""
     if isinstance(content, dict):
-        report.write_json(path, content)
+        tables.write_json(path, content)
     else:
-        report.save_picture(path, content)
+        pictures.save_picture(path, content)
 
 
 def has_content(path: Path, content: dict | Image.Image) -> bool:
@@ -356,7 +356,7 @@ class Batch:
                 self.bad.append(one_line(error, name))
                 continue
             except (MemoryError, RuntimeError) as error:
-                if not report.is_out_of_memory(error):
+                if not command_line.is_out_of_memory(error):
                     raise
                 self.bad.append(f"{name}: does not fit into memory")
                 continue
@@ -427,7 +427,7 @@ def model_of(args) -> str:
 def main() -> int:
     args = parse()
     safe = f"the files in {args.out} are whole; the same command with --skip-existing goes on"
-    with report.claim(Path(args.out)), report.way_on(lambda: safe):
+    with atomic_files.claim(Path(args.out)), command_line.way_on(lambda: safe):
         return predict_inputs(args)
 
 
@@ -465,7 +465,7 @@ def predict_images(family, run: dict, second: dict, args) -> int:
 
     shared = {}
     if len(predictor.classes) > 1:
-        legend = report.legend(predictor.classes[1:])
+        legend = pictures.legend(predictor.classes[1:])
         names = dict(enumerate(predictor.classes))
         shared = {Path(args.out) / "legend.png": legend, Path(args.out) / "classes.json": names}
     batch = Batch(args, "image", {name: outputs(name, args) for name, _, _ in cases}, shared)
@@ -580,26 +580,26 @@ def size_for_boxes(file: Path) -> tuple[float, float]:
         return np.inf, np.inf
 
 
-def pictures(probabilities, config, image, args, truth=None, prompts=()) -> dict:
+def draw_pictures(probabilities, config, image, args, truth=None, prompts=()) -> dict:
     """Return the pictures of an image that are wanted, by the names in `outputs`.
 
     probabilities: float32 (K,H,W), of several classes the background first. image: uint8 (H,W,3).
-    For the overlay: truth, an item of `ground_truths`; prompts, as for `report.draw_prompts`.
+    For the overlay: truth, an item of `ground_truths`; prompts, as for `pictures.draw_prompts`.
     """
     masks = to_masks(probabilities, config)  # (K,H,W)
     k = len(probabilities)
     if k == 1:
         made = {"mask": Image.fromarray(masks[0].astype(np.uint8) * 255)}
     else:
-        made = {"mask": report.class_map(masks.argmax(0).astype(np.uint8), k)}
+        made = {"mask": pictures.class_map(masks.argmax(0).astype(np.uint8), k)}
     if args.probabilities:
         highest = probabilities[1 if k > 1 else 0 :].max(0)  # (H,W)
         sixteen_bits = (highest * 65535).round().astype(np.uint16)
         made["probability"] = Image.fromarray(sixteen_bits)
     if args.overlays:
         shown = masks[-max(1, k - 1) :]
-        made["overlay"] = report.overlay(image, truth_of(truth, len(shown)), shown)
-        report.draw_prompts(made["overlay"], prompts)
+        made["overlay"] = pictures.overlay(image, truth_of(truth, len(shown)), shown)
+        pictures.draw_prompts(made["overlay"], prompts)
     return made
 
 
@@ -648,7 +648,7 @@ class ImagePredictor:
             item |= self.ask(sample)
         with torch.no_grad():
             probabilities = self.recipe.predict(self.model, item)[0].cpu().numpy()  # (K,H,W)
-        drawn = pictures(
+        drawn = draw_pictures(
             probabilities, self.model.config, image, self.args, self.truths.get(name),
             item.get("shown", ()),
         )  # fmt: skip
@@ -656,7 +656,7 @@ class ImagePredictor:
             self.non_finite.append(file)
         if data.has_damaged_exif(file):
             self.damaged_exif.append(file)
-        return {kind: partial(report.save_picture, picture=drawn[kind]) for kind in drawn}
+        return {kind: partial(pictures.save_picture, picture=drawn[kind]) for kind in drawn}
 
     def say_how_images_were_read(self) -> None:
         """Print which images hold NaN or infinite pixels, and which damaged EXIF data."""
@@ -800,7 +800,7 @@ def predict_volumes(family, run: dict, args) -> int:
     if not c.overlapping:
         shared[Path(args.out) / "classes.json"] = dict(zip(numbers, classes))
     if args.overlays:
-        shared[Path(args.out) / "legend.png"] = report.legend(tuple(classes[1:]))
+        shared[Path(args.out) / "legend.png"] = pictures.legend(tuple(classes[1:]))
     outputs = {name: volume_outputs(name, parts, args) for name in cases}
     batch = Batch(args, "volume", outputs, shared)
 
@@ -883,8 +883,8 @@ def predict_volume(model, recipe, paths, item: dict, classes, numbers, args) -> 
     if args.overlays:
         shown = maps > 0 if c.overlapping else each_is(maps[0], numbers[1:])
         grey = volumes.grey(image, model.preprocess)
-        picture = report.volume_overlay(grey, None, shown, grid.spacing)
-        writers["overlay"] = partial(report.save_picture, picture=picture)
+        picture = pictures.volume_overlay(grey, None, shown, grid.spacing)
+        writers["overlay"] = partial(pictures.save_picture, picture=picture)
     return writers
 
 
@@ -907,4 +907,4 @@ def label_maps(probabilities, config, classes, numbers, grid, args) -> np.ndarra
 
 
 if __name__ == "__main__":
-    report.command(main)
+    command_line.command(main)

@@ -53,9 +53,9 @@ from scipy import ndimage
 from tqdm import tqdm
 
 import data
-from engine import report
+from engine import command_line, tables
 from engine.ranges import GREY_LEVEL, POSITIVE, SEED, Number
-from imaging import boxes_and_points, layouts, volumes
+from imaging import atomic_files, boxes_and_points, layouts, pictures, volumes
 from preparation import text_embeddings, volume_sets
 
 # --- demo ----------------------------------------------------------------------------------------
@@ -311,7 +311,7 @@ def demo(args):
         compare_files(args.out, files)
         print(f"{args.out}: this demo set is there already")
         return 0
-    with report.whole_folder(args.out) as part:
+    with atomic_files.whole_folder(args.out) as part:
         for name, content in files:
             (part / name).parent.mkdir(parents=True, exist_ok=True)
             (part / name).write_bytes(content)
@@ -1160,7 +1160,7 @@ def write_scan(scan, window, out):
             grey = ((x - low) / ((high - low) or 1) * 255).clip(0, 255).astype(np.uint8)
             (out / s.split / "images" / f"{s.name}.png").write_bytes(png(grey))
             mask, overlap = class_map(s, x.shape)
-            image = report.class_map(mask, 1 + len(ORGANS))
+            image = pictures.class_map(mask, 1 + len(ORGANS))
             image.save(out / s.split / "masks" / f"{s.name}.png")
             overlaps += overlap
     return overlaps
@@ -1208,13 +1208,13 @@ def uw_madison(args):
     of every val slice are trained on. Slices without organs are left out of both, as in the
     tutorial; what a model falsely finds in them is then neither learnt from nor counted.
     """
-    report.refuse_existing(args.out)
+    atomic_files.refuse_existing(args.out)
     slices, scans = find_slices(args.download), defaultdict(list)
     choose_splits(slices, args.split, args.keep_empty, args.seed)
     for s in slices:
         if s.split or args.window == "scan":  # whose percentiles are those of all its slices
             scans[s.scan].append(s)
-    with report.whole_folder(args.out) as part:
+    with atomic_files.whole_folder(args.out) as part:
         make_splits(part, ENDS[args.split])
         bar = tqdm(total=len(scans), desc="uw-madison", unit="scan", disable=None, leave=False)
         with ThreadPoolExecutor(8) as pool, bar:  # 8: each holds some 100 MB
@@ -1376,7 +1376,7 @@ def write_volume(path, slices, name, folder, classes):
         keep = slice(first, last + 1)  # beyond nothing is known, and some margins are plain white
         image, mask = np.ascontiguousarray(image[:, keep]), np.ascontiguousarray(mask[:, keep])
         (folder / "images" / f"{name}_slice{n:02}.png").write_bytes(png(image))
-        picture = report.class_map(mask, len(classes))
+        picture = pictures.class_map(mask, len(classes))
         picture.save(folder / "masks" / f"{name}_slice{n:02}.png")
         found.update({"slices": 1, "columns": mask.shape[1], "gaps": int((~whole[keep]).sum())})
         found.update(classes[k] for k in np.unique(mask) if k != 255)
@@ -1404,7 +1404,7 @@ def describe_volumes(splits, found, classes):
 def write_volumes(args, title, files, splits, slices, classes):
     """Writes a data set of {patient: file} and {patient: split}, whole or not at all."""
     files, found = {name: files[name] for name in splits}, {}
-    with report.whole_folder(args.out) as part:
+    with atomic_files.whole_folder(args.out) as part:
         make_splits(part, ("train", "val", "test"))
         bar = tqdm(total=len(files), desc=args.out.name, unit="volume", disable=None, leave=False)
         with ThreadPoolExecutor(4) as pool, bar:  # 4: each holds up to 400 MB
@@ -1425,7 +1425,7 @@ def duke_dme(args):
     The usual division: subjects 1 to 5 to train, 6 to 10 to test; of the former the last, 5, is
     held out to validate on. Only slices whose layers the annotator outlined are taken.
     """
-    report.refuse_existing(args.out)
+    atomic_files.refuse_existing(args.out)
     files = find_volumes(args.download, r"(Subject)_(\d\d)\.mat")
     splits = {f"subject{k:02}": split for k, split in DME_SPLITS.items()}
     if lost := [name.replace("subject", "Subject_") for name in splits if name not in files]:
@@ -1448,7 +1448,7 @@ def duke_amd(args):
     of those with AMD and of the controls each. Neighbouring slices are 0.067 mm apart and look
     alike, hence --every 10: some 3,000 of 30,000 slices.
     """
-    report.refuse_existing(args.out)
+    atomic_files.refuse_existing(args.out)
     pattern = r"Farsiu_Ophthalmology_2013_(AMD|Control)_Subject_(\d+)\.mat"
     files = find_volumes(args.download, pattern)
     rng, splits = np.random.default_rng(args.seed), {}
@@ -1628,7 +1628,7 @@ def boxes(args):
     has the columns image, class (empty for binary masks), x0, y0, x1, y1, in pixels from 0 on, both
     corners inside the box. An image without components has no row.
     """
-    report.refuse_existing(args.out)
+    atomic_files.refuse_existing(args.out)
     if args.instances and args.mask_threshold is not None:
         raise ValueError("--mask-threshold: --instances takes numbers; remove one of the two")
     images, paths, entries = images_of(args.like)
@@ -1644,7 +1644,7 @@ def boxes(args):
         made += [(entry.image, name, box) for entry, name, box in mask_boxes(masks, args)]
     if not made:
         raise ValueError(f"{count} masks have no component of {args.min_area} pixels: no boxes")
-    report.write_csv(args.out, [box_row(names.shortest(i), name, box) for i, name, box in made])
+    tables.write_csv(args.out, [box_row(names.shortest(i), name, box) for i, name, box in made])
     having = len({image for image, _, _ in made})
     origin = f", of {count} masks" if count else ""
     print(f"{args.out}: {len(made)} boxes in {having} images{origin}")
@@ -1692,7 +1692,7 @@ def download_options(command):
 
 
 def parser():
-    top = report.Parser(__doc__)
+    top = command_line.Parser(__doc__)
     commands = top.add_subparsers(metavar="COMMAND", required=True)
 
     def command(run, help):
@@ -1750,4 +1750,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    report.command(main)
+    command_line.command(main)

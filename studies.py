@@ -65,9 +65,10 @@ from tqdm import tqdm
 import metrics
 import options
 import train
-from engine import evaluate, report, startup
+from engine import command_line, evaluate, startup
 from engine.ranges import POSITIVE, Number
-from imaging import files, layouts, volumes
+from engine.tables import ABSENT, INTERVALS, write_csv, write_json
+from imaging import atomic_files, files, layouts, volumes
 from options import Options, flag
 from recipes import universal
 
@@ -379,7 +380,7 @@ class FewShot:
         if not is_linked:
             link.unlink(missing_ok=True)
             link.symlink_to(first.root, target_is_directory=True)
-        report.write_json(path, content)
+        write_json(path, content)
         return str(path.parent)
 
     def run(self, method: str, k: int | None = None, draw: int | None = None, **own) -> Run:
@@ -522,7 +523,7 @@ def sentences(summary: dict, cases: int) -> str:
     said += ["Each method has one base model, whose luck is in all its numbers."]
     if cases < 50:
         said += [f"{cases} test cases tell little: below 50 intervals tend to be too narrow."]
-    said += [f"{report.INTERVALS}; {report.ABSENT}."]
+    said += [f"{INTERVALS}; {ABSENT}."]
     return " ".join(said)
 
 
@@ -569,7 +570,7 @@ def plot(path: Path, study: FewShot, summary: dict) -> None:
         axes.grid(alpha=0.3)
     both[0].set_ylim(0, 1)
     figure.legend(*both[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
-    with report.whole_file(path) as part:
+    with atomic_files.whole_file(path) as part:
         figure.savefig(part, format="png", dpi=110)
     plt.close(figure)
 
@@ -578,7 +579,7 @@ def few_shot(args: argparse.Namespace, given: dict) -> None:
     """The whole study."""
     study = FewShot(**{k: v for k, v in vars(args).items() if k != "command"}, given=given)
     safe = "finished runs are kept and others go on where they were saved: give the same command"
-    with report.claim(study.out), report.way_on(lambda: safe, override=True):
+    with atomic_files.claim(study.out), command_line.way_on(lambda: safe, override=True):
         do_few_shot(study, given)
 
 
@@ -592,13 +593,13 @@ def do_few_shot(study: FewShot, given: dict) -> None:
         told["text_codes"] += f" ({digest[:8]})"
     told = same_options(study.out / "study.json", told, "text_codes")
     runs = study.plan()
-    report.write_json(study.out / "study.json", told)
+    write_json(study.out / "study.json", told)
     do(runs, study.jobs)
     rows = [row for run in runs for row in read_scores(study, run)]
-    report.write_csv(study.out / "results.csv", rows)
+    write_csv(study.out / "results.csv", rows)
     summary = summarise(study, rows)
     text = tables(study, summary, len({row["patient"] or row["case"] for row in rows}))
-    with report.whole_file(study.out / "table.md") as part:
+    with atomic_files.whole_file(study.out / "table.md") as part:
         part.write_text(text + "\n", encoding="utf-8")
     plot(study.out / "few_shot.png", study, summary)
     print(f"\n{text}\n\n{study.out}: results.csv, table.md, few_shot.png")
@@ -609,7 +610,7 @@ def do_few_shot(study: FewShot, given: dict) -> None:
 
 def parse() -> tuple[argparse.Namespace, dict]:
     """The study's options, and those of train.py that were given."""
-    parser = report.Parser(__doc__)
+    parser = command_line.Parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     help = "a further class from K volumes: methods compared, forgetting measured"
     add = commands.add_parser("few-shot", help=help, description=__doc__).add_argument
@@ -638,4 +639,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    report.command(main)
+    command_line.command(main)

@@ -41,9 +41,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 import data
-from engine import evaluate, report
+from engine import command_line, evaluate, tables
 from engine.lora import merge_lora, merged_state_dict, save_adapter, tensor_fault
-from imaging import layouts, volumes
+from imaging import atomic_files, layouts, pictures, volumes
 from options import Options, check_same, checked, flag, parse, resolve
 from recipes import FAMILIES, loading, second_file
 from recipes.base import Settings, allow_single_values, choose_trained, lr_factor
@@ -96,7 +96,7 @@ class Run:
         state |= {k: getattr(self, k).state_dict() for k in self.PARTS if getattr(self, k)}
         cuda = torch.cuda.get_rng_state_all() if self.device.type == "cuda" else []
         state |= {"random": torch.get_rng_state(), "random_cuda": cuda}
-        with report.whole_file(self.out / "last.pt") as part:
+        with atomic_files.whole_file(self.out / "last.pt") as part:
             torch.save(state, part)
         self.saved = self.place()
 
@@ -299,8 +299,8 @@ class Run:
         self.epoch, self.batch, self.sums = self.epoch + 1, 0, {}
         if validates and self.is_chosen(row):
             self.keep_weights(model, row)
-        report.write_csv(self.out / "metrics.csv", self.history)
-        report.curves(self.out / "curves.png", self.history)
+        tables.write_csv(self.out / "metrics.csv", self.history)
+        pictures.curves(self.out / "curves.png", self.history)
         self.save()  # last: a kill before it means that the epoch's end is done again
 
     def is_chosen(self, row: dict) -> bool:
@@ -327,9 +327,9 @@ class Run:
         model: the one that was validated, with --ema the average.
         """
         if self.options.train != "all":  # the small copy
-            with report.whole_file(self.out / "adapter.safetensors") as part:
+            with atomic_files.whole_file(self.out / "adapter.safetensors") as part:
                 save_adapter(model, part)
-        with report.whole_file(self.out / "best.safetensors") as part:
+        with atomic_files.whole_file(self.out / "best.safetensors") as part:
             save_file({k: v.contiguous() for k, v in merged_state_dict(model).items()}, part)
 
         threshold = row.get("val_threshold")
@@ -544,7 +544,7 @@ def write_config(options: Options, model, train_set, val_set) -> None:
     }
     if hasattr(model, "decoder_source"):  # BiomedCLIPSeg's; None: it started untrained
         content["decoder"] = model.decoder_source
-    report.write_json(Path(options.out) / "config.json", content)
+    tables.write_json(Path(options.out) / "config.json", content)
 
 
 def load_model(options: Options, settings: Settings, train_set, device: torch.device):
@@ -587,7 +587,7 @@ def fit(options: Options, settings: Settings, model, recipe, sets, resume: bool)
         write_config(options, model, *sets)
         for name, path in recipe.files.items():
             shutil.copyfile(path, run.out / name)
-    with report.way_on(run.what_is_safe):
+    with command_line.way_on(run.what_is_safe):
         run.fit()
     merge_lora(model)
     model.load_state_dict(dict(kept_weights(run.out / "best.safetensors", model.state_dict())))
@@ -714,17 +714,17 @@ def fit_and_test(options: Options, settings: Settings, device: torch.device, res
 def run(options: Options) -> dict:
     """Do all that the command line asks for. Return the summary of the test, {} without one."""
     options, settings = resolve(options)
-    with report.claim(Path(options.out)):
+    with atomic_files.claim(Path(options.out)):
         return run_in_folder(options, settings)
 
 
 def run_in_folder(options: Options, settings: Settings) -> dict:
     """`run` in a folder that no other process writes to."""
     out = Path(options.out)
-    with report.way_on(partial(describe_folder, out)), removed_if_unsaved(out):
+    with command_line.way_on(partial(describe_folder, out)), removed_if_unsaved(out):
         device, resume = evaluate.pick_device(options.device), can_resume(options)
         with open(out / "log.txt", "a", 1, encoding="utf-8") as file:
-            log = contextlib.redirect_stdout(report.Log(sys.stdout, file))
+            log = contextlib.redirect_stdout(command_line.Log(sys.stdout, file))
             with log, volumes.notices.together():
                 return fit_and_test(options, settings, device, resume)
 
@@ -742,11 +742,11 @@ def main() -> int:
         run(Options(**given))
         return 0
 
-    with report.claim(Path(given["out"])):
+    with atomic_files.claim(Path(given["out"])):
         saved = saved_options(Path(given["out"])) or {}  # --resume --out RUN is enough
         run_in_folder(*resolve(Options(**saved | given)))
     return 0
 
 
 if __name__ == "__main__":
-    report.command(main)
+    command_line.command(main)

@@ -23,7 +23,7 @@ from common import HEADER, ROOT, in_turns, machine, memory_rows, peak_memory, ro
 
 sys.path.insert(0, str(ROOT))
 
-from engine import report
+from engine import command_line
 from engine.ranges import POSITIVE
 
 
@@ -206,4 +206,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    report.command(main)
+    command_line.command(main)

@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 import clipseg  # noqa: E402
 import data  # noqa: E402
 import recipes  # noqa: E402
-from engine import report  # noqa: E402
+from engine import command_line  # noqa: E402
 from engine.ranges import POSITIVE, Number  # noqa: E402
 from imaging import layouts  # noqa: E402
 from losses import dice_bce  # noqa: E402
@@ -194,4 +194,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    report.command(main)
+    command_line.command(main)

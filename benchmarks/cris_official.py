@@ -21,7 +21,7 @@ from torch import nn
 sys.path.insert(0, str(ROOT))
 
 import cris  # noqa: E402
-from engine import report  # noqa: E402
+from engine import command_line  # noqa: E402
 from engine.ranges import POSITIVE  # noqa: E402
 
 
@@ -89,10 +89,14 @@ def main() -> int:
     parser.add_argument("--rounds", type=POSITIVE, default=7)
     parser.add_argument("--threads", type=POSITIVE, default=2)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--memory", nargs=2, help=argparse.SUPPRESS)  # whose, of what: a child of ours
+    parser.add_argument(
+        "--memory", nargs=2, help=argparse.SUPPRESS
+    )  # whose, of what: a child of ours
     args = parser.parse_args()
     if not (Path(args.official) / "model" / "segmenter.py").exists():
-        raise ValueError(f"{args.official} has no model/segmenter.py; name a checkout of CRIS.pytorch")
+        raise ValueError(
+            f"{args.official} has no model/segmenter.py; name a checkout of CRIS.pytorch"
+        )
     settle(args)
 
     models = {"ours": our_model(args.variant)}
@@ -115,7 +119,9 @@ def main() -> int:
 
     a, b = (forward_step(models[name].eval(), image, tokens)() for name in ("official", "ours"))
     print(f"{machine()}\n{args.variant}, {args.batch_size} images of 416 px, float32")
-    print(f"largest difference of two logits: {(a - b).abs().max():.1e} at a deviation of {a.std():.1e}")
+    print(
+        f"largest difference of two logits: {(a - b).abs().max():.1e} at a deviation of {a.std():.1e}"
+    )
     torch.testing.assert_close(a, b, rtol=0, atol=1e-3 * a.std().item())
     print(f"\n{HEADER}")
     for kind, build in kinds.items():
@@ -127,4 +133,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    report.command(main)
+    command_line.command(main)

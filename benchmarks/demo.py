@@ -22,7 +22,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from common import machine  # noqa: E402
 
-from engine import report  # noqa: E402
+from engine import command_line  # noqa: E402
 from engine.ranges import SEED  # noqa: E402
 from train import Options, run  # noqa: E402
 
@@ -161,4 +161,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    report.command(main)
+    command_line.command(main)

@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 from common import in_turns, machine, now  # noqa: E402
 
 import data  # noqa: E402
-from engine import report  # noqa: E402
+from engine import command_line  # noqa: E402
 from engine.evaluate import evaluate, pick_device  # noqa: E402
 from engine.ranges import POSITIVE  # noqa: E402
 from imaging import layouts  # noqa: E402
@@ -97,4 +97,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    report.command(main)
+    command_line.command(main)

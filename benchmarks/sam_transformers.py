@@ -26,7 +26,7 @@ from torch import nn
 sys.path.insert(0, str(ROOT))
 
 import sam_decoder  # noqa: E402
-from engine import report  # noqa: E402
+from engine import command_line  # noqa: E402
 from engine.ranges import POSITIVE  # noqa: E402
 from losses import sam_loss  # noqa: E402
 
@@ -215,4 +215,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    report.command(main)
+    command_line.command(main)

@@ -21,7 +21,7 @@ from common import HEADER, ROOT, in_fresh_process, in_turns, machine, peak_memor
 sys.path.insert(0, str(ROOT))
 
 import swin_unetr3d
-from engine import report
+from engine import command_line
 from engine.ranges import POSITIVE
 
 TABLE = {"forward": (96, 64), "step": (64,), "memory": (64,)}  # sides of the volume
@@ -115,4 +115,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    report.command(main)
+    command_line.command(main)

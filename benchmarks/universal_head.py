@@ -19,7 +19,7 @@ from common import HEADER, ROOT, in_fresh_process, in_turns, machine, peak_memor
 sys.path.insert(0, str(ROOT))
 
 import swin_unetr3d
-from engine import report
+from engine import command_line
 from engine.ranges import POSITIVE
 
 CLASSES = 32
@@ -99,4 +99,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    report.command(main)
+    command_line.command(main)

@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 import data
 import metrics
-from engine import report
-from imaging import boxes_and_points, files, layouts, volumes
+from engine.tables import ABSENT, INTERVALS, score_table, study_table, write_csv, write_json
+from imaging import boxes_and_points, files, layouts, pictures, volumes
 
 
 def pick_device(name: str) -> torch.device:
@@ -402,9 +402,7 @@ def score_masks(
     return rows
 
 
-def score(
-    item: dict, masks: np.ndarray, classes, probabilities=None, tolerance=1.0
-) -> list[dict]:
+def score(item: dict, masks: np.ndarray, classes, probabilities=None, tolerance=1.0) -> list[dict]:
     """Scores of one entry, a dict a class, with what tells whose they are; of the background, last,
     only its counts. masks: bool (K,*size); with probabilities (K,*size) also HD95, ASSD, NSD at
     `tolerance`, and of images average precision and Betti errors."""
@@ -516,20 +514,20 @@ def draw(model, recipe, dataset, rows: list[dict], options, folder: Path) -> Non
         masks = spread(to_masks(probabilities, model.config)[-len(own) :], own, names)
         if recipe.prepare:
             grey = part.grey(k, model.preprocess)
-            picture = report.volume_overlay(grey, truth, masks, item["spacing"])
+            picture = pictures.volume_overlay(grey, truth, masks, item["spacing"])
         else:
             h, w = masks.shape[1:]  # not the image's with --score-size network
             image = np.asarray(Image.fromarray(part.pixels(k)[0]).resize((w, h)))
-            picture = report.overlay(image, truth, masks)
-        report.draw_prompts(picture, item.get("shown", []))
-        report.save_picture(folder / f"{case}_{Path(item['name']).name}.png", picture)
+            picture = pictures.overlay(image, truth, masks)
+        pictures.draw_prompts(picture, item.get("shown", []))
+        pictures.save_picture(folder / f"{case}_{Path(item['name']).name}.png", picture)
         words = f"“{item['prompt']}”" if item["prompt"] else "no text"
         words = words if recipe.read else Path(item["name"]).name
-        cards.append(report.captioned(picture, f"{case}: Dice {dice[i]:.3f}  {words}"))
-    page = report.sheet(cards, n)
+        cards.append(pictures.captioned(picture, f"{case}: Dice {dice[i]:.3f}  {words}"))
+    page = pictures.sheet(cards, n)
     if len(names) > 1:
-        page = report.sheet([page, report.legend(names)], 1)
-    report.save_picture(folder / "sheet.png", page)
+        page = pictures.sheet([page, pictures.legend(names)], 1)
+    pictures.save_picture(folder / "sheet.png", page)
 
 
 def test(model, recipe, tests: dict, options) -> dict:
@@ -546,7 +544,7 @@ def test(model, recipe, tests: dict, options) -> dict:
             rows, more = evaluate(model, recipe, dataset, options, True, f"test {name}"), {}
             summaries[name] = summarise(rows, dataset, options)
             prompt = f", prompt {options.prompt}" if recipe.read else ""
-            print(f"test {name}{prompt}:\n{report.table(summaries[name])}")
+            print(f"test {name}{prompt}:\n{score_table(summaries[name])}")
             say_if_empty(rows, model, recipe, dataset, options, f"test {name}")
         for table, some in ({"image": rows} | more).items():
             tables.setdefault(table, []).extend({"test": name} | row for row in some)
@@ -571,23 +569,23 @@ def prompted_test(model, recipe, dataset, options, name: str) -> tuple[list, dic
     by_source, parts = study(model, recipe, dataset, options, f"test {name}", main)
     rows = check_asked(by_source[main], dataset, options)
     summary = summarise(rows, dataset, options)
-    print(f"test {name}, asked by {main}:\n{report.table(summary)}")
+    print(f"test {name}, asked by {main}:\n{score_table(summary)}")
     say_if_empty(rows, model, recipe, dataset, options, f"test {name}")
     if parts:
         summary["components"] = summarise(parts, dataset, options)
-        print(f"  each component:\n{report.table(summary['components'])}")
+        print(f"  each component:\n{score_table(summary['components'])}")
     if without := len(dataset) - len({row["name"] for row in rows}):
         print(f"  {without} images have nothing to ask for and are not scored")
     every = {kind: summarise(some, dataset, options) for kind, some in by_source.items() if some}
     summary["prompts"] = every
-    print(f"  by what is asked, of an image's classes:\n{report.study_table(every)}")
+    print(f"  by what is asked, of an image's classes:\n{study_table(every)}")
     return rows, summary, {"component": parts, "prompt": sum(by_source.values(), [])}
 
 
 def write_tables(folder: Path, tables: dict) -> None:
     for name, rows in tables.items():
         if rows:
-            report.write_csv(folder / f"per_{name}.csv", rows)
+            write_csv(folder / f"per_{name}.csv", rows)
 
 
 def write_summary(folder: Path, model, options, summaries: dict, tables: dict) -> dict:
@@ -596,10 +594,10 @@ def write_summary(folder: Path, model, options, summaries: dict, tables: dict) -
     kept = ("model", "weights", "recipe", "prompt", "sam_prompts", "score_size")
     summary = {key: getattr(options, key) for key in kept}
     summary |= {"threshold": model.config.threshold, "tests": summaries}
-    summary |= {"intervals": report.INTERVALS}
-    print(f"{report.INTERVALS}; {report.ABSENT}")
+    summary |= {"intervals": INTERVALS}
+    print(f"{INTERVALS}; {ABSENT}")
     write_tables(folder, tables)
-    report.write_json(folder / "summary.json", summary)  # the last: studies take it as a sign
+    write_json(folder / "summary.json", summary)  # the last: studies take it as a sign
     return summary
 
 
@@ -730,7 +728,7 @@ def prompt_study(model, recipe, tests: dict, options) -> dict:
         every += [{"test": name, "type": kind} | row for kind in rows for row in rows[kind]]
         examples = {kind: cases[0]["prompt"] for kind, cases in rows.items()}
         print(f"test {name}, every type of prompt:")
-        print(report.study_table(summaries[name], examples))
+        print(study_table(summaries[name], examples))
         every_row = sum(rows.values(), [])
         say_if_empty(every_row, model, recipe, dataset, options, f"test {name}")
     return write_summary(Path(options.out) / "test", model, options, summaries, {"image": every})

@@ -1,6 +1,6 @@
 """The first seconds of a program, and the signals that end it.
 
-A program calls `guard_imports` before it imports torch, which takes seconds. `report.command` then
+A program calls `guard_imports` before it imports torch, which takes seconds. `command_line.command` then
 calls `catch_signals`, so that Ctrl-C, SIGTERM and SIGHUP end it with one line.
 """
 

@@ -4,6 +4,7 @@ import errno
 import os
 import re
 import secrets
+import shutil
 import time
 import zlib
 from contextlib import contextmanager, suppress
@@ -197,3 +198,91 @@ def is_intact(paths, listed: Path) -> bool:
     if not all(path.is_file() for path in (*paths, listed)):
         return False
     return listed.read_bytes() == checksums(paths)
+
+
+# --- files and errors -----------------------------------------------------------------------------
+
+
+def refuse_existing(out: Path) -> None:
+    if out.exists():
+        raise ValueError(f"{out}: exists already; choose another --out, or remove it")
+
+
+@contextmanager
+def whole_folder(out: Path):
+    """Yield a name beside `out` for a folder, which takes the place of `out` if all went well.
+
+    Raises ValueError if `out` has content, or if another process is making it at this moment.
+    """
+    with locked(out.with_name(f".{out.name}.lock"), out) as is_locked:
+        if out.exists() and any(out.iterdir()):  # made since the program looked
+            refuse_existing(out)
+
+        # Without locks two processes may be here: each then needs a name of its own.
+        ending = "part" if is_locked else secrets.token_hex(4)
+        part = out.with_name(f".{out.name}.{ending}")
+        shutil.rmtree(part, ignore_errors=True)  # left by a killed process
+        try:
+            with full_disk_errors(out):
+                yield part
+            os.replace(part, out)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+
+
+# --- one process a folder -------------------------------------------------------------------------
+
+
+@contextmanager
+def claim(folder: Path):
+    """Keep every other process out of an output folder for as long as this one works in it.
+
+    The folder is made if it is missing, and removed again if nothing was written to it. Temporary
+    files that killed processes left in it are removed. Raises ValueError if another process has
+    claimed the folder, if this is one of several processes, or if there is a file of this name.
+    """
+    refuse_several_processes()
+    if any(place.exists() and not place.is_dir() for place in (folder, *folder.parents)):
+        raise ValueError(f"{folder}: is a file, or lies below one; choose another --out")
+    with locked(folder / ".lock", folder):
+        remove_leftovers(folder)
+        yield
+
+
+@contextmanager
+def locked(path: Path, folder: Path):
+    """Hold an operating-system lock on the file `path`, so that only one process writes `folder`.
+
+    The system releases the lock when the process ends, even after kill -9: a leftover file locks
+    nothing. Folders around `path` that are missing are made, and removed again if they stay empty.
+    Yields True, or False, after saying so, where the file system has no locks. Raises ValueError if
+    another process holds the lock.
+    """
+    missing = [place for place in path.parents if not place.exists()]  # the innermost first
+    try:
+        descriptor = open_locked(path)
+    except BlockingIOError:
+        message = "another process is writing to this folder; wait until it ends, or choose "
+        raise ValueError(f"{folder}: {message}another --out") from None
+
+    if descriptor is None:
+        path.unlink(missing_ok=True)
+        print(f"{folder}: the file system has no locks; start no second process on this folder")
+    try:
+        yield descriptor is not None
+    finally:
+        if descriptor is not None:
+            path.unlink(missing_ok=True)  # before the lock is released, see `open_locked`
+            release(descriptor)
+        for place in missing:
+            with suppress(OSError):  # it is not empty
+                place.rmdir()
+
+
+def refuse_several_processes() -> None:
+    """Raise ValueError if torchrun, or a launcher like it, started this as one of several."""
+    size = os.environ.get("WORLD_SIZE", "")
+    has_rank = "RANK" in os.environ or "LOCAL_RANK" in os.environ
+    if has_rank and size.isdecimal() and int(size) > 1:
+        message = "several processes are not supported yet; start a single one, without torchrun"
+        raise ValueError(f"WORLD_SIZE is {size}: {message}")

@@ -20,8 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import clipseg
-from engine import report
-from imaging import layouts
+from imaging import atomic_files, layouts
 from swin_unetr3d import ORGANS, TEXT
 from tokenizer import CLIPTokenizer
 
@@ -112,7 +111,7 @@ def text_codes(args):
     then have the typos of the released codes in the text. Released codes and weights are of the
     default template; '{}' alone is the bare name, of which the few-shot study made others.
     """
-    report.refuse_existing(args.out)
+    atomic_files.refuse_existing(args.out)
     if args.out.suffix != ".safetensors":
         raise ValueError(f"--out {args.out}: codes are kept in a .safetensors")
     if sum(map(bool, (args.classes, args.data, args.study))) != 1:
@@ -137,7 +136,7 @@ def write(path: Path, codes: dict[str, Tensor], about: dict[str, str]) -> None:
     """{name: (512,)} and metadata -> a file of codes."""
     from safetensors.torch import save_file
 
-    with report.whole_file(path) as part:
+    with atomic_files.whole_file(path) as part:
         save_file({name: code.clone() for name, code in codes.items()}, part, about)
 
 

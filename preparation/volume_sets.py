@@ -25,9 +25,8 @@ import numpy as np
 from scipy import ndimage
 from tqdm import tqdm
 
-from engine import report
 from engine.ranges import SEED, Number
-from imaging import layouts, volumes
+from imaging import atomic_files, layouts, volumes
 from imaging.files import decode_text, parse_json, read_json
 
 CASES = {"test": 0.15, "val": 0.30, "train": 1}  # where each split ends in a shuffled list
@@ -90,7 +89,7 @@ def write_data_set(out, about, splits, put, title):
     files within the data set. put(part, image, label) writes these two into the folder `part`.
     """
     cases, grids = [case for split in LISTS for case in splits[split]], []
-    with report.whole_folder(out) as part, volumes.notices.together(part, out):
+    with atomic_files.whole_folder(out) as part, volumes.notices.together(part, out):
         for name in {Path(name).parent for case in cases for name in case if name}:
             (part / name).mkdir(parents=True, exist_ok=True)
         for image, label in tqdm(cases, desc=out.name, unit="volume", disable=None, leave=False):
@@ -315,7 +314,7 @@ def msd(args):
     classes are made of its numbers: those of the Universal Model, whose organs have their tumours
     in them.
     """
-    report.refuse_existing(args.out)
+    atomic_files.refuse_existing(args.out)
     with opened(args.raw) as source:
         about, pairs, bare = read_listing(source, args.raw)
         about = relabelled(about, args.labels)
@@ -391,7 +390,7 @@ def btcv(args):
     Testing/ have no labels. Files get a second name (a hard link), or a copy where there is none.
     With --labels universal_labels.json the names are the Universal Model's.
     """
-    report.refuse_existing(args.out)
+    atomic_files.refuse_existing(args.out)
     about = relabelled(BTCV_ABOUT, args.labels)
     pairs, bare = find_btcv(args.raw)
     if args.split == "case":
@@ -532,7 +531,7 @@ def demo_volumes(args):
     """
     import nibabel
 
-    report.refuse_existing(args.out)
+    atomic_files.refuse_existing(args.out)
     sixth = max(1, round(args.volumes / 6))
     names = [f"ct_{k:03}.nii.gz" for k in range(1, args.volumes + 1)]
     ends = {"train": args.volumes - 2 * sixth, "val": args.volumes - sixth, "test": args.volumes}

@@ -11,16 +11,9 @@ import dpt
 import segformer
 import upernet
 from imaging.augment import Augment, GITractAugment
-from losses import (
-    dice_ce,
-    gi_tract_dice_ce,
-)
+from losses import dice_ce, gi_tract_dice_ce
 from recipes.base import Family, Recipe, Settings, class_forward, load
-from recipes.images import (
-    at_mask_size,
-    dice_bce_at_mask_size,
-    image_recipe,
-)
+from recipes.images import at_mask_size, dice_bce_at_mask_size, image_recipe
 
 # --- class maps: SegFormer, UPerNet, DPT and BEiT -------------------------------------------------
 

@@ -7,12 +7,7 @@ import biomedclipseg
 import clipseg
 from imaging.augment import Augment
 from recipes.base import Family, Recipe, Settings, hub_id, load
-from recipes.images import (
-    MEDVLSM,
-    clip_tokenizer,
-    dice_bce_at_mask_size,
-    prompted_recipe,
-)
+from recipes.images import MEDVLSM, clip_tokenizer, dice_bce_at_mask_size, prompted_recipe
 from tokenizer import CHARACTERS, WordPieceTokenizer
 
 # --- CLIPSeg and BiomedCLIPSeg --------------------------------------------------------------------

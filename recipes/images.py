@@ -13,10 +13,7 @@ from torch import Tensor, nn
 from data import Dataset
 from imaging.augment import MIRRORS, sided, view
 from imaging.layouts import is_prompt_type
-from losses import (
-    dice_bce,
-    dice_loss,
-)
+from losses import dice_bce, dice_loss
 from recipes.base import Recipe, Settings, parameter_groups
 from tokenizer import CLIPTokenizer
 

@@ -12,19 +12,9 @@ from torch import Tensor, nn
 import sam_decoder
 from imaging import boxes_and_points
 from imaging.augment import Augment
-from losses import (
-    cldice_loss,
-    dice_bce,
-    oct_topological_loss,
-    sam_loss,
-    topological_loss,
-)
+from losses import cldice_loss, dice_bce, oct_topological_loss, sam_loss, topological_loss
 from recipes.base import Family, Recipe, Settings, load, parameter_groups
-from recipes.images import (
-    for_scores,
-    one_view,
-    pixels,
-)
+from recipes.images import for_scores, one_view, pixels
 
 # --- SAM ------------------------------------------------------------------------------------------
 

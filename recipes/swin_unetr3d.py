@@ -10,11 +10,7 @@ from torch import Tensor, nn
 import swin_unetr3d
 from imaging import volumes
 from imaging.layouts import moved
-from losses import (
-    dice_bce,
-    dice_ce,
-    gi_tract_dice_ce,
-)
+from losses import dice_bce, dice_ce, gi_tract_dice_ce
 from recipes.base import Family, Recipe, Settings, class_forward, load, parameter_groups
 
 # --- volumes: Swin UNETR --------------------------------------------------------------------------

@@ -10,9 +10,7 @@ from torch import Tensor, nn
 import fewshot3d
 import swin_unetr3d
 from imaging.layouts import plain_name
-from losses import (
-    partial_dice_bce,
-)
+from losses import partial_dice_bce
 from recipes.base import Family, Recipe, Settings, hub_id
 from recipes.swin_unetr3d import SWIN, check_modality, swin_encoder, volume_inputs, volume_recipe
 

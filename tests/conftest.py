@@ -21,14 +21,14 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # of what a shell starts 
 
 def command(monkeypatch, capsys, module, *arguments) -> tuple[int, str, str]:
     """Runs a program as from the command line: exit status, stdout, stderr."""
-    from engine import report, startup
+    from engine import command_line, startup
 
     monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
     signals = [*startup.SIGNALS, signal.SIGCHLD]
     handlers = {number: signal.getsignal(number) for number in signals}
     try:
         with pytest.raises(SystemExit) as ended:
-            report.command(module.main)
+            command_line.command(module.main)
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)

@@ -13,8 +13,8 @@ import data
 import predict
 import prepare
 import sam_decoder
-from engine import evaluate, report
-from imaging import boxes_and_points, layouts
+from engine import evaluate
+from imaging import boxes_and_points, layouts, pictures
 from recipes import sam
 
 NAMES = {"0": "background", "1": "stomach", "2": "small bowel"}
@@ -32,8 +32,8 @@ def pieces(size, *rectangles):
 
 def save(path, mask, classes=None):
     path.parent.mkdir(parents=True, exist_ok=True)
-    picture = Image.fromarray(mask) if classes is None else report.class_map(mask, classes)
-    report.save_picture(path, picture)
+    picture = Image.fromarray(mask) if classes is None else pictures.class_map(mask, classes)
+    pictures.save_picture(path, picture)
 
 
 def found(path):

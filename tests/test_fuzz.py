@@ -46,11 +46,11 @@ LIMIT = 180  # seconds for a command, many times what it takes
 
 def run_program(name: str, arguments: list[str]) -> int:
     """Return the exit status of a program; a traceback is printed as Python prints it."""
-    from engine import report
+    from engine import command_line
 
     sys.argv = [f"{name}.py", *arguments]
     try:
-        report.command(sys.modules[name].main)
+        command_line.command(sys.modules[name].main)
     except SystemExit as ended:
         return ended.code or 0
     except BaseException:

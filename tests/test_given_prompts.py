@@ -14,8 +14,8 @@ import predict
 import prepare
 import sam_decoder
 import train
-from engine import evaluate, report
-from imaging import boxes_and_points, layouts
+from engine import evaluate
+from imaging import boxes_and_points, layouts, pictures
 from recipes import sam
 
 SIZES = {"a.png": (30, 40), "b.png": (10, 20)}
@@ -510,7 +510,7 @@ def test_predict_asks_by_points_and_by_both(photos, run, tmp_path, monkeypatch, 
 
 def test_overlays_leave_out_points_that_are_none():
     picture = Image.new("RGB", (40, 40))
-    report.draw_prompts(picture, [(None, np.float32([[9, 9], [30, 30]]), np.int64([1, -1]))])
+    pictures.draw_prompts(picture, [(None, np.float32([[9, 9], [30, 30]]), np.int64([1, -1]))])
     assert picture.getpixel((9, 9)) == (255, 255, 0) and picture.getpixel((30, 30)) == (0, 0, 0)
 
 

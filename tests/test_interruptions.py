@@ -22,7 +22,7 @@ from test_train import arguments, same_run
 
 import data
 import train
-from engine import evaluate, report, startup
+from engine import command_line, evaluate, startup
 from imaging import atomic_files, layouts
 
 # --- one line, and the exit status ---------------------------------------------------------------
@@ -50,7 +50,11 @@ INTERRUPTIONS = {  # what is raised: status, start of the line
     "ctrl-c": (KeyboardInterrupt(), 130, "stopped by Ctrl-C: "),
     "SIGINT": (startup.Interrupted(signal.SIGINT), 130, "stopped by Ctrl-C: "),
     "SIGTERM": (startup.Interrupted(signal.SIGTERM), 143, "stopped by SIGTERM: "),
-    "SIGHUP": (startup.Interrupted(signal.SIGHUP), 129, "stopped because the terminal was closed: "),
+    "SIGHUP": (
+        startup.Interrupted(signal.SIGHUP),
+        129,
+        "stopped because the terminal was closed: ",
+    ),
     "killed worker": (RuntimeError(KILLED), 2, "error: a data-loading process was killed (signal"),
     "dead worker": (RuntimeError(EXITED), 2, "error: a data-loading process was killed, most"),
     "connection": (broken_connection, 2, "error: a data-loading process was killed, most"),
@@ -62,7 +66,11 @@ INTERRUPTIONS = {  # what is raised: status, start of the line
     "numpy": (MemoryError("Unable to allocate 3 GiB for an array"), 2, "error: out of memory"),
     "memory of a fork": (OSError(errno.ENOMEM, "Cannot allocate"), 2, "error: out of memory"),
     "gpu": (RuntimeError(GPU), 2, "error: out of memory"),
-    "pipe": (BrokenPipeError(errno.EPIPE, "Broken pipe"), 2, "error: the program that reads the output"),
+    "pipe": (
+        BrokenPipeError(errno.EPIPE, "Broken pipe"),
+        2,
+        "error: the program that reads the output",
+    ),
 }
 
 
@@ -71,7 +79,10 @@ def test_what_interrupts_a_program_is_one_line_with_the_way_on(kind, monkeypatch
     error, status, start = INTERRUPTIONS[kind]
 
     def main():
-        with report.way_on(lambda: "all is safe"), report.way_on(lambda: "inner is safe"):
+        with (
+            command_line.way_on(lambda: "all is safe"),
+            command_line.way_on(lambda: "inner is safe"),
+        ):
             if isinstance(error, Exception | KeyboardInterrupt):
                 raise error
             error()
@@ -84,7 +95,10 @@ def test_what_interrupts_a_program_is_one_line_with_the_way_on(kind, monkeypatch
 
 def test_a_study_says_for_its_runs_how_to_go_on(monkeypatch, capsys):
     def main():
-        with report.way_on(lambda: "the study", override=True), report.way_on(lambda: "the run"):
+        with (
+            command_line.way_on(lambda: "the study", override=True),
+            command_line.way_on(lambda: "the run"),
+        ):
             raise KeyboardInterrupt
 
     code, _, err = command(monkeypatch, capsys, SimpleNamespace(__name__="program", main=main))
@@ -94,9 +108,12 @@ def test_a_study_says_for_its_runs_how_to_go_on(monkeypatch, capsys):
 def test_an_error_of_a_data_loading_process_is_its_last_line():
     caught = "Caught FileNotFoundError in DataLoader worker process 0.\nOriginal Traceback:"
     error = FileNotFoundError(f"{caught}\n  File x\nFileNotFoundError: a.png: gone")
-    assert report.describe_error(error) == "error: a.png: gone"
-    assert report.describe_error(ValueError("KeyError: is a name")) == "error: KeyError: is a name"
-    assert report.describe_error(RuntimeError("shapes do not fit")) is None
+    assert command_line.describe_error(error) == "error: a.png: gone"
+    assert (
+        command_line.describe_error(ValueError("KeyError: is a name"))
+        == "error: KeyError: is a name"
+    )
+    assert command_line.describe_error(RuntimeError("shapes do not fit")) is None
 
 
 def test_a_signal_during_the_imports_is_one_line(tmp_path):
@@ -134,7 +151,7 @@ def test_an_ignored_signal_stays_ignored(monkeypatch):
 
 
 def test_output_that_cannot_be_printed_is_one_line():
-    code = "import report\nreport.command(lambda: print('x'))"
+    code = "from engine import command_line\ncommand_line.command(lambda: print('x'))"
     with open("/dev/full", "w") as full:
         done = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE)
     assert done.returncode == 2 and b"Traceback" not in done.stderr
@@ -167,7 +184,10 @@ FULL = {  # as libraries say it
 def test_a_full_disk_is_named_whatever_the_library_says(library, tmp_path):
     path = tmp_path / "last.pt"
     path.write_text("old")
-    with pytest.raises(OSError, match="No space left") as caught, report.whole_file(path) as part:
+    with (
+        pytest.raises(OSError, match="No space left") as caught,
+        atomic_files.whole_file(path) as part,
+    ):
         part.write_text("new, in part")
         raise FULL[library]
     assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(path))
@@ -175,7 +195,7 @@ def test_a_full_disk_is_named_whatever_the_library_says(library, tmp_path):
 
 
 def test_other_errors_in_a_file_stay_what_they_are(tmp_path):
-    with pytest.raises(KeyError), report.whole_file(tmp_path / "x.json"):
+    with pytest.raises(KeyError), atomic_files.whole_file(tmp_path / "x.json"):
         raise KeyError("a mistake of ours")
     assert not list(tmp_path.iterdir())
 
@@ -216,19 +236,19 @@ def test_leftovers_of_killed_processes_are_removed_and_nothing_else(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/link").symlink_to(tmp_path / "elsewhere")
 
-    with report.claim(tmp_path / "run"):
+    with atomic_files.claim(tmp_path / "run"):
         assert (tmp_path / "elsewhere/.a.png.0123abcd").exists()
-    with report.claim(tmp_path / "a"):
+    with atomic_files.claim(tmp_path / "a"):
         assert not (tmp_path / left[2]).exists() and (tmp_path / left[0]).exists()
-    report.remove_leftovers(tmp_path, recursive=False)
+    atomic_files.remove_leftovers(tmp_path, recursive=False)
     assert not (tmp_path / left[0]).exists() and (tmp_path / left[1]).exists()
-    report.remove_leftovers(tmp_path)
+    atomic_files.remove_leftovers(tmp_path)
     assert contents(tmp_path).keys() == {*stay}
 
 
 def test_a_file_that_is_being_written_is_no_leftover(tmp_path):
-    with report.whole_file(tmp_path / "x.png") as part:
-        report.remove_leftovers(tmp_path)
+    with atomic_files.whole_file(tmp_path / "x.png") as part:
+        atomic_files.remove_leftovers(tmp_path)
         assert part.exists()
         part.write_text("whole")
     assert contents(tmp_path) == {"x.png": b"whole"}
@@ -241,7 +261,7 @@ def test_without_locks_a_leftover_is_a_day_old(days, stays, tmp_path, monkeypatc
     then = time.time() - days * 24 * 60 * 60
     os.utime(part, (then, then))
     monkeypatch.setattr(atomic_files, "fcntl", None)
-    report.remove_leftovers(tmp_path)
+    atomic_files.remove_leftovers(tmp_path)
     assert part.exists() == stays
 
 

@@ -25,7 +25,7 @@ import metrics
 import options as command_line
 import predict
 import train
-from engine import evaluate, report
+from engine import evaluate, tables
 from imaging import volumes
 
 pytestmark = pytest.mark.numeric
@@ -246,8 +246,8 @@ def test_score_image_scores_each_class_and_leaves_out_what_is_not_valid():
     pred, truth = rng.random((2, 3, 20, 30)) < 0.4
     pred[2] = False
     rows = metrics.score_image(pred, truth, spacing=(2, 1), tolerance=2)
-    for row, p, t in zip(rows, pred, truth, strict=True):
-        expected = metrics.overlap(p, t) | metrics.distances(p, t, (2, 1), 2)
+    for row, p, mask in zip(rows, pred, truth, strict=True):
+        expected = metrics.overlap(p, mask) | metrics.distances(p, mask, (2, 1), 2)
         assert row == expected | {"in_truth": True, "in_pred": bool(p.any())}
     # Ignoring all but a window is the same as scoring the window.
     valid = np.zeros((20, 30), bool)
@@ -663,7 +663,9 @@ def test_validation_scores_nsd_at_the_tolerance(monkeypatch):
     dataset = SimpleNamespace(classes=("polyp",))
     model = SimpleNamespace(config=SimpleNamespace(threshold=0.5))
     for tolerance in (1.0, 2.0, 3.0):
-        options = SimpleNamespace(val_distances=True, tolerance=tolerance, threshold=None, min_area=1)
+        options = SimpleNamespace(
+            val_distances=True, tolerance=tolerance, threshold=None, min_area=1
+        )
         scores = evaluate.validate(model, None, dataset, options)
         expected = monai_nsd(SQUARE, np.roll(SQUARE, 3, 0), tolerance)
         assert scores["val_nsd"] == pytest.approx(expected, abs=1e-6)
@@ -681,16 +683,16 @@ def test_the_nsd_tolerance_of_volumes_is_in_mm():
     dataset.classes = ("liver",)
     summary = evaluate.summarise([row], dataset, command_line.Options(nsd_tolerance=1.6))
     assert summary["nsd_tolerance"] == 1.6 and summary["distance_unit"] == "mm"
-    table = report.table(summary)
+    table = tables.score_table(summary)
     assert "nsd (1.6 mm)" in table and "hd95 (mm)" in table
 
 
 def test_tables_say_that_one_case_has_no_interval(tmp_path):
     summary = metrics.summarise(rows_of({"a": [(HALF, SQUARE)]}, ["polyp"]), ["polyp"])
-    for text in (report.table(summary), report.study_table({"p1": summary})):
+    for text in (tables.score_table(summary), tables.study_table({"p1": summary})):
         assert "0.6667 [no interval]" in text.replace("  [", " [") and "n=1" in text
-    assert "n = 1: one case has no interval" in report.table(summary)
-    report.write_json(tmp_path / "summary.json", summary)
+    assert "n = 1: one case has no interval" in tables.score_table(summary)
+    tables.write_json(tmp_path / "summary.json", summary)
     written = json.loads((tmp_path / "summary.json").read_text())
     assert written["dice"]["low"] is None and written["dice"]["high"] is None
 
@@ -719,11 +721,11 @@ def test_specificity_of_images_without_foreground():
     assert summary["image_specificity"] == pytest.approx(2 / 3)
     assert summary["misses"] == 1
     line = "false alarms: 1 of 3 images without foreground, specificity of images 0.6667"
-    assert line in report.table(summary)
+    assert line in tables.score_table(summary)
 
     summary = metrics.summarise(rows_of(ill, ["polyp"]), ["polyp"])
     assert "image_specificity" not in summary
-    assert "without foreground" not in report.table(summary)
+    assert "without foreground" not in tables.score_table(summary)
 
 
 def test_several_classes_without_any_foreground():
@@ -737,4 +739,4 @@ def test_several_classes_without_any_foreground():
     summary = metrics.summarise(rows_of(alarm, names), names)
     assert summary["dice"]["mean"] == 0.75 and summary["image_specificity"] == 0.5
     assert summary["classes"]["polyp"]["dice"]["mean"] == 0.5
-    assert report.table(summary)
+    assert tables.score_table(summary)

@@ -21,8 +21,8 @@ import predict
 import prepare
 import studies
 import train
-from engine import report
 from engine.ranges import Number
+from imaging import pictures
 from options import Options, flag, resolve, values_of
 from recipes import FAMILIES, base, cris, images, sam
 
@@ -351,7 +351,7 @@ def test_images_of_one_row_are_trained_on_scored_and_drawn(tmp_path):
     [((900, 1), (320, 1)), ((1, 900), (1, 960)), ((1, 1), (320, 320)), ((100, 50), (320, 160))],
 )
 def test_a_card_keeps_the_shape_of_its_picture(size, expected):
-    card = report.captioned(Image.new("RGB", size, "black"), "")
+    card = pictures.captioned(Image.new("RGB", size, "black"), "")
     dark = (np.asarray(card)[:, :, 0] == 0).nonzero()
     assert (dark[1].max() + 1, dark[0].max() + 1) == expected
     assert card.width == 320
@@ -364,7 +364,7 @@ def test_scores_of_all_tests_are_written_before_a_picture_fails(tmp_path, monkey
     def broken(*_):
         raise ValueError("no picture today")
 
-    monkeypatch.setattr(report, "captioned", broken)
+    monkeypatch.setattr(pictures, "captioned", broken)
     tests = [f"{root}:test", f"{root}:val"]
     with pytest.raises(ValueError, match="no picture today"):
         train.run(small_run(root, tmp_path, "segformer", size=64, overlays=1, test=tests))

@@ -22,8 +22,7 @@ import sam_decoder
 import segformer
 import swin_unetr3d
 import train
-from engine import report
-from imaging import layouts
+from imaging import layouts, pictures
 from recipes import FAMILIES, loading
 
 AFFINE = np.diag([4.0, 4.2, 5.0, 1])
@@ -141,7 +140,7 @@ def test_an_output_folder_that_fails_ends_the_call(how, run, photos, tmp_path, m
     given = ["--weights", run, photos]
     called(monkeypatch, capsys, *given, "--out", tmp_path / "expected")
     out = tmp_path / "out"
-    save = report.save_picture
+    save = pictures.save_picture
 
     def fail(path, picture):
         if path.name == "b.png" and how == "full":
@@ -150,7 +149,7 @@ def test_an_output_folder_that_fails_ends_the_call(how, run, photos, tmp_path, m
         if path.name == "a.png" and how == "gone":
             shutil.rmtree(out)
 
-    monkeypatch.setattr(report, "save_picture", fail)
+    monkeypatch.setattr(pictures, "save_picture", fail)
     _, error = called(monkeypatch, capsys, *given, "--out", out, status=2)
     reason = {
         "full": "b.png could not be written (No space left on device): free some space; ",
@@ -159,7 +158,7 @@ def test_an_output_folder_that_fails_ends_the_call(how, run, photos, tmp_path, m
     assert reason in error and "--skip-existing" in error
     assert out.exists() == (how == "full")
 
-    monkeypatch.setattr(report, "save_picture", save)
+    monkeypatch.setattr(pictures, "save_picture", save)
     called(monkeypatch, capsys, *given, "--out", out, "--skip-existing")
     assert contents(out) == contents(tmp_path / "expected")
 

@@ -19,8 +19,8 @@ from scipy import ndimage
 
 import data
 import prepare
-from engine import report
-from imaging import layouts
+from engine import command_line
+from imaging import atomic_files, layouts
 
 IMAGES, SIZE = 300, 96
 
@@ -28,7 +28,7 @@ IMAGES, SIZE = 300, 96
 def program(arguments) -> int:
     """The exit status of the program."""
     with pytest.raises(SystemExit) as ended:
-        report.command(lambda: prepare.main(arguments))
+        command_line.command(lambda: prepare.main(arguments))
     return ended.value.code
 
 
@@ -397,7 +397,7 @@ def test_leavings_of_a_killed_run_do_not_get_in(tmp_path, good):
 
 def test_two_at_once_do_not_make_one_folder(tmp_path, capsys):
     out = tmp_path / "d"
-    with report.locked(tmp_path / ".d.lock", out):
+    with atomic_files.locked(tmp_path / ".d.lock", out):
         assert program(["demo", "--out", str(out), *SMALL]) == 2
     error = capsys.readouterr().err
     assert f"{out}: another process is writing" in error and error.count("\n") == 1
@@ -405,7 +405,7 @@ def test_two_at_once_do_not_make_one_folder(tmp_path, capsys):
 
     out.mkdir()
     (out / "of another process").touch()  # made since the program looked
-    with pytest.raises(ValueError, match="exists already"), report.whole_folder(out):
+    with pytest.raises(ValueError, match="exists already"), atomic_files.whole_folder(out):
         raise AssertionError("not reached")
 
 
@@ -920,7 +920,10 @@ def test_check_takes_a_threshold(tmp_path, capsys):
         assert f"read > {threshold}" in said and f"{share} of an image" in said
     for wrong in ("256", "-1", "1.5", "half"):
         assert program(["check", str(root), f"--mask-threshold={wrong}"]) == 2
-        assert f"--mask-threshold {wrong}: must be a whole number from 0 to 255" in capsys.readouterr().err
+        assert (
+            f"--mask-threshold {wrong}: must be a whole number from 0 to 255"
+            in capsys.readouterr().err
+        )
 
 
 def test_a_threshold_without_effect_is_refused(tmp_path, capsys):

@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 import metrics
 import studies
 import train
-from engine import evaluate, report
-from imaging import layouts, volumes
+from engine import evaluate, tables
+from imaging import atomic_files, layouts, volumes
 
 NAMES = ["spleen", "right kidney", "liver"]  # label numbers 1, 2, 3
 LACKS = {1, 4}  # cases without a spleen, of the training split
@@ -91,9 +91,9 @@ def fake(done):
                     row | {"class": c, "dice": dice, "in_truth": True, "in_pred": dice > 0.4}
                 )
             found.append(row | {"class": "background", "tp": 3})
-        report.write_csv(Path(options.out) / "test" / "per_image.csv", found)
+        tables.write_csv(Path(options.out) / "test" / "per_image.csv", found)
         (Path(options.out) / "last.pt").write_text("")
-        report.write_json(Path(options.out) / "test" / "summary.json", {})
+        tables.write_json(Path(options.out) / "test" / "summary.json", {})
 
     return run
 
@@ -424,7 +424,7 @@ def test_a_run_counts_as_done_once_all_is_written(tmp_path, monkeypatch):
     def full(path, rows):
         raise OSError("no space left")
 
-    monkeypatch.setattr(report, "write_csv", full)
+    monkeypatch.setattr(tables, "write_csv", full)
     model = SimpleNamespace(config=SimpleNamespace(threshold=0.5))
     with pytest.raises(OSError):
         evaluate.write_summary(tmp_path, model, train.Options(), {}, {"image": [{"dice": 1}]})
@@ -676,6 +676,6 @@ def test_a_small_study_from_end_to_end(monkeypatch, capsys, tmp_path):
 
 
 def test_two_studies_at_once_do_not_share_a_folder(study):
-    with report.claim(study.out):
+    with atomic_files.claim(study.out):
         code, _, error, done = study(*SMALL)
     assert code == 2 and f"{study.out}: another process is writing" in error and not done

@@ -24,8 +24,9 @@ import cris
 import data
 import predict
 import train
-from engine import evaluate, report
+from engine import evaluate
 from imaging import atomic_files, layouts
+from imaging.pictures import TRUTH, outline
 from options import resolve
 from recipes import base, images
 from recipes import cris as cris_recipes
@@ -522,7 +523,10 @@ def test_other_errors_of_torch_are_not_hidden(monkeypatch, capsys):
 
 
 def test_two_processes_of_one_number_do_not_share_a_file(tmp_path):
-    with report.whole_file(tmp_path / "x") as one, report.whole_file(tmp_path / "x") as other:
+    with (
+        atomic_files.whole_file(tmp_path / "x") as one,
+        atomic_files.whole_file(tmp_path / "x") as other,
+    ):
         assert one != other
         one.write_text("1"), other.write_text("2")
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
@@ -765,19 +769,19 @@ def test_a_second_process_is_refused_and_a_killed_one_leaves_no_lock(options, mo
     first.send_signal(signal.SIGKILL)  # its data-loading process lives on for some seconds
     assert first.wait() == -signal.SIGKILL
     assert Path(options.out, ".lock").exists()  # but it locks nothing
-    with report.claim(Path(options.out)):
+    with atomic_files.claim(Path(options.out)):
         pass
     assert not Path(options.out, ".lock").exists()
 
 
 def test_a_claim_leaves_nothing_behind(tmp_path):
     folder = tmp_path / "deep" / "run"
-    with report.claim(folder):
-        with pytest.raises(ValueError, match="run: another process"), report.claim(folder):
+    with atomic_files.claim(folder):
+        with pytest.raises(ValueError, match="run: another process"), atomic_files.claim(folder):
             raise AssertionError("not reached")
         assert folder.is_dir()
     assert not list(tmp_path.iterdir())  # nothing was written
-    with pytest.raises(KeyError), report.claim(folder):
+    with pytest.raises(KeyError), atomic_files.claim(folder):
         (folder / "log.txt").touch()
         raise KeyError
     assert [path.name for path in folder.iterdir()] == ["log.txt"]
@@ -794,9 +798,12 @@ def test_a_lock_on_a_file_that_was_removed_meanwhile_is_none(tmp_path, monkeypat
         flock(descriptor, how)
 
     monkeypatch.setattr(atomic_files.fcntl, "flock", late)
-    with report.locked(path, tmp_path):
+    with atomic_files.locked(path, tmp_path):
         assert len(calls) == 2 and path.exists()
-        with pytest.raises(ValueError, match="another process"), report.locked(path, tmp_path):
+        with (
+            pytest.raises(ValueError, match="another process"),
+            atomic_files.locked(path, tmp_path),
+        ):
             raise AssertionError("not reached")
     assert not list(tmp_path.iterdir())
 
@@ -807,7 +814,7 @@ def test_without_locks_a_run_goes_on_and_says_so_once(number, tmp_path, monkeypa
         raise OSError(number, "no locks here")
 
     monkeypatch.setattr(atomic_files.fcntl, "flock", none)
-    with report.claim(tmp_path):
+    with atomic_files.claim(tmp_path):
         assert not list(tmp_path.iterdir())
     text = capsys.readouterr().out
     assert f"{tmp_path}: the file system has no locks" in text and text.count("\n") == 1
@@ -816,13 +823,13 @@ def test_without_locks_a_run_goes_on_and_says_so_once(number, tmp_path, monkeypa
 @pytest.mark.parametrize("rank", ["RANK", "LOCAL_RANK"])
 def test_several_processes_are_refused(rank, options, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    report.refuse_several_processes()  # one of a cluster's jobs has no rank
+    atomic_files.refuse_several_processes()  # one of a cluster's jobs has no rank
     monkeypatch.setenv(rank, "1")
     code, _, error = command(monkeypatch, capsys, train, *arguments(options))
     assert code == 2 and error.count("\n") == 1 and "WORLD_SIZE is 2" in error
     assert not Path(options.out).exists()
     monkeypatch.setenv("WORLD_SIZE", "1")
-    report.refuse_several_processes()
+    atomic_files.refuse_several_processes()
 
 
 # --- how masks are read: one decision for a data set, kept in the run ---
@@ -898,8 +905,8 @@ def test_the_threshold_of_masks_is_kept_in_the_run(tmp_path, monkeypatch, capsys
     )
     assert code == 0, error
     drawn = np.asarray(Image.open(tmp_path / "masks/test0_overlay.png"))
-    green = (drawn == report.TRUTH).all(axis=2)
-    assert np.array_equal(green, report.outline(stripes(64, 128, 255) > 100, 1))
+    green = (drawn == TRUTH).all(axis=2)
+    assert np.array_equal(green, outline(stripes(64, 128, 255) > 100, 1))
     for k, (more, line) in enumerate({
         ("--mask-threshold", "9"): "--mask-threshold has no effect without --overlays",
         ("--mask-threshold", "256", "--overlays"): "--mask-threshold 256: must be a whole number from 0 to 255",

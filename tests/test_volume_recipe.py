@@ -18,7 +18,8 @@ import predict
 import prepare
 import swin_unetr3d
 import train
-from engine import evaluate, report
+from engine import evaluate
+from imaging import pictures
 from recipes import FAMILIES
 from recipes import swin_unetr3d as swin_unetr3d_recipes
 
@@ -117,9 +118,7 @@ def sample(regions=None):
 
 def test_crops_of_image_and_mask_are_of_one_place():
     config = SimpleNamespace(image_size=(32, 16, 16))
-    settings = replace(
-        swin_unetr3d_recipes.SWIN["default"], augment={"flip": (0.5, 0.5, 0.5)}
-    )
+    settings = replace(swin_unetr3d_recipes.SWIN["default"], augment={"flip": (0.5, 0.5, 0.5)})
     item = swin_unetr3d_recipes.volume_inputs(
         sample(), True, np.random.default_rng(1), config, settings
     )
@@ -417,7 +416,7 @@ def test_three_planes_lie_as_radiologists_look():
     """One voxel marked: to the right, in front and on top of the middle of 5 x 4 x 3 voxels."""
     x = np.zeros((5, 4, 3), np.uint8)
     x[3, 2, 1] = 9
-    page = report.three_planes(x, (3, 2, 1), (1.0, 1.0, 2.0))
+    page = pictures.three_planes(x, (3, 2, 1), (1.0, 1.0, 2.0))
     assert page.shape == (6, 5 + 5 + 4)  # axial 4 x 5, coronal and sagittal 3 * 2 high
     axial, coronal, sagittal = page[:, :5], page[:, 5:10], page[:, 10:]
     assert np.argwhere(axial).tolist() == [[1, 1]]  # front is up, the patient's right on the left
@@ -430,10 +429,10 @@ def test_the_planes_are_those_with_most_of_the_truth():
     image[2, 3, 4] = 255
     truth = np.zeros((1, 6, 6, 6), bool)
     truth[0, 2, 1:5, 4], truth[0, 1:4, 3, 4], truth[0, 2, 3, 3:6] = True, True, True
-    picture = np.asarray(report.volume_overlay(image, truth, np.zeros_like(truth), (1, 1, 1)))
+    picture = np.asarray(pictures.volume_overlay(image, truth, np.zeros_like(truth), (1, 1, 1)))
     assert picture.shape == (6, 18, 3)
     for plane in np.split(picture, 3, 1):  # each holds the bright voxel, now the truth's rim
-        assert (plane == report.TRUTH).all(2).any()
+        assert (plane == pictures.TRUTH).all(2).any()
 
 
 # --- what is refused -----------------------------------------------------------------------------
