@@ -11,8 +11,8 @@ from typing import get_args
 
 from data import ORIENTATIONS, colour_table
 from engine import command_line
-from engine.evaluate import patients_of, run_config
 from engine.ranges import Choice, Flag, Number, Text, Values
+from engine.runs import patients_of, run_config
 from imaging.augment import VIEWS
 from imaging.boxes_and_points import KINDS
 from imaging.layouts import is_prompt_type, path_and_split, prompt_option

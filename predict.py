@@ -49,17 +49,9 @@ from tqdm import tqdm
 
 import data
 from engine import command_line, tables
-from engine.evaluate import (
-    check_threshold,
-    each_is,
-    num_classes,
-    patients_of,
-    pick_device,
-    read_image_prompts,
-    run_config,
-    to_masks,
-)
+from engine.evaluate import each_is, read_image_prompts, to_masks
 from engine.ranges import GREY_LEVEL, POSITIVE, Number
+from engine.runs import check_threshold, num_classes, patients_of, pick_device, run_config
 from imaging import atomic_files, files, layouts, organ_rules, pictures, volumes
 from recipes import FAMILIES, second_file
 from recipes.images import describe_cuts

@@ -65,8 +65,9 @@ from tqdm import tqdm
 import metrics
 import options
 import train
-from engine import command_line, evaluate, startup
+from engine import command_line, startup
 from engine.ranges import POSITIVE, Number
+from engine.runs import fits
 from engine.tables import ABSENT, INTERVALS, write_csv, write_json
 from imaging import atomic_files, files, layouts, volumes
 from options import Options, flag
@@ -256,7 +257,7 @@ def read_listing(path: Path, root: Path) -> dict:
     content = files.read_json(path)
     kinds = dict.fromkeys(("training", "validation", "test"), list[dict[str, str]])
     if not isinstance(content, dict) or not all(
-        evaluate.fits(content.get(key, []), kind) for key, kind in kinds.items()
+        fits(content.get(key, []), kind) for key, kind in kinds.items()
     ):
         hint = "restore it, or choose another --out"
         raise ValueError(f"{path}: is not a list of volumes as the study writes it; {hint}")

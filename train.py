@@ -41,7 +41,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 import data
-from engine import command_line, evaluate, tables
+from engine import command_line, evaluate, runs, tables
 from engine.lora import merge_lora, merged_state_dict, save_adapter, tensor_fault
 from imaging import atomic_files, layouts, pictures, volumes
 from options import Options, check_same, checked, flag, parse, resolve
@@ -152,10 +152,10 @@ class Run:
             raise unusable(path, f"has no {missing[0]}")
         unknown = [name for name in state if name not in {*kinds, *self.PARTS, "chosen"}]
         if unknown:
-            raise evaluate.newer(path, f"it has {unknown[0]!r}")
+            raise runs.newer(path, f"it has {unknown[0]!r}")
         for name, kind in STATE.items():
             value = state[name]
-            if not evaluate.fits(value, kind) or kind is int and value < 0:
+            if not runs.fits(value, kind) or kind is int and value < 0:
                 raise unusable(path, f"{name} is {value!r:.50}")
         if not is_choice(state.get("chosen", NO_CHOICE)):
             raise unusable(path, f"chosen is {state['chosen']!r:.50}")
@@ -472,16 +472,16 @@ def saved_options(out: Path) -> dict | None:
     Raises ValueError, one line, if they are not what train.py writes.
     """
     path = out / "config.json"
-    run = evaluate.run_config(out)
+    run = runs.run_config(out)
     if not run:
         return None
     if "options" not in run:
-        raise ValueError(f"{path}: has no options; {evaluate.EDITED}")
-    evaluate.check_keys(path, run["options"], {spec.name: spec.type for spec in fields(Options)})
+        raise ValueError(f"{path}: has no options; {runs.EDITED}")
+    runs.check_keys(path, run["options"], {spec.name: spec.type for spec in fields(Options)})
     try:
         checked(Options(**run["options"]))
     except ValueError as error:
-        raise ValueError(f"{path}: {error}; {evaluate.EDITED}") from None
+        raise ValueError(f"{path}: {error}; {runs.EDITED}") from None
     return run["options"]
 
 
@@ -497,7 +497,7 @@ def refuse_run(out: Path) -> None:
         if (out / "test").is_dir() and ours >= {path.name for path in (out / "test").iterdir()}:
             print(f"{out} holds a test that was stopped; it starts again")
             return
-    if config.exists() and not evaluate.run_config(out):
+    if config.exists() and not runs.run_config(out):
         raise ValueError(f"{config}: is not the file of a run; choose another --out")
     if files:
         raise ValueError(
@@ -634,17 +634,17 @@ def open_sets(options: Options) -> tuple[dict, dict]:
     if options.overfit:
         each = (layouts.annotations(root, "train", options.group_regex) for root in options.data)
         name = "--overfit: train, val and test are the same"
-        one = evaluate.open_sets({name: sum(each, [])[: options.overfit]}, options)[name]
+        one = runs.open_sets({name: sum(each, [])[: options.overfit]}, options)[name]
         print("  scores then tell that the parts fit together, and nothing of new cases")
         return {"train": one, "val": one}, {"overfit": one}
-    tests = evaluate.list_tests(options)
+    tests = runs.list_tests(options)
     lists = {f"test {name}": entries for name, entries in tests.items()}
     if not options.eval or options.threshold == "auto":
         parts = layouts.train_and_val(options.data, options.seed, options.group_regex, options.fold)
         lists |= dict(zip(("train", "val"), parts, strict=True))
     if options.eval:
         lists.pop("train", None)
-    opened = evaluate.open_sets(lists, options)
+    opened = runs.open_sets(lists, options)
     sets = {name: opened[name] for name in ("train", "val") if name in opened}
     return sets, {name: opened[f"test {name}"] for name in tests}
 
@@ -678,10 +678,10 @@ def fit_and_test(options: Options, settings: Settings, device: torch.device, res
 
     family = FAMILIES[options.model]
     sets, tests = open_sets(options)
-    evaluate.check_kind([*sets.values(), *tests.values()], family.volumes, options.model)
+    runs.check_kind([*sets.values(), *tests.values()], family.volumes, options.model)
     model = load_model(options, settings, sets.get("train"), device)
     recipe = family.recipe(model, settings)
-    evaluate.check_classes(model, recipe, [*sets.values(), *tests.values()], options)
+    runs.check_classes(model, recipe, [*sets.values(), *tests.values()], options)
 
     if recipe.tokenizer:
         check_prompts(options, recipe.tokenizer, sets, tests)
@@ -690,7 +690,7 @@ def fit_and_test(options: Options, settings: Settings, device: torch.device, res
             {name: recipe.prepare(part, options.cache) for name, part in parts.items()}
             for parts in (sets, tests)
         )
-        evaluate.check_prepared(sets, tests, options)
+        runs.check_prepared(sets, tests, options)
     if options.boxes or options.points:
         recipe = evaluate.with_given(recipe, tests, options.boxes, options.points)
 
@@ -722,7 +722,7 @@ def run_in_folder(options: Options, settings: Settings) -> dict:
     """`run` in a folder that no other process writes to."""
     out = Path(options.out)
     with command_line.way_on(partial(describe_folder, out)), removed_if_unsaved(out):
-        device, resume = evaluate.pick_device(options.device), can_resume(options)
+        device, resume = runs.pick_device(options.device), can_resume(options)
         with open(out / "log.txt", "a", 1, encoding="utf-8") as file:
             log = contextlib.redirect_stdout(command_line.Log(sys.stdout, file))
             with log, volumes.notices.together():

@@ -23,8 +23,9 @@ from common import in_turns, machine, now  # noqa: E402
 
 import data  # noqa: E402
 from engine import command_line  # noqa: E402
-from engine.evaluate import evaluate, pick_device  # noqa: E402
+from engine.evaluate import evaluate  # noqa: E402
 from engine.ranges import POSITIVE  # noqa: E402
+from engine.runs import pick_device  # noqa: E402
 from imaging import layouts  # noqa: E402
 from recipes import FAMILIES  # noqa: E402
 from train import Options, Run, resolve  # noqa: E402

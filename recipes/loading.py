@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from engine.command_line import is_out_of_memory
-from engine.evaluate import EDITED, run_config
 from engine.lora import merge_state_dict
+from engine.runs import EDITED, run_config
 from recipes.base import Family, Settings
 
 # --- runs that were stopped before their first validation ----------------------------------------

@@ -20,6 +20,7 @@ import predict
 import studies
 import train
 from engine import evaluate, feature_cache, lora
+from engine.runs import EDITED, fits, run_config
 from imaging import layouts, volumes
 from recipes import FAMILIES, loading
 
@@ -80,14 +81,14 @@ def changed(content: dict, keys: tuple, value) -> dict:
 def test_a_damaged_config_is_one_line_with_the_file_and_the_way_out(damage, tmp_path):
     file = tmp_path / "config.json"
     file.write_text(json.dumps(RUN))
-    assert evaluate.run_config(tmp_path) == RUN
+    assert run_config(tmp_path) == RUN
     *keys, value = damage
     file.write_text(json.dumps(changed(RUN, tuple(keys), value)))
     with pytest.raises(ValueError) as caught:
-        evaluate.run_config(tmp_path)
+        run_config(tmp_path)
     said = str(caught.value)
     assert said.startswith(f"{file}: {DAMAGE[damage]}") and "\n" not in said
-    assert evaluate.EDITED in said or "use that version for it" in said
+    assert EDITED in said or "use that version for it" in said
 
 
 @pytest.mark.parametrize("key", RUN.keys() - {"format"})
@@ -96,7 +97,7 @@ def test_older_runs_may_lack_keys(key, tmp_path):
     if key == "classes":
         del older["labels"]
     (tmp_path / "config.json").write_text(json.dumps(older))
-    assert evaluate.run_config(tmp_path) == older
+    assert run_config(tmp_path) == older
 
 
 @pytest.mark.parametrize(
@@ -110,7 +111,7 @@ def test_older_runs_may_lack_keys(key, tmp_path):
     ],
 )  # fmt: skip
 def test_what_fits_an_annotation(value, kind, is_fitting):
-    assert evaluate.fits(value, kind) == is_fitting
+    assert fits(value, kind) == is_fitting
 
 
 @pytest.fixture(scope="module")
@@ -434,7 +435,7 @@ def test_a_config_that_describes_no_model_is_one_line(damage, has_best, run_fold
         loading.load_model(family, run_folder, None, family.settings["default"], {}, None)
     said = str(caught.value)
     assert said.startswith(f"{file}: does not describe a model (") and "\n" not in said
-    assert NO_MODEL[damage] in said and said.endswith(evaluate.EDITED)
+    assert NO_MODEL[damage] in said and said.endswith(EDITED)
 
 
 def test_other_weights_than_the_config_describes_name_the_run(run_folder):

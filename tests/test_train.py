@@ -24,7 +24,7 @@ import cris
 import data
 import predict
 import train
-from engine import evaluate
+from engine import evaluate, runs
 from imaging import atomic_files, layouts
 from imaging.pictures import TRUTH, outline
 from options import resolve
@@ -734,18 +734,18 @@ def test_a_file_in_a_run_folder_is_of_that_run(tmp_path, monkeypatch):
         (tmp_path / name / "config.json").write_text(json.dumps(content))
         (tmp_path / name / "best.safetensors").touch()
     for weights in "run", "run/best.safetensors":
-        assert evaluate.run_config(tmp_path / weights) == run
-        assert evaluate.run_config(str(tmp_path / weights)) == run
+        assert runs.run_config(tmp_path / weights) == run
+        assert runs.run_config(str(tmp_path / weights)) == run
     monkeypatch.chdir(tmp_path)
-    assert evaluate.run_config("run/best.safetensors") == run
+    assert runs.run_config("run/best.safetensors") == run
     (tmp_path / "None").mkdir()
     (tmp_path / "None/config.json").write_text(json.dumps(run))
     others = None, "none", "hub", "hub/best.safetensors", "list", "list/best.safetensors"
     for weights in *others, "run/missing.pth", "owner/name@main", "nowhere":
-        assert evaluate.run_config(weights) == {}
+        assert runs.run_config(weights) == {}
     (tmp_path / "run/config.json").write_text("{")
     with pytest.raises(ValueError, match="run/config.json: is not valid JSON"):
-        evaluate.run_config("run/best.safetensors")
+        runs.run_config("run/best.safetensors")
 
 
 # --- one process a folder ------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import predict
 import prepare
 import swin_unetr3d
 import train
-from engine import evaluate
+from engine import runs
 from imaging import pictures
 from recipes import FAMILIES
 from recipes import swin_unetr3d as swin_unetr3d_recipes
@@ -488,7 +488,7 @@ def test_classes_in_another_order_than_a_released_file_s(tmp_path, monkeypatch, 
         some = SimpleNamespace(entries=entries, classes=tuple(order))
         loaded = model.load(file, None, settings, {}, None)
         how = SimpleNamespace(weights=file, eval=True, threshold=None)
-        recipe, check = model.recipe(loaded, settings), evaluate.check_classes
+        recipe, check = model.recipe(loaded, settings), runs.check_classes
         if name == "flare":
             with pytest.raises(ValueError, match="flare: background, liver, .* of other classes"):
                 check(loaded, recipe, [some], how)
@@ -631,7 +631,7 @@ def test_what_is_in_two_splits_on_purpose_is_not_said(tmp_path, capsys, options,
         for name, dataset in some.items():
             some[name] = dataset.prepared((4, 4, 4), torch.sigmoid, 1, tmp_path / "cache")
     capsys.readouterr()
-    evaluate.check_prepared(sets, tests, options)
+    runs.check_prepared(sets, tests, options)
     found = lines_of(capsys.readouterr().out, "in two splits")
     assert len(found) == (names is not None)
     assert names is None or f"volume is in two splits: {names}; scores" in found[0]
