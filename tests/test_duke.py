@@ -13,6 +13,7 @@ from scipy.io import savemat
 import data
 import prepare
 from imaging import layouts
+from preparation import duke_oct
 
 NAN = np.nan
 DME_NAMES = "background NFL GCL-IPL INL OPL ONL-ISM ISE-OS RPE fluid".split()
@@ -93,13 +94,13 @@ def test_which_pixel_row_a_layer_begins_with():
         [0, 0, 0, 1, 2],
         [0, 0, 0, 0, 0],  # begins below it
     ]
-    mask = prepare.layer_map(boundaries, 5)
+    mask = duke_oct.layer_map(boundaries, 5)
     assert mask.dtype == np.uint8 and mask.T.tolist() == columns
 
 
 def test_columns_without_a_boundary_do_not_count():
     boundaries = np.array([[1, NAN, 1, NAN], [3, 3, NAN, NAN]])
-    mask = prepare.layer_map(boundaries, 4)
+    mask = duke_oct.layer_map(boundaries, 4)
     assert mask.T.tolist() == [[1, 1, 2, 2], [255] * 4, [255] * 4, [255] * 4]
 
 
@@ -229,7 +230,9 @@ def test_boundaries_out_of_place_are_refused(which, shift, tmp_path, monkeypatch
     if said is None:  # as a column without a boundary, which no slice then has whole
         assert "no slice has a column with all boundaries" in error
         return
-    assert f"{file}: {key} has " in error and said in error and "first in slice 1, column 0" in error
+    assert (
+        f"{file}: {key} has " in error and said in error and "first in slice 1, column 0" in error
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["download"]
 
 

@@ -17,8 +17,8 @@ from PIL import ExifTags, Image
 
 import data
 import predict
-import prepare
 from imaging import layouts
+from preparation import check
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # pytest undoes data.py's filter
 COLOURS = np.random.default_rng(0).integers(0, 255, (24, 32, 3), dtype=np.uint8)
@@ -389,7 +389,7 @@ def test_folders_of_other_files_are_refused_with_counts(tmp_path):
     line = one_line(layouts.annotations, root, "train")
     assert "train/images: no images in this folder, only 2 .xyz; images end in .png" in line
     findings = defaultdict(list)
-    prepare.read_splits(root, None, findings)
+    check.read_splits(root, None, findings)
     assert findings["splits that cannot be used"] == [line]
 
 

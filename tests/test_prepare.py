@@ -21,6 +21,9 @@ import data
 import prepare
 from engine import command_line
 from imaging import atomic_files, layouts
+from preparation import demo as demo_set
+from preparation.check import NEAR, NEAR_KIND, image_facts
+from preparation.demo import demo_files, draw_blobs
 
 IMAGES, SIZE = 300, 96
 
@@ -43,14 +46,14 @@ def annotations(root, split):
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     """A demo set written by the command, and the blobs that were drawn into each of its images."""
-    out, drawn, draw = tmp_path_factory.mktemp("prepare") / "demo", [], prepare.draw_blobs
+    out, drawn, draw = tmp_path_factory.mktemp("prepare") / "demo", [], draw_blobs
 
     def recorded(*args):
         drawn.append(draw(*args))
         return drawn[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare, "draw_blobs", recorded)
+        patch.setattr(demo_set, "draw_blobs", recorded)
         args = ["--out", str(out), "--images", str(IMAGES), "--size", str(SIZE)]
         assert prepare.main(["demo", *args]) == 0
     return out, drawn
@@ -92,10 +95,8 @@ def test_default_test_split_has_120_images():
         return sum(name.startswith("images") for name in split)
 
     with pytest.MonkeyPatch.context() as patch:  # the pictures do not matter here
-        patch.setattr(
-            prepare, "draw_image", lambda rng, grid, blobs: np.zeros((64, 64, 3), np.uint8)
-        )
-        files = dict(prepare.demo_files(1000, 64, (1, 1), 0))
+        patch.setattr(demo_set, "draw_image", lambda rng, grid, blobs: np.zeros((64, 64, 3), np.uint8))
+        files = dict(demo_files(1000, 64, (1, 1), 0))
     assert names(files) == 1000
     assert [len(json.loads(files[f"anns/{s}.json"])) for s in ("train", "val", "test")] == [
         800,
@@ -283,9 +284,9 @@ def test_picture_does_not_depend_on_the_target(monkeypatch):
             return order[::-1] if isinstance(x, int) and x < 9 else order
 
     real = np.random.default_rng
-    plain = dict(prepare.demo_files(30, 64, (2, 4), 0))
+    plain = dict(demo_files(30, 64, (2, 4), 0))
     monkeypatch.setattr(np.random, "default_rng", Reversed)
-    other = dict(prepare.demo_files(30, 64, (2, 4), 0))
+    other = dict(demo_files(30, 64, (2, 4), 0))
     pictures = [f"images/{i:05}.png" for i in range(30)]
     assert all(plain[name] == other[name] for name in pictures)
     assert not any(plain[f"masks/{i:05}.png"] == other[f"masks/{i:05}.png"] for i in range(18))
@@ -364,7 +365,7 @@ def test_failure_leaves_nothing(tmp_path, monkeypatch, capsys):
             raise OSError("no space left on device")
         return np.zeros((64, 64, 3), np.uint8)
 
-    monkeypatch.setattr(prepare, "draw_image", full)
+    monkeypatch.setattr(demo_set, "draw_image", full)
     assert program(["demo", "--out", str(tmp_path / "d"), *SMALL]) == 2
     assert "no space left" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
@@ -1032,7 +1033,7 @@ def test_copies_that_differ_a_little_are_found(tmp_path, capsys, kind, n):
         mask.paste(255, (3, 3, 20, 20))
         mask.save(root / "test" / "masks" / f"test{k}.png")
     status, text = check(capsys, root)
-    assert status == 1 and findings_of(text) == {prepare.NEAR_KIND: 4}
+    assert status == 1 and findings_of(text) == {NEAR_KIND: 4}
     assert "/test0.jpg (test): nearly " in text and "/train0.png (train)" in text
     assert text.count(": nearly ") == 3 and "    and 1 more" in text
 
@@ -1055,9 +1056,9 @@ def test_images_with_one_outline_are_different(tmp_path, capsys):
         picture = 150 + 0.2 * shade(rng).astype(float)
         picture[outside] = 0
         Image.fromarray(picture.astype(np.uint8)).save(path)
-    thumbnails = [prepare.image_facts(path).thumbnail for path in root.glob("*/images/*.png")]
+    thumbnails = [image_facts(path).thumbnail for path in root.glob("*/images/*.png")]
     alike = np.stack(thumbnails) @ np.stack(thumbnails).T
-    assert np.median(alike) > prepare.NEAR  # so that the outline alone would be an alarm
+    assert np.median(alike) > NEAR  # so that the outline alone would be an alarm
     assert check(capsys, root)[0] == 0
 
 

@@ -5,17 +5,26 @@ from conftest import rows
 
 import prepare
 import train
+from preparation import demo as demo_set
+from preparation.demo import draw_blobs
 
 pytestmark = [pytest.mark.slow, pytest.mark.numeric]
 
 
-HOW = {"prompt": "p6,p3", "size": [128], "batch_size": 16, "warmup": 0.1, "workers": 0, "overlays": 0}
+HOW = {
+    "prompt": "p6,p3",
+    "size": [128],
+    "batch_size": 16,
+    "warmup": 0.1,
+    "workers": 0,
+    "overlays": 0,
+}
 
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     """The demo set, and the colours of the blobs in each of its images."""
-    folder, colours, draw = tmp_path_factory.mktemp("reading") / "demo", [], prepare.draw_blobs
+    folder, colours, draw = tmp_path_factory.mktemp("reading") / "demo", [], draw_blobs
 
     def recorded(*args):
         blobs = draw(*args)
@@ -23,7 +32,7 @@ def demo(tmp_path_factory):
         return blobs
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare, "draw_blobs", recorded)
+        patch.setattr(demo_set, "draw_blobs", recorded)
         assert prepare.main(["demo", "--out", str(folder)]) == 0
     return folder, colours
 

@@ -14,6 +14,7 @@ from PIL import Image
 import data
 import prepare
 from imaging import layouts
+from preparation import uw_madison
 
 CLASSES = ("large_bowel", "small_bowel", "stomach")  # the order of the rows in train.csv
 NAMES = {"0": "background", "1": "stomach", "2": "small bowel", "3": "large bowel"}
@@ -188,7 +189,7 @@ def test_no_case_is_on_two_sides(small, tmp_path, seed):
 
 def listed(cases, organs=lambda k: True):
     return [
-        prepare.Slice(
+        uw_madison.Slice(
             f"case{c}_day0_slice_{k:04}", None, {1: ["1", "1"] * organs(k)}, f"case{c}", ""
         )
         for c in range(cases)
@@ -200,7 +201,7 @@ def test_85_cases_and_seeds():
     dealt = []
     for seed in 0, 1, 0:
         slices = listed(85)
-        prepare.choose_splits(slices, "case", False, seed)
+        uw_madison.choose_splits(slices, "case", False, seed)
         of_case = {s.case: s.split for s in slices}
         assert all(s.split == of_case[s.case] for s in slices)
         counts = [list(of_case.values()).count(split) for split in ("train", "val", "test")]
@@ -213,7 +214,7 @@ def test_a_case_without_organs_moves_no_other():
     dealt = []
     for keep_empty in False, True:
         slices = [s for s in listed(20) if s.case != "case7"] + listed(8, lambda k: False)[70:]
-        prepare.choose_splits(slices, "case", keep_empty, 0)
+        uw_madison.choose_splits(slices, "case", keep_empty, 0)
         dealt.append({s.case: s.split for s in slices})
     assert dealt[0].pop("case7") is None and dealt[1].pop("case7") is not None
     assert dealt[0] == dealt[1]
@@ -221,7 +222,7 @@ def test_a_case_without_organs_moves_no_other():
 
 def test_split_by_slice_is_80_to_20_within_each_case():
     slices = listed(12, organs=lambda k: k >= 5)
-    prepare.choose_splits(slices, "slice", False, 0)
+    uw_madison.choose_splits(slices, "slice", False, 0)
     chosen = set()
     for case in {s.case for s in slices}:
         ours = [s for s in slices if s.case == case]
@@ -229,7 +230,7 @@ def test_split_by_slice_is_80_to_20_within_each_case():
         assert sorted(s.split for s in ours[5:]) == ["train"] * 4 + ["val"]
         chosen.add([s.split for s in ours].index("val"))
     assert len(chosen) > 1  # at random, not always the same one
-    prepare.choose_splits(slices, "slice", True, 0)
+    uw_madison.choose_splits(slices, "slice", True, 0)
     assert [s.split for s in slices].count("val") == 24
 
 
