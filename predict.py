@@ -52,7 +52,7 @@ from engine import command_line, tables
 from engine.evaluate import each_is, read_image_prompts, to_masks
 from engine.ranges import GREY_LEVEL, POSITIVE, Number
 from engine.runs import check_threshold, num_classes, patients_of, pick_device, run_config
-from imaging import atomic_files, files, layouts, organ_rules, pictures, volumes
+from imaging import atomic_files, files, layouts, nifti, organ_rules, pictures, volumes
 from recipes import FAMILIES, second_file
 from recipes.images import describe_cuts
 from recipes.loading import load_model
@@ -408,7 +408,7 @@ class Batch:
 def model_of(args) -> str:
     """The model that NIfTI files alone tell, the first of volumes. ValueError: others tell none."""
     for place in map(Path, args.inputs):
-        foreign = volumes.foreign_format(place)
+        foreign = nifti.foreign_format(place)
         if foreign and place.suffix.lower() not in layouts.ENDINGS:
             raise ValueError(foreign)
     if not all(layouts.is_volume(Path(place)) for place in args.inputs):
@@ -435,7 +435,7 @@ def predict_inputs(args) -> int:
     if family.volumes:
         if args.mask_threshold is not None:
             raise ValueError("--mask-threshold: of images; this model takes volumes")
-        with volumes.notices.together():
+        with nifti.notices.together():
             return predict_volumes(family, run, args)
     for key in OF_VOLUMES:
         if getattr(args, key):
@@ -721,7 +721,7 @@ def group_channels(listed: list[Path], channels: int) -> list[tuple[str, list[Pa
 def channels_in(file: Path) -> int | None:
     """Return how many channels a file has; None if it cannot be read, as predicting it will say."""
     try:
-        return volumes.read_grid(file).channels
+        return nifti.read_grid(file).channels
     except (ValueError, OSError):
         return None
 
@@ -853,10 +853,10 @@ def predict_volume(model, recipe, paths, item: dict, classes, numbers, args) -> 
     ValueError, one line, for an input that cannot be read or has other channels than the model.
     """
     c = model.config
-    channels = sum(volumes.read_grid(path).channels for path in paths)
-    volumes.check_channels(paths[0], channels, c.in_channels)
+    channels = sum(nifti.read_grid(path).channels for path in paths)
+    nifti.check_channels(paths[0], channels, c.in_channels)
     fill = volumes.fill_value(model.preprocess, c.in_channels)
-    image, grid = volumes.read_image(paths, fill)  # (C,X,Y,Z)
+    image, grid = nifti.read_image(paths, fill)  # (C,X,Y,Z)
     if c.intensity:
         volumes.say_if_not_hu(paths[0], volumes.hu_facts(image))
     prepared, place = volumes.prepare_image(image, grid, c.spacing, model.preprocess)
@@ -867,11 +867,11 @@ def predict_volume(model, recipe, paths, item: dict, classes, numbers, args) -> 
 
     writers = {}
     for n, labels in enumerate(maps):
-        writers[f"mask{n}"] = partial(volumes.write, volume=labels, grid=grid)
+        writers[f"mask{n}"] = partial(nifti.write, volume=labels, grid=grid)
     if args.probabilities:
         first = 1 if len(probabilities) > 1 and not c.overlapping else 0  # without the background
         highest = probabilities[first:].amax(0).numpy()
-        writers["probability"] = partial(volumes.write, volume=highest, grid=grid)
+        writers["probability"] = partial(nifti.write, volume=highest, grid=grid)
     if args.overlays:
         shown = maps > 0 if c.overlapping else each_is(maps[0], numbers[1:])
         grey = volumes.grey(image, model.preprocess)

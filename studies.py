@@ -69,7 +69,7 @@ from engine import command_line, startup
 from engine.ranges import POSITIVE, Number
 from engine.runs import fits
 from engine.tables import ABSENT, INTERVALS, write_csv, write_json
-from imaging import atomic_files, files, layouts, volumes
+from imaging import atomic_files, files, layouts, nifti
 from options import Options, flag
 from recipes import universal
 
@@ -333,13 +333,13 @@ class FewShot:
     def holds(self, entry) -> bool:
         """Whether the new class is anywhere in a volume's label map."""
         if entry.mask not in self.known:
-            grid = volumes.read_grid(entry.image)
-            truth = volumes.read_labels(entry.mask, grid, entry.labels, entry.unnamed)
+            grid = nifti.read_grid(entry.image)
+            truth = nifti.read_labels(entry.mask, grid, entry.labels, entry.unnamed)
             places = [entry.labels.index(n) for n in self.classes[self.new_class]]
             self.known[entry.mask] = bool(np.isin(truth, places).any())
         return self.known[entry.mask]
 
-    @volumes.notices.together()
+    @nifti.notices.together()
     def drawn(self, draw: int) -> list:
         """The volumes of a draw, of which the first K serve. ValueError, one line: too few."""
         entries, most, seed = self.splits["train"], max(self.k), self.given.get("seed", 0)

@@ -43,7 +43,7 @@ from tqdm import tqdm
 import data
 from engine import command_line, evaluate, runs, tables
 from engine.lora import merge_lora, merged_state_dict, save_adapter, tensor_fault
-from imaging import atomic_files, layouts, pictures, volumes
+from imaging import atomic_files, layouts, nifti, pictures
 from options import Options, check_same, checked, flag, parse, resolve
 from recipes import FAMILIES, loading, second_file
 from recipes.base import Settings, allow_single_values, choose_trained, lr_factor
@@ -725,7 +725,7 @@ def run_in_folder(options: Options, settings: Settings) -> dict:
         device, resume = runs.pick_device(options.device), can_resume(options)
         with open(out / "log.txt", "a", 1, encoding="utf-8") as file:
             log = contextlib.redirect_stdout(command_line.Log(sys.stdout, file))
-            with log, volumes.notices.together():
+            with log, nifti.notices.together():
                 return fit_and_test(options, settings, device, resume)
 
 

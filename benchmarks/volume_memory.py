@@ -19,19 +19,23 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from engine.ranges import POSITIVE, Number
-from imaging import volumes
+from imaging import nifti, volumes
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--size", type=POSITIVE, nargs=3, default=(512, 512, 300))
-    parser.add_argument("--spacing", type=Number(above=0), nargs=3, default=(0.8, 0.8, 1.0), help="mm")
-    parser.add_argument("--prepared", type=Number(above=0), nargs=3, default=(0.78, 0.78, 0.98), help="mm")
+    parser.add_argument(
+        "--spacing", type=Number(above=0), nargs=3, default=(0.8, 0.8, 1.0), help="mm"
+    )
+    parser.add_argument(
+        "--prepared", type=Number(above=0), nargs=3, default=(0.78, 0.78, 0.98), help="mm"
+    )
     parser.add_argument("--window", type=POSITIVE, nargs=3, default=(96, 96, 96))
     parser.add_argument("--classes", type=POSITIVE, default=14)
     args = parser.parse_args()
 
-    grid = volumes.Grid(Path("-"), np.diag([*args.spacing, 1]), tuple(args.size), 1, b"")
+    grid = nifti.Grid(Path("-"), np.diag([*args.spacing, 1]), tuple(args.size), 1, b"")
     image = np.random.default_rng(0).random((1, *args.size), dtype=np.float32)
     model, times = torch.nn.Conv3d(1, args.classes, 1), [time.perf_counter()]
     x, place = volumes.prepare_image(image, grid, args.prepared, lambda x: x)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 import data
-from imaging import boxes_and_points, files, layouts, volumes
+from imaging import boxes_and_points, files, layouts, nifti, volumes
 
 
 def pick_device(name: str) -> torch.device:
@@ -357,7 +357,7 @@ def check_prepared(sets: dict, tests: dict, options) -> None:
         say_empty(name, dataset)
     if not options.overfit:  # whose splits are the same on purpose
         say_shared(sets, tests)
-    volumes.notices.print()
+    nifti.notices.print()
 
 
 def say_shared(sets: dict, tests: dict) -> None:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 import data
 from engine.ranges import GREY_LEVEL
-from imaging import layouts, volumes
+from imaging import layouts, nifti, volumes
 
 # --- check ---------------------------------------------------------------------------------------
 #
@@ -77,7 +77,7 @@ class MaskFacts:
 
 @dataclass
 class VolumeFacts:
-    grid: volumes.Grid
+    grid: nifti.Grid
     channels: int
     digest: bytes  # of the voxels
     counts: np.ndarray  # (256,): voxels of each class number, 255 of those that do not count
@@ -614,16 +614,16 @@ def volume_facts(entry, findings):
     """Return the VolumeFacts of an entry, None if a file cannot be used, which is a finding."""
     image = None
     try:
-        image, grid = volumes.read_image((entry.image, *entry.more))
+        image, grid = nifti.read_image((entry.image, *entry.more))
         if "CT" in (entry.modality or "").upper():
             volumes.say_if_not_hu(entry.image, volumes.hu_facts(image))
     except (ValueError, OSError) as error:
         add_error(error, findings)
     try:
         if image is None:
-            volumes.check_whole(entry.mask)
+            nifti.check_whole(entry.mask)
             return None
-        labels = volumes.read_labels(entry.mask, grid, entry.labels, entry.unnamed)
+        labels = nifti.read_labels(entry.mask, grid, entry.labels, entry.unnamed)
     except (ValueError, OSError) as error:
         add_error(error, findings)
         return None

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from imaging import atomic_files, layouts, volumes
+from imaging import atomic_files, layouts, nifti
 from imaging.files import read_json
 
 CASES = {"test": 0.15, "val": 0.30, "train": 1}  # where each split ends in a shuffled list
@@ -43,11 +43,11 @@ def read_grids(part, image, label):
     or no NIfTI volume, or the two are on different grids.
     """
     try:
-        grid = volumes.read_grid(part / image)
-        volumes.check_whole(part / image)
+        grid = nifti.read_grid(part / image)
+        nifti.check_whole(part / image)
         if label:
-            volumes.check_grid(volumes.read_grid(part / label), grid)
-            volumes.check_whole(part / label)
+            nifti.check_grid(nifti.read_grid(part / label), grid)
+            nifti.check_whole(part / label)
     except ValueError as error:  # of a split that the download does not know
         raise ValueError(re.sub(r"[^\s'\"]*/(image|label)sT[rs]/", r"\1 ", str(error))) from None
     return grid
@@ -83,7 +83,7 @@ def write_data_set(out, about, splits, put, title):
     files within the data set. put(part, image, label) writes these two into the folder `part`.
     """
     cases, grids = [case for split in LISTS for case in splits[split]], []
-    with atomic_files.whole_folder(out) as part, volumes.notices.together(part, out):
+    with atomic_files.whole_folder(out) as part, nifti.notices.together(part, out):
         for name in {Path(name).parent for case in cases for name in case if name}:
             (part / name).mkdir(parents=True, exist_ok=True)
         for image, label in tqdm(cases, desc=out.name, unit="volume", disable=None, leave=False):

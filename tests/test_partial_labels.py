@@ -16,7 +16,7 @@ import losses
 import predict
 import swin_unetr3d
 import train
-from imaging import layouts, volumes
+from imaging import layouts, nifti, volumes
 from recipes import swin_unetr3d as swin_unetr3d_recipes
 from recipes import universal
 
@@ -70,8 +70,8 @@ def test_background_may_be_several_numbers(tmp_path):
     assert entry.labels == (0, 2) and entry.unnamed == (1,)
     region = layouts.as_regions(entry)
     assert region.classes == ("background", "liver") and region.regions == ((1,),)
-    grid = volumes.read_grid(entry.image)
-    read = volumes.read_labels(entry.mask, grid, entry.labels, entry.unnamed)
+    grid = nifti.read_grid(entry.image)
+    read = nifti.read_labels(entry.mask, grid, entry.labels, entry.unnamed)
     assert np.array_equal(read, phantom(0)[1] == 2)
 
 

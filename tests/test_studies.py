@@ -20,7 +20,7 @@ import metrics
 import studies
 import train
 from engine import evaluate, tables
-from imaging import atomic_files, layouts, volumes
+from imaging import atomic_files, layouts, nifti
 
 NAMES = ["spleen", "right kidney", "liver"]  # label numbers 1, 2, 3
 LACKS = {1, 4}  # cases without a spleen, of the training split
@@ -147,9 +147,7 @@ def test_the_base_knows_nothing_of_the_new_class(study):
     }
     entry = found["train"][0]
     assert entry.classes == ("background", "right kidney", "liver") and entry.modality == "CT"
-    truth = volumes.read_labels(
-        entry.mask, volumes.read_grid(entry.image), entry.labels, entry.unnamed
-    )
+    truth = nifti.read_labels(entry.mask, nifti.read_grid(entry.image), entry.labels, entry.unnamed)
     assert truth[0, 0, :3].tolist() == [0, 1, 2] and entry.regions == ((1,), (2,))
 
 
@@ -163,9 +161,7 @@ def test_few_shot_sets_hold_k_volumes_with_the_new_class_alone(study):
     assert cases(data, "test") == ["ct7", "ct8"]
     entry = found["train"][0]
     assert entry.classes == ("background", "spleen")
-    truth = volumes.read_labels(
-        entry.mask, volumes.read_grid(entry.image), entry.labels, entry.unnamed
-    )
+    truth = nifti.read_labels(entry.mask, nifti.read_grid(entry.image), entry.labels, entry.unnamed)
     assert truth[0, 0, :3].tolist() == [1, 0, 0]
 
 

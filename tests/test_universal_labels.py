@@ -11,7 +11,7 @@ from test_prepare_volumes import edit, write_btcv, write_task
 
 import prepare
 import swin_unetr3d
-from imaging import layouts, volumes
+from imaging import layouts, nifti
 
 TABLES = ROOT / "universal_labels.json"
 # The study's: raw number -> classes, from 1 (label_transfer.py and utils/utils.py at 43c1239);
@@ -50,9 +50,9 @@ def every_number(paths, n):
 def read(out):
     """{class: bool (X,Y,Z)} of the first training volume as training reads it, and the numbers."""
     entry = layouts.annotations(out, "train")[0]
-    grid = volumes.read_grid(entry.image)
-    given = volumes.read_labels(entry.mask, grid, entry.labels)
-    numbers = volumes.read_labels(entry.mask, grid, 14)
+    grid = nifti.read_grid(entry.image)
+    given = nifti.read_labels(entry.mask, grid, entry.labels)
+    numbers = nifti.read_labels(entry.mask, grid, 14)
     names = entry.classes[1:] or entry.classes
     regions = entry.regions or [(k,) for k in range(1, len(names) + 1)]
     return {n: np.isin(given, region) for n, region in zip(names, regions)}, numbers

@@ -26,7 +26,7 @@ from monai.transforms import RandCropByPosNegLabel, RandRotate, Spacing
 from scipy import ndimage
 
 import swin_unetr3d
-from imaging import layouts, volumes
+from imaging import layouts, nifti, volumes
 from imaging.layouts import Entry
 from imaging.volumes import VolumeSet
 
@@ -109,21 +109,21 @@ def test_stored_axes_do_not_matter_and_come_back(tmp_path, axes, end):
     path = store(tmp_path / f"image{end}", image, affine, axes)
     there = store(tmp_path / f"labels{end}", labels, affine, axes)
     assert "".join(nibabel.aff2axcodes(nibabel.load(path).affine)) == axes
-    ours, grid = volumes.read_image(path)
+    ours, grid = nifti.read_image(path)
     assert ours.dtype == np.float32 and ours.flags.c_contiguous
     np.testing.assert_array_equal(ours[0], image)
-    np.testing.assert_array_equal(volumes.read_labels(there, grid, 3), labels)
+    np.testing.assert_array_equal(nifti.read_labels(there, grid, 3), labels)
     np.testing.assert_allclose(grid.ras_affine, affine, atol=1e-5)
     np.testing.assert_allclose(grid.spacing, SPACING, atol=1e-6)
-    assert grid.size == image.shape and volumes.read_grid(path).size == image.shape
+    assert grid.size == image.shape and nifti.read_grid(path).size == image.shape
 
     prepared, place = volumes.prepare_image(ours, grid, (1.5, 1.5, 2.0), soft)
     truth, right = volumes.prepare_image(
-        image[None].astype(np.float32), volumes.read_grid(path), (1.5, 1.5, 2.0), soft
+        image[None].astype(np.float32), nifti.read_grid(path), (1.5, 1.5, 2.0), soft
     )
     assert torch.equal(prepared, truth) and place == right
 
-    volumes.write(tmp_path / "out" / f"o{end}", labels, grid)
+    nifti.write(tmp_path / "out" / f"o{end}", labels, grid)
     stored, out = nibabel.load(path), nibabel.load(tmp_path / "out" / f"o{end}")
     assert out.shape == stored.shape and out.get_data_dtype() == np.uint8
     np.testing.assert_array_equal(out.affine, stored.affine)
@@ -141,10 +141,10 @@ def test_written_volumes_keep_both_transforms_and_units(tmp_path):
 
     _, labels, affine = ras_volume()
     path = write(tmp_path / "a.nii.gz", labels.astype(np.int16), affine, change)
-    grid = volumes.read_grid(path)
+    grid = nifti.read_grid(path)
     stored = nibabel.load(path)
     for volume in labels, labels.astype(np.float32) / 7:
-        volumes.write(tmp_path / "b.nii.gz", volume, grid)
+        nifti.write(tmp_path / "b.nii.gz", volume, grid)
         out = nibabel.load(tmp_path / "b.nii.gz")
         np.testing.assert_array_equal(out.get_fdata(dtype=np.float32), volume)
         for ours, theirs in zip(
@@ -154,17 +154,17 @@ def test_written_volumes_keep_both_transforms_and_units(tmp_path):
             np.testing.assert_array_equal(ours, theirs)
         assert out.header.get_xyzt_units() == ("mm", "sec") and out.header["cal_max"] == 0
     with pytest.raises(ValueError, match=r"b\.mha: a volume must be named"):
-        volumes.write(tmp_path / "b.mha", labels, grid)
+        nifti.write(tmp_path / "b.mha", labels, grid)
 
 
 def test_a_kill_leaves_the_last_good_file(tmp_path, monkeypatch):
     _, labels, affine = ras_volume()
-    grid = volumes.read_grid(write(tmp_path / "a.nii.gz", labels, affine))
-    volumes.write(tmp_path / "out" / "b.nii.gz", labels, grid)
+    grid = nifti.read_grid(write(tmp_path / "a.nii.gz", labels, affine))
+    nifti.write(tmp_path / "out" / "b.nii.gz", labels, grid)
     before = contents(tmp_path / "out")
     moved = stop_at_rename(monkeypatch, tmp_path / "out" / "b.nii.gz")
     with pytest.raises(OSError, match="stopped"):
-        volumes.write(tmp_path / "out" / "b.nii.gz", labels * 2, grid)
+        nifti.write(tmp_path / "out" / "b.nii.gz", labels * 2, grid)
     assert moved and contents(tmp_path / "out") == before
 
 
@@ -175,9 +175,9 @@ def test_nifti_2_scales_and_floats(tmp_path):
     nibabel.save(file, tmp_path / "a.nii.gz")
     truth = nibabel.load(tmp_path / "a.nii.gz")
     assert truth.dataobj.slope == 0.5
-    ours, grid = volumes.read_image(tmp_path / "a.nii.gz")
+    ours, grid = nifti.read_image(tmp_path / "a.nii.gz")
     np.testing.assert_allclose(ours[0], truth.get_fdata(), rtol=1e-6)
-    volumes.write(tmp_path / "b.nii.gz", np.ones(image.shape, np.uint8), grid)
+    nifti.write(tmp_path / "b.nii.gz", np.ones(image.shape, np.uint8), grid)
     out = nibabel.load(tmp_path / "b.nii.gz")
     assert (out.get_fdata() == 1).all() and np.array_equal(out.affine, truth.affine)
 
@@ -191,49 +191,47 @@ def test_channels_of_one_file_and_of_several(tmp_path):
         for k, code in enumerate(("RAS", "LAS", "SLP"))
     ]
     for paths in one, files:
-        ours, grid = volumes.read_image(paths)
+        ours, grid = nifti.read_image(paths)
         np.testing.assert_array_equal(ours, several.transpose(3, 0, 1, 2))
-    assert grid.file == files[0] and volumes.read_grid(one).channels == 3
+    assert grid.file == files[0] and nifti.read_grid(one).channels == 3
     with pytest.raises(ValueError, match=r"c\.nii\.gz: 3 channels, the model takes 4; name "):
-        volumes.check_channels(one, len(ours), 4)
+        nifti.check_channels(one, len(ours), 4)
 
 
 def test_what_is_no_number_becomes_the_smallest_value(tmp_path, capsys):
     x = np.full((4, 5, 6, 2), 50.0, np.float32)
     x[1, 2, 3] = -1000, -7
     x[0, 0, 0, 0], x[0, 0, 1, 0], x[3, 3, 3, 1] = np.nan, np.inf, np.nan
-    ours, _ = volumes.read_image(write(tmp_path / "a.nii.gz", x))
+    ours, _ = nifti.read_image(write(tmp_path / "a.nii.gz", x))
     assert ours[0, 0, 0, :2].tolist() == [-1000, -1000] and ours[1, 3, 3, 3] == -7
     assert (ours == 50).sum() == 240 - 2 - 3
     (line,) = capsys.readouterr().out.splitlines()
     assert "a.nii.gz (3 voxels): NaN or infinite voxels become the smallest value" in line
     x[..., 1] = np.nan
     with pytest.raises(ValueError, match=r"a\.nii\.gz: a channel has no finite number"):
-        volumes.read_image(write(tmp_path / "a.nii.gz", x))
+        nifti.read_image(write(tmp_path / "a.nii.gz", x))
 
 
 def test_labels_by_their_numbers(tmp_path):
     x = np.zeros((3, 4, 5), np.int16)
     x[0], x[1], x[2, 0] = 500, 2, 255
     path = write(tmp_path / "l.nii.gz", x)
-    ours = volumes.read_labels(path, volumes.read_grid(path), (0, 2, 500))
+    ours = nifti.read_labels(path, nifti.read_grid(path), (0, 2, 500))
     assert ours[0].max() == ours[0].min() == 2 and (ours[1] == 1).all()
     assert (ours[2, 0] == 255).all() and (ours[2, 1:] == 0).all()
     x[2, 0] = 0  # floats that are whole
     path = write(tmp_path / "l.nii.gz", x.astype(np.float64))
-    assert volumes.read_labels(path, volumes.read_grid(path), (0, 2, 500)).max() == 2
+    assert nifti.read_labels(path, nifti.read_grid(path), (0, 2, 500)).max() == 2
     x[0], x[2, 0] = 13, 0  # whole but for the scale of their header
     file = nibabel.Nifti1Image(x.astype(np.float64), np.eye(4))
     file.header.set_data_dtype(np.int16)
     nibabel.save(file, tmp_path / "l.nii.gz")
     stored = nibabel.load(tmp_path / "l.nii.gz").get_fdata()
     assert 12.99 < stored.max() < 13  # what truncation would make 12 of
-    assert np.array_equal(
-        volumes.read_labels(tmp_path / "l.nii.gz", volumes.read_grid(path), 14), x
-    )
+    assert np.array_equal(nifti.read_labels(tmp_path / "l.nii.gz", nifti.read_grid(path), 14), x)
     x[0], x[2, 0] = 1, 255  # named, it is a class
     path = write(tmp_path / "l.nii.gz", x)
-    ours = volumes.read_labels(path, volumes.read_grid(path), (0, 1, 2, 255))
+    ours = nifti.read_labels(path, nifti.read_grid(path), (0, 1, 2, 255))
     assert np.unique(ours).tolist() == [0, 1, 2, 3]
 
 
@@ -288,20 +286,20 @@ def damaged(tmp_path):
 def test_bad_files_are_one_line_with_their_name(tmp_path):
     for name, told in damaged(tmp_path).items():
         with pytest.raises(ValueError, match=told) as error:
-            volumes.read_image(tmp_path / name)
+            nifti.read_image(tmp_path / name)
         assert str(tmp_path / name) in str(error.value) and "\n" not in str(error.value), name
     with pytest.raises(FileNotFoundError, match=r"lost\.nii: no such file"):
-        volumes.read_grid(tmp_path / "lost.nii")
+        nifti.read_grid(tmp_path / "lost.nii")
 
 
 def test_labels_that_do_not_fit_are_one_line(tmp_path):
     image, labels, affine = ras_volume()
-    grid = volumes.read_grid(write(tmp_path / "image.nii.gz", image, affine))
+    grid = nifti.read_grid(write(tmp_path / "image.nii.gz", image, affine))
 
     def refused(told, x=labels, affine=affine, numbers=3):
         path = write(tmp_path / "l.nii.gz", x, affine)
         with pytest.raises(ValueError, match=told) as error:
-            volumes.read_labels(path, grid, numbers)
+            nifti.read_labels(path, grid, numbers)
         assert str(error.value).startswith(f"{path}: ") and "\n" not in str(error.value)
 
     moved = affine.copy()
@@ -309,7 +307,7 @@ def test_labels_that_do_not_fit_are_one_line(tmp_path):
     refused(r"affine is 0\.02 off .*image\.nii\.gz's, 0\.022 voxels .*; resample", affine=moved)
     moved[0, 3] -= 1.95e-2
     path = write(tmp_path / "l.nii.gz", labels, moved)
-    np.testing.assert_array_equal(volumes.read_labels(path, grid, 3), labels)
+    np.testing.assert_array_equal(nifti.read_labels(path, grid, 3), labels)
     refused(r"\(19, 14, 8\) voxels, but .*image\.nii\.gz has \(19, 14, 9\)", labels[..., :8])
     refused(r"holds 2, but the classes are \[0, 1\]; name it in dataset\.json", numbers=2)
     refused(r"holds -1, but the classes", labels.astype(np.int16) - 1)
@@ -340,18 +338,18 @@ def test_a_flipped_bit_anywhere_is_found(tmp_path):
     path, noise = noise_volume(tmp_path / "a.nii.gz")
     data = path.read_bytes()
     whole = gzip.decompress(data)
-    grid = volumes.read_grid(path)
+    grid = nifti.read_grid(path)
     damaged = 0
     for place in [*range(10, len(data) - 8, 5), *range(len(data) - 8, len(data))]:
         flipped = bytearray(data)
         flipped[place] ^= 1 << place % 8
         path.write_bytes(flipped)
         if decompressed_or_none(bytes(flipped)) == whole:
-            np.testing.assert_array_equal(volumes.read_image(path)[0][0], noise)
+            np.testing.assert_array_equal(nifti.read_image(path)[0][0], noise)
             continue
         damaged += 1
-        readings = volumes.read_image, partial(volumes.read_labels, grid=grid, numbers=100)
-        for reading in *readings, volumes.check_whole:
+        readings = nifti.read_image, partial(nifti.read_labels, grid=grid, numbers=100)
+        for reading in *readings, nifti.check_whole:
             with pytest.raises(ValueError, match="a.nii.gz: .*; replace the file") as error:
                 reading(path)
             assert "\n" not in str(error.value)
@@ -365,11 +363,11 @@ def test_a_gzip_file_may_have_several_members(tmp_path, capsys):
         cuts = [0, *ends, len(whole)]
         members = [gzip.compress(whole[a:b]) for a, b in itertools.pairwise(cuts)]
         path.write_bytes(b"".join(members))
-        np.testing.assert_array_equal(volumes.read_image(path)[0][0], noise)
-        volumes.check_whole(path)
+        np.testing.assert_array_equal(nifti.read_image(path)[0][0], noise)
+        nifti.check_whole(path)
         path.write_bytes(b"".join(members)[:-1])  # the length of the last one is cut
         with pytest.raises(ValueError, match="replace the file"):
-            volumes.read_image(path)
+            nifti.read_image(path)
     assert capsys.readouterr().out == ""
 
 
@@ -378,8 +376,8 @@ def test_bytes_after_the_end_are_said(tmp_path, capsys, more):
     path, noise = noise_volume(tmp_path / "a.nii.gz")
     path.write_bytes(path.read_bytes() + more)
     for _ in range(2):  # a file that is read again is not said again
-        np.testing.assert_array_equal(volumes.read_image(path)[0][0], noise)
-        volumes.check_whole(path)
+        np.testing.assert_array_equal(nifti.read_image(path)[0][0], noise)
+        nifti.check_whole(path)
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith(f"{path} ({len(more):,}): bytes after the end")
 
@@ -390,26 +388,26 @@ def test_what_follows_the_voxels_is_read_in_blocks(tmp_path):
     data = gzip.compress(gzip.decompress(path.read_bytes()) + bytes(2**26), 1)
     path.write_bytes(data)
     tracemalloc.start()
-    np.testing.assert_array_equal(volumes.read_image(path)[0][0], noise)
-    volumes.check_whole(path)
+    np.testing.assert_array_equal(nifti.read_image(path)[0][0], noise)
+    nifti.check_whole(path)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 4 * 2**20
     path.write_bytes(data[:-8] + bytes(8))
     with pytest.raises(ValueError, match="incorrect data check.*replace the file"):
-        volumes.check_whole(path)
+        nifti.check_whole(path)
 
 
 def test_check_whole_finds_what_is_missing(tmp_path):
     path, _ = noise_volume(tmp_path / "a.nii")
-    volumes.check_whole(path)
+    nifti.check_whole(path)
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ValueError, match="855 bytes of 856.*replace the file"):
-        volumes.check_whole(path)
+        nifti.check_whole(path)
     packed = tmp_path / "b.nii.gz"
     packed.write_bytes(gzip.compress(path.read_bytes()))
     with pytest.raises(ValueError, match="855 bytes of 856.*replace the file"):
-        volumes.check_whole(packed)
+        nifti.check_whole(packed)
 
 
 def test_only_damaged_files_are_to_be_replaced(tmp_path):
@@ -418,11 +416,11 @@ def test_only_damaged_files_are_to_be_replaced(tmp_path):
     (tmp_path / "c.nii").write_bytes(gzip.compress(path.read_bytes()))
     (tmp_path / "d.nrrd").write_text("NRRD0005")
     for name in ("b.nii.gz", "c.nii"):  # the content decides, whatever the name
-        image, _ = volumes.read_image(tmp_path / name)
-        np.testing.assert_array_equal(image, volumes.read_image(path)[0])
-        volumes.check_whole(tmp_path / name)
+        image, _ = nifti.read_image(tmp_path / name)
+        np.testing.assert_array_equal(image, nifti.read_image(path)[0])
+        nifti.check_whole(tmp_path / name)
     with pytest.raises(ValueError, match="d.nrrd: NRRD is not read; convert it to .nii.gz"):
-        volumes.read_image(tmp_path / "d.nrrd")
+        nifti.read_image(tmp_path / "d.nrrd")
 
 
 # --- headers that contradict themselves ----------------------------------------------------------
@@ -448,11 +446,11 @@ def header_file(path, sform=None, qform=None, kind=nibabel.Nifti1Image, unit=Non
 
 def check_read_and_written(path, x, affine, unit):
     """Read as `affine` says, and a label map on its grid says nothing else, to nibabel."""
-    image, grid = volumes.read_image(path)
+    image, grid = nifti.read_image(path)
     np.testing.assert_allclose(grid.affine, affine, atol=1e-5)
     np.testing.assert_array_equal(image[0], x[::-1])  # the first axis points to the left
     out = path.parent / "out.nii.gz"
-    volumes.write(out, x[::-1].astype(np.uint8), grid)
+    nifti.write(out, x[::-1].astype(np.uint8), grid)
     header = nibabel.load(out).header
     np.testing.assert_array_equal(np.asarray(nibabel.load(out).dataobj), x)
     for written in header.get_sform(), header.get_qform():
@@ -507,7 +505,7 @@ def test_a_qfac_of_no_sign_is_read_as_1_and_spacing_as_positive(tmp_path, qfac):
     pixdim = np.array([qfac, -2, 2.5, 3], "<f4").tobytes()
     patch = no_sform | {76: pixdim}
     path, x, _ = header_file(tmp_path / "a.nii.gz", qform=expected, patch=patch)
-    image, grid = volumes.read_image(path)
+    image, grid = nifti.read_image(path)
     np.testing.assert_allclose(grid.affine, expected, atol=1e-5)
     np.testing.assert_array_equal(image[0], x)
 
@@ -517,7 +515,7 @@ def test_a_bare_sform_gives_way_to_a_qform_of_the_same_spacing(tmp_path, capsys)
     mirrored = np.diag([-1.0, -1, 1, 1])
     mirrored[:3, 3] = 90, 120, -70
     path, _, _ = header_file(tmp_path / "a.nii.gz", sform=np.eye(4), qform=mirrored)
-    _, grid = volumes.read_image(path)
+    _, grid = nifti.read_image(path)
     np.testing.assert_allclose(grid.affine, mirrored, atol=1e-5)
     assert "the sform is the bare 1 mm identity" in capsys.readouterr().out
 
@@ -540,7 +538,7 @@ CONTRADICTIONS = [
 def test_other_contradictions_are_refused(tmp_path, how, message):
     path, _, _ = header_file(tmp_path / "a.nii.gz", **how)
     with pytest.raises(ValueError, match=message) as error:
-        volumes.read_grid(path)
+        nifti.read_grid(path)
     text = str(error.value)
     assert text.startswith(f"{path}: ") and "\n" not in text and "replace" not in text
 
@@ -550,27 +548,27 @@ def test_axes_that_differ_are_those_of_the_sform(tmp_path, capsys):
     turn[:2, :2] = [[np.cos(0.3), -np.sin(0.3)], [np.sin(0.3), np.cos(0.3)]]
     sform = turn @ np.diag([-2.0, 2.5, 3, 1])
     path, _, _ = header_file(tmp_path / "a.nii.gz", sform)
-    grid = volumes.read_grid(path)
+    grid = nifti.read_grid(path)
     np.testing.assert_allclose(grid.affine, sform, atol=1e-6)
-    assert capsys.readouterr().out == f"{path}: {volumes.OTHER_AXES}\n"
+    assert capsys.readouterr().out == f"{path}: {nifti.OTHER_AXES}\n"
     sform = np.diag([-2.015, 2.5, 3, 1])  # 0.75 % and another origin: nothing to be said
-    assert volumes.read_grid(header_file(tmp_path / "b.nii.gz", sform)[0]).spacing[0] > 2.01
+    assert nifti.read_grid(header_file(tmp_path / "b.nii.gz", sform)[0]).spacing[0] > 2.01
     assert capsys.readouterr().out == ""
 
 
 def test_a_line_names_three_files_and_counts_the_rest(tmp_path, capsys):
     paths = [header_file(tmp_path / f"{k}.nii.gz", np.eye(4))[0] for k in range(5)]
-    with volumes.notices.together():
+    with nifti.notices.together():
         for path in paths * 2:
-            volumes.read_grid(path)
+            nifti.read_grid(path)
         assert capsys.readouterr().out == ""
     (line,) = capsys.readouterr().out.splitlines()
     assert all(str(path) in line for path in paths[:3]) and "3.nii.gz" not in line
     assert " and 2 more: the sform is the bare" in line
-    volumes.read_image(paths[4])
+    nifti.read_image(paths[4])
     assert capsys.readouterr().out == ""
-    with pytest.raises(KeyError), volumes.notices.together():
-        volumes.read_grid(header_file(tmp_path / "6.nii.gz", np.eye(4))[0])
+    with pytest.raises(KeyError), nifti.notices.together():
+        nifti.read_grid(header_file(tmp_path / "6.nii.gz", np.eye(4))[0])
         raise KeyError
     assert "6.nii.gz" in capsys.readouterr().out  # also where an error ends the block
 
@@ -618,7 +616,7 @@ def test_resample_changes_neither_its_input_nor_what_it_need_not():
 
 
 def a_grid(size, spacing=SPACING):
-    return volumes.Grid(Path("-"), np.diag([*spacing, 1]), tuple(size), 1, b"")
+    return nifti.Grid(Path("-"), np.diag([*spacing, 1]), tuple(size), 1, b"")
 
 
 def test_equal_spacing_is_the_identity_both_ways():
@@ -764,7 +762,7 @@ def test_a_second_run_reads_nothing_anew(tmp_path, capsys, monkeypatch):
     assert "preparing 2 volumes once into" in capsys.readouterr().out
     before = contents(cache)
     with monkeypatch.context() as patch:
-        patch.setattr(volumes, "read_image", None)
+        patch.setattr(nifti, "read_image", None)
         two = prepare(entries[:1], cache).sample(0)  # fewer, and in a data set of their own
     assert torch.equal(one["image"], two["image"]) and not capsys.readouterr().out
     assert contents(cache) == before
@@ -954,13 +952,13 @@ def test_ct_that_is_not_in_hu_is_said_of_every_run(tmp_path, capsys):
         write(entry.image, (image + 1024).astype(np.uint16))
     for _ in range(2):  # the second one finds them prepared
         entries[2] = replace(entries[2], modality="MR")
-        with volumes.notices.together():
+        with nifti.notices.together():
             prepare(entries, tmp_path / "cache").check_hu()
         out = capsys.readouterr().out
         lines = [line for line in out.splitlines() if "Hounsfield" in line]
         assert len(lines) == 1 and "i0.nii.gz (values 8" in lines[0] and "i1.nii" in lines[0]
         assert "i2.nii.gz" not in lines[0]
-        volumes.notices.said.clear()  # as another process
+        nifti.notices.said.clear()  # as another process
 
 
 def test_real_volumes(real_data, tmp_path):
@@ -1277,14 +1275,14 @@ def test_the_content_decides_and_not_the_ending(tmp_path, name, compressed):
     x, data = small(tmp_path / "x.nii")
     path = tmp_path / name
     path.write_bytes(gzip.compress(data) if compressed else data)
-    image, grid = volumes.read_image(path)
+    image, grid = nifti.read_image(path)
     np.testing.assert_array_equal(image[0], x)
-    assert volumes.read_labels(path, grid, 60).sum() == x.sum()
-    volumes.check_whole(path)
+    assert nifti.read_labels(path, grid, 60).sum() == x.sum()
+    nifti.check_whole(path)
 
     damaged = path.read_bytes()[:-9]  # the end of the voxels, or of the compressed data
     path.write_bytes(damaged)
-    for reading in (volumes.read_image, volumes.check_whole):
+    for reading in (nifti.read_image, nifti.check_whole):
         with pytest.raises(ValueError, match="; replace the file$"):
             reading(path)
 
@@ -1302,11 +1300,11 @@ def test_the_content_decides_and_not_the_ending(tmp_path, name, compressed):
 )
 def test_further_axes_of_length_1(tmp_path, shape, channels):
     x, _ = small(tmp_path / "a.nii.gz", shape)
-    image, grid = volumes.read_image(tmp_path / "a.nii.gz")
+    image, grid = nifti.read_image(tmp_path / "a.nii.gz")
     assert grid.channels == channels and grid.size == shape[:3]
     np.testing.assert_array_equal(image, np.moveaxis(x.reshape(*shape[:3], channels), 3, 0))
     if channels == 1:
-        assert volumes.read_labels(tmp_path / "a.nii.gz", grid, x.size).shape == shape[:3]
+        assert nifti.read_labels(tmp_path / "a.nii.gz", grid, x.size).shape == shape[:3]
 
 
 def test_shapes_that_are_no_volume(tmp_path):
@@ -1317,7 +1315,7 @@ def test_shapes_that_are_no_volume(tmp_path):
     for shape, message in messages.items():
         small(tmp_path / "a.nii", shape)
         with pytest.raises(ValueError, match=re.escape(message)):
-            volumes.read_grid(tmp_path / "a.nii")
+            nifti.read_grid(tmp_path / "a.nii")
 
 
 @pytest.mark.parametrize("excess", [6e-7, 1e-5, 4e-3])
@@ -1330,10 +1328,10 @@ def test_a_quaternion_that_rounding_made_too_long(tmp_path, capsys, excess):
     patched[254:256] = bytes(2)  # no sform
     patched[256:268] = quaternion.tobytes()
     (tmp_path / "a.nii").write_bytes(patched)
-    _, grid = volumes.read_image(tmp_path / "a.nii")
+    _, grid = nifti.read_image(tmp_path / "a.nii")
     turn = 2 * np.outer(axis, axis) - np.eye(3)
     np.testing.assert_allclose(grid.affine[:3, :3], turn @ np.diag([2, 2.5, 3]), atol=1e-5)
-    volumes.write(tmp_path / "o.nii", np.zeros(grid.size, np.uint8), grid)
+    nifti.write(tmp_path / "o.nii", np.zeros(grid.size, np.uint8), grid)
     np.testing.assert_allclose(nibabel.load(tmp_path / "o.nii").affine, grid.affine, atol=1e-5)
     assert capsys.readouterr() == ("", "")
 
@@ -1344,15 +1342,15 @@ def test_a_header_beside_its_voxels(tmp_path, kind, end):
     x = np.arange(60, dtype=np.int16).reshape(3, 4, 5)
     nibabel.save(kind(x, np.diag([2, 2.5, 3, 1])), tmp_path / f"a.img{end}")
     for name in (f"a.hdr{end}", f"a.img{end}"):
-        image, grid = volumes.read_image(tmp_path / name)
+        image, grid = nifti.read_image(tmp_path / name)
         np.testing.assert_array_equal(image[0], x)
-        volumes.check_whole(tmp_path / name)
+        nifti.check_whole(tmp_path / name)
         assert layouts.without_ending(tmp_path / name) == "a"
-    volumes.write(tmp_path / "o.nii.gz", image[0].astype(np.uint8), grid)
+    nifti.write(tmp_path / "o.nii.gz", image[0].astype(np.uint8), grid)
     np.testing.assert_array_equal(nibabel.load(tmp_path / "o.nii.gz").get_fdata(), x)
     (tmp_path / f"a.img{end}").unlink()
     with pytest.raises(FileNotFoundError, match="its other half, .img, is not beside it"):
-        volumes.read_grid(tmp_path / f"a.hdr{end}")
+        nifti.read_grid(tmp_path / f"a.hdr{end}")
 
 
 FOREIGN = {
@@ -1375,8 +1373,8 @@ def test_other_formats_are_named_with_the_way_out(tmp_path, name):
     path.write_bytes(content)
     path.with_suffix(".img").write_bytes(b"")
     with pytest.raises(ValueError, match=message) as error:
-        volumes.read_grid(path)
-    assert str(error.value) == volumes.foreign_format(path)
+        nifti.read_grid(path)
+    assert str(error.value) == nifti.foreign_format(path)
     assert str(error.value).startswith(f"{path}: ") and "replace" not in str(error.value)
 
 
@@ -1384,7 +1382,7 @@ def test_nifti_is_not_foreign(tmp_path):
     _, data = small(tmp_path / "a.nii.gz")
     (tmp_path / "b.mha").write_bytes(data)
     for path in (tmp_path / "a.nii.gz", tmp_path / "b.mha", tmp_path / "lost", tmp_path):
-        assert volumes.foreign_format(path) is None
+        assert nifti.foreign_format(path) is None
 
 
 PATCHES = {  # what nibabel logs or warns of
@@ -1411,9 +1409,9 @@ def test_nibabels_warnings_stay_inside(tmp_path, monkeypatch, capfd, name):
     monkeypatch.setattr(handler, "stream", sys.stderr)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        image, grid = volumes.read_image(path)
-        volumes.check_whole(path)
-        volumes.write(tmp_path / "o.nii.gz", image[0].astype(np.uint8), grid)
+        image, grid = nifti.read_image(path)
+        nifti.check_whole(path)
+        nifti.write(tmp_path / "o.nii.gz", image[0].astype(np.uint8), grid)
     np.testing.assert_array_equal(image[0], x)
     np.testing.assert_allclose(grid.affine, np.diag([2, 2.5, 3, 1]), atol=1e-6)
     assert capfd.readouterr() == ("", "")
@@ -1423,7 +1421,7 @@ def test_nibabels_warnings_stay_inside(tmp_path, monkeypatch, capfd, name):
 
 
 def grid_of(affine, size=(40, 28, 24), name="a.nii.gz"):
-    return volumes.Grid(Path(name), affine, size, 1, b"")
+    return nifti.Grid(Path(name), affine, size, 1, b"")
 
 
 def turned(degrees):
@@ -1439,42 +1437,42 @@ def test_grids_are_compared_at_their_corners(capsys):
     image = grid_of(affine, name="image.nii.gz")
     moved = affine.copy()
     moved[0, 3] += 0.02
-    assert volumes.grid_distance(grid_of(moved), image) == pytest.approx(0.005)
+    assert nifti.grid_distance(grid_of(moved), image) == pytest.approx(0.005)
     # about the first voxel: what lies farthest from it along y goes 27 x 4.2 mm x the angle
     away = np.eye(4)
     away[:3, 3] = affine[:3, 3]
     rotated = away @ turned(0.01) @ np.linalg.inv(away) @ affine
     angle = np.radians(0.01)
     expected = max(27 * 4.2 * angle / 4, 39 * 4 * angle / 4.2)
-    assert volumes.grid_distance(grid_of(rotated), image) == pytest.approx(expected, rel=1e-3)
+    assert nifti.grid_distance(grid_of(rotated), image) == pytest.approx(expected, rel=1e-3)
     # stored the other way round, the same places
     flipped = affine @ np.diag([-1.0, 1, 1, 1])
     flipped[:3, 3] += affine[:3, 0] * 39
-    assert volumes.grid_distance(grid_of(flipped), image) < 1e-9
+    assert nifti.grid_distance(grid_of(flipped), image) < 1e-9
 
     for own in (affine, flipped):
-        volumes.check_grid(grid_of(own, name="same.nii.gz"), image)
-    with volumes.notices.together():
+        nifti.check_grid(grid_of(own, name="same.nii.gz"), image)
+    with nifti.notices.together():
         for k in range(4):
-            volumes.check_grid(grid_of(moved, name=f"near{k}.nii.gz"), image)
+            nifti.check_grid(grid_of(moved, name=f"near{k}.nii.gz"), image)
     near = "near0.nii.gz, near1.nii.gz, near2.nii.gz and 1 more: "
-    assert capsys.readouterr().out == f"{near}{volumes.NEAR_GRID}\n"
+    assert capsys.readouterr().out == f"{near}{nifti.NEAR_GRID}\n"
     rotated = away @ turned(0.03) @ np.linalg.inv(away) @ affine
     moved[0, 3] += 0.03
     for far in (rotated, moved):
         with pytest.raises(ValueError, match="a.nii.gz: its affine is .* voxels at the corners;"):
-            volumes.check_grid(grid_of(far), image)
+            nifti.check_grid(grid_of(far), image)
 
 
 def test_labels_that_are_nearly_on_the_grid_are_read(tmp_path, capsys):
     image, labels, affine = ras_volume()
-    grid = volumes.read_grid(write(tmp_path / "image.nii.gz", image, affine))
+    grid = nifti.read_grid(write(tmp_path / "image.nii.gz", image, affine))
     moved = affine.copy()
     moved[0, 3] += 5e-3
     path = write(tmp_path / "l.nii.gz", labels, moved)
     for _ in range(2):
-        np.testing.assert_array_equal(volumes.read_labels(path, grid, 3), labels)
-    assert capsys.readouterr().out == f"{path}: {volumes.NEAR_GRID}\n"
+        np.testing.assert_array_equal(nifti.read_labels(path, grid, 3), labels)
+    assert capsys.readouterr().out == f"{path}: {nifti.NEAR_GRID}\n"
 
 
 # --- splits without foreground, and random damage -------------------------------------------------
@@ -1511,10 +1509,10 @@ def test_random_damage_is_a_line_or_read(tmp_path, monkeypatch, capfd):
     _, data = small(tmp_path / "x.nii")
     (handler,) = nibabel.imageglobals.logger.handlers
     monkeypatch.setattr(handler, "stream", sys.stderr)
-    grid = volumes.read_grid(tmp_path / "x.nii")
+    grid = nifti.read_grid(tmp_path / "x.nii")
     rng = np.random.default_rng(0)
     path = tmp_path / "a.nii.gz"
-    readings = volumes.read_image, volumes.check_whole, partial(volumes.read_labels, grid=grid)
+    readings = nifti.read_image, nifti.check_whole, partial(nifti.read_labels, grid=grid)
     refused = 0
     tracemalloc.start()
     for _ in range(100):
