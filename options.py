@@ -9,12 +9,12 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import get_args
 
-from data import ORIENTATIONS, colour_table
 from engine import command_line
 from engine.ranges import Choice, Flag, Number, Text, Values
 from engine.runs import patients_of, run_config
 from imaging.augment import VIEWS
 from imaging.boxes_and_points import KINDS
+from imaging.image_files import ORIENTATIONS, colour_table
 from imaging.layouts import is_prompt_type, path_and_split, prompt_option
 from recipes import FAMILIES, second_file
 from recipes.base import Settings

@@ -52,7 +52,7 @@ from engine import command_line, tables
 from engine.evaluate import each_is, read_image_prompts, to_masks
 from engine.ranges import GREY_LEVEL, POSITIVE, Number
 from engine.runs import check_threshold, num_classes, patients_of, pick_device, run_config
-from imaging import atomic_files, files, layouts, nifti, organ_rules, pictures, volumes
+from imaging import atomic_files, files, image_files, layouts, nifti, organ_rules, pictures, volumes
 from recipes import FAMILIES, second_file
 from recipes.images import describe_cuts
 from recipes.loading import load_model
@@ -286,7 +286,7 @@ def has_content(path: Path, content: dict | Image.Image) -> bool:
     try:
         if isinstance(content, dict):
             return files.read_json(path) == {str(key): value for key, value in content.items()}
-        return np.array_equal(data.read_image(path), np.asarray(content.convert("RGB")))
+        return np.array_equal(image_files.read_image(path), np.asarray(content.convert("RGB")))
     except ValueError:
         return False
 
@@ -567,7 +567,7 @@ def size_for_boxes(file: Path) -> tuple[float, float]:
     That it cannot be read is said when it is predicted.
     """
     try:
-        return data.read_image(file).shape[:2]
+        return image_files.read_image(file).shape[:2]
     except (ValueError, OSError):
         return np.inf, np.inf
 
@@ -630,8 +630,8 @@ class ImagePredictor:
         Raises OSError or ValueError, one line, for an input that is not readable.
         """
         file, prompt = self.cases[name]
-        image, has_non_finite = data.load_image(file)  # (H,W,3)
-        pixels = data.pseudocolor(image, self.colours).transpose(2, 0, 1).copy()
+        image, has_non_finite = image_files.load_image(file)  # (H,W,3)
+        pixels = image_files.pseudocolor(image, self.colours).transpose(2, 0, 1).copy()
         sample = {"image": torch.from_numpy(pixels), "prompt": prompt, "name": name}
         sample |= {"file": file, "size": image.shape[:2], "classes": self.classes}
         sample |= {"group": None, "dataset": ""}
@@ -646,7 +646,7 @@ class ImagePredictor:
         )  # fmt: skip
         if has_non_finite:
             self.non_finite.append(file)
-        if data.has_damaged_exif(file):
+        if image_files.has_damaged_exif(file):
             self.damaged_exif.append(file)
         return {kind: partial(pictures.save_picture, picture=drawn[kind]) for kind in drawn}
 

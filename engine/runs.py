@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 import data
-from imaging import boxes_and_points, files, layouts, nifti, volumes
+from imaging import boxes_and_points, files, image_files, layouts, nifti, volumes
 
 
 def pick_device(name: str) -> torch.device:
@@ -98,7 +98,7 @@ def check_run(path: Path, run: dict) -> None:
 
 def check_option_values(path: Path, options: dict) -> None:
     """Raise ValueError, one line, if options of RUN_OPTIONS have values that are refused."""
-    choices = {"sam_prompts": boxes_and_points.KINDS, "mask_orientation": data.ORIENTATIONS}
+    choices = {"sam_prompts": boxes_and_points.KINDS, "mask_orientation": image_files.ORIENTATIONS}
     for key, allowed in choices.items():
         if options.get(key) not in (None, *allowed):
             raise wrong_value(path, key, options[key], f"one of {', '.join(allowed)}")

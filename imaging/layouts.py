@@ -809,7 +809,9 @@ def _volume_settings(root: Path) -> dict:
     path = root / "dataset.json"
     settings = read_json(path)
     if not isinstance(settings, dict):
-        raise ValueError(f"{path}: no data set of volumes (it is no object); see imaging/layouts.py")
+        raise ValueError(
+            f"{path}: no data set of volumes (it is no object); see imaging/layouts.py"
+        )
     try:
         fields = _read_labels(settings["labels"], settings.get("overlapping", False))
         channels = settings.get("channel_names") or settings.get("modality") or {}

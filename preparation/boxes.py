@@ -11,7 +11,7 @@ from tqdm import tqdm
 import data
 from engine import tables
 from engine.ranges import GREY_LEVEL, POSITIVE
-from imaging import atomic_files, boxes_and_points, layouts
+from imaging import atomic_files, boxes_and_points, image_files, layouts
 from preparation.check import MASK_THRESHOLD, wide
 
 # --- boxes ---------------------------------------------------------------------------------------
@@ -89,7 +89,7 @@ def mask_entries(folder, images, entries, args):
 def refuse_palettes(paths):
     """Raise ValueError, one line, for a palette of more than two colours, as class maps have."""
     for path in paths:
-        image = data.open_image(path, decode=False)
+        image = image_files.open_image(path, decode=False)
         if image.mode != "P":
             continue
         colours = np.unique(np.reshape(image.getpalette(), (-1, 3)), axis=0)  # (n,3)
@@ -126,10 +126,10 @@ def instance_boxes(entry, min_area):
     Raises ValueError, one line, for numbers below 0 or that are not whole, and for another size
     than the image's.
     """
-    turn, _ = data.mask_turn(entry.mask, entry.image, entry.mask_orientation)
-    mask = data.upright(data.open_image(entry.mask), turn)
-    values = data.mask_values(mask, entry.mask, numbers=True)  # (H,W)
-    size = data.read_image(entry.image).shape[:2]
+    turn, _ = image_files.mask_turn(entry.mask, entry.image, entry.mask_orientation)
+    mask = image_files.upright(image_files.open_image(entry.mask), turn)
+    values = image_files.mask_values(mask, entry.mask, numbers=True)  # (H,W)
+    size = image_files.read_image(entry.image).shape[:2]
     if values.shape != size:
         differ = f"{wide(values.shape)}, but its image {entry.image} is {wide(size)}"
         raise ValueError(f"{entry.mask}: {differ}")
@@ -151,7 +151,7 @@ def instance_boxes(entry, min_area):
 
 def listed_boxes(path, paths):
     """Return [(image, class, box)] of a JSON file that lists boxes, such as an annotation file."""
-    sizes = {image: data.read_image(image).shape[:2] for image in paths}
+    sizes = {image: image_files.read_image(image).shape[:2] for image in paths}
     given = boxes_and_points.read_boxes(path, sizes, names=paths)
     return [(image, row.name or "", row.xy) for image, rows in given.items() for row in rows]
 

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 import data
 from engine.ranges import GREY_LEVEL
-from imaging import layouts, nifti, volumes
+from imaging import image_files, layouts, nifti, volumes
 
 # --- check ---------------------------------------------------------------------------------------
 #
@@ -113,8 +113,8 @@ def thumbnail(grey):
 def image_facts(path):
     """Return what an image file holds, or the error that says why it cannot be read."""
     try:
-        pixels, non_finite = data.load_image(path)
-        mode = data.open_image(path, decode=False).mode
+        pixels, non_finite = image_files.load_image(path)
+        mode = image_files.open_image(path, decode=False).mode
         grey = Image.fromarray(pixels).convert("L")
         levels = main_levels(grey)
         size = pixels.shape[:2]
@@ -132,7 +132,7 @@ def mask_facts(entry, image):
         mask, turned = data.entry_mask(entry, upright_as)
         data.refuse_colours(entry)
         counts = data.count_values(entry, mask)
-        mode = data.open_image(entry.mask, decode=False).mode
+        mode = image_files.open_image(entry.mask, decode=False).mode
         return MaskFacts(mask.shape, mode, counts, turned)
     except (ValueError, OSError) as error:
         return error
@@ -257,7 +257,7 @@ def check_pixels(images, masks, findings):
         if fact.non_finite:
             line = f"{path}: holds NaN or infinite pixels, read as 0"
             findings["images with NaN or infinite pixels"].append(line)
-        if data.has_damaged_exif(path):
+        if image_files.has_damaged_exif(path):
             line = f"{path}: its EXIF data is damaged, so that it is read as stored, not turned"
             findings["images with damaged EXIF data"].append(line)
 
@@ -769,7 +769,7 @@ def options(command):
     add("data", type=Path, nargs="+", metavar="DATA", help=help)
     help = "how masks without an EXIF tag lie where the size cannot tell: stored like the image, "
     help += "or upright; without it they are turned and listed"
-    add("--mask-orientation", choices=data.ORIENTATIONS, help=help)
+    add("--mask-orientation", choices=image_files.ORIENTATIONS, help=help)
     help = "count the prompts that this model cuts at its text length: cris, clipseg, biomedclipseg"
     add("--model", metavar="NAME", help=help)
     add("--mask-threshold", type=GREY_LEVEL, metavar="N", help=MASK_THRESHOLD)

@@ -12,9 +12,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-import data
 from engine.ranges import SEED
-from imaging import atomic_files, pictures
+from imaging import atomic_files, image_files, pictures
 from preparation import volume_sets
 from preparation.check import some, wide
 from preparation.demo import png
@@ -108,7 +107,7 @@ def write_scan(scan, window, out):
     alike, and a few bright pixels do not darken the rest. With `slice` they are each slice's own
     minimum and maximum, as in the tutorial.
     """
-    images = [np.asarray(data.open_image(s.path).convert("I"), np.uint16) for s in scan]
+    images = [np.asarray(image_files.open_image(s.path).convert("I"), np.uint16) for s in scan]
     if window == "scan":
         low, high = np.percentile(np.concatenate([x.ravel() for x in images]), (0.5, 99.5))
     overlaps = 0

@@ -14,7 +14,7 @@ import predict
 import prepare
 import sam_decoder
 from engine import evaluate
-from imaging import boxes_and_points, layouts, pictures
+from imaging import boxes_and_points, image_files, layouts, pictures
 from recipes import sam
 
 NAMES = {"0": "background", "1": "stomach", "2": "small bowel"}
@@ -92,13 +92,13 @@ def test_binary_masks_of_a_folder_of_images(binary, images, tmp_path, capsys):
 
 def test_boxes_are_read_back(binary, images, tmp_path):
     run(binary, tmp_path / "boxes.csv", images)
-    sizes = {path.name: data.read_image(path).shape[:2] for path in images.iterdir()}
+    sizes = {path.name: image_files.read_image(path).shape[:2] for path in images.iterdir()}
     read = boxes_and_points.read_boxes(tmp_path / "boxes.csv", sizes, ["polyp"])
     assert read.keys() == {"a.jpg", "c.tif", "d.bmp"}  # b has none
     flat = [(i, row.name or "", *row.xy.tolist()) for i in read for row in read[i]]
     assert flat == BINARY
     # and they are the components' own
-    mask = (data.read_mask(binary / "a.png") > 127).astype(np.uint8)
+    mask = (image_files.read_mask(binary / "a.png") > 127).astype(np.uint8)
     expected = [component.box.tolist() for component in boxes_and_points.components(mask, [1])]
     assert [row.xy.tolist() for row in read["a.jpg"]] == expected
 
@@ -179,7 +179,7 @@ def test_turned_photographs(images, tmp_path):
         exif = picture.getexif()
         exif[0x0112] = 6  # turn it by 90 degrees
         picture.save(images / f"{name}.jpg", exif=exif)
-        shape = data.read_image(images / f"{name}.jpg").shape[:2]
+        shape = image_files.read_image(images / f"{name}.jpg").shape[:2]
         assert shape == size
         save(tmp_path / "masks" / f"{name}.png", pieces(shape, (255, 20, 1, 29, 4)))
     boxes = run(tmp_path / "masks", tmp_path / "boxes.csv", images)

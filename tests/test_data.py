@@ -16,7 +16,7 @@ from PIL import ExifTags, Image, ImageFilter
 from scipy import ndimage
 
 import data
-from imaging import layouts
+from imaging import image_files, layouts
 
 RNG = np.random.default_rng(0)
 BLOB = np.zeros((40, 60), dtype=bool)
@@ -208,7 +208,9 @@ def test_small_objects_in_many_files_are_found_together(tmp_path):
         mask = painted(255)
         mask[40:43, 10 + 5 * k : 13 + 5 * k] = 128  # nine pixels, one of them flat
         masks[f"{k}.png"] = as_image(mask)
-    with pytest.raises(ValueError, match=r"0.png: holds several values.*\(11 more masks are like it"):
+    with pytest.raises(
+        ValueError, match=r"0.png: holds several values.*\(11 more masks are like it"
+    ):
         opened(write_set(tmp_path / "set", masks), tmp_path)
 
 
@@ -226,7 +228,10 @@ def test_flat_pixels_are_those_whose_neighbourhood_has_one_value(tmp_path):
         low = ndimage.minimum_filter(mask, 3, mode="nearest")
         flat = low == ndimage.maximum_filter(mask, 3, mode="nearest")
         flat[[0, -1]] = flat[:, [0, -1]] = False  # the border has no whole neighbourhood
-        expected = [np.bincount(mask.ravel(), minlength=256), np.bincount(mask[flat], minlength=256)]
+        expected = [
+            np.bincount(mask.ravel(), minlength=256),
+            np.bincount(mask[flat], minlength=256),
+        ]
         path = tmp_path / "a.png"
         as_image(mask).save(path)
         counts = data.count_values(layouts.Entry("a", path, path, {}, tmp_path), mask)
@@ -288,7 +293,9 @@ def test_void_stays_void_in_a_split_without_a_lesion(tmp_path):
 
 
 def test_a_run_s_rule_is_left_where_the_values_contradict_it(tmp_path, capsys):
-    root = write_set(tmp_path / "set", {"a.png": through_jpeg(as_image(blobs() * np.uint8(255)), 75)})
+    root = write_set(
+        tmp_path / "set", {"a.png": through_jpeg(as_image(blobs() * np.uint8(255)), 75)}
+    )
     reading = data.MaskReading(known={"set": "> 0", "other": "by number"})
     lists = {"all": layouts.annotations(root, "train")}
     dataset = data.open_datasets(lists, tmp_path / "cache", reading=reading)["all"]
@@ -334,7 +341,10 @@ def test_a_foreground_in_any_one_colour_is_binary_but_not_in_several(tmp_path):
     for k, colour in enumerate([(255, 0, 0), (128, 0, 0), (0, 200, 90), (255, 255, 255)]):
         colours = np.zeros((60, 80, 3), dtype=np.uint8)
         colours[shapes > 0] = colour
-        for kind, mask in {"png": as_image(colours), "jpg": through_jpeg(as_image(colours), 90)}.items():
+        for kind, mask in {
+            "png": as_image(colours),
+            "jpg": through_jpeg(as_image(colours), 90),
+        }.items():
             if kind == "jpg" and max(colour) < 255:
                 continue  # noise around a grey value cannot be cut at a half
             root = write_set(tmp_path / f"{kind}{k}", {"a.png": mask})
@@ -343,9 +353,15 @@ def test_a_foreground_in_any_one_colour_is_binary_but_not_in_several(tmp_path):
 
     voc = Image.fromarray(shapes, mode="P")  # two classes, both of which have 128 as their maximum
     voc.putpalette([0, 0, 0, 128, 0, 0, 0, 128, 0] + [0] * 759)
-    red_green = np.stack([(shapes == 1) * 255, (shapes == 2) * 255, shapes * 0], -1).astype(np.uint8)
+    red_green = np.stack([(shapes == 1) * 255, (shapes == 2) * 255, shapes * 0], -1).astype(
+        np.uint8
+    )
     on_blue = np.where(shapes[..., None] > 0, 255, (0, 0, 255)).astype(np.uint8)
-    several = {"palette": voc, "red and green": as_image(red_green), "white on blue": as_image(on_blue)}
+    several = {
+        "palette": voc,
+        "red and green": as_image(red_green),
+        "white on blue": as_image(on_blue),
+    }
     for kind, mask in several.items():
         root = write_set(tmp_path / kind, {"a.png": mask})
         with pytest.raises(ValueError, match="a.png: holds several colours"):
@@ -396,13 +412,13 @@ def test_images_of_every_kind(tmp_path):
     }
     for kind, (image, expected) in cases.items():
         image.save(tmp_path / "x.png")
-        read = data.read_image(tmp_path / "x.png")
+        read = image_files.read_image(tmp_path / "x.png")
         assert read.dtype == np.uint8 and read.shape == (4, 256, 3), kind
         assert np.abs(read.astype(int) - expected).max() <= 1, kind
     Image.fromarray((ramp * 7 - 3).astype(np.float32)).save(tmp_path / "x.tif")
-    assert np.abs(data.read_image(tmp_path / "x.tif").astype(int) - wanted).max() <= 1
+    assert np.abs(image_files.read_image(tmp_path / "x.tif").astype(int) - wanted).max() <= 1
     Image.fromarray(np.full((4, 4), 700, np.uint16)).save(tmp_path / "flat.png")
-    assert not data.read_image(tmp_path / "flat.png").any()
+    assert not image_files.read_image(tmp_path / "flat.png").any()
 
 
 def with_orientation(image, number):
@@ -693,15 +709,15 @@ def test_16_bits_a_channel_are_stretched_as_16_bit_grey_is(kind, tmp_path):
     content, colours = DEEP[kind](COLOURS_16)
     path = tmp_path / "x"
     path.write_bytes(content)
-    read = data.read_image(path)
+    read = image_files.read_image(path)
     assert read.dtype == np.uint8 and np.array_equal(read, stretched(colours))
 
 
 def test_16_bit_colours_are_turned(tmp_path):
     path = tmp_path / "x.png"
     path.write_bytes(png_bytes(COLOURS_16[..., :3], 2))
-    assert np.array_equal(data.sixteen_bit_colours(path), COLOURS_16[..., :3])
-    turned = data.sixteen_bit_colours(path, orientation=6)
+    assert np.array_equal(image_files.sixteen_bit_colours(path), COLOURS_16[..., :3])
+    turned = image_files.sixteen_bit_colours(path, orientation=6)
     assert np.array_equal(turned, np.rot90(COLOURS_16[..., :3], -1))
 
 
@@ -716,9 +732,9 @@ def test_grey_tiffs_of_either_byte_order(order, compressed, dtype, tmp_path, mon
     (tmp_path / "x.tif").write_bytes(tiff_bytes(x, order, compressed))
     if dtype == np.uint32 and order == ">":
         with pytest.raises(ValueError, match="not readable as an image"):  # Pillow knows it not
-            data.read_image(tmp_path / "x.tif")
+            image_files.read_image(tmp_path / "x.tif")
         return
-    read = data.read_image(tmp_path / "x.tif")
+    read = image_files.read_image(tmp_path / "x.tif")
     assert np.array_equal(read, np.repeat(stretched(x), 3, axis=2))
 
 
@@ -727,15 +743,15 @@ def test_wide_channels_that_cannot_be_had_are_refused(tmp_path, monkeypatch):
     planes = tmp_path / "planes.tif"
     planes.write_bytes(tiff_bytes(COLOURS_16[..., :3], planes=True))
     with pytest.raises(ValueError, match="planes.tif: .* pip install tifffile.* save it as PNG"):
-        data.read_image(planes)
+        image_files.read_image(planes)
     wide = tmp_path / "wide.ppm"
     wide.write_bytes(b"P6\n8 6\n65535\n" + COLOURS_16[..., :3].astype(">u2").tobytes())
     with pytest.raises(ValueError, match="wide.ppm: 16 bits a channel of this kind"):
-        data.read_image(wide)
+        image_files.read_image(wide)
     premultiplied = tmp_path / "premultiplied.tif"
     premultiplied.write_bytes(tiff_bytes(COLOURS_16, _338=[1]))
     with pytest.raises(ValueError, match="16 bits a channel of this kind .RGBa."):
-        data.read_image(premultiplied)
+        image_files.read_image(premultiplied)
 
 
 def test_masks_of_16_bit_colours(tmp_path):
@@ -746,7 +762,7 @@ def test_masks_of_16_bit_colours(tmp_path):
         ((BLOB * 65535).astype(np.uint16), False, BLOB * 255),
     ):
         path.write_bytes(png_bytes(np.repeat(mask[..., None], 3, axis=2), 2))
-        assert np.array_equal(data.read_mask(path, numbers=numbers), expected)
+        assert np.array_equal(image_files.read_mask(path, numbers=numbers), expected)
 
 
 @pytest.mark.filterwarnings("error::RuntimeWarning")  # of arithmetic with NaN
@@ -761,7 +777,7 @@ def test_pixels_that_are_no_numbers_become_0_and_the_rest_is_stretched(tmp_path,
         Image.fromarray(image).save(root / "images" / f"{name}.tif")
     rewrite(root, lambda x: [item | {"img_name": item["img_name"][:1] + ".tif"} for item in x])
 
-    read = data.read_image(root / "images/a.tif")
+    read = image_files.read_image(root / "images/a.tif")
     assert not read[~finite].any()
     assert np.array_equal(read[finite], np.repeat(stretched(ramp)[..., None], 3, 2)[finite])
     for _ in "decoded", "from the cache":
@@ -826,12 +842,12 @@ def test_soft_alpha_is_cut_at_a_half(tmp_path):
     ramp = np.arange(256, dtype=np.uint8)[None].repeat(4, 0)
     mask = np.dstack([np.full_like(ramp, 255)] * 3 + [ramp])
     as_image(mask).save(tmp_path / "a.png")
-    assert np.array_equal(data.read_mask(tmp_path / "a.png"), ramp)
+    assert np.array_equal(image_files.read_mask(tmp_path / "a.png"), ramp)
 
 
 def test_nothing_drawn_in_alpha_is_empty(tmp_path):
     with_alpha(WHITE, WHITE, np.zeros(BLOB.shape)).save(tmp_path / "a.png")
-    assert not data.read_mask(tmp_path / "a.png").any()
+    assert not image_files.read_mask(tmp_path / "a.png").any()
 
 
 HOLE = np.zeros(BLOB.shape)
@@ -851,7 +867,7 @@ def test_colours_and_alpha_that_contradict_each_other_are_refused(kind, tmp_path
     UNCLEAR[kind].save(tmp_path / "a.png")
     words = "a.png: colours and transparency both vary, .*save the mask as a grey image"
     with pytest.raises(ValueError, match=words):
-        data.read_mask(tmp_path / "a.png")
+        image_files.read_mask(tmp_path / "a.png")
 
 
 def test_class_numbers_are_colours_whatever_is_transparent(tmp_path):
@@ -860,21 +876,28 @@ def test_class_numbers_are_colours_whatever_is_transparent(tmp_path):
     path = tmp_path / "a.png"
     alpha = (numbers > 0) * np.uint8(255)
     as_image(np.dstack([numbers] * 3 + [alpha])).save(path)
-    assert np.array_equal(data.read_mask(path, numbers=True), numbers)
+    assert np.array_equal(image_files.read_mask(path, numbers=True), numbers)
     alpha[0, 0] = 0  # a class that is hidden
     as_image(np.dstack([numbers] * 3 + [alpha])).save(path)
     with pytest.raises(ValueError, match="colours and transparency both vary"):
-        data.read_mask(path, numbers=True)
+        image_files.read_mask(path, numbers=True)
     palette = palette_with_alpha(BLACK + BLACK, [0, 255])
     palette.save(path)
-    assert np.array_equal(data.read_mask(path, numbers=True), BLOB)
+    assert np.array_equal(image_files.read_mask(path, numbers=True), BLOB)
 
 
 def test_float_masks_are_cut_at_a_half(tmp_path):
     soft = np.array([[0, 0.2, 0.499, 0.5, 0.95, 1]] * 6, np.float32)
     Image.fromarray(soft).save(tmp_path / "soft.tif")
-    read = data.read_mask(tmp_path / "soft.tif")
-    assert np.array_equal(read > 127, soft >= 0.5) and read[0].tolist() == [0, 51, 127, 128, 242, 255]
+    read = image_files.read_mask(tmp_path / "soft.tif")
+    assert np.array_equal(read > 127, soft >= 0.5) and read[0].tolist() == [
+        0,
+        51,
+        127,
+        128,
+        242,
+        255,
+    ]
 
     root = write_set(tmp_path / "set", {"hard.png": as_image(BLOB), "soft.png": as_image(BLOB)})
     for name, value in (("hard", 1), ("soft", 0.95)):
@@ -903,7 +926,11 @@ NUMBERS = {
     "instances below 256": (np.uint16(155), False, 155),
     "12 bits": (np.uint16(4095), False, 255),
     "32 bits": (np.int32(65535), False, 255),
-    "instance 300": (np.uint16(300), False, "holds values from 0 to 300; a binary mask holds 0 and"),
+    "instance 300": (
+        np.uint16(300),
+        False,
+        "holds values from 0 to 300; a binary mask holds 0 and",
+    ),
     "class 300": (np.uint16(300), True, "holds class number 300; class numbers go from 0 to 254"),
     "class 65535": (np.uint16(65535), True, "holds class number 65535; "),
     "class 255": (np.uint16(255), True, 255),
@@ -923,10 +950,10 @@ def test_values_that_no_byte_holds(kind, tmp_path):
     path = tmp_path / "a.tif"
     Image.fromarray(np.where(BLOB, value, value.dtype.type(0))).save(path)
     if isinstance(expected, int):
-        assert np.array_equal(data.read_mask(path, numbers=numbers), BLOB * expected)
+        assert np.array_equal(image_files.read_mask(path, numbers=numbers), BLOB * expected)
         return
     with pytest.raises(ValueError, match=f"a.tif: {expected}"):
-        data.read_mask(path, numbers=numbers)
+        image_files.read_mask(path, numbers=numbers)
 
 
 def test_16_bit_masks_with_soft_edges_are_scaled_and_numbers_beside_65535_are_not(tmp_path):
@@ -935,12 +962,12 @@ def test_16_bit_masks_with_soft_edges_are_scaled_and_numbers_beside_65535_are_no
     soft = ndimage.zoom(disc * 65535.0, 4, order=1).round().astype(np.uint16)
     assert len(np.unique(soft)) > 20
     Image.fromarray(soft).save(path)
-    assert np.array_equal(data.read_mask(path), np.round(soft / 257.0))
+    assert np.array_equal(image_files.read_mask(path), np.round(soft / 257.0))
     numbered = (disc * 65535).astype(np.uint16)
     numbered[:4, :4] = 120  # an object that scaling would turn into background
     Image.fromarray(numbered).save(path)
     with pytest.raises(ValueError, match="holds values from 0 to 65535; a binary mask holds"):
-        data.read_mask(path)
+        image_files.read_mask(path)
 
 
 def test_one_class_in_classes_json_may_be_drawn_in_any_range(tmp_path):
@@ -959,18 +986,22 @@ FRAMES = [as_image(RNG.integers(0, 255, (40, 60), dtype=np.uint8)) for _ in rang
 def test_files_of_several_pages_are_refused(ending, tmp_path):
     path = tmp_path / f"a.{ending}"
     FRAMES[0].save(path, save_all=True, append_images=FRAMES[1:])
-    for read in data.read_image, data.read_mask, lambda path: data.open_image(path, decode=False):
+    for read in (
+        image_files.read_image,
+        image_files.read_mask,
+        lambda path: image_files.open_image(path, decode=False),
+    ):
         with pytest.raises(ValueError, match=f"a.{ending}: holds 3 pages or frames.* of its own"):
             read(path)
     FRAMES[0].save(path, **{"lossless": True} if ending == "webp" else {})
-    assert np.array_equal(data.read_mask(path), np.asarray(FRAMES[0]))
+    assert np.array_equal(image_files.read_mask(path), np.asarray(FRAMES[0]))
 
 
 def test_further_pictures_of_a_photograph_do_not_count(tmp_path):
     path = tmp_path / "a.jpg"
     FRAMES[0].save(path, format="MPO", save_all=True, append_images=FRAMES[1:])
     assert Image.open(path).n_frames == 3
-    read = data.read_image(path)[..., 0].astype(int)
+    read = image_files.read_image(path)[..., 0].astype(int)
     assert np.abs(read - np.asarray(FRAMES[0])).mean() < 20 < np.abs(read - FRAMES[1]).mean()
 
 
@@ -983,9 +1014,9 @@ def test_previews_in_a_tiff_do_not_count(tag, value, counts, tmp_path):
     FRAMES[0].save(path, save_all=True, append_images=[preview])
     if counts:
         with pytest.raises(ValueError, match="holds 2 pages"):
-            data.read_image(path)
+            image_files.read_image(path)
     else:
-        assert np.array_equal(data.read_mask(path), np.asarray(FRAMES[0]))
+        assert np.array_equal(image_files.read_mask(path), np.asarray(FRAMES[0]))
 
 
 @pytest.mark.parametrize("ending", ["png", "webp"])
@@ -994,8 +1025,8 @@ def test_damaged_exif_data_leaves_the_pixels_as_stored(ending, tmp_path):
     lossless = {"lossless": True} if ending == "webp" else {}
     exif = b"M?\0*\0\0\0\x08" + bytes(20)  # MM is what it begins with
     FRAMES[0].save(path, exif=exif, **lossless)
-    assert np.array_equal(data.read_image(path)[..., 0], np.asarray(FRAMES[0]))
-    assert data.has_damaged_exif(path)
+    assert np.array_equal(image_files.read_image(path)[..., 0], np.asarray(FRAMES[0]))
+    assert image_files.has_damaged_exif(path)
 
 
 def turned_set(tmp_path, number, ending="png", size=(40, 60)):
@@ -1018,7 +1049,9 @@ def opened_as(root, tmp_path, orientation):
     return data.open_dataset(entries, tmp_path / "cache")
 
 
-@pytest.mark.parametrize("number, size", [(2, (40, 60)), (3, (40, 60)), (4, (40, 60)), (6, (40, 40))])
+@pytest.mark.parametrize(
+    "number, size", [(2, (40, 60)), (3, (40, 60)), (4, (40, 60)), (6, (40, 40))]
+)
 def test_what_no_size_tells_of_a_mask_s_orientation_is_said_or_decided(
     number, size, tmp_path, capsys
 ):
@@ -1119,4 +1152,4 @@ def test_an_uncompressed_grey_tiff_is_turned_not_scrambled(number, tmp_path):
     exif[ExifTags.Base.Orientation] = number
     image.save(tmp_path / "a.tif", exif=exif)
     turned = {5: pixels.T, 6: np.rot90(pixels, -1), 7: np.rot90(pixels, 2).T, 8: np.rot90(pixels)}
-    assert np.array_equal(data.read_image(tmp_path / "a.tif")[..., 0], turned[number])
+    assert np.array_equal(image_files.read_image(tmp_path / "a.tif")[..., 0], turned[number])

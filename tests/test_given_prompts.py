@@ -15,7 +15,7 @@ import prepare
 import sam_decoder
 import train
 from engine import evaluate
-from imaging import boxes_and_points, layouts, pictures
+from imaging import boxes_and_points, image_files, layouts, pictures
 from recipes import sam
 
 SIZES = {"a.png": (30, 40), "b.png": (10, 20)}
@@ -471,7 +471,7 @@ def test_images_without_a_box_are_counted_and_empty(photos, run, tmp_path, monke
 def expected_answer(photos, name, box=None, points=None, labels=None):
     """SAM's probabilities (H,W), asked directly."""
     model = net()
-    pixels = data.read_image(photos / f"{name}.png")
+    pixels = image_files.read_image(photos / f"{name}.png")
     how = {}
     if box is not None:
         how["boxes"] = model.to_frame(torch.tensor(box, dtype=torch.float32), (48, 64))[None, None]

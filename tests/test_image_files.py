@@ -17,7 +17,7 @@ from PIL import ExifTags, Image
 
 import data
 import predict
-from imaging import layouts
+from imaging import image_files, layouts
 from preparation import check
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # pytest undoes data.py's filter
@@ -76,10 +76,10 @@ def test_numbers_in_a_pgm_are_not_scaled_to_its_white(tmp_path):
     numbers = (MASK // 255 * 2).astype(np.uint8)
     path = tmp_path / "a.pgm"
     path.write_bytes(b"P5\n32 24\n3\n" + numbers.tobytes())
-    assert np.array_equal(data.read_mask(path, numbers=True), numbers)
-    assert data.read_mask(path).max() == 170  # as grey
+    assert np.array_equal(image_files.read_mask(path, numbers=True), numbers)
+    assert image_files.read_mask(path).max() == 170  # as grey
     path.write_bytes(b"P5\n32 24\n1000\n" + numbers.astype(">u2").tobytes())
-    assert np.array_equal(data.read_mask(path, numbers=True), numbers)
+    assert np.array_equal(image_files.read_mask(path, numbers=True), numbers)
 
 
 def tiff(path, pixels, **how):
@@ -125,49 +125,49 @@ def test_tiffs_that_pillow_refuses_are_read_by_the_same_rules(kind, tmp_path):
     path = tiff(tmp_path / "a.tif", pixels, **how)
     with pytest.raises(Image.UnidentifiedImageError):
         Image.open(path)
-    assert np.array_equal(data.read_image(path), expected_image(pixels))
+    assert np.array_equal(image_files.read_image(path), expected_image(pixels))
     for number in range(1, 9):
         tiff(path, pixels, extratags=[(274, 3, 1, number, True)], **how)
         turned = turned_by(expected_image(pixels), number)
-        assert np.array_equal(data.read_image(path), turned), number
+        assert np.array_equal(image_files.read_image(path), turned), number
 
 
 def test_planes_of_16_bits_are_read(tmp_path):
     planes = np.moveaxis(COLOURS.astype(np.uint16) * 200, -1, 0)
     path = tiff(tmp_path / "a.tif", planes, photometric=2, planarconfig=2)
-    assert np.array_equal(data.read_image(path), expected_image(np.moveaxis(planes, 0, -1)))
+    assert np.array_equal(image_files.read_image(path), expected_image(np.moveaxis(planes, 0, -1)))
 
 
 def test_masks_in_tiffs_that_pillow_refuses(tmp_path):
     path = tmp_path / "a.tif"
     tiff(path, np.dstack([MASK] * 3), photometric=1, planarconfig=1)
-    assert np.array_equal(data.read_mask(path), MASK)
+    assert np.array_equal(image_files.read_mask(path), MASK)
     tiff(path, np.dstack([MASK * 0 + 255] * 3 + [MASK]), photometric=1, planarconfig=1)
-    assert np.array_equal(data.read_mask(path), MASK)  # white all over: alpha is the mask
+    assert np.array_equal(image_files.read_mask(path), MASK)  # white all over: alpha is the mask
     tiff(path, MASK.astype(np.float64) / 255)
-    assert np.array_equal(data.read_mask(path), MASK)
+    assert np.array_equal(image_files.read_mask(path), MASK)
     tiff(path, (MASK // 255 * 7).astype(np.int64))
-    assert np.array_equal(data.read_mask(path, numbers=True), MASK // 255 * 7)
+    assert np.array_equal(image_files.read_mask(path, numbers=True), MASK // 255 * 7)
 
 
 def test_what_tifffile_must_not_hide(tmp_path):
     path = tmp_path / "a.tif"
     tiff(path, np.stack([COLOURS] * 2), photometric=1, planarconfig=1)
-    assert "a.tif: holds 2 pages" in one_line(data.read_image, path)
+    assert "a.tif: holds 2 pages" in one_line(image_files.read_image, path)
     tiff(path, COLOURS, photometric=1, planarconfig=1)
     path.write_bytes(path.read_bytes()[:-100])
-    assert "cut off" in one_line(data.read_image, path)
+    assert "cut off" in one_line(image_files.read_image, path)
     tiff(path, np.dstack([COLOURS, COLOURS]), photometric=1, planarconfig=1)
-    assert "(6 channels)" in one_line(data.read_image, path)
+    assert "(6 channels)" in one_line(image_files.read_image, path)
     tiff(path, COLOURS, photometric=0, planarconfig=1)
-    assert "PhotometricInterpretation 0" in one_line(data.read_image, path)
+    assert "PhotometricInterpretation 0" in one_line(image_files.read_image, path)
 
 
 def test_without_tifffile_the_line_names_it(tmp_path, monkeypatch):
     path = tiff(tmp_path / "a.tif", COLOURS, photometric=1, planarconfig=1)
     monkeypatch.setitem(sys.modules, "tifffile", None)
-    assert "a.tif: " in one_line(data.read_image, path)
-    assert "pip install tifffile" in one_line(data.read_image, path)
+    assert "a.tif: " in one_line(image_files.read_image, path)
+    assert "pip install tifffile" in one_line(image_files.read_image, path)
 
 
 # --- orientation ---------------------------------------------------------------------------------
@@ -202,9 +202,11 @@ def test_images_and_their_masks_are_upright(kind, number, tmp_path):
     Image.fromarray(MASK).save(tmp_path / "mask.png")
     Image.fromarray(MASK).save(tmp_path / "mask.tif")
 
-    assert np.array_equal(data.read_image(path), turned_by(data.read_image(plain), number))
+    assert np.array_equal(
+        image_files.read_image(path), turned_by(image_files.read_image(plain), number)
+    )
     for mask in ("mask.png", "mask.tif"):
-        read, _ = data.load_mask(tmp_path / mask, path, orientation="stored")
+        read, _ = image_files.load_mask(tmp_path / mask, path, orientation="stored")
         assert np.array_equal(read, turned_by(MASK, number))
 
 
@@ -232,21 +234,21 @@ def test_damaged_exif_data_is_said_and_the_image_read(kind, tmp_path, capsys):
     save_pair(root / "train", image_ending="jpg")
     path = root / "train/images/a.jpg"
     path.write_bytes(jpeg_with(b""))
-    expected = data.read_image(path)
+    expected = image_files.read_image(path)
     path.write_bytes(jpeg_with(DAMAGED_EXIF[kind]))
-    assert np.array_equal(data.read_image(path), expected)
+    assert np.array_equal(image_files.read_image(path), expected)
     open_split(root, tmp_path)
     assert "1 image (a.jpg) with damaged EXIF data" in capsys.readouterr().out
     open_split(root, tmp_path)  # from the cache
     assert "1 image (a.jpg) with damaged EXIF data" in capsys.readouterr().out
-    assert not data.has_damaged_exif(root / "train/masks/a.png")
+    assert not image_files.has_damaged_exif(root / "train/masks/a.png")
 
 
 def test_a_damaged_tag_beside_the_orientation_does_not_matter(tmp_path):
     tags = struct.pack(">HHII", 274, 3, 1, 6 << 16) + struct.pack(">HHII", 282, 5, 1, 2**31)
     path = tmp_path / "a.jpg"
     path.write_bytes(jpeg_with(b"MM\0*\0\0\0\x08\0\x02" + tags + bytes(4)))
-    assert data.read_image(path).shape == (32, 24, 3)
+    assert image_files.read_image(path).shape == (32, 24, 3)
 
 
 # --- damaged, foreign and large files ------------------------------------------------------------
@@ -281,7 +283,7 @@ def test_damaged_files_are_one_line_or_read(kind, tmp_path):
     rng = random.Random(kind)
     for _ in range(40):
         path.write_bytes(damaged(rng, file.getvalue()))
-        for read in data.load_image, data.load_mask, data.has_damaged_exif:
+        for read in image_files.load_image, image_files.load_mask, image_files.has_damaged_exif:
             try:
                 read(path)
             except (ValueError, OSError) as error:
@@ -302,7 +304,7 @@ def test_whatever_pillow_raises_is_one_line(error, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Image.Image, "load", fail)
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", fail)
-    assert one_line(data.read_image, path).startswith(f"{path}: ")
+    assert one_line(image_files.read_image, path).startswith(f"{path}: ")
 
 
 @pytest.mark.slow
@@ -343,15 +345,17 @@ print("bar |", end="", file=sys.stderr)
 def test_other_output_is_not_taken_for_that_of_libtiff():
     bar = "\rdecode:  10%|█ | 6/60 [00:00<00:01]"
     written = f"{bar}tempfile.tif: Using code not yet in table.\n{bar}"
-    assert data.LIBTIFF_LINE.findall(written) == ["tempfile.tif: Using code not yet in table.\n"]
-    assert data.LIBTIFF_LINE.sub("", written) == bar * 2
+    assert image_files.LIBTIFF_LINE.findall(written) == [
+        "tempfile.tif: Using code not yet in table.\n"
+    ]
+    assert image_files.LIBTIFF_LINE.sub("", written) == bar * 2
 
 
 def test_large_images_get_advice(tmp_path, monkeypatch, recwarn):
     path = tmp_path / "a.png"
     Image.fromarray(COLOURS).save(path)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 300)
-    line = one_line(data.read_image, path)
+    line = one_line(image_files.read_image, path)
     assert "a.png: has more than" in line and "tiles" in line
     assert "replace" not in line and "bomb" not in line
 
@@ -376,7 +380,7 @@ def test_known_formats_that_are_not_read_name_the_way_out(name, tmp_path):
     path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(ValueError, match=words) as error:
-        data.read_image(path)
+        image_files.read_image(path)
     assert str(error.value).startswith(f"{path}: ") and "replace" not in str(error.value)
 
 
@@ -431,7 +435,7 @@ def test_predict_lists_images_by_the_same_rule(tmp_path):
 
 def test_a_pipe_does_not_hang(tmp_path):
     os.mkfifo(tmp_path / "a.png")
-    assert "a.png: is no file" in one_line(data.read_image, tmp_path / "a.png")
+    assert "a.png: is no file" in one_line(image_files.read_image, tmp_path / "a.png")
 
 
 def test_files_that_may_not_be_read_are_not_called_damaged(tmp_path, monkeypatch):
@@ -440,7 +444,7 @@ def test_files_that_may_not_be_read_are_not_called_damaged(tmp_path, monkeypatch
 
     Image.fromarray(COLOURS).save(tmp_path / "a.png")
     monkeypatch.setattr(Image, "open", refuse)
-    line = one_line(data.read_image, tmp_path / "a.png", error=OSError)
+    line = one_line(image_files.read_image, tmp_path / "a.png", error=OSError)
     assert line == f"{tmp_path / 'a.png'}: Permission denied"
 
 
@@ -487,7 +491,7 @@ def test_missing_files_say_what_is_there(tmp_path):
     line = one_line(open_split, tmp_path, tmp_path, error=FileNotFoundError)
     assert "images/a.jpg (a.png is there)" in line
     assert "a.jpg (a.png is there): no such file" in one_line(
-        data.read_image, tmp_path / "images/a.jpg", error=FileNotFoundError
+        image_files.read_image, tmp_path / "images/a.jpg", error=FileNotFoundError
     )
     (tmp_path / "images/link.png").symlink_to(tmp_path / "nowhere.png")
     annotate(tmp_path, [entry("link.png", "a.png")])
@@ -570,6 +574,6 @@ def test_hidden_annotation_files_are_passed_over(tmp_path):
 def test_a_file_of_macos_beside_an_image_is_named_as_such(tmp_path):
     path = tmp_path / "._a.jpg"
     path.write_bytes(b"\0\5\26\7")
-    assert one_line(data.read_image, path) == (
+    assert one_line(image_files.read_image, path) == (
         f"{path}: no image, but what macOS leaves beside one; delete it"
     )

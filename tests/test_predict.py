@@ -9,11 +9,10 @@ from conftest import command, contents, write_run
 from PIL import Image
 
 import cris
-import data
 import predict
 import sam_decoder
 import segformer
-from imaging import atomic_files
+from imaging import atomic_files, image_files
 
 pytestmark = pytest.mark.numeric
 
@@ -351,7 +350,7 @@ def test_boxes_belong_to_one_of_the_files_of_a_name(tmp_path, monkeypatch, capsy
         assert code == 0, err
         for folder, box in (("h", (5, 5, 20, 20)), ("g", (30, 10, 60, 45))):
             size = sizes[folder]
-            pixels = data.read_image(root / "images" / folder / "slice0.png")
+            pixels = image_files.read_image(root / "images" / folder / "slice0.png")
             with torch.no_grad():
                 image = model.preprocess(Image.fromarray(pixels))[None]
                 frame = model.to_frame(torch.tensor(box, dtype=torch.float32), size)

@@ -18,7 +18,7 @@ import sam_decoder
 import train
 from engine import evaluate
 from engine.lora import load_adapter, merge_lora
-from imaging import augment, boxes_and_points, layouts
+from imaging import augment, boxes_and_points, image_files, layouts
 from recipes import sam
 
 pytestmark = pytest.mark.numeric
@@ -561,7 +561,7 @@ def test_predict_asks_by_boxes_or_by_the_whole_image(asked, maps, tmp_path, monk
     }
     # The same as asking the model itself, on the colours that it was trained on.
     model = sam_decoder.SAM.from_pretrained(asked.out)
-    coloured = data.pseudocolor(data.read_image(folder / "a0.png"), "bone")
+    coloured = image_files.pseudocolor(image_files.read_image(folder / "a0.png"), "bone")
     with torch.no_grad():
         image = model.preprocess(Image.fromarray(coloured))[None]
         box = model.to_frame(torch.tensor([3.0, 3, 40, 30]), (48, 64))
@@ -591,11 +591,14 @@ def test_pseudocolours_are_matplotlib_s():
     image = np.repeat(grey[..., None], 3, 2)
     expected = (matplotlib.colormaps["jet"](grey)[..., :3] * 255).astype(np.uint8)
     for name in ("jet", "JET", "COLORMAP_JET"):
-        found = data.pseudocolor(image, name)
+        found = image_files.pseudocolor(image, name)
         assert found.dtype == np.uint8 and np.abs(found.astype(int) - expected).max() <= 1
-    red, blue = data.pseudocolor(image, "jet")[-1, -1], data.pseudocolor(image, "jet")[0, 0]
+    red, blue = (
+        image_files.pseudocolor(image, "jet")[-1, -1],
+        image_files.pseudocolor(image, "jet")[0, 0],
+    )
     assert red[0] > red[2] and blue[2] > blue[0]  # RGB, not BGR
-    assert data.pseudocolor(image, None) is image
+    assert image_files.pseudocolor(image, None) is image
 
 
 @pytest.mark.slow

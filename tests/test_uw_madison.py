@@ -11,9 +11,8 @@ import pytest
 from conftest import ROOT, command, contents, pictures, stop_at_rename
 from PIL import Image
 
-import data
 import prepare
-from imaging import layouts
+from imaging import image_files, layouts
 from preparation import uw_madison
 
 CLASSES = ("large_bowel", "small_bowel", "stomach")  # the order of the rows in train.csv
@@ -114,7 +113,7 @@ def test_masks_show_their_classes_and_read_as_numbers(by_hand, tmp_path):
     assert len(entries) == 5 and entries[0].classes == tuple(NAMES.values())
     for entry in entries:
         expected = MASKS[int(entry.name[-1]) - 1]
-        assert data.read_mask(entry.mask, entry.image, numbers=True).tolist() == expected
+        assert image_files.read_mask(entry.mask, entry.image, numbers=True).tolist() == expected
         assert Image.open(entry.mask).mode == "P"
     path = next(out.glob("*/masks/*_0001.png"))
     colours = np.asarray(Image.open(path).convert("RGB")).reshape(-1, 3)
