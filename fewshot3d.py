@@ -30,7 +30,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import swin_unetr3d
-from swin_unetr3d import CODE, SLOPE, TEXT, Backbone, Config, UniversalConfig, UniversalSwinUNETR
+from swin_unetr3d import SLOPE, Backbone, Config
+from universal import CODE, TEXT, UniversalConfig, UniversalSwinUNETR
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from imaging.layouts import is_prompt_type, path_and_split, prompt_option
 from recipes import FAMILIES, second_file
 from recipes.base import Settings
 from recipes.sam import TOPOLOGY
-from swin_unetr3d import CODES
+from universal import CODES
 
 LIMITS = ("at_least", "above", "at_most", "below", "word", "note")
 

@@ -18,7 +18,7 @@ from common import HEADER, ROOT, in_fresh_process, in_turns, machine, peak_memor
 
 sys.path.insert(0, str(ROOT))
 
-import swin_unetr3d
+import universal
 from engine import command_line
 from engine.ranges import POSITIVE
 
@@ -31,7 +31,7 @@ TABLE = [(part, k) for part in ("forward", "step") for k in (CLASSES, 3)]
 
 def official(x: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
     """x (1,8,D,H,W), numbers (1,K,153) -> (1,K,D,H,W)."""
-    K, parts = numbers.shape[1], numbers[0].split(swin_unetr3d.LAYERS, 1)
+    K, parts = numbers.shape[1], numbers[0].split(universal.LAYERS, 1)
     x = x.repeat(1, K, 1, 1, 1)  # (1,K*8,D,H,W)
     for i, (weight, bias) in enumerate(zip(parts[:3], parts[3:], strict=True)):
         x = x.relu() if i else x
@@ -51,7 +51,7 @@ def work(whose: str, part: str, k: int, side: int, device: str):
         if whose == "official":
             logits = official(x, numbers)[:, :k]
         else:
-            logits = swin_unetr3d.dynamic_head(x, numbers[:, :k])
+            logits = universal.dynamic_head(x, numbers[:, :k])
         if part == "forward":
             return [logits]
         return torch.autograd.grad(logits.square().mean(), inputs)

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 import clipseg
 from imaging import atomic_files, layouts
-from swin_unetr3d import ORGANS, TEXT
 from tokenizer import CLIPTokenizer
+from universal import ORGANS, TEXT
 
 WEIGHTS = "openai/clip-vit-base-patch32"
 TEMPLATE = "A computerized tomography of a {}"

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import fewshot3d
 import swin_unetr3d
+import universal
 from imaging.layouts import plain_name
 from losses import partial_dice_bce
 from recipes.base import Family, Recipe, Settings, hub_id
@@ -61,10 +62,10 @@ def read_codes(path: str | None) -> dict[str, Tensor]:
         what = "no tensor"
         if isinstance(code, Tensor):
             what = "a nested tensor" if code.is_nested else tuple(code.shape)
-        if what != (swin_unetr3d.TEXT,):
+        if what != (universal.TEXT,):
             told = f"{name} is {what}"
             raise ValueError(f"{path}: {told}, a code (512,); prepare.py text-codes makes codes")
-    expected = torch.empty(swin_unetr3d.TEXT)
+    expected = torch.empty(universal.TEXT)
     swin_unetr3d.check_complete(codes, dict.fromkeys(codes, expected), path)  # finite floats
     return {plain_name(name): code for name, code in codes.items()}
 
@@ -111,7 +112,7 @@ def load_universal(
     return model
 
 
-def universal_recipe(model: swin_unetr3d.UniversalSwinUNETR, settings: Settings) -> Recipe:
+def universal_recipe(model: universal.UniversalSwinUNETR, settings: Settings) -> Recipe:
     inputs = partial(universal_inputs, config=model.config, settings=settings)
     return replace(volume_recipe(model, settings), inputs=inputs, forward=universal_forward)
 
@@ -159,7 +160,5 @@ def universal_family(settings: dict[str, Settings], kind, variants: dict) -> Fam
     return Family(settings, variants, load, universal_recipe, swin_encoder)
 
 
-FAMILY = universal_family(
-    UNIVERSAL, swin_unetr3d.UniversalSwinUNETR, swin_unetr3d.UNIVERSAL_VARIANTS
-)
+FAMILY = universal_family(UNIVERSAL, universal.UniversalSwinUNETR, universal.UNIVERSAL_VARIANTS)
 FEWSHOT_FAMILY = universal_family(FEWSHOT, fewshot3d.AttentionUniversal, fewshot3d.VARIANTS)

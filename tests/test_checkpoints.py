@@ -27,6 +27,7 @@ import sam_decoder
 import segformer
 import swin_unetr3d
 import train
+import universal as universal_recipes
 import upernet
 from engine import lora
 from engine.lora import add_lora, load_adapter, save_adapter
@@ -44,7 +45,7 @@ MODELS = {
     "segformer": (segformer.SegFormer, segformer.VARIANTS),
     "swin_unetr3d": (swin_unetr3d.SwinUNETR, swin_unetr3d.VARIANTS),
     "upernet": (upernet.UPerNet, upernet.VARIANTS),
-    "universal": (swin_unetr3d.UniversalSwinUNETR, swin_unetr3d.UNIVERSAL_VARIANTS),
+    "universal": (universal_recipes.UniversalSwinUNETR, universal_recipes.UNIVERSAL_VARIANTS),
     "fewshot3d": (fewshot3d.AttentionUniversal, fewshot3d.VARIANTS),
     "fewshot3d-text": (fewshot3d.TextSwinUNETR, fewshot3d.TEXT_VARIANTS),
 }

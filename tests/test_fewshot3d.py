@@ -14,6 +14,7 @@ import fewshot3d
 import swin_unetr3d
 from fewshot3d import AttentionUniversal, CrossModalTransformer, TextSwinUNETR
 from imaging import volumes
+from universal import UniversalSwinUNETR, dynamic_head
 
 pytestmark = pytest.mark.numeric
 
@@ -73,7 +74,7 @@ def test_golden_outputs_of_the_universal_model(tmp_path, capsys):
 
     model.config = replace(model.config, attend="token")
     params = model.head_numbers(bottom)
-    mended = swin_unetr3d.dynamic_head(model.precls_conv(top.contiguous()), params)
+    mended = dynamic_head(model.precls_conv(top.contiguous()), params)
     compare({"params": (params[:1], ()), "logits": (mended[:1], EVERY)}, arrays, limits, slice(1))
     assert (mended[1] - logits[1]).abs().max() > 10
     close(mended[1:], model(image[1:]), 4 * limits["logits"])
@@ -245,7 +246,7 @@ def test_attention_comes_from_a_run_folder_or_is_new(tmp_path, capsys):
 
 def test_other_models_are_refused(universal, tmp_path):
     state, name = universal.state_dict(), "cross_attention.img_norm2.bias"
-    write_run(tmp_path / "run", swin_unetr3d.UniversalSwinUNETR, state, MINI)
+    write_run(tmp_path / "run", UniversalSwinUNETR, state, MINI)
     with pytest.raises(ValueError, match="holds UniversalSwinUNETR in format 1, not Attention"):
         AttentionUniversal.from_pretrained(tmp_path / "run")
     state.pop(name)

@@ -9,6 +9,7 @@ from scipy import ndimage
 
 import predict
 import swin_unetr3d
+import universal
 from imaging.organ_rules import organ_rules
 
 pytestmark = pytest.mark.numeric
@@ -48,7 +49,7 @@ def test_what_may_be_in_pieces_stays(name):
 
 def test_names_stay_in_their_order_and_arrays_as_they_are():
     rng = np.random.default_rng(0)
-    names = [*swin_unetr3d.ORGANS[:0:-1], "Bone_2"]
+    names = [*universal.ORGANS[:0:-1], "Bone_2"]
     given = {name: rng.random(SHAPE) < 0.05 for name in names}
     before = {name: mask.copy() for name, mask in given.items()}
     found = organ_rules(given)
@@ -64,7 +65,7 @@ def test_every_organ_of_the_study_has_its_rule():
     """By the numbers in `organ_post_process`, from 1: in one piece, or unchanged."""
     single = {1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 14, 18, 19, 20, 21, 22, 23, 24, 25}
     two = blocks((1, 1, 1, 3), (10, 10, 10, 5))
-    for number, name in enumerate(swin_unetr3d.ORGANS[1:], 1):
+    for number, name in enumerate(universal.ORGANS[1:], 1):
         alone = organ_rules({name: two})[name]
         is_single = number in single or number in (16, 17)  # a lung without the other one
         assert np.array_equal(alone, blocks((10, 10, 10, 5)) if is_single else two), name
@@ -227,10 +228,10 @@ def run(tmp_path_factory):
     """A run folder of a Universal Model that knows nothing, and a volume."""
     folder = tmp_path_factory.mktemp("run")
     torch.manual_seed(0)
-    config = swin_unetr3d.UniversalConfig(
+    config = universal.UniversalConfig(
         12, num_classes=4, classes=CLASSES, codes="random", image_size=(64, 32, 32)
     )
-    model = swin_unetr3d.UniversalSwinUNETR(config)
+    model = universal.UniversalSwinUNETR(config)
     with torch.no_grad():  # about half of the voxels are of a class, in pieces
         for _, parameter in model.named_parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)

@@ -16,6 +16,7 @@ import losses
 import predict
 import swin_unetr3d
 import train
+import universal as universal_recipes
 from imaging import layouts, nifti, volumes
 from recipes import swin_unetr3d as swin_unetr3d_recipes
 from recipes import universal
@@ -129,7 +130,7 @@ def batch_of(tmp_path, config):
 
 def test_a_batch_and_its_loss(tmp_path):
     names = ("background", "spleen", "liver", "left kidney", "whole")
-    config = replace(swin_unetr3d.UNIVERSAL_VARIANTS["mini"], classes=names, num_classes=4)
+    config = replace(universal_recipes.UNIVERSAL_VARIANTS["mini"], classes=names, num_classes=4)
     config = replace(config, image_size=(64, 32, 32), spacing=(4.0, 4.2, 5.0))
     batch, items = batch_of(tmp_path, config)
     assert universal.annotated(batch).tolist() == [1, 2, 3]
@@ -144,11 +145,11 @@ def test_a_batch_and_its_loss(tmp_path):
 
 def test_a_class_that_no_volume_of_a_batch_annotates_learns_nothing(tmp_path):
     names = ("background", "spleen", "liver", "left kidney", "whole")
-    config = replace(swin_unetr3d.UNIVERSAL_VARIANTS["mini"], classes=names, num_classes=4)
+    config = replace(universal_recipes.UNIVERSAL_VARIANTS["mini"], classes=names, num_classes=4)
     config = replace(config, image_size=(64, 32, 32), spacing=(4.0, 4.2, 5.0))
     batch, _ = batch_of(tmp_path, config)
     torch.manual_seed(0)
-    model = swin_unetr3d.UniversalSwinUNETR(config)
+    model = universal_recipes.UniversalSwinUNETR(config)
     output = universal.universal_forward(model, {k: x[:2] for k, x in batch.items()})
     assert output.shape == (2, 1, 64, 32, 32)  # the left kidney alone
     universal.universal_loss(output, {k: x[:2] for k, x in batch.items()})[0].backward()
@@ -223,9 +224,9 @@ def test_a_further_class_is_added_and_the_others_are_kept(pooled, tmp_path, monk
     arguments += ["--backbone-lr", 1e-9, "--workers", 0, "--overlays", 0, "--crops-per-volume", 1]
     code, text, error = command(monkeypatch, capsys, train, *arguments, "--cache", tmp_path)
     assert code == 0 and "new classes: both" in text, error
-    model = swin_unetr3d.UniversalSwinUNETR.from_pretrained(tmp_path / "run")
+    model = universal_recipes.UniversalSwinUNETR.from_pretrained(tmp_path / "run")
     assert model.config.classes == ("background", "left kidney", "liver", "both")
-    old = swin_unetr3d.UniversalSwinUNETR.from_pretrained(root / "run")
+    old = universal_recipes.UniversalSwinUNETR.from_pretrained(root / "run")
     rows_of = model.organ_embedding.weight[:2], old.organ_embedding.weight
     assert F.mse_loss(*rows_of) < 1e-12
     assert model.config.spacing == (5.0, 5.0, 5.0)
@@ -244,7 +245,7 @@ def test_text_codes_train_and_ask_for_what_was_never_trained(tmp_path, monkeypat
     arguments += ["--text-codes", tmp_path / "few.safetensors", "--epochs", 1]
     code, _, error = command(monkeypatch, capsys, train, *arguments, "--cache", tmp_path / "c")
     assert code == 0, error
-    model = swin_unetr3d.UniversalSwinUNETR.from_pretrained(tmp_path / "run")
+    model = universal_recipes.UniversalSwinUNETR.from_pretrained(tmp_path / "run")
     assert torch.equal(model.organ_embedding[0], codes["Left Kidney"])
     other = data_set(tmp_path / "liver", LIVER)
     how = tmp_path, tmp_path / "t", "--test", other, "--cache", tmp_path / "c", "--overlays", 0
@@ -320,7 +321,7 @@ def test_a_run_of_swin_unetr_lends_its_backbone(tmp_path, capsys):
     plain = swin_unetr3d.SwinUNETR(config)
     write_run(tmp_path, swin_unetr3d.SwinUNETR, plain.state_dict(), config)
     names = ["liver", "spleen"]
-    model = swin_unetr3d.UniversalSwinUNETR.from_pretrained(tmp_path, names, codes="random")
+    model = universal_recipes.UniversalSwinUNETR.from_pretrained(tmp_path, names, codes="random")
     assert model.config.spacing == (3.0, 3.0, 3.0) and model.config.overlapping
     assert model.config.classes == ("background", "liver", "spleen")
     told = "new and untrained: organ_embedding, precls_conv, GAP, controller"

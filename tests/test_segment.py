@@ -22,6 +22,7 @@ import predict
 import sam_decoder
 import segformer
 import swin_unetr3d
+import universal
 import upernet
 from imaging import volumes
 
@@ -335,7 +336,7 @@ VOLUME_MODELS = {
         {"overlapping": True, "intensity": None, "in_channels": 2, "classes": ("none", *"abc")},
         "swin_unetr3d",
     ),
-    "universal": (swin_unetr3d.UniversalSwinUNETR, {}, "universal"),
+    "universal": (universal.UniversalSwinUNETR, {}, "universal"),
     "fewshot3d": (fewshot3d.AttentionUniversal, {}, "fewshot3d"),
 }
 
@@ -346,7 +347,7 @@ def volume_run(request, tmp_path_factory):
     kind, fields, family = VOLUME_MODELS[request.param]
     variants = swin_unetr3d.VARIANTS
     if family != "swin_unetr3d":
-        variants = {"universal": swin_unetr3d.UNIVERSAL_VARIANTS, "fewshot3d": fewshot3d.VARIANTS}
+        variants = {"universal": universal.UNIVERSAL_VARIANTS, "fewshot3d": fewshot3d.VARIANTS}
         variants = variants[family]
         fields = {"num_classes": 2, "classes": ("background", "liver", "spleen")}
     model = randomised(kind(replace(variants["mini"], **SMALL | fields)))

@@ -17,7 +17,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModelWit
 
 import clipseg
 import prepare
-import swin_unetr3d
+import universal
 from preparation import text_embeddings
 
 pytestmark = pytest.mark.numeric
@@ -117,7 +117,9 @@ def test_codes_equal_transformers(theirs, form, tmp_path):
 def test_codes_equal_open_clip(openai, form, tmp_path):
     with torch.no_grad():
         expected = openai.encode_text(open_clip.tokenize(TEXTS))
-    found = text_embeddings.encode(text_embeddings.TextTower.from_pretrained(form(openai, tmp_path)), TEXTS)
+    found = text_embeddings.encode(
+        text_embeddings.TextTower.from_pretrained(form(openai, tmp_path)), TEXTS
+    )
     assert expected.std() > 0.1
     close(found, expected, 2e-5 * expected.abs().max().item())
 
@@ -189,7 +191,7 @@ def test_the_released_codes_have_their_typos(theirs, weights, tmp_path, monkeypa
     codes, about, said = made(
         weights, tmp_path / "a.safetensors", monkeypatch, capsys, "--study", "universal"
     )
-    assert codes.keys() == {*swin_unetr3d.ORGANS[1:]}
+    assert codes.keys() == {*universal.ORGANS[1:]}
     assert about == {"template": "A computerized tomography of a {}", "weights": str(weights)}
     assert all(code.shape == (512,) and code.dtype == torch.float32 for code in codes.values())
     texts = {  # clip_embedding.py of the Universal Model
@@ -250,10 +252,10 @@ def test_the_loader_of_the_model_reads_them(weights, tmp_path, monkeypatch, caps
     out = tmp_path / "a.safetensors"
     codes, _, _ = made(weights, out, monkeypatch, capsys, "--classes", "liver", "spleen")
     embedding = torch.stack([codes["spleen"], codes["liver"]])
-    config = swin_unetr3d.UniversalConfig(
+    config = universal.UniversalConfig(
         12, num_classes=2, classes=("background", "spleen", "liver"), image_size=(64, 32, 32)
     )
-    model = swin_unetr3d.UniversalSwinUNETR(config, embedding).eval()
+    model = universal.UniversalSwinUNETR(config, embedding).eval()
     with torch.no_grad():
         assert model(torch.rand(1, 1, 64, 32, 32), [1]).shape == (1, 1, 64, 32, 32)
 

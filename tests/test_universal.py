@@ -13,7 +13,9 @@ from conftest import ROOT, close, randomised, shapes, write_run
 from recipe import fill
 
 import swin_unetr3d
-from swin_unetr3d import CODES, SwinUNETR, UniversalConfig, UniversalSwinUNETR, dynamic_head
+import universal
+from swin_unetr3d import SwinUNETR
+from universal import CODES, UniversalConfig, UniversalSwinUNETR, dynamic_head
 
 pytestmark = pytest.mark.numeric
 
@@ -24,7 +26,7 @@ SIZE = (64, 32, 32)
 
 
 def model_of(codes: str, dtype=torch.float32, **more) -> UniversalSwinUNETR:
-    embedding = torch.zeros(3, swin_unetr3d.TEXT) if codes == "text" else None
+    embedding = torch.zeros(3, universal.TEXT) if codes == "text" else None
     return randomised(UniversalSwinUNETR(replace(MINI, codes=codes, **more), embedding)).to(dtype)
 
 
@@ -134,8 +136,8 @@ def test_names_and_shapes_are_those_of_the_released_file():
     assert len(keys) == 170
     file = {n.removeprefix("module."): torch.empty(s, device="meta") for n, s, *_ in keys}
     with torch.device("meta"):
-        config = swin_unetr3d.UNIVERSAL_VARIANTS["universal"]
-        model = UniversalSwinUNETR(config, torch.empty(32, swin_unetr3d.TEXT))
+        config = universal.UNIVERSAL_VARIANTS["universal"]
+        model = UniversalSwinUNETR(config, torch.empty(32, universal.TEXT))
     ours = model.state_dict()
     assert shapes(swin_unetr3d.convert(file)) == shapes(ours)
     official = {
@@ -184,7 +186,7 @@ def test_the_head_and_its_gradients_equal_grouped_convolutions():
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 8, 16, 17, 18, generator=generator).double().requires_grad_()
     numbers = torch.randn(2, 5, 153, generator=generator).double().requires_grad_()
-    assert x[0, 0].numel() > swin_unetr3d.PART
+    assert x[0, 0].numel() > universal.PART
     weight = torch.randn(2, 5, 16, 17, 18, generator=generator).double()
     results = []
     for head in (dynamic_head, official_head):

@@ -10,7 +10,7 @@ from conftest import ROOT, command
 from test_prepare_volumes import edit, write_btcv, write_task
 
 import prepare
-import swin_unetr3d
+import universal
 from imaging import layouts, nifti
 
 TABLES = ROOT / "universal_labels.json"
@@ -69,14 +69,14 @@ def test_the_study_s_classes(name, tmp_path, capsys):
     assert prepare.main([str(x) for x in arguments]) == 0
     found, numbers = read(tmp_path / "out")
     classes = {k for some in STUDY[name].values() for k in some}
-    assert found.keys() == {swin_unetr3d.ORGANS[k] for k in classes}
+    assert found.keys() == {universal.ORGANS[k] for k in classes}
     for k in classes:
         raws = [number for number, some in STUDY[name].items() if k in some]
-        assert np.array_equal(found[swin_unetr3d.ORGANS[k]], np.isin(numbers, raws))
+        assert np.array_equal(found[universal.ORGANS[k]], np.isin(numbers, raws))
     assert {*numbers.ravel()} == {0, *STUDY[name]}
     said = capsys.readouterr().out
     (line,) = (line for line in said.splitlines() if line.startswith("classes: "))
-    assert all(swin_unetr3d.ORGANS[k] in line for k in classes) and "background" not in line
+    assert all(universal.ORGANS[k] in line for k in classes) and "background" not in line
 
 
 def test_every_table_is_of_the_study():
