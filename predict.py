@@ -10,8 +10,8 @@ Images, folders of images and data sets become PNG masks (0 and 255, or class nu
 with legend.png and classes.json) at each image's own size, named like the image (of a data set:
 like the mask). Sub-folders are read too, and have their like in --out; hidden files are passed
 over. SAM is asked by the boxes of a CSV or JSON file (image,class,x0,y0,x1,y1), by points
-(image,class,x,y,label; 1 inside, 0 outside), or by both (see imaging/boxes_and_points.py), whose images are file
-names or, where these repeat, paths relative to the folder of images; without either by the box
+(image,class,x,y,label; 1 inside, 0 outside), or by both (boxes_and_points.py), whose images are
+file names or, where these repeat, paths relative to the folder of images; without either by the box
 around each image.
 Volumes (NIfTI; a case's channels one 4-D file or, in one folder, CASE_0000, CASE_0001, …) become
 label maps on their own grid, the numbers' names in classes.json; where classes overlap a file for
@@ -117,7 +117,7 @@ def volume_options(add) -> None:
     """Those that only models of volumes take, OF_VOLUMES."""
     help = "of a volume: keep of each class only its largest connected component"
     add("--largest-component", action="store_true", help=help)
-    help = "keep of organs their largest piece, of tumours what is in the organ; see imaging/organ_rules.py"
+    help = "keep of organs their largest piece, of tumours what is in the organ; see organ_rules.py"
     add("--organ-rules", action="store_true", help=help)
     add("--classes", nargs="+", metavar="NAME", help="of a Universal Model: these alone")
     share = Number(at_least=0, below=1)

@@ -19,7 +19,7 @@ and `uw-madison` and `duke-*` that of class maps, whose pixels are class numbers
 
     {train,val,test}/{images,masks}/NAME.png  classes.json: {"0": "background", "1": "stomach", ...}
 
-`msd`, `btcv` and `demo-volumes` make volumes, in the Decathlon's layout (preparation/volume_sets.py):
+`msd`, `btcv` and `demo-volumes` make volumes, in the Decathlon's layout (volume_sets.py):
 
     images{Tr,Ts}/NAME.nii.gz  labels{Tr,Ts}/NAME.nii.gz  dataset.json, which lists the splits
 

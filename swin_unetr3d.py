@@ -27,8 +27,9 @@ Same numbers as MONAI's with less work: `WindowedAttention`, `Normalised`, `add_
 channels last in memory. Left out: two dimensions, dropout (0 in all files), self-supervised heads.
 
 A whole CT is turned to RAS, resampled to `config.spacing`, preprocessed, cut into windows of
-`config.image_size` and brought back to its own grid. Copy `imaging/volumes.py`, `imaging/atomic_files.py` and
-`imaging/files.py` too (they need numpy, nibabel, tqdm):
+`config.image_size` and brought back to its own grid. Copy the folder `imaging/` too; of it
+`volumes.py` is needed, with numpy, nibabel and tqdm:
+    from imaging import volumes
     probabilities, labels, affine = volumes.segment(SwinUNETR.from_pretrained(…), "ct.nii.gz")
 In MONAI: Orientation("RAS"), Spacing, `preprocess`, sliding_window_inference(mode="gaussian").
 """

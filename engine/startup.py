@@ -1,7 +1,8 @@
 """The first seconds of a program, and the signals that end it.
 
-A program calls `guard_imports` before it imports torch, which takes seconds. `command_line.command` then
-calls `catch_signals`, so that Ctrl-C, SIGTERM and SIGHUP end it with one line.
+A program calls `guard_imports` before it imports torch, which takes seconds.
+Then `command_line.command` calls `catch_signals`, so that Ctrl-C, SIGTERM and SIGHUP end it with one
+line.
 """
 
 import os

@@ -23,7 +23,7 @@ from imaging import image_files, layouts, nifti, volumes
 
 # --- check ---------------------------------------------------------------------------------------
 #
-# How a file is read is decided in data.py and imaging/volumes.py; here is only counted what came out.
+# How a file is read is decided in data.py and imaging/; here is only counted what came out.
 # `findings` maps a kind of finding to its lines, each of which begins with the file it is about.
 
 MASK_THRESHOLD = "values of binary masks above it, 0 to 255, are foreground; else their values tell"

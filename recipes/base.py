@@ -159,7 +159,7 @@ def choose_trained(model: nn.Module, family, settings: Settings) -> None:
     """Freezes what `settings.train` leaves as it is; family: the model's in recipes.FAMILIES.
 
     all: nothing is frozen; decoder: the towers are; lora: the towers are, with a low-rank update of
-    `lora_rank` on their linear layers (engine/lora.py; see `Family.lora`), which is trained with the
+    `lora_rank` on their linear layers (lora.py; see `Family.lora`), which is trained with the
     decoder; adapters: everything but the adapters of `adapter_dim` in both towers.
     """
     adapters = [name for name, _ in model.named_parameters() if "adapter" in name]

@@ -37,7 +37,7 @@ def load_classes(weights, variant, settings: Settings, overrides, train_set, kin
 
 
 # github.com/JaeL17/Medical-Image-Segmentation (model.py, utils.py, trainer.py). Quirks: 288 pixels
-# of the nearest neighbour and ImageNet's mean for every model; see losses.py and imaging/augment.py. Left
+# of the nearest neighbour and ImageNet's mean for every model; see losses.py and augment.py. Left
 # out: the last, smaller batch was dropped.
 GI_TRACT = dict(
     config={
