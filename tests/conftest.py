@@ -15,6 +15,9 @@ from safetensors.torch import save_file
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # so that the workers do not compete for the cores
+    os.environ["OMP_NUM_THREADS"] = "1"  # the same in the programs that tests start
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # of what a shell starts in the background
     signal.signal(signal.SIGINT, signal.default_int_handler)  # programs that tests start inherit it
 
