@@ -134,10 +134,28 @@ def real_weights(real_data) -> Path:
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: minutes; run by `make test-slow`")
+    config.addinivalue_line("markers", "curves: draws the curves of its runs, see no_curves")
     config.addinivalue_line("markers", "online: needs the hub; run by `make test-online`")
     config.addinivalue_line(
         "markers", "numeric: compares computed numbers; also run by `make test-processors`"
     )
+
+
+@pytest.fixture(autouse=True)
+def no_curves(request, monkeypatch):
+    """Write an empty picture for each epoch's curves, which take as long as the epoch.
+
+    Tests marked `curves` draw them.
+    """
+    if request.node.get_closest_marker("curves") is None:
+        empty = Image.new("RGB", (1, 1))
+        monkeypatch.setattr("imaging.pictures.curves", lambda path, _: empty.save(path))
+
+
+@pytest.fixture
+def untested(monkeypatch):
+    """Train without the test at the end, where only the training is compared."""
+    monkeypatch.setattr("engine.evaluate.test", lambda *_: {})
 
 
 @pytest.fixture

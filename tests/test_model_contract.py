@@ -475,7 +475,11 @@ def test_all_forms_of_a_checkpoint_are_the_same_model(row, form, tmp_path, capsy
 
 @pytest.mark.parametrize("row, place", cases("PLACES"))
 @pytest.mark.parametrize("fault", ["renamed", "dropped", "added", "reshaped"])
-def test_one_tensor_that_does_not_fit_is_named(row, place, fault, tmp_path):
+def test_one_tensor_that_does_not_fit_is_named(row, place, fault, tmp_path, monkeypatch):
+    if hasattr(row.file, "VARIANTS"):  # each load builds all of them, to find the closest one
+        first = next(iter(row.file.VARIANTS))
+        two = {name: row.file.VARIANTS[name] for name in (first, "mini")}
+        monkeypatch.setattr(row.file, "VARIANTS", two)
     form = place.form
     state = {**state_in_file(row, form)}
     t = state[place.name] if fault in ("added", "reshaped") else state.pop(place.name)
