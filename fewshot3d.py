@@ -66,6 +66,7 @@ VARIANTS = {  # parameters
     "universal-attention": AttentionConfig(),  # 65,754,355
     "mini": AttentionConfig(12, codes="random", image_size=(64, 64, 64)),  # for tests and demos
 }
+
 TEXT_VARIANTS = {
     "btcv": TextConfig(**swin_unetr3d.BTCV),  # 62,187,296, to which the options add
     "mini": TextConfig(12, num_classes=3, image_size=(96, 64, 64)),
@@ -239,6 +240,11 @@ class TextSwinUNETR(Backbone):
         new = [part for part, option in PARTS.items() if not getattr(config, option)]
         fresh = "|".join(filter(None, (fresh, *(rf"{part}\..*" for part in new))))
         return swin_unetr3d.load(model, weights, fresh, source)
+
+
+# --------------------------------------------------------------------------------------------------
+# Nothing under this line is needed to understand the model.
+# --------------------------------------------------------------------------------------------------
 
 
 PARTS = {  # of the model -> the option that has them

@@ -73,8 +73,11 @@ BTCV = dict(classes=(
     "stomach", "aorta", "inferior vena cava", "portal and splenic veins", "pancreas",
     "right adrenal gland", "left adrenal gland",
 ))  # fmt: skip
+
 BRATS21 = dict(image_size=(128,) * 3, spacing=(1.0,) * 3, intensity=None, overlapping=True)
+
 BRATS21 |= dict(classes=("background", "tumor core", "whole tumor", "enhancing tumor"))
+
 VARIANTS = {  # parameters
     "base": Config(),  # 62,187,296
     "small": Config(24),  # 15,703,304
@@ -85,20 +88,14 @@ VARIANTS = {  # parameters
     "brats21": Config(in_channels=4, num_classes=3, **BRATS21),  # 62,191,941; FLAIR, T1ce, T1, T2
     "mini": Config(12, num_classes=3, image_size=(64, 64, 64)),  # 4,078,077; for tests and demos
 }
-HEADS = (3, 6, 12, 24)  # of the four stages
+
 WINDOW, SHIFT = 7, 3  # tokens along a side
-EPS, SLOPE = 1e-5, 0.01  # of the instance norms and the leaky ReLUs
-# Attention scores that exist at a time while gradients are made: 17 MB, and 268 MB on a GPU, which
-# waits for small pieces longer than it computes them.
-CHUNK = 2**22
-CHUNK_ON_GPU = 2**26
-# The octants of a cell of 2x2x2 in the order in which they are merged.
-OCTANTS = {
-    # quirk: reads two octants twice and two never (swin_unetr.py of MONAI 0.9.0 to 1.4.0)
-    "legacy": "000 100 010 001 101 010 001 111",
-    "merging": "000 100 010 001 110 101 011 111",  # since 1.5.0
-    "mergingv2": "000 001 010 011 100 101 110 111",  # since 1.0.0
-}
+
+
+def pairs(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(7,7), of two places along an axis -> of D (7,1,1,7,1,1), of H and of W, to be broadcast."""
+    d = x[:, None, None, :, None, None]  # (7,1,1,7,1,1)
+    return d, d.movedim((0, 3), (1, 4)), d.movedim((0, 3), (2, 5))
 
 
 def position_index() -> Tensor:
@@ -122,12 +119,6 @@ def shift_masks() -> Tensor:
     return apart * -100.0  # quirk: not -inf
 
 
-def pairs(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(7,7), of two places along an axis -> of D (7,1,1,7,1,1), of H and of W, to be broadcast."""
-    d = x[:, None, None, :, None, None]  # (7,1,1,7,1,1)
-    return d, d.movedim((0, 3), (1, 4)), d.movedim((0, 3), (2, 5))
-
-
 def windows(x: Tensor, window: tuple[int, ...], parts: int, heads: int) -> Tensor:
     """x (B,D,H,W,parts*h*d) -> a view of it, (parts,B,D/7,H/7,W/7,h,7,7,7,d) for windows of 7."""
     sizes = (n for side, w in zip(x.shape[1:4], window, strict=True) for n in (side // w, w))
@@ -144,6 +135,25 @@ def slabs(window: tuple[int, ...], shifts: tuple[int, ...]) -> Iterator[tuple]:
         ends = zip(last, shifts, strict=True)
         part = (slice(-1, None) if i else slice(-1 if shift else None) for i, shift in ends)
         yield (slice(None), slice(None), *part), (*last, *(slice(w) for w in window * 2))
+
+
+# Attention scores that exist at a time while gradients are made: 17 MB, and 268 MB on a GPU, which
+# waits for small pieces longer than it computes them.
+CHUNK = 2**22
+
+CHUNK_ON_GPU = 2**26
+
+
+def gradients(q: Tensor, k: Tensor, v: Tensor, dy: Tensor, bias: Tensor, dbias: Tensor) -> None:
+    """q, k, v (n,h,N,d) become their gradients, given dy of the result; dbias (h,N,N) grows."""
+    scale = q.shape[3] ** -0.5
+    p = torch.add(bias, q @ k.mT, alpha=scale).softmax(3)  # (n,h,N,N)
+    dp = (dy @ v.mT).to(p.dtype)  # (n,h,N,N), half precision has a float32 bias
+    ds = torch._softmax_backward_data(dp, p, 3, p.dtype)  # of the scores
+    dbias += ds.sum(0)
+    ds, p = ds.to(q.dtype), p.to(q.dtype)
+    dq, dk = scale * (ds @ k), scale * (ds.mT @ q)
+    q.copy_(dq), k.copy_(dk), v.copy_(p.mT @ dy)
 
 
 class WindowedAttention(torch.autograd.Function):
@@ -191,18 +201,6 @@ class WindowedAttention(torch.autograd.Function):
         return dqkv, dbias, None, None, None
 
 
-def gradients(q: Tensor, k: Tensor, v: Tensor, dy: Tensor, bias: Tensor, dbias: Tensor) -> None:
-    """q, k, v (n,h,N,d) become their gradients, given dy of the result; dbias (h,N,N) grows."""
-    scale = q.shape[3] ** -0.5
-    p = torch.add(bias, q @ k.mT, alpha=scale).softmax(3)  # (n,h,N,N)
-    dp = (dy @ v.mT).to(p.dtype)  # (n,h,N,N), half precision has a float32 bias
-    ds = torch._softmax_backward_data(dp, p, 3, p.dtype)  # of the scores
-    dbias += ds.sum(0)
-    ds, p = ds.to(q.dtype), p.to(q.dtype)
-    dq, dk = scale * (ds @ k), scale * (ds.mT @ q)
-    q.copy_(dq), k.copy_(dk), v.copy_(p.mT @ dy)
-
-
 class Attention(nn.Module):
     def __init__(self, dim: int, heads: int):
         super().__init__()
@@ -248,6 +246,15 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
+# The octants of a cell of 2x2x2 in the order in which they are merged.
+OCTANTS = {
+    # quirk: reads two octants twice and two never (swin_unetr.py of MONAI 0.9.0 to 1.4.0)
+    "legacy": "000 100 010 001 101 010 001 111",
+    "merging": "000 100 010 001 110 101 011 111",  # since 1.5.0
+    "mergingv2": "000 001 010 011 100 101 110 111",  # since 1.0.0
+}
+
+
 class Merging(nn.Module):
     """A cell of 2x2x2 tokens becomes one token, of twice the channels."""
 
@@ -261,6 +268,23 @@ class Merging(nn.Module):
         """x (B,D,H,W,C), even sides -> (B,D/2,H/2,W/2,2C)."""
         cells = [x[:, d::2, h::2, w::2] for d, h, w in self.octants]
         return self.reduction(self.norm(torch.cat(cells, 4)))  # (B,D/2,H/2,W/2,2C)
+
+
+EPS, SLOPE = 1e-5, 0.01  # of the instance norms and the leaky ReLUs
+
+
+def moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance of each channel of each volume: (B,C,D,H,W) -> (B,C,1,1,1) each."""
+    if x.device.type != "cpu":
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        return x.mean((2, 3, 4), True), x.var((2, 3, 4), correction=0, keepdim=True)
+    # `var` is slow. With channels last a batch norm is fast, but adds up numbers one by one, and
+    # where grey levels are few all round the same way; so that of 16 parts of each W, then of all.
+    rows = x.movedim(1, 4).flatten(3).flatten(1, 2)  # (B,D*H,W*C)
+    rows = rows.reshape(len(x) * math.gcd(rows.shape[1], 16), -1, rows.shape[2])
+    found = zip(*(torch.batch_norm_update_stats(one, None, None, 0.0) for one in rows), strict=True)
+    mean, var = (torch.stack(t).double().view(len(x), -1, x.shape[1], 1, 1, 1) for t in found)
+    return mean.mean(1), var.mean(1) + mean.var(1, correction=0)  # from (B,16*W,C,1,1,1)
 
 
 class Normalised(torch.autograd.Function):
@@ -295,20 +319,6 @@ class Normalised(torch.autograd.Function):
         dyx, dys = (t.mean((2, 3, 4), True, dtype=scale.dtype) for t in (dy * x, dy))  # (B,C,1,1,1)
         torch.addcmul(-scale * dys, x, -scale * dyx, out=x).addcmul_(dy, scale)
         return x, None if around is None else dy, None
-
-
-def moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance of each channel of each volume: (B,C,D,H,W) -> (B,C,1,1,1) each."""
-    if x.device.type != "cpu":
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
-        return x.mean((2, 3, 4), True), x.var((2, 3, 4), correction=0, keepdim=True)
-    # `var` is slow. With channels last a batch norm is fast, but adds up numbers one by one, and
-    # where grey levels are few all round the same way; so that of 16 parts of each W, then of all.
-    rows = x.movedim(1, 4).flatten(3).flatten(1, 2)  # (B,D*H,W*C)
-    rows = rows.reshape(len(x) * math.gcd(rows.shape[1], 16), -1, rows.shape[2])
-    found = zip(*(torch.batch_norm_update_stats(one, None, None, 0.0) for one in rows), strict=True)
-    mean, var = (torch.stack(t).double().view(len(x), -1, x.shape[1], 1, 1, 1) for t in found)
-    return mean.mean(1), var.mean(1) + mean.var(1, correction=0)  # from (B,16*W,C,1,1,1)
 
 
 def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -353,6 +363,9 @@ class Stage(nn.Module):
         for block in self.blocks:
             x = block(x, index, masks)
         return self.downsample(x)
+
+
+HEADS = (3, 6, 12, 24)  # of the four stages
 
 
 class SwinTransformer(nn.Module):
@@ -430,6 +443,17 @@ class UpBlock(nn.Module):
         return block.rest(y, around)
 
 
+def check_size(volume: Tensor, channels: int) -> None:
+    """ValueError of one line if a volume (B,C,D,H,W) is none that the model takes."""
+    if volume.ndim != 5 or volume.shape[1] != channels:
+        expected = f"(B,{channels},D,H,W)"
+        raise ValueError(f"volume is {tuple(volume.shape)}, the model takes {expected}")
+    sides = tuple(volume.shape[2:])
+    if any(side % 32 for side in sides) or max(sides) < 64:  # one voxel in the end has no variance
+        why = "must be multiples of 32, one of them 64 or more"
+        raise ValueError(f"volume's sides are {sides}, {why}; pad or cut it")
+
+
 class Backbone(nn.Module):
     """`checkpointing = True` saves memory in training for time: blocks run again for gradients."""
 
@@ -493,19 +517,15 @@ class SwinUNETR(Backbone):
         return load(cls(replace(config, **overrides)), weights, fresh, source)
 
 
-def check_size(volume: Tensor, channels: int) -> None:
-    """ValueError of one line if a volume (B,C,D,H,W) is none that the model takes."""
-    if volume.ndim != 5 or volume.shape[1] != channels:
-        expected = f"(B,{channels},D,H,W)"
-        raise ValueError(f"volume is {tuple(volume.shape)}, the model takes {expected}")
-    sides = tuple(volume.shape[2:])
-    if any(side % 32 for side in sides) or max(sides) < 64:  # one voxel in the end has no variance
-        why = "must be multiples of 32, one of them 64 or more"
-        raise ValueError(f"volume's sides are {sides}, {why}; pad or cut it")
+# --------------------------------------------------------------------------------------------------
+# Nothing under this line is needed to understand the model.
+# --------------------------------------------------------------------------------------------------
 
 
 FILES = ("best.safetensors", "model.safetensors", "pytorch_model.bin")
+
 FILES += ("model.pt", "models/model.pt", "model_swinvit.pt")
+
 RELEASED = {  # fields of Config; merging is legacy in all
     "MONAI/swin_unetr_btcv_segmentation": BTCV, "model_swinvit.pt": {},
     "CLIP-Driven-Universal-Model": {}, "clip_driven_universal_swin_unetr.pth": {},
@@ -517,11 +537,13 @@ RELEASED = {  # fields of Config; merging is legacy in all
     f"fold{k}_f48_ep300_4gpu_dice0_{dice}": BRATS21
     for k, dice in enumerate((8854, 9059, 8981, 8924, 9035))
 }  # fmt: skip
+
 IGNORED = {
     r".*\.relative_position_index": "`position_index`",
     r"(swinViT\.)?norm\.(weight|bias)": "of the encoder alone, which nothing uses",
     r"(rotation_head|contrastive_head|convTrans3d|conv)\..*": "heads of the self-supervised task",
 }
+
 # Other names of the encoder -> MONAI's, then MONAI's -> ours.
 RENAMES = (
     (r"^backbone\.", ""), (r"^swin_vit\.", "swinViT."),
@@ -532,12 +554,14 @@ RENAMES = (
     (r"^(encoder\d+)\.layer\.", r"\1."), (r"^out\.conv\.conv\.", "out."),
     (r"(conv\d?)\.conv\.weight$", r"\1.weight"),
 )  # fmt: skip
+
 OFFICIAL = (  # ours -> MONAI's
     (r"\.layers\.(\d)\.conv\.", lambda match: f".layers{int(match[1]) + 1}c.0.layer."),
     (r"\.layers\.(\d)\.", lambda match: f".layers{int(match[1]) + 1}.0."),
     (r"^(encoder\d+)\.", r"\1.layer."), (r"(conv\d?)\.weight$", r"\1.conv.weight"),
     (r"^out\.", "out.conv.conv."),
 )  # fmt: skip
+
 FRESH = {"classes": r"out\..*", "encoder alone": r"(encoder|decoder|out).*"}  # what may be new
 
 

@@ -48,6 +48,47 @@ UNIVERSAL_VARIANTS = {
     "mini": UniversalConfig(12, codes="random", image_size=(64,) * 3),  # for tests and demos
 }
 
+CODE, TEXT = 256, 512  # numbers of a class's code and of CLIP's text
+
+CODES = ("text", "random", "one-hot")  # of CLIP; a parameter (256,); like a text, but (K,)
+
+LAYERS = (64, 64, 8, 8, 8, 1)  # numbers of a class: weights of three layers, then their biases
+
+# Voxels at a time: their channels stay in the cache of a processor, and keep a GPU busy.
+PART = 4096
+
+PART_ON_GPU = 2**17
+
+
+def check_codes(codes: str, embedding: Tensor | None, *shape: int) -> None:
+    """ValueError of one line if codes are of no kind, or are texts and there are none so shaped."""
+    have = "no embedding" if embedding is None else f"embedding {tuple(embedding.shape)}"
+    if codes not in CODES or (codes == "text") != (embedding is not None):
+        raise ValueError(f"codes {codes!r} and {have}: of {', '.join(CODES)} text alone has one")
+    if embedding is not None and embedding.shape != shape:
+        raise ValueError(f"{have}: what classes there are take {shape}")
+
+
+def dynamic_head(x: Tensor, numbers: Tensor) -> Tensor:
+    """Runs each class's network of three 1x1x1 convolutions: x (B,8,D,H,W), numbers (B,k,153) ->
+    logits (B,k,D,H,W).
+
+    The official code repeats x for each class and convolves in groups. Here the first layers of all
+    classes are one product of matrices.
+    """
+    B, k, _ = numbers.shape
+    w1, w2, w3, b1, b2, b3 = numbers.split(LAYERS, 2)
+    w1, b1 = w1.reshape(B, 8 * k, 8), b1.reshape(B, 8 * k, 1)
+    w2, b2 = w2.reshape(B * k, 8, 8), b2.reshape(B * k, 8, 1)
+    w3, b3 = w3.reshape(B * k, 1, 8), b3.reshape(B * k, 1, 1)
+    voxels = PART if x.device.type == "cpu" else PART_ON_GPU
+    parts = []
+    for part in x.flatten(2).split(voxels, 2):  # (B,8,n)
+        y = torch.baddbmm(b1, w1, part).relu_()  # (B,8k,n)
+        y = torch.baddbmm(b2, w2, y.view(B * k, 8, -1)).relu_()  # (B*k,8,n)
+        parts.append(torch.baddbmm(b3, w3, y).view(B, k, -1))
+    return torch.cat(parts, 2).view(B, k, *x.shape[2:])
+
 
 class UniversalSwinUNETR(Backbone):
     """Finds the classes that it is asked for, each by a small network made of the class's code.
@@ -168,43 +209,11 @@ class UniversalSwinUNETR(Backbone):
         return load(model, weights, fresh, source)
 
 
-CODE, TEXT = 256, 512  # numbers of a class's code and of CLIP's text
-CODES = ("text", "random", "one-hot")  # of CLIP; a parameter (256,); like a text, but (K,)
-HEAD = r"(organ_embedding|text_to_vision|cross_attention|precls_conv|GAP|controller).*"
-LAYERS = (64, 64, 8, 8, 8, 1)  # numbers of a class: weights of three layers, then their biases
-# Voxels at a time: their channels stay in the cache of a processor, and keep a GPU busy.
-PART = 4096
-PART_ON_GPU = 2**17
-
-
-def dynamic_head(x: Tensor, numbers: Tensor) -> Tensor:
-    """Runs each class's network of three 1x1x1 convolutions: x (B,8,D,H,W), numbers (B,k,153) ->
-    logits (B,k,D,H,W).
-
-    The official code repeats x for each class and convolves in groups. Here the first layers of all
-    classes are one product of matrices.
-    """
-    B, k, _ = numbers.shape
-    w1, w2, w3, b1, b2, b3 = numbers.split(LAYERS, 2)
-    w1, b1 = w1.reshape(B, 8 * k, 8), b1.reshape(B, 8 * k, 1)
-    w2, b2 = w2.reshape(B * k, 8, 8), b2.reshape(B * k, 8, 1)
-    w3, b3 = w3.reshape(B * k, 1, 8), b3.reshape(B * k, 1, 1)
-    voxels = PART if x.device.type == "cpu" else PART_ON_GPU
-    parts = []
-    for part in x.flatten(2).split(voxels, 2):  # (B,8,n)
-        y = torch.baddbmm(b1, w1, part).relu_()  # (B,8k,n)
-        y = torch.baddbmm(b2, w2, y.view(B * k, 8, -1)).relu_()  # (B*k,8,n)
-        parts.append(torch.baddbmm(b3, w3, y).view(B, k, -1))
-    return torch.cat(parts, 2).view(B, k, *x.shape[2:])
-
-
-def check_codes(codes: str, embedding: Tensor | None, *shape: int) -> None:
-    """ValueError of one line if codes are of no kind, or are texts and there are none so shaped."""
-    have = "no embedding" if embedding is None else f"embedding {tuple(embedding.shape)}"
-    if codes not in CODES or (codes == "text") != (embedding is not None):
-        raise ValueError(f"codes {codes!r} and {have}: of {', '.join(CODES)} text alone has one")
-    if embedding is not None and embedding.shape != shape:
-        raise ValueError(f"{have}: what classes there are take {shape}")
+# --------------------------------------------------------------------------------------------------
+# Nothing under this line is needed to understand the model.
+# --------------------------------------------------------------------------------------------------
 
 
 UNIVERSAL_FILES = ("best.safetensors", "clip_driven_universal_swin_unetr.pth")
+
+HEAD = r"(organ_embedding|text_to_vision|cross_attention|precls_conv|GAP|controller).*"
