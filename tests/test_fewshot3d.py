@@ -12,6 +12,7 @@ from recipe import fill
 
 import fewshot3d
 import swin_unetr3d
+import universal as universal_file
 from fewshot3d import AttentionUniversal, CrossModalTransformer, TextSwinUNETR
 from imaging import volumes
 from universal import UniversalSwinUNETR, dynamic_head
@@ -86,7 +87,7 @@ def test_names_and_shapes_of_both_studies():
     with torch.device("meta"):
         config = fewshot3d.VARIANTS["universal-attention"]
         model = AttentionUniversal(config, torch.empty(32, 512))
-    assert shapes(swin_unetr3d.to_official(model.state_dict())) == names
+    assert shapes(universal_file.to_official(model.state_dict())) == names
     official = {n: torch.empty(s, device="meta") for n, s in names.items()}
     assert shapes(swin_unetr3d.convert(official)) == shapes(model.state_dict())
     count, source = sum(p.numel() for p in model.parameters()), (ROOT / "fewshot3d.py").read_text()
