@@ -22,7 +22,7 @@ What differs from the official code, where it is plainly wrong or knows no other
 import numpy as np
 
 from imaging.layouts import plain_name
-from imaging.volumes import components, largest_components
+from imaging.volumes import labelled_components, largest_components
 
 ORGANS = (
     "spleen", "right kidney", "left kidney", "gall bladder", "esophagus", "liver", "stomach",
@@ -82,7 +82,7 @@ def not_below(mask: np.ndarray, other: np.ndarray) -> np.ndarray:
 def lungs(right: np.ndarray, left: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Bool (X,Y,Z) each -> the same."""
     both = right | left
-    if (found := components(both)) is None:
+    if (found := labelled_components(both)) is None:
         return right, left
     box, parts, sizes = found
     kept = np.zeros_like(both)
