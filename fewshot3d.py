@@ -66,9 +66,17 @@ VARIANTS = {  # parameters
     "universal-attention": AttentionConfig(),  # 65,754,355
     "mini": AttentionConfig(12, codes="random", image_size=(64, 64, 64)),  # for tests and demos
 }
-TEXT_VARIANTS = {
-    "btcv": TextConfig(**swin_unetr3d.BTCV),  # 62,187,296, to which the options add
-    "mini": TextConfig(12, num_classes=3, image_size=(96, 64, 64)),
+BTCV = swin_unetr3d.BTCV
+MINI = TextConfig(12, num_classes=3, image_size=(96, 64, 64))
+TEXT_VARIANTS = {  # without a text option these are Swin UNETR: 62,187,296 and 4,078,077
+    "attention": TextConfig(attention=True, **BTCV),  # 72,861,260
+    "concat": TextConfig(concat=True, **BTCV),  # 64,940,576
+    "contrast": TextConfig(contrast=True, **BTCV),  # 72,824,864
+    "all": TextConfig(attention=True, concat=True, contrast=True, **BTCV),  # 86,252,108
+    "mini": replace(MINI, attention=True),  # 5,267,565; minis are for tests and demos
+    "mini-concat": replace(MINI, concat=True),  # 4,324,029
+    "mini-contrast": replace(MINI, contrast=True),  # 5,260,029
+    "mini-all": replace(MINI, attention=True, concat=True, contrast=True),  # 6,695,469
 }
 
 # Names of the study's layers: attention, norm, MLP, norm.
@@ -175,9 +183,10 @@ class AttentionUniversal(UniversalSwinUNETR):
 
 
 class TextSwinUNETR(Backbone):
-    """Swin UNETR that reads one text, which says which organs there are."""
+    """Swin UNETR that reads one text, which says which organs are wanted."""
 
-    def __init__(self, config: TextConfig):
+    def __init__(self, config: TextConfig, text: Tensor | None = None):
+        """text (512,): that of all organs, which `forward` reads if it is given none."""
         super().__init__(config)
         f = config.feature_size
         n = math.prod(side // 32 for side in config.image_size)  # voxels of the lowest map, 27
@@ -197,15 +206,24 @@ class TextSwinUNETR(Backbone):
             self.text_fc_concat.requires_grad_(not config.attention)  # quirk: idle with attention
             self.decoder5 = swin_unetr3d.UpBlock(32 * f, 8 * f)
         self.out = nn.Conv3d(f, config.num_classes, 1)
+        if text is not None:
+            if text.shape != (TEXT,):
+                raise ValueError(f"text of all organs is {tuple(text.shape)}, expected ({TEXT},)")
+            self.register_buffer("organ_text", text.float())
 
-    def forward(self, volume: Tensor, text: Tensor) -> tuple[Tensor, Tensor | None]:
+    def forward(self, volume: Tensor, text: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Return logits (B,K,D,H,W) and, with contrast, its loss, else None.
 
-        volume (B,C,D,H,W) as `preprocess` makes it; text (B,512), or (512,) for all volumes. The
-        study adds a tenth of the contrast to its loss. With attention or contrast the sides must be
-        those of the config's image_size. Raises ValueError, one line, for other shapes.
+        volume (B,C,D,H,W) as `preprocess` makes it; text (B,512), or (512,) for all volumes, or
+        None for that of all organs. The study adds a tenth of the contrast to its loss. With
+        attention or contrast the sides must be those of the config's image_size. Raises ValueError,
+        one line, for other shapes, and without a text.
         """
         B = len(volume)
+        if text is None:
+            if not hasattr(self, "organ_text"):
+                raise ValueError(f"no text: give one, ({TEXT},) or ({B},{TEXT})")
+            text = self.organ_text
         if text.shape not in ((TEXT,), (1, TEXT), (B, TEXT)):
             expected = f"({TEXT},) or ({B},{TEXT})"
             raise ValueError(f"text is {tuple(text.shape)}, of this volume {expected}")
@@ -255,20 +273,28 @@ class TextSwinUNETR(Backbone):
 
     @classmethod
     def from_pretrained(
-        cls, source: str | Path, num_classes: int | None = None, repeat=False, **overrides
+        cls,
+        source: str | Path,
+        num_classes: int | None = None,
+        repeat=False,
+        text: Tensor | None = None,
+        **overrides,
     ) -> "TextSwinUNETR":
         """Load a file, a folder, a run folder or a hub id, in evaluation mode.
 
-        A file of Swin UNETR, or of its encoder alone, gets the layers of the text options that
+        Weights of Swin UNETR, or of its encoder alone, get the layers of the text options that
         `overrides`, fields of TextConfig, switch on; what is new is printed. With concat,
         decoder5's weights for the text are 0 at first, so that the model begins as the plain one;
-        repeat: those for the image once more, as in the study. Raises ValueError or
-        FileNotFoundError, one line, for a file that does not fit.
+        repeat: those for the image once more, as in the study. text (512,): that of all organs, in
+        place of the one in the weights. Raises ValueError or FileNotFoundError, one line, for a
+        file that does not fit.
         """
         weights, settings = swin_unetr3d.read_checkpoint(source, swin_unetr3d.FILES)
         weights = swin_unetr3d.convert(weights)
         if "format" in settings:  # a run folder of ours
-            values = swin_unetr3d.run_config(settings, "TextSwinUNETR", source, TextConfig)
+            is_plain = settings.get("class") == "SwinUNETR"
+            kind = "SwinUNETR" if is_plain else "TextSwinUNETR"
+            values = swin_unetr3d.run_config(settings, kind, source, TextConfig)
         else:
             values = swin_unetr3d.config_from_shapes(weights)
             values |= swin_unetr3d.config_from_name(source, settings, "merging" in overrides)
@@ -276,7 +302,9 @@ class TextSwinUNETR(Backbone):
                 values[option] = f"{part}.weight" in weights
         config = TextConfig(**values)
         weights, config, fresh = swin_unetr3d.new_classes(weights, num_classes, config, source)
-        model = cls(replace(config, **overrides))
+        if text is not None:
+            weights["organ_text"] = text
+        model = cls(replace(config, **overrides), weights.get("organ_text"))
 
         if model.config.concat and not config.concat:
             widen_for_text(weights, repeat, source)

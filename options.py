@@ -339,7 +339,6 @@ FOR_VOLUMES = (
     "crops_per_volume", "crop_ratio", "spacing", "intensity", "overlap", "window_batch",
     "checkpointing",
 )  # fmt: skip
-FOR_UNIVERSAL = ("codes", "text_codes")
 FOR_SAM = ("sam_prompts", "jitter", "min_area", "prompts_per_image", "boxes", "points", "topology")
 
 
@@ -350,7 +349,12 @@ def check(options: Options, family, name: str) -> None:
     if options.variant is not None and options.variant not in family.variants:
         have = ", ".join(family.variants)
         raise ValueError(f"--variant {options.variant}: {options.model} has {have}")
-    if options.variant is not None and options.weights not in (None, "none"):
+    adds_to_weights = getattr(family, "variant_with_weights", False)
+    if (
+        options.variant is not None
+        and options.weights not in (None, "none")
+        and not adds_to_weights
+    ):
         raise ValueError("--variant: leave it out, --weights say themselves what they are")
     second = second_file(options.model, options.clip, options.decoder)
     if second and options.weights == "none":
@@ -370,7 +374,12 @@ def check(options: Options, family, name: str) -> None:
         colour_table(options.pseudocolor)
     for keys, fits, told in (
         (FOR_SAM, family.asked, "takes no boxes or points, only SAM does"),
-        (FOR_UNIVERSAL, family.partial, "has no codes of classes, only universal and fewshot3d do"),
+        (["codes"], family.partial, "has no codes of classes, only universal and fewshot3d do"),
+        (
+            ["text_codes"],
+            family.partial or getattr(family, "takes_text_codes", False),
+            "has no codes of texts, only universal, fewshot3d and text_swin_unetr do",
+        ),
     ):
         if given := [key for key in keys if not fits and getattr(options, key) is not None]:
             raise ValueError(f"{flag(given[0])}: {options.model} {told}")

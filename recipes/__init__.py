@@ -17,7 +17,7 @@ to the letter, quirks named. The command line overrides any setting of the same 
 FAMILIES holds what each --model means. A new model is a file beside these and a row here.
 """
 
-from recipes import class_maps, clipseg, cris, sam, swin_unetr3d, universal
+from recipes import class_maps, clipseg, cris, sam, swin_unetr3d, text_swin_unetr, universal
 
 FAMILIES = {
     "cris": cris.FAMILY,
@@ -31,6 +31,7 @@ FAMILIES = {
     "swin_unetr3d": swin_unetr3d.FAMILY,
     "universal": universal.FAMILY,
     "fewshot3d": universal.FEWSHOT_FAMILY,
+    "text_swin_unetr": text_swin_unetr.FAMILY,
 }
 
 

@@ -94,21 +94,34 @@ def check_modality(model: nn.Module, train_set) -> None:
             raise ValueError(f"{entry.root} {told}; --intensity zscore")
 
 
+def volume_overrides(train_set, weights, overrides: dict) -> dict:
+    """Return overrides with the classes of the training set and, without weights, its channels."""
+    first = train_set.entries[0]
+    overlapping = first.regions is not None
+    overrides = {"num_classes": len(first.classes) - overlapping} | overrides
+    overrides |= {"overlapping": overlapping}
+    if weights == "none":
+        overrides = {"in_channels": train_set.channels} | overrides
+    return overrides
+
+
+def name_classes(model: nn.Module, train_set, weights) -> None:
+    """Give a model the names of the training set's classes; say which of its own they replace."""
+    classes = train_set.entries[0].classes
+    had = model.config.classes
+    if weights != "none" and moved(classes, had):
+        print(f"the head of {', '.join(had)} learns {', '.join(classes)}")
+    model.config = replace(model.config, classes=classes)
+
+
 def load_volumes(weights, variant, settings: Settings, overrides: dict, train_set):
     """A Swin UNETR with the classes of the training set; else with those of its file."""
     if train_set is not None:
-        first = train_set.entries[0]
-        overlapping = first.regions is not None
-        overrides = {"num_classes": len(first.classes) - overlapping} | overrides
-        overrides |= {"overlapping": overlapping}
-        if weights == "none":
-            overrides = {"in_channels": train_set.channels} | overrides
+        overrides = volume_overrides(train_set, weights, overrides)
     kind, variants = swin_unetr3d.SwinUNETR, swin_unetr3d.VARIANTS
     model = load(kind, variants, weights, variant, settings, overrides)
     if train_set is not None:
-        if weights != "none" and moved(first.classes, had := model.config.classes):
-            print(f"the head of {', '.join(had)} learns {', '.join(first.classes)}")
-        model.config = replace(model.config, classes=first.classes)
+        name_classes(model, train_set, weights)
     check_modality(model, train_set)
     return model
 
