@@ -315,6 +315,27 @@ class TextSwinUNETR(Backbone):
         return swin_unetr3d.load(model, weights, "|".join(patterns), source)
 
 
+class WithText(nn.Module):
+    """A TextSwinUNETR that always reads the same text: volumes in, logits out.
+
+    So it fits what takes a Swin UNETR, such as `volumes.segment(WithText(model), "ct.nii.gz")`.
+    """
+
+    def __init__(self, model: TextSwinUNETR, text: Tensor | None = None):
+        """text (512,), None for that of all organs."""
+        super().__init__()
+        self.model = model
+        self.text = text
+        self.config = model.config
+        self.preprocess = model.preprocess
+        self.postprocess = model.postprocess
+
+    def forward(self, volume: Tensor) -> Tensor:
+        """volume (B,C,D,H,W) as `preprocess` makes it -> logits (B,K,D,H,W)."""
+        logits, _ = self.model(volume, self.text)
+        return logits
+
+
 # --------------------------------------------------------------------------------------------------
 # Nothing under this line is needed to understand the models.
 # --------------------------------------------------------------------------------------------------

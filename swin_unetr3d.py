@@ -49,8 +49,8 @@ from torch.utils.checkpoint import checkpoint
 @dataclass(frozen=True)
 class Config:
     feature_size: int = 48  # channels of x0, a multiple of 12
-    in_channels: int = 1
-    num_classes: int = 14
+    in_channels: int = 1  # of the volume
+    num_classes: int = 14  # with the background, unless they overlap
     v2: bool = False  # a residual block of convolutions before each stage
     merging: str = "legacy"  # order in which neighbours merge, a key of OCTANTS
     image_size: tuple[int, ...] = (96, 96, 96)  # of the windows that a volume is cut into

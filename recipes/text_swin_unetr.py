@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.runs import run_config
-from fewshot3d import TEXT_VARIANTS, TextSwinUNETR
+from fewshot3d import TEXT_VARIANTS, TextSwinUNETR, WithText
 from imaging.layouts import plain_name
 from recipes.base import Family, Recipe, Settings, hub_id
 from recipes.swin_unetr3d import (
@@ -132,23 +132,9 @@ def text_loss(output: tuple, batch: dict, settings: TextSettings) -> tuple[Tenso
     return loss + settings.contrast_weight * contrast, parts | {"contrast": contrast.detach()}
 
 
-class AllOrgans(nn.Module):
-    """The model with the text of all organs: volumes (B,C,D,H,W) -> logits (B,K,D,H,W)."""
-
-    def __init__(self, model: TextSwinUNETR):
-        super().__init__()
-        self.model = model
-        self.config = model.config
-        self.postprocess = model.postprocess
-
-    def forward(self, volume: Tensor) -> Tensor:
-        logits, _ = self.model(volume)
-        return logits
-
-
 def text_predict(model: TextSwinUNETR, item: dict, settings) -> tuple[Tensor, None]:
     """Return probabilities (K,X,Y,Z) of all organs on the file's own grid."""
-    return volume_predict(AllOrgans(model), item, settings)
+    return volume_predict(WithText(model), item, settings)
 
 
 def text_recipe(model: TextSwinUNETR, settings: TextSettings) -> Recipe:

@@ -18,6 +18,7 @@ import prepare
 import swin_unetr3d
 import train
 from fewshot3d import TextSwinUNETR
+from imaging import volumes
 from recipes import text_swin_unetr
 from recipes.base import lr_factor
 
@@ -198,6 +199,11 @@ def test_the_prediction_has_the_dice_of_the_test(made, run, tmp_path, monkeypatc
         k = numbers[row["class"]]
         assert int(row["tp"]) == ((p == k) & (t == k)).sum()
         assert int(row["fp"]) == ((p == k) & (t != k)).sum()
+
+    model = TextSwinUNETR.from_pretrained(run)
+    file = made.data / "imagesTs" / f"{name}.nii.gz"
+    _, labels, _ = volumes.segment(fewshot3d.WithText(model), file, overlap=0)
+    assert np.array_equal(labels, p) and len(np.unique(p)) > 1
 
     arguments = [*FAST[:2], "--weights", run, "--eval", "--test", made.data, "--workers", 0]
     arguments += ["--out", tmp_path / "e", "--cache", made.folder / "cache", "--overlays", 0]
