@@ -25,6 +25,7 @@ from engine.ranges import Number
 from imaging import pictures
 from options import Options, as_options, flag, resolve, values_of
 from recipes import FAMILIES, base, cris, images, sam
+from recipes.base import BOXES
 
 # --- ranges --------------------------------------------------------------------------------------
 
@@ -319,8 +320,8 @@ def small_run(root: Path, tmp_path: Path, model: str, **more) -> Options:
     """A training of one or two steps of a small model."""
     how = {"variant": "mini", "weights": "none", "out": str(tmp_path / "run"), "device": "cpu"}
     how |= {"cache": str(tmp_path / "cache"), "epochs": 1, "max_steps": 2, "workers": 0}
-    how |= {"prompt": "a blob"} if FAMILIES[model].reads else {}
-    how |= {"min_area": 1} if FAMILIES[model].asked else {}
+    how |= {"prompt": "a blob"} if FAMILIES[model].reads_text() else {}
+    how |= {"min_area": 1} if BOXES in FAMILIES[model].options else {}
     return Options(model=model, data=[str(root)], **how | {"overlays": 0} | more)
 
 
