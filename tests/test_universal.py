@@ -147,7 +147,7 @@ def test_names_and_shapes_are_those_of_the_released_file():
     assert shapes(swin_unetr3d.convert(swin_unetr3d.to_official(ours))) == shapes(ours)
     count = sum(p.numel() for p in model.parameters())
     assert (
-        f'"universal": UniversalConfig(),  # {count:,}\n' in (ROOT / "swin_unetr3d.py").read_text()
+        f'"universal": UniversalConfig(),  # {count:,}\n' in (ROOT / "universal.py").read_text()
     )
 
 

@@ -1195,7 +1195,8 @@ def test_sliding_windows_take_half_precision_and_refuse_what_is_wrong():
 
 
 MEMORY = """
-import torch, volumes
+import torch
+from imaging import volumes
 torch.set_num_threads(1)
 
 def run(image, classes):  # of 200 classes, which take no memory before they are kept
