@@ -296,7 +296,7 @@ def test_a_threshold_is_found_in_validation(options, demo):
     dice = {}
     for threshold in np.arange(1, 20) / 20:
         model.config = replace(model.config, threshold=float(threshold))
-        scores = evaluate.evaluate(model, recipe, val, options, False, "")
+        scores = evaluate.evaluate(model, recipe, val, resolve(options), False, "")
         dice[float(threshold)] = np.mean([row["dice"] for row in scores])
     saved = json.loads((train.Path(options.out) / "config.json").read_text())
     assert dice[saved["config"]["threshold"]] == max(dice.values())
@@ -311,7 +311,8 @@ def test_towers_that_no_decoder_reads_are_not_tested():
 def test_a_study_of_prompts_needs_a_type_of_all():
     some = SimpleNamespace(entries=[SimpleNamespace(prompts=p) for p in ({"p1": ["a"]}, {})])
     with pytest.raises(ValueError, match="busi has no type of prompt that all entries have"):
-        evaluate.prompt_study(None, SimpleNamespace(read=True), {"busi": some}, None)
+        recipe = SimpleNamespace(sources=images.common_prompt_types)
+        evaluate.prompt_study(None, recipe, {"busi": some}, None)
 
 
 # --- prompts as the model sees them ---------------------------------------------------------------

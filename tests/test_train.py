@@ -704,7 +704,7 @@ def test_the_threshold_of_each_validation_chooses_the_epoch(
     model = cris.CRIS.from_pretrained(whole.out)  # that Dice is what a plain evaluation gives
     recipe = cris_recipes.cris_recipe(model, cris_recipes.CRIS["default"])
     val = data.open_dataset(layouts.annotations(demo, "val"), options.cache)
-    found = evaluate.evaluate(model, recipe, val, replace(options, prompt="p6"), False, "")
+    found = evaluate.evaluate(model, recipe, val, resolve(replace(options, prompt="p6")), False, "")
     dice = np.mean([row["dice"] for row in found])
     assert dice == pytest.approx(float(best["val_dice"]), abs=1e-6)
 
