@@ -262,6 +262,8 @@ class UPerHead(nn.Module):
             x = y + F.interpolate(x, y.shape[2:], mode="bilinear", align_corners=False)
             pyramid.insert(0, conv(x))
         return self.classifier(self.fpn_bottleneck(*pyramid))  # all at the first one's size
+
+
 # end shared
 
 
@@ -438,6 +440,8 @@ def closest_variant(weights: dict[str, Tensor], kind: type[nn.Module], naming) -
         models = [naming(kind(config).state_dict()) for config in VARIANTS.values()]
     agree = [len(shapes & {(name, t.shape) for name, t in model.items()}) for model in models]
     return list(VARIANTS.values())[agree.index(max(agree))]
+
+
 # end shared
 
 
@@ -463,6 +467,8 @@ def to_rgb(image):
     if image.mode == "P":  # else Pillow warns of palettes with transparency
         image = image.convert("RGBA")
     return image.convert("RGB")
+
+
 # end shared
 
 
@@ -499,6 +505,8 @@ def postprocess(logits: Tensor, size: tuple[int, int], config: Config) -> Tensor
     """
     logits = F.interpolate(logits[None].float(), size, mode="bilinear", align_corners=False)[0]
     return logits.softmax(0) if len(logits) > 1 else logits.sigmoid()
+
+
 # end shared
 
 
@@ -521,6 +529,8 @@ def open_upright(image):
         if ";16" in str(opened.tile):
             raise ValueError(f"{image}: has 16 bits a channel; scale its values to 8 bits, 0..255")
         return ImageOps.exif_transpose(opened)
+
+
 # end shared
 
 
@@ -536,6 +546,8 @@ def evaluating(model: nn.Module):
     finally:
         for module, was_training in modes.items():
             module.training = was_training
+
+
 # end shared
 
 
@@ -561,6 +573,8 @@ def segment(model: nn.Module, image) -> tuple:
     else:
         mask = probabilities.argmax(0)
     return probabilities, mask.astype("uint8" if len(probabilities) <= 256 else "uint16")
+
+
 # end shared
 
 
@@ -601,6 +615,8 @@ def is_like(value, default) -> bool:
     if isinstance(default, int) and not isinstance(default, bool):
         return type(value) is int and 0 <= value < 1e9
     return type(value) is type(default)
+
+
 # end shared
 
 
@@ -666,6 +682,8 @@ def parse_file(path: Path):
     if is_torchscript(path):
         return read_torchscript(path)
     return torch.load(path, map_location="cpu", weights_only=True)
+
+
 # end shared
 
 
@@ -688,6 +706,8 @@ def unwrap(content: dict, path: Path) -> dict[str, Tensor]:
         bare = {name: name.removeprefix(prefix) for name in weights}
         weights = {n if bare[n] in weights else bare[n]: t for n, t in weights.items()}
     return weights
+
+
 # end shared
 
 
@@ -866,6 +886,8 @@ def download(source: str, files: tuple[str, ...]) -> Path:
         hint = "check the connection, or fetch the file elsewhere and name it"
         raise OSError(f"{source}: not to be had from the hub ({reason}); {hint}") from None
     raise FileNotFoundError(f"{source}: the repository has none of {', '.join(files)}")
+
+
 # end shared
 
 
@@ -892,6 +914,8 @@ def tensor_fault(found: Tensor | None, expected: Tensor | None) -> str:
         if not -largest <= low.item() <= high.item() <= largest:
             return f"holds NaN, infinity or values beyond {str(expected.dtype)[6:]}"
     return ""
+
+
 # end shared
 
 
@@ -943,4 +967,6 @@ def recognise(weights: dict[str, Tensor]) -> str:
         if any(re.match(rf"(.*\.)?{pattern}", name) for name in weights):
             return kind
     return ""
+
+
 # end shared

@@ -28,7 +28,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from imaging import layouts
+from imaging import layouts, pictures
 from imaging.atomic_files import checksums, is_intact, remove_leftovers, whole_file
 from imaging.image_files import (
     has_damaged_exif,
@@ -631,6 +631,10 @@ class Dataset:
     It is not mapped: a mapped file that becomes shorter kills the process that reads it.
     """
 
+    holds = "images"
+    is_mapped = False  # samples take time to make, which data-loading processes save
+    unit = "px"  # of distances
+
     def __init__(self, entries: list, rows: np.ndarray, path: Path, colours: str | None = None):
         self.entries, self.rows, self.path, self.colours = entries, rows, path, colours
         self.classes = entries[0].classes
@@ -674,6 +678,15 @@ class Dataset:
         sample |= {"prompt": entry.text(kind, rng), "classes": self.classes}
         sample |= {"name": entry.name, "file": entry.image}
         return sample | {"group": entry.group, "dataset": entry.root.name}
+
+    def overlay(self, i: int, truth: np.ndarray, masks: np.ndarray, preprocess=None) -> Image.Image:
+        """Return the picture of entry i with truth and masks, bool (n,h,w) each.
+
+        Its size is that of the masks, which need not be the image's. `preprocess` is of volumes.
+        """
+        h, w = masks.shape[1:]
+        image = Image.fromarray(self.pixels(i)[0]).resize((w, h))
+        return pictures.overlay(np.asarray(image), truth, masks)
 
     def compare_prompts_by(self, tokenizer) -> None:
         """Compare prompts by the token ids that a model's tokenizer, text -> (1,T), gives them."""

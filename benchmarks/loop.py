@@ -48,17 +48,17 @@ def main() -> int:
         size=args.size,
         batch_size=args.batch_size,
     )
-    options, settings = resolve(replace(options, out=tempfile.mkdtemp(), workers=2))
+    settings = resolve(replace(options, out=tempfile.mkdtemp(), workers=2))
     family, device = FAMILIES[args.model], pick_device("auto")
     lists = dict(zip(("train", "val"), layouts.train_and_val([args.data], seed=0)))
     train_set, val_set = data.open_datasets(lists).values()
     config = settings.config | ({"image_size": args.size} if args.size else {})
     model = family.load("none", None, settings, config, train_set).to(device)
     recipe = family.recipe(model, settings)
-    run = Run(options, settings, model, recipe, train_set, val_set)
-    items = data.Items(train_set, options.prompt, recipe.inputs, train=True, seed=0)
-    order = data.train_batches(len(train_set), options.batch_size, 1000, 0, 0)
-    batches = iter(data.loader(items, order, options.workers, device))
+    run = Run(settings, model, recipe, train_set, val_set)
+    items = data.Items(train_set, settings.prompt, recipe.inputs, train=True, seed=0)
+    order = data.train_batches(len(train_set), settings.batch_size, 1000, 0, 0)
+    batches = iter(data.loader(items, order, settings.workers, device))
     batch = {key: value.to(device) for key, value in next(batches).items()}
     run.train_mode()
 
@@ -75,14 +75,14 @@ def main() -> int:
 
     seconds = in_turns({"bare": bare, "loop": loop}, args.rounds)
     b, l = (statistics.median(seconds[name]) / args.steps for name in ("bare", "loop"))
-    print(f"{machine()}, batch {options.batch_size} at {model.config.image_size} px")
+    print(f"{machine()}, batch {settings.batch_size} at {model.config.image_size} px")
     print("\n| | bare | in the loop | ratio |\n| --- | --- | --- | --- |")
     print(
-        f"| training step | {b:.3f} s | {l:.3f} s ({options.batch_size / l:.2f} images/s) | {l / b:.3f} |"
+        f"| training step | {b:.3f} s | {l:.3f} s ({settings.batch_size / l:.2f} images/s) | {l / b:.3f} |"
     )
 
     part = val_set.subset(list(range(min(args.images, len(val_set)))))
-    items = data.Items(part, options.prompt, recipe.inputs, train=False, seed=0)
+    items = data.Items(part, settings.prompt, recipe.inputs, train=False, seed=0)
     ready = [items[0, i] for i in range(len(part))]
     model.eval()
     begun = now()

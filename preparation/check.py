@@ -544,7 +544,7 @@ def tokenizers_of(model):
         return {}
     from recipes import FAMILIES  # here, as importing every model takes a second
 
-    readers = [name for name, family in FAMILIES.items() if family.reads]
+    readers = [name for name, family in FAMILIES.items() if family.reads_text()]
     if model not in readers:
         raise ValueError(f"--model {model}: reads no prompts; take one of {', '.join(readers)}")
     try:

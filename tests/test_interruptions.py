@@ -291,7 +291,7 @@ def full_memory(*_, **__):
 
 
 EARLY = {  # what fails: where in train.py, with what
-    "while data are checked": ("open_sets", stopped),
+    "while data are checked": ("runs.open_data", stopped),
     "while the model is made": ("load_model", full_memory),
     "while the first steps are done": ("Run.fit", full_memory),
     "while the first epoch is done": ("Run.train_epoch", stopped),
@@ -317,7 +317,7 @@ def test_a_failure_leaves_the_files_of_a_folder_as_they_were(options, monkeypatc
     (out / "log.txt").write_text("of an earlier test\n")
     before = contents(out)
     with monkeypatch.context() as patch:
-        patch.setattr(train, "open_sets", stopped)
+        patch.setattr(train.runs, "open_data", stopped)
         code, text, _ = command(monkeypatch, capsys, train, *arguments(options))
     assert code == 130 and "holds a test that was stopped" in text
     (out / "test/overlays").rmdir(), (out / "test").rmdir()
