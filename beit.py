@@ -195,7 +195,7 @@ def upsampled_conv3x3(x: Tensor, weight: Tensor, size: tuple[int, int]) -> Tenso
 
     Channels and positions can be mixed in either order: each of the nine taps mixes the channels
     before upsampling; upsampling, shifting and adding are then one small matrix along each side.
-    (B,C,h,w), (O,C,3,3), size (H,W) -> (B,O,H,W)
+    (B,C,h,w), (K,C,3,3), size (H,W) -> (B,K,H,W)
     """
 
     def taps(n: int, N: int) -> Tensor:
@@ -204,11 +204,13 @@ def upsampled_conv3x3(x: Tensor, weight: Tensor, size: tuple[int, int]) -> Tenso
         up = F.interpolate(eye, N, mode="linear", align_corners=False)[0]  # (n,N)
         return F.pad(up, (1, 1)).unfold(1, N, 1).permute(2, 1, 0)
 
-    (B, _, h, w), O, (H, W) = x.shape, len(weight), size
-    mix = weight.permute(2, 1, 3, 0).flatten(2)  # (3,C,3*O): row tap, channel, column tap
-    y = x.flatten(2).transpose(1, 2)[:, None] @ mix  # (B,3,h*w,3*O)
-    y = taps(h, H).flatten(1) @ y.view(B, 3 * h, w * 3 * O)  # (B,H,w*3*O)
-    y = taps(w, W).transpose(1, 2).flatten(1) @ y.view(B, H, w * 3, O)  # (B,H,W,O)
+    B, _, h, w = x.shape
+    H, W = size
+    K = len(weight)
+    mix = weight.permute(2, 1, 3, 0).flatten(2)  # (3,C,3*K): row tap, channel, column tap
+    y = x.flatten(2).transpose(1, 2)[:, None] @ mix  # (B,3,h*w,3*K)
+    y = taps(h, H).flatten(1) @ y.view(B, 3 * h, w * 3 * K)  # (B,H,w*3*K)
+    y = taps(w, W).transpose(1, 2).flatten(1) @ y.view(B, H, w * 3, K)  # (B,H,W,K)
     return y.permute(0, 3, 1, 2)
 
 

@@ -298,7 +298,7 @@ def upsampled_conv3x3(x: Tensor, weight: Tensor) -> Tensor:
 
     Channels and positions can be mixed in either order: each of the nine taps mixes the channels
     before upsampling; upsampling, shifting and adding are then one small matrix along each side.
-    (B,C,H,W), (O,C,3,3) -> (B,O,2H,2W)
+    (B,C,H,W), (K,C,3,3) -> (B,K,2H,2W)
     """
 
     def taps(n: int) -> Tensor:
@@ -307,10 +307,11 @@ def upsampled_conv3x3(x: Tensor, weight: Tensor) -> Tensor:
         up = F.interpolate(eye, scale_factor=2, mode="linear", align_corners=False)[0]  # (n,2n)
         return F.pad(up, (1, 1)).unfold(1, 2 * n, 1).transpose(0, 1).flatten(0, 1)
 
-    (B, C, H, W), O = x.shape, len(weight)
-    y = weight.permute(0, 3, 2, 1).reshape(-1, C) @ x.flatten(2)  # (B,O*3*3,H*W), column tap first
-    y = taps(H).T @ y.view(B, O, 3, 3 * H, W)  # (B,O,3,2H,W)
-    return y.transpose(2, 3).flatten(3) @ taps(W)  # (B,O,2H,2W)
+    B, C, H, W = x.shape
+    K = len(weight)
+    y = weight.permute(0, 3, 2, 1).reshape(-1, C) @ x.flatten(2)  # (B,K*3*3,H*W), column tap first
+    y = taps(H).T @ y.view(B, K, 3, 3 * H, W)  # (B,K,3,2H,W)
+    return y.transpose(2, 3).flatten(3) @ taps(W)  # (B,K,2H,2W)
 
 
 class Projector(nn.Module):

@@ -212,7 +212,7 @@ def _unknown_numbers(entries: list, values: np.ndarray) -> list[tuple[str, str]]
     """Return an error for each mask with a class number that classes.json does not name."""
     errors = []
     n = len(entries[0].classes)
-    for entry, row in zip(entries, values):
+    for entry, row in zip(entries, values, strict=True):
         unknown = n + np.flatnonzero(row[n:255])
         if len(unknown):
             shown = ", ".join(map(str, unknown[:SHOWN_VALUES]))
@@ -481,7 +481,7 @@ def remarks(entries: list, flags: np.ndarray) -> list[str]:
         images = {}
         masks = {}
         unturned = {}
-        for entry, flag in zip(entries, flags):
+        for entry, flag in zip(entries, flags, strict=True):
             if entry.root == root and flag & NON_FINITE:
                 images[entry.image] = True
             if entry.root == root and flag & DAMAGED_EXIF:
@@ -544,7 +544,7 @@ def _decode(entries: list, file) -> tuple[np.ndarray, np.ndarray]:
     with ThreadPoolExecutor() as pool:
         for start in range(0, len(entries), 64):  # in chunks, so that memory stays small
             chunk = entries[start : start + 64]
-            for entry, (image, mask, flag) in zip(chunk, pool.map(_read_pair, chunk)):
+            for entry, (image, mask, flag) in zip(chunk, pool.map(_read_pair, chunk), strict=True):
                 flags.append([flag])
                 if entry.image not in image_at:
                     image_at[entry.image], end = end, end + file.write(image.tobytes())

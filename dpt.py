@@ -382,7 +382,9 @@ def file_config(weights: dict[str, Tensor], settings: dict, overrides: dict, sou
         told["grid"] = round((tokens - 1) ** 0.5)
     usual = told.get("neck_dims", Config.neck_dims)
     convs = (weights.get(f"neck.convs.{i}.weight") for i in range(4))
-    told["neck_dims"] = tuple(n if t is None else t.shape[1] for n, t in zip(usual, convs))
+    told["neck_dims"] = tuple(
+        n if t is None else t.shape[1] for n, t in zip(usual, convs, strict=True)
+    )
     if any(n.startswith("neck.") for n in weights):
         told["fusion_norm"] = any(".batch_norm" in n for n in weights)
     like = VARIANTS["large-ade" if told.get("fusion_norm", True) else "large"]

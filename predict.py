@@ -486,12 +486,12 @@ def ground_truths(args, run: dict) -> dict[str, tuple]:
         truths |= {entry.name: (entry, 0) for entry in entries}
         with ThreadPoolExecutor() as pool:
             counts = [*pool.map(count_mask, entries)]
-        entries = [entry for entry, count in zip(entries, counts) if count is not None]
+        entries = [entry for entry, count in zip(entries, counts, strict=True) if count is not None]
         if entries:
             counts = np.concatenate([count for count in counts if count is not None])  # (n,3,256)
             (rule,) = data.decide_rules(entries, counts, reading).values()
             thresholds = data.mask_thresholds(entries, counts[:, 0], rule)
-            pairs = zip(entries, thresholds.tolist())
+            pairs = zip(entries, thresholds.tolist(), strict=True)
             truths |= {entry.name: (entry, threshold) for entry, threshold in pairs}
 
     if args.mask_threshold is not None and not truths:
@@ -655,7 +655,7 @@ def group_channels(listed: list[Path], channels: int) -> list[tuple[str, list[Pa
     # patient_0001, patient_0002 are no channels; _0000 of all is nnU-Net's ending
     stems = [layouts.without_ending(file) for file in whole]
     end = "_0000" if all(stem.endswith("_0000") for stem in stems) else ""
-    cases = [(stem.removesuffix(end), [file]) for stem, file in zip(stems, whole)]
+    cases = [(stem.removesuffix(end), [file]) for stem, file in zip(stems, whole, strict=True)]
     parts = sorted({*listed} - {*whole})
     return cases + [*layouts.channels_of(parts).items()]
 
@@ -733,7 +733,7 @@ def predict_volumes(family, run: dict, second: dict, args) -> int:
     parts = class_endings(classes[1:]) if c.overlapping else [""]
     shared = {}
     if not c.overlapping:
-        shared[Path(args.out) / "classes.json"] = dict(zip(numbers, classes))
+        shared[Path(args.out) / "classes.json"] = dict(zip(numbers, classes, strict=True))
     if args.overlays:
         shared[Path(args.out) / "legend.png"] = pictures.legend(tuple(classes[1:]))
     outputs = {name: volume_outputs(name, parts, args) for name in cases}
@@ -820,7 +820,7 @@ def label_maps(probabilities, config, classes, numbers, grid, args) -> np.ndarra
     if args.largest_component:
         maps = np.stack([volumes.largest_component(labels) for labels in maps])
     if args.organ_rules:
-        masks = dict(zip(classes[1:], maps.view(bool)))
+        masks = dict(zip(classes[1:], maps.view(bool), strict=True))
         maps = np.stack([*organ_rules.organ_rules(masks, grid.spacing).values()]).view(np.uint8)
     return maps
 

@@ -189,7 +189,9 @@ def score_masks(
     if probabilities is None or spacing is not None:
         return rows
     inside = True if valid is None else valid
-    for row, mask, truth, p in zip(rows, found & inside, there & inside, probabilities):
+    for row, mask, truth, p in zip(
+        rows, found & inside, there & inside, probabilities, strict=True
+    ):
         row["ap"] = metrics.average_precision(p, truth, valid)
         row |= metrics.betti_error(mask, truth)
     return rows
@@ -223,7 +225,7 @@ def score_parts(
     rows = score_masks(
         probabilities > threshold, parts == 1, valid, probabilities, tolerance=tolerance
     )
-    for k, (row, number) in enumerate(zip(rows, item["numbers"].tolist())):
+    for k, (row, number) in enumerate(zip(rows, item["numbers"].tolist(), strict=True)):
         name = classes[number] if len(classes) > 1 else classes[0]
         rows[k] = whose(item) | {"class": name, "component": k} | row
         rows[k]["iou_estimate"] = float(iou.flatten()[k])

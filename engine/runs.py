@@ -398,7 +398,7 @@ def say_shared(sets: dict, tests: dict) -> None:
     split of the training's own data sets (--test PATH:val) is one on purpose.
     """
     trained = {entry.root for dataset in sets.values() for entry in dataset.entries}
-    splits = [(name, dataset) for name, dataset in sets.items()]
+    splits = [*sets.items()]
     for name, dataset in tests.items():
         on_purpose = ":" in name and all(entry.root in trained for entry in dataset.entries)
         if not on_purpose:

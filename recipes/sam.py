@@ -190,9 +190,11 @@ def sam_predict(model, item: dict) -> tuple[Tensor, tuple | None]:
         batch = {key: item[key][k : k + 16].to(device) for key in ("boxes", "points", "labels")}
         batch["of"] = torch.zeros(len(batch["boxes"]), dtype=torch.int64, device=device)
         outputs.append(sam_forward(model, batch | {"features": features[None].to(device)}))
-        for number, p in zip(item["numbers"][k:].tolist(), sam_each(model, item, outputs[-1])):
+        for number, p in zip(
+            item["numbers"][k : k + 16].tolist(), sam_each(model, item, outputs[-1]), strict=True
+        ):
             classes[number] = torch.maximum(classes[number], p)
-    output = tuple(map(torch.cat, zip(*outputs))) if outputs else None
+    output = tuple(map(torch.cat, zip(*outputs, strict=True))) if outputs else None
     return classes if n > 1 else classes[1:], output
 
 
@@ -355,8 +357,8 @@ def read_image_prompts(boxes, points, images: list[Path], names: list[str], size
         option = "--points" if boxes is None else "--boxes"
         raise ValueError(f"{option}: {masks}; a {kind} does not say which it is for")
 
-    paths = dict(zip(images, names))
-    sizes = dict(zip(images, sizes))
+    paths = dict(zip(images, names, strict=True))
+    sizes = dict(zip(images, sizes, strict=True))
     given, classes = boxes_and_points.read_given(boxes, points, sizes, classes, paths)
     without = [paths[image] for image in images if image not in given]
     if without:
@@ -410,7 +412,9 @@ def image_names(images: list[Path], inputs: list[str]) -> list[str]:
         longer_names.append(name if root is None else f"{root.name}/{name}")
 
     counts = Counter(names)
-    return [long if counts[name] > 1 else name for name, long in zip(names, longer_names)]
+    return [
+        long if counts[name] > 1 else name for name, long in zip(names, longer_names, strict=True)
+    ]
 
 
 def size_for_boxes(file: Path) -> tuple[float, float]:

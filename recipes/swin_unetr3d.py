@@ -29,7 +29,9 @@ from recipes.base import (
 # --- volumes: Swin UNETR --------------------------------------------------------------------------
 
 
-FOR_VOLUME_SCORES = "name prompt size group dataset spacing classes regions place".split()
+FOR_VOLUME_SCORES = (
+    "name", "prompt", "size", "group", "dataset", "spacing", "classes", "regions", "place",
+)  # fmt: skip
 
 
 def volume_inputs(sample, train, rng, config, settings) -> dict:
@@ -40,8 +42,10 @@ def volume_inputs(sample, train, rng, config, settings) -> dict:
         return item | {key: sample[key] for key in FOR_VOLUME_SCORES}
     where = (sample[key] for key in ("image", "mask", "voxels"))
     how = {"n": settings.crops_per_volume, "size": config.image_size, "rng": rng}
-    crops = zip(*volumes.random_crops(*where, **how, ratios=settings.crop_ratio))
-    images, masks = zip(*(volumes.augment(*crop, rng, **settings.augment) for crop in crops))
+    crops = zip(*volumes.random_crops(*where, **how, ratios=settings.crop_ratio), strict=True)
+    images, masks = zip(
+        *(volumes.augment(*crop, rng, **settings.augment) for crop in crops), strict=True
+    )
     image, mask = torch.stack(images), torch.stack(masks)[:, None]
     if sample["regions"]:
         each = [torch.isin(mask, torch.tensor(numbers)) for numbers in sample["regions"]]
@@ -236,9 +240,8 @@ class VolumeFamily(Family):
         classes: the model's. names: of --classes. Raises ValueError, one line, for a model that
         finds all classes at once, or that does not know one of them.
         """
-        if names is None:
-            return None
-        raise ValueError("--classes: this model finds all of its classes at once; drop it")
+        if names is not None:
+            raise ValueError("--classes: this model finds all of its classes at once; drop it")
 
     def make_ready(
         self, model: nn.Module, recipe: Recipe, data_sets: DataSets, settings: Settings
