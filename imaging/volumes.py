@@ -307,6 +307,10 @@ def _prepared_file(path: Path):
 class VolumeSet:
     """Volumes of one or several data sets; `prepared` makes their samples."""
 
+    holds = "volumes"
+    is_mapped = True  # samples are views of files: data-loading processes have nothing to do
+    unit = "mm"  # of distances
+
     def __init__(
         self, entries: list, grids: list | None = None, stems: list | None = None, partial=False
     ):
@@ -511,6 +515,13 @@ class VolumeSet:
         sample |= {"grid": grid, "prompt": "", "name": entry.name, "file": entry.image}
         sample |= {"classes": entry.classes, "regions": entry.regions, "group": entry.group}
         return sample | {"dataset": entry.root.name}
+
+    def overlay(self, i: int, truth: np.ndarray, masks: np.ndarray, preprocess: Callable):
+        """Return the picture of three planes of volume i with truth and masks, bool (n,X,Y,Z)."""
+        from imaging import pictures  # here: copied into another project, this file needs no Pillow
+
+        grey_levels = self.grey(i, preprocess)
+        return pictures.volume_overlay(grey_levels, truth, masks, self.grids[i].spacing)
 
     def grey(self, i: int, preprocess: Callable) -> np.ndarray:
         """`grey` of the image of entry i."""

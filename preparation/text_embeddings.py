@@ -81,7 +81,7 @@ class TextTower(nn.Module):
 def encode(tower: TextTower, texts: list[str], batch: int = 64) -> Tensor:
     """n texts -> (n,512), not normalised. ValueError, one line: a text is too long for CLIP."""
     tokens = CLIPTokenizer(LENGTH + 1)(texts)
-    for text, row in zip(texts, tokens):
+    for text, row in zip(texts, tokens, strict=True):
         if row[LENGTH]:
             raise ValueError(f"{text!r} has more than {LENGTH} tokens; shorten it")
     parts = tokens[:, :LENGTH].split(batch)
@@ -161,7 +161,7 @@ def text_codes(args):
         told = f"codes of {tower.text_projection.out_features} numbers, the model takes {TEXT}"
         raise ValueError(f"{args.weights}: {told}; take {WEIGHTS}")
     texts = [template.replace("{}", spellings.get(name, name)) for name in names]
-    codes = dict(zip(names, encode(tower, texts)))
+    codes = dict(zip(names, encode(tower, texts), strict=True))
     write(args.out, codes, {"template": template, "weights": args.weights})
     if args.subsets:
         print(f"{args.out}: {len(codes):,} texts of the subsets of {count} classes")

@@ -7,9 +7,10 @@ of `prepare.py text-codes --subsets`.
 """
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -18,9 +19,10 @@ from torch import Tensor, nn
 from engine.runs import run_config
 from fewshot3d import TEXT_VARIANTS, TextSwinUNETR, WithText
 from imaging.layouts import plain_name
-from recipes.base import Family, Recipe, Settings, hub_id
+from recipes.base import TEXT_CODES, VOLUMES, Protocol, Recipe, hub_id
 from recipes.swin_unetr3d import (
     SWIN,
+    VolumeFamily,
     check_modality,
     name_classes,
     swin_encoder,
@@ -30,16 +32,6 @@ from recipes.swin_unetr3d import (
     volume_recipe,
 )
 from recipes.universal import read_codes
-
-
-@dataclass(frozen=True)
-class TextSettings(Settings):
-    """What the text adds to a protocol."""
-
-    name_absent: bool = True  # the text names wanted organs that the crop does not show, too
-    contrast_weight: float = 0.1  # of the contrast beside the other losses
-    repeat: bool = False  # with concat: decoder5's weights for the text are those for the image
-
 
 # --- texts ----------------------------------------------------------------------------------------
 
@@ -122,7 +114,7 @@ def text_forward(model: nn.Module, batch: dict) -> tuple[Tensor, Tensor | None]:
     return model(batch["image"], batch["text"])
 
 
-def text_loss(output: tuple, batch: dict, settings: TextSettings) -> tuple[Tensor, dict]:
+def text_loss(output: tuple, batch: dict, settings: Protocol) -> tuple[Tensor, dict]:
     """Return Swin UNETR's loss and, of variants with contrast, a part of that, and both apart."""
     logits, contrast = output
     loss, parts = settings.loss(logits, batch)
@@ -137,7 +129,7 @@ def text_predict(model: TextSwinUNETR, item: dict, settings) -> tuple[Tensor, No
     return volume_predict(WithText(model), item, settings)
 
 
-def text_recipe(model: TextSwinUNETR, settings: TextSettings) -> Recipe:
+def text_recipe(model: TextSwinUNETR, settings: Protocol) -> Recipe:
     """Return the recipe of a model, whose config has the names of the classes."""
     texts = read_texts(settings.text_codes) if settings.text_codes else {}
     inputs = partial(text_inputs, config=model.config, settings=settings, texts=texts)
@@ -153,7 +145,7 @@ def text_recipe(model: TextSwinUNETR, settings: TextSettings) -> Recipe:
 # --- loading --------------------------------------------------------------------------------------
 
 
-def load_text_model(weights, variant, settings: TextSettings, overrides: dict, train_set):
+def load_text_model(weights, variant, settings: Protocol, overrides: dict, train_set):
     """Return a TextSwinUNETR with the classes of the training set, else with those of its weights.
 
     weights: of Swin UNETR, which get the text options of the variant, or a run of this model.
@@ -183,14 +175,14 @@ def load_text_model(weights, variant, settings: TextSettings, overrides: dict, t
             raise ValueError(f"--variant: leave it out, {weights} says itself what it is")
         source = weights or hub_id(settings, variant or first_variant())
         model = TextSwinUNETR.from_pretrained(
-            source, repeat=settings.repeat, text=text, **overrides
+            source, repeat=settings.repeat_weights, text=text, **overrides
         )
     name_classes(model, train_set, weights)
     check_modality(model, train_set)
     return model
 
 
-def load_trained(weights, variant, settings: TextSettings, overrides: dict) -> TextSwinUNETR:
+def load_trained(weights, variant, settings: Protocol, overrides: dict) -> TextSwinUNETR:
     """Return a model as its weights are, to be tested or to predict. They hold a text."""
     if settings.text_codes:
         hint = "only training reads it, as the weights hold their text; drop it"
@@ -230,12 +222,10 @@ def check_windows(attention: bool, size: tuple[int, ...]) -> None:
 
 # --- settings -------------------------------------------------------------------------------------
 
-SHARED = {field.name: getattr(SWIN["default"], field.name) for field in fields(Settings)}
-BTCV_WEIGHTS = "MONAI/swin_unetr_btcv_segmentation"
+VARIANTS = ("attention", "concat", "contrast", "all")
 TEXT = {
-    "default": TextSettings(
-        **SHARED
-        | {"weights": dict.fromkeys(("attention", "concat", "contrast", "all"), BTCV_WEIGHTS)}
+    "default": replace(
+        SWIN["default"], hub_ids=dict.fromkeys(VARIANTS, "MONAI/swin_unetr_btcv_segmentation")
     ),
 }
 # The few-shot study, BTCV/{main,trainer}.py of github.com/CMPT983-Winter2023/
@@ -245,18 +235,10 @@ TEXT = {
 # fails; here that text is "none". Left out: its texts by MedCLIP (ours are of CLIP); validations
 # that drop organs at random and name those that the truth has, and tests that name those (ours name
 # all, as no user has the truth). Attention and contrast crashed in its first validation.
-ORIGIN = SWIN["origin"]
 TEXT["origin"] = replace(
-    TEXT["default"],
-    weights={},
-    config=ORIGIN.config,
-    augment=ORIGIN.augment,
-    loss=ORIGIN.loss,
-    decay_all=ORIGIN.decay_all,
-    clip_grad=ORIGIN.clip_grad,
-    dtype=ORIGIN.dtype,
+    SWIN["origin"],
     name_absent=False,
-    repeat=True,
+    repeat_weights=True,
     batch_size=2,
     epochs=10,
     eval_every=1,
@@ -264,11 +246,12 @@ TEXT["origin"] = replace(
 )
 
 
-class TextFamily(Family):
-    """A family whose --variant goes with --weights, as it says what is added to them."""
+@dataclass(frozen=True)
+class TextFamily(VolumeFamily):
+    """A model of volumes that reads texts; its --variant says what is added to the weights."""
 
-    takes_text_codes = True
-    variant_with_weights = True
+    options: ClassVar[tuple] = (VOLUMES, TEXT_CODES)
+    variant_with_weights: ClassVar[bool] = True
 
 
 FAMILY = TextFamily(TEXT, TEXT_VARIANTS, load_text_model, text_recipe, swin_encoder)

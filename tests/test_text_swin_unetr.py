@@ -147,8 +147,8 @@ def test_origin_is_the_study_s():
     steps = origin.epochs * 348  # 696 volumes, two a step
     rates = [origin.lr * lr_factor(step, steps, origin) for step in (0, steps - 1)]
     assert rates[0] < 1e-7 and rates[1] == pytest.approx(2e-5, rel=1e-6)
-    assert origin.batch_size == 2 and origin.crops_per_volume == 4 and origin.repeat
-    assert not origin.name_absent and origin.contrast_weight == 0.1 and origin.weights == {}
+    assert origin.batch_size == 2 and origin.crops_per_volume == 4 and origin.repeat_weights
+    assert not origin.name_absent and origin.contrast_weight == 0.1 and origin.hub_ids == {}
 
 
 # --- a run ----------------------------------------------------------------------------------------
