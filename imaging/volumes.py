@@ -57,7 +57,7 @@ def fill_value(preprocess: Callable, channels: int) -> float | None:
 
 def resampled_size(size, spacing_in, spacing_out) -> tuple[int, ...]:
     """Voxels at another spacing: the first lies where it was, the last as near as can be."""
-    axes = zip(size, spacing_in, spacing_out)
+    axes = zip(size, spacing_in, spacing_out, strict=True)
     return tuple(round((n - 1) * s_in / s_out + 1) for n, s_in, s_out in axes)
 
 
@@ -82,7 +82,7 @@ def _at(x: Tensor, axis: int, position: Tensor, nearest: bool = False) -> Tensor
 
 def _at_all(x: Tensor, positions: Sequence[Tensor], nearest: bool = False) -> Tensor:
     """`_at` along X, Y and Z of (C,X,Y,Z), what shrinks first, so that what is between is small."""
-    grows = [len(position) / n for position, n in zip(positions, x.shape[1:])]
+    grows = [len(position) / n for position, n in zip(positions, x.shape[1:], strict=True)]
     for axis in np.argsort(grows, kind="stable").tolist():
         x = _at(x, axis + 1, positions[axis], nearest)
     return x
@@ -94,7 +94,7 @@ def resample(x: Tensor, size, ratio, nearest: bool = False) -> Tensor:
     Linear, or `nearest` for labels. As MONAI's Spacing does it. Where nearest falls exactly between
     two source voxels, libraries differ by one source voxel.
     """
-    steps = [torch.arange(n, dtype=torch.float64) * r for n, r in zip(size, ratio)]
+    steps = [torch.arange(n, dtype=torch.float64) * r for n, r in zip(size, ratio, strict=True)]
     return _at_all(x, steps, nearest)
 
 
@@ -123,12 +123,12 @@ def prepare_image(
     near = np.abs(np.subtract(spacing, grid.spacing)) < 1e-3  # mm; MONAI leaves these as they are
     spacing = np.where(near, grid.spacing, spacing).tolist()
     full = resampled_size(grid.size, grid.spacing, spacing)
-    ratio = tuple(b / a for a, b in zip(grid.spacing, spacing))
+    ratio = tuple(b / a for a, b in zip(grid.spacing, spacing, strict=True))
     x = preprocess(resample(torch.from_numpy(image), full, ratio)).float()
     inside = (x != 0).any(0)  # (x,y,z)
     sides = inside.any(2).any(1), inside.any(2).any(0), inside.any(1).any(0)
     found = [side.nonzero().flatten().tolist() or range(len(side)) for side in sides]
-    start, stop = zip(*((side[0], side[-1] + 1) for side in found))
+    start, stop = zip(*((side[0], side[-1] + 1) for side in found), strict=True)
     place = Place(grid.size, ratio, full, start, stop)
     return x[(..., *place.box)], place
 
@@ -397,7 +397,8 @@ class VolumeSet:
         """
         cache = Path(cache)
         remove_leftovers(cache, recursive=False)
-        for entry, grid in zip(self.entries, self.grids):  # what headers tell, before all else
+        # What headers tell, before all else.
+        for entry, grid in zip(self.entries, self.grids, strict=True):
             have = grid.channels + sum(read_grid(path).channels for path in entry.more)
             check_channels(entry.image, have, channels)
             check_grid(read_grid(entry.mask), grid)
@@ -406,7 +407,7 @@ class VolumeSet:
         once = {key: i for i, key in enumerate(keys)}  # a volume may be listed several times
         with ThreadPoolExecutor() as pool:
             found = pool.map(lambda i: self._stem(i, settings, cache), once.values())
-            by_key = dict(zip(once, found))
+            by_key = dict(zip(once, found, strict=True))
         stems = [by_key[key] for key in keys]
         whole = {stem: _is_prepared(stem) for stem in dict.fromkeys(stems)}
         lacks = {stem: i for i, stem in enumerate(stems) if not whole[stem]}
@@ -582,7 +583,7 @@ def random_crops(
     for k in range(n):
         centre = np.unravel_index(_centre(image, mask, voxels, rng, ratios), mask.shape)
         source, target = [], []
-        for at, have, want in zip(centre, mask.shape, size):
+        for at, have, want in zip(centre, mask.shape, size, strict=True):
             before = max(want - have, 0) // 2
             start = min(max(at + before - want // 2, 0), max(have - want, 0)) - before
             first, last = max(start, 0), min(start + want, have)

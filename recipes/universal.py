@@ -36,7 +36,7 @@ def universal_inputs(sample, train, rng, config, settings) -> dict:
         return volume_inputs(sample, train, rng, config, settings) | {"asked": numbers}
     item = volume_inputs(sample | {"regions": None}, train, rng, config, settings)
     table = torch.full((config.num_classes, 256), -1, dtype=torch.int16)
-    for k, region in zip(numbers, sample["regions"]):
+    for k, region in zip(numbers, sample["regions"], strict=True):
         table[k] = torch.isin(torch.arange(256), torch.tensor(region))
         table[k, 255] = 255
     return item | {"table": table.expand(len(item["mask"]), -1, -1)}
@@ -55,7 +55,9 @@ def universal_forward(model: nn.Module, batch: dict) -> Tensor:
 def universal_loss(logits: Tensor, batch: dict) -> tuple[Tensor, dict]:
     """Dice + BCE of each class in each crop for which it is annotated."""
     tables = batch["table"][:, annotated(batch)]  # (B,k,256)
-    target = [table[:, mask.long()] for table, mask in zip(tables, batch["mask"][:, 0])]
+    target = [
+        table[:, mask.long()] for table, mask in zip(tables, batch["mask"][:, 0], strict=True)
+    ]
     return partial_dice_bce(logits.float(), torch.stack(target))
 
 
