@@ -97,6 +97,8 @@ class TextBlock(nn.Module):
         y = self.mlp["c_fc"](self.ln_2(x))  # (B,T,4C)
         y = self.mlp["c_proj"](y * torch.sigmoid(1.702 * y))  # quirk: CLIP's QuickGELU
         return x + self.adapters[1](y)
+
+
 # end shared
 
 
@@ -204,6 +206,8 @@ def without_fresh(expected: dict[str, Tensor], found: dict[str, Tensor], source)
         return expected
     print(f"{source}: without adapters; they are untrained")
     return base
+
+
 # end shared
 
 
@@ -274,6 +278,8 @@ def with_grid(tokens: Tensor, H: int, W: int) -> Tensor:
     The class token ends a row of its own before the grid, zeros fill the rest of that row.
     """
     return F.pad(tokens, (0, 0, W - 1, 0)).unflatten(2, (1 + H, W))
+
+
 # end shared
 
 
@@ -488,6 +494,8 @@ def unpack(name: str, t: Tensor) -> dict[str, Tensor]:
     for x, part in zip("qkv", t.chunk(3), strict=False):  # `check_complete` tells a wrong shape
         weights[f"{start}{x}_proj.{kind}"] = part.clone()
     return weights
+
+
 # end shared
 
 
@@ -516,6 +524,8 @@ def closest_variant(weights: dict[str, Tensor], kind: type[nn.Module], naming) -
         models = [naming(kind(config).state_dict()) for config in VARIANTS.values()]
     agree = [len(shapes & {(name, t.shape) for name, t in model.items()}) for model in models]
     return list(VARIANTS.values())[agree.index(max(agree))]
+
+
 # end shared
 
 
@@ -541,6 +551,8 @@ def to_rgb(image):
     if image.mode == "P":  # else Pillow warns of palettes with transparency
         image = image.convert("RGBA")
     return image.convert("RGB")
+
+
 # end shared
 
 
@@ -573,6 +585,8 @@ def postprocess(logits: Tensor, size: tuple[int, int], config: Config) -> Tensor
     """
     logits = logits[None].float()
     return F.interpolate(logits, size, mode="bilinear", align_corners=False)[0].sigmoid()
+
+
 # end shared
 
 
@@ -609,6 +623,8 @@ def tokenize(prompt: str, config: Config) -> Tensor:
     from tokenizer import CLIPTokenizer
 
     return CLIPTokenizer(config.text_length, config.pad_token)(prompt)
+
+
 # end shared
 
 
@@ -631,6 +647,8 @@ def open_upright(image):
         if ";16" in str(opened.tile):
             raise ValueError(f"{image}: has 16 bits a channel; scale its values to 8 bits, 0..255")
         return ImageOps.exif_transpose(opened)
+
+
 # end shared
 
 
@@ -646,6 +664,8 @@ def evaluating(model: nn.Module):
     finally:
         for module, was_training in modes.items():
             module.training = was_training
+
+
 # end shared
 
 
@@ -673,6 +693,8 @@ def segment(model: nn.Module, image, prompt: str) -> tuple:
 
     mask = probabilities[0] > model.config.threshold
     return probabilities, mask.astype("uint8")
+
+
 # end shared
 
 
@@ -713,6 +735,8 @@ def is_like(value, default) -> bool:
     if isinstance(default, int) and not isinstance(default, bool):
         return type(value) is int and 0 <= value < 1e9
     return type(value) is type(default)
+
+
 # end shared
 
 
@@ -778,6 +802,8 @@ def parse_file(path: Path):
     if is_torchscript(path):
         return read_torchscript(path)
     return torch.load(path, map_location="cpu", weights_only=True)
+
+
 # end shared
 
 
@@ -800,6 +826,8 @@ def unwrap(content: dict, path: Path) -> dict[str, Tensor]:
         bare = {name: name.removeprefix(prefix) for name in weights}
         weights = {n if bare[n] in weights else bare[n]: t for n, t in weights.items()}
     return weights
+
+
 # end shared
 
 
@@ -978,6 +1006,8 @@ def download(source: str, files: tuple[str, ...]) -> Path:
         hint = "check the connection, or fetch the file elsewhere and name it"
         raise OSError(f"{source}: not to be had from the hub ({reason}); {hint}") from None
     raise FileNotFoundError(f"{source}: the repository has none of {', '.join(files)}")
+
+
 # end shared
 
 
@@ -1004,6 +1034,8 @@ def tensor_fault(found: Tensor | None, expected: Tensor | None) -> str:
         if not -largest <= low.item() <= high.item() <= largest:
             return f"holds NaN, infinity or values beyond {str(expected.dtype)[6:]}"
     return ""
+
+
 # end shared
 
 
@@ -1055,4 +1087,6 @@ def recognise(weights: dict[str, Tensor]) -> str:
         if any(re.match(rf"(.*\.)?{pattern}", name) for name in weights):
             return kind
     return ""
+
+
 # end shared

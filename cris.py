@@ -171,6 +171,8 @@ class TextBlock(nn.Module):
         y = self.mlp["c_fc"](self.ln_2(x))  # (B,T,4C)
         y = self.mlp["c_proj"](y * torch.sigmoid(1.702 * y))  # quirk: CLIP's QuickGELU
         return x + self.adapters[1](y)
+
+
 # end shared
 
 
@@ -296,7 +298,7 @@ def upsampled_conv3x3(x: Tensor, weight: Tensor) -> Tensor:
 
     Channels and positions can be mixed in either order: each of the nine taps mixes the channels
     before upsampling; upsampling, shifting and adding are then one small matrix along each side.
-    (B,C,H,W), (O,C,3,3) -> (B,O,2H,2W)
+    (B,C,H,W), (K,C,3,3) -> (B,K,2H,2W)
     """
 
     def taps(n: int) -> Tensor:
@@ -305,10 +307,11 @@ def upsampled_conv3x3(x: Tensor, weight: Tensor) -> Tensor:
         up = F.interpolate(eye, scale_factor=2, mode="linear", align_corners=False)[0]  # (n,2n)
         return F.pad(up, (1, 1)).unfold(1, 2 * n, 1).transpose(0, 1).flatten(0, 1)
 
-    (B, C, H, W), O = x.shape, len(weight)
-    y = weight.permute(0, 3, 2, 1).reshape(-1, C) @ x.flatten(2)  # (B,O*3*3,H*W), column tap first
-    y = taps(H).T @ y.view(B, O, 3, 3 * H, W)  # (B,O,3,2H,W)
-    return y.transpose(2, 3).flatten(3) @ taps(W)  # (B,O,2H,2W)
+    B, C, H, W = x.shape
+    K = len(weight)
+    y = weight.permute(0, 3, 2, 1).reshape(-1, C) @ x.flatten(2)  # (B,K*3*3,H*W), column tap first
+    y = taps(H).T @ y.view(B, K, 3, 3 * H, W)  # (B,K,3,2H,W)
+    return y.transpose(2, 3).flatten(3) @ taps(W)  # (B,K,2H,2W)
 
 
 class Projector(nn.Module):
@@ -422,6 +425,8 @@ def closest_variant(weights: dict[str, Tensor], kind: type[nn.Module], naming) -
         models = [naming(kind(config).state_dict()) for config in VARIANTS.values()]
     agree = [len(shapes & {(name, t.shape) for name, t in model.items()}) for model in models]
     return list(VARIANTS.values())[agree.index(max(agree))]
+
+
 # end shared
 
 
@@ -462,6 +467,8 @@ def to_rgb(image):
     if image.mode == "P":  # else Pillow warns of palettes with transparency
         image = image.convert("RGBA")
     return image.convert("RGB")
+
+
 # end shared
 
 
@@ -515,6 +522,8 @@ def tokenize(prompt: str, config: Config) -> Tensor:
     from tokenizer import CLIPTokenizer
 
     return CLIPTokenizer(config.text_length, config.pad_token)(prompt)
+
+
 # end shared
 
 
@@ -537,6 +546,8 @@ def open_upright(image):
         if ";16" in str(opened.tile):
             raise ValueError(f"{image}: has 16 bits a channel; scale its values to 8 bits, 0..255")
         return ImageOps.exif_transpose(opened)
+
+
 # end shared
 
 
@@ -552,6 +563,8 @@ def evaluating(model: nn.Module):
     finally:
         for module, was_training in modes.items():
             module.training = was_training
+
+
 # end shared
 
 
@@ -579,6 +592,8 @@ def segment(model: nn.Module, image, prompt: str) -> tuple:
 
     mask = probabilities[0] > model.config.threshold
     return probabilities, mask.astype("uint8")
+
+
 # end shared
 
 
@@ -619,6 +634,8 @@ def is_like(value, default) -> bool:
     if isinstance(default, int) and not isinstance(default, bool):
         return type(value) is int and 0 <= value < 1e9
     return type(value) is type(default)
+
+
 # end shared
 
 
@@ -684,6 +701,8 @@ def parse_file(path: Path):
     if is_torchscript(path):
         return read_torchscript(path)
     return torch.load(path, map_location="cpu", weights_only=True)
+
+
 # end shared
 
 
@@ -706,6 +725,8 @@ def unwrap(content: dict, path: Path) -> dict[str, Tensor]:
         bare = {name: name.removeprefix(prefix) for name in weights}
         weights = {n if bare[n] in weights else bare[n]: t for n, t in weights.items()}
     return weights
+
+
 # end shared
 
 
@@ -884,6 +905,8 @@ def download(source: str, files: tuple[str, ...]) -> Path:
         hint = "check the connection, or fetch the file elsewhere and name it"
         raise OSError(f"{source}: not to be had from the hub ({reason}); {hint}") from None
     raise FileNotFoundError(f"{source}: the repository has none of {', '.join(files)}")
+
+
 # end shared
 
 
@@ -910,6 +933,8 @@ def tensor_fault(found: Tensor | None, expected: Tensor | None) -> str:
         if not -largest <= low.item() <= high.item() <= largest:
             return f"holds NaN, infinity or values beyond {str(expected.dtype)[6:]}"
     return ""
+
+
 # end shared
 
 
@@ -961,4 +986,6 @@ def recognise(weights: dict[str, Tensor]) -> str:
         if any(re.match(rf"(.*\.)?{pattern}", name) for name in weights):
             return kind
     return ""
+
+
 # end shared

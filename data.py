@@ -28,7 +28,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from imaging import layouts
+from imaging import layouts, pictures
 from imaging.atomic_files import checksums, is_intact, remove_leftovers, whole_file
 from imaging.image_files import (
     has_damaged_exif,
@@ -212,7 +212,7 @@ def _unknown_numbers(entries: list, values: np.ndarray) -> list[tuple[str, str]]
     """Return an error for each mask with a class number that classes.json does not name."""
     errors = []
     n = len(entries[0].classes)
-    for entry, row in zip(entries, values):
+    for entry, row in zip(entries, values, strict=True):
         unknown = n + np.flatnonzero(row[n:255])
         if len(unknown):
             shown = ", ".join(map(str, unknown[:SHOWN_VALUES]))
@@ -481,7 +481,7 @@ def remarks(entries: list, flags: np.ndarray) -> list[str]:
         images = {}
         masks = {}
         unturned = {}
-        for entry, flag in zip(entries, flags):
+        for entry, flag in zip(entries, flags, strict=True):
             if entry.root == root and flag & NON_FINITE:
                 images[entry.image] = True
             if entry.root == root and flag & DAMAGED_EXIF:
@@ -544,7 +544,7 @@ def _decode(entries: list, file) -> tuple[np.ndarray, np.ndarray]:
     with ThreadPoolExecutor() as pool:
         for start in range(0, len(entries), 64):  # in chunks, so that memory stays small
             chunk = entries[start : start + 64]
-            for entry, (image, mask, flag) in zip(chunk, pool.map(_read_pair, chunk)):
+            for entry, (image, mask, flag) in zip(chunk, pool.map(_read_pair, chunk), strict=True):
                 flags.append([flag])
                 if entry.image not in image_at:
                     image_at[entry.image], end = end, end + file.write(image.tobytes())
@@ -631,6 +631,10 @@ class Dataset:
     It is not mapped: a mapped file that becomes shorter kills the process that reads it.
     """
 
+    holds = "images"
+    is_mapped = False  # samples take time to make, which data-loading processes save
+    unit = "px"  # of distances
+
     def __init__(self, entries: list, rows: np.ndarray, path: Path, colours: str | None = None):
         self.entries, self.rows, self.path, self.colours = entries, rows, path, colours
         self.classes = entries[0].classes
@@ -674,6 +678,15 @@ class Dataset:
         sample |= {"prompt": entry.text(kind, rng), "classes": self.classes}
         sample |= {"name": entry.name, "file": entry.image}
         return sample | {"group": entry.group, "dataset": entry.root.name}
+
+    def overlay(self, i: int, truth: np.ndarray, masks: np.ndarray, preprocess=None) -> Image.Image:
+        """Return the picture of entry i with truth and masks, bool (n,h,w) each.
+
+        Its size is that of the masks, which need not be the image's. `preprocess` is of volumes.
+        """
+        h, w = masks.shape[1:]
+        image = Image.fromarray(self.pixels(i)[0]).resize((w, h))
+        return pictures.overlay(np.asarray(image), truth, masks)
 
     def compare_prompts_by(self, tokenizer) -> None:
         """Compare prompts by the token ids that a model's tokenizer, text -> (1,T), gives them."""

@@ -382,7 +382,9 @@ def file_config(weights: dict[str, Tensor], settings: dict, overrides: dict, sou
         told["grid"] = round((tokens - 1) ** 0.5)
     usual = told.get("neck_dims", Config.neck_dims)
     convs = (weights.get(f"neck.convs.{i}.weight") for i in range(4))
-    told["neck_dims"] = tuple(n if t is None else t.shape[1] for n, t in zip(usual, convs))
+    told["neck_dims"] = tuple(
+        n if t is None else t.shape[1] for n, t in zip(usual, convs, strict=True)
+    )
     if any(n.startswith("neck.") for n in weights):
         told["fusion_norm"] = any(".batch_norm" in n for n in weights)
     like = VARIANTS["large-ade" if told.get("fusion_norm", True) else "large"]
@@ -417,6 +419,8 @@ def to_rgb(image):
     if image.mode == "P":  # else Pillow warns of palettes with transparency
         image = image.convert("RGBA")
     return image.convert("RGB")
+
+
 # end shared
 
 
@@ -453,6 +457,8 @@ def postprocess(logits: Tensor, size: tuple[int, int], config: Config) -> Tensor
     """
     logits = F.interpolate(logits[None].float(), size, mode="bilinear", align_corners=False)[0]
     return logits.softmax(0) if len(logits) > 1 else logits.sigmoid()
+
+
 # end shared
 
 
@@ -475,6 +481,8 @@ def open_upright(image):
         if ";16" in str(opened.tile):
             raise ValueError(f"{image}: has 16 bits a channel; scale its values to 8 bits, 0..255")
         return ImageOps.exif_transpose(opened)
+
+
 # end shared
 
 
@@ -490,6 +498,8 @@ def evaluating(model: nn.Module):
     finally:
         for module, was_training in modes.items():
             module.training = was_training
+
+
 # end shared
 
 
@@ -515,6 +525,8 @@ def segment(model: nn.Module, image) -> tuple:
     else:
         mask = probabilities.argmax(0)
     return probabilities, mask.astype("uint8" if len(probabilities) <= 256 else "uint16")
+
+
 # end shared
 
 
@@ -555,6 +567,8 @@ def is_like(value, default) -> bool:
     if isinstance(default, int) and not isinstance(default, bool):
         return type(value) is int and 0 <= value < 1e9
     return type(value) is type(default)
+
+
 # end shared
 
 
@@ -620,6 +634,8 @@ def parse_file(path: Path):
     if is_torchscript(path):
         return read_torchscript(path)
     return torch.load(path, map_location="cpu", weights_only=True)
+
+
 # end shared
 
 
@@ -642,6 +658,8 @@ def unwrap(content: dict, path: Path) -> dict[str, Tensor]:
         bare = {name: name.removeprefix(prefix) for name in weights}
         weights = {n if bare[n] in weights else bare[n]: t for n, t in weights.items()}
     return weights
+
+
 # end shared
 
 
@@ -820,6 +838,8 @@ def download(source: str, files: tuple[str, ...]) -> Path:
         hint = "check the connection, or fetch the file elsewhere and name it"
         raise OSError(f"{source}: not to be had from the hub ({reason}); {hint}") from None
     raise FileNotFoundError(f"{source}: the repository has none of {', '.join(files)}")
+
+
 # end shared
 
 
@@ -846,6 +866,8 @@ def tensor_fault(found: Tensor | None, expected: Tensor | None) -> str:
         if not -largest <= low.item() <= high.item() <= largest:
             return f"holds NaN, infinity or values beyond {str(expected.dtype)[6:]}"
     return ""
+
+
 # end shared
 
 
@@ -897,4 +919,6 @@ def recognise(weights: dict[str, Tensor]) -> str:
         if any(re.match(rf"(.*\.)?{pattern}", name) for name in weights):
             return kind
     return ""
+
+
 # end shared

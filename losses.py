@@ -211,7 +211,7 @@ def _merges(x: np.ndarray, diagonal: bool) -> np.ndarray:
     edges = edges[:, edges[0] != edges[1]]
     edges = edges[:, edges[2].argsort(kind="stable")]
     older, pairs = list(range(x.size)), []
-    for a, b, meet in zip(*edges.tolist()):
+    for a, b, meet in zip(*edges.tolist(), strict=True):
         while older[a] != a:
             older[a] = a = older[older[a]]  # halves the path
         while older[b] != b:
@@ -268,7 +268,7 @@ def _squared_wasserstein(x: Tensor, y: Tensor, dims, shortest: float = 0.0) -> T
     B, C, H, W = x.shape
     maps = torch.stack([x.detach(), y.to(x)]).flatten(1, 2).cpu().double().numpy()  # (2,B*C,H,W)
     found, rest = [], []
-    for n, (ours, theirs) in enumerate(zip(*maps)):
+    for n, (ours, theirs) in enumerate(zip(*maps, strict=True)):
         for dim in dims:
             pairs = persistence_pairs(ours, dim, shortest)  # (n,2)
             a, b = ours.flat[pairs], theirs.flat[persistence_pairs(theirs, dim, shortest)]
@@ -277,7 +277,9 @@ def _squared_wasserstein(x: Tensor, y: Tensor, dims, shortest: float = 0.0) -> T
             goals[i], matched[i] = b[j], True
             found.append((n * H * W + pairs, goals, matched, np.full(len(a), len(rest))))
             rest.append(cost)
-    where, goals, matched, owner = (torch.from_numpy(np.concatenate(x)) for x in zip(*found))
+    where, goals, matched, owner = (
+        torch.from_numpy(np.concatenate(x)) for x in zip(*found, strict=True)
+    )
     points = x.flatten()[where.to(x.device)].cpu()  # (N,2), all diagrams of x in a row
     apart = (points - goals.to(x.dtype)).abs().amax(1)
     cost = torch.where(matched, apart, (points[:, 1] - points[:, 0]) / 2) ** 2

@@ -282,16 +282,16 @@ def _summary(rows, class_names, metrics):
     images = [(row.get("dataset"), row["name"]) for row in rows]  # names may be another set's, too
     cases = {
         image: (row.get("dataset"), row["name"] if row["group"] is None else row["group"])
-        for image, row in zip(images, rows)
+        for image, row in zip(images, rows, strict=True)
     }
     summary = {"images": len(cases), "n": len(set(cases.values()))}
     missed = {
         (image, row["class"])
-        for image, row in zip(images, rows)
+        for image, row in zip(images, rows, strict=True)
         if row["in_truth"] != row["in_pred"]
     }
     summary["misses"] = len(missed)
-    failed = {cases[image] for image, row in zip(images, rows) if row["dice"] == 0}
+    failed = {cases[image] for image, row in zip(images, rows, strict=True) if row["dice"] == 0}
     warning = _warning(summary["n"], len(failed))
     if warning:
         summary["warning"] = warning
@@ -396,7 +396,7 @@ def betti_error(pred, truth):
     """
     _check(pred, truth)
     errors = np.abs(np.subtract(betti_numbers(pred), betti_numbers(truth)))
-    return dict(zip(("betti0_error", "betti1_error"), errors.tolist()))
+    return dict(zip(("betti0_error", "betti1_error"), errors.tolist(), strict=True))
 
 
 def average_precision(probability, truth, valid=None):

@@ -2,7 +2,6 @@
 
 import argparse
 import hashlib
-import math
 import os
 import re
 from dataclasses import dataclass, field, fields, replace
@@ -17,7 +16,7 @@ from imaging.boxes_and_points import KINDS
 from imaging.image_files import ORIENTATIONS, colour_table
 from imaging.layouts import is_prompt_type, path_and_split, prompt_option
 from recipes import FAMILIES, second_file
-from recipes.base import Settings
+from recipes.base import Protocol, Settings
 from recipes.sam import TOPOLOGY
 from universal import CODES
 
@@ -195,25 +194,6 @@ class Options:
         10.0, "minutes between saved states within an epoch; 0: after every step", at_least=0
     )
 
-    @property
-    def tolerance(self) -> float:
-        """NSD tolerance in mm (volumes) or pixels (images); 1 unless --nsd-tolerance sets it."""
-        return 1.0 if self.nsd_tolerance is None else self.nsd_tolerance
-
-    @property
-    def window(self) -> tuple[float, float] | None:
-        """--intensity; None are z-scores. ValueError, one line, if it is neither."""
-        if self.intensity == ["zscore"]:
-            return None
-        try:
-            low, high = map(float, self.intensity)
-        except ValueError:
-            low = high = 0
-        if not low < high:  # or one is nan
-            told = " ".join(self.intensity)
-            raise ValueError(f"--intensity {told}: two HU, the lower first, or zscore")
-        return low, high
-
 
 # What may differ between a run and its resumption without changing its numbers.
 FREE = {"resume", "out", "workers", "device", "cache", "save_every", "overlays", "checkpointing"}
@@ -290,7 +270,7 @@ def checked(options: Options) -> Options:
     specs = {spec.name: spec for spec in fields(Options)}
     model = checked_value(specs["model"], options.model)
     recipe = checked_value(specs["recipe"], options.recipe) or "default"
-    own = FAMILIES[model].settings.get(recipe)
+    own = FAMILIES[model].protocols.get(recipe)
     values = {}
     for name, spec in specs.items():
         given = getattr(options, name)
@@ -299,19 +279,23 @@ def checked(options: Options) -> Options:
     return Options(**values)
 
 
-def with_views(settings: Settings, options: Options, family) -> Settings:
-    """Whether features are kept, and what augmentation there then is. ValueError: none to be had"""
-    keeps, can = settings.keep_features, settings.train == "decoder" and family.keeps
+def with_views(protocol: Protocol, options: Options, family) -> Protocol:
+    """Return a protocol with what `keep_features`, `views` and `augment` then are.
+
+    Raises ValueError, one line, if features are to be kept that cannot be.
+    """
+    keeps = protocol.keep_features
+    can = protocol.train == "decoder" and family.keeps
     if keeps is None:  # wherever nothing of the encoder learns
         keeps = can and not options.eval
     if keeps and not can:
         message = "needs --train decoder and a model that encodes images apart"
         raise ValueError(f"--keep-features {message}; --no-keep-features")
     if not keeps and not options.views:
-        return replace(settings, keep_features=keeps, views=("original",))
-    if "original" not in settings.views:
+        return replace(protocol, keep_features=keeps, views=("original",))
+    if "original" not in protocol.views:
         raise ValueError("--views: original must be among them")
-    return replace(settings, keep_features=keeps, augment=None)
+    return replace(protocol, keep_features=keeps, augment=None)
 
 
 def as_tested(options: Options) -> Options:
@@ -335,95 +319,36 @@ def as_tested(options: Options) -> Options:
     return replace(options, model=tested["model"], **same)
 
 
-FOR_VOLUMES = (
-    "crops_per_volume", "crop_ratio", "spacing", "intensity", "overlap", "window_batch",
-    "checkpointing",
-)  # fmt: skip
-FOR_UNIVERSAL = ("codes", "text_codes")
-FOR_SAM = ("sam_prompts", "jitter", "min_area", "prompts_per_image", "boxes", "points", "topology")
-
-
 def check(options: Options, family, name: str) -> None:
-    """ValueError, one line: what does not go together."""
-    if name not in family.settings:
-        raise ValueError(f"--recipe {name}: {options.model} has {', '.join(family.settings)}")
+    """Raise ValueError, one line, for options that do not go together. name: of the recipe."""
+    model = options.model
+    if name not in family.protocols:
+        raise ValueError(f"--recipe {name}: {model} has {', '.join(family.protocols)}")
     if options.variant is not None and options.variant not in family.variants:
         have = ", ".join(family.variants)
-        raise ValueError(f"--variant {options.variant}: {options.model} has {have}")
-    if options.variant is not None and options.weights not in (None, "none"):
+        raise ValueError(f"--variant {options.variant}: {model} has {have}")
+    has_weights = options.weights not in (None, "none")
+    if options.variant is not None and has_weights and not family.variant_with_weights:
         raise ValueError("--variant: leave it out, --weights say themselves what they are")
-    second = second_file(options.model, options.clip, options.decoder)
+    second = second_file(model, options.clip, options.decoder)
     if second and options.weights == "none":
         raise ValueError(f"--{[*second][0]}: with --weights none nothing is loaded; remove it")
     if options.clip and options.weights is None:
         raise ValueError("--clip: the default weights have CLIP in them; remove it")
-    if not family.reads and (options.prompt or options.negatives):
-        raise ValueError(f"--prompt, --negatives: {options.model} reads no text")
     if not options.data and (not options.test or not options.eval or options.threshold == "auto"):
         raise ValueError("--data is missing: which data set?")
-    if family.asked and options.score_size == "network":
-        raise ValueError("--score-size network: SAM is scored at the image's size, drop it")
-    check_volumes(options, family)
-    if options.text_codes and options.codes in ("random", "one-hot"):
-        raise ValueError(f"--codes {options.codes}: takes no --text-codes, drop one")
-    if options.pseudocolor is not None:
-        colour_table(options.pseudocolor)
-    for keys, fits, told in (
-        (FOR_SAM, family.asked, "takes no boxes or points, only SAM does"),
-        (FOR_UNIVERSAL, family.partial, "has no codes of classes, only universal and fewshot3d do"),
-    ):
-        if given := [key for key in keys if not fits and getattr(options, key) is not None]:
-            raise ValueError(f"{flag(given[0])}: {options.model} {told}")
-    if options.prompt_study and not family.reads:
-        raise ValueError(f"--prompt-study: {options.model} reads no text")
-    if options.prompt_study and options.score_size == "network":
-        raise ValueError("--score-size network: --prompt-study scores at the image's size, drop it")
-
-
-def check_volumes(options: Options, family) -> None:
-    """ValueError, one line: what is of volumes for a model of images, or the other way round."""
-    for key in () if family.volumes else FOR_VOLUMES:
-        if getattr(options, key):
-            raise ValueError(f"{flag(key)}: {options.model} takes images; this is for volumes")
-    for key in ("pseudocolor", "views", "mask_orientation") if family.volumes else ():
-        if getattr(options, key):
-            raise ValueError(f"{flag(key)}: {options.model} takes volumes; this is for images")
-    if family.volumes and options.mask_threshold is not None:
-        raise ValueError(f"--mask-threshold: {options.model} takes volumes; this is for images")
-    if family.volumes and options.score_size == "network":
-        raise ValueError("--score-size network: volumes are scored on their own grid, drop it")
-    if options.size and len(options.size) not in ((1, 3) if family.volumes else (1,)):
-        raise ValueError(f"--size {' '.join(map(str, options.size))}: one number, of volumes three")
-    if options.size and not family.volumes:
-        check_side(options.size[0], options.model, family)
-    sides = options.size or [64]
-    if family.volumes and (any(n % 32 or n < 32 for n in sides) or max(sides) < 64):
-        raise ValueError("--size: sides of volumes are multiples of 32, one of them 64 or more")
-    if family.volumes and options.schedule == "plateau":
-        raise ValueError("--schedule plateau: goes by a validation loss, which volumes have not")
     if options.overfit and (options.test or options.eval or options.fold):
         raise ValueError("--overfit: trains and tests on --data alone; drop --test, --eval, --fold")
-    if options.intensity:
-        options.window  # raises
-    ratio = options.crop_ratio
-    if ratio and (len(ratio) < 2 or not 0 < sum(ratio) < math.inf):
-        raise ValueError("--crop-ratio: two numbers or one a class, from 0 up and not all 0")
+    family.check_given(vars(options), model)
+    family.check_options(options)
+    if options.pseudocolor is not None:
+        colour_table(options.pseudocolor)
 
 
-def check_side(side: int, model: str, family) -> None:
-    """Raise ValueError, one line, if a model cannot take images of side x side pixels."""
-    least, step = family.sides
-    if side < least or side % step:
-        sides = f"of {least} pixels or more"
-        if step > 1:
-            sides = f"that are multiples of {step}, {least} or more"
-        raise ValueError(f"--size {side}: {model} takes sides {sides}")
-
-
-def check_used(options: Options, settings: Settings) -> None:
-    """ValueError, one line: what would do nothing, or nothing that means anything, beside the
-    others."""
-    keeps, topology = settings.keep_features, settings.topology not in (None, "none")
+def check_used(options: Options, settings: Protocol) -> None:
+    """Raise ValueError, one line, for options that have no effect beside the others."""
+    keeps = settings.keep_features
+    topology = settings.topology not in (None, "none")
     idle = {
         "compile": keeps or settings.sam_prompts is not None,  # which encode and decode apart
         "feature_dtype": not keeps,
@@ -533,27 +458,43 @@ def run_folder(given: Options, model: str) -> str:
     return str(Path("runs") / shortened(name, 120, name))
 
 
-def resolve(options: Options) -> tuple[Options, Settings]:
-    """Fills what is open from the tested run folder and from the recipe; checks the rest."""
+def resolve(options: Options) -> Settings:
+    """Return all that a run goes by: the options, the tested run, and the recipe for the rest.
+
+    Raises ValueError, one line, for options that make no sense, or not together.
+    """
     options = checked(options)
     if options.prompt and not options.resume:  # a run's own prompt stays as it was trained
         options = replace(options, prompt=prompt_option(options.prompt))
     typed = options
     options = as_tested(options)
-    family, name = FAMILIES[options.model], options.recipe or "default"
+    family = FAMILIES[options.model]
+    name = options.recipe or "default"
     check(options, family, name)
-    settings = family.settings[name]
     if options.out is None:
         options = replace(options, out=run_folder(typed, options.model))
-    shared = {spec.name for spec in fields(Settings)} & {spec.name for spec in fields(Options)}
-    shared -= {"weights", "decoder"}  # --decoder replaces the recipe's when the model is loaded
-    given = {key: getattr(options, key) for key in shared if getattr(options, key) is not None}
-    if options.weights == "none" and options.backbone_lr is None:  # nothing is pretrained
-        given["backbone_lr"] = given.get("lr", settings.lr)
-    settings = with_views(replace(settings, **given), options, family)
+
+    protocol = protocol_of(options, family, name)
     if not options.resume:  # which brings all options of the run, used or not
-        check_used(options, settings)
-    options = replace(options, **{key: getattr(settings, key) for key in shared})
+        check_used(options, protocol)
+    numbers = {spec.name: getattr(protocol, spec.name) for spec in fields(Protocol)}
+    of_the_run = {key: value for key, value in vars(options).items() if key not in numbers}
+    return Settings(**numbers, **of_the_run)
+
+
+def protocol_of(options: Options, family, name: str) -> Protocol:
+    """Return a recipe of a family, with the values that the command line gives in its place."""
+    protocol = family.protocols[name]
+    numbers = {spec.name for spec in fields(Protocol)} & {spec.name for spec in fields(Options)}
+    given = {key: getattr(options, key) for key in numbers if getattr(options, key) is not None}
+    if options.weights == "none" and options.backbone_lr is None:  # nothing is pretrained
+        given["backbone_lr"] = given.get("lr", protocol.lr)
+    return with_views(replace(protocol, **given), options, family)
+
+
+def as_options(settings: Settings) -> dict:
+    """Return settings as the options of config.json, with which a run is resumed."""
+    options = {spec.name: getattr(settings, spec.name) for spec in fields(Options)}
     if settings.augment is not None:  # the views then are no choice, which a resumed run would see
-        options = replace(options, views=None)
-    return options, settings
+        options["views"] = None
+    return options

@@ -34,7 +34,6 @@ import io
 import os
 import re
 import sys
-from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout
@@ -49,13 +48,13 @@ from tqdm import tqdm
 
 import data
 from engine import command_line, tables
-from engine.evaluate import each_is, read_image_prompts, to_masks
+from engine.evaluate import each_is, to_masks
 from engine.ranges import GREY_LEVEL, POSITIVE, Number
 from engine.runs import check_threshold, num_classes, patients_of, pick_device, run_config
 from imaging import atomic_files, files, image_files, layouts, nifti, organ_rules, pictures, volumes
 from recipes import FAMILIES, second_file
+from recipes.base import BOXES, IMAGES, TEXTS, VOLUMES
 from recipes.images import describe_cuts
-from recipes.loading import load_model
 
 
 def parse() -> argparse.Namespace:
@@ -114,7 +113,7 @@ def parse() -> argparse.Namespace:
 
 
 def volume_options(add) -> None:
-    """Those that only models of volumes take, OF_VOLUMES."""
+    """Add those that only models of volumes take."""
     help = "of a volume: keep of each class only its largest connected component"
     add("--largest-component", action="store_true", help=help)
     help = "keep of organs their largest piece, of tumours what is in the organ; see organ_rules.py"
@@ -123,9 +122,6 @@ def volume_options(add) -> None:
     share = Number(at_least=0, below=1)
     add("--overlap", type=share, help="of windows of a volume, 0 to below 1")
     add("--window-batch", type=POSITIVE, help="windows of a volume at a time")
-
-
-OF_VOLUMES = ("largest_component", "organ_rules", "classes", "overlap", "window_batch")
 
 
 # --- inputs and outputs --------------------------------------------------------------------------
@@ -137,8 +133,6 @@ def list_cases(args, run: dict, reads: bool) -> list[tuple[str, Path, str]]:
     reads: the model takes a text. Raises FileNotFoundError or ValueError, one line, for inputs that
     do not exist or options that do not fit.
     """
-    if args.prompt and not reads:
-        raise ValueError("--prompt: this model reads no text")
     cases = []
     for place in map(Path, args.inputs):
         if layouts.splits(place):
@@ -402,6 +396,15 @@ class Batch:
         return 1
 
 
+# What an error says of options that are for other models; groups as in recipes/base.py.
+REFUSED = {
+    TEXTS: "--prompt: this model reads no text",
+    BOXES: "--boxes, --points: this model takes no boxes or points, only SAM does",
+    IMAGES: "{flag}: of images; this model takes volumes",
+    VOLUMES: "{flag}: of volumes; this model takes images",
+}
+
+
 # --- images --------------------------------------------------------------------------------------
 
 
@@ -413,7 +416,7 @@ def model_of(args) -> str:
             raise ValueError(foreign)
     if not all(layouts.is_volume(Path(place)) for place in args.inputs):
         raise ValueError(f"--model is missing: {args.weights} is not a run folder that says it")
-    return next(name for name, family in FAMILIES.items() if family.volumes)
+    return next(name for name, family in FAMILIES.items() if family.takes == "volumes")
 
 
 def main() -> int:
@@ -432,15 +435,10 @@ def predict_inputs(args) -> int:
     family = FAMILIES[name]
     second = second_file(name, args.clip, args.decoder)
     check_split(args)
-    if family.volumes:
-        if args.mask_threshold is not None:
-            raise ValueError("--mask-threshold: of images; this model takes volumes")
-        with nifti.notices.together():
-            return predict_volumes(family, run, args)
-    for key in OF_VOLUMES:
-        if getattr(args, key):
-            raise ValueError(f"--{key.replace('_', '-')}: of volumes; this model takes images")
-    return predict_images(family, run, second, args)
+    family.check_given(vars(args), "this model", REFUSED)
+    predict = {"images": predict_images, "volumes": predict_volumes}[family.takes]
+    with nifti.notices.together():
+        return predict(family, run, second, args)
 
 
 def predict_images(family, run: dict, second: dict, args) -> int:
@@ -448,10 +446,9 @@ def predict_images(family, run: dict, second: dict, args) -> int:
 
     second: the argument of from_pretrained that --clip or --decoder is.
     """
-    cases = list_cases(args, run, family.reads)
+    reads = family.reads_text()
+    cases = list_cases(args, run, reads)
     check_outputs(case_outputs(cases, args), Path(args.out), args.skip_existing)
-    if (args.boxes or args.points) and not family.asked:
-        raise ValueError("--boxes, --points: this model takes no boxes or points, only SAM does")
     truths = ground_truths(args, run)
     predictor = ImagePredictor(cases, family, run, second, args, truths)
 
@@ -467,29 +464,6 @@ def predict_images(family, run: dict, second: dict, args) -> int:
     status = batch.run(predictor.predict)
     predictor.say_how_images_were_read()
     return status
-
-
-def image_names(images: list[Path], inputs: list[str]) -> list[str]:
-    """Return the images' paths within their input folder or their data set's images folder.
-
-    With several data sets the folder of the data set comes first where a path occurs twice.
-    """
-    data_sets = [Path(place).resolve() for place in inputs if layouts.splits(Path(place))]
-    folders = [Path(place) for place in inputs if Path(place).is_dir()]
-    names = []
-    longer_names = []
-    for image in images:
-        root = next((root for root in data_sets if image.is_relative_to(root)), None)
-        folder = next((folder for folder in folders if image.is_relative_to(folder)), None)
-        if root is not None:
-            name = layouts.name_in_images(image, root)
-        else:
-            name = image.name if folder is None else image.relative_to(folder).as_posix()
-        names.append(name)
-        longer_names.append(name if root is None else f"{root.name}/{name}")
-
-    counts = Counter(names)
-    return [long if counts[name] > 1 else name for name, long in zip(names, longer_names)]
 
 
 def ground_truths(args, run: dict) -> dict[str, tuple]:
@@ -512,12 +486,12 @@ def ground_truths(args, run: dict) -> dict[str, tuple]:
         truths |= {entry.name: (entry, 0) for entry in entries}
         with ThreadPoolExecutor() as pool:
             counts = [*pool.map(count_mask, entries)]
-        entries = [entry for entry, count in zip(entries, counts) if count is not None]
+        entries = [entry for entry, count in zip(entries, counts, strict=True) if count is not None]
         if entries:
             counts = np.concatenate([count for count in counts if count is not None])  # (n,3,256)
             (rule,) = data.decide_rules(entries, counts, reading).values()
             thresholds = data.mask_thresholds(entries, counts[:, 0], rule)
-            pairs = zip(entries, thresholds.tolist())
+            pairs = zip(entries, thresholds.tolist(), strict=True)
             truths |= {entry.name: (entry, threshold) for entry, threshold in pairs}
 
     if args.mask_threshold is not None and not truths:
@@ -542,34 +516,6 @@ def truth_of(truth: tuple | None, n: int) -> np.ndarray | None:
     if truth is None or len(layouts.foreground(truth[0].classes)) != n:
         return None
     return each_is(data.read_truth(*truth), range(1, n + 1))
-
-
-def ask_by(recipe, cases, classes: list[str] | None, args):
-    """Return SAM's function that asks by files or by the whole image, and the classes."""
-    if args.boxes or args.points:
-        images = [file for _, file, _ in cases]
-        sizes = [size_for_boxes(file) for file in images]
-        names = image_names(images, args.inputs)
-        files = args.boxes, args.points
-        given, classes = read_image_prompts(*files, images, names, sizes, classes)
-        return partial(recipe.ask, source="given boxes", given=given), classes
-    if classes and len(classes) > 1:
-        told = ", ".join(classes[1:])
-        need = "--boxes or --points is missing"
-        raise ValueError(f"{need}: a whole image does not say which of {told} is meant")
-    print("no --boxes or --points: SAM is asked by the box around each whole image")
-    return partial(recipe.ask, source="image"), classes or ["target"]
-
-
-def size_for_boxes(file: Path) -> tuple[float, float]:
-    """Return the (H,W) of an image, upright; infinite if it cannot be read, so that boxes fit.
-
-    That it cannot be read is said when it is predicted.
-    """
-    try:
-        return image_files.read_image(file).shape[:2]
-    except (ValueError, OSError):
-        return np.inf, np.inf
 
 
 def draw_pictures(probabilities, config, image, args, truth=None, prompts=()) -> dict:
@@ -601,11 +547,11 @@ class ImagePredictor:
     def __init__(self, cases: list, family, run: dict, second: dict, args, truths: dict):
         """cases: of `list_cases`. second: as for `predict_images`. truths: of `ground_truths`."""
         device = pick_device(args.device)
-        settings = family.settings["default"]
+        protocol = family.protocols["default"]
         overrides = second if args.threshold is None else second | {"threshold": args.threshold}
-        model = load_model(family, args.weights, None, settings, overrides, None)
+        model = family.load_model(args.weights, None, protocol, overrides)
         self.model = model.eval().to(device)
-        self.recipe = family.recipe(self.model, settings)
+        self.recipe = family.recipe(self.model, protocol)
         self.args = args
         self.cases = {name: (file, prompt) for name, file, prompt in cases}
         self.truths = truths
@@ -613,13 +559,10 @@ class ImagePredictor:
         self.non_finite = []  # files with NaN or infinite pixels
         self.damaged_exif = []  # files
 
-        self.ask = None
-        classes = run.get("classes")
-        if self.recipe.ask:
-            self.ask, classes = ask_by(self.recipe, cases, classes, args)
-        classes = classes or [f"class {number}" for number in range(num_classes(self.model))]
-        self.classes = tuple(classes)
-        check_threshold(1 if self.ask else len(classes), args.threshold)
+        count = num_classes(self.model)
+        self.ask, classes = family.ask_in_prediction(self.recipe, cases, run.get("classes"), args)
+        self.classes = tuple(classes or [f"class {number}" for number in range(count)])
+        check_threshold(count, args.threshold)
         n = len(layouts.foreground(self.classes))
         if any(len(layouts.foreground(entry.classes)) != n for entry, _ in truths.values()):
             print("--overlays: a ground truth of other classes than the model's is not drawn")
@@ -636,8 +579,7 @@ class ImagePredictor:
         sample |= {"file": file, "size": image.shape[:2], "classes": self.classes}
         sample |= {"group": None, "dataset": ""}
         item = self.recipe.inputs(sample, train=False, rng=None)
-        if self.ask:
-            item |= self.ask(sample)
+        item |= self.ask(sample)
         with torch.no_grad():
             probabilities = self.recipe.predict(self.model, item)[0].cpu().numpy()  # (K,H,W)
         drawn = draw_pictures(
@@ -713,7 +655,7 @@ def group_channels(listed: list[Path], channels: int) -> list[tuple[str, list[Pa
     # patient_0001, patient_0002 are no channels; _0000 of all is nnU-Net's ending
     stems = [layouts.without_ending(file) for file in whole]
     end = "_0000" if all(stem.endswith("_0000") for stem in stems) else ""
-    cases = [(stem.removesuffix(end), [file]) for stem, file in zip(stems, whole)]
+    cases = [(stem.removesuffix(end), [file]) for stem, file in zip(stems, whole, strict=True)]
     parts = sorted({*listed} - {*whole})
     return cases + [*layouts.channels_of(parts).items()]
 
@@ -761,25 +703,26 @@ def volume_outputs(name: str, parts: list[str], args) -> dict[str, Path]:
 
 def volume_model(family, run: dict, args):
     """The model and its recipe, as the run and the command line have them."""
-    if args.prompt or args.boxes or args.points:
-        raise ValueError("--prompt, --boxes, --points: this model takes volumes and nothing else")
     trained = run.get("options", {}).get("overlap")
     given = {"overlap": trained if args.overlap is None else args.overlap}
     given |= {"window_batch": args.window_batch}
     given = {key: value for key, value in given.items() if value is not None}
-    settings = replace(family.settings["default"], **given)
+    protocol = replace(family.protocols["default"], **given)
     overrides = {} if args.threshold is None else {"threshold": args.threshold}
     device = pick_device(args.device)
-    model = load_model(family, args.weights, None, settings, overrides, None).eval().to(device)
-    return model, family.recipe(model, settings)
+    model = family.load_model(args.weights, None, protocol, overrides).eval().to(device)
+    return model, family.recipe(model, protocol)
 
 
-def predict_volumes(family, run: dict, args) -> int:
-    """Write the label maps of all volumes, and the names of their numbers. Return the status."""
+def predict_volumes(family, run: dict, second: dict, args) -> int:
+    """Write the label maps of all volumes, and the names of their numbers. Return the status.
+
+    second: {}, as models of volumes have one file of weights.
+    """
     model, recipe = volume_model(family, run, args)
     c = model.config
     classes, numbers = classes_of(c, run)
-    chosen = numbers_asked(model, classes, args.classes)
+    chosen = family.numbers_asked(model, classes, args.classes)
     if chosen is not None:
         classes = [classes[0], *(classes[k + 1] for k in chosen)]
     if args.organ_rules:
@@ -790,7 +733,7 @@ def predict_volumes(family, run: dict, args) -> int:
     parts = class_endings(classes[1:]) if c.overlapping else [""]
     shared = {}
     if not c.overlapping:
-        shared[Path(args.out) / "classes.json"] = dict(zip(numbers, classes))
+        shared[Path(args.out) / "classes.json"] = dict(zip(numbers, classes, strict=True))
     if args.overlays:
         shared[Path(args.out) / "legend.png"] = pictures.legend(tuple(classes[1:]))
     outputs = {name: volume_outputs(name, parts, args) for name in cases}
@@ -814,22 +757,6 @@ def classes_of(config, run: dict) -> tuple[list[str], list[int]]:
         print(f"numbers of the training data go up to {max(numbers)}; written are 0, 1, 2, …")
         numbers = None
     return names, numbers or list(range(len(names)))
-
-
-def numbers_asked(model, classes: list[str], names: list[str] | None) -> list[int] | None:
-    """Numbers of classes that --classes names, the first behind the background is 0; None: all.
-
-    ValueError, one line: no class of the model, or a model that finds all classes at once.
-    """
-    if names is None:
-        return None
-    if not hasattr(model, "add_class"):
-        raise ValueError("--classes: this model finds all of its classes at once; drop it")
-    known = {layouts.plain_name(name): k for k, name in enumerate(classes[1:])}
-    names = [*map(layouts.plain_name, names)]
-    if lost := [name for name in names if name not in known]:
-        raise ValueError(f"--classes: the model has no {lost[0]}, only {', '.join(known)}")
-    return [known[name] for name in dict.fromkeys(names)]
 
 
 def check_rules(config, classes: list[str], args) -> None:
@@ -893,7 +820,7 @@ def label_maps(probabilities, config, classes, numbers, grid, args) -> np.ndarra
     if args.largest_component:
         maps = np.stack([volumes.largest_component(labels) for labels in maps])
     if args.organ_rules:
-        masks = dict(zip(classes[1:], maps.view(bool)))
+        masks = dict(zip(classes[1:], maps.view(bool), strict=True))
         maps = np.stack([*organ_rules.organ_rules(masks, grid.spacing).values()]).view(np.uint8)
     return maps
 

@@ -9,7 +9,8 @@
     python prepare.py btcv RAW                  writes data/btcv: abdominal CT, with a split
     python prepare.py demo-volumes              writes data/demo_volumes: synthetic abdominal CT
     python prepare.py boxes MASKS --like DATA   writes boxes.csv: prompts for SAM out of masks
-    python prepare.py text-codes --data DATA    writes text_codes.safetensors: of classes, by CLIP
+    python prepare.py text-codes --data DATA    writes text_codes.safetensors: of classes, by CLIP;
+                                                with --subsets of all lists of classes
 
 `demo` and `check` speak the layout of the medvlsm study (arXiv 2308.07706), with text prompts:
 

@@ -89,6 +89,8 @@ class LayerNorm2d(nn.LayerNorm):
     def forward(self, x: Tensor) -> Tensor:
         """x (B,C,H,W) -> (B,C,H,W)."""
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
 # end shared
 
 
@@ -628,6 +630,8 @@ def to_rgb(image):
     if image.mode == "P":  # else Pillow warns of palettes with transparency
         image = image.convert("RGBA")
     return image.convert("RGB")
+
+
 # end shared
 
 
@@ -706,6 +710,8 @@ def open_upright(image):
         if ";16" in str(opened.tile):
             raise ValueError(f"{image}: has 16 bits a channel; scale its values to 8 bits, 0..255")
         return ImageOps.exif_transpose(opened)
+
+
 # end shared
 
 
@@ -721,6 +727,8 @@ def evaluating(model: nn.Module):
     finally:
         for module, was_training in modes.items():
             module.training = was_training
+
+
 # end shared
 
 
@@ -836,6 +844,8 @@ def is_like(value, default) -> bool:
     if isinstance(default, int) and not isinstance(default, bool):
         return type(value) is int and 0 <= value < 1e9
     return type(value) is type(default)
+
+
 # end shared
 
 
@@ -901,6 +911,8 @@ def parse_file(path: Path):
     if is_torchscript(path):
         return read_torchscript(path)
     return torch.load(path, map_location="cpu", weights_only=True)
+
+
 # end shared
 
 
@@ -923,6 +935,8 @@ def unwrap(content: dict, path: Path) -> dict[str, Tensor]:
         bare = {name: name.removeprefix(prefix) for name in weights}
         weights = {n if bare[n] in weights else bare[n]: t for n, t in weights.items()}
     return weights
+
+
 # end shared
 
 
@@ -1101,6 +1115,8 @@ def download(source: str, files: tuple[str, ...]) -> Path:
         hint = "check the connection, or fetch the file elsewhere and name it"
         raise OSError(f"{source}: not to be had from the hub ({reason}); {hint}") from None
     raise FileNotFoundError(f"{source}: the repository has none of {', '.join(files)}")
+
+
 # end shared
 
 
@@ -1127,6 +1143,8 @@ def tensor_fault(found: Tensor | None, expected: Tensor | None) -> str:
         if not -largest <= low.item() <= high.item() <= largest:
             return f"holds NaN, infinity or values beyond {str(expected.dtype)[6:]}"
     return ""
+
+
 # end shared
 
 
@@ -1178,4 +1196,6 @@ def recognise(weights: dict[str, Tensor]) -> str:
         if any(re.match(rf"(.*\.)?{pattern}", name) for name in weights):
             return kind
     return ""
+
+
 # end shared

@@ -363,6 +363,8 @@ def add_new(weights: dict[str, Tensor], model: dict[str, Tensor], fresh: str) ->
     weights = {n: t for n, t in model.items() if n.endswith("num_batches_tracked")} | weights
     new = {n: t for n, t in model.items() if n not in weights and re.fullmatch(fresh, n)}
     return weights | new, list(new)
+
+
 # end shared
 
 
@@ -388,6 +390,8 @@ def to_rgb(image):
     if image.mode == "P":  # else Pillow warns of palettes with transparency
         image = image.convert("RGBA")
     return image.convert("RGB")
+
+
 # end shared
 
 
@@ -424,6 +428,8 @@ def postprocess(logits: Tensor, size: tuple[int, int], config: Config) -> Tensor
     """
     logits = F.interpolate(logits[None].float(), size, mode="bilinear", align_corners=False)[0]
     return logits.softmax(0) if len(logits) > 1 else logits.sigmoid()
+
+
 # end shared
 
 
@@ -446,6 +452,8 @@ def open_upright(image):
         if ";16" in str(opened.tile):
             raise ValueError(f"{image}: has 16 bits a channel; scale its values to 8 bits, 0..255")
         return ImageOps.exif_transpose(opened)
+
+
 # end shared
 
 
@@ -461,6 +469,8 @@ def evaluating(model: nn.Module):
     finally:
         for module, was_training in modes.items():
             module.training = was_training
+
+
 # end shared
 
 
@@ -486,6 +496,8 @@ def segment(model: nn.Module, image) -> tuple:
     else:
         mask = probabilities.argmax(0)
     return probabilities, mask.astype("uint8" if len(probabilities) <= 256 else "uint16")
+
+
 # end shared
 
 
@@ -526,6 +538,8 @@ def is_like(value, default) -> bool:
     if isinstance(default, int) and not isinstance(default, bool):
         return type(value) is int and 0 <= value < 1e9
     return type(value) is type(default)
+
+
 # end shared
 
 
@@ -591,6 +605,8 @@ def parse_file(path: Path):
     if is_torchscript(path):
         return read_torchscript(path)
     return torch.load(path, map_location="cpu", weights_only=True)
+
+
 # end shared
 
 
@@ -613,6 +629,8 @@ def unwrap(content: dict, path: Path) -> dict[str, Tensor]:
         bare = {name: name.removeprefix(prefix) for name in weights}
         weights = {n if bare[n] in weights else bare[n]: t for n, t in weights.items()}
     return weights
+
+
 # end shared
 
 
@@ -791,6 +809,8 @@ def download(source: str, files: tuple[str, ...]) -> Path:
         hint = "check the connection, or fetch the file elsewhere and name it"
         raise OSError(f"{source}: not to be had from the hub ({reason}); {hint}") from None
     raise FileNotFoundError(f"{source}: the repository has none of {', '.join(files)}")
+
+
 # end shared
 
 
@@ -817,6 +837,8 @@ def tensor_fault(found: Tensor | None, expected: Tensor | None) -> str:
         if not -largest <= low.item() <= high.item() <= largest:
             return f"holds NaN, infinity or values beyond {str(expected.dtype)[6:]}"
     return ""
+
+
 # end shared
 
 
@@ -868,4 +890,6 @@ def recognise(weights: dict[str, Tensor]) -> str:
         if any(re.match(rf"(.*\.)?{pattern}", name) for name in weights):
             return kind
     return ""
+
+
 # end shared

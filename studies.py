@@ -222,7 +222,7 @@ def cell(score: dict | None, sign: str = "") -> str:
 
 def markdown(head: list[str], rows: list[list[str]]) -> str:
     """A table, its columns aligned for whoever reads it as it is."""
-    widths = [max(map(len, column)) for column in zip(head, *rows)]
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     lines = [head, ["-" * width for width in widths], *rows]
     return "\n".join(f"| {' | '.join(map(str.ljust, line, widths))} |" for line in lines)
 
@@ -557,7 +557,7 @@ def plot(path: Path, study: FewShot, summary: dict) -> None:
     figure, both = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     places = {0: np.log2(study.k[0]) - 1} | {k: np.log2(k) for k in study.k}
     titles = f"Dice of {study.new_class}", "change of the Dice of the others"
-    for axes, key, title in zip(both, ("new", "change"), titles):
+    for axes, key, title in zip(both, ("new", "change"), titles, strict=True):
         for i, (method, scores) in enumerate(summary.items()):
             found = {k: score for k, score in scores[key].items() if score}
             shift = 0.05 * (i - (len(summary) - 1) / 2)  # intervals side by side

@@ -1,37 +1,31 @@
-"""Swin UNETR: a volume in, the class of every voxel out. Windows of attention, then a U-Net.
-And the CLIP-Driven Universal Model on it, whose classes are texts: `UniversalSwinUNETR`.
+"""Swin UNETR: a class for every voxel of a volume, by attention within windows and a U-Net.
 
 Papers: Hatamizadeh et al., BrainLes 2021, arXiv 2201.01266; Tang et al., CVPR 2022, arXiv
 2111.14791 (self-supervised); He et al., MICCAI 2023 (v2). Code: github.com/Project-MONAI/MONAI
-1.6.1, monai/networks/nets/swin_unetr.py and blocks/{dynunet,unetr}_block.py (Apache 2.0); its
-training, Project-MONAI/research-contributions at 21ed8e5, SwinUNETR. Weights: on the hub
-darragh/swinunetr-btcv-{tiny,small,base} (Apache 2.0), MONAI/swin_unetr_btcv_segmentation (licence
-not checked); of MONAI-extra-test-data's release 0.8.1 (not checked) swin_unetr.*_pretrained.pt
-(BTCV), BraTS21's folds, and the encoder alone, model_swinvit.pt.
+1.6.1, monai/networks/nets/swin_unetr.py, blocks/{dynunet,unetr}_block.py (Apache 2.0). Weights: on
+the hub darragh/swinunetr-btcv-{tiny,small,base} (Apache 2.0), MONAI/swin_unetr_btcv_segmentation
+(licence not checked); in release 0.8.1 of MONAI-extra-test-data (licence not checked)
+swin_unetr.*_pretrained.pt (BTCV), the folds of BraTS21, and model_swinvit.pt, the encoder alone.
 
-    volume (B,1,96,96,96), base
-      swinViT.patch_embed, a convolution of 2x2x2 with stride 2: (B,48,48,48,48), x0
-      swinViT.layers, four stages: two blocks of attention within windows of 7x7x7, shifted by 3 in
-      the second, and a merger of 2x2x2 neighbours into twice the channels
-    x1 (B,96,24,24,24), x2 (B,192,12,12,12), x3 (B,384,6,6,6), x4 (B,768,3,3,3), normalised
-      encoder10 of x4; decoder5 doubles the sides and adds x3; decoder4, 3, 2 add encoder4, 3, 2
-      of x2, x1, x0; decoder1 adds encoder1 of the volume
-    (B,48,96,96,96)
-      out, a 1x1x1 convolution
-    logits (B,14,96,96,96)
+    volume                                                        (B,1,96,96,96), variant base
+    swinViT.patch_embed: 2x2x2 convolution with stride 2       -> x0 (B,48,48,48,48)
+    swinViT.layers, four stages: attention within windows of   -> x1 (B,96,24,24,24)
+      7x7x7 tokens; the same, shifted by 3; then 2x2x2            x2 (B,192,12,12,12)
+      neighbours merge into one token of twice the channels       x3 (B,384,6,6,6)
+    encoder10(x4)                                                 x4 (B,768,3,3,3)
+    decoder5: upsampled, x3                                    -> (B,384,6,6,6)
+    decoder4: upsampled, encoder4(x2)                          -> (B,192,12,12,12)
+    decoder3: upsampled, encoder3(x1)                          -> (B,96,24,24,24)
+    decoder2: upsampled, encoder2(x0)                          -> (B,48,48,48,48)
+    decoder1: upsampled, encoder1(volume)                      -> (B,48,96,96,96)
+    out: 1x1x1 convolution                                     -> logits (B,14,96,96,96)
 
-Sides are multiples of 32, one at least 64. quirk: MONAI 1.5.0 changed the order in which neighbours
-merge, under the same name, in the same shapes. All released files are older and need
-`merging="legacy"`; files of later versions need "merging". No tensor tells: RELEASED does.
-Same numbers as MONAI's with less work: `WindowedAttention`, `Normalised`, `add_upsampled_conv`, and
-channels last in memory. Left out: two dimensions, dropout (0 in all files), self-supervised heads.
+Sides are multiples of 32, and one is at least 64. Left out: two dimensions, dropout (0 in all
+released files), the heads of the self-supervised task. To use it in another project copy this file
+and, for volumes in files, the folder `imaging/` (needs numpy, nibabel and tqdm):
 
-A whole CT is turned to RAS, resampled to `config.spacing`, preprocessed, cut into windows of
-`config.image_size` and brought back to its own grid. Copy the folder `imaging/` too; of it
-`volumes.py` is needed, with numpy, nibabel and tqdm:
     from imaging import volumes
     probabilities, labels, affine = volumes.segment(SwinUNETR.from_pretrained(…), "ct.nii.gz")
-In MONAI: Orientation("RAS"), Spacing, `preprocess`, sliding_window_inference(mode="gaussian").
 """
 
 import json
@@ -42,7 +36,6 @@ import sys
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -56,25 +49,43 @@ from torch.utils.checkpoint import checkpoint
 @dataclass(frozen=True)
 class Config:
     feature_size: int = 48  # channels of x0, a multiple of 12
-    in_channels: int = 1
-    num_classes: int = 14
+    in_channels: int = 1  # of the volume
+    num_classes: int = 14  # with the background, unless they overlap
     v2: bool = False  # a residual block of convolutions before each stage
-    merging: str = "legacy"  # order of merged neighbours, a key of OCTANTS
+    merging: str = "legacy"  # order in which neighbours merge, a key of OCTANTS
     image_size: tuple[int, ...] = (96, 96, 96)  # of the windows that a volume is cut into
     spacing: tuple[float, ...] = (1.5, 1.5, 2.0)  # mm
-    intensity: tuple[float, ...] | None = (-175.0, 250.0)  # HU that become 0..1; None: z-scores
-    overlapping: bool = False  # a voxel may be of several classes: a sigmoid each, no softmax
-    threshold: float = 0.5  # of a model with one class or overlapping ones
-    classes: tuple[str, ...] = ()  # their names, of several the background's first; (): not known
+    intensity: tuple[float, ...] | None = (-175.0, 250.0)  # HU that become 0 and 1; None: z-scores
+    overlapping: bool = False  # a voxel may have several classes: a sigmoid each, no softmax
+    threshold: float = 0.5  # for a single class or overlapping ones
+    classes: tuple[str, ...] = ()  # names, the background's first; (): unknown
 
 
-BTCV = dict(classes=(
-    "background", "spleen", "right kidney", "left kidney", "gallbladder", "esophagus", "liver",
-    "stomach", "aorta", "inferior vena cava", "portal and splenic veins", "pancreas",
-    "right adrenal gland", "left adrenal gland",
-))  # fmt: skip
-BRATS21 = dict(image_size=(128,) * 3, spacing=(1.0,) * 3, intensity=None, overlapping=True)
-BRATS21 |= dict(classes=("background", "tumor core", "whole tumor", "enhancing tumor"))
+BTCV = {
+    "classes": (
+        "background",
+        "spleen",
+        "right kidney",
+        "left kidney",
+        "gallbladder",
+        "esophagus",
+        "liver",
+        "stomach",
+        "aorta",
+        "inferior vena cava",
+        "portal and splenic veins",
+        "pancreas",
+        "right adrenal gland",
+        "left adrenal gland",
+    ),
+}
+BRATS21 = {
+    "image_size": (128, 128, 128),
+    "spacing": (1.0, 1.0, 1.0),
+    "intensity": None,
+    "overlapping": True,
+    "classes": ("background", "tumor core", "whole tumor", "enhancing tumor"),
+}
 VARIANTS = {  # parameters
     "base": Config(),  # 62,187,296
     "small": Config(24),  # 15,703,304
@@ -85,171 +96,251 @@ VARIANTS = {  # parameters
     "brats21": Config(in_channels=4, num_classes=3, **BRATS21),  # 62,191,941; FLAIR, T1ce, T1, T2
     "mini": Config(12, num_classes=3, image_size=(64, 64, 64)),  # 4,078,077; for tests and demos
 }
-HEADS = (3, 6, 12, 24)  # of the four stages
-WINDOW, SHIFT = 7, 3  # tokens along a side
-EPS, SLOPE = 1e-5, 0.01  # of the instance norms and the leaky ReLUs
-# Attention scores that exist at a time while gradients are made: 17 MB, and 268 MB on a GPU, which
-# waits for small pieces longer than it computes them.
+
+# --- attention within windows ---------------------------------------------------------------------
+
+WINDOW = 7  # tokens along a side
+SHIFT = 3
+# Attention scores held at a time in the backward pass: 17 MB, and 268 MB on a GPU, which would wait
+# for small pieces longer than it computes them.
 CHUNK = 2**22
 CHUNK_ON_GPU = 2**26
-# The octants of a cell of 2x2x2 in the order in which they are merged.
-OCTANTS = {
-    # quirk: reads two octants twice and two never (swin_unetr.py of MONAI 0.9.0 to 1.4.0)
-    "legacy": "000 100 010 001 101 010 001 111",
-    "merging": "000 100 010 001 110 101 011 111",  # since 1.5.0
-    "mergingv2": "000 001 010 011 100 101 110 111",  # since 1.0.0
-}
+
+
+def pair_tables(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return a table of two positions on one axis as tables of two positions in a window.
+
+    x (7,7): query position, key position. The three results stand for the axes D, H and W and
+    broadcast to (7,7,7,7,7,7): query d, h, w, key d, h, w.
+    """
+    along_d = x[:, None, None, :, None, None]  # (7,1,1,7,1,1)
+    along_h = x[None, :, None, None, :, None]  # (1,7,1,1,7,1)
+    along_w = x[None, None, :, None, None, :]  # (1,1,7,1,1,7)
+    return along_d, along_h, along_w
 
 
 def position_index() -> Tensor:
-    """Row of the bias table for each pair of tokens (query, key) of a window, (343,343)."""
-    i = torch.arange(WINDOW)
-    d, h, w = pairs(i[:, None] - i + WINDOW - 1)  # how far apart, from 0
+    """Return the row of the bias table for each query and key of a window: int64 (343,343)."""
+    positions = torch.arange(WINDOW)
+    offsets = positions[:, None] - positions + WINDOW - 1  # (7,7), 0..12
+    d, h, w = pair_tables(offsets)
     side = 2 * WINDOW - 1
-    return ((d * side + h) * side + w).reshape(WINDOW**3, WINDOW**3)
+    rows = (d * side + h) * side + w  # (7,7,7,7,7,7)
+    return rows.reshape(WINDOW**3, WINDOW**3)
 
 
 def shift_masks() -> Tensor:
-    """What is added to the scores of a window that is the last along no, one, ... all three axes.
+    """Return the additive masks of shifted windows: (2,2,2,7,7,7,7,7,7).
 
-    There the volume's two ends meet, and tokens of one must not see those of the other.
-    -> (2,2,2,7,7,7,7,7,7): is it the last along D, H, W, the query's place in it, the key's.
+    The first three indices say whether the window is the last along D, H and W (0 or 1), the rest
+    are query d, h, w and key d, h, w. In a last window the two ends of the volume meet, and tokens
+    of one end must not attend to tokens of the other.
     """
-    other_end = torch.arange(WINDOW) >= WINDOW - SHIFT
-    apart = torch.zeros(2, 2, 2, *(WINDOW,) * 6, dtype=torch.bool)
-    for axis, pair in enumerate(pairs(other_end[:, None] != other_end)):
-        apart.select(axis, 1).logical_or_(pair)
-    return apart * -100.0  # quirk: not -inf
+    is_other_end = torch.arange(WINDOW) >= WINDOW - SHIFT
+    are_apart = is_other_end[:, None] != is_other_end  # (7,7)
 
-
-def pairs(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(7,7), of two places along an axis -> of D (7,1,1,7,1,1), of H and of W, to be broadcast."""
-    d = x[:, None, None, :, None, None]  # (7,1,1,7,1,1)
-    return d, d.movedim((0, 3), (1, 4)), d.movedim((0, 3), (2, 5))
+    masked = torch.zeros(2, 2, 2, *[WINDOW] * 6, dtype=torch.bool)
+    for axis, table in enumerate(pair_tables(are_apart)):
+        masked.select(axis, 1).logical_or_(table)
+    return masked * -100.0  # quirk: not -inf
 
 
 def windows(x: Tensor, window: tuple[int, ...], parts: int, heads: int) -> Tensor:
-    """x (B,D,H,W,parts*h*d) -> a view of it, (parts,B,D/7,H/7,W/7,h,7,7,7,d) for windows of 7."""
-    sizes = (n for side, w in zip(x.shape[1:4], window, strict=True) for n in (side // w, w))
-    x = x.view(len(x), *sizes, parts, heads, -1)  # (B,D/7,7,H/7,7,W/7,7,parts,h,d)
-    return x.permute(7, 0, 1, 3, 5, 8, 2, 4, 6, 9)
+    """Return a view of x by windows and heads.
 
-
-def slabs(window: tuple[int, ...], shifts: tuple[int, ...]) -> Iterator[tuple]:
-    """The windows that share a mask, at most 8 groups: an index into `windows(...)`, and which.
-
-    Where an axis is shifted, its last windows are apart from the others.
+    x (B,D,H,W,parts*h*d), window: its sides, which divide D, H and W; parts: 3 for queries, keys
+    and values side by side, else 1 -> (parts,B,D/7,H/7,W/7,h,7,7,7,d) for windows of 7.
     """
-    for last in product(*((0, 1) if shift else (0,) for shift in shifts)):
-        ends = zip(last, shifts, strict=True)
-        part = (slice(-1, None) if i else slice(-1 if shift else None) for i, shift in ends)
-        yield (slice(None), slice(None), *part), (*last, *(slice(w) for w in window * 2))
+    B, D, H, W, _ = x.shape
+    d, h, w = window
+    x = x.view(B, D // d, d, H // h, h, W // w, w, parts, heads, -1)  # (B,D/7,7,H/7,7,W/7,7,p,h,d)
+    return x.permute(7, 0, 1, 3, 5, 8, 2, 4, 6, 9)  # (parts,B,D/7,H/7,W/7,h,7,7,7,d)
+
+
+def slabs(window: tuple[int, ...], shifts: tuple[int, ...]) -> Iterator[tuple[tuple, tuple]]:
+    """Yield the groups of windows that share a mask, at most eight.
+
+    Along a shifted axis the last window has a mask of its own. Each group is an index into the
+    result of `windows`, and an index into `shift_masks()`.
+    """
+    tokens = [slice(side) for side in window]
+    choices = [(0, 1) if shift else (0,) for shift in shifts]
+
+    for is_last in product(*choices):
+        index = [slice(None), slice(None)]  # parts, batch
+        for last, shift in zip(is_last, shifts, strict=True):
+            if last:
+                index.append(slice(-1, None))
+            elif shift:
+                index.append(slice(-1))
+            else:
+                index.append(slice(None))
+        yield tuple(index), (*is_last, *tokens, *tokens)
+
+
+def attention_gradients(
+    q: Tensor, k: Tensor, v: Tensor, dy: Tensor, score_bias: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of q, k, v and of the scores' bias, given dy of the attended values.
+
+    q, k, v, dy (n,h,N,d), score_bias (h,N,N) -> (n,h,N,d) three times, (h,N,N).
+    """
+    scale = q.shape[3] ** -0.5
+    scores = torch.add(score_bias, q @ k.mT, alpha=scale)  # (n,h,N,N)
+    p = scores.softmax(3)  # (n,h,N,N), float32 where q is of half precision, as the bias is
+
+    dp = (dy @ v.mT).to(p.dtype)  # (n,h,N,N)
+    d_scores = torch._softmax_backward_data(dp, p, 3, p.dtype)  # (n,h,N,N)
+    d_bias = d_scores.sum(0)  # (h,N,N)
+
+    d_scores = d_scores.to(q.dtype)
+    p = p.to(q.dtype)
+    dq = scale * (d_scores @ k)  # (n,h,N,d)
+    dk = scale * (d_scores.mT @ q)  # (n,h,N,d)
+    dv = p.mT @ dy  # (n,h,N,d)
+    return dq, dk, dv, d_bias
 
 
 class WindowedAttention(torch.autograd.Function):
-    """softmax(q k / sqrt(d) + bias + mask) v of the tokens of each window, slab by slab.
+    """Attention of the tokens of each window to each other, with a bias and a mask.
 
-    MONAI adds bias and mask to the scores of all windows, and keeps these for the gradients: 484 MB
-    in a block of base at 96x96x96. Here a slab adds one sum of both, as large as the scores of a
-    window, inside the fused kernel; gradients make the scores again, a few windows at a time.
+    Equals, for q, k and v (n,h,N,d) of n windows, in a fraction of the memory,
+
+        scores = q @ k.mT / sqrt(d) + bias + mask
+        return scores.softmax(3) @ v
+
+    MONAI keeps the scores of all windows for the gradients: 484 MB in one block of base at
+    96x96x96. Here windows that share a mask (`slabs`) go through the fused kernel together, and the
+    backward pass computes the scores again, a few windows at a time.
     """
 
     @staticmethod
     def forward(ctx, qkv: Tensor, bias: Tensor, masks: Tensor, window: tuple, shifts: tuple):
-        """qkv (B,D,H,W,3C), bias (h,N,N), `shift_masks`, sides of a window, shifts -> (B,D,H,W,C).
+        """qkv (B,D,H,W,3C), bias (h,N,N), masks of `shift_masks` -> (B,D,H,W,C).
 
-        Sides are multiples of the window's, of whose N tokens the channels are heads*d.
+        window: its three sides, which divide D, H and W, N tokens in all; shifts: of the three
+        axes, 0 or SHIFT.
         """
-        h, N = bias.shape[:2]
-        y = qkv.new_empty(*qkv.shape[:4], qkv.shape[4] // 3)
-        inputs, outputs = windows(qkv, window, 3, h), windows(y, window, 1, h)
-        for part, mask in slabs(window, shifts):
-            q, k, v = inputs[part].reshape(3, -1, h, N, inputs.shape[-1])  # (n,h,N,d) each
-            added = (bias + masks[mask].reshape(N, N)).to(q.dtype)  # (h,N,N)
-            some = F.scaled_dot_product_attention(q, k, v, attn_mask=added[None])  # (n,h,N,d)
-            outputs[part] = some.view(outputs[part].shape)
+        heads, N = bias.shape[:2]
+        B, D, H, W, channels = qkv.shape
+        y = qkv.new_empty(B, D, H, W, channels // 3)
+        inputs = windows(qkv, window, 3, heads)  # (3,B,D/7,H/7,W/7,h,7,7,7,d)
+        outputs = windows(y, window, 1, heads)  # (1,B,D/7,H/7,W/7,h,7,7,7,d)
+
+        for index, mask_index in slabs(window, shifts):
+            q, k, v = inputs[index].reshape(3, -1, heads, N, inputs.shape[-1])  # (n,h,N,d) each
+            mask = masks[mask_index].reshape(N, N)
+            score_bias = (bias + mask).to(q.dtype)  # (h,N,N)
+            attended = F.scaled_dot_product_attention(q, k, v, attn_mask=score_bias[None])
+            outputs[index] = attended.view(outputs[index].shape)  # (n,h,N,d) into y
+
         ctx.save_for_backward(qkv, bias, masks)
-        ctx.window, ctx.shifts = window, shifts
+        ctx.window = window
+        ctx.shifts = shifts
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor):
         qkv, bias, masks = ctx.saved_tensors
-        h, N = bias.shape[:2]
-        dqkv, dbias = torch.empty_like(qkv), torch.zeros_like(bias)
-        given = (qkv, 3), (dy.contiguous(), 1), (dqkv, 3)
-        *inputs, outputs = (windows(x, ctx.window, n, h) for x, n in given)
-        most = CHUNK if dy.device.type == "cpu" else CHUNK_ON_GPU
-        for part, mask in slabs(ctx.window, ctx.shifts):
-            added = bias + masks[mask].reshape(N, N)  # (h,N,N)
-            some = torch.cat([x[part].flatten(1, 4) for x in inputs])  # (4,n,h,7,7,7,d)
-            some = some.flatten(3, 5)  # (4,n,h,N,d)
-            for chunk in some.split(max(1, most // bias.numel()), 1):
-                gradients(*chunk, added, dbias)
-            outputs[part] = some[:3].view(outputs[part].shape)
-        return dqkv, dbias, None, None, None
+        heads, N = bias.shape[:2]
+        d_qkv = torch.empty_like(qkv)
+        d_bias = torch.zeros_like(bias)
+        inputs = windows(qkv, ctx.window, 3, heads)  # (3,B,D/7,H/7,W/7,h,7,7,7,d)
+        d_outputs = windows(dy.contiguous(), ctx.window, 1, heads)  # (1,B,D/7,H/7,W/7,h,7,7,7,d)
+        d_inputs = windows(d_qkv, ctx.window, 3, heads)  # (3,B,D/7,H/7,W/7,h,7,7,7,d)
 
+        scores_at_a_time = CHUNK if dy.device.type == "cpu" else CHUNK_ON_GPU
+        windows_at_a_time = max(1, scores_at_a_time // bias.numel())
 
-def gradients(q: Tensor, k: Tensor, v: Tensor, dy: Tensor, bias: Tensor, dbias: Tensor) -> None:
-    """q, k, v (n,h,N,d) become their gradients, given dy of the result; dbias (h,N,N) grows."""
-    scale = q.shape[3] ** -0.5
-    p = torch.add(bias, q @ k.mT, alpha=scale).softmax(3)  # (n,h,N,N)
-    dp = (dy @ v.mT).to(p.dtype)  # (n,h,N,N), half precision has a float32 bias
-    ds = torch._softmax_backward_data(dp, p, 3, p.dtype)  # of the scores
-    dbias += ds.sum(0)
-    ds, p = ds.to(q.dtype), p.to(q.dtype)
-    dq, dk = scale * (ds @ k), scale * (ds.mT @ q)
-    q.copy_(dq), k.copy_(dk), v.copy_(p.mT @ dy)
+        for index, mask_index in slabs(ctx.window, ctx.shifts):
+            score_bias = bias + masks[mask_index].reshape(N, N)  # (h,N,N)
+            slab = torch.cat((inputs[index].flatten(1, 4), d_outputs[index].flatten(1, 4)))
+            slab = slab.flatten(3, 5)  # (4,n,h,N,d)
+            for part in slab.split(windows_at_a_time, 1):
+                q, k, v, d_attended = part  # (m,h,N,d) each
+                dq, dk, dv, d_scores = attention_gradients(q, k, v, d_attended, score_bias)
+                d_bias += d_scores
+                q.copy_(dq)  # into the slab
+                k.copy_(dk)
+                v.copy_(dv)
+            d_inputs[index] = slab[:3].view(d_inputs[index].shape)
+        return d_qkv, d_bias, None, None, None
 
 
 class Attention(nn.Module):
+    """Multi-head attention within windows, with a learned bias for each offset of two tokens."""
+
     def __init__(self, dim: int, heads: int):
         super().__init__()
         self.relative_position_bias_table = nn.Parameter(torch.empty((2 * WINDOW - 1) ** 3, heads))
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
-        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, shifted: bool, index: Tensor, masks: Tensor) -> Tensor:
         """x (B,D,H,W,C), `position_index` and `shift_masks` -> (B,D,H,W,C)."""
-        D, H, W = sides = x.shape[1:4]
-        # A short axis is one window, which nothing shifts.
-        window = tuple(min(side, WINDOW) for side in sides)
-        shifts = tuple(SHIFT if shifted and side > WINDOW else 0 for side in sides)
-        d, h, w = (-side % n for side, n in zip(sides, window, strict=True))
-        # quirk: padding is no zero once it has the bias of qkv, and is attended to
-        x = F.pad(x, (0, 0, 0, w, 0, h, 0, d)).roll([-n for n in shifts], (1, 2, 3))
-        N = window[0] * window[1] * window[2]
+        D, H, W = x.shape[1:4]
+        # A short axis is a single window, which is not shifted.
+        window = tuple(min(side, WINDOW) for side in (D, H, W))
+        shifts = tuple(SHIFT if shifted and side > WINDOW else 0 for side in (D, H, W))
+
+        # quirk: the padding gets the bias of qkv, so it is not zero, and it is attended to
+        pad_d, pad_h, pad_w = (-side % n for side, n in zip((D, H, W), window, strict=True))
+        x = F.pad(x, (0, 0, 0, pad_w, 0, pad_h, 0, pad_d))  # whole windows
+        x = x.roll([-shift for shift in shifts], (1, 2, 3))
+
         # quirk: a smaller window has the offsets of the first N tokens of a full one, not its own
+        N = math.prod(window)
         bias = F.embedding(index[:N, :N], self.relative_position_bias_table)  # (N,N,h)
         bias = bias.permute(2, 0, 1).contiguous()  # (h,N,N)
+
         y = WindowedAttention.apply(self.qkv(x), bias, masks, window, shifts)
-        return self.proj(y.roll(shifts, (1, 2, 3))[:, :D, :H, :W])  # (B,D,H,W,C)
+        y = y.roll(shifts, (1, 2, 3))[:, :D, :H, :W]  # (B,D,H,W,C)
+        return self.proj(y)
 
 
 class MLP(nn.Module):
     def __init__(self, dim: int):
         super().__init__()
-        self.linear1, self.linear2 = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
+        self.linear1 = nn.Linear(dim, 4 * dim)
+        self.linear2 = nn.Linear(4 * dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear2(F.gelu(self.linear1(x)))
 
 
 class Block(nn.Module):
+    """A transformer block: attention and an MLP, each behind a norm and with a residual."""
+
     def __init__(self, dim: int, heads: int, shifted: bool):
         super().__init__()
         self.shifted = shifted
-        self.norm1, self.attn = nn.LayerNorm(dim), Attention(dim, heads)
-        self.norm2, self.mlp = nn.LayerNorm(dim), MLP(dim)
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn = Attention(dim, heads)
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = MLP(dim)
 
     def forward(self, x: Tensor, index: Tensor, masks: Tensor) -> Tensor:
         x = x + self.attn(self.norm1(x), self.shifted, index, masks)  # (B,D,H,W,C)
         return x + self.mlp(self.norm2(x))
 
 
+# --- merging of neighbours ------------------------------------------------------------------------
+
+# The octants (d, h, w) of a cell of 2x2x2 tokens in the order in which they are concatenated. MONAI
+# 1.5.0 changed the order under the same name and with the same shapes. All released files are older
+# and need "legacy", files of later versions "merging".
+OCTANTS = {
+    # quirk: two octants appear twice and two never (swin_unetr.py of MONAI 0.9.0 to 1.4.0)
+    "legacy": "000 100 010 001 101 010 001 111",
+    "merging": "000 100 010 001 110 101 011 111",  # since 1.5.0
+    "mergingv2": "000 001 010 011 100 101 110 111",  # since 1.0.0
+}
+
+
 class Merging(nn.Module):
-    """A cell of 2x2x2 tokens becomes one token, of twice the channels."""
+    """Merge each cell of 2x2x2 tokens into one token of twice the channels."""
 
     def __init__(self, dim: int, octants: str):
         super().__init__()
@@ -259,88 +350,149 @@ class Merging(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B,D,H,W,C), even sides -> (B,D/2,H/2,W/2,2C)."""
-        cells = [x[:, d::2, h::2, w::2] for d, h, w in self.octants]
-        return self.reduction(self.norm(torch.cat(cells, 4)))  # (B,D/2,H/2,W/2,2C)
+        neighbours = []
+        for d, h, w in self.octants:
+            neighbours.append(x[:, d::2, h::2, w::2])  # (B,D/2,H/2,W/2,C)
+        x = torch.cat(neighbours, 4)  # (B,D/2,H/2,W/2,8C)
+        return self.reduction(self.norm(x))  # (B,D/2,H/2,W/2,2C)
+
+
+# --- residual blocks of convolutions --------------------------------------------------------------
+
+EPS = 1e-5  # of the instance norms
+SLOPE = 0.01  # of the leaky ReLUs
+
+
+def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return a 1x1x1 convolution, as a matrix product. Equals F.conv3d(x, weight, bias).
+
+    x (B,C,D,H,W), weight (O,C,1,1,1), bias (O,) -> (B,O,D,H,W), channels last in memory.
+    """
+    y = F.linear(x.movedim(1, 4), weight.flatten(1), bias)  # (B,D,H,W,O)
+    return y.movedim(4, 1)  # (B,O,D,H,W)
+
+
+def moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean and the variance of each channel of each volume.
+
+    x (B,C,D,H,W) -> (B,C,1,1,1) each, at least float32. Equals, without the rounding errors of
+    float32 and several times faster on a CPU,
+
+        var, mean = torch.var_mean(x, (2, 3, 4), correction=0, keepdim=True)
+    """
+    if x.device.type != "cpu":
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        mean = x.mean((2, 3, 4), True)
+        return mean, x.var((2, 3, 4), correction=0, keepdim=True)
+
+    # With channels last in memory, statistics of a batch norm are fast. But they add up one value
+    # after another, and where there are few grey levels, all roundings go the same way. So each
+    # column of W is one channel, and its rows are split into up to 16 parts.
+    B, C, D, H, W = x.shape
+    parts = math.gcd(D * H, 16)
+    rows = x.movedim(1, 4).reshape(B * parts, -1, W * C)  # (B*parts,D*H/parts,W*C)
+    means = []
+    variances = []
+    for part in rows:
+        mean, var = torch.batch_norm_update_stats(part, None, None, 0.0)  # (W*C,) each
+        means.append(mean)
+        variances.append(var)
+    means = torch.stack(means).double().view(B, parts * W, C, 1, 1, 1)
+    variances = torch.stack(variances).double().view(B, parts * W, C, 1, 1, 1)
+
+    # The variance within the parts, and that of their means.
+    var = variances.mean(1) + means.var(1, correction=0)  # (B,C,1,1,1)
+    return means.mean(1), var
 
 
 class Normalised(torch.autograd.Function):
-    """Leaky ReLU of an instance norm plus what goes round it, in the memory of its input.
+    """Instance norm, residual and leaky ReLU in the memory of the input.
 
-    For the gradients the result is enough, as all steps can be undone: two maps fewer a block.
+    Equals
+
+        y = F.instance_norm(x, eps=EPS)
+        return F.leaky_relu(y if residual is None else y + residual, slope)
+
+    The backward pass needs the result alone, as all three steps can be undone: a block keeps two
+    feature maps less.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, around: Tensor | None, slope: float) -> Tensor:
-        """x (B,C,D,H,W) is overwritten, around is of its shape, slope is that below 0."""
-        mean, var = moments(x)
-        scale, wide = (var + EPS).rsqrt(), torch.promote_types(x.dtype, torch.float32)
-        scale, shift = scale.to(wide), (-scale * mean).to(wide)  # (B,C,1,1,1)
+    def forward(ctx, x: Tensor, residual: Tensor | None, slope: float) -> Tensor:
+        """x (B,C,D,H,W), overwritten; residual of the same shape; slope below 0 -> x."""
+        mean, var = moments(x)  # (B,C,1,1,1) each
+        scale = (var + EPS).rsqrt()
+        shift = -scale * mean
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        scale = scale.to(dtype)
+        shift = shift.to(dtype)
+
         torch.addcmul(shift, x, scale, out=x)
-        if around is not None:
-            x += around
+        if residual is not None:
+            x += residual
         F.leaky_relu_(x, slope)
+
         ctx.mark_dirty(x)
-        ctx.save_for_backward(x, around, scale)
+        ctx.save_for_backward(x, residual, scale)
         ctx.slope = slope
         return x
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor):
-        y, around, scale = ctx.saved_tensors
-        dy = torch.ops.aten.leaky_relu_backward(dy, y, ctx.slope, True)
-        x = F.leaky_relu(y, 1 / ctx.slope)  # (B,C,D,H,W), as it was after the norm
-        if around is not None:
-            x -= around
-        dyx, dys = (t.mean((2, 3, 4), True, dtype=scale.dtype) for t in (dy * x, dy))  # (B,C,1,1,1)
-        torch.addcmul(-scale * dys, x, -scale * dyx, out=x).addcmul_(dy, scale)
-        return x, None if around is None else dy, None
+        y, residual, scale = ctx.saved_tensors
+        d_sum = torch.ops.aten.leaky_relu_backward(dy, y, ctx.slope, True)  # of norm + residual
 
+        normalised = F.leaky_relu(y, 1 / ctx.slope)  # (B,C,D,H,W)
+        if residual is not None:
+            normalised -= residual
 
-def moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance of each channel of each volume: (B,C,D,H,W) -> (B,C,1,1,1) each."""
-    if x.device.type != "cpu":
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
-        return x.mean((2, 3, 4), True), x.var((2, 3, 4), correction=0, keepdim=True)
-    # `var` is slow. With channels last a batch norm is fast, but adds up numbers one by one, and
-    # where grey levels are few all round the same way; so that of 16 parts of each W, then of all.
-    rows = x.movedim(1, 4).flatten(3).flatten(1, 2)  # (B,D*H,W*C)
-    rows = rows.reshape(len(x) * math.gcd(rows.shape[1], 16), -1, rows.shape[2])
-    found = zip(*(torch.batch_norm_update_stats(one, None, None, 0.0) for one in rows), strict=True)
-    mean, var = (torch.stack(t).double().view(len(x), -1, x.shape[1], 1, 1, 1) for t in found)
-    return mean.mean(1), var.mean(1) + mean.var(1, correction=0)  # from (B,16*W,C,1,1,1)
+        # scale * (d_sum - its mean - normalised * the mean of d_sum * normalised)
+        mean_product = (d_sum * normalised).mean((2, 3, 4), True, dtype=scale.dtype)  # (B,C,1,1,1)
+        mean_d = d_sum.mean((2, 3, 4), True, dtype=scale.dtype)  # (B,C,1,1,1)
+        dx = normalised
+        torch.addcmul(-scale * mean_d, normalised, -scale * mean_product, out=dx)
+        dx.addcmul_(d_sum, scale)
 
-
-def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """1x1x1 convolution as a product of matrices: x (B,C,D,H,W), weight (O,C,1,1,1)."""
-    return F.linear(x.movedim(1, 4), weight.flatten(1), bias).movedim(4, 1)  # (B,O,D,H,W)
+        d_residual = None if residual is None else d_sum
+        return dx, d_residual, None
 
 
 class ResBlock(nn.Module):
-    """Two 3x3x3 convolutions and a way round them. Norms are of each channel of each volume."""
+    """Two 3x3x3 convolutions with instance norms, and a shortcut around both."""
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__()
         self.conv1 = nn.Conv3d(inputs, outputs, 3, padding=1, bias=False)
         self.conv2 = nn.Conv3d(outputs, outputs, 3, padding=1, bias=False)
-        same = inputs == outputs
-        self.conv3 = None if same else nn.Conv3d(inputs, outputs, 1, bias=False)
+        self.conv3 = None  # of the shortcut, where the number of channels changes
+        if inputs != outputs:
+            self.conv3 = nn.Conv3d(inputs, outputs, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B,inputs,D,H,W) -> (B,outputs,D,H,W)."""
-        around = x if self.conv3 is None else pointwise(x, self.conv3.weight)
-        y = self.conv1(x).contiguous(memory_format=torch.channels_last_3d)  # as all that follow
-        return self.rest(y, around)
+        shortcut = x
+        if self.conv3 is not None:
+            shortcut = pointwise(x, self.conv3.weight)
+        y = self.conv1(x).contiguous(memory_format=torch.channels_last_3d)  # as all that follows
+        return self.rest(y, shortcut)
 
-    def rest(self, y: Tensor, around: Tensor) -> Tensor:
-        """What conv1 gave, and what goes round it, both (B,outputs,D,H,W) -> the same shape."""
+    def rest(self, y: Tensor, shortcut: Tensor) -> Tensor:
+        """Return what follows the first convolution of each branch. All (B,outputs,D,H,W)."""
         y = Normalised.apply(y, None, SLOPE)
         if self.conv3 is not None:
-            around = Normalised.apply(around, None, 1.0)
-        return Normalised.apply(self.conv2(y), around, SLOPE)
+            shortcut = Normalised.apply(shortcut, None, 1.0)
+        return Normalised.apply(self.conv2(y), shortcut, SLOPE)
+
+
+# --- the encoder ----------------------------------------------------------------------------------
+
+HEADS = (3, 6, 12, 24)  # of the four stages
 
 
 class Stage(nn.Module):
+    """Two transformer blocks, the second one shifted, then merging; v2: a ResBlock before them."""
+
     def __init__(self, dim: int, heads: int, v2: bool, octants: str):
         super().__init__()
         self.conv = ResBlock(dim, dim) if v2 else nn.Identity()
@@ -349,62 +501,91 @@ class Stage(nn.Module):
 
     def forward(self, x: Tensor, index: Tensor, masks: Tensor) -> Tensor:
         """x (B,D,H,W,C) -> (B,D/2,H/2,W/2,2C)."""
-        x = self.conv(x.permute(0, 4, 1, 2, 3)).permute(0, 2, 3, 4, 1)  # (B,D,H,W,C)
+        x = x.permute(0, 4, 1, 2, 3)  # (B,C,D,H,W)
+        x = self.conv(x).permute(0, 2, 3, 4, 1)  # (B,D,H,W,C)
         for block in self.blocks:
             x = block(x, index, masks)
         return self.downsample(x)
 
 
 class SwinTransformer(nn.Module):
-    """Within, channels come last: no layer then copies its input."""
+    """The encoder. Channels come last in its stages, so that no layer copies its input."""
 
     def __init__(self, config: Config):
         super().__init__()
-        c, f = config, config.feature_size
-        self.patch_embed = nn.ModuleDict({"proj": nn.Conv3d(c.in_channels, f, 2, 2)})
-        stages = (Stage(f * 2**i, h, c.v2, OCTANTS[c.merging]) for i, h in enumerate(HEADS))
-        self.layers = nn.ModuleList(stages)
-        # For all windows of all inputs; smaller windows take their part of them.
+        f = config.feature_size
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv3d(config.in_channels, f, 2, 2)})
+        self.layers = nn.ModuleList()
+        for i, heads in enumerate(HEADS):
+            self.layers.append(Stage(f * 2**i, heads, config.v2, OCTANTS[config.merging]))
+        # Shared by all windows of all inputs; smaller windows take their part.
         self.register_buffer("index", position_index(), persistent=False)
         self.register_buffer("masks", shift_masks(), persistent=False)
 
     def forward(self, volume: Tensor, run: Callable) -> list[Tensor]:
-        """volume (B,C,D,H,W) -> maps (B,f,D/2,H/2,W/2), (B,2f,D/4,H/4,W/4) ... (B,16f,D/32,...)."""
-        maps = [self.patch_embed["proj"](volume).permute(0, 2, 3, 4, 1)]  # (B,D/2,H/2,W/2,f)
+        """Return five feature maps: (B,f,D/2,H/2,W/2), (B,2f,D/4,H/4,W/4) … (B,16f,D/32,H/32,W/32).
+
+        volume (B,C,D,H,W); run: calls a stage, as `Backbone.run` does.
+        """
+        x = self.patch_embed["proj"](volume).permute(0, 2, 3, 4, 1)  # (B,D/2,H/2,W/2,f)
+        maps = [x]
         for stage in self.layers:
-            maps.append(run(stage, maps[-1], self.index, self.masks))
-        # The next stage sees them without this norm, which has no weights.
-        maps = [F.layer_norm(x, x.shape[4:]) for x in maps]
-        return [x.permute(0, 4, 1, 2, 3) for x in maps]
+            x = run(stage, x, self.index, self.masks)
+            maps.append(x)
+
+        normalised = []
+        for x in maps:  # by a norm without weights, which the next stage does not see
+            x = F.layer_norm(x, x.shape[4:])
+            normalised.append(x.permute(0, 4, 1, 2, 3))
+        return normalised
+
+
+# --- the decoder ----------------------------------------------------------------------------------
 
 
 def upsampled(x: Tensor, weight: Tensor) -> Tensor:
-    """Transposed 2x2x2 convolution with stride 2: x (B,C,d,h,w), weight (C,O,2,2,2)."""
-    y = F.linear(x.movedim(1, 4), weight.permute(2, 3, 4, 1, 0).flatten(0, 3))  # (B,d,h,w,8*O)
-    B, d, h, w, _ = y.shape
+    """Return a transposed 2x2x2 convolution with stride 2, as a matrix product.
+
+    Equals F.conv_transpose3d(x, weight, stride=2). x (B,C,d,h,w), weight (C,O,2,2,2) ->
+    (B,O,2d,2h,2w), channels last in memory.
+    """
+    B, C, d, h, w = x.shape
+    rows = weight.permute(2, 3, 4, 1, 0).flatten(0, 3)  # (2*2*2*O,C)
+    y = F.linear(x.movedim(1, 4), rows)  # (B,d,h,w,2*2*2*O)
     y = y.view(B, d, h, w, 2, 2, 2, -1).permute(0, 1, 4, 2, 5, 3, 6, 7)  # (B,d,2,h,2,w,2,O)
     return y.reshape(B, 2 * d, 2 * h, 2 * w, -1).movedim(4, 1)  # (B,O,2d,2h,2w)
 
 
 def add_upsampled_conv(y: Tensor, x: Tensor, up: Tensor, weight: Tensor) -> None:
-    """Adds to y a 3x3x3 convolution, padding 1, of `upsampled(x, up)`, made as one.
+    """Add to y a 3x3x3 convolution of the upsampled x, without upsampling x.
 
-    Together they are a transposed convolution of 4x4x4 with stride 2. Each output of even or odd
-    place along each axis sees 2x2x2 inputs: eight convolutions at the small size, 64 products of
-    numbers where there were 216 and more. x (B,C,d,h,w), up (C,O,2,2,2), weight (O,O,3,3,3),
-    y (B,O,2d,2h,2w).
+    Equals, with 64 products for each number where there were 216 and more,
+
+        y += F.conv3d(F.conv_transpose3d(x, up, stride=2), weight, padding=1)
+
+    Both together are a transposed 4x4x4 convolution with stride 2. Outputs at even or odd positions
+    along each axis see 2x2x2 inputs: eight convolutions at the low resolution.
+
+    y (B,O,2d,2h,2w), x (B,C,d,h,w), up (C,O,2,2,2), weight (O,O,3,3,3)
     """
-    both = F.conv3d(up, weight, padding=2).flip(2, 3, 4).transpose(0, 1)  # (O,C,4,4,4)
+    composed = F.conv3d(up, weight, padding=2)  # (C,O,4,4,4)
+    composed = composed.flip(2, 3, 4).transpose(0, 1)  # (O,C,4,4,4)
     d, h, w = x.shape[2:]
     for i, j, k in product((0, 1), repeat=3):
-        part = F.conv3d(x, both[:, :, i::2, j::2, k::2].contiguous(), padding=1)
+        kernel = composed[:, :, i::2, j::2, k::2].contiguous()  # (O,C,2,2,2)
+        part = F.conv3d(x, kernel, padding=1)  # (B,O,d+1,h+1,w+1)
         y[:, :, i::2, j::2, k::2] += part[:, :, i : i + d, j : j + h, k : k + w]
 
 
 class UpBlock(nn.Module):
-    """Twice as large, next to what was skipped, through a residual block.
+    """Upsample, concatenate with the skip connection, and apply a residual block.
 
-    The first convolutions of the concatenation are sums over its two halves, which is never made.
+    Equals, without ever making the concatenation,
+
+        x = self.transp_conv(x)
+        return self.conv_block(torch.cat((x, skip), 1))
+
+    A convolution of a concatenation is the sum of two convolutions, each with half of the weights.
     """
 
     def __init__(self, inputs: int, outputs: int):
@@ -414,55 +595,103 @@ class UpBlock(nn.Module):
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
         """x (B,inputs,D/2,H/2,W/2), skip (B,outputs,D,H,W) -> (B,outputs,D,H,W)."""
-        C, block, up = skip.shape[1], self.conv_block, self.transp_conv.weight
-        # Weights of the halves, (C,C,3,3,3) and (C,C,1,1,1).
-        (up1, skip1), (up3, skip3) = (m.weight.split(C, 1) for m in (block.conv1, block.conv3))
-        y = F.conv3d(skip, skip1, padding=1)  # (B,C,D,H,W)
-        # Composed weights have no use in training, and cost more than they save on small maps.
+        C = skip.shape[1]
+        up = self.transp_conv.weight
+        block = self.conv_block
+        conv1_up, conv1_skip = block.conv1.weight.split(C, 1)  # (C,C,3,3,3) each
+        conv3_up, conv3_skip = block.conv3.weight.split(C, 1)  # (C,C,1,1,1) each
+
+        y = F.conv3d(skip, conv1_skip, padding=1)  # (B,C,D,H,W)
+        # Composed weights need no gradients, and on small maps cost more than they save.
         if torch.is_grad_enabled() or x[0, 0].numel() < 8 * C:
             x = upsampled(x, up)  # (B,C,D,H,W)
-            y += F.conv3d(x, up1, padding=1)
-            around = pointwise(x, up3)  # (B,C,D,H,W)
+            y += F.conv3d(x, conv1_up, padding=1)
+            shortcut = pointwise(x, conv3_up)  # (B,C,D,H,W)
         else:
-            add_upsampled_conv(y, x, up, up1)
-            around = upsampled(x, torch.einsum("ic...,oc->io...", up, up3.flatten(1)))
-        around += pointwise(skip, skip3)
-        return block.rest(y, around)
+            add_upsampled_conv(y, x, up, conv1_up)
+            composed = torch.einsum("ic...,oc->io...", up, conv3_up.flatten(1))  # (inputs,C,2,2,2)
+            shortcut = upsampled(x, composed)  # (B,C,D,H,W)
+        shortcut += pointwise(skip, conv3_skip)
+        return block.rest(y, shortcut)
+
+
+# --- the model ------------------------------------------------------------------------------------
+
+
+def check_size(volume: Tensor, channels: int) -> None:
+    """Raise ValueError, one line, if a volume (B,C,D,H,W) does not fit the model."""
+    if volume.ndim != 5 or volume.shape[1] != channels:
+        expected = f"(B,{channels},D,H,W)"
+        raise ValueError(f"volume is {tuple(volume.shape)}, the model takes {expected}")
+    sides = tuple(volume.shape[2:])
+    if any(side % 32 for side in sides) or max(sides) < 64:  # a single voxel has no variance
+        rule = "must be multiples of 32, one of them 64 or more"
+        raise ValueError(f"volume's sides are {sides}, {rule}; pad or cut it")
 
 
 class Backbone(nn.Module):
-    """`checkpointing = True` saves memory in training for time: blocks run again for gradients."""
+    """Swin UNETR without its last convolution, on which several models put a head.
+
+    With `checkpointing = True`, training keeps the inputs of the blocks alone and computes the rest
+    again for the gradients: less memory, more time.
+    """
 
     def __init__(self, config: Config):
         super().__init__()
-        self.config, c, f = config, config, config.feature_size
-        if f % 12 or c.merging not in OCTANTS:
-            told = f"feature_size {f} and merging {c.merging!r}"
-            raise ValueError(f"{told}: must be a multiple of 12 and one of {', '.join(OCTANTS)}")
-        self.preprocess = partial(preprocess, config=config)  # volume -> the same shape
-        self.postprocess = partial(postprocess, config=config)  # logits, size -> (K,D,H,W)
+        f = config.feature_size
+        if f % 12 or config.merging not in OCTANTS:
+            given = f"feature_size {f} and merging {config.merging!r}"
+            raise ValueError(f"{given}: must be a multiple of 12 and one of {', '.join(OCTANTS)}")
+
+        self.config = config
         self.checkpointing = False
-        self.swinViT = SwinTransformer(c)
-        self.encoder1 = ResBlock(c.in_channels, f)
-        self.encoder2, self.encoder3 = ResBlock(f, f), ResBlock(2 * f, 2 * f)
-        self.encoder4, self.encoder10 = ResBlock(4 * f, 4 * f), ResBlock(16 * f, 16 * f)
-        self.decoder5, self.decoder4 = UpBlock(16 * f, 8 * f), UpBlock(8 * f, 4 * f)
-        self.decoder3, self.decoder2 = UpBlock(4 * f, 2 * f), UpBlock(2 * f, f)
+        self.swinViT = SwinTransformer(config)
+        self.encoder1 = ResBlock(config.in_channels, f)
+        self.encoder2 = ResBlock(f, f)
+        self.encoder3 = ResBlock(2 * f, 2 * f)
+        self.encoder4 = ResBlock(4 * f, 4 * f)
+        self.encoder10 = ResBlock(16 * f, 16 * f)
+        self.decoder5 = UpBlock(16 * f, 8 * f)
+        self.decoder4 = UpBlock(8 * f, 4 * f)
+        self.decoder3 = UpBlock(4 * f, 2 * f)
+        self.decoder2 = UpBlock(2 * f, f)
         self.decoder1 = UpBlock(f, f)
 
-    def features(self, volume: Tensor, fuse: Callable = lambda x: x) -> tuple[Tensor, Tensor]:
-        """volume (B,C,D,H,W) as `preprocess` makes it -> (B,16f,D/32,H/32,W/32), of which the
-        decoder takes what `fuse` makes of it, and (B,f,D,H,W)."""
+    def run(self, block: nn.Module, *inputs) -> Tensor:
+        """Return block(*inputs), with `checkpointing` without keeping its activations."""
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
+
+    def features(self, volume: Tensor, fuse: Callable | None = None) -> tuple[Tensor, Tensor]:
+        """Return the lowest feature map (B,16f,D/32,H/32,W/32) and the last one (B,f,D,H,W).
+
+        volume (B,C,D,H,W) as `preprocess` makes it; fuse: changes the lowest map on its way into
+        the decoder.
+        """
         check_size(volume, self.config.in_channels)
-        keep = not (self.checkpointing and torch.is_grad_enabled())
-        run = nn.Module.__call__ if keep else partial(checkpoint, use_reentrant=False)
-        x0, x1, x2, x3, x4 = self.swinViT(volume, run)
-        bottom = run(self.encoder10, x4)  # (B,16f,D/32,H/32,W/32)
-        x = run(self.decoder5, fuse(bottom), x3)
-        x = run(self.decoder4, x, run(self.encoder4, x2))
-        x = run(self.decoder3, x, run(self.encoder3, x1))
-        x = run(self.decoder2, x, run(self.encoder2, x0))
-        return bottom, run(self.decoder1, x, run(self.encoder1, volume))
+        x0, x1, x2, x3, x4 = self.swinViT(volume, self.run)
+        lowest = self.run(self.encoder10, x4)  # (B,16f,D/32,H/32,W/32)
+
+        x = lowest if fuse is None else fuse(lowest)
+        x = self.run(self.decoder5, x, x3)  # (B,8f,D/16,H/16,W/16)
+        skip = self.run(self.encoder4, x2)
+        x = self.run(self.decoder4, x, skip)  # (B,4f,D/8,H/8,W/8)
+        skip = self.run(self.encoder3, x1)
+        x = self.run(self.decoder3, x, skip)  # (B,2f,D/4,H/4,W/4)
+        skip = self.run(self.encoder2, x0)
+        x = self.run(self.decoder2, x, skip)  # (B,f,D/2,H/2,W/2)
+        skip = self.run(self.encoder1, volume)
+        x = self.run(self.decoder1, x, skip)  # (B,f,D,H,W)
+        return lowest, x
+
+    def preprocess(self, volume: Tensor) -> Tensor:
+        """volume (C,D,H,W) at the config's spacing -> the same shape: see `preprocess`."""
+        return preprocess(volume, self.config)
+
+    def postprocess(self, logits: Tensor, size: tuple[int, int, int]) -> Tensor:
+        """logits (K,d,h,w) -> probabilities (K,*size): see `postprocess`."""
+        return postprocess(logits, size, self.config)
 
 
 class SwinUNETR(Backbone):
@@ -472,112 +701,149 @@ class SwinUNETR(Backbone):
 
     def forward(self, volume: Tensor) -> Tensor:
         """volume (B,C,D,H,W) as `preprocess` makes it -> logits (B,K,D,H,W)."""
-        _, x = self.features(volume)
-        return pointwise(x, self.out.weight, self.out.bias).contiguous()
+        _, x = self.features(volume)  # (B,f,D,H,W)
+        return pointwise(x, self.out.weight, self.out.bias).contiguous()  # (B,K,D,H,W)
 
     @classmethod
     def from_pretrained(cls, source: str | Path, num_classes=None, **overrides) -> "SwinUNETR":
-        """From a file, a folder, a run folder or a hub id; `overrides` are fields of Config.
+        """Load a file, a folder, a run folder or a hub id, in evaluation mode.
 
         num_classes: None for as many as the file has; another number makes a new `out`. A file of
-        the encoder alone needs it, the rest is new. What is new is printed. In evaluation mode.
+        the encoder alone needs it, and gets a new decoder. What is new is printed. overrides:
+        fields of Config. Raises ValueError or FileNotFoundError, one line, for a file that does not
+        fit.
         """
         weights, settings = read_checkpoint(source, FILES)
         weights = convert(weights)
         if "format" in settings:  # a run folder of ours
             config = Config(**run_config(settings, "SwinUNETR", source, Config))
         else:
-            told = told_by_name(source, settings, "merging" in overrides)
-            config = Config(**sizes(weights) | told)
+            values = config_from_shapes(weights)
+            values |= config_from_name(source, settings, "merging" in overrides)
+            config = Config(**values)
         weights, config, fresh = new_classes(weights, num_classes, config, source)
-        return load(cls(replace(config, **overrides)), weights, fresh, source)
+        model = cls(replace(config, **overrides))
+        return load(model, weights, fresh, source)
 
 
-def check_size(volume: Tensor, channels: int) -> None:
-    """ValueError of one line if a volume (B,C,D,H,W) is none that the model takes."""
-    if volume.ndim != 5 or volume.shape[1] != channels:
-        expected = f"(B,{channels},D,H,W)"
-        raise ValueError(f"volume is {tuple(volume.shape)}, the model takes {expected}")
-    sides = tuple(volume.shape[2:])
-    if any(side % 32 for side in sides) or max(sides) < 64:  # one voxel in the end has no variance
-        why = "must be multiples of 32, one of them 64 or more"
-        raise ValueError(f"volume's sides are {sides}, {why}; pad or cut it")
+# --------------------------------------------------------------------------------------------------
+# Nothing under this line is needed to understand the model.
+# --------------------------------------------------------------------------------------------------
 
-
-FILES = ("best.safetensors", "model.safetensors", "pytorch_model.bin")
-FILES += ("model.pt", "models/model.pt", "model_swinvit.pt")
-RELEASED = {  # fields of Config; merging is legacy in all
-    "MONAI/swin_unetr_btcv_segmentation": BTCV, "model_swinvit.pt": {},
-    "CLIP-Driven-Universal-Model": {}, "clip_driven_universal_swin_unetr.pth": {},
-    "self_supervised_nv_swin_unetr_5050.pt": {}, "ssl_pretrained_weights.pth": {},
-    "darragh/swinunetr-btcv-tiny": BTCV, "swin_unetr.tiny_5000ep_f12_lr2e-4_pretrained.pt": BTCV,
-    "darragh/swinunetr-btcv-small": BTCV, "swin_unetr.small_5000ep_f24_lr2e-4_pretrained.pt": BTCV,
-    "darragh/swinunetr-btcv-base": BTCV, "swin_unetr.base_5000ep_f48_lr2e-4_pretrained.pt": BTCV,
-} | {
-    f"fold{k}_f48_ep300_4gpu_dice0_{dice}": BRATS21
-    for k, dice in enumerate((8854, 9059, 8981, 8924, 9035))
-}  # fmt: skip
+FILES = (
+    "best.safetensors",
+    "model.safetensors",
+    "pytorch_model.bin",
+    "model.pt",
+    "models/model.pt",
+    "model_swinvit.pt",
+)
+# Released files, by the name of the file, its folder or its repository: fields of Config that no
+# tensor tells. The merging of all of them is "legacy".
+RELEASED = {
+    "MONAI/swin_unetr_btcv_segmentation": BTCV,
+    "darragh/swinunetr-btcv-tiny": BTCV,
+    "darragh/swinunetr-btcv-small": BTCV,
+    "darragh/swinunetr-btcv-base": BTCV,
+    "swin_unetr.tiny_5000ep_f12_lr2e-4_pretrained.pt": BTCV,
+    "swin_unetr.small_5000ep_f24_lr2e-4_pretrained.pt": BTCV,
+    "swin_unetr.base_5000ep_f48_lr2e-4_pretrained.pt": BTCV,
+    "fold0_f48_ep300_4gpu_dice0_8854": BRATS21,
+    "fold1_f48_ep300_4gpu_dice0_9059": BRATS21,
+    "fold2_f48_ep300_4gpu_dice0_8981": BRATS21,
+    "fold3_f48_ep300_4gpu_dice0_8924": BRATS21,
+    "fold4_f48_ep300_4gpu_dice0_9035": BRATS21,
+    "model_swinvit.pt": {},
+    "self_supervised_nv_swin_unetr_5050.pt": {},
+    "ssl_pretrained_weights.pth": {},
+}
 IGNORED = {
     r".*\.relative_position_index": "`position_index`",
     r"(swinViT\.)?norm\.(weight|bias)": "of the encoder alone, which nothing uses",
     r"(rotation_head|contrastive_head|convTrans3d|conv)\..*": "heads of the self-supervised task",
 }
-# Other names of the encoder -> MONAI's, then MONAI's -> ours.
+# Any naming -> ours: first other names of the encoder become MONAI's, then MONAI's become ours.
 RENAMES = (
-    (r"^backbone\.", ""), (r"^swin_vit\.", "swinViT."),
+    (r"^backbone\.", ""),
+    (r"^swin_vit\.", "swinViT."),
     (r"^(encoder\.)?(patch_embed\.|layers\d)", r"swinViT.\2"),
-    (r"(layers\d\.0)\.0\.", r"\1."), (r"\.fc([12])\.", r".linear\1."),
+    (r"(layers\d\.0)\.0\.", r"\1."),
+    (r"\.fc([12])\.", r".linear\1."),
     (r"\.layers(\d)\.0\.", lambda match: f".layers.{int(match[1]) - 1}."),
     (r"\.layers(\d)c\.0\.layer\.", lambda match: f".layers.{int(match[1]) - 1}.conv."),
-    (r"^(encoder\d+)\.layer\.", r"\1."), (r"^out\.conv\.conv\.", "out."),
+    (r"^(encoder\d+)\.layer\.", r"\1."),
+    (r"^out\.conv\.conv\.", "out."),
     (r"(conv\d?)\.conv\.weight$", r"\1.weight"),
-)  # fmt: skip
+)
 OFFICIAL = (  # ours -> MONAI's
     (r"\.layers\.(\d)\.conv\.", lambda match: f".layers{int(match[1]) + 1}c.0.layer."),
     (r"\.layers\.(\d)\.", lambda match: f".layers{int(match[1]) + 1}.0."),
-    (r"^(encoder\d+)\.", r"\1.layer."), (r"(conv\d?)\.weight$", r"\1.conv.weight"),
+    (r"^(encoder\d+)\.", r"\1.layer."),
+    (r"(conv\d?)\.weight$", r"\1.conv.weight"),
     (r"^out\.", "out.conv.conv."),
-)  # fmt: skip
-FRESH = {"classes": r"out\..*", "encoder alone": r"(encoder|decoder|out).*"}  # what may be new
+)
+# Parameters that may be new.
+FRESH = {
+    "classes": r"out\..*",  # the number of classes differs
+    "encoder alone": r"(encoder|decoder|out).*",  # the file has no decoder
+}
 
 
 def convert(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Any naming -> ours."""
-    weights = {}
+    """Return a state dict under our names, from any naming.
+
+    Raises ValueError if a tensor appears under two names.
+    """
     if "encoder.patch_embed.proj.weight" in state_dict:
-        # Of the Disruptive Autoencoders, whose decoder is another: MONAI takes the encoder too.
-        names = (n for n in state_dict if re.match(r"encoder\.(patch_embed|layers)", n))
-        state_dict = {n: state_dict[n] for n in names}
-    for name, t in state_dict.items():
-        if any(re.fullmatch(pattern, name) for pattern in IGNORED):
+        # Disruptive Autoencoders: their decoder is another one. MONAI, too, takes the encoder.
+        is_encoder = re.compile(r"encoder\.(patch_embed|layers)").match
+        state_dict = {name: t for name, t in state_dict.items() if is_encoder(name)}
+
+    weights = {}
+    for official, tensor in state_dict.items():
+        if any(re.fullmatch(pattern, official) for pattern in IGNORED):
             continue
-        for pattern, new in RENAMES:
-            name = re.sub(pattern, new, name)
+        name = official
+        for pattern, replacement in RENAMES:
+            name = re.sub(pattern, replacement, name)
         if name in weights:
             raise ValueError(f"{name} is there twice, under two names")
-        weights[name] = t
+        weights[name] = tensor
     return weights
 
 
 def to_official(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Ours -> MONAI's or the Universal Model's, for `load_state_dict` of its class."""
-    weights, universal = {}, any(n.startswith(("controller", "GAP")) for n in state_dict)
-    for name, t in state_dict.items():
-        for pattern, new in OFFICIAL:
-            name = re.sub(pattern, new, name)
-        if universal:  # of its class, not of its files
-            name = re.sub(r"^(?=swinViT|encoder|decoder)", "backbone.", name)
-        weights[name] = t
+    """Return a state dict under MONAI's names, for `load_state_dict` of its class."""
+    weights = {}
+    for ours, tensor in state_dict.items():
+        name = ours
+        for pattern, replacement in OFFICIAL:
+            name = re.sub(pattern, replacement, name)
+        weights[name] = tensor
         if name.endswith("relative_position_bias_table"):  # MONAI keeps an index with each
-            weights[name.replace("bias_table", "index")] = position_index().to(t.device)
+            index_name = name.replace("bias_table", "index")
+            weights[index_name] = position_index().to(tensor.device)
     return weights
 
 
-def load(model: Backbone, weights: dict[str, Tensor], fresh: str, source) -> Backbone:
-    """Fills the model; tensors whose names match `fresh` may be missing, and are then printed."""
+def load(
+    model: Backbone,
+    weights: dict[str, Tensor],
+    fresh: str,
+    source,
+    official: Callable = to_official,
+) -> Backbone:
+    """Fill a model and return it in evaluation mode.
+
+    Parameters whose names match the pattern `fresh` may be missing; they are printed. official:
+    names the tensors in messages. Raises ValueError, one line, if anything else does not fit.
+    """
     expected = model.state_dict()
-    new = {n: t for n, t in expected.items() if n not in weights and re.fullmatch(fresh, n)}
-    check_complete(to_official(weights | new), to_official(expected), source)
+    new = {}
+    for name, tensor in expected.items():
+        if name not in weights and re.fullmatch(fresh, name):
+            new[name] = tensor
+    check_complete(official(weights | new), official(expected), source)
     model.load_state_dict(weights | new)
     if new:
         parts = dict.fromkeys(name.split(".")[0] for name in new)
@@ -585,34 +851,54 @@ def load(model: Backbone, weights: dict[str, Tensor], fresh: str, source) -> Bac
     return model.eval()
 
 
-def sizes(weights: dict[str, Tensor]) -> dict:
-    """What the shapes tell, fields of Config."""
-    told = {"v2": any(".layers.0.conv." in name for name in weights)}
-    if (patches := weights.get("swinViT.patch_embed.proj.weight")) is not None:
-        told |= {"feature_size": len(patches), "in_channels": patches.shape[1]}
-    return told
+def config_from_shapes(weights: dict[str, Tensor]) -> dict:
+    """Return the fields of Config that names and shapes of tensors tell."""
+    values = {"v2": any(".layers.0.conv." in name for name in weights)}
+    patches = weights.get("swinViT.patch_embed.proj.weight")  # (f,C,2,2,2)
+    if patches is not None:
+        values["feature_size"] = patches.shape[0]
+        values["in_channels"] = patches.shape[1]
+    return values
 
 
-def told_by_name(source, settings: dict, overridden: bool) -> dict:
-    """What no tensor tells, by config.json or the name of file, folder or repository."""
-    parts = Path(str(source).split("@")[0]).parts
-    known = next((c for name, c in RELEASED.items() if Path(name).name in parts), None)
-    told = dict(known or {}, merging=settings.get("merging", "legacy"))
-    if not overridden:
-        why = "as no name tells; MONAI has merging since 1.5.0" if known is None else "by its name"
-        why = "as config.json says" if "merging" in settings else why
-        print(f"{source}: merging {told['merging']}, {why}")
-    return told
+def config_from_name(source, settings: dict, quiet: bool, released: dict = RELEASED) -> dict:
+    """Return the fields of Config that no tensor tells.
 
-
-def new_classes(weights: dict[str, Tensor], num_classes: int | None, config: Config, source):
-    """What of a file is kept where `num_classes` are asked for, None: as many as it has.
-
-    -> its tensors, without an `out` of another number of classes; the config, with names only if as
-    many; which tensors may be new, a pattern. ValueError: an encoder alone, and no number given.
+    They come from `settings`, a config.json, else from `released`, by the name of the file, its
+    folder or its repository, else from the default. Unless `quiet`, a line says where merging does.
     """
-    out, fresh = weights.get("out.weight"), ""
-    if not any(re.fullmatch(FRESH["encoder alone"], name) for name in weights):
+    parts = Path(str(source).split("@")[0]).parts
+    known = None
+    for name, values in released.items():
+        if known is None and Path(name).name in parts:
+            known = values
+
+    if "merging" in settings:
+        reason = "as config.json says"
+    elif known is None:
+        reason = "as no name tells; MONAI has merging since 1.5.0"
+    else:
+        reason = "by its name"
+    merging = settings.get("merging", "legacy")
+    if not quiet:
+        print(f"{source}: merging {merging}, {reason}")
+    return {**(known or {}), "merging": merging}
+
+
+def new_classes(
+    weights: dict[str, Tensor], num_classes: int | None, config: Config, source
+) -> tuple[dict[str, Tensor], Config, str]:
+    """Fit the weights of a file and their config to another number of classes.
+
+    num_classes: None for as many as the file has. Returns the weights, without an `out` of another
+    number of classes; the config, whose names of classes are dropped if their number differs; and a
+    pattern of the parameters that may be new. Raises ValueError, one line, if the file holds the
+    encoder alone and no number is given.
+    """
+    out = weights.get("out.weight")  # (K,f,1,1,1)
+    fresh = ""
+    is_encoder_alone = not any(re.fullmatch(FRESH["encoder alone"], name) for name in weights)
+    if is_encoder_alone:
         if num_classes is None:
             raise ValueError(f"{source}: the encoder alone, without a decoder; give num_classes")
         fresh = FRESH["encoder alone"]
@@ -620,18 +906,22 @@ def new_classes(weights: dict[str, Tensor], num_classes: int | None, config: Con
         num_classes = len(out)
     elif out is not None:
         fresh = FRESH["classes"]
-        weights = {n: t for n, t in weights.items() if not re.fullmatch(fresh, n)}
+        weights = {name: t for name, t in weights.items() if not re.fullmatch(fresh, name)}
+
     num_classes = num_classes or config.num_classes
-    classes = config.classes if len(config.classes) == num_classes + config.overlapping else ()
+    classes = config.classes
+    if len(classes) != num_classes + config.overlapping:
+        classes = ()
     return weights, replace(config, num_classes=num_classes, classes=classes), fresh
 
 
 def preprocess(volume: Tensor, config: Config) -> Tensor:
-    """volume (C,D,H,W) at the config's spacing, axes to right, front, top -> (C,D,H,W) float32.
+    """Scale the intensities of a volume: (C,D,H,W) -> (C,D,H,W) float32.
 
-    HU of a range become 0..1; or in each channel what is not 0 gets mean 0 and deviation 1.
-    Voxels that are NaN or infinite count for neither and become 0.
-    Raise TypeError for an array or a path, ValueError for another number of axes.
+    volume: at the config's spacing, axes to right, front and top. Hounsfield units of a range
+    become 0..1; or in each channel the voxels that are not 0 get mean 0 and standard deviation 1.
+    Voxels that are NaN or infinite do not count and become 0. Raises TypeError for an array or a
+    path, ValueError for another number of axes.
     """
     if not isinstance(volume, Tensor):
         raise TypeError(
@@ -646,23 +936,30 @@ def preprocess(volume: Tensor, config: Config) -> Tensor:
     finite = x.isfinite()
     if config.intensity is not None:
         low, high = config.intensity
-        return torch.where(finite, ((x - low) / (high - low)).clamp(0, 1), 0)
+        scaled = ((x - low) / (high - low)).clamp(0, 1)
+        return torch.where(finite, scaled, 0)
+
     inside = finite & (x != 0)
-    n = inside.sum((1, 2, 3), keepdim=True).clamp(min=1)  # (C,1,1,1)
+    count = inside.sum((1, 2, 3), keepdim=True).clamp(min=1)  # (C,1,1,1)
     x = torch.where(inside, x, 0)
-    x = x - x.sum((1, 2, 3), keepdim=True) / n
-    deviation = ((x * inside).square().sum((1, 2, 3), keepdim=True) / n).sqrt()
-    return torch.where(inside, x / torch.where(deviation > 0, deviation, 1), 0)
+    x = x - x.sum((1, 2, 3), keepdim=True) / count
+    variance = (x * inside).square().sum((1, 2, 3), keepdim=True) / count  # (C,1,1,1)
+    deviation = variance.sqrt()
+    deviation = torch.where(deviation > 0, deviation, 1)
+    return torch.where(inside, x / deviation, 0)
 
 
 def postprocess(logits: Tensor, size: tuple[int, int, int], config: Config) -> Tensor:
-    """logits (K,d,h,w) -> probabilities (K,D,H,W) float32, 0..1, at the given size.
+    """Return probabilities (K,D,H,W) float32, 0..1, at the given size, of logits (K,d,h,w).
 
-    They are a softmax over the classes; of one class, or of overlapping ones, a sigmoid each.
+    They are a softmax over the classes; for a single class or overlapping ones, a sigmoid each.
     """
-    x, same = logits.float(), logits.shape[1:] == tuple(size)
-    x = x if same else F.interpolate(x[None], size, mode="trilinear", align_corners=False)[0]
-    return x.sigmoid() if config.overlapping or len(x) == 1 else x.softmax(0)
+    x = logits.float()
+    if logits.shape[1:] != tuple(size):
+        x = F.interpolate(x[None], size, mode="trilinear", align_corners=False)[0]
+    if config.overlapping or len(x) == 1:
+        return x.sigmoid()
+    return x.softmax(0)
 
 
 # shared: run_folder

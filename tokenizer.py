@@ -129,7 +129,7 @@ class WordPieceTokenizer:
 def _rows(encoder, texts, start, end, length, pad_token):
     """B texts -> ids (B, length): start, the text's, end, padding; the end is never cut off."""
     rows = torch.full((len(texts), length), pad_token)  # (B, T)
-    for row, text in zip(rows, texts):
+    for row, text in zip(rows, texts, strict=True):
         # One by one: `encode_batch` starts threads, which forked data-loader workers lose.
         ids = [start, *encoder.encode(text).ids, end][:length]
         row[: len(ids)] = torch.tensor(ids)

@@ -43,11 +43,10 @@ from tqdm import tqdm
 import data
 from engine import command_line, evaluate, runs, tables
 from engine.lora import merge_lora, merged_state_dict, save_adapter, tensor_fault
-from imaging import atomic_files, layouts, nifti, pictures
-from options import Options, check_same, checked, flag, parse, resolve
-from recipes import FAMILIES, loading, second_file
+from imaging import atomic_files, nifti, pictures
+from options import Options, as_options, check_same, checked, flag, parse, resolve
+from recipes import FAMILIES, second_file
 from recipes.base import Settings, allow_single_values, choose_trained, lr_factor
-from recipes.images import describe_cuts
 from recipes.kept_features import keep_features
 
 # --- the loop ------------------------------------------------------------------------------------
@@ -59,14 +58,18 @@ class Run:
     PARTS = ("model", "optimizer", "scheduler", "scaler", "ema")
     PLACE = ("epoch", "batch", "step", "sums", "history", "best", "best_epoch")
 
-    def __init__(self, options: Options, settings: Settings, model, recipe, train_set, val_set):
-        self.options, self.settings, self.recipe, self.model = options, settings, recipe, model
-        self.train_set, self.val_set, self.out = train_set, val_set, Path(options.out)
+    def __init__(self, settings: Settings, model, recipe, train_set, val_set):
+        self.settings = settings
+        self.recipe = recipe
+        self.model = model
+        self.train_set = train_set
+        self.val_set = val_set
+        self.out = Path(settings.out)
         self.device = next(model.parameters()).device
-        self.net = torch.compile(model) if options.compile else model  # the same parameters
-        self.batches = data.batches_per_epoch(len(train_set), options.batch_size)
-        steps = math.ceil(self.batches / options.grad_accum_steps)
-        self.total_steps = min(options.epochs * steps, options.max_steps or math.inf)
+        self.net = torch.compile(model) if settings.compile else model  # the same parameters
+        self.batches = data.batches_per_epoch(len(train_set), settings.batch_size)
+        steps = math.ceil(self.batches / settings.grad_accum_steps)
+        self.total_steps = min(settings.epochs * steps, settings.max_steps or math.inf)
 
         optimizer = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[settings.optimizer]
         fused = self.device.type in ("cpu", "cuda")  # one pass over all parameters
@@ -77,9 +80,9 @@ class Run:
         else:
             factor = partial(lr_factor, total=self.total_steps, settings=settings)
             self.scheduler = LambdaLR(self.optimizer, factor)
-        self.dtype = torch.float32 if self.device.type == "cpu" else getattr(torch, options.dtype)
+        self.dtype = torch.float32 if self.device.type == "cpu" else getattr(torch, settings.dtype)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-        average = get_ema_multi_avg_fn(options.ema) if options.ema else None
+        average = get_ema_multi_avg_fn(settings.ema) if settings.ema else None
         self.ema = AveragedModel(model, multi_avg_fn=average, use_buffers=True) if average else None
 
         self.epoch, self.batch, self.step = 0, 0, 0  # `batch` counts within the epoch
@@ -169,9 +172,9 @@ class Run:
 
         So it is if the data set has grown, or --max-steps, which ended the run, was edited.
         """
-        per_step = self.options.grad_accum_steps
+        per_step = self.settings.grad_accum_steps
         steps_per_epoch = math.ceil(self.batches / per_step)
-        epochs_left = self.options.epochs - state["epoch"]
+        epochs_left = self.settings.epochs - state["epoch"]
         steps_that_follow = epochs_left * steps_per_epoch - math.ceil(state["batch"] / per_step)
         if self.total_steps - state["step"] > max(0, steps_that_follow):
             raise unusable(
@@ -226,7 +229,7 @@ class Run:
 
     def optimizer_step(self, batches) -> None:
         """One step along the mean gradient of one or several batches."""
-        count = min(self.options.grad_accum_steps, self.batches - self.batch)
+        count = min(self.settings.grad_accum_steps, self.batches - self.batch)
         for _ in range(count):
             batch = {k: v.to(self.device, non_blocking=True) for k, v in next(batches).items()}
             with torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32):
@@ -260,7 +263,7 @@ class Run:
     def train_epoch(self, batches) -> None:
         """From where it stands to the epoch's end."""
         self.train_mode()
-        title = f"epoch {self.epoch + 1}/{self.options.epochs}"
+        title = f"epoch {self.epoch + 1}/{self.settings.epochs}"
         said = saved = time.time()
         bar = tqdm(None, title, self.batches, False, initial=self.batch, unit="batch", disable=None)
         while self.batch < self.batches and self.step < self.total_steps:
@@ -272,7 +275,7 @@ class Run:
             if bar.disable and time.time() - said > 30:  # not a terminal
                 print(f"{title}  batch {self.batch}/{self.batches}  loss {self.mean_loss():.4f}")
                 said = time.time()
-            if time.time() - saved > 60 * self.options.save_every:
+            if time.time() - saved > 60 * self.settings.save_every:
                 self.mean_loss()
                 self.save()
                 saved = time.time()
@@ -281,7 +284,8 @@ class Run:
     def end_epoch(self) -> None:
         """Validates; writes the row of metrics.csv, the best weights, the state to go on from."""
         self.mean_loss()
-        model, o = self.ema.module if self.ema else self.model, self.options
+        model = self.ema.module if self.ema else self.model
+        o = self.settings
         due = (self.epoch + 1) % self.settings.eval_every == 0
         validates, scores = due or self.step >= self.total_steps, {}
         if validates:
@@ -326,7 +330,7 @@ class Run:
 
         model: the one that was validated, with --ema the average.
         """
-        if self.options.train != "all":  # the small copy
+        if self.settings.train != "all":  # the small copy
             with atomic_files.whole_file(self.out / "adapter.safetensors") as part:
                 save_adapter(model, part)
         with atomic_files.whole_file(self.out / "best.safetensors") as part:
@@ -337,18 +341,18 @@ class Run:
         self.chosen |= {"loss": row.get("val_loss"), "threshold": threshold}
         if threshold is not None:
             self.use_threshold()
-            write_config(self.options, self.model, self.train_set, self.val_set)
+            write_config(self.settings, self.recipe, self.model, self.train_set, self.val_set)
 
     def patience_lost(self) -> bool:
         waited, least = self.epoch - self.best_epoch, self.settings.min_epochs
-        patience = self.options.patience
+        patience = self.settings.patience
         if not patience or waited < patience or self.epoch < least:
             return False
         return "val_dice" in self.history[-1]  # else the next validation tells
 
     def fit(self) -> None:
         """From where it stands to the end."""
-        o = self.options
+        o = self.settings
         inputs = self.recipe.inputs
         items = data.Items(self.train_set, o.prompt, inputs, True, o.seed, o.negatives)
         start = self.epoch * self.batches + self.batch
@@ -439,14 +443,14 @@ FIRST_FILES = (
 )  # fmt: skip
 
 
-def can_resume(options: Options) -> bool:
+def can_resume(settings: Settings) -> bool:
     """Return True if --out holds a state to resume from.
 
     Raises ValueError, one line, if it holds what must not be overwritten, or a run that was started
     with other options.
     """
-    out = Path(options.out)
-    if not options.resume:
+    out = Path(settings.out)
+    if not settings.resume:
         refuse_run(out)
         return False
     if not (out / "last.pt").is_file():
@@ -457,7 +461,7 @@ def can_resume(options: Options) -> bool:
     if theirs is None:
         raise unusable(out / "last.pt", "has no config.json of its run beside it")
     theirs = asdict(Options()) | theirs
-    mine = json.loads(json.dumps(asdict(options)))
+    mine = json.loads(json.dumps(as_options(settings)))
     same = {key: value for key, value in mine.items() if key not in LENGTH}
     check_same(out, {key: theirs[key] for key in same}, same)
     for key in LENGTH:
@@ -527,64 +531,64 @@ def removed_if_unsaved(out: Path):
         raise
 
 
-def write_config(options: Options, model, train_set, val_set) -> None:
-    """config.json of a run folder; `from_pretrained` reads `class` and `config` of it."""
+def write_config(settings: Settings, recipe, model, train_set, val_set) -> None:
+    """Write config.json of a run folder; `from_pretrained` reads `class` and `config` of it."""
     content = {
         "format": 1,
-        "model": options.model,
+        "model": settings.model,
         "class": type(model).__name__,
         "config": asdict(model.config),
         "classes": list(getattr(model.config, "classes", ()) or train_set.classes),
         "labels": train_set.entries[0].labels,  # their numbers in volumes
-        "recipe": options.recipe or "default",
-        "options": asdict(options),
+        "recipe": settings.recipe or "default",
+        "options": as_options(settings),
         "data": {"train": train_set.describe(), "val": val_set.describe()},
         "masks": data.named(getattr(train_set, "rules", {})),  # how they are read, {data set: rule}
         "versions": {"torch": torch.__version__, "torchvision": torchvision.__version__},
     }
-    if hasattr(model, "decoder_source"):  # BiomedCLIPSeg's; None: it started untrained
-        content["decoder"] = model.decoder_source
-    tables.write_json(Path(options.out) / "config.json", content)
+    tables.write_json(Path(settings.out) / "config.json", content | recipe.about)
 
 
-def load_model(options: Options, settings: Settings, train_set, device: torch.device):
+def load_model(settings: Settings, train_set, device: torch.device):
+    """Return the model that a run starts from, on its device."""
+    family = FAMILIES[settings.model]
     # Weights that are only tested keep what they came with, unless a recipe is named.
-    overrides = dict(settings.config) if options.recipe or not options.eval else {}
-    if options.size:
-        sizes = tuple(options.size if len(options.size) == 3 else options.size * 3)
-        overrides["image_size"] = sizes if FAMILIES[options.model].volumes else options.size[0]
-    overrides |= {"spacing": tuple(options.spacing)} if options.spacing else {}
-    overrides |= {"intensity": options.window} if options.intensity else {}
-    overrides |= {} if options.threshold in (None, "auto") else {"threshold": options.threshold}
-    overrides |= second_file(options.model, options.clip, options.decoder)
-    start = options.weights, options.variant, settings, overrides, train_set
-    return loading.load_model(FAMILIES[options.model], *start).to(device)
+    overrides = dict(settings.config) if settings.recipe or not settings.eval else {}
+    overrides |= family.config_of(settings)
+    if settings.threshold not in (None, "auto"):
+        overrides["threshold"] = settings.threshold
+    overrides |= second_file(settings.model, settings.clip, settings.decoder)
+    model = family.load_model(settings.weights, settings.variant, settings, overrides, train_set)
+    return model.to(device)
 
 
-def fit(options: Options, settings: Settings, model, recipe, sets, resume: bool) -> dict:
+def fit(settings: Settings, model, recipe, parts: dict, resume: bool) -> dict:
     """Train what is to be trained, then load the best weights into `model`.
 
     Returns which epoch they are of: `Run.chosen`.
     """
-    family = FAMILIES[options.model]
+    family = FAMILIES[settings.model]
+    sets = parts["train"], parts["val"]
     choose_trained(model, family, settings)
     allow_single_values(model)
-    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
-    trained, total = sum(n for n, learns in sizes if learns), sum(n for n, _ in sizes)
+    counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    trained = sum(count for count, learns in counts if learns)
+    total = sum(count for count, _ in counts)
     device = next(model.parameters()).device
     print(f"training {trained:,} of {total:,} parameters on {device}")
-    if options.checkpointing:  # of a model of volumes
+    if settings.checkpointing:
         model.checkpointing = True
     if settings.augment is None:
         print(f"augmentation: {', '.join(settings.views)} of each image, nothing else")
     if settings.keep_features:
-        recipe = keep_features(recipe, model, family.backbone, sets, options)
-    run = Run(options, settings, model, recipe, *sets)
+        recipe = keep_features(recipe, model, family.backbone, sets, settings)
+
+    run = Run(settings, model, recipe, *sets)
     if resume:
         run.load()
-        resume_run(run, sets)
+        resume_run(run)
     else:
-        write_config(options, model, *sets)
+        write_config(settings, recipe, model, *sets)
         for name, path in recipe.files.items():
             shutil.copyfile(path, run.out / name)
     with command_line.way_on(run.what_is_safe):
@@ -594,20 +598,21 @@ def fit(options: Options, settings: Settings, model, recipe, sets, resume: bool)
     return run.chosen
 
 
-def resume_run(run: Run, sets) -> None:
+def resume_run(run: Run) -> None:
     """Say where a loaded run goes on, and what more or fewer --epochs do to it.
 
     Raises ValueError, one line, if there are fewer --epochs than it has trained already.
     """
     saved = saved_options(run.out)
-    epochs = run.options.epochs
+    settings = run.settings
+    epochs = settings.epochs
     trained = run.epoch + (run.batch > 0)  # in the last one it may be on its way
     if epochs < trained:
         raise ValueError(
             f"--epochs {epochs}: this run has trained for {trained} already; give {trained} or more"
         )
     longer = epochs > (saved.get("epochs") or epochs)
-    if longer and run.total_steps == run.options.max_steps == run.step:
+    if longer and run.total_steps == settings.max_steps == run.step:
         raise ValueError(
             f"--epochs {epochs}: --max-steps {run.step} has ended this run; start a new one"
         )
@@ -615,8 +620,8 @@ def resume_run(run: Run, sets) -> None:
     change = run.follow_schedule()
     if change and run.step < run.total_steps:
         print(change)
-    if any(saved.get(key) != getattr(run.options, key) for key in LENGTH):
-        write_config(run.options, run.model, *sets)
+    if any(saved.get(key) != getattr(settings, key) for key in LENGTH):
+        write_config(settings, run.recipe, run.model, run.train_set, run.val_set)
 
 
 def describe_choice(chosen: dict, tests: dict) -> str:
@@ -628,105 +633,57 @@ def describe_choice(chosen: dict, tests: dict) -> str:
     return f"{words} of epoch {chosen['epoch']} ({score})"
 
 
-def open_sets(options: Options) -> tuple[dict, dict]:
-    """Data sets to train on and test: {"train": …, "val": …}, fewer if fewer are used; tests by
-    name. With --overfit they all are the same cases."""
-    if options.overfit:
-        each = (layouts.annotations(root, "train", options.group_regex) for root in options.data)
-        name = "--overfit: train, val and test are the same"
-        one = runs.open_sets({name: sum(each, [])[: options.overfit]}, options)[name]
-        print("  scores then tell that the parts fit together, and nothing of new cases")
-        return {"train": one, "val": one}, {"overfit": one}
-    tests = runs.list_tests(options)
-    lists = {f"test {name}": entries for name, entries in tests.items()}
-    if not options.eval or options.threshold == "auto":
-        parts = layouts.train_and_val(options.data, options.seed, options.group_regex, options.fold)
-        lists |= dict(zip(("train", "val"), parts, strict=True))
-    if options.eval:
-        lists.pop("train", None)
-    opened = runs.open_sets(lists, options)
-    sets = {name: opened[name] for name in ("train", "val") if name in opened}
-    return sets, {name: opened[f"test {name}"] for name in tests}
-
-
-def check_prompts(options: Options, tokenizer, sets: dict, tests: dict) -> None:
-    """Hand the model's tokenizer to the data sets, which compare prompts by it; say what is cut.
-
-    Raises ValueError if --negatives cannot find a prompt of another image that differs.
-    """
-    texts = set()
-    for dataset in [*sets.values(), *tests.values()]:
-        dataset.compare_prompts_by(tokenizer)
-        for entry in dataset.entries:
-            kinds = entry.prompts if options.prompt_study else [options.prompt]
-            for kind in kinds:
-                texts.update(entry.texts(kind))
-
-    cuts = describe_cuts(texts, tokenizer)
-    if cuts:
-        title = "prompts of all types" if options.prompt_study else f"prompt {options.prompt}"
-        print(f"{title}: {cuts}")
-    if options.negatives and not options.eval:
-        sets["train"].check_negatives(options.prompt)
-
-
-def fit_and_test(options: Options, settings: Settings, device: torch.device, resume: bool) -> dict:
-    given = {key: value for key, value in asdict(options).items() if value not in (None, [])}
+def fit_and_test(settings: Settings, device: torch.device, resume: bool) -> dict:
+    """Open the data, load the model, train it, and test it. Return the summary of the test."""
+    given = {key: value for key, value in as_options(settings).items() if value not in (None, [])}
     print("  ".join(f"{key}={value}" for key, value in given.items()))
-    torch.manual_seed(options.seed)
-    torch.use_deterministic_algorithms(options.deterministic)
+    torch.manual_seed(settings.seed)
+    torch.use_deterministic_algorithms(settings.deterministic)
 
-    family = FAMILIES[options.model]
-    sets, tests = open_sets(options)
-    runs.check_kind([*sets.values(), *tests.values()], family.volumes, options.model)
-    model = load_model(options, settings, sets.get("train"), device)
+    family = FAMILIES[settings.model]
+    data_sets = runs.open_data(settings, family)
+    parts = data_sets.parts
+    model = load_model(settings, parts.get("train"), device)
     recipe = family.recipe(model, settings)
-    runs.check_classes(model, recipe, [*sets.values(), *tests.values()], options)
-
-    if recipe.tokenizer:
-        check_prompts(options, recipe.tokenizer, sets, tests)
-    if recipe.prepare:
-        sets, tests = (
-            {name: recipe.prepare(part, options.cache) for name, part in parts.items()}
-            for parts in (sets, tests)
-        )
-        runs.check_prepared(sets, tests, options)
-    if options.boxes or options.points:
-        recipe = evaluate.with_given(recipe, tests, options.boxes, options.points)
+    family.check_classes(model, data_sets.all, settings)
+    recipe = family.make_ready(model, recipe, data_sets, settings)
 
     threshold = None
-    if not options.eval:
-        chosen = fit(options, settings, model, recipe, list(sets.values()), resume)
+    if not settings.eval:
+        chosen = fit(settings, model, recipe, parts, resume)
         threshold = chosen["threshold"]
-        print(describe_choice(chosen, tests))
+        print(describe_choice(chosen, data_sets.tests))
 
-    if options.threshold == "auto":
+    if settings.threshold == "auto":
         if threshold is None:  # nothing was trained, or only before validations chose a threshold
-            threshold = evaluate.best_threshold(model, recipe, sets["val"], options)
+            threshold = evaluate.best_threshold(model, recipe, parts["val"], settings)
         model.config = replace(model.config, threshold=threshold)
-        if not options.eval:
-            write_config(options, model, *sets.values())
+        if not settings.eval:
+            write_config(settings, recipe, model, parts["train"], parts["val"])
 
-    ask = evaluate.prompt_study if options.prompt_study else evaluate.test
-    return ask(model, recipe, tests, options) if tests else {}
+    if not data_sets.tests:
+        return {}
+    test = evaluate.prompt_study if settings.prompt_study else evaluate.test
+    return test(model, recipe, data_sets.tests, settings)
 
 
 def run(options: Options) -> dict:
     """Do all that the command line asks for. Return the summary of the test, {} without one."""
-    options, settings = resolve(options)
-    with atomic_files.claim(Path(options.out)):
-        return run_in_folder(options, settings)
+    settings = resolve(options)
+    with atomic_files.claim(Path(settings.out)):
+        return run_in_folder(settings)
 
 
-def run_in_folder(options: Options, settings: Settings) -> dict:
+def run_in_folder(settings: Settings) -> dict:
     """`run` in a folder that no other process writes to."""
-    out = Path(options.out)
+    out = Path(settings.out)
     with command_line.way_on(partial(describe_folder, out)), removed_if_unsaved(out):
-        device, resume = runs.pick_device(options.device), can_resume(options)
+        device = runs.pick_device(settings.device)
+        resume = can_resume(settings)
         with open(out / "log.txt", "a", 1, encoding="utf-8") as file:
             log = contextlib.redirect_stdout(command_line.Log(sys.stdout, file))
             with log, nifti.notices.together():
-                return fit_and_test(options, settings, device, resume)
+                return fit_and_test(settings, device, resume)
 
 
 def describe_folder(out: Path) -> str:
@@ -744,7 +701,7 @@ def main() -> int:
 
     with atomic_files.claim(Path(given["out"])):
         saved = saved_options(Path(given["out"])) or {}  # --resume --out RUN is enough
-        run_in_folder(*resolve(Options(**saved | given)))
+        run_in_folder(resolve(Options(**saved | given)))
     return 0
 
 

@@ -1,6 +1,21 @@
-"""The CLIP-Driven Universal Model: a head on Swin UNETR that is asked for classes by their codes.
+"""The CLIP-Driven Universal Model: a mask for each class asked for, by a head on Swin UNETR.
 
-To use it in another project copy this file and swin_unetr3d.py.
+Paper: Liu et al., ICCV 2023, arXiv 2301.00785. Code: github.com/ljwztc/CLIP-Driven-Universal-Model
+at 43c1239, model/Universal_model.py (CC BY-NC-ND 4.0). Weights: on the hub
+ljwztc/CLIP-Driven-Universal-Model (licence not checked). Left out: its other backbones.
+
+    volume (B,1,96,96,96)                  codes of k classes (k,512), texts encoded by CLIP
+    Swin UNETR without `out`                 text_to_vision, ReLU        -> (k,256)
+    -> lowest map (B,768,3,3,3)
+       GAP: group norm, ReLU, mean, 1x1x1 convolution                    -> (B,256)
+       both side by side (B,k,512), controller                           -> (B,k,153)
+    -> last map (B,48,96,96,96)
+       precls_conv: group norm, ReLU, 1x1x1 convolution                  -> (B,8,96,96,96)
+       of each class three 1x1x1 convolutions 8 -> 8 -> 8 -> 1, whose
+       weights and biases are the 153 numbers                            -> logits (B,k,96,96,96)
+
+A code is a text, or a parameter (256,), or a row of the unit matrix: see `CODES`. To use it in
+another project copy this file and swin_unetr3d.py, and what that file names.
 """
 
 import math
@@ -11,27 +26,44 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from swin_unetr3d import (
-    FILES,
-    Backbone,
-    Config,
-    convert,
-    load,
-    new_classes,
-    read_checkpoint,
-    run_config,
-    sizes,
-    told_by_name,
-)
+import swin_unetr3d
+from swin_unetr3d import Backbone, Config
 
-ORGANS = (  # of the Universal Model, in its order
-    "background", "spleen", "right kidney", "left kidney", "gall bladder", "esophagus", "liver",
-    "stomach", "aorta", "postcava", "portal vein and splenic vein", "pancreas",
-    "right adrenal gland", "left adrenal gland", "duodenum", "hepatic vessel", "right lung",
-    "left lung", "colon", "intestine", "rectum", "bladder", "prostate", "left head of femur",
-    "right head of femur", "celiac trunk", "kidney tumor", "liver tumor", "pancreas tumor",
-    "hepatic vessel tumor", "lung tumor", "colon tumor", "kidney cyst",
-)  # fmt: skip
+ORGANS = (  # classes of the released weights, in their order
+    "background",
+    "spleen",
+    "right kidney",
+    "left kidney",
+    "gall bladder",
+    "esophagus",
+    "liver",
+    "stomach",
+    "aorta",
+    "postcava",
+    "portal vein and splenic vein",
+    "pancreas",
+    "right adrenal gland",
+    "left adrenal gland",
+    "duodenum",
+    "hepatic vessel",
+    "right lung",
+    "left lung",
+    "colon",
+    "intestine",
+    "rectum",
+    "bladder",
+    "prostate",
+    "left head of femur",
+    "right head of femur",
+    "celiac trunk",
+    "kidney tumor",
+    "liver tumor",
+    "pancreas tumor",
+    "hepatic vessel tumor",
+    "lung tumor",
+    "colon tumor",
+    "kidney cyst",
+)
 
 
 @dataclass(frozen=True)
@@ -40,171 +72,262 @@ class UniversalConfig(Config):
     spacing: tuple[float, ...] = (1.5, 1.5, 1.5)
     overlapping: bool = True
     classes: tuple[str, ...] = ORGANS
-    codes: str = "text"  # what stands for a class, of CODES
+    codes: str = "text"  # what stands for a class, one of CODES
 
 
 UNIVERSAL_VARIANTS = {
     "universal": UniversalConfig(),  # 62,595,315
-    "mini": UniversalConfig(12, codes="random", image_size=(64,) * 3),  # for tests and demos
+    "mini": UniversalConfig(12, codes="random", image_size=(64, 64, 64)),  # for tests and demos
 }
+# text: by CLIP (512,); random: a parameter (256,); one-hot: like a text, but a row of (K,K)
+CODES = ("text", "random", "one-hot")
+CODE = 256  # numbers of a class's code in the model
+TEXT = 512  # numbers of CLIP's code of a text
 
 
-class UniversalSwinUNETR(Backbone):
-    """Finds the classes that it is asked for, each by a small network made of the class's code.
+def check_codes(codes: str, embedding: Tensor | None, *shape: int) -> None:
+    """Raise ValueError, one line, unless codes are a kind of CODES and its embedding fits.
 
-    Liu et al., ICCV 2023, arXiv 2301.00785; github.com/ljwztc/CLIP-Driven-Universal-Model at
-    43c1239, model/Universal_model.py (CC BY-NC-ND 4.0). Weights: on the hub
-    ljwztc/CLIP-Driven-Universal-Model (licence not checked). Left out: its other backbones.
-
-        code of each class (k,512), CLIP's text, text_to_vision, ReLU -> (k,256)
-        (B,16f,D/32,...) of the backbone, GAP: group norm, ReLU, mean, projection -> (B,256)
-        both, controller -> (B,k,153), the weights and biases of 8 -> 8 -> 8 -> 1 channels
-        (B,f,D,H,W) of the backbone, precls_conv: group norm, ReLU, projection -> (B,8,D,H,W)
-        three 1x1x1 convolutions with the 153 numbers -> logits (B,k,D,H,W)
+    Texts need an embedding of the given shape, the other kinds none.
     """
-
-    CONFIG = UniversalConfig
-
-    def __init__(self, config: UniversalConfig, embedding: Tensor | None = None):
-        """embedding (K,512): the codes of "text", which nothing but CLIP can give."""
-        super().__init__(config)
-        f, K, codes = config.feature_size, config.num_classes, config.codes
-        check_codes(codes, embedding, K, TEXT)
-        if codes == "random":
-            self.organ_embedding = nn.Embedding(K, CODE)
-        else:
-            embedding = torch.eye(K) if embedding is None else embedding.float()
-            self.register_buffer("organ_embedding", embedding)
-            self.text_to_vision = nn.Linear(embedding.shape[1], CODE)
-        top, bottom = nn.GroupNorm(math.gcd(16, f), f), nn.GroupNorm(16, 16 * f)
-        self.precls_conv = nn.Sequential(top, nn.ReLU(), nn.Conv3d(f, 8, 1))
-        mean = nn.AdaptiveAvgPool3d(1), nn.Conv3d(16 * f, CODE, 1)
-        self.GAP = nn.Sequential(bottom, nn.ReLU(), *mean)
-        self.controller = nn.Conv3d(2 * CODE, sum(LAYERS), 1)
-
-    def forward(self, volume: Tensor, classes: list[int] | None = None) -> Tensor:
-        """volume (B,C,D,H,W) as `preprocess` makes it, and which classes are asked for, from 0 (the
-        background is none of them), or all -> logits (B,k,D,H,W)."""
-        bottom, top = self.features(volume)
-        numbers = self.head_numbers(bottom, classes)  # (B,k,153)
-        # Of channels last in memory, group norms on a CPU are a hundred times less exact.
-        return dynamic_head(self.precls_conv(top.contiguous()), numbers)
-
-    def codes(self) -> Tensor:
-        """(K,256)."""
-        if self.config.codes == "random":
-            return self.organ_embedding.weight
-        return self.text_to_vision(self.organ_embedding).relu()
-
-    def head_numbers(self, bottom: Tensor, classes: list[int] | None = None) -> Tensor:
-        """bottom (B,16f,d,h,w) -> weights and biases of each class's network (B,k,153)."""
-        codes = self.codes() if classes is None else self.codes()[classes]  # (k,256)
-        image = self.GAP(bottom).flatten(1)  # (B,256)
-        image, codes = torch.broadcast_tensors(image[:, None], codes)  # (B,k,256) each
-        return self.control(image, codes)
-
-    def control(self, image: Tensor, codes: Tensor) -> Tensor:
-        """(B,k,256) each -> (B,k,153)."""
-        x = torch.cat((image, codes), 2)  # (B,k,512)
-        return F.linear(x, self.controller.weight.flatten(1), self.controller.bias)
-
-    @torch.no_grad()
-    def add_class(self, name: str, embedding: Tensor | None = None) -> None:
-        """A further class, the last; embedding (512,) is its code if codes are texts.
-
-        What the model says of the others stays as it is. Optimisers do not know what is new.
-        """
-        c, codes = self.config, self.organ_embedding
-        if name in c.classes:
-            raise ValueError(f"class {name!r} is there already")
-        check_codes(c.codes, embedding, TEXT)
-        if c.codes == "random":
-            rows = torch.cat((codes.weight, torch.randn_like(codes.weight[:1])))
-            self.organ_embedding = nn.Embedding.from_pretrained(rows, freeze=False)
-        elif c.codes == "text":
-            self.organ_embedding = torch.cat((codes, embedding.to(codes)[None]))
-        else:  # a row and a column, of which the others have 0
-            self.organ_embedding = torch.block_diag(codes, codes.new_ones(1, 1))
-            old, new = self.text_to_vision, nn.Linear(codes.shape[1] + 1, CODE).to(codes.device)
-            new.weight[:, :-1], new.bias[:] = old.weight, old.bias
-            self.text_to_vision = new
-        self.config = replace(c, num_classes=c.num_classes + 1, classes=(*c.classes, name))
-
-    @classmethod
-    def from_pretrained(
-        cls, source: str | Path, classes: list[str] | None = None, embedding=None, **overrides
-    ) -> "UniversalSwinUNETR":
-        """From a file, a folder, a run folder or a hub id; `overrides` are fields of its Config.
-
-        A file of Swin UNETR, or of its encoder alone, needs the names of the `classes` and, if
-        codes are texts, their `embedding` (K,512); the rest is new and printed. Evaluation mode.
-        """
-        weights, settings = read_checkpoint(source, UNIVERSAL_FILES + FILES)
-        weights = convert(weights)
-        found = [name for name in weights if name.startswith("organ_embedding")]
-        if "format" in settings:  # a run folder of ours, of this or the backbone's model
-            kind = cls.__name__ if found else "SwinUNETR"
-            values = run_config(settings, kind, source, cls.CONFIG)
-            config = cls.CONFIG(**values | {"overlapping": True})
-        else:
-            told = told_by_name(source, settings, "merging" in overrides)
-            config = cls.CONFIG(**sizes(weights), merging=told["merging"])
-        if found:
-            codes, fresh = weights[found[0]], ""
-            kind = {TEXT: "text", CODE: "random"}.get(codes.shape[1], "one-hot")
-            if overrides.get("codes", kind) != kind:
-                raise ValueError(f"{source}: its codes are {kind}, not {overrides['codes']}")
-            embedding, names = codes if kind == "text" else None, config.classes[1:]
-            if len(names) != len(codes):
-                names = classes or [f"class {k + 1}" for k in range(len(codes))]
-            config = replace(config, codes=kind)
-        elif not classes or (embedding is None and overrides.get("codes", "text") == "text"):
-            raise ValueError(f"{source}: no codes; give names of classes and, of texts, embedding")
-        else:
-            weights, _, fresh = new_classes(weights, 0, config, source)
-            names, fresh = classes, "|".join(filter(None, (HEAD, fresh)))
-        config = replace(config, num_classes=len(names), classes=("background", *names))
-        model = cls(replace(config, **overrides), embedding)
-        return load(model, weights, fresh, source)
+    given = "no embedding" if embedding is None else f"embedding {tuple(embedding.shape)}"
+    has_embedding = embedding is not None
+    if codes not in CODES or has_embedding != (codes == "text"):
+        raise ValueError(f"codes {codes!r} and {given}: of {', '.join(CODES)} text alone has one")
+    if has_embedding and embedding.shape != shape:
+        raise ValueError(f"{given}: what classes there are take {shape}")
 
 
-CODE, TEXT = 256, 512  # numbers of a class's code and of CLIP's text
-CODES = ("text", "random", "one-hot")  # of CLIP; a parameter (256,); like a text, but (K,)
-HEAD = r"(organ_embedding|text_to_vision|cross_attention|precls_conv|GAP|controller).*"
-LAYERS = (64, 64, 8, 8, 8, 1)  # numbers of a class: weights of three layers, then their biases
-# Voxels at a time: their channels stay in the cache of a processor, and keep a GPU busy.
+LAYERS = (64, 64, 8, 8, 8, 1)  # of the 153 numbers: weights of three layers, then their biases
+# Voxels computed at a time: their channels stay in the cache of a processor, or keep a GPU busy.
 PART = 4096
 PART_ON_GPU = 2**17
 
 
 def dynamic_head(x: Tensor, numbers: Tensor) -> Tensor:
-    """Runs each class's network of three 1x1x1 convolutions: x (B,8,D,H,W), numbers (B,k,153) ->
-    logits (B,k,D,H,W).
+    """Run the network of each class: three 1x1x1 convolutions with ReLUs between them.
+
+    x (B,8,D,H,W), numbers (B,k,153) -> logits (B,k,D,H,W). Equals, for each volume and class,
+
+        y = F.conv3d(x, w1, b1).relu()
+        y = F.conv3d(y, w2, b2).relu()
+        return F.conv3d(y, w3, b3)
 
     The official code repeats x for each class and convolves in groups. Here the first layers of all
-    classes are one product of matrices.
+    classes are a single matrix product.
     """
     B, k, _ = numbers.shape
     w1, w2, w3, b1, b2, b3 = numbers.split(LAYERS, 2)
-    w1, b1 = w1.reshape(B, 8 * k, 8), b1.reshape(B, 8 * k, 1)
-    w2, b2 = w2.reshape(B * k, 8, 8), b2.reshape(B * k, 8, 1)
-    w3, b3 = w3.reshape(B * k, 1, 8), b3.reshape(B * k, 1, 1)
+    w1 = w1.reshape(B, 8 * k, 8)
+    b1 = b1.reshape(B, 8 * k, 1)
+    w2 = w2.reshape(B * k, 8, 8)
+    b2 = b2.reshape(B * k, 8, 1)
+    w3 = w3.reshape(B * k, 1, 8)
+    b3 = b3.reshape(B * k, 1, 1)
+
     voxels = PART if x.device.type == "cpu" else PART_ON_GPU
-    parts = []
+    logits = []
     for part in x.flatten(2).split(voxels, 2):  # (B,8,n)
         y = torch.baddbmm(b1, w1, part).relu_()  # (B,8k,n)
-        y = torch.baddbmm(b2, w2, y.view(B * k, 8, -1)).relu_()  # (B*k,8,n)
-        parts.append(torch.baddbmm(b3, w3, y).view(B, k, -1))
-    return torch.cat(parts, 2).view(B, k, *x.shape[2:])
+        y = y.view(B * k, 8, -1)  # (B*k,8,n)
+        y = torch.baddbmm(b2, w2, y).relu_()  # (B*k,8,n)
+        y = torch.baddbmm(b3, w3, y)  # (B*k,1,n)
+        logits.append(y.view(B, k, -1))
+    return torch.cat(logits, 2).view(B, k, *x.shape[2:])  # (B,k,D,H,W)
 
 
-def check_codes(codes: str, embedding: Tensor | None, *shape: int) -> None:
-    """ValueError of one line if codes are of no kind, or are texts and there are none so shaped."""
-    have = "no embedding" if embedding is None else f"embedding {tuple(embedding.shape)}"
-    if codes not in CODES or (codes == "text") != (embedding is not None):
-        raise ValueError(f"codes {codes!r} and {have}: of {', '.join(CODES)} text alone has one")
-    if embedding is not None and embedding.shape != shape:
-        raise ValueError(f"{have}: what classes there are take {shape}")
+class UniversalSwinUNETR(Backbone):
+    """Segment the classes asked for, each by a small network that is made of its code."""
+
+    CONFIG = UniversalConfig
+
+    def __init__(self, config: UniversalConfig, embedding: Tensor | None = None):
+        """embedding (K,512): the codes of the classes if they are texts, else None."""
+        super().__init__(config)
+        f = config.feature_size
+        K = config.num_classes
+        check_codes(config.codes, embedding, K, TEXT)
+
+        if config.codes == "random":
+            self.organ_embedding = nn.Embedding(K, CODE)
+        else:
+            embedding = torch.eye(K) if embedding is None else embedding.float()
+            self.register_buffer("organ_embedding", embedding)
+            self.text_to_vision = nn.Linear(embedding.shape[1], CODE)
+
+        self.precls_conv = nn.Sequential(
+            nn.GroupNorm(math.gcd(16, f), f),
+            nn.ReLU(),
+            nn.Conv3d(f, 8, 1),
+        )
+        self.GAP = nn.Sequential(
+            nn.GroupNorm(16, 16 * f),
+            nn.ReLU(),
+            nn.AdaptiveAvgPool3d(1),
+            nn.Conv3d(16 * f, CODE, 1),
+        )
+        self.controller = nn.Conv3d(2 * CODE, sum(LAYERS), 1)
+
+    def forward(self, volume: Tensor, classes: list[int] | None = None) -> Tensor:
+        """Return logits (B,k,D,H,W) of the classes asked for, or of all K.
+
+        volume (B,C,D,H,W) as `preprocess` makes it; classes: their numbers, counted from 0 without
+        the background.
+        """
+        lowest, last = self.features(volume)  # (B,16f,D/32,H/32,W/32), (B,f,D,H,W)
+        numbers = self.head_numbers(lowest, classes)  # (B,k,153)
+        # With channels last in memory, group norms on a CPU are a hundred times less exact.
+        x = self.precls_conv(last.contiguous())  # (B,8,D,H,W)
+        return dynamic_head(x, numbers)
+
+    def head_numbers(self, lowest: Tensor, classes: list[int] | None = None) -> Tensor:
+        """Return the weights and biases of each class's network (B,k,153).
+
+        lowest (B,16f,d,h,w): the lowest feature map.
+        """
+        codes = self.codes()  # (K,256)
+        if classes is not None:
+            codes = codes[classes]  # (k,256)
+        image = self.GAP(lowest).flatten(1)  # (B,256)
+        image, codes = torch.broadcast_tensors(image[:, None], codes)  # (B,k,256) each
+        return self.control(image, codes)
+
+    def codes(self) -> Tensor:
+        """Return the codes of all classes (K,256)."""
+        if self.config.codes == "random":
+            return self.organ_embedding.weight
+        return self.text_to_vision(self.organ_embedding).relu()
+
+    def control(self, image: Tensor, codes: Tensor) -> Tensor:
+        """image and codes (B,k,256) -> (B,k,153)."""
+        x = torch.cat((image, codes), 2)  # (B,k,512)
+        return F.linear(x, self.controller.weight.flatten(1), self.controller.bias)
+
+    @torch.no_grad()
+    def add_class(self, name: str, embedding: Tensor | None = None) -> None:
+        """Add a class behind the others, whose logits stay the same.
+
+        embedding (512,): its code if codes are texts, else None. Optimisers do not know of the new
+        parameters. Raises ValueError, one line, if the class exists or the code does not fit.
+        """
+        config = self.config
+        codes = self.organ_embedding
+        if name in config.classes:
+            raise ValueError(f"class {name!r} is there already")
+        check_codes(config.codes, embedding, TEXT)
+
+        if config.codes == "random":
+            rows = torch.cat((codes.weight, torch.randn_like(codes.weight[:1])))
+            self.organ_embedding = nn.Embedding.from_pretrained(rows, freeze=False)
+        elif config.codes == "text":
+            self.organ_embedding = torch.cat((codes, embedding.to(codes)[None]))
+        else:  # a row, and a column in which the other classes have 0
+            self.organ_embedding = torch.block_diag(codes, codes.new_ones(1, 1))
+            old = self.text_to_vision
+            new = nn.Linear(codes.shape[1] + 1, CODE).to(codes.device)
+            new.weight[:, :-1] = old.weight
+            new.bias[:] = old.bias
+            self.text_to_vision = new
+
+        classes = (*config.classes, name)
+        self.config = replace(config, num_classes=config.num_classes + 1, classes=classes)
+
+    @classmethod
+    def from_pretrained(
+        cls, source: str | Path, classes: list[str] | None = None, embedding=None, **overrides
+    ) -> "UniversalSwinUNETR":
+        """Load a file, a folder, a run folder or a hub id, in evaluation mode.
+
+        A file of Swin UNETR, or of its encoder alone, needs the names of the `classes` and, if
+        codes are texts, their `embedding` (K,512); the head is then new, which is printed.
+        overrides: fields of the Config. Raises ValueError or FileNotFoundError, one line, for a
+        file that does not fit.
+        """
+        weights, settings = swin_unetr3d.read_checkpoint(source, UNIVERSAL_FILES)
+        weights = swin_unetr3d.convert(weights)
+        has_codes = any(name.startswith("organ_embedding") for name in weights)
+        config = cls.config_of(weights, settings, source, "merging" in overrides)
+
+        if has_codes:
+            config, embedding = with_codes(config, weights, classes, overrides.get("codes"), source)
+            fresh = ""
+        else:
+            codes = overrides.get("codes", "text")
+            if not classes or (embedding is None and codes == "text"):
+                hint = "give names of classes and, of texts, embedding"
+                raise ValueError(f"{source}: no codes; {hint}")
+            weights, _, fresh = swin_unetr3d.new_classes(weights, 0, config, source)
+            fresh = f"{HEAD}|{fresh}" if fresh else HEAD
+            names = ("background", *classes)
+            config = replace(config, num_classes=len(classes), classes=names)
+
+        model = cls(replace(config, **overrides), embedding)
+        return swin_unetr3d.load(model, weights, fresh, source, official=to_official)
+
+    @classmethod
+    def config_of(cls, weights: dict[str, Tensor], settings: dict, source, quiet: bool):
+        """Return the config of a file of this model or of Swin UNETR, without its classes."""
+        if "format" in settings:  # a run folder of ours
+            has_codes = any(name.startswith("organ_embedding") for name in weights)
+            kind = cls.__name__ if has_codes else "SwinUNETR"
+            values = swin_unetr3d.run_config(settings, kind, source, cls.CONFIG)
+            values["overlapping"] = True
+            return cls.CONFIG(**values)
+
+        # Of what the name tells only the merging: classes and spacing are another model's.
+        released = swin_unetr3d.RELEASED | UNIVERSAL_RELEASED
+        told = swin_unetr3d.config_from_name(source, settings, quiet, released)
+        return cls.CONFIG(**swin_unetr3d.config_from_shapes(weights), merging=told["merging"])
 
 
-UNIVERSAL_FILES = ("best.safetensors", "clip_driven_universal_swin_unetr.pth")
+# --------------------------------------------------------------------------------------------------
+# Nothing under this line is needed to understand the model.
+# --------------------------------------------------------------------------------------------------
+
+UNIVERSAL_FILES = (
+    "best.safetensors",
+    "clip_driven_universal_swin_unetr.pth",
+    *swin_unetr3d.FILES,
+)
+UNIVERSAL_RELEASED = {  # as RELEASED of swin_unetr3d.py
+    "CLIP-Driven-Universal-Model": {},
+    "clip_driven_universal_swin_unetr.pth": {},
+}
+# Parameters that a file of Swin UNETR does not have.
+HEAD = r"(organ_embedding|text_to_vision|cross_attention|precls_conv|GAP|controller).*"
+
+
+def to_official(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return a state dict under the names of the official class; its released file has others."""
+    weights = {}
+    for name, tensor in swin_unetr3d.to_official(state_dict).items():
+        is_backbone = name.startswith(("swinViT", "encoder", "decoder"))
+        weights[f"backbone.{name}" if is_backbone else name] = tensor
+    return weights
+
+
+def with_codes(
+    config: UniversalConfig,
+    weights: dict[str, Tensor],
+    classes: list[str] | None,
+    codes: str | None,
+    source,
+) -> tuple[UniversalConfig, Tensor | None]:
+    """Return the config with the kind, number and names of the classes in a file, and the texts.
+
+    codes: the kind that is expected, None for any; the texts are None for the other kinds. Names
+    are those of the config if their number fits, else `classes`. Raises ValueError, one line, if
+    the file has another kind.
+    """
+    name = next(name for name in weights if name.startswith("organ_embedding"))
+    embedding = weights[name]  # (K,512), (K,256) or (K,K)
+    kind = {TEXT: "text", CODE: "random"}.get(embedding.shape[1], "one-hot")
+    if codes not in (None, kind):
+        raise ValueError(f"{source}: its codes are {kind}, not {codes}")
+
+    names = config.classes[1:]
+    if len(names) != len(embedding):
+        names = classes or [f"class {k + 1}" for k in range(len(embedding))]
+    names = ("background", *names)
+    config = replace(config, codes=kind, num_classes=len(names) - 1, classes=names)
+    return config, embedding if kind == "text" else None

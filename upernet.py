@@ -80,6 +80,8 @@ class LayerNorm2d(nn.LayerNorm):
     def forward(self, x: Tensor) -> Tensor:
         """x (B,C,H,W) -> (B,C,H,W)."""
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
 # end shared
 
 
@@ -137,7 +139,7 @@ def upsampled_conv3x3(x: Tensor, weight: Tensor, size: tuple[int, int]) -> Tenso
 
     Channels and positions can be mixed in either order: each of the nine taps mixes the channels
     before upsampling; upsampling, shifting and adding are then one small matrix along each side.
-    (B,C,h,w), (O,C,3,3), size (H,W) -> (B,O,H,W)
+    (B,C,h,w), (K,C,3,3), size (H,W) -> (B,K,H,W)
     """
 
     def taps(n: int, N: int) -> Tensor:
@@ -146,11 +148,13 @@ def upsampled_conv3x3(x: Tensor, weight: Tensor, size: tuple[int, int]) -> Tenso
         up = F.interpolate(eye, N, mode="linear", align_corners=False)[0]  # (n,N)
         return F.pad(up, (1, 1)).unfold(1, N, 1).permute(2, 1, 0)
 
-    (B, _, h, w), O, (H, W) = x.shape, len(weight), size
-    mix = weight.permute(2, 1, 3, 0).flatten(2)  # (3,C,3*O): row tap, channel, column tap
-    y = x.flatten(2).transpose(1, 2)[:, None] @ mix  # (B,3,h*w,3*O)
-    y = taps(h, H).flatten(1) @ y.view(B, 3 * h, w * 3 * O)  # (B,H,w*3*O)
-    y = taps(w, W).transpose(1, 2).flatten(1) @ y.view(B, H, w * 3, O)  # (B,H,W,O)
+    B, _, h, w = x.shape
+    H, W = size
+    K = len(weight)
+    mix = weight.permute(2, 1, 3, 0).flatten(2)  # (3,C,3*K): row tap, channel, column tap
+    y = x.flatten(2).transpose(1, 2)[:, None] @ mix  # (B,3,h*w,3*K)
+    y = taps(h, H).flatten(1) @ y.view(B, 3 * h, w * 3 * K)  # (B,H,w*3*K)
+    y = taps(w, W).transpose(1, 2).flatten(1) @ y.view(B, H, w * 3, K)  # (B,H,W,K)
     return y.permute(0, 3, 1, 2)
 
 
@@ -204,6 +208,8 @@ class UPerHead(nn.Module):
             x = y + F.interpolate(x, y.shape[2:], mode="bilinear", align_corners=False)
             pyramid.insert(0, conv(x))
         return self.classifier(self.fpn_bottleneck(*pyramid))  # all at the first one's size
+
+
 # end shared
 
 
@@ -344,6 +350,8 @@ def add_new(weights: dict[str, Tensor], model: dict[str, Tensor], fresh: str) ->
     weights = {n: t for n, t in model.items() if n.endswith("num_batches_tracked")} | weights
     new = {n: t for n, t in model.items() if n not in weights and re.fullmatch(fresh, n)}
     return weights | new, list(new)
+
+
 # end shared
 
 
@@ -369,6 +377,8 @@ def to_rgb(image):
     if image.mode == "P":  # else Pillow warns of palettes with transparency
         image = image.convert("RGBA")
     return image.convert("RGB")
+
+
 # end shared
 
 
@@ -405,6 +415,8 @@ def postprocess(logits: Tensor, size: tuple[int, int], config: Config) -> Tensor
     """
     logits = F.interpolate(logits[None].float(), size, mode="bilinear", align_corners=False)[0]
     return logits.softmax(0) if len(logits) > 1 else logits.sigmoid()
+
+
 # end shared
 
 
@@ -427,6 +439,8 @@ def open_upright(image):
         if ";16" in str(opened.tile):
             raise ValueError(f"{image}: has 16 bits a channel; scale its values to 8 bits, 0..255")
         return ImageOps.exif_transpose(opened)
+
+
 # end shared
 
 
@@ -442,6 +456,8 @@ def evaluating(model: nn.Module):
     finally:
         for module, was_training in modes.items():
             module.training = was_training
+
+
 # end shared
 
 
@@ -467,6 +483,8 @@ def segment(model: nn.Module, image) -> tuple:
     else:
         mask = probabilities.argmax(0)
     return probabilities, mask.astype("uint8" if len(probabilities) <= 256 else "uint16")
+
+
 # end shared
 
 
@@ -507,6 +525,8 @@ def is_like(value, default) -> bool:
     if isinstance(default, int) and not isinstance(default, bool):
         return type(value) is int and 0 <= value < 1e9
     return type(value) is type(default)
+
+
 # end shared
 
 
@@ -572,6 +592,8 @@ def parse_file(path: Path):
     if is_torchscript(path):
         return read_torchscript(path)
     return torch.load(path, map_location="cpu", weights_only=True)
+
+
 # end shared
 
 
@@ -594,6 +616,8 @@ def unwrap(content: dict, path: Path) -> dict[str, Tensor]:
         bare = {name: name.removeprefix(prefix) for name in weights}
         weights = {n if bare[n] in weights else bare[n]: t for n, t in weights.items()}
     return weights
+
+
 # end shared
 
 
@@ -772,6 +796,8 @@ def download(source: str, files: tuple[str, ...]) -> Path:
         hint = "check the connection, or fetch the file elsewhere and name it"
         raise OSError(f"{source}: not to be had from the hub ({reason}); {hint}") from None
     raise FileNotFoundError(f"{source}: the repository has none of {', '.join(files)}")
+
+
 # end shared
 
 
@@ -798,6 +824,8 @@ def tensor_fault(found: Tensor | None, expected: Tensor | None) -> str:
         if not -largest <= low.item() <= high.item() <= largest:
             return f"holds NaN, infinity or values beyond {str(expected.dtype)[6:]}"
     return ""
+
+
 # end shared
 
 
@@ -849,4 +877,6 @@ def recognise(weights: dict[str, Tensor]) -> str:
         if any(re.match(rf"(.*\.)?{pattern}", name) for name in weights):
             return kind
     return ""
+
+
 # end shared

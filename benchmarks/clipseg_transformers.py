@@ -3,10 +3,11 @@
     python benchmarks/clipseg_transformers.py                               # forward, training step
     python benchmarks/clipseg_transformers.py --data data/kvasir_polyp      # also whole epochs
 
-Forward: evaluation mode, no gradients; transformers pads a prompt to 77 tokens and repeats the image for
-every prompt, as its processor and its interface ask for. Training step: the decoder alone, from kept
-features (engine/feature_cache.py) against transformers' whole model, whose towers run without gradients too. Epoch:
-a later one over --images images, with loading and all, the features being on file.
+Forward: evaluation mode, no gradients; transformers pads a prompt to 77 tokens and repeats the
+image for every prompt, as its processor and its interface ask for. Training step: the decoder
+alone, from kept features (engine/feature_cache.py) against transformers' whole model, whose towers
+run without gradients too. Epoch: a later one over --images images, with loading and all, the
+features being on file.
 """
 
 import argparse
@@ -31,7 +32,8 @@ from tokenizer import CLIPTokenizer  # noqa: E402
 
 PROMPTS = [
     "one small pink round polyp", "a polyp", "two large red oval polyps", "a brown lesion",
-    "polyp which is a projecting growth of tissue", "a white tube", "an instrument", "normal mucosa",
+    "polyp which is a projecting growth of tissue", "a white tube", "an instrument",
+    "normal mucosa",
     "one medium purple polyp, located in the top left", "a dark spot",
 ]  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""What every comparison with an official implementation needs: turns, memory, a table, the machine."""
+"""What comparisons with official implementations share: turns, memory, tables, the machine."""
 
 import ctypes
 import datetime
@@ -45,7 +45,7 @@ def now() -> float:
 
 
 def in_turns(steps: dict[str, Callable], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each step in each round; they alternate, so that a busy machine slows all alike."""
+    """Seconds of each step in each round; they alternate: a busy machine slows all alike."""
     seconds = {name: [] for name in steps}
     for round in range(rounds + 1):
         for name, step in steps.items():

@@ -3,8 +3,9 @@
     git clone https://github.com/DerrickWang005/CRIS.pytorch
     python benchmarks/cris_official.py --official CRIS.pytorch
 
-Forward: evaluation mode, no gradients. Training step: forward, loss, backward, Adam. The two take turns
-in one process; memory is measured in a process of its own each, as the peak over what was there before.
+Forward: evaluation mode, no gradients. Training step: forward, loss, backward, Adam. The two take
+turns in one process; memory is measured in a process of its own each, as the peak over what was
+there before.
 """
 
 import argparse
@@ -120,7 +121,7 @@ def main() -> int:
     a, b = (forward_step(models[name].eval(), image, tokens)() for name in ("official", "ours"))
     print(f"{machine()}\n{args.variant}, {args.batch_size} images of 416 px, float32")
     print(
-        f"largest difference of two logits: {(a - b).abs().max():.1e} at a deviation of {a.std():.1e}"
+        f"largest difference of logits: {(a - b).abs().max():.1e} at a deviation of {a.std():.1e}"
     )
     torch.testing.assert_close(a, b, rtol=0, atol=1e-3 * a.std().item())
     print(f"\n{HEADER}")

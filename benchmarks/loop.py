@@ -2,9 +2,9 @@
 
     python benchmarks/loop.py --data data/kvasir_polyp --batch-size 4 --steps 5 --rounds 5
 
-Bare: forward, loss, backward, clipping and optimiser on one batch that is already there. Loop: the same
-steps as train.py takes them. Both alternate in one process; medians are compared. Then validation of
-100 images against the bare forward passes on their ready inputs.
+Bare: forward, loss, backward, clipping and optimiser on one batch that is already there. Loop: the
+same steps as train.py takes them. Both alternate in one process; medians are compared. Then
+validation of 100 images against the bare forward passes on their ready inputs.
 """
 
 import argparse
@@ -48,17 +48,17 @@ def main() -> int:
         size=args.size,
         batch_size=args.batch_size,
     )
-    options, settings = resolve(replace(options, out=tempfile.mkdtemp(), workers=2))
+    settings = resolve(replace(options, out=tempfile.mkdtemp(), workers=2))
     family, device = FAMILIES[args.model], pick_device("auto")
-    lists = dict(zip(("train", "val"), layouts.train_and_val([args.data], seed=0)))
+    lists = dict(zip(("train", "val"), layouts.train_and_val([args.data], seed=0), strict=True))
     train_set, val_set = data.open_datasets(lists).values()
     config = settings.config | ({"image_size": args.size} if args.size else {})
     model = family.load("none", None, settings, config, train_set).to(device)
     recipe = family.recipe(model, settings)
-    run = Run(options, settings, model, recipe, train_set, val_set)
-    items = data.Items(train_set, options.prompt, recipe.inputs, train=True, seed=0)
-    order = data.train_batches(len(train_set), options.batch_size, 1000, 0, 0)
-    batches = iter(data.loader(items, order, options.workers, device))
+    run = Run(settings, model, recipe, train_set, val_set)
+    items = data.Items(train_set, settings.prompt, recipe.inputs, train=True, seed=0)
+    order = data.train_batches(len(train_set), settings.batch_size, 1000, 0, 0)
+    batches = iter(data.loader(items, order, settings.workers, device))
     batch = {key: value.to(device) for key, value in next(batches).items()}
     run.train_mode()
 
@@ -74,15 +74,18 @@ def main() -> int:
             run.mean_loss()
 
     seconds = in_turns({"bare": bare, "loop": loop}, args.rounds)
-    b, l = (statistics.median(seconds[name]) / args.steps for name in ("bare", "loop"))
-    print(f"{machine()}, batch {options.batch_size} at {model.config.image_size} px")
-    print("\n| | bare | in the loop | ratio |\n| --- | --- | --- | --- |")
-    print(
-        f"| training step | {b:.3f} s | {l:.3f} s ({options.batch_size / l:.2f} images/s) | {l / b:.3f} |"
+    bare_step, loop_step = (
+        statistics.median(seconds[name]) / args.steps for name in ("bare", "loop")
     )
+    print(f"{machine()}, batch {settings.batch_size} at {model.config.image_size} px")
+    print("\n| | bare | in the loop | ratio |\n| --- | --- | --- | --- |")
+    images = settings.batch_size / loop_step
+    ratio = loop_step / bare_step
+    step = f"{bare_step:.3f} s | {loop_step:.3f} s ({images:.2f} images/s)"
+    print(f"| training step | {step} | {ratio:.3f} |")
 
     part = val_set.subset(list(range(min(args.images, len(val_set)))))
-    items = data.Items(part, options.prompt, recipe.inputs, train=False, seed=0)
+    items = data.Items(part, settings.prompt, recipe.inputs, train=False, seed=0)
     ready = [items[0, i] for i in range(len(part))]
     model.eval()
     begun = now()
@@ -90,10 +93,12 @@ def main() -> int:
         for item in ready:
             recipe.forward(model, {k: item[k][None].to(device) for k in ("image", "tokens")})
     middle = now()
-    evaluate(model, recipe, part, options, False, "validate")
+    evaluate(model, recipe, part, settings, False, "validate")
     ended = now()
-    b, l = (middle - begun) / len(part), (ended - middle) / len(part)
-    print(f"| validation, an image | {b:.3f} s | {l:.3f} s | {l / b:.3f} |")
+    bare_image = (middle - begun) / len(part)
+    loop_image = (ended - middle) / len(part)
+    ratio = loop_image / bare_image
+    print(f"| validation, an image | {bare_image:.3f} s | {loop_image:.3f} s | {ratio:.3f} |")
     return 0
 
 

@@ -6,7 +6,8 @@
 
 base with one channel and 14 classes, merging as MONAI since 1.5.0 has it, MONAI's other options
 left as they are. Forward: evaluation mode, no gradients. Step: training mode, cross entropy and all
-gradients, no optimiser. "checkpointed" is our model with `checkpointing = True` against the same official.
+gradients, no optimiser. "checkpointed" is our model with `checkpointing = True` against the same
+official.
 """
 
 import argparse

@@ -2,8 +2,8 @@
 
     python benchmarks/volume_memory.py
 
-The model is a 1x1 convolution, so that the memory is that of imaging/volumes.py: the image, the logits on a
-grid a little finer than the file's, the probabilities on the file's own.
+The model is a 1x1 convolution, so that the memory is that of imaging/volumes.py: the image, the
+logits on a grid a little finer than the file's, the probabilities on the file's own.
 """
 
 import argparse
@@ -18,8 +18,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from engine.ranges import POSITIVE, Number
-from imaging import nifti, volumes
+from engine.ranges import POSITIVE, Number  # noqa: E402
+from imaging import nifti, volumes  # noqa: E402
 
 
 def main() -> int:
@@ -48,7 +48,7 @@ def main() -> int:
     times.append(time.perf_counter())
 
     names = ("prepare", "windows", "restore", "argmax")
-    told = ", ".join(f"{name} {t:.0f} s" for name, t in zip(names, np.diff(times)))
+    told = ", ".join(f"{name} {t:.0f} s" for name, t in zip(names, np.diff(times), strict=True))
     peak = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 2**20
     sizes = (labels.shape, x.shape[1:])
     sizes = "{} voxels, prepared {}".format(*("x".join(map(str, size)) for size in sizes))

@@ -1,0 +1,1 @@
+"""Machinery of training, tests and predictions that is the same for every model."""

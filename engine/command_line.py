@@ -147,9 +147,9 @@ def last_line(error: BaseException) -> str:
 def is_dead_worker(error: BaseException) -> bool:
     """Return True if a data-loading process was killed, or its connection broke as it was."""
     for cause in chain(error):
-        if isinstance(cause, RuntimeError):
-            if DEAD_WORKER.search(str(cause)) or SHARED_MEMORY.search(str(cause)):
-                return True
+        is_named = DEAD_WORKER.search(str(cause)) or SHARED_MEMORY.search(str(cause))
+        if isinstance(cause, RuntimeError) and is_named:
+            return True
         if isinstance(cause, ConnectionError | EOFError):
             frames = traceback.extract_tb(cause.__traceback__)
             if any(Path(frame.filename).name == "dataloader.py" for frame in frames):

@@ -1,36 +1,34 @@
 """Model, recipe and data set -> scores of every image, and the test folder of a run."""
 
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 import data
 import metrics
 from engine.runs import num_classes
 from engine.tables import ABSENT, INTERVALS, score_table, study_table, write_csv, write_json
-from imaging import boxes_and_points, layouts, pictures, volumes
+from imaging import layouts, pictures
 
 
-def predictions(model, recipe, dataset, options, title: str):
+def predictions(model, recipe, dataset, settings, title: str):
     """Yields for every entry its item, its probabilities (K,*size), and its loss (or None); not for
     those of which `nothing_asked` is true.
 
     One image at a time, nothing is kept: memory does not grow with the data set.
     """
     device = next(model.parameters()).device
-    items = data.Items(dataset, options.prompt, recipe.inputs, train=False, seed=options.seed)
-    workers = 0 if recipe.prepare else options.workers  # prepared volumes are only mapped
+    items = data.Items(dataset, settings.prompt, recipe.inputs, train=False, seed=settings.seed)
+    workers = 0 if dataset.is_mapped else settings.workers
     loader = data.loader(items, [[(0, i)] for i in range(len(dataset))], workers, device)
     model.eval()
     for item in tqdm(loader, title, len(dataset), unit="image", disable=None, leave=False):
         if nothing_asked(item):
             continue
-        if options.score_size == "network":
+        if settings.score_size == "network":
             item |= {"size": item["mask"].shape[-2:], "truth": item["mask"].round()}
         with torch.no_grad():
             probabilities, output = recipe.predict(model, item)
@@ -71,14 +69,13 @@ def truth_masks(item: dict, n: int) -> np.ndarray:
 THRESHOLDS = [k / 20 for k in range(1, 20)]  # 0.05, 0.10, …, 0.95
 
 
-def takes_threshold(model, recipe, dataset) -> bool:
+def takes_threshold(model, dataset) -> bool:
     """Return True if one threshold decides what is foreground, so that --threshold auto works."""
-    if getattr(model.config, "overlapping", False) or num_classes(model) > 1:
-        return False
-    return not (recipe.ask and len(dataset.classes) > 1)
+    is_single = num_classes(model) == 1 and len(dataset.classes) == 1
+    return is_single and not getattr(model.config, "overlapping", False)
 
 
-def search_threshold(model, recipe, dataset, options, title: str) -> tuple[dict, dict]:
+def search_threshold(model, recipe, dataset, settings, title: str) -> tuple[dict, dict]:
     """Score a validation set at every one of THRESHOLDS, in one pass.
 
     Returns the scores of `validate` at the threshold with the highest mean Dice (the lowest such
@@ -89,7 +86,7 @@ def search_threshold(model, recipe, dataset, options, title: str) -> tuple[dict,
     cases = []  # a row an image, all but what depends on the threshold
     scores = []  # of each image and threshold: Dice, IoU, whether anything is predicted
     losses = []
-    for item, probabilities, loss in predictions(model, recipe, dataset, options, title):
+    for item, probabilities, loss in predictions(model, recipe, dataset, settings, title):
         rows = []
         for threshold in THRESHOLDS:
             rows += score(item, probabilities > threshold, dataset.classes)  # one: a single class
@@ -97,7 +94,7 @@ def search_threshold(model, recipe, dataset, options, title: str) -> tuple[dict,
         scores.append([(row["dice"], row["iou"], row["in_pred"]) for row in rows])
         if loss is not None:
             losses.append(loss)
-    check_asked(cases, dataset, options)
+    check_asked(cases, dataset, settings)
 
     # Means as in `metrics.summarise`: of patients where they are known, else of images.
     dice, iou, is_predicted = np.array(scores, float).transpose(2, 1, 0)  # (thresholds,n) each
@@ -124,43 +121,43 @@ def search_threshold(model, recipe, dataset, options, title: str) -> tuple[dict,
     return result, dict(zip(THRESHOLDS, means, strict=True))
 
 
-def best_threshold(model, recipe, dataset, options) -> float:
+def best_threshold(model, recipe, dataset, settings) -> float:
     """Return the threshold with the highest mean Dice, and print it."""
-    scores, dice = search_threshold(model, recipe, dataset, options, "threshold")
+    scores, dice = search_threshold(model, recipe, dataset, settings, "threshold")
     best = scores["val_threshold"]
     print(f"threshold {best}: validation Dice {dice[best]:.4f}, {dice[0.5]:.4f} at 0.5")
     return best
 
 
-def say_if_empty(rows: list[dict], model, recipe, dataset, options, title: str) -> None:
+def say_if_empty(rows: list[dict], model, dataset, settings, title: str) -> None:
     """Print a line if no prediction has any foreground although the ground truth has some."""
     scored = [row for row in rows if "in_pred" in row]
     if any(row["in_pred"] for row in scored) or not any(row["in_truth"] for row in scored):
         return
     message = f"{title}: all predictions are empty"
-    if takes_threshold(model, recipe, dataset):
+    if takes_threshold(model, dataset):
         message += f", nothing is above the threshold {model.config.threshold:g}"
-        if options.threshold != "auto":
+        if settings.threshold != "auto":
             message += "; --threshold auto chooses the threshold and the epoch in validation"
     print(message)
 
 
-def evaluate(model, recipe, dataset, options, whole: bool, title: str) -> list[dict]:
+def evaluate(model, recipe, dataset, settings, whole: bool, title: str) -> list[dict]:
     """Scores of every entry and class, a dict each; `whole`: also those that take time, `score`."""
     rows = []
-    for item, probabilities, loss in predictions(model, recipe, dataset, options, title):
+    for item, probabilities, loss in predictions(model, recipe, dataset, settings, title):
         masks = to_masks(probabilities, model.config)
         more = probabilities if whole else None
-        scores = score(item, masks, dataset.classes, more, options.tolerance)
+        scores = score(item, masks, dataset.classes, more, settings.tolerance)
         rows += [row | {"loss": loss} for row in scores]
         del item, probabilities, masks, more  # before those of the next are made
-    return check_asked(rows, dataset, options)
+    return check_asked(rows, dataset, settings)
 
 
-def check_asked(rows: list[dict], dataset, options) -> list[dict]:
+def check_asked(rows: list[dict], dataset, settings) -> list[dict]:
     """The rows; ValueError if there are none, as `nothing_asked` left out all images."""
     if not rows:
-        told = f"no image with a component of {options.min_area} pixels or more"
+        told = f"no image with a component of {settings.min_area} pixels or more"
         raise ValueError(f"{dataset.entries[0].root}: {told}; lower --min-area")
     return rows
 
@@ -192,7 +189,9 @@ def score_masks(
     if probabilities is None or spacing is not None:
         return rows
     inside = True if valid is None else valid
-    for row, mask, truth, p in zip(rows, found & inside, there & inside, probabilities):
+    for row, mask, truth, p in zip(
+        rows, found & inside, there & inside, probabilities, strict=True
+    ):
         row["ap"] = metrics.average_precision(p, truth, valid)
         row |= metrics.betti_error(mask, truth)
     return rows
@@ -226,26 +225,25 @@ def score_parts(
     rows = score_masks(
         probabilities > threshold, parts == 1, valid, probabilities, tolerance=tolerance
     )
-    for k, (row, number) in enumerate(zip(rows, item["numbers"].tolist())):
+    for k, (row, number) in enumerate(zip(rows, item["numbers"].tolist(), strict=True)):
         name = classes[number] if len(classes) > 1 else classes[0]
         rows[k] = whose(item) | {"class": name, "component": k} | row
         rows[k]["iou_estimate"] = float(iou.flatten()[k])
     return rows
 
 
-def summarise(rows: list[dict], dataset, options) -> dict:
+def summarise(rows: list[dict], dataset, settings) -> dict:
     """Return metrics.summarise of a data set's rows; beside distances nsd_tolerance, distance_unit.
 
     The unit is mm for volumes, else px: pixels of the masks that were compared.
     """
     summary = metrics.summarise(rows, layouts.foreground(dataset.classes))
     if "nsd" in summary:
-        unit = "mm" if isinstance(dataset, volumes.VolumeSet) else "px"
-        summary |= {"nsd_tolerance": options.tolerance, "distance_unit": unit}
+        summary |= {"nsd_tolerance": settings.tolerance, "distance_unit": dataset.unit}
     return summary
 
 
-def validate(model, recipe, dataset, options) -> dict[str, float]:
+def validate(model, recipe, dataset, settings) -> dict[str, float]:
     """Return val_loss, val_dice, val_iou and, if asked for, distances: means as those of a test.
 
     With --threshold auto these are the scores at the best threshold, val_threshold. Distances then
@@ -253,17 +251,17 @@ def validate(model, recipe, dataset, options) -> dict[str, float]:
     """
     scores = {}
     config = model.config
-    if options.threshold == "auto":
-        scores, _ = search_threshold(model, recipe, dataset, options, "validate")
-        if not options.val_distances:
+    if settings.threshold == "auto":
+        scores, _ = search_threshold(model, recipe, dataset, settings, "validate")
+        if not settings.val_distances:
             return scores
         model.config = replace(config, threshold=scores["val_threshold"])
 
-    distances = options.val_distances
-    rows = evaluate(model, recipe, dataset, options, distances, "validate")
+    distances = settings.val_distances
+    rows = evaluate(model, recipe, dataset, settings, distances, "validate")
     model.config = config
-    if options.threshold != "auto":  # else it has been said
-        say_if_empty(rows, model, recipe, dataset, options, "validate")
+    if settings.threshold != "auto":  # else it has been said
+        say_if_empty(rows, model, dataset, settings, "validate")
 
     summary = metrics.summarise(rows, layouts.foreground(dataset.classes))
     names = ["dice", "iou"] + ["hd95", "assd", "nsd"] * distances
@@ -290,11 +288,11 @@ def spread(masks: np.ndarray, names, among) -> np.ndarray:
     return whole
 
 
-def draw(model, recipe, dataset, rows: list[dict], options, folder: Path) -> None:
+def draw(model, recipe, dataset, rows: list[dict], settings, folder: Path) -> None:
     """Overlays of the worst, median and best cases by Dice, and one sheet of them all."""
     dice, names = dice_by_entry(rows, dataset), layouts.foreground(dataset.classes)
     order = np.argsort(dice, kind="stable")[: np.isfinite(dice).sum()]  # nan comes last
-    n = min(options.overlays, len(order))
+    n = min(settings.overlays, len(order))
     if n == 0:
         return
     middle = (len(order) - n) // 2
@@ -303,76 +301,75 @@ def draw(model, recipe, dataset, rows: list[dict], options, folder: Path) -> Non
         (f"{kind}{k + 1}", i) for kind, indices in chosen.items() for k, i in enumerate(indices)
     ]
     part, cards = dataset.subset([i for _, i in cases]), []
-    for k, (item, probabilities, _) in enumerate(predictions(model, recipe, part, options, "draw")):
+    for k, (item, probabilities, _) in enumerate(
+        predictions(model, recipe, part, settings, "draw")
+    ):
         case, i = cases[k]
         own = layouts.foreground(item.get("classes", dataset.classes))  # of these
         truth = spread(truth_masks(item, len(own)), own, names)
         masks = spread(to_masks(probabilities, model.config)[-len(own) :], own, names)
-        if recipe.prepare:
-            grey = part.grey(k, model.preprocess)
-            picture = pictures.volume_overlay(grey, truth, masks, item["spacing"])
-        else:
-            h, w = masks.shape[1:]  # not the image's with --score-size network
-            image = np.asarray(Image.fromarray(part.pixels(k)[0]).resize((w, h)))
-            picture = pictures.overlay(image, truth, masks)
+        picture = part.overlay(k, truth, masks, model.preprocess)
         pictures.draw_prompts(picture, item.get("shown", []))
         pictures.save_picture(folder / f"{case}_{Path(item['name']).name}.png", picture)
-        words = f"“{item['prompt']}”" if item["prompt"] else "no text"
-        words = words if recipe.read else Path(item["name"]).name
-        cards.append(pictures.captioned(picture, f"{case}: Dice {dice[i]:.3f}  {words}"))
+        caption = f"{case}: Dice {dice[i]:.3f}  {recipe.caption(item)}"
+        cards.append(pictures.captioned(picture, caption))
     page = pictures.sheet(cards, n)
     if len(names) > 1:
         page = pictures.sheet([page, pictures.legend(names)], 1)
     pictures.save_picture(folder / "sheet.png", page)
 
 
-def test(model, recipe, tests: dict, options) -> dict:
+def test(model, recipe, tests: dict, settings) -> dict:
     """Scores of every test set, printed and written to `test/` of the run; returns the summary.
 
     Pictures come last: one that cannot be drawn loses no score.
     """
-    folder, summaries, tables = Path(options.out) / "test", {}, {"image": []}
+    folder, summaries, tables = Path(settings.out) / "test", {}, {"image": []}
     scored = {}
     for name, dataset in tests.items():
-        if recipe.ask:
-            rows, summaries[name], more = prompted_test(model, recipe, dataset, options, name)
-        else:
-            rows, more = evaluate(model, recipe, dataset, options, True, f"test {name}"), {}
-            summaries[name] = summarise(rows, dataset, options)
-            prompt = f", prompt {options.prompt}" if recipe.read else ""
-            print(f"test {name}{prompt}:\n{score_table(summaries[name])}")
-            say_if_empty(rows, model, recipe, dataset, options, f"test {name}")
+        rows, summaries[name], more = recipe.test(model, recipe, dataset, settings, name)
         for table, some in ({"image": rows} | more).items():
             tables.setdefault(table, []).extend({"test": name} | row for row in some)
         write_tables(folder, tables)  # the next test may fail
         scored[name] = rows
-    summary = write_summary(folder, model, options, summaries, tables)
+    summary = write_summary(folder, model, settings, summaries, tables)
 
     for name, dataset in tests.items():
         where = folder / "overlays" / (name.replace(":", "-") if len(tests) > 1 else "")
-        draw(model, recipe, dataset, scored[name], options, where)
-        if options.overlays:
+        draw(model, recipe, dataset, scored[name], settings, where)
+        if settings.overlays:
             one, several = "green: truth, magenta: prediction", "truth outlined, prediction filled"
             what = one if len(dataset.classes) == 1 else several
             print(f"overlays ({what}): {where / 'sheet.png'}")
     return summary
 
 
-def prompted_test(model, recipe, dataset, options, name: str) -> tuple[list, dict, dict]:
+def plain_test(model, recipe, dataset, settings, name: str) -> tuple[list, dict, dict]:
+    """Return the rows and the summary of one test set, and {}. Prints a table."""
+    title = f"test {name}"
+    rows = evaluate(model, recipe, dataset, settings, True, title)
+    summary = summarise(rows, dataset, settings)
+    prompt = f", prompt {settings.prompt}" if settings.prompt else ""
+    print(f"{title}{prompt}:\n{score_table(summary)}")
+    say_if_empty(rows, model, dataset, settings, title)
+    return rows, summary, {}
+
+
+def prompted_test(model, recipe, dataset, settings, name: str) -> tuple[list, dict, dict]:
     """Scores of what prompts give: those that the run asks by, whole, and of each component; and
     beside them what others give. Printed; returns rows, summary, further tables."""
-    main = options.sam_prompts
-    by_source, parts = study(model, recipe, dataset, options, f"test {name}", main)
-    rows = check_asked(by_source[main], dataset, options)
-    summary = summarise(rows, dataset, options)
+    main = settings.sam_prompts
+    by_source, parts = study(model, recipe, dataset, settings, f"test {name}", main)
+    rows = check_asked(by_source[main], dataset, settings)
+    summary = summarise(rows, dataset, settings)
     print(f"test {name}, asked by {main}:\n{score_table(summary)}")
-    say_if_empty(rows, model, recipe, dataset, options, f"test {name}")
+    say_if_empty(rows, model, dataset, settings, f"test {name}")
     if parts:
-        summary["components"] = summarise(parts, dataset, options)
+        summary["components"] = summarise(parts, dataset, settings)
         print(f"  each component:\n{score_table(summary['components'])}")
     if without := len(dataset) - len({row["name"] for row in rows}):
         print(f"  {without} images have nothing to ask for and are not scored")
-    every = {kind: summarise(some, dataset, options) for kind, some in by_source.items() if some}
+    every = {kind: summarise(some, dataset, settings) for kind, some in by_source.items() if some}
     summary["prompts"] = every
     print(f"  by what is asked, of an image's classes:\n{study_table(every)}")
     return rows, summary, {"component": parts, "prompt": sum(by_source.values(), [])}
@@ -384,81 +381,17 @@ def write_tables(folder: Path, tables: dict) -> None:
             write_csv(folder / f"per_{name}.csv", rows)
 
 
-def write_summary(folder: Path, model, options, summaries: dict, tables: dict) -> dict:
+def write_summary(folder: Path, model, settings, summaries: dict, tables: dict) -> dict:
     """summary.json and per_image.csv, of SAM also per_component.csv and per_prompt.csv; returns
     what is in the first."""
     kept = ("model", "weights", "recipe", "prompt", "sam_prompts", "score_size")
-    summary = {key: getattr(options, key) for key in kept}
+    summary = {key: getattr(settings, key) for key in kept}
     summary |= {"threshold": model.config.threshold, "tests": summaries}
     summary |= {"intervals": INTERVALS}
     print(f"{INTERVALS}; {ABSENT}")
     write_tables(folder, tables)
     write_json(folder / "summary.json", summary)  # the last: studies take it as a sign
     return summary
-
-
-def with_given(recipe, tests: dict, boxes: str | None, points: str | None):
-    """Return the recipe, which then can also ask by the boxes and points of files.
-
-    Raises ValueError if they are not those of the one test set.
-    """
-    if len(tests) != 1:
-        given = f"--boxes {boxes}" if boxes else f"--points {points}"
-        raise ValueError(f"{given}: for one test set, not {len(tests)}")
-    (dataset,) = tests.values()
-    images = []
-    names = []
-    for entry in dataset.entries:
-        images.append(entry.image)
-        names.append(layouts.name_in_images(entry.image, entry.root))
-    sizes = [tuple(row[2:4]) for row in dataset.rows]
-    given, _ = read_image_prompts(boxes, points, images, names, sizes, dataset.classes)
-    return replace(recipe, ask=partial(recipe.ask, given=given))
-
-
-def read_image_prompts(boxes, points, images: list[Path], names: list[str], sizes, classes=None):
-    """Read the prompts of n images from files: {image file: [prompts.Prompt, ...]}, and classes.
-
-    boxes, points: paths of files, one may be None. names: the images' paths as `prompts.ImageNames`
-    takes them. sizes: their (H,W). Prints how many images have no prompt. Raises ValueError if an
-    image is listed twice, as the masks of two entries: a box names only the image.
-    """
-    kind = "point" if boxes is None else "box"
-    if len({*images}) < len(images):
-        image = next(image for image in images if images.count(image) > 1)
-        masks = f"{image} has {images.count(image)} masks"
-        option = "--points" if boxes is None else "--boxes"
-        raise ValueError(f"{option}: {masks}; a {kind} does not say which it is for")
-
-    paths = dict(zip(images, names))
-    sizes = dict(zip(images, sizes))
-    given, classes = boxes_and_points.read_given(boxes, points, sizes, classes, paths)
-    without = [paths[image] for image in images if image not in given]
-    if without:
-        kind = "box or point" if boxes and points else kind
-        count = f"{len(without)} of {len(images)} images have no {kind}, and their masks are empty"
-        print(f"{boxes or points}: {count} ({boxes_and_points.first_three(without)})")
-    return given, classes
-
-
-def given_source(options) -> str | None:
-    """Return what the prompts of --boxes, of --points, or of both are called in tables."""
-    if options.boxes and options.points:
-        return "given both"
-    if options.boxes:
-        return "given boxes"
-    return "given points" if options.points else None
-
-
-def sources(recipe, dataset, options) -> list[str]:
-    """What every entry can be asked by: types of prompts; of SAM what a user may have."""
-    if recipe.read:
-        entries = dataset.entries
-        return [k for k in entries[0].prompts if all(k in e.prompts for e in entries)]
-    whole = ["image"] if len(dataset.classes) == 1 else []  # which tells no classes apart
-    given = given_source(options)
-    given = [given] if given else []
-    return ["boxes", "jittered boxes", *given, "points", "both", *whole]
 
 
 @dataclass
@@ -473,31 +406,22 @@ class EveryPrompt(torch.utils.data.Dataset):
         return len(self.dataset)
 
     def __getitem__(self, i: int) -> dict[str, dict]:
-        entry, read = self.dataset.entries[i], self.recipe.read
-        sample = self.dataset.sample(i, self.kinds[0] if read else "")
-        item = self.recipe.inputs(sample, train=False, rng=None)
-        if read:
-            texts = {kind: entry.text(kind) for kind in self.kinds}
-            return {k: item | read(text) | {"prompt": text} for k, text in texts.items()}
-        return {k: item | self.recipe.ask(sample, k) | {"prompt": k} for k in self.kinds}
+        return self.recipe.ask_each(self.recipe, self.dataset, i, self.kinds)
 
 
-def study(model, recipe, dataset, options, title: str, main=None) -> tuple[dict, list]:
+def study(model, recipe, dataset, settings, title: str, main=None) -> tuple[dict, list]:
     """Rows of scores by what is asked; of `main` all scores, and those of its components.
 
-    Where the model has `encode_image`, an image passes through its encoder once for all prompts.
+    What `Recipe.encode` gives for an image is made once for all prompts.
     """
-    kinds, device = sources(recipe, dataset, options), next(model.parameters()).device
+    kinds = recipe.sources(dataset, settings)
     rows, parts, threshold = {kind: [] for kind in kinds}, [], model.config.threshold
     every = EveryPrompt(dataset, recipe, kinds)
-    loader = torch.utils.data.DataLoader(every, None, num_workers=options.workers)
+    loader = torch.utils.data.DataLoader(every, None, num_workers=settings.workers)
     model.eval()
     for items in tqdm(loader, title, unit="image", disable=None, leave=False):
-        kept = {}
         with torch.no_grad():
-            if hasattr(model, "encode_image"):
-                image = items[kinds[0]]["image"][None].to(device)
-                kept = {"features": model.encode_image(image)[0]}
+            kept = recipe.encode(model, items[kinds[0]])
             for kind, item in items.items():
                 if nothing_asked(item):
                     continue
@@ -505,26 +429,26 @@ def study(model, recipe, dataset, options, title: str, main=None) -> tuple[dict,
                 p = probabilities.cpu().numpy()
                 whole = p if kind == main else None
                 masks = to_masks(p, model.config)
-                rows[kind] += score(item, masks, dataset.classes, whole, options.tolerance)
+                rows[kind] += score(item, masks, dataset.classes, whole, settings.tolerance)
                 if kind == main and output is not None:
                     each = recipe.each(model, item, output).cpu().numpy()  # (Q,H,W)
-                    parts += score_parts(item, each, output[1], threshold, options.tolerance)
+                    parts += score_parts(item, each, output[1], threshold, settings.tolerance)
     return rows, parts
 
 
-def prompt_study(model, recipe, tests: dict, options) -> dict:
+def prompt_study(model, recipe, tests: dict, settings) -> dict:
     """Scores of every test set with every prompt type, in one table; returns the summary.
     ValueError, one line: there is no type that all entries of a set have."""
     summaries, every = {}, []
     for name, dataset in tests.items():
-        if not sources(recipe, dataset, options):
+        if not recipe.sources(dataset, settings):
             raise ValueError(f"--prompt-study: {name} has no type of prompt that all entries have")
-        rows, _ = study(model, recipe, dataset, options, f"study {name}")
+        rows, _ = study(model, recipe, dataset, settings, f"study {name}")
         summaries[name] = {k: metrics.summarise(r, dataset.classes) for k, r in rows.items()}
         every += [{"test": name, "type": kind} | row for kind in rows for row in rows[kind]]
         examples = {kind: cases[0]["prompt"] for kind, cases in rows.items()}
         print(f"test {name}, every type of prompt:")
         print(study_table(summaries[name], examples))
         every_row = sum(rows.values(), [])
-        say_if_empty(every_row, model, recipe, dataset, options, f"test {name}")
-    return write_summary(Path(options.out) / "test", model, options, summaries, {"image": every})
+        say_if_empty(every_row, model, dataset, settings, f"test {name}")
+    return write_summary(Path(settings.out) / "test", model, settings, summaries, {"image": every})

@@ -106,6 +106,8 @@ def tensor_fault(found: Tensor | None, expected: Tensor | None) -> str:
         if not -largest <= low.item() <= high.item() <= largest:
             return f"holds NaN, infinity or values beyond {str(expected.dtype)[6:]}"
     return ""
+
+
 # end shared
 
 
@@ -196,7 +198,7 @@ def load_adapter(model: nn.Module, path: str | Path) -> None:
     try:
         with safe_open(path, "pt") as file:
             places = json.loads((file.metadata() or {})["lora"])
-            found = {name: file.get_tensor(name) for name in file.keys()}
+            found = {name: file.get_tensor(name) for name in [*file.keys()]}
     except (SafetensorError, KeyError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: no file of save_adapter, or cut off ({error})") from None
     if not isinstance(places, dict) or not all(map(is_place, places.values())):

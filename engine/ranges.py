@@ -1,7 +1,7 @@
 """Values that options take: one check and one wording for the command line and for Python.
 
-    parser.add_argument("--lr", type=Number(above=0))    # error: --lr -1: must be a number above 0
-    lr = Number(above=0).check(lr)                       # ValueError: -1: must be a number above 0
+parser.add_argument("--lr", type=Number(above=0))    # error: --lr -1: must be a number above 0
+lr = Number(above=0).check(lr)                       # ValueError: -1: must be a number above 0
 """
 
 import argparse

@@ -4,6 +4,7 @@ import io
 import math
 import re
 from contextlib import redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
 from typing import get_args, get_origin
@@ -174,68 +175,110 @@ def check_threshold(k: int, threshold) -> None:
         raise ValueError("--threshold: the most probable of several classes counts, drop it")
 
 
-def check_classes(model, recipe, datasets, options) -> None:
-    """ValueError, one line, if a data set has other classes than the model. SAM has none."""
-    k, names = num_classes(model), run_config(options.weights).get("classes")
-    released = () if names else getattr(model.config, "classes", ())
+def check_classes(model, datasets, settings) -> None:
+    """Raise ValueError, one line, if a data set has other classes than a model that has its own."""
+    count = num_classes(model)
     overlapping = getattr(model.config, "overlapping", False)
-    several = overlapping or (recipe.ask and len(datasets[0].classes) > 1)
-    if several and options.threshold == "auto":
+    names = run_config(settings.weights).get("classes")
+    released = () if names else getattr(model.config, "classes", ())
+    if overlapping and settings.threshold == "auto":
         raise ValueError("--threshold auto: of one class alone; drop it")
-    if recipe.ask:
-        return
-    if hasattr(model, "add_class"):
-        return check_known(model.config.classes, datasets, options.eval)
+
     for dataset in datasets:
-        root, have = dataset.entries[0].root, len(dataset.classes)
+        root = dataset.entries[0].root
+        classes = ", ".join(dataset.classes)
+        kind = type(model).__name__
         if overlapping != (dataset.entries[0].regions is not None):
             told = "takes its classes to overlap" if overlapping else "tells classes apart"
             hint = "regions are lists of numbers in dataset.json"
-            raise ValueError(f"{type(model).__name__} {told}, those of {root} are not so; {hint}")
-        if have != k + overlapping:
-            told = f"{root} has {have} ({', '.join(dataset.classes)})"
+            raise ValueError(f"{kind} {told}, those of {root} are not so; {hint}")
+        if len(dataset.classes) != count + overlapping:
+            told = f"{root} has {len(dataset.classes)} ({classes})"
             hint = "label its entries for a model that reads, or take another --model"
-            raise ValueError(f"{type(model).__name__} tells {k} classes apart, {told}; {hint}")
-        if options.eval and k > 1 and names and list(dataset.classes) != names:
-            theirs = ", ".join(names)
-            raise ValueError(f"{root}: {', '.join(dataset.classes)}, but trained were {theirs}")
-        if options.eval and layouts.moved(dataset.classes, released):
-            told = f"{root}: {', '.join(dataset.classes)}, the model's: {', '.join(released)}"
+            raise ValueError(f"{kind} tells {count} classes apart, {told}; {hint}")
+        if settings.eval and count > 1 and names and list(dataset.classes) != names:
+            raise ValueError(f"{root}: {classes}, but trained were {', '.join(names)}")
+        if settings.eval and layouts.moved(dataset.classes, released):
+            told = f"{root}: {classes}, the model's: {', '.join(released)}"
             raise ValueError(f"{told}; scores would be of other classes")
-        check_threshold(1 if overlapping else k, options.threshold)
+        check_threshold(1 if overlapping else count, settings.threshold)
 
 
-def check_known(classes: tuple[str, ...], datasets, tests_alone: bool) -> None:
-    """ValueError, one line, if data sets annotate what a Universal Model has no code of."""
-    for dataset in datasets:
-        if lost := [name for name in dataset.classes if name not in classes]:
-            root, have = dataset.entries[0].root, ", ".join(classes[1:])
-            hint = "--text-codes FILE with its code adds it" if tests_alone else "nothing trains it"
-            raise ValueError(f"{root}: {lost[0]} is no class of the model ({have}); {hint}")
+@dataclass
+class DataSets:
+    """What a run trains on and tests: opened data sets, fewer if fewer are used."""
+
+    parts: dict  # {"train": data set, "val": data set}
+    tests: dict  # {name: data set}
+
+    @property
+    def all(self) -> list:
+        """Return every data set."""
+        return [*self.parts.values(), *self.tests.values()]
 
 
-def list_tests(options) -> dict[str, list]:
+def open_data(settings, family) -> DataSets:
+    """Open all data sets of a run, and print a line about each.
+
+    family: of recipes.FAMILIES. With --overfit the first cases of --data are all of them. Raises
+    FileNotFoundError or ValueError, one line.
+    """
+    data_sets = _open_overfit(settings, family) if settings.overfit else _open(settings, family)
+    for dataset in data_sets.all:
+        if dataset.holds != family.takes:
+            root = dataset.entries[0].root
+            told = f"{root} holds {dataset.holds}, {settings.model} takes {family.takes}"
+            raise ValueError(f"{told}; take another --model")
+    return data_sets
+
+
+def _open_overfit(settings, family) -> DataSets:
+    """Return the first cases of --data as the sets to train, validate and test on."""
+    entries = []
+    for root in settings.data:
+        entries += layouts.annotations(root, "train", settings.group_regex)
+    name = "--overfit: train, val and test are the same"
+    one = open_together({name: entries[: settings.overfit]}, settings, family)[name]
+    print("  scores then tell that the parts fit together, and nothing of new cases")
+    return DataSets({"train": one, "val": one}, {"overfit": one})
+
+
+def _open(settings, family) -> DataSets:
+    """Return the training, validation and test sets that the settings name."""
+    tests = list_tests(settings)
+    lists = {f"test {name}": entries for name, entries in tests.items()}
+    if not settings.eval or settings.threshold == "auto":
+        train, val = layouts.train_and_val(
+            settings.data, settings.seed, settings.group_regex, settings.fold
+        )
+        lists |= {"val": val} if settings.eval else {"train": train, "val": val}
+    opened = open_together(lists, settings, family)
+    parts = {name: opened[name] for name in ("train", "val") if name in opened}
+    return DataSets(parts, {name: opened[f"test {name}"] for name in tests})
+
+
+def list_tests(settings) -> dict[str, list]:
     """Return the entries of the test sets by name: of --test, else of the test splits of --data.
 
     A test set that is empty or lacks files is left out of a training, which is printed; with --eval
     it is an error. Raises FileNotFoundError or ValueError, one line.
     """
     tests = {}
-    for place in options.test or options.data:
+    for place in settings.test or settings.data:
         path, split = layouts.path_and_split(place)
-        if not options.test and not options.eval and "test" not in layouts.splits(path):
+        if not settings.test and not settings.eval and "test" not in layouts.splits(path):
             print(f"{path}: no test split, so it is not tested on; name another with --test")
             continue
         name = Path(path).resolve().name + ("" if split == "test" else f":{split}")
         if name in tests:
             raise ValueError(f"two test sets are called {name}; rename a folder")
         try:
-            entries = layouts.annotations(path, split, options.group_regex)
+            entries = layouts.annotations(path, split, settings.group_regex)
             if not entries:
                 raise layouts.EmptySplit(f"{path}: its split {split} is empty")
             layouts.check_files_exist(entries)
         except (layouts.Unpaired, layouts.MissingFiles, layouts.EmptySplit) as error:
-            if options.eval:
+            if settings.eval:
                 raise
             print(f"test {name} is left out, training goes on without it: {error}")
             continue
@@ -243,14 +286,14 @@ def list_tests(options) -> dict[str, list]:
     return tests
 
 
-def earlier_run(options) -> dict:
+def earlier_run(settings) -> dict:
     """Return the config.json of the run that is tested or resumed, {} if there is none."""
-    if options.eval:
-        return run_config(options.weights)
-    return run_config(options.out) if options.resume else {}
+    if settings.eval:
+        return run_config(settings.weights)
+    return run_config(settings.out) if settings.resume else {}
 
 
-def open_sets(lists: dict[str, list], options) -> dict:
+def open_together(lists: dict[str, list], settings, family) -> dict:
     """Open lists of entries together: of images, or where the files are NIfTI of volumes.
 
     Prints a line about each. Raises as `data.open_datasets` does.
@@ -258,16 +301,17 @@ def open_sets(lists: dict[str, list], options) -> dict:
     sets = {}
     for name, entries in lists.items():
         if entries and is_of_volumes(entries[0]):
-            sets[name] = open_volumes(entries, options)
+            layouts.check_files_exist(entries)
+            sets[name] = family.open_volumes(entries, earlier_run(settings))
 
     images = {}
     for name, entries in lists.items():
         if name not in sets:
-            images[name] = data.with_mask_orientation(entries, options.mask_orientation)
+            images[name] = data.with_mask_orientation(entries, settings.mask_orientation)
     if images:
-        reading = mask_reading(images, options)
+        reading = mask_reading(images, settings)
         scored = [name for name in images if is_scored_only(name)]
-        sets |= data.open_datasets(images, options.cache, options.pseudocolor, reading, scored)
+        sets |= data.open_datasets(images, settings.cache, settings.pseudocolor, reading, scored)
     sets = {name: sets[name] for name in lists}
     for name, dataset in sets.items():
         print(f"{name}: {dataset.describe()}")
@@ -297,41 +341,26 @@ def say_empty(name: str, dataset) -> None:
         print(message)
 
 
-def open_volumes(entries: list, options) -> volumes.VolumeSet:
-    """Open a list of volumes with the classes that the model, or the earlier run, tells apart.
-
-    FileNotFoundError, ValueError, one line: missing files, and as of `VolumeSet`.
-    """
-    layouts.check_files_exist(entries)
-    if options.codes is None:
-        run = earlier_run(options)
-        if run.get("config", {}).get("overlapping"):
-            entries = [layouts.as_overlapping(entry, run["classes"]) for entry in entries]
-        return volumes.VolumeSet(entries)
-    # Of a model with codes each data set may annotate other classes.
-    return volumes.VolumeSet([*map(layouts.as_regions, entries)], partial=True)
-
-
-def mask_reading(lists: dict[str, list], options) -> data.MaskReading:
+def mask_reading(lists: dict[str, list], settings) -> data.MaskReading:
     """Return what else decides how masks are read.
 
     A run that is resumed or tested knows rules. A training counts the values of train, val and test
     of its data sets, also of those that it does not open.
     """
-    known = earlier_run(options).get("masks", {})
-    reading = data.MaskReading(options.mask_threshold, known)
-    if options.eval or not (options.test or options.overfit):  # then all three are opened
+    known = earlier_run(settings).get("masks", {})
+    reading = data.MaskReading(settings.mask_threshold, known)
+    if settings.eval or not (settings.test or settings.overfit):  # then all three are opened
         return reading
 
     opened = {entry.mask for entries in lists.values() for entry in entries}
-    for root in options.data:
+    for root in settings.data:
         for split in sorted({"train", "val", "test"} & layouts.splits(root).keys()):
             try:
                 with redirect_stdout(io.StringIO()):  # entries listed twice were said, or no matter
-                    entries = layouts.annotations(root, split, options.group_regex)
+                    entries = layouts.annotations(root, split, settings.group_regex)
                 entries = [entry for entry in entries if entry.mask not in opened]
                 entries = [entry for entry in entries if not layouts.missing_files([entry])]
-                counts = data.mask_counts(entries, Path(options.cache))
+                counts = data.mask_counts(entries, Path(settings.cache))
             except layouts.Unpaired:
                 continue
             except (ValueError, OSError) as error:
@@ -342,20 +371,22 @@ def mask_reading(lists: dict[str, list], options) -> data.MaskReading:
     return reading
 
 
-def check_prepared(sets: dict, tests: dict, options) -> None:
+def check_prepared(data_sets: DataSets, settings) -> None:
     """Look over all prepared volumes of a run, and print what was noticed so far.
 
     ValueError, one line: label maps of 0 and 255 where 255 is rather a class than a mark, and
     nothing to train on.
     """
-    volumes.check_255([*sets.values(), *tests.values()])
+    sets = data_sets.parts
+    tests = data_sets.tests
+    volumes.check_255(data_sets.all)
     if "train" in sets:
         sets["train"].check_foreground()
     named = {"val": sets["val"]} if "val" in sets else {}
     named |= {f"test {name}": dataset for name, dataset in tests.items()}
     for name, dataset in named.items():
         say_empty(name, dataset)
-    if not options.overfit:  # whose splits are the same on purpose
+    if not settings.overfit:  # whose splits are the same on purpose
         say_shared(sets, tests)
     nifti.notices.print()
 
@@ -367,7 +398,7 @@ def say_shared(sets: dict, tests: dict) -> None:
     split of the training's own data sets (--test PATH:val) is one on purpose.
     """
     trained = {entry.root for dataset in sets.values() for entry in dataset.entries}
-    splits = [(name, dataset) for name, dataset in sets.items()]
+    splits = [*sets.items()]
     for name, dataset in tests.items():
         on_purpose = ":" in name and all(entry.root in trained for entry in dataset.entries)
         if not on_purpose:
@@ -392,12 +423,3 @@ def say_shared(sets: dict, tests: dict) -> None:
         told = "volumes are" if len(shared) > 1 else "volume is"
         end = "scores on them do not show how the model does on new patients"
         print(f"{len(shared)} {told} in two splits: {names}{more}; {end}")
-
-
-def check_kind(datasets, takes_volumes: bool, model: str) -> None:
-    """ValueError, one line: images for a model that takes volumes, or the other way round."""
-    for dataset in datasets:
-        if isinstance(dataset, volumes.VolumeSet) != takes_volumes:
-            takes, holds = ("volumes", "images") if takes_volumes else ("images", "volumes")
-            root = dataset.entries[0].root
-            raise ValueError(f"{root} holds {holds}, {model} takes {takes}; take another --model")

@@ -1,8 +1,7 @@
 """The first seconds of a program, and the signals that end it.
 
 A program calls `guard_imports` before it imports torch, which takes seconds.
-Then `command_line.command` calls `catch_signals`, so that Ctrl-C, SIGTERM and SIGHUP end it with one
-line.
+Then `command_line.command` calls `catch_signals`: Ctrl-C, SIGTERM and SIGHUP end it with one line.
 """
 
 import os

@@ -318,7 +318,7 @@ def _pair(boxes: list[Given], points: list[Given], number: int) -> list[Prompt]:
     elif all(given.object is not None for given in [*boxes, *points]):
         pairs = _pair_by_object(boxes, objects)
     elif len(boxes) == len(objects):
-        pairs = list(zip(boxes, objects.values()))
+        pairs = list(zip(boxes, objects.values(), strict=True))
     else:
         count = f"{len(boxes)} boxes and points of {len(objects)} objects"
         raise ValueError(f"{count} do not pair; number the objects in a column object of both")
@@ -479,7 +479,9 @@ def _csv_rows(path: Path, kind: str):
                 count = f"has {len(cells)} values for {len(header)} columns"
                 hint = "write decimals with a point, and names with a separator in quotes"
                 raise ValueError(f"{path}, line {reader.line_num}: {count}; {hint}")
-            row = dict.fromkeys(header, "") | dict(zip(header, cells))  # a row may be cut
+            row = dict.fromkeys(header, "") | dict(
+                zip(header, cells, strict=False)
+            )  # a row may be cut
             yield f"line {reader.line_num}", row
     except csv.Error as error:
         raise ValueError(f"{path}: {error}") from None
@@ -508,7 +510,7 @@ def _annotation_row(where: str, row: dict) -> dict | None:
     if box[2:] == [0, 0] and box[:2] != [0, 0]:
         return None
     fields = {key: row[key] for key in ("img_name", "class", "object") if key in row}
-    return fields | dict(zip(("x0", "y0", "x1", "y1"), box))
+    return fields | dict(zip(("x0", "y0", "x1", "y1"), box, strict=False))
 
 
 def _coco_rows(path: Path, content: dict):
@@ -552,7 +554,7 @@ def _columns(row: dict, kind: str) -> dict[str, str]:
         forms = [form for form in CORNER_COLUMNS if known.keys() >= {*form}]
         form = forms[0] if forms else CORNER_COLUMNS[0]
         corners = CORNER_COLUMNS[0]
-        fields |= {corner: (key,) for corner, key in zip(corners, form)}
+        fields |= {corner: (key,) for corner, key in zip(corners, form, strict=False)}
     else:
         fields |= {"x": ("x",), "y": ("y",), "label": ("label",)}
         fields["class"] = [key for key in CLASS_COLUMNS if key != "label"]

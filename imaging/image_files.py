@@ -305,7 +305,9 @@ def tiff_pixels(page, size: int) -> np.ndarray:
         raise ValueError(f"PhotometricInterpretation {page.photometric:d}")
     if page.axes not in ("YX", "YXS", "SYX"):
         raise ValueError(f"a TIFF with the axes {page.axes}")
-    ends = [start + count for start, count in zip(page.dataoffsets, page.databytecounts)]
+    ends = [
+        start + count for start, count in zip(page.dataoffsets, page.databytecounts, strict=True)
+    ]
     if not ends or max(ends) > size:
         raise ValueError("the file is cut off")
 

@@ -308,7 +308,7 @@ def _shorten_quaternion(header) -> None:
     length = np.linalg.norm(values)
     if length**2 - 1 < header.quaternion_threshold or not length <= LONGEST_QUATERNION:
         return
-    for field, value in zip(fields, values / length):
+    for field, value in zip(fields, values / length, strict=True):
         header[field] = value
 
 
@@ -715,7 +715,7 @@ def read_image(paths: Path | Sequence[Path], fill: float | None = None) -> tuple
             check_grid(own, grid)
         voxels = voxels.reshape(*own.shape, own.channels)
         replaced = 0
-        for x, channel in zip(np.moveaxis(own.to_ras(voxels), 3, 0), channels):
+        for x, channel in zip(np.moveaxis(own.to_ras(voxels), 3, 0), channels, strict=False):
             channel[:] = x
             bad = ~np.isfinite(channel)
             if bad.all():

@@ -22,7 +22,7 @@ What differs from the official code, where it is plainly wrong or knows no other
 import numpy as np
 
 from imaging.layouts import plain_name
-from imaging.volumes import components, largest_components
+from imaging.volumes import labelled_components, largest_components
 
 ORGANS = (
     "spleen", "right kidney", "left kidney", "gall bladder", "esophagus", "liver", "stomach",
@@ -50,7 +50,7 @@ def organ_rules(masks: dict[str, np.ndarray], spacing=(1.5, 1.5, 1.5)) -> dict[s
     if given.keys() >= {VEINS, PANCREAS}:
         found[VEINS] = not_below(given[VEINS], found[PANCREAS])
     if given.keys() >= {*LUNGS}:
-        found |= zip(LUNGS, lungs(*(given[name] for name in LUNGS)))
+        found |= zip(LUNGS, lungs(*(given[name] for name in LUNGS)), strict=True)
     for tumor, organs in INSIDE.items():
         if given.keys() >= {tumor, *organs}:
             whole = np.logical_or.reduce([given[name] for name in organs])
@@ -82,7 +82,7 @@ def not_below(mask: np.ndarray, other: np.ndarray) -> np.ndarray:
 def lungs(right: np.ndarray, left: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Bool (X,Y,Z) each -> the same."""
     both = right | left
-    if (found := components(both)) is None:
+    if (found := labelled_components(both)) is None:
         return right, left
     box, parts, sizes = found
     kept = np.zeros_like(both)
@@ -104,7 +104,7 @@ def grown(mask: np.ndarray, spacing) -> np.ndarray:
         return mask
     (box,) = ndimage.find_objects(mask.view(np.uint8))
     reach = [round(REACH / mm) for mm in spacing]
-    sides = zip(box, reach, mask.shape)
+    sides = zip(box, reach, mask.shape, strict=True)
     box = tuple(slice(max(at.start - n, 0), min(at.stop + n, end)) for at, n, end in sides)
     result, size = np.zeros_like(mask), [2 * n + 1 for n in reach]
     result[box] = ndimage.maximum_filter(mask[box].view(np.uint8), size, mode="constant")

@@ -34,11 +34,13 @@ def overlay(image: np.ndarray, truth: np.ndarray | None, prediction: np.ndarray)
     inks = colours(len(prediction)) if several else [PREDICTION]
     fill = 0.45 if several else 0.15
     shown = image.astype(np.float32)
-    for mask, ink in zip(prediction, inks):
+    for mask, ink in zip(prediction, inks, strict=True):
         shown[mask] = (1 - fill) * shown[mask] + fill * np.array(ink)
         if not several:
             shown[outline(mask, width)] = ink
-    for mask, ink in zip(() if truth is None else truth, inks if several else [TRUTH]):
+    for mask, ink in zip(
+        () if truth is None else truth, inks if several else [TRUTH], strict=False
+    ):
         shown[outline(mask, width)] = ink
     return Image.fromarray(shown.astype(np.uint8))
 
@@ -52,7 +54,7 @@ def three_planes(x: np.ndarray, at: tuple[int, ...], spacing) -> np.ndarray:
     planes, finest = [], min(spacing)
     for axis in (2, 1, 0):
         plane = np.take(x, at[axis], axis - 3).swapaxes(-1, -2)[..., ::-1, ::-1]  # (…,h,w)
-        for place, other in zip((-1, -2), (a for a in range(3) if a != axis)):
+        for place, other in zip((-1, -2), (a for a in range(3) if a != axis), strict=True):
             n = plane.shape[place]
             size = round(n * spacing[other] / finest)
             plane = np.take(plane, np.arange(size) * n // size, place)
@@ -60,7 +62,7 @@ def three_planes(x: np.ndarray, at: tuple[int, ...], spacing) -> np.ndarray:
     tallest = max(plane.shape[-2] for plane in planes)
     none = [(0, 0)] * (x.ndim - 3)
     sides = [[*none, (0, tallest - plane.shape[-2]), (0, 0)] for plane in planes]
-    return np.concatenate([np.pad(*pair) for pair in zip(planes, sides)], -1)
+    return np.concatenate([np.pad(*pair) for pair in zip(planes, sides, strict=True)], -1)
 
 
 def volume_overlay(
@@ -91,7 +93,7 @@ def draw_prompts(picture: Image.Image, prompts: list[tuple]) -> None:
     for box, points, labels in prompts:
         if box is not None:
             draw.rectangle([float(x) for x in box], outline="yellow", width=max(1, r // 3))
-        for (x, y), inside in zip(points, labels):
+        for (x, y), inside in zip(points, labels, strict=True):
             if inside >= 0:
                 ink = "yellow" if inside else "cyan"
                 draw.ellipse((x - r, y - r, x + r, y + r), ink, "black")
@@ -101,7 +103,7 @@ def legend(names: tuple[str, ...], width: int = 320) -> Image.Image:
     """The names of the classes without the background, each beside its colour."""
     page = Image.new("RGB", (width, 20 * len(names) + 4), "white")
     draw, font = ImageDraw.Draw(page), ImageFont.load_default(size=13)
-    for k, (name, ink) in enumerate(zip(names, colours(len(names)))):
+    for k, (name, ink) in enumerate(zip(names, colours(len(names)), strict=True)):
         draw.rectangle((4, 20 * k + 4, 20, 20 * k + 20), ink, "black")
         draw.text((28, 20 * k + 4), name, "black", font)
     return page

@@ -57,7 +57,7 @@ def fill_value(preprocess: Callable, channels: int) -> float | None:
 
 def resampled_size(size, spacing_in, spacing_out) -> tuple[int, ...]:
     """Voxels at another spacing: the first lies where it was, the last as near as can be."""
-    axes = zip(size, spacing_in, spacing_out)
+    axes = zip(size, spacing_in, spacing_out, strict=True)
     return tuple(round((n - 1) * s_in / s_out + 1) for n, s_in, s_out in axes)
 
 
@@ -82,7 +82,7 @@ def _at(x: Tensor, axis: int, position: Tensor, nearest: bool = False) -> Tensor
 
 def _at_all(x: Tensor, positions: Sequence[Tensor], nearest: bool = False) -> Tensor:
     """`_at` along X, Y and Z of (C,X,Y,Z), what shrinks first, so that what is between is small."""
-    grows = [len(position) / n for position, n in zip(positions, x.shape[1:])]
+    grows = [len(position) / n for position, n in zip(positions, x.shape[1:], strict=True)]
     for axis in np.argsort(grows, kind="stable").tolist():
         x = _at(x, axis + 1, positions[axis], nearest)
     return x
@@ -94,7 +94,7 @@ def resample(x: Tensor, size, ratio, nearest: bool = False) -> Tensor:
     Linear, or `nearest` for labels. As MONAI's Spacing does it. Where nearest falls exactly between
     two source voxels, libraries differ by one source voxel.
     """
-    steps = [torch.arange(n, dtype=torch.float64) * r for n, r in zip(size, ratio)]
+    steps = [torch.arange(n, dtype=torch.float64) * r for n, r in zip(size, ratio, strict=True)]
     return _at_all(x, steps, nearest)
 
 
@@ -123,12 +123,12 @@ def prepare_image(
     near = np.abs(np.subtract(spacing, grid.spacing)) < 1e-3  # mm; MONAI leaves these as they are
     spacing = np.where(near, grid.spacing, spacing).tolist()
     full = resampled_size(grid.size, grid.spacing, spacing)
-    ratio = tuple(b / a for a, b in zip(grid.spacing, spacing))
+    ratio = tuple(b / a for a, b in zip(grid.spacing, spacing, strict=True))
     x = preprocess(resample(torch.from_numpy(image), full, ratio)).float()
     inside = (x != 0).any(0)  # (x,y,z)
     sides = inside.any(2).any(1), inside.any(2).any(0), inside.any(1).any(0)
     found = [side.nonzero().flatten().tolist() or range(len(side)) for side in sides]
-    start, stop = zip(*((side[0], side[-1] + 1) for side in found))
+    start, stop = zip(*((side[0], side[-1] + 1) for side in found), strict=True)
     place = Place(grid.size, ratio, full, start, stop)
     return x[(..., *place.box)], place
 
@@ -307,6 +307,10 @@ def _prepared_file(path: Path):
 class VolumeSet:
     """Volumes of one or several data sets; `prepared` makes their samples."""
 
+    holds = "volumes"
+    is_mapped = True  # samples are views of files: data-loading processes have nothing to do
+    unit = "mm"  # of distances
+
     def __init__(
         self, entries: list, grids: list | None = None, stems: list | None = None, partial=False
     ):
@@ -393,7 +397,8 @@ class VolumeSet:
         """
         cache = Path(cache)
         remove_leftovers(cache, recursive=False)
-        for entry, grid in zip(self.entries, self.grids):  # what headers tell, before all else
+        # What headers tell, before all else.
+        for entry, grid in zip(self.entries, self.grids, strict=True):
             have = grid.channels + sum(read_grid(path).channels for path in entry.more)
             check_channels(entry.image, have, channels)
             check_grid(read_grid(entry.mask), grid)
@@ -402,7 +407,7 @@ class VolumeSet:
         once = {key: i for i, key in enumerate(keys)}  # a volume may be listed several times
         with ThreadPoolExecutor() as pool:
             found = pool.map(lambda i: self._stem(i, settings, cache), once.values())
-            by_key = dict(zip(once, found))
+            by_key = dict(zip(once, found, strict=True))
         stems = [by_key[key] for key in keys]
         whole = {stem: _is_prepared(stem) for stem in dict.fromkeys(stems)}
         lacks = {stem: i for i, stem in enumerate(stems) if not whole[stem]}
@@ -512,6 +517,13 @@ class VolumeSet:
         sample |= {"classes": entry.classes, "regions": entry.regions, "group": entry.group}
         return sample | {"dataset": entry.root.name}
 
+    def overlay(self, i: int, truth: np.ndarray, masks: np.ndarray, preprocess: Callable):
+        """Return the picture of three planes of volume i with truth and masks, bool (n,X,Y,Z)."""
+        from imaging import pictures  # here: copied into another project, this file needs no Pillow
+
+        grey_levels = self.grey(i, preprocess)
+        return pictures.volume_overlay(grey_levels, truth, masks, self.grids[i].spacing)
+
     def grey(self, i: int, preprocess: Callable) -> np.ndarray:
         """`grey` of the image of entry i."""
         entry = self.entries[i]
@@ -571,7 +583,7 @@ def random_crops(
     for k in range(n):
         centre = np.unravel_index(_centre(image, mask, voxels, rng, ratios), mask.shape)
         source, target = [], []
-        for at, have, want in zip(centre, mask.shape, size):
+        for at, have, want in zip(centre, mask.shape, size, strict=True):
             before = max(want - have, 0) // 2
             start = min(max(at + before - want // 2, 0), max(have - want, 0)) - before
             first, last = max(start, 0), min(start + want, have)
@@ -623,61 +635,91 @@ def augment(
 
 
 @lru_cache(maxsize=4)
-def _weights(window: tuple[int, ...], blend: str) -> Tensor:
-    """How much each place in a window counts, float32 (*window)."""
+def _weights(window: tuple[int, ...]) -> Tensor:
+    """Return how much each voxel of a window counts: float32 (*window), 1 in the middle.
+
+    A Gaussian whose standard deviation is an eighth of the window.
+    """
     weights = torch.ones(())
     for n in window:
         x = torch.arange(n) - (n - 1) / 2
-        bell = torch.exp(x.square() / (-2 * (0.125 * n) ** 2))
-        weights = weights[..., None] * (bell if blend == "gaussian" else torch.ones(n))
+        bell = torch.exp(x.square() / (-2 * (0.125 * n) ** 2))  # (n,)
+        weights = weights[..., None] * bell
     return weights.clamp(min=max(weights.min().item(), 1e-3))
 
 
 def _starts(n: int, window: int, overlap: float) -> list[int]:
-    """Where windows begin along an axis: at equal steps, and one that ends where the axis ends."""
+    """Return where windows begin along an axis: at equal steps, the last ends with the axis."""
     step = max(1, int(window * (1 - overlap))) if n > window else window
     return [min(start, n - window) for start in range(0, n - window + step, step)]
 
 
+def _window_boxes(size: Sequence[int], window: Sequence[int], overlap: float) -> list[tuple]:
+    """Return the windows that cover an array of this size, each as a tuple of slices."""
+    axes = [_starts(n, w, overlap) for n, w in zip(size, window, strict=True)]
+    boxes = []
+    for starts in itertools.product(*axes):
+        boxes.append(
+            tuple(slice(start, start + w) for start, w in zip(starts, window, strict=True))
+        )
+    return boxes
+
+
 @torch.no_grad()
 def sliding_window(
-    model: Callable, image: Tensor, window: Sequence[int], overlap: float = 0.5, batch: int = 4,
-    blend: str = "gaussian", classes: Sequence[int] | None = None, device=None, on=None,
+    model: Callable,
+    image: Tensor,
+    window: Sequence[int],
+    overlap: float = 0.5,
+    batch: int = 4,
+    device=None,
+    on=None,
     progress: bool = False,
-) -> Tensor:  # fmt: skip
-    """image (C,*size), 2-D or 3-D -> (K,*size) float32: what the model says of windows, blended.
+) -> Tensor:
+    """Return what the model says of overlapping windows, blended by a Gaussian: (K,*size) float32.
 
-    model: (B,C,*window) -> (B,K',*window). overlap: 0 to < 1 of a window. blend: "gaussian" (a
-    deviation of an eighth of the window) or "constant". classes: the channels that are kept, else
-    all. device: where the result is, else with the image; on: where the model is, else with the
-    image. An image smaller than the window has zeros around it, half on either side.
-    ValueError: an unknown blend, such an overlap, a model that gives another size than the window.
+    image (C,*size), 2-D or 3-D; smaller than the window, it gets zeros around it, half on either
+    side. model: (B,C,*window) -> (B,K,*window). overlap: share of a window, 0 to less than 1.
+    batch: windows at a time. device: where the result is, else with the image. on: where the model
+    is, else with the image. progress: show a bar. Raises ValueError for another overlap, and if the
+    model returns another size than the window's.
     """
-    if blend not in ("gaussian", "constant") or not 0 <= overlap < 1:
-        raise ValueError(f"{blend}, {overlap}: blend gaussian or constant, overlap 0 to < 1")
-    size, window = image.shape[1:], tuple(window)
-    lack = [max(w - n, 0) for n, w in zip(size, window)]
-    if any(lack):
-        image = F.pad(image, [p for n in reversed(lack) for p in (n // 2, n - n // 2)])
-    whole = image.shape[1:]
-    device, on, result = device or image.device, on or image.device, None
-    weights, total = _weights(window, blend).to(device), torch.zeros(whole, device=device)
-    starts = itertools.product(*map(_starts, whole, window, itertools.repeat(overlap)))
-    boxes = [tuple(slice(s, s + w) for s, w in zip(start, window)) for start in starts]
+    if not 0 <= overlap < 1:
+        raise ValueError(f"overlap {overlap}: takes 0 to less than 1")
+    size = image.shape[1:]
+    window = tuple(window)
+    device = device or image.device
+    on = on or image.device
+
+    missing = [max(w - n, 0) for n, w in zip(size, window, strict=True)]
+    if any(missing):
+        padding = []
+        for n in reversed(missing):  # F.pad counts from the last axis
+            padding += [n // 2, n - n // 2]
+        image = F.pad(image, padding)
+    padded = image.shape[1:]
+
+    weights = _weights(window).to(device)
+    total = torch.zeros(padded, device=device)
+    result = None
+    boxes = _window_boxes(padded, window, overlap)
     hidden = None if progress else True
     for i in tqdm(range(0, len(boxes), batch), "windows", disable=hidden, leave=False):
         some = boxes[i : i + batch]
-        out = model(torch.stack([image[(..., *box)] for box in some]).to(on))  # (B,K',*window)
-        if out.shape[2:] != window:
-            raise ValueError(f"windows of {window} became {tuple(out.shape[2:])}; resize them")
-        out = (out if classes is None else out[:, classes]).to(device, torch.float32)
+        crops = torch.stack([image[(..., *box)] for box in some])  # (B,C,*window)
+        logits = model(crops.to(on))  # (B,K,*window)
+        if logits.shape[2:] != window:
+            raise ValueError(f"windows of {window} became {tuple(logits.shape[2:])}; resize them")
+        logits = logits.to(device, torch.float32)
         if result is None:
-            result = torch.zeros(out.shape[1], *whole, device=device)
-        for box, logits in zip(some, out):
-            result[(..., *box)].addcmul_(logits, weights)
+            result = torch.zeros(logits.shape[1], *padded, device=device)
+        for box, of_window in zip(some, logits, strict=True):
+            result[(..., *box)].addcmul_(of_window, weights)
             total[box].add_(weights)
+
     result.div_(total)
-    return result[(..., *(slice(d // 2, d // 2 + n) for d, n in zip(lack, size)))]
+    inner = [slice(m // 2, m // 2 + n) for m, n in zip(missing, size, strict=True)]
+    return result[(..., *inner)]
 
 
 def window_probabilities(
@@ -790,28 +832,35 @@ def _stored(x: np.ndarray, grid: Grid) -> np.ndarray:
     return np.moveaxis(grid.to_stored(np.moveaxis(x, 0, 3)), 3, 0)
 
 
-def components(mask: np.ndarray) -> tuple[tuple[slice, ...], np.ndarray, np.ndarray] | None:
-    """Bool (X,Y,Z) -> the box around it, the number of each voxel's component in it (0: none; 26
-    neighbours), and the numbers of all, the largest first, with their sizes (n,2). None if empty.
+def labelled_components(
+    mask: np.ndarray,
+) -> tuple[tuple[slice, ...], np.ndarray, np.ndarray] | None:
+    """Return the components of a bool mask (X,Y,Z), with 26 neighbours; None if it is empty.
+
+    They are the box around the mask, the number of each voxel's component in it (0: none), and the
+    numbers of all with their sizes (n,2), the largest first.
     """
     from scipy import ndimage
 
     if not mask.any():
         return None
     (box,) = ndimage.find_objects(mask.view(np.uint8))
-    parts, n = ndimage.label(mask[box], np.ones((3, 3, 3)))
-    sizes = np.bincount(parts[parts > 0], minlength=n + 1)[1:]
+    numbers, n = ndimage.label(mask[box], np.ones((3, 3, 3)))
+    sizes = np.bincount(numbers[numbers > 0], minlength=n + 1)[1:]
     order = np.argsort(-sizes, kind="stable")
-    return box, parts, np.stack([order + 1, sizes[order]], 1)
+    return box, numbers, np.stack([order + 1, sizes[order]], 1)
 
 
 def largest_components(mask: np.ndarray, most: int) -> np.ndarray:
-    """Bool (X,Y,Z) -> its largest components, at most so many."""
-    if (found := components(mask)) is None or len(found[2]) <= most:
+    """Return the largest components of a bool mask (X,Y,Z), at most so many, as a mask."""
+    components = labelled_components(mask)
+    if components is None:
         return mask
-    box, parts, sizes = found
+    box, numbers, sizes = components
+    if len(sizes) <= most:
+        return mask
     result = np.zeros_like(mask)
-    result[box] = np.isin(parts, sizes[:most, 0])
+    result[box] = np.isin(numbers, sizes[:most, 0])
     return result
 
 

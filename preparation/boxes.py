@@ -111,7 +111,7 @@ def mask_boxes(entries, args):
     reading = data.MaskReading(args.mask_threshold, {})
     (rule,) = data.decide_rules(entries, counts, reading).values()
     thresholds = data.mask_thresholds(entries, counts[:, 0], rule).tolist()
-    for entry, threshold in bar([*zip(entries, thresholds)]):
+    for entry, threshold in bar([*zip(entries, thresholds, strict=True)]):
         names = layouts.foreground(entry.classes)
         numbers = range(1, len(names) + 1)
         mask = data.read_truth(entry, threshold)
@@ -160,7 +160,9 @@ def box_row(name, class_name, box):
     """Return a row of boxes.csv; whole numbers have no decimals."""
     numbers = [round(float(x), 3) for x in box]
     numbers = [int(x) if x.is_integer() else x for x in numbers]
-    return {"image": name, "class": class_name} | dict(zip(("x0", "y0", "x1", "y1"), numbers))
+    return {"image": name, "class": class_name} | dict(
+        zip(("x0", "y0", "x1", "y1"), numbers, strict=True)
+    )
 
 
 def boxes(args):

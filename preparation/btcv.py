@@ -45,7 +45,7 @@ def find_btcv(raw):
         number = odd[0][-11:-7]
         hint = "image or label is missing; unpack the download again"
         raise FileNotFoundError(f"{raw}/Training: case {number} is not whole, {hint}")
-    return dict(zip(files["imagesTr"], labels)), files["imagesTs"]
+    return dict(zip(files["imagesTr"], labels, strict=True)), files["imagesTs"]
 
 
 def swin_unetr_cases(pairs, where):

@@ -176,7 +176,7 @@ def read_images(splits, findings):
     images = {}
     bar = partial(tqdm, total=len(paths), desc="images", disable=None, leave=False)
     with ThreadPoolExecutor() as pool:
-        for path, fact in bar(zip(paths, pool.map(image_facts, paths))):
+        for path, fact in bar(zip(paths, pool.map(image_facts, paths), strict=True)):
             if isinstance(fact, Exception):
                 add_error(fact, findings)
             else:
@@ -192,7 +192,7 @@ def read_masks(splits, images, findings):
     bar = partial(tqdm, total=len(by_mask), desc="masks", disable=None, leave=False)
     with ThreadPoolExecutor() as pool:
         facts = pool.map(mask_facts, by_mask.values(), facts_of_images)
-        for path, fact in bar(zip(by_mask, facts)):
+        for path, fact in bar(zip(by_mask, facts, strict=True)):
             if isinstance(fact, Exception):
                 add_error(fact, findings)
             else:
@@ -295,7 +295,9 @@ def check_masks(root, splits, masks, findings, threshold=None):
     shares = {}
     held = {}  # split -> of each of its masks, which classes it holds
     thresholds = data.mask_thresholds(entries, counts[:, 0], decision.rule)
-    for split, entry, values, cut in zip(where, entries, counts[:, 0], thresholds.tolist()):
+    for split, entry, values, cut in zip(
+        where, entries, counts[:, 0], thresholds.tolist(), strict=True
+    ):
         inside = data.foreground_pixels(entry, values, cut)
         shares[split, entry.name] = inside / values.sum()
         n = len(entry.classes)
@@ -544,7 +546,7 @@ def tokenizers_of(model):
         return {}
     from recipes import FAMILIES  # here, as importing every model takes a second
 
-    readers = [name for name, family in FAMILIES.items() if family.reads]
+    readers = [name for name, family in FAMILIES.items() if family.reads_text()]
     if model not in readers:
         raise ValueError(f"--model {model}: reads no prompts; take one of {', '.join(readers)}")
     try:

@@ -167,7 +167,7 @@ def split_cases(pairs, dealt, bare):
         if taken := origin.keys() & names:
             raise ValueError(f"{min(taken)}: two volumes of this name; rename one")
         splits[dealt[image]].append(names)
-        origin |= zip(names, case)
+        origin |= zip(names, case, strict=True)
     splits["test"] += [(image, None) for image in sorted(bare)]
     return splits, origin
 

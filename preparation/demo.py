@@ -107,7 +107,9 @@ def draw_blobs(rng, grid, count):
     """`count` blobs in different colours and cells that keep apart; drawn again until they do."""
     while True:
         blobs, taken = [], np.zeros(grid[0].shape, bool)
-        for colour, cell in zip(rng.permutation(list(COLOURS))[:count], rng.permutation(9)):
+        for colour, cell in zip(
+            rng.permutation(list(COLOURS))[:count], rng.permutation(9), strict=False
+        ):
             blob = draw_blob(rng, grid, str(colour), int(cell))
             if (taken & ((blob.field - 1) * blob.radius < GAP)).any():
                 break
@@ -168,7 +170,7 @@ def paint_blob(rng, image, texture, blob, lamp, grid):
     shade += texture[blob.window]
     inside = np.clip(0.5 + (1 - field) * blob.radius / 0.02, 0, 1)[..., None]  # a half on it
     image += inside * (body * shade[..., None] - image)
-    x, y = (at + 0.35 * blob.radius * d for at, d in zip(blob.centre, lamp))
+    x, y = (at + 0.35 * blob.radius * d for at, d in zip(blob.centre, lamp, strict=True))
     squared = (grid[0][blob.window] - x) ** 2 + (grid[1][blob.window] - y) ** 2
     image += 0.45 * np.exp(squared / -((0.18 * blob.radius) ** 2))[..., None] * (1 - image)
 
@@ -211,8 +213,8 @@ def wrong_prompts(entries, rng):
     """The entries, each with the prompts of one whose target has another colour: all untrue."""
     colours = [entry["prompts"]["p3"].split()[0] for entry in entries]
     swapped = []
-    for entry, colour in zip(entries, colours):
-        others = [other for other, c in zip(entries, colours) if c != colour]
+    for entry, colour in zip(entries, colours, strict=True):
+        others = [other for other, c in zip(entries, colours, strict=True) if c != colour]
         swapped.append({**entry, "prompts": others[rng.integers(len(others))]["prompts"]})
     return swapped
 

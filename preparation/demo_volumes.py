@@ -46,7 +46,9 @@ def smooth_noise(rng, shape, cells):
 
 def ball(grid, centre, axes):
     """Where an ellipsoid is; grid, centre and half axes in mm, to the right, front and head."""
-    return sum(((x - c) / r) ** 2 for x, c, r in zip(grid, centre, axes)) < 1  # (X,Y,Z) bool
+    return (
+        sum(((x - c) / r) ** 2 for x, c, r in zip(grid, centre, axes, strict=True)) < 1
+    )  # (X,Y,Z) bool
 
 
 def draw_torso(rng, grid, a, b, level):
@@ -105,7 +107,7 @@ def draw_volume(rng):
     shape = rng.integers((68, 60, 52), (77, 69, 61))
     spacing = np.round(rng.uniform((2.8, 2.8, 3.7), (3.2, 3.2, 4.3)), 3)  # mm
     first = -(shape - 1) / 2 * spacing + rng.normal(0, (3, 3, 8))  # of the first voxel's centre
-    axes = [x0 + mm * np.arange(n) for x0, mm, n in zip(first, spacing, shape)]
+    axes = [x0 + mm * np.arange(n) for x0, mm, n in zip(first, spacing, shape, strict=True)]
     grid = [x.astype(np.float32) for x in np.meshgrid(*axes, indexing="ij")]
     grid = [x + 4 * smooth_noise(rng, shape, 5) for x in grid]  # everything is bent a little
     a, b = rng.uniform((84, 64), (96, 76))

@@ -65,7 +65,7 @@ def read_mat(path, axes):
         raise ValueError(f"{path}: has no {', '.join(lost)}; {hint}")
     sizes = {}
     for key, names in axes.items():
-        shape, pairs = found[key].shape, list(zip(names.split(), found[key].shape))
+        shape, pairs = found[key].shape, list(zip(names.split(), found[key].shape, strict=False))
         wanted = [int(n) if n.isdigit() else sizes.setdefault(n, size) for n, size in pairs]
         if len(shape) != len(names.split()) or list(shape) != wanted:
             said = f"{key} is {' '.join(map(str, shape))}, expected {names}"
@@ -198,7 +198,7 @@ def write_volumes(args, title, files, splits, slices, classes):
         with ThreadPoolExecutor(4) as pool, bar:  # 4: each holds up to 400 MB
             folders = [part / splits[name] for name in files]
             jobs = files.values(), repeat(slices), files, folders, repeat(classes)
-            for name, counts in zip(files, pool.map(write_volume, *jobs)):
+            for name, counts in zip(files, pool.map(write_volume, *jobs), strict=True):
                 found[name] = counts
                 bar.update()
         lines = *title, *describe_volumes(splits, found, classes)

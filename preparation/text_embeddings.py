@@ -7,17 +7,21 @@
     code          float32 (512,)
 
 A file of codes is safetensors: {name: code}, names in small letters, and as metadata `template` and
-`weights`. The model is in swin_unetr3d.py. Official: pretrained_weights/clip_embedding.py of
+`weights`. With --subsets, for text_swin_unetr, it holds texts of all subsets of the names instead,
+as the few-shot study wrote them: "liver , spleen", and "none". The models are in universal.py and
+fewshot3d.py. Official: pretrained_weights/clip_embedding.py of
 github.com/ljwztc/CLIP-Driven-Universal-Model at 43c1239, with OpenAI's ViT-B/32 (MIT). The tower is
 that of clipseg.py.
 """
 
 import re
+from itertools import combinations
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 
 import clipseg
 from imaging import atomic_files, layouts
@@ -30,6 +34,7 @@ TEMPLATE = "A computerized tomography of a {}"
 SPELLINGS = {"aorta": "arota", "celiac trunk": "celiac truck"}
 FILES = ("model.safetensors", "pytorch_model.bin", "ViT-B-32.pt")
 LENGTH = 77  # tokens
+MOST = 13  # names of which all subsets are encoded: 8,192
 IGNORED = {
     r"(vision_model|visual)\..*|visual_projection\.weight": "CLIP's half that sees",
     r"logit_scale": "temperature of its training on pairs",
@@ -73,13 +78,36 @@ class TextTower(nn.Module):
 
 
 @torch.no_grad()
-def encode(tower: TextTower, texts: list[str]) -> Tensor:
+def encode(tower: TextTower, texts: list[str], batch: int = 64) -> Tensor:
     """n texts -> (n,512), not normalised. ValueError, one line: a text is too long for CLIP."""
     tokens = CLIPTokenizer(LENGTH + 1)(texts)
-    for text, row in zip(texts, tokens):
+    for text, row in zip(texts, tokens, strict=True):
         if row[LENGTH]:
             raise ValueError(f"{text!r} has more than {LENGTH} tokens; shorten it")
-    return tower(tokens[:, :LENGTH])
+    parts = tokens[:, :LENGTH].split(batch)
+    hidden = None if len(parts) > 1 else True
+    codes = []
+    for part in tqdm(parts, "texts", disable=hidden, leave=False):
+        codes.append(tower(part))
+    return torch.cat(codes)
+
+
+def subsets_of(names: list[str]) -> list[str]:
+    """Return the texts of all subsets of some names, "none" first, the text of all last.
+
+    Raises ValueError, one line, if there are more than MOST names, or one has a comma in it.
+    """
+    if len(names) > MOST:
+        told = f"{len(names)} classes have {2 ** len(names):,} subsets"
+        raise ValueError(f"--subsets: {told}; give {MOST} classes at most")
+    for name in names:
+        if "," in name or name == "none":
+            raise ValueError(f"--subsets: class {name!r} cannot be told from a list; rename it")
+    texts = ["none"]
+    for count in range(1, len(names) + 1):
+        for subset in combinations(names, count):
+            texts.append(" , ".join(subset))
+    return texts
 
 
 def classes_of(root: Path) -> tuple[str, ...]:
@@ -109,26 +137,36 @@ def text_codes(args):
 
     Which classes: their names, those of data sets, or the 32 of --study universal, two of which
     then have the typos of the released codes in the text. Released codes and weights are of the
-    default template; '{}' alone is the bare name, of which the few-shot study made others.
+    default template; '{}' alone is the bare name, of which the few-shot study made others. With
+    --subsets a text for each subset of the classes, and the default template is the bare list.
     """
     atomic_files.refuse_existing(args.out)
     if args.out.suffix != ".safetensors":
         raise ValueError(f"--out {args.out}: codes are kept in a .safetensors")
     if sum(map(bool, (args.classes, args.data, args.study))) != 1:
         raise ValueError("give one of --classes, --data and --study")
-    if args.template.count("{}") != 1:
-        raise ValueError(f"--template {args.template!r}: {{}} must be in it once, for the name")
+    if args.subsets and args.study:
+        raise ValueError("--subsets: the 32 of --study have too many; give --classes or --data")
+    template = args.template or ("{}" if args.subsets else TEMPLATE)
+    if template.count("{}") != 1:
+        raise ValueError(f"--template {template!r}: {{}} must be in it once, for the name")
     names = args.classes or [name for root in args.data or () for name in classes_of(root)]
     names = ORGANS[1:] if args.study else map(layouts.plain_name, names)
     names, spellings = list(dict.fromkeys(names)), SPELLINGS if args.study else {}
+    count = len(names)
+    if args.subsets:
+        names = subsets_of(names)
     tower = TextTower.from_pretrained(args.weights)
     if tower.text_projection.out_features != TEXT:
         told = f"codes of {tower.text_projection.out_features} numbers, the model takes {TEXT}"
         raise ValueError(f"{args.weights}: {told}; take {WEIGHTS}")
-    texts = [args.template.replace("{}", spellings.get(name, name)) for name in names]
-    codes = dict(zip(names, encode(tower, texts)))
-    write(args.out, codes, {"template": args.template, "weights": args.weights})
-    print(f"{args.out}: {describe(codes)}")
+    texts = [template.replace("{}", spellings.get(name, name)) for name in names]
+    codes = dict(zip(names, encode(tower, texts), strict=True))
+    write(args.out, codes, {"template": template, "weights": args.weights})
+    if args.subsets:
+        print(f"{args.out}: {len(codes):,} texts of the subsets of {count} classes")
+    else:
+        print(f"{args.out}: {describe(codes)}")
     return 0
 
 
@@ -146,7 +184,10 @@ def options(command):
     add("--classes", nargs="+", metavar="NAME", help="names of classes")
     add("--data", type=Path, nargs="+", metavar="DATA", help="data sets whose classes they are")
     add("--study", choices=("universal",), help="the 32 of the Universal Model")
-    add("--template", default=TEMPLATE, metavar="TEXT", help="with {} for the name (%(default)s)")
+    help = f"with {{}} for the name ({TEMPLATE}; with --subsets {{}})"
+    add("--template", metavar="TEXT", help=help)
+    help = "a text for each subset of the classes, for text_swin_unetr"
+    add("--subsets", action="store_true", help=help)
     help = "CLIP ViT-B/32: hub id, file or folder (%(default)s)"
     add("--weights", default=WEIGHTS, help=help)
     out = Path("text_codes.safetensors")

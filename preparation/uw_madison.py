@@ -90,7 +90,7 @@ def class_map(s, shape):
     layers = np.zeros((1 + len(ORGANS), math.prod(shape)), bool)  # (4, H * W), row after row
     for number, words in s.runs.items():
         values = [int(word) if word.isdecimal() else 0 for word in words] + [0] * (len(words) % 2)
-        for start, length in zip(values[::2], values[1::2]):  # counted from 1
+        for start, length in zip(values[::2], values[1::2], strict=False):  # counted from 1
             if not (start and length and start + length - 1 <= layers[0].size):
                 wrong = f"train.csv, {s.name}, class {number}: run {start} {length} is no start and"
                 hint = f"length within the {wide(shape)} pixels of {s.path}; download both again"
@@ -111,7 +111,7 @@ def write_scan(scan, window, out):
     if window == "scan":
         low, high = np.percentile(np.concatenate([x.ravel() for x in images]), (0.5, 99.5))
     overlaps = 0
-    for s, x in zip(scan, images):
+    for s, x in zip(scan, images, strict=True):
         if s.split:
             if window == "slice":
                 low, high = float(x.min()), float(x.max())

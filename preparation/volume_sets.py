@@ -66,9 +66,12 @@ def describe(splits, about, grids):
     labels = about["labels"].items()  # {"1": "liver"}, or {"liver": [1, 2]}
     names = [f"{key} {value}" for key, value in labels if key not in ("0", "background")]
     yield f"classes: {', '.join(names)}"
-    ranges = [f"{min(n)} to {max(n)}" for n in zip(*(grid.size for grid in grids))]
+    ranges = [f"{min(n)} to {max(n)}" for n in zip(*(grid.size for grid in grids), strict=True)]
     yield f"voxels: {', '.join(ranges)} (to the right, front, head)"
-    ranges = [f"{min(mm):.2f} to {max(mm):.2f}" for mm in zip(*(grid.spacing for grid in grids))]
+    ranges = [
+        f"{min(mm):.2f} to {max(mm):.2f}"
+        for mm in zip(*(grid.spacing for grid in grids), strict=True)
+    ]
     yield f"their size in mm: {', '.join(ranges)}"
     yield f"channels: {' or '.join(map(str, sorted({grid.channels for grid in grids})))}"
     axes = ["".join(nibabel.aff2axcodes(grid.affine)) for grid in grids]

@@ -1,23 +1,23 @@
-"""Recipes: what connects a model to the training loop, every number of a protocol, its source.
+"""What each --model of train.py means: FAMILIES, one row a model.
 
-The loop knows nothing of prompts, boxes or windows. A `Recipe` (base.py) gives it five functions
+A file beside this one connects one model, or several alike, to the training loop. It has
 
-    inputs(sample, train, rng) -> dict of tensors    made in the workers: pixels, tokens, the target
-    forward(model, batch)      -> output             a training batch through the model
-    loss(output, batch)        -> scalar, its parts  output is what the model gave for the batch
-    predict(model, item)       -> probabilities (K,H,W) at the image's own size, output for `loss`
-    groups(model, settings)    -> parameter groups for the optimiser
+    Protocol   the numbers of each --recipe: `default` is what we recommend, `origin` the study that
+               the model comes from to the letter, quirks named. Options of the command line
+               replace numbers of the same name.
+    a loader   weights -> model
+    Recipe     the functions that the loop calls: inputs, forward, loss, predict, groups, and those
+               that only some models need
+    Family     all of it, and what else differs between models: which options there are, how
+               volumes are opened, which classes fit, what a prediction is asked
 
-(a text model's also `read`, what makes tensors of a prompt; SAM's also how its prompts, of which
-images have different numbers, become a batch, are made of a mask, and are scored one by one)
-
-and a table of settings. `default` is what we recommend, `origin` the study that a model comes from
-to the letter, quirks named. The command line overrides any setting of the same name.
-
-FAMILIES holds what each --model means. A new model is a file beside these and a row here.
+base.py describes these three and their defaults. images.py has what models of images share,
+kept_features.py computes what frozen encoders give once, loading.py reads runs that were stopped.
+The loop itself (train.py, engine/) asks no model what it is. To add a model, write its file and
+its row here.
 """
 
-from recipes import class_maps, clipseg, cris, sam, swin_unetr3d, universal
+from recipes import class_maps, clipseg, cris, sam, swin_unetr3d, text_swin_unetr, universal
 
 FAMILIES = {
     "cris": cris.FAMILY,
@@ -31,6 +31,7 @@ FAMILIES = {
     "swin_unetr3d": swin_unetr3d.FAMILY,
     "universal": universal.FAMILY,
     "fewshot3d": universal.FEWSHOT_FAMILY,
+    "text_swin_unetr": text_swin_unetr.FAMILY,
 }
 
 

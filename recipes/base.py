@@ -5,21 +5,26 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MethodType
+from typing import ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engine import evaluate, runs
 from engine.lora import add_lora, is_lora
+from engine.runs import DataSets
+from imaging import layouts, volumes
 from imaging.augment import Augment
+from recipes import loading
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Every number of a protocol."""
+class Protocol:
+    """What one --recipe of a model sets: every number of a study, or what we recommend."""
 
-    weights: dict[str, str]  # variant -> hub id that training starts from
+    hub_ids: dict[str, str]  # variant -> hub id that training starts from
     config: dict = field(default_factory=dict)  # what the protocol sets of the model's Config
-    decoder: str | None = None  # BiomedCLIPSeg: hub id of the CLIPSeg whose decoder it starts from
+    default_decoder: str | None = None  # BiomedCLIPSeg: hub id of the CLIPSeg it takes it from
     prompt: str = "p6"  # prompt type
     negatives: float = 0.0  # share of training samples with another image's prompt, an empty mask
     train: str = "all"  # all | decoder | adapters | lora: see `choose_trained`
@@ -36,6 +41,9 @@ class Settings:
     # around each class
     codes: str | None = None  # what stands for a class of the Universal Model
     text_codes: str | None = None  # file of them, see `read_codes` of universal.py
+    name_absent: bool = True  # text_swin_unetr: a text names wanted organs that a crop lacks, too
+    contrast_weight: float = 0.1  # text_swin_unetr: of the contrast beside the other losses
+    repeat_weights: bool = False  # text_swin_unetr, concat: decoder5's for the text are the image's
     overlap: float | None = None  # share of a side that neighbouring windows have in common
     window_batch: int | None = None  # windows at a time
     eval_every: int = 1  # epochs between validations
@@ -68,7 +76,60 @@ class Settings:
     min_delta: float = 0.0  # what counts as better
 
 
-def lr_factor(step: int, total: int, settings: Settings) -> float:
+@dataclass(frozen=True, kw_only=True)
+class Settings(Protocol):
+    """All that a run goes by: its protocol, and what the command line says of the run itself.
+
+    `options.resolve` makes it. Everything after that reads this and nothing else. options.py says
+    what each option means; the fields here have the same names and values.
+    """
+
+    model: str  # a key of FAMILIES
+    variant: str | None
+    weights: str | None  # --weights, as it was given
+    clip: str | None
+    decoder: str | None  # --decoder, as it was given
+    recipe: str | None
+    data: list[str]
+    test: list[str]
+    mask_orientation: str | None
+    mask_threshold: int | None
+    boxes: str | None
+    points: str | None
+    spacing: list[float] | None
+    intensity: list[str] | None
+    checkpointing: bool
+    overfit: int | None
+    prompt_study: bool
+    out: str
+    resume: bool
+    eval: bool
+    max_steps: int | None
+    grad_accum_steps: int
+    ema: float | None
+    size: list[int] | None
+    threshold: float | str | None
+    compile: bool
+    device: str
+    workers: int
+    seed: int
+    deterministic: bool
+    cache: str
+    fold: str | None
+    group_regex: str | None
+    score_size: str
+    val_distances: bool
+    nsd_tolerance: float | None
+    overlays: int
+    save_every: float
+
+    @property
+    def tolerance(self) -> float:
+        """NSD tolerance in mm (volumes) or pixels (images); 1 unless --nsd-tolerance sets it."""
+        return 1.0 if self.nsd_tolerance is None else self.nsd_tolerance
+
+
+def lr_factor(step: int, total: int, settings: Protocol) -> float:
     """What every learning rate is multiplied by at this step of `total`."""
     warm = round(settings.warmup * total)
     if step < warm:
@@ -83,26 +144,67 @@ def lr_factor(step: int, total: int, settings: Settings) -> float:
     return 1.0
 
 
+def nothing(*arguments) -> dict:
+    """Return {}: the default of functions of a Recipe that most models have no use for."""
+    return {}
+
+
+def name_of_case(item: dict) -> str:
+    """Return what the caption of a picture calls a case: the name of its file."""
+    return Path(item["name"]).name
+
+
 @dataclass(frozen=True)
 class Recipe:
-    """What the loop needs of a model; see recipes/__init__.py."""
+    """What the training loop, tests and predictions need of a model.
 
+    A sample is what a data set gives (data.py, imaging/volumes.py), an item what `inputs` makes of
+    it, and a batch several items put together.
+    """
+
+    # (sample, train, rng) -> item, made in the workers: pixels, tokens, the target of training; in
+    # evaluation also what scoring needs
     inputs: Callable
+    # (model, batch) -> output
     forward: Callable
+    # (output, batch) -> scalar, {name: part of it}
     loss: Callable
+    # (model, item) -> probabilities (K,*size) at the image's own size, output for `loss` or None
     predict: Callable
+    # (model, settings) -> parameter groups for the optimiser
     groups: Callable
-    look: Callable | None = None  # sample -> what `inputs` makes of its image, or kept features
-    read: Callable | None = None  # prompt -> the tensors that `inputs` makes of it, of text models
-    tokenizer: Callable | None = None  # of text models: texts -> ids (B,T)
-    collate: Callable | None = None  # items -> a training batch; None: their tensors stacked
-    ask: Callable | None = None  # (sample, source) -> SAM's prompts of a sample, see `sam_prompts`
-    each: Callable | None = None  # (model, item, output) -> probabilities (Q,H,W) of each prompt
-    prepare: Callable | None = None  # (volumes, cache) -> the same, on the grid that the model sees
-    files: dict[str, Path] = field(default_factory=dict)  # name -> what a run folder gets a copy of
+
+    # sample -> what `inputs` makes of its image; kept features take its place
+    look: Callable | None = None
+    # prompt -> the tensors that `inputs` makes of it; text embeddings that are kept take its place
+    read: Callable | None = None
+    # texts -> ids (B,T), of a model that reads
+    tokenizer: Callable | None = None
+    # items -> batch; None: their tensors stacked
+    collate: Callable | None = None
+    # {name: path} of files that a run folder gets a copy of
+    files: dict[str, Path] = field(default_factory=dict)
+    # what config.json of a run says of the model beside the rest
+    about: dict = field(default_factory=dict)
+
+    # Tests.
+    # (model, recipe, dataset, settings, name) -> rows, summary, {name: rows of a further table}
+    test: Callable = evaluate.plain_test
+    # item -> text of a caption
+    caption: Callable = name_of_case
+    # (dataset, settings) -> all that every entry can be asked by, such as types of prompts
+    sources: Callable = nothing
+    # (dataset, i, sources) -> {source: item of entry i that is asked by it}
+    ask_each: Callable = nothing
+    # (model, item) -> what `predict` takes from it for the same image and another question
+    encode: Callable = nothing
+    # (sample, source) -> the tensors of the prompts that are made of a sample or of files
+    ask: Callable | None = None
+    # (model, item, output) -> probabilities (Q,H,W) of each prompt of an item
+    each: Callable | None = None
 
 
-def parameter_groups(model: nn.Module, settings: Settings) -> list[dict]:
+def parameter_groups(model: nn.Module, settings: Protocol) -> list[dict]:
     """Up to four groups: backbone or not, decayed or not (biases and norms, unless `decay_all`)."""
     groups = {}
     for name, p in model.named_parameters():
@@ -120,12 +222,12 @@ def parameter_groups(model: nn.Module, settings: Settings) -> list[dict]:
     ]
 
 
-def hub_id(settings: Settings, variant: str) -> str:
+def hub_id(settings: Protocol, variant: str) -> str:
     """Where training of a variant starts. ValueError if it has no pretrained weights."""
-    if variant not in settings.weights:
+    if variant not in settings.hub_ids:
         message = "has no pretrained weights; pass --weights none or a file"
         raise ValueError(f"--variant {variant} {message}")
-    return settings.weights[variant]
+    return settings.hub_ids[variant]
 
 
 # --- batch norms of a single value ---------------------------------------------------------------
@@ -155,7 +257,7 @@ def allow_single_values(model: nn.Module) -> None:
             module.forward = MethodType(normalise, module)
 
 
-def choose_trained(model: nn.Module, family, settings: Settings) -> None:
+def choose_trained(model: nn.Module, family, settings: Protocol) -> None:
     """Freezes what `settings.train` leaves as it is; family: the model's in recipes.FAMILIES.
 
     all: nothing is frozen; decoder: the towers are; lora: the towers are, with a low-rank update of
@@ -173,7 +275,7 @@ def choose_trained(model: nn.Module, family, settings: Settings) -> None:
         add_lora(model, settings.lora_rank, family.backbone, **family.lora)
 
 
-def load(kind, variants, weights, variant, settings: Settings, overrides: dict):
+def load(kind, variants, weights, variant, settings: Protocol, overrides: dict):
     """A model of class `kind` from `weights`; from the hub if None; from scratch if "none"."""
     variant = variant or next(iter(variants))
     if weights == "none":
@@ -186,14 +288,43 @@ def class_forward(model: nn.Module, batch: dict) -> Tensor:
     return model(batch["image"])
 
 
-# --- every model by its name on the command line --------------------------------------------------
+# --- what a --model is ---------------------------------------------------------------------------
+
+# Options that only some models take, and what an error says where another is given them. train.py
+# and predict.py check them alike.
+TEXTS = ("prompt", "negatives")
+PROMPT_STUDY = ("prompt_study",)
+BOXES = ("sam_prompts", "jitter", "min_area", "prompts_per_image", "boxes", "points", "topology")
+IMAGES = ("pseudocolor", "views", "mask_orientation", "mask_threshold")
+VOLUMES = (
+    "crops_per_volume", "crop_ratio", "spacing", "intensity", "overlap", "window_batch",
+    "checkpointing", "largest_component", "organ_rules", "classes",
+)  # fmt: skip
+CODES = ("codes",)
+TEXT_CODES = ("text_codes",)
+REFUSED = {
+    TEXTS: "--prompt, --negatives: {model} reads no text",
+    VOLUMES: "{flag}: {model} takes images; this is for volumes",
+    IMAGES: "{flag}: {model} takes volumes; this is for images",
+    BOXES: "{flag}: {model} takes no boxes or points, only SAM does",
+    CODES: "{flag}: {model} has no codes of classes, only universal and fewshot3d do",
+    TEXT_CODES: (
+        "{flag}: {model} has no codes of texts, only universal, fewshot3d and text_swin_unetr do"
+    ),
+    PROMPT_STUDY: "--prompt-study: {model} reads no text",
+}
 
 
 @dataclass(frozen=True)
 class Family:
-    """What belongs to one --model."""
+    """What --model NAME means. All that differs between models is decided here and in Recipe.
 
-    settings: dict[str, Settings]  # --recipe -> its numbers
+    This class itself is of models that divide images into the classes of a data set. Those that
+    read a text, that are asked by boxes and points, and that take volumes derive from it, and
+    override methods; each says which.
+    """
+
+    protocols: dict[str, Protocol]  # --recipe -> its numbers
     variants: dict  # --variant -> Config
     load: Callable  # (weights, variant, settings, Config overrides, train set) -> model
     recipe: Callable  # (model, settings) -> Recipe
@@ -201,40 +332,86 @@ class Family:
     sides: tuple[int, int] = (1, 1)  # least side of an image, and what sides are multiples of
     keeps: bool = False  # has encode_image: what it gives can be kept
     lora: dict = field(default_factory=dict)  # how add_lora updates it, if not all linear layers
-    tokenizer: Callable | None = None  # (Config) -> tokenizer, of a model that reads
-    text_config: dict = field(default_factory=dict)  # Config fields that training starts with
     second_file: str | None = None  # the option (clip, decoder) that names a second file of weights
 
-    def tokenizers(self) -> dict[str, Callable]:
-        """Return {names of recipes: tokenizer} for each text length at which training starts.
+    takes: ClassVar[str] = "images"  # or "volumes": what data sets, and the inputs of predict.py
+    options: ClassVar[tuple] = (IMAGES,)  # groups of options that it takes, of REFUSED
+    variant_with_weights: ClassVar[bool] = False  # a variant says what is added to the weights
 
-        Needs no weights, but BiomedCLIPSeg needs its vocabulary.
+    # --- the command line ---
+
+    def check_given(self, given: dict, model: str, refused: dict = REFUSED) -> None:
+        """Raise ValueError, one line, if options are given that are for other models.
+
+        given: {name of an option: value}. model: what the line calls the model. refused: {group of
+        options: line}.
         """
-        variant = next(iter(self.variants.values()))
-        configs = {}
-        recipes = {}
-        for name, settings in self.settings.items():
-            config = replace(variant, **self.text_config | settings.config)
-            configs.setdefault(config.text_length, config)
-            recipes.setdefault(config.text_length, []).append(name)
-        return {", ".join(recipes[n]): self.tokenizer(config) for n, config in configs.items()}
+        for group, refusal in refused.items():
+            used = [key for key in group if self.is_given(key, given.get(key))]
+            if used and group not in self.options:
+                flag = "--" + used[0].replace("_", "-")
+                raise ValueError(refusal.format(flag=flag, model=model))
 
-    @property
-    def reads(self) -> bool:
-        """Whether the model takes a text."""
-        return self.settings["default"].prompt != ""
+    def is_given(self, option: str, value) -> bool:
+        """Return True unless the value of an option is what it is where nobody gave it."""
+        default = getattr(next(iter(self.protocols.values())), option, None)
+        return value is not None and value is not False and value != [] and value != default
 
-    @property
-    def asked(self) -> bool:
-        """Whether the model is asked by boxes and points."""
-        return self.settings["default"].sam_prompts is not None
+    def check_options(self, options) -> None:
+        """Raise ValueError, one line, for values of options that this model does not take."""
+        if not options.size:
+            return
+        if len(options.size) > 1:
+            sides = " ".join(map(str, options.size))
+            raise ValueError(f"--size {sides}: one number, of volumes three")
+        (side,) = options.size
+        least, step = self.sides
+        if side < least or side % step:
+            sides = f"of {least} pixels or more"
+            if step > 1:
+                sides = f"that are multiples of {step}, {least} or more"
+            raise ValueError(f"--size {side}: {options.model} takes sides {sides}")
 
-    @property
-    def partial(self) -> bool:
-        """Whether classes have codes, so that each volume may annotate other ones."""
-        return self.settings["default"].codes is not None
+    # --- data and model ---
 
-    @property
-    def volumes(self) -> bool:
-        """Whether the model takes volumes instead of images."""
-        return self.settings["default"].crops_per_volume is not None
+    def config_of(self, settings: Settings) -> dict:
+        """Return the fields of Config that the command line sets, of the input's size and kind."""
+        return {"image_size": settings.size[0]} if settings.size else {}
+
+    def open_volumes(self, entries: list, run: dict):
+        """Return the data set of entries with volumes. run: an earlier run's config.json, or {}."""
+        if run.get("config", {}).get("overlapping"):
+            entries = [layouts.as_overlapping(entry, run["classes"]) for entry in entries]
+        return volumes.VolumeSet(entries)
+
+    def check_classes(self, model: nn.Module, datasets: list, settings: Settings) -> None:
+        """Raise ValueError, one line, if a data set has other classes than the model."""
+        runs.check_classes(model, datasets, settings)
+
+    def make_ready(
+        self, model: nn.Module, recipe: Recipe, data_sets: DataSets, settings: Settings
+    ) -> Recipe:
+        """Do what is left between opening the data sets and training or testing on them.
+
+        Changes `data_sets` where some are replaced. Returns the recipe, or one in its place. Raises
+        ValueError, one line, if something about the data cannot be used.
+        """
+        return recipe
+
+    def load_model(self, weights, variant, settings: Protocol, overrides: dict, train_set=None):
+        """Return the model of `weights`, which may be a run that was stopped early."""
+        return loading.load_model(self, weights, variant, settings, overrides, train_set)
+
+    # --- predictions of images ---
+
+    def reads_text(self) -> bool:
+        """Return True if every image of a prediction needs a text."""
+        return False
+
+    def ask_in_prediction(self, recipe: Recipe, cases: list, classes: list | None, args) -> tuple:
+        """Return what asks for the masks of a prediction, and the classes that these are of.
+
+        cases: (name, image file, text) of each. classes: those of the run, None if none is known.
+        The first is a function, sample -> tensors that an item gets besides those of `inputs`.
+        """
+        return nothing, classes

@@ -12,7 +12,7 @@ import segformer
 import upernet
 from imaging.augment import Augment, GITractAugment
 from losses import dice_ce, gi_tract_dice_ce
-from recipes.base import Family, Recipe, Settings, class_forward, load
+from recipes.base import Family, Protocol, Recipe, class_forward, load
 from recipes.images import at_mask_size, dice_bce_at_mask_size, image_recipe
 
 # --- class maps: SegFormer, UPerNet, DPT and BEiT -------------------------------------------------
@@ -25,11 +25,11 @@ def class_loss(logits: Tensor, batch: dict, of_several: Callable = dice_ce) -> t
     return of_several(at_mask_size(logits, batch), batch["mask"][:, 0].long())
 
 
-def class_recipe(model: nn.Module, settings: Settings, file) -> Recipe:
+def class_recipe(model: nn.Module, settings: Protocol, file) -> Recipe:
     return image_recipe(file, model, settings, class_forward)
 
 
-def load_classes(weights, variant, settings: Settings, overrides, train_set, kind, variants):
+def load_classes(weights, variant, settings: Protocol, overrides, train_set, kind, variants):
     """A model of class `kind` with the classes of the training set; else with those of its file."""
     if train_set is not None:
         overrides = {"num_classes": len(train_set.classes)} | overrides
@@ -71,8 +71,8 @@ def class_family(
     def pretrained(name: str) -> bool:
         return name.startswith(backbone)
 
-    default = Settings(
-        weights=weights,
+    default = Protocol(
+        hub_ids=weights,
         prompt="",
         augment=Augment(rotate=15),
         loss=class_loss,

@@ -6,8 +6,14 @@ from pathlib import Path
 import biomedclipseg
 import clipseg
 from imaging.augment import Augment
-from recipes.base import Family, Recipe, Settings, hub_id, load
-from recipes.images import MEDVLSM, clip_tokenizer, dice_bce_at_mask_size, prompted_recipe
+from recipes.base import Protocol, Recipe, hub_id, load
+from recipes.images import (
+    MEDVLSM,
+    PromptedFamily,
+    clip_tokenizer,
+    dice_bce_at_mask_size,
+    prompted_recipe,
+)
 from tokenizer import CHARACTERS, WordPieceTokenizer
 
 # --- CLIPSeg and BiomedCLIPSeg --------------------------------------------------------------------
@@ -22,8 +28,8 @@ def clipseg_towers(name: str) -> bool:
 
 CLIPSEG = {
     # What we recommend: gradients through both towers, the decoder at a hundred times their rate.
-    "default": Settings(
-        weights={f"rd{name}": f"CIDAS/clipseg-rd{name}" for name in ("64-refined", "64", "16")},
+    "default": Protocol(
+        hub_ids={f"rd{name}": f"CIDAS/clipseg-rd{name}" for name in ("64-refined", "64", "16")},
         config={"threshold": 0.5},
         augment=Augment(),
         loss=dice_bce_at_mask_size,
@@ -45,24 +51,28 @@ CLIPSEG["origin"] = replace(
     **MEDVLSM,
 )
 BIOMEDCLIPSEG = {
-    "default": replace(CLIPSEG["default"], weights={"biomedclipseg": BIOMEDCLIP}, decoder=RD64),
+    "default": replace(
+        CLIPSEG["default"], hub_ids={"biomedclipseg": BIOMEDCLIP}, default_decoder=RD64
+    ),
     # As CLIPSeg's. Left out: BERT's dropout, active in the frozen text tower, moved the embeddings.
-    "origin": replace(CLIPSEG["origin"], weights={"biomedclipseg": BIOMEDCLIP}),
-    "origin-d": replace(CLIPSEG["origin"], weights={"biomedclipseg": BIOMEDCLIP}, decoder=RD64),
+    "origin": replace(CLIPSEG["origin"], hub_ids={"biomedclipseg": BIOMEDCLIP}),
+    "origin-d": replace(
+        CLIPSEG["origin"], hub_ids={"biomedclipseg": BIOMEDCLIP}, default_decoder=RD64
+    ),
 }
 
 
-def with_adapters(settings: Settings) -> dict:
+def with_adapters(settings: Protocol) -> dict:
     """Fields of Config."""
     return {"adapter_dim": settings.adapter_dim} if settings.train == "adapters" else {}
 
 
-def load_clipseg(weights, variant, settings: Settings, overrides: dict, train_set):
+def load_clipseg(weights, variant, settings: Protocol, overrides: dict, train_set):
     overrides = with_adapters(settings) | overrides
     return load(clipseg.CLIPSeg, clipseg.VARIANTS, weights, variant, settings, overrides)
 
 
-def load_biomedclipseg(weights, variant, settings: Settings, overrides: dict, train_set):
+def load_biomedclipseg(weights, variant, settings: Protocol, overrides: dict, train_set):
     """Load BiomedCLIPSeg from `weights`; from scratch if "none", from the recipe's if None.
 
     Weights that are BiomedCLIP alone get the recipe's decoder, or a new one if it has none.
@@ -73,18 +83,18 @@ def load_biomedclipseg(weights, variant, settings: Settings, overrides: dict, tr
     if weights == "none":
         return biomedclipseg.BiomedCLIPSeg(replace(biomedclipseg.VARIANTS[variant], **overrides))
     if weights is None:
-        if train_set is None and not (settings.decoder or overrides.get("decoder")):
+        if train_set is None and not (settings.default_decoder or overrides.get("decoder")):
             raise ValueError("--weights is missing: BiomedCLIP, the default, has no decoder")
         weights = hub_id(settings, variant)
 
     kind = biomedclipseg.BiomedCLIPSeg
-    model = kind.from_pretrained(weights, default_decoder=settings.decoder, **overrides)
+    model = kind.from_pretrained(weights, default_decoder=settings.default_decoder, **overrides)
     if model.decoder_source is None and train_set is None:
         raise ValueError(f"{weights}: BiomedCLIP alone has no decoder to test; --decoder names one")
     return model
 
 
-def clipseg_recipe(model: clipseg.CLIPSeg, settings: Settings) -> Recipe:
+def clipseg_recipe(model: clipseg.CLIPSeg, settings: Protocol) -> Recipe:
     return prompted_recipe(clipseg, model, settings, clip_tokenizer(model.config))
 
 
@@ -98,14 +108,16 @@ def bert_tokenizer(config) -> WordPieceTokenizer:
     return WordPieceTokenizer(bert_vocabulary(config), config.text_length, config.pad_token)
 
 
-def biomedclipseg_recipe(model: biomedclipseg.BiomedCLIPSeg, settings: Settings) -> Recipe:
+def biomedclipseg_recipe(model: biomedclipseg.BiomedCLIPSeg, settings: Protocol) -> Recipe:
     c = model.config
     tokenizer = bert_tokenizer(c)
     files = {"vocab.txt": bert_vocabulary(c)} if c.vocabulary else {}
-    return replace(prompted_recipe(biomedclipseg, model, settings, tokenizer), files=files)
+    about = {"decoder": model.decoder_source}  # None: it started untrained
+    recipe = prompted_recipe(biomedclipseg, model, settings, tokenizer)
+    return replace(recipe, files=files, about=about)
 
 
-FAMILY = Family(
+FAMILY = PromptedFamily(
     CLIPSEG,
     clipseg.VARIANTS,
     load_clipseg,
@@ -116,7 +128,7 @@ FAMILY = Family(
     tokenizer=clip_tokenizer,
     second_file="clip",
 )
-BIOMED_FAMILY = Family(
+BIOMED_FAMILY = PromptedFamily(
     BIOMEDCLIPSEG,
     biomedclipseg.VARIANTS,
     load_biomedclipseg,

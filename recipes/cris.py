@@ -8,9 +8,10 @@ from torch import Tensor
 import cris
 from data import Dataset
 from imaging.augment import Augment
-from recipes.base import Family, Recipe, Settings, hub_id
+from recipes.base import Protocol, Recipe, hub_id
 from recipes.images import (
     MEDVLSM,
+    PromptedFamily,
     clip_tokenizer,
     dice_bce_at_mask_size,
     prompted_recipe,
@@ -41,8 +42,8 @@ CLIP = {"rn50": "timm/resnet50_clip.openai", "rn101": "timm/resnet101_clip.opena
 
 CRIS = {
     # What we recommend: one clear prompt type, pixels used whole, everything trained, CLIP gently.
-    "default": Settings(
-        weights=CLIP,
+    "default": Protocol(
+        hub_ids=CLIP,
         config={"pixels": "stretch", "threshold": 0.5},
         augment=Augment(),
         loss=dice_bce_at_mask_size,
@@ -53,8 +54,8 @@ CRIS = {
     # prompt is padded with 49407 to 77, so that the decoder attends to the padding too; masks are
     # stretched with nearest neighbour. Left out: JPEG masks served there as soft targets and
     # prompts were drawn anew in validation and test.
-    "origin": Settings(
-        weights=CLIP,
+    "origin": Protocol(
+        hub_ids=CLIP,
         config={
             "pixels": "medvlsm",
             "text_length": 77,
@@ -71,8 +72,8 @@ CRIS = {
     # CRIS itself (arXiv 2111.15174; github.com/DerrickWang005/CRIS.pytorch,
     # config/refcoco/cris_r50.yaml). Left out: its first epoch trained the backbone at the full
     # rate, because the groups named only `initial_lr`; the last, smaller batch was dropped.
-    "refcoco": Settings(
-        weights=CLIP,
+    "refcoco": Protocol(
+        hub_ids=CLIP,
         config={
             "pixels": "letterbox",
             "text_length": 17,
@@ -103,7 +104,7 @@ FROM_CLIP = {"text_length": 77}
 
 
 def load_cris(
-    weights, variant, settings: Settings, overrides: dict, train_set: Dataset | None
+    weights, variant, settings: Protocol, overrides: dict, train_set: Dataset | None
 ) -> cris.CRIS:
     """CRIS from `weights`; from CLIP of the hub if None, and that is said; from scratch if "none".
 
@@ -142,11 +143,11 @@ def make_cris(weights, variant, settings, overrides, train_set) -> cris.CRIS:
     return cris.CRIS.from_pretrained(weights, **overrides)
 
 
-def cris_recipe(model: cris.CRIS, settings: Settings) -> Recipe:
+def cris_recipe(model: cris.CRIS, settings: Protocol) -> Recipe:
     return prompted_recipe(cris, model, settings, clip_tokenizer(model.config))
 
 
-FAMILY = Family(
+FAMILY = PromptedFamily(
     CRIS,
     cris.VARIANTS,
     load_cris,

@@ -1,9 +1,10 @@
 """What the recipes of images share: inputs, forward pass, prediction, and prompts in words."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from textwrap import shorten
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -11,10 +12,20 @@ from PIL import Image
 from torch import Tensor, nn
 
 from data import Dataset
+from engine.runs import DataSets
 from imaging.augment import MIRRORS, sided, view
 from imaging.layouts import is_prompt_type
 from losses import dice_bce, dice_loss
-from recipes.base import Recipe, Settings, parameter_groups
+from recipes.base import (
+    IMAGES,
+    PROMPT_STUDY,
+    TEXTS,
+    Family,
+    Protocol,
+    Recipe,
+    Settings,
+    parameter_groups,
+)
 from tokenizer import CLIPTokenizer
 
 # --- images, and what is asked of them in words ---------------------------------------------------
@@ -110,7 +121,7 @@ def texts_per_batch(dataset: Dataset, kind: str, batch_size: int) -> float:
     return sum(1 - (1 - p) ** batch_size for p in share.values())
 
 
-def image_recipe(file, model, settings: Settings, forward: Callable, read=None) -> Recipe:
+def image_recipe(file, model, settings: Protocol, forward: Callable, read=None) -> Recipe:
     """For the model of `file`, which has preprocess and preprocess_mask."""
     look = partial(pixels, config=model.config, preprocess=file.preprocess)
     inputs = partial(
@@ -126,10 +137,105 @@ def image_recipe(file, model, settings: Settings, forward: Callable, read=None) 
     return Recipe(inputs, forward, settings.loss, predict, parameter_groups, look, read)
 
 
-def prompted_recipe(file, model: nn.Module, settings: Settings, tokenizer) -> Recipe:
+def prompted_recipe(file, model: nn.Module, settings: Protocol, tokenizer) -> Recipe:
+    """Return the recipe of the model of `file`, which reads a text."""
     read = partial(tokens, tokenizer=tokenizer)
     recipe = image_recipe(file, model, settings, prompted_forward, read)
-    return replace(recipe, tokenizer=tokenizer)
+    return replace(
+        recipe,
+        tokenizer=tokenizer,
+        caption=quoted_prompt,
+        sources=common_prompt_types,
+        ask_each=ask_every_type,
+        encode=encode_image,
+    )
+
+
+def quoted_prompt(item: dict) -> str:
+    """Return the prompt of an item as a caption."""
+    return f"“{item['prompt']}”" if item["prompt"] else "no text"
+
+
+def common_prompt_types(dataset: Dataset, settings) -> list[str]:
+    """Return the types of prompts that all entries of a data set have."""
+    entries = dataset.entries
+    return [kind for kind in entries[0].prompts if all(kind in e.prompts for e in entries)]
+
+
+def ask_every_type(recipe: Recipe, dataset: Dataset, i: int, kinds: list[str]) -> dict[str, dict]:
+    """Return {type of prompt: item} of entry i."""
+    entry = dataset.entries[i]
+    item = recipe.inputs(dataset.sample(i, kinds[0]), train=False, rng=None)
+    items = {}
+    for kind in kinds:
+        text = entry.text(kind)
+        items[kind] = item | recipe.read(text) | {"prompt": text}
+    return items
+
+
+def encode_image(model: nn.Module, item: dict) -> dict:
+    """Return the features of an item's image, for models that encode images apart from texts."""
+    if not hasattr(model, "encode_image"):
+        return {}
+    device = next(model.parameters()).device
+    return {"features": model.encode_image(item["image"][None].to(device))[0]}
+
+
+@dataclass(frozen=True)
+class PromptedFamily(Family):
+    """A model that reads a text and finds in an image what it asks for."""
+
+    tokenizer: Callable | None = None  # (Config) -> tokenizer
+    text_config: dict = field(default_factory=dict)  # Config fields that training starts with
+
+    options: ClassVar[tuple] = (IMAGES, TEXTS, PROMPT_STUDY)
+
+    def tokenizers(self) -> dict[str, Callable]:
+        """Return {names of recipes: tokenizer} for each text length at which training starts.
+
+        Needs no weights, but BiomedCLIPSeg needs its vocabulary.
+        """
+        variant = next(iter(self.variants.values()))
+        configs = {}
+        recipes = {}
+        for name, protocol in self.protocols.items():
+            config = replace(variant, **self.text_config | protocol.config)
+            configs.setdefault(config.text_length, config)
+            recipes.setdefault(config.text_length, []).append(name)
+        return {", ".join(recipes[n]): self.tokenizer(config) for n, config in configs.items()}
+
+    def check_options(self, options) -> None:
+        super().check_options(options)
+        if options.prompt_study and options.score_size == "network":
+            message = "--prompt-study scores at the image's size, drop it"
+            raise ValueError(f"--score-size network: {message}")
+
+    def make_ready(
+        self, model: nn.Module, recipe: Recipe, data_sets: DataSets, settings: Settings
+    ) -> Recipe:
+        """Hand the tokenizer to the data sets, which compare prompts by it; say what is cut.
+
+        Raises ValueError if --negatives cannot find a prompt of another image that differs.
+        """
+        texts = set()
+        for dataset in data_sets.all:
+            dataset.compare_prompts_by(recipe.tokenizer)
+            for entry in dataset.entries:
+                kinds = entry.prompts if settings.prompt_study else [settings.prompt]
+                for kind in kinds:
+                    texts.update(entry.texts(kind))
+
+        cuts = describe_cuts(texts, recipe.tokenizer)
+        if cuts:
+            is_study = settings.prompt_study
+            title = "prompts of all types" if is_study else f"prompt {settings.prompt}"
+            print(f"{title}: {cuts}")
+        if settings.negatives and not settings.eval:
+            data_sets.parts["train"].check_negatives(settings.prompt)
+        return recipe
+
+    def reads_text(self) -> bool:
+        return True
 
 
 def cut_texts(texts, tokenizer) -> list[str]:

@@ -12,12 +12,11 @@ from torch import Tensor
 from engine.command_line import is_out_of_memory
 from engine.lora import merge_state_dict
 from engine.runs import EDITED, run_config
-from recipes.base import Family, Settings
 
 # --- runs that were stopped before their first validation ----------------------------------------
 
 
-def load_model(family: Family, weights, variant, settings: Settings, overrides: dict, train_set):
+def load_model(family, weights, variant, settings, overrides: dict, train_set):
     """Return `family.load` of these arguments; the last weights of a run that never validated.
 
     Such a run folder has last.pt, but no best.safetensors yet. That they are used is printed.
@@ -65,7 +64,7 @@ def model_described_by(config: Path):
         raise ValueError(f"{config}: does not describe a model ({reason:.150}); {EDITED}") from None
 
 
-def last_weights(run: Path, family: Family) -> dict[str, Tensor]:
+def last_weights(run: Path, family) -> dict[str, Tensor]:
     """Return the state dict of a run's model as it was saved last, with --ema the average.
 
     What it is, is printed. Raises ValueError, one line, if last.pt cannot be read.

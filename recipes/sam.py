@@ -1,7 +1,10 @@
 """SAM: boxes and points that are made of masks or given, its losses and its recipes."""
 
-from dataclasses import replace
+from collections import Counter
+from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
+from typing import ClassVar
 from zlib import crc32
 
 import numpy as np
@@ -10,11 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sam_decoder
-from imaging import boxes_and_points
+from data import Dataset
+from engine import evaluate
+from engine.runs import DataSets
+from imaging import boxes_and_points, image_files, layouts
 from imaging.augment import Augment
 from losses import cldice_loss, dice_bce, oct_topological_loss, sam_loss, topological_loss
-from recipes.base import Family, Recipe, Settings, load, parameter_groups
-from recipes.images import for_scores, one_view, pixels
+from recipes.base import BOXES, IMAGES, Family, Protocol, Recipe, Settings, load, parameter_groups
+from recipes.images import encode_image, for_scores, one_view, pixels
 
 # --- SAM ------------------------------------------------------------------------------------------
 
@@ -184,9 +190,11 @@ def sam_predict(model, item: dict) -> tuple[Tensor, tuple | None]:
         batch = {key: item[key][k : k + 16].to(device) for key in ("boxes", "points", "labels")}
         batch["of"] = torch.zeros(len(batch["boxes"]), dtype=torch.int64, device=device)
         outputs.append(sam_forward(model, batch | {"features": features[None].to(device)}))
-        for number, p in zip(item["numbers"][k:].tolist(), sam_each(model, item, outputs[-1])):
+        for number, p in zip(
+            item["numbers"][k : k + 16].tolist(), sam_each(model, item, outputs[-1]), strict=True
+        ):
             classes[number] = torch.maximum(classes[number], p)
-    output = tuple(map(torch.cat, zip(*outputs))) if outputs else None
+    output = tuple(map(torch.cat, zip(*outputs, strict=True))) if outputs else None
     return classes if n > 1 else classes[1:], output
 
 
@@ -243,8 +251,8 @@ def qkv_weight(name: str) -> bool:
 
 SAM = {
     # What we recommend: the decoder alone, on kept features; boxes as a user draws them.
-    "default": Settings(
-        weights={f"vit-{size}": f"facebook/sam-vit-{size}" for size in ("base", "large", "huge")},
+    "default": Protocol(
+        hub_ids={f"vit-{size}": f"facebook/sam-vit-{size}" for size in ("base", "large", "huge")},
         prompt="",
         train="decoder",
         lora_rank=4,
@@ -291,11 +299,11 @@ SAM["origin"] = replace(
 )
 
 
-def load_sam(weights, variant, settings: Settings, overrides: dict, train_set) -> sam_decoder.SAM:
+def load_sam(weights, variant, settings: Protocol, overrides: dict, train_set) -> sam_decoder.SAM:
     return load(sam_decoder.SAM, sam_decoder.VARIANTS, weights, variant, settings, overrides)
 
 
-def sam_recipe(model: sam_decoder.SAM, settings: Settings) -> Recipe:
+def sam_recipe(model: sam_decoder.SAM, settings: Protocol) -> Recipe:
     config = model.config
     look = partial(pixels, config=config, preprocess=sam_decoder.preprocess)
     how = {"config": config, "settings": settings}
@@ -309,10 +317,159 @@ def sam_recipe(model: sam_decoder.SAM, settings: Settings) -> Recipe:
         ask=partial(sam_ask, **how),
         each=sam_each,
         look=look,
+        test=evaluate.prompted_test,
+        sources=sam_sources,
+        ask_each=ask_every_source,
+        encode=encode_image,
     )
 
 
-FAMILY = Family(
+def with_given(recipe, tests: dict, boxes: str | None, points: str | None):
+    """Return the recipe, which then can also ask by the boxes and points of files.
+
+    Raises ValueError if they are not those of the one test set.
+    """
+    if len(tests) != 1:
+        given = f"--boxes {boxes}" if boxes else f"--points {points}"
+        raise ValueError(f"{given}: for one test set, not {len(tests)}")
+    (dataset,) = tests.values()
+    images = []
+    names = []
+    for entry in dataset.entries:
+        images.append(entry.image)
+        names.append(layouts.name_in_images(entry.image, entry.root))
+    sizes = [tuple(row[2:4]) for row in dataset.rows]
+    given, _ = read_image_prompts(boxes, points, images, names, sizes, dataset.classes)
+    return replace(recipe, ask=partial(recipe.ask, given=given))
+
+
+def read_image_prompts(boxes, points, images: list[Path], names: list[str], sizes, classes=None):
+    """Read the prompts of n images from files: {image file: [prompts.Prompt, ...]}, and classes.
+
+    boxes, points: paths of files, one may be None. names: the images' paths as `prompts.ImageNames`
+    takes them. sizes: their (H,W). Prints how many images have no prompt. Raises ValueError if an
+    image is listed twice, as the masks of two entries: a box names only the image.
+    """
+    kind = "point" if boxes is None else "box"
+    if len({*images}) < len(images):
+        image = next(image for image in images if images.count(image) > 1)
+        masks = f"{image} has {images.count(image)} masks"
+        option = "--points" if boxes is None else "--boxes"
+        raise ValueError(f"{option}: {masks}; a {kind} does not say which it is for")
+
+    paths = dict(zip(images, names, strict=True))
+    sizes = dict(zip(images, sizes, strict=True))
+    given, classes = boxes_and_points.read_given(boxes, points, sizes, classes, paths)
+    without = [paths[image] for image in images if image not in given]
+    if without:
+        kind = "box or point" if boxes and points else kind
+        count = f"{len(without)} of {len(images)} images have no {kind}, and their masks are empty"
+        print(f"{boxes or points}: {count} ({boxes_and_points.first_three(without)})")
+    return given, classes
+
+
+def given_source(settings) -> str | None:
+    """Return what the prompts of --boxes, of --points, or of both are called in tables."""
+    if settings.boxes and settings.points:
+        return "given both"
+    if settings.boxes:
+        return "given boxes"
+    return "given points" if settings.points else None
+
+
+def sam_sources(dataset: Dataset, settings) -> list[str]:
+    """Return what every entry can be asked by: all that a user may have."""
+    whole = ["image"] if len(dataset.classes) == 1 else []  # which tells no classes apart
+    given = given_source(settings)
+    given = [given] if given else []
+    return ["boxes", "jittered boxes", *given, "points", "both", *whole]
+
+
+def ask_every_source(recipe: Recipe, dataset: Dataset, i: int, kinds: list[str]) -> dict[str, dict]:
+    """Return {source of prompts: item} of entry i."""
+    sample = dataset.sample(i, "")
+    item = recipe.inputs(sample, train=False, rng=None)
+    return {kind: item | recipe.ask(sample, kind) | {"prompt": kind} for kind in kinds}
+
+
+def image_names(images: list[Path], inputs: list[str]) -> list[str]:
+    """Return the images' paths within their input folder or their data set's images folder.
+
+    With several data sets the folder of the data set comes first where a path occurs twice.
+    """
+    data_sets = [Path(place).resolve() for place in inputs if layouts.splits(Path(place))]
+    folders = [Path(place) for place in inputs if Path(place).is_dir()]
+    names = []
+    longer_names = []
+    for image in images:
+        root = next((root for root in data_sets if image.is_relative_to(root)), None)
+        folder = next((folder for folder in folders if image.is_relative_to(folder)), None)
+        if root is not None:
+            name = layouts.name_in_images(image, root)
+        else:
+            name = image.name if folder is None else image.relative_to(folder).as_posix()
+        names.append(name)
+        longer_names.append(name if root is None else f"{root.name}/{name}")
+
+    counts = Counter(names)
+    return [
+        long if counts[name] > 1 else name for name, long in zip(names, longer_names, strict=True)
+    ]
+
+
+def size_for_boxes(file: Path) -> tuple[float, float]:
+    """Return the (H,W) of an image, upright; infinite if it cannot be read, so that boxes fit.
+
+    That it cannot be read is said when it is predicted.
+    """
+    try:
+        return image_files.read_image(file).shape[:2]
+    except (ValueError, OSError):
+        return np.inf, np.inf
+
+
+@dataclass(frozen=True)
+class SAMFamily(Family):
+    """SAM: asked by boxes and points, which are made of masks or given in files."""
+
+    options: ClassVar[tuple] = (IMAGES, BOXES)
+
+    def check_options(self, options) -> None:
+        super().check_options(options)
+        if options.score_size == "network":
+            raise ValueError("--score-size network: SAM is scored at the image's size, drop it")
+
+    def check_classes(self, model: nn.Module, datasets: list, settings: Settings) -> None:
+        """SAM has no classes of its own, and takes those of every data set."""
+        if settings.threshold == "auto" and len(datasets[0].classes) > 1:
+            raise ValueError("--threshold auto: of one class alone; drop it")
+
+    def make_ready(
+        self, model: nn.Module, recipe: Recipe, data_sets: DataSets, settings: Settings
+    ) -> Recipe:
+        """Read the files of --boxes and --points."""
+        if settings.boxes or settings.points:
+            return with_given(recipe, data_sets.tests, settings.boxes, settings.points)
+        return recipe
+
+    def ask_in_prediction(self, recipe: Recipe, cases: list, classes: list | None, args) -> tuple:
+        """Ask by the files of --boxes and --points, or by the whole image."""
+        if args.boxes or args.points:
+            images = [file for _, file, _ in cases]
+            sizes = [size_for_boxes(file) for file in images]
+            names = image_names(images, args.inputs)
+            files = args.boxes, args.points
+            given, classes = read_image_prompts(*files, images, names, sizes, classes)
+            return partial(recipe.ask, source="given boxes", given=given), classes
+        if classes and len(classes) > 1:
+            told = ", ".join(classes[1:])
+            need = "--boxes or --points is missing"
+            raise ValueError(f"{need}: a whole image does not say which of {told} is meant")
+        print("no --boxes or --points: SAM is asked by the box around each whole image")
+        return partial(recipe.ask, source="image"), classes or ["target"]
+
+
+FAMILY = SAMFamily(
     SAM,
     sam_decoder.VARIANTS,
     load_sam,

@@ -1,8 +1,9 @@
 """The CLIP-Driven Universal Model and its few-shot variants: classes that have codes."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -10,10 +11,18 @@ from torch import Tensor, nn
 import fewshot3d
 import swin_unetr3d
 import universal
+from imaging import layouts, volumes
 from imaging.layouts import plain_name
 from losses import partial_dice_bce
-from recipes.base import Family, Recipe, Settings, hub_id
-from recipes.swin_unetr3d import SWIN, check_modality, swin_encoder, volume_inputs, volume_recipe
+from recipes.base import CODES, TEXT_CODES, VOLUMES, Protocol, Recipe, Settings, hub_id
+from recipes.swin_unetr3d import (
+    SWIN,
+    VolumeFamily,
+    check_modality,
+    swin_encoder,
+    volume_inputs,
+    volume_recipe,
+)
 
 # --- volumes: the CLIP-Driven Universal Model -----------------------------------------------------
 
@@ -27,7 +36,7 @@ def universal_inputs(sample, train, rng, config, settings) -> dict:
         return volume_inputs(sample, train, rng, config, settings) | {"asked": numbers}
     item = volume_inputs(sample | {"regions": None}, train, rng, config, settings)
     table = torch.full((config.num_classes, 256), -1, dtype=torch.int16)
-    for k, region in zip(numbers, sample["regions"]):
+    for k, region in zip(numbers, sample["regions"], strict=True):
         table[k] = torch.isin(torch.arange(256), torch.tensor(region))
         table[k, 255] = 255
     return item | {"table": table.expand(len(item["mask"]), -1, -1)}
@@ -46,7 +55,9 @@ def universal_forward(model: nn.Module, batch: dict) -> Tensor:
 def universal_loss(logits: Tensor, batch: dict) -> tuple[Tensor, dict]:
     """Dice + BCE of each class in each crop for which it is annotated."""
     tables = batch["table"][:, annotated(batch)]  # (B,k,256)
-    target = [table[:, mask.long()] for table, mask in zip(tables, batch["mask"][:, 0])]
+    target = [
+        table[:, mask.long()] for table, mask in zip(tables, batch["mask"][:, 0], strict=True)
+    ]
     return partial_dice_bce(logits.float(), torch.stack(target))
 
 
@@ -71,7 +82,7 @@ def read_codes(path: str | None) -> dict[str, Tensor]:
 
 
 def load_universal(
-    kind, variants, weights, variant, settings: Settings, overrides: dict, train_set
+    kind, variants, weights, variant, settings: Protocol, overrides: dict, train_set
 ):
     """A Universal Model that knows the classes of the training set; without one those of the file
     of codes. What its weights do not know becomes a new class.
@@ -112,7 +123,7 @@ def load_universal(
     return model
 
 
-def universal_recipe(model: universal.UniversalSwinUNETR, settings: Settings) -> Recipe:
+def universal_recipe(model: universal.UniversalSwinUNETR, settings: Protocol) -> Recipe:
     inputs = partial(universal_inputs, config=model.config, settings=settings)
     return replace(volume_recipe(model, settings), inputs=inputs, forward=universal_forward)
 
@@ -120,7 +131,7 @@ def universal_recipe(model: universal.UniversalSwinUNETR, settings: Settings) ->
 UNIVERSAL = {
     "default": replace(
         SWIN["default"],
-        weights={"universal": "ljwztc/CLIP-Driven-Universal-Model"},
+        hub_ids={"universal": "ljwztc/CLIP-Driven-Universal-Model"},
         codes="text",
         loss=universal_loss,
     ),  # backbone as of Swin UNETR, so that --train decoder leaves the same alone
@@ -131,7 +142,7 @@ UNIVERSAL = {
 # (--crop-ratio).
 UNIVERSAL["origin"] = replace(
     UNIVERSAL["default"],
-    weights={},
+    hub_ids={},
     augment={"rotate90": 0.1, "shift": (0.1, 0.2)},
     crop_ratio=(1.0, 2.0),
     decay_all=True,
@@ -149,15 +160,56 @@ UNIVERSAL["origin"] = replace(
 # volumes of the new organ): it ended at 1.1e-5. Left out: its Dice of each slice apart; what three
 # of its four crops learned from the first one's image (--recipe origin is not "chain" of ATTEND).
 FEWSHOT = {
-    "default": replace(UNIVERSAL["default"], weights={}),
+    "default": replace(UNIVERSAL["default"], hub_ids={}),
     "origin": replace(UNIVERSAL["origin"], epochs=11, warmup=100 / 11, eval_every=1),
 }
 
 
-def universal_family(settings: dict[str, Settings], kind, variants: dict) -> Family:
+@dataclass(frozen=True)
+class UniversalFamily(VolumeFamily):
+    """A model whose classes have codes, so that each volume may annotate other ones."""
+
+    options: ClassVar[tuple] = (VOLUMES, CODES, TEXT_CODES)
+
+    def check_options(self, options) -> None:
+        super().check_options(options)
+        if options.text_codes and options.codes in ("random", "one-hot"):
+            raise ValueError(f"--codes {options.codes}: takes no --text-codes, drop one")
+
+    def open_volumes(self, entries: list, run: dict) -> volumes.VolumeSet:
+        """Return volumes of which each may annotate other classes."""
+        return volumes.VolumeSet([*map(layouts.as_regions, entries)], partial=True)
+
+    def check_classes(self, model: nn.Module, datasets: list, settings: Settings) -> None:
+        """Raise ValueError, one line, if data sets annotate what the model has no code of."""
+        if settings.threshold == "auto":
+            raise ValueError("--threshold auto: of one class alone; drop it")
+        known = model.config.classes
+        for dataset in datasets:
+            unknown = [name for name in dataset.classes if name not in known]
+            if unknown:
+                told = f"{unknown[0]} is no class of the model ({', '.join(known[1:])})"
+                hint = "nothing trains it"
+                if settings.eval:
+                    hint = "--text-codes FILE with its code adds it"
+                raise ValueError(f"{dataset.entries[0].root}: {told}; {hint}")
+
+    def numbers_asked(self, model: nn.Module, classes: list[str], names: list[str] | None):
+        """Return the numbers of --classes, None without them."""
+        if names is None:
+            return None
+        known = {plain_name(name): number for number, name in enumerate(classes[1:])}
+        names = [plain_name(name) for name in names]
+        for name in names:
+            if name not in known:
+                raise ValueError(f"--classes: the model has no {name}, only {', '.join(known)}")
+        return [known[name] for name in dict.fromkeys(names)]
+
+
+def universal_family(protocols: dict[str, Protocol], kind, variants: dict) -> UniversalFamily:
     """Return the family of a model of class `kind` whose classes have codes."""
     load = partial(load_universal, kind, variants)
-    return Family(settings, variants, load, universal_recipe, swin_encoder)
+    return UniversalFamily(protocols, variants, load, universal_recipe, swin_encoder)
 
 
 FAMILY = universal_family(UNIVERSAL, universal.UniversalSwinUNETR, universal.UNIVERSAL_VARIANTS)

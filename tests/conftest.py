@@ -132,15 +132,6 @@ def real_weights(real_data) -> Path:
     return folder
 
 
-def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: minutes; run by `make test-slow`")
-    config.addinivalue_line("markers", "curves: draws the curves of its runs, see no_curves")
-    config.addinivalue_line("markers", "online: needs the hub; run by `make test-online`")
-    config.addinivalue_line(
-        "markers", "numeric: compares computed numbers; also run by `make test-processors`"
-    )
-
-
 @pytest.fixture(autouse=True)
 def no_curves(request, monkeypatch):
     """Write an empty picture for each epoch's curves, which take as long as the epoch.

@@ -440,11 +440,11 @@ def recipe_files(tmp_path, monkeypatch) -> tuple[dict, dict, dict]:
     state = mini_state()
     files = write_hub_files(state, tmp_path / "hub")
     named = write_hub_files(other_decoder(state, 1), tmp_path / "named")
-    settings = FAMILIES["biomedclipseg"].settings
+    settings = FAMILIES["biomedclipseg"].protocols
     for recipe in settings:
-        towers, decoder = {"biomedclipseg": str(files["source"])}, settings[recipe].decoder
+        towers, decoder = {"biomedclipseg": str(files["source"])}, settings[recipe].default_decoder
         decoder = str(files["decoder"]) if decoder else None
-        here = replace(settings[recipe], weights=towers, decoder=decoder)
+        here = replace(settings[recipe], hub_ids=towers, default_decoder=decoder)
         monkeypatch.setitem(settings, recipe, here)
     return state, files, named
 
@@ -452,8 +452,8 @@ def recipe_files(tmp_path, monkeypatch) -> tuple[dict, dict, dict]:
 def loaded_by(train_set, **given):
     """The model that train.py begins with."""
     options = Options(model="biomedclipseg", data=["somewhere"], workers=0, **given)
-    options, settings = options_module.resolve(options)
-    return train.load_model(options, settings, train_set, torch.device("cpu"))
+    settings = options_module.resolve(options)
+    return train.load_model(settings, train_set, torch.device("cpu"))
 
 
 def assert_decoder(model, state, source):

@@ -432,7 +432,7 @@ def test_a_config_that_describes_no_model_is_one_line(damage, has_best, run_fold
         (run_folder / "best.safetensors").unlink()
     family = FAMILIES["cris"]
     with pytest.raises(ValueError) as caught:
-        loading.load_model(family, run_folder, None, family.settings["default"], {}, None)
+        loading.load_model(family, run_folder, None, family.protocols["default"], {}, None)
     said = str(caught.value)
     assert said.startswith(f"{file}: does not describe a model (") and "\n" not in said
     assert NO_MODEL[damage] in said and said.endswith(EDITED)
@@ -446,7 +446,7 @@ def test_other_weights_than_the_config_describes_name_the_run(run_folder):
     (run_folder / "best.safetensors").unlink()
     family = FAMILIES["cris"]
     with pytest.raises(ValueError, match=f"^{run_folder}: .*ffn"):
-        loading.load_model(family, run_folder, None, family.settings["default"], {}, None)
+        loading.load_model(family, run_folder, None, family.protocols["default"], {}, None)
 
 
 def test_a_lack_of_memory_is_no_fault_of_the_config(run_folder, monkeypatch):
@@ -456,7 +456,7 @@ def test_a_lack_of_memory_is_no_fault_of_the_config(run_folder, monkeypatch):
     monkeypatch.setattr(cris.CRIS, "__init__", fail)
     family = FAMILIES["cris"]
     with pytest.raises(torch.OutOfMemoryError):
-        loading.load_model(family, run_folder, None, family.settings["default"], {}, None)
+        loading.load_model(family, run_folder, None, family.protocols["default"], {}, None)
 
 
 def test_a_run_with_more_images_than_it_started_with_is_one_line(

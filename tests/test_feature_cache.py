@@ -248,12 +248,13 @@ def test_each_process_checks_a_row_when_it_first_reads_it(tmp_path):
 def test_killed_at_any_moment(tmp_path):
     """A process that is killed twice and started again leaves what an undisturbed one does."""
     program = (
-        "import sys, time, torch; from pathlib import Path; import features\n"
+        "import sys, time, torch; from pathlib import Path\n"
+        "from engine import feature_cache\n"
         "def compute(start):\n"
         "    print(start, flush=True)\n"
         "    for i in range(start, 40):\n"
         "        time.sleep(0.02); yield torch.full((1000,), float(i))\n"
-        "features.keep(Path(sys.argv[1]), 40, compute, '')\n"
+        "feature_cache.keep(Path(sys.argv[1]), 40, compute, '')\n"
     )
     path = tmp_path / "key.npy"
     command, starts = [sys.executable, "-c", program, str(path)], []
@@ -296,11 +297,12 @@ def test_no_room(tmp_path, monkeypatch):
 
 def test_two_runs_at_once_share_one_computation(tmp_path):
     program = (
-        "import sys, time, torch; from pathlib import Path; import features\n"
+        "import sys, time, torch; from pathlib import Path\n"
+        "from engine import feature_cache\n"
         "def compute(start):\n"
         "    for i in range(start, 6):\n"
         "        time.sleep(0.2); print('row', i, flush=True); yield torch.full((2, 3), float(i))\n"
-        f"rows = features.keep(Path({str(tmp_path / 'key.npy')!r}), 6, compute, 'six')\n"
+        f"rows = feature_cache.keep(Path({str(tmp_path / 'key.npy')!r}), 6, compute, 'six')\n"
         "assert (rows[:, 0, 0] == [0, 1, 2, 3, 4, 5]).all(), rows[:, 0, 0]\n"
     )
     both = [

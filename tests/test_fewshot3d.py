@@ -1,6 +1,7 @@
 """The few-shot study's attention and text options: its numbers, its mistakes, what mends them."""
 
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -12,6 +13,7 @@ from recipe import fill
 
 import fewshot3d
 import swin_unetr3d
+import universal as universal_file
 from fewshot3d import AttentionUniversal, CrossModalTransformer, TextSwinUNETR
 from imaging import volumes
 from universal import UniversalSwinUNETR, dynamic_head
@@ -20,7 +22,7 @@ pytestmark = pytest.mark.numeric
 
 MINI = replace(fewshot3d.VARIANTS["mini"], num_classes=4, classes=("background", *"abcd"))
 SIDES = (96, 32, 32)
-TEXT = replace(fewshot3d.TEXT_VARIANTS["mini"], image_size=SIDES)
+TEXT = replace(fewshot3d.MINI, image_size=SIDES)
 ALL = {"attention": True, "concat": True, "contrast": True}
 
 
@@ -86,15 +88,17 @@ def test_names_and_shapes_of_both_studies():
     with torch.device("meta"):
         config = fewshot3d.VARIANTS["universal-attention"]
         model = AttentionUniversal(config, torch.empty(32, 512))
-    assert shapes(swin_unetr3d.to_official(model.state_dict())) == names
+    assert shapes(universal_file.to_official(model.state_dict())) == names
     official = {n: torch.empty(s, device="meta") for n, s in names.items()}
     assert shapes(swin_unetr3d.convert(official)) == shapes(model.state_dict())
     count, source = sum(p.numel() for p in model.parameters()), (ROOT / "fewshot3d.py").read_text()
     assert f'"universal-attention": AttentionConfig(),  # {count:,}\n' in source
-    with torch.device("meta"):
-        model = TextSwinUNETR(fewshot3d.TEXT_VARIANTS["btcv"])
-    count = sum(p.numel() for p in model.parameters())
-    assert f'"btcv": TextConfig(**swin_unetr3d.BTCV),  # {count:,}, ' in source
+    plain = fewshot3d.TextConfig(**swin_unetr3d.BTCV)
+    for name, config in {**fewshot3d.TEXT_VARIANTS, "without": plain}.items():
+        with torch.device("meta"):
+            model = TextSwinUNETR(config)
+        count = sum(p.numel() for p in model.parameters())
+        assert re.search(rf'"?{name}"?[ :].*[#:] .*\b{count:,}\b', source), (name, count)
     _, meta, every = golden("fewshot3d_btcv")
     for variant, options in meta["variants"].items():
         with torch.device("meta"):

@@ -141,6 +141,47 @@ def test_shared_blocks_are_the_same_code_everywhere():
         )
 
 
+# Files that read from top to bottom; methods that load or pass on may use what is further down.
+CHAPTERS = ("swin_unetr3d", "universal", "fewshot3d")
+LOOK_AHEAD = {"from_pretrained", "config_of", "preprocess", "postprocess"}
+
+
+def names_used_ahead(text: str) -> dict[str, int]:
+    """Return the names that a file uses above the line on which it defines them: name -> line."""
+    tree = ast.parse(text)
+    defined = {}
+    for node in tree.body:
+        targets = node.targets if isinstance(node, ast.Assign) else [node]
+        for target in targets:
+            name = getattr(target, "id", None) or getattr(target, "name", None)
+            defined.setdefault(name, node.lineno)
+
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef) and node.name in LOOK_AHEAD:
+            node.body = []
+    ahead = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and node.lineno < defined.get(node.id, 0):
+            ahead.setdefault(node.id, node.lineno)
+    return ahead
+
+
+@pytest.mark.parametrize("name", CHAPTERS)
+def test_a_model_file_reads_from_top_to_bottom(name):
+    """Above the line behind which only loading is left, no name is used before it is defined."""
+    above, line, _ = source(name).partition("# Nothing under this line is needed to understand the")
+    assert line
+    ahead = names_used_ahead(source(name))
+    used = {word: number for word, number in ahead.items() if number <= above.count("\n")}
+    assert not used, f"{name}.py uses {used} ahead of their definitions"
+    assert ast.get_docstring(ast.parse(source(name))).count("\n") < 30
+
+
+def test_a_name_used_ahead_is_found():
+    text = "def a():\n    return b() + C\n\n\ndef b():\n    return 1\n\n\nC = 2\n"
+    assert names_used_ahead(text) == {"b": 2, "C": 2}
+
+
 def count_statements(function: ast.FunctionDef) -> int:
     """Return the number of statements in a function's body; its docstring does not count."""
     statements = [node for node in ast.walk(function) if isinstance(node, ast.stmt)]

@@ -116,6 +116,11 @@ def test_an_error_of_a_data_loading_process_is_its_last_line():
     assert command_line.describe_error(RuntimeError("shapes do not fit")) is None
 
 
+def take_ctrl_c() -> None:
+    """Let a child take SIGINT, which what a shell starts in the background ignores."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_a_signal_during_the_imports_is_one_line(tmp_path):
     slow = "import time\nprint('importing', flush=True)\ntime.sleep(60)"
     (tmp_path / "torch.py").write_text(slow)
@@ -124,7 +129,8 @@ def test_a_signal_during_the_imports_is_one_line(tmp_path):
     for program, number in ("train", signal.SIGINT), ("prepare", signal.SIGTERM):
         words = [sys.executable, ROOT / f"{program}.py", "--help"]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        process = subprocess.Popen(words, env=os.environ | {"PYTHONPATH": paths}, **pipes)
+        env = os.environ | {"PYTHONPATH": paths}
+        process = subprocess.Popen(words, env=env, preexec_fn=take_ctrl_c, **pipes)
         assert process.stdout.readline() == "importing\n"
         process.send_signal(number)
         _, err = process.communicate()
@@ -285,7 +291,7 @@ def full_memory(*_, **__):
 
 
 EARLY = {  # what fails: where in train.py, with what
-    "while data are checked": ("open_sets", stopped),
+    "while data are checked": ("runs.open_data", stopped),
     "while the model is made": ("load_model", full_memory),
     "while the first steps are done": ("Run.fit", full_memory),
     "while the first epoch is done": ("Run.train_epoch", stopped),
@@ -311,7 +317,7 @@ def test_a_failure_leaves_the_files_of_a_folder_as_they_were(options, monkeypatc
     (out / "log.txt").write_text("of an earlier test\n")
     before = contents(out)
     with monkeypatch.context() as patch:
-        patch.setattr(train, "open_sets", stopped)
+        patch.setattr(train.runs, "open_data", stopped)
         code, text, _ = command(monkeypatch, capsys, train, *arguments(options))
     assert code == 130 and "holds a test that was stopped" in text
     (out / "test/overlays").rmdir(), (out / "test").rmdir()

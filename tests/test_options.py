@@ -23,8 +23,9 @@ import studies
 import train
 from engine.ranges import Number
 from imaging import pictures
-from options import Options, flag, resolve, values_of
+from options import Options, as_options, flag, resolve, values_of
 from recipes import FAMILIES, base, cris, images, sam
+from recipes.base import BOXES
 
 # --- ranges --------------------------------------------------------------------------------------
 
@@ -106,7 +107,7 @@ def test_ends_of_ranges_are_taken():
         {"warmup": 0.0, "epochs": 1, "threshold": 0.01, "lr": 1e-30, "mask_threshold": 255},
         {"threshold": "auto", "negatives": 1.0, "ema": 0.999},
     ):
-        done, _ = resolve(Options(model="clipseg", data=["a"], out="x", **given))
+        done = resolve(Options(model="clipseg", data=["a"], out="x", **given))
         assert given.items() <= vars(done).items()
 
 
@@ -174,10 +175,10 @@ def test_no_program_takes_a_bare_number():
 
 def test_a_single_value_is_a_list_of_one(tmp_path):
     path = tmp_path / "polyps"
-    done, _ = resolve(Options(data=str(path), size=64, test=path))
+    done = resolve(Options(data=str(path), size=64, test=path))
     assert (done.data, done.test, done.size) == ([str(path)], [str(path)], [64])
-    assert resolve(Options(data=("a", Path("b"))))[0].data == ["a", "b"]
-    assert resolve(Options(data=["a"], threshold=np.float64(0.5), seed=np.int64(3)))[0].seed == 3
+    assert resolve(Options(data=("a", Path("b")))).data == ["a", "b"]
+    assert resolve(Options(data=["a"], threshold=np.float64(0.5), seed=np.int64(3))).seed == 3
 
 
 @pytest.mark.parametrize(
@@ -217,11 +218,12 @@ def test_a_word_that_is_no_choice_is_refused_in_the_same_words(monkeypatch, caps
 def test_what_a_recipe_sets_can_be_handed_on(model):
     """A resumed run gives all of its options again."""
     family = FAMILIES[model]
-    for recipe in family.settings:
+    for recipe in family.protocols:
         given = Options(model=model, recipe=recipe, data=["a"], weights="none")
-        done, settings = resolve(given)
-        again, same = resolve(replace(done, resume=True))
-        assert json.dumps(vars(again)) == json.dumps(vars(replace(done, resume=True)))
+        settings = resolve(given)
+        done = as_options(settings) | {"resume": True}
+        same = resolve(Options(**done))
+        assert json.dumps(as_options(same)) == json.dumps(done)
         assert (same.warmup, same.lr, same.epochs) == (
             settings.warmup, settings.lr, settings.epochs,
         )  # fmt: skip
@@ -232,7 +234,7 @@ def test_what_a_recipe_sets_can_be_handed_on(model):
 
 # --- sizes ---------------------------------------------------------------------------------------
 
-IMAGES = [name for name, family in FAMILIES.items() if not family.volumes]
+IMAGES = [name for name, family in FAMILIES.items() if family.takes == "images"]
 
 
 @pytest.mark.parametrize("model", IMAGES)
@@ -318,8 +320,8 @@ def small_run(root: Path, tmp_path: Path, model: str, **more) -> Options:
     """A training of one or two steps of a small model."""
     how = {"variant": "mini", "weights": "none", "out": str(tmp_path / "run"), "device": "cpu"}
     how |= {"cache": str(tmp_path / "cache"), "epochs": 1, "max_steps": 2, "workers": 0}
-    how |= {"prompt": "a blob"} if FAMILIES[model].reads else {}
-    how |= {"min_area": 1} if FAMILIES[model].asked else {}
+    how |= {"prompt": "a blob"} if FAMILIES[model].reads_text() else {}
+    how |= {"min_area": 1} if BOXES in FAMILIES[model].options else {}
     return Options(model=model, data=[str(root)], **how | {"overlays": 0} | more)
 
 
@@ -490,7 +492,7 @@ def test_a_training_with_images_of_255_alone_goes_on(model, recipe, tmp_path):
 def folder_of(*words) -> str:
     """Return the name of the run folder of a command line."""
     given = options.parse("", [*map(str, words)])
-    return Path(resolve(Options(**given))[0].out).as_posix()
+    return Path(resolve(Options(**given)).out).as_posix()
 
 
 @pytest.mark.parametrize(
@@ -576,11 +578,11 @@ def output_of(program: str, words: list[str], monkeypatch) -> Path | None:
     assert not str(weights).startswith("runs/") or Path(weights).is_dir(), words
     if program != "train.py":
         return Path(args.out)
-    done, _ = resolve(Options(**given))
+    done = resolve(Options(**given))
     out = Path(done.out)
     assert not out.exists(), f"{out} is there already: train.py {' '.join(words)}"
     out.mkdir(parents=True)
-    run = {"format": 1, "model": done.model, "options": vars(done)}
+    run = {"format": 1, "model": done.model, "options": as_options(done)}
     (out / "config.json").write_text(json.dumps(run))
     return out
 

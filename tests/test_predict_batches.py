@@ -22,7 +22,7 @@ import sam_decoder
 import segformer
 import swin_unetr3d
 import train
-from imaging import layouts, pictures
+from imaging import image_files, layouts, pictures
 from recipes import FAMILIES, loading
 
 AFFINE = np.diag([4.0, 4.2, 5.0, 1])
@@ -122,14 +122,14 @@ def test_many_bad_inputs_are_counted(run, tmp_path, monkeypatch, capsys):
 
 
 def test_an_input_too_large_for_the_memory_is_a_bad_one(run, photos, tmp_path, monkeypatch, capsys):
-    load_image = predict.data.load_image
+    load_image = image_files.load_image
 
     def load(path):
         if path.name == "b.jpg":
             raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 9 GiB")
         return load_image(path)
 
-    monkeypatch.setattr(predict.data, "load_image", load)
+    monkeypatch.setattr(image_files, "load_image", load)
     given = ["--weights", run, photos, "--out", tmp_path / "out"]
     _, error = called(monkeypatch, capsys, *given, status=1)
     assert error.splitlines()[1:] == ["  b: does not fit into memory"]

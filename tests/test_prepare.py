@@ -1162,14 +1162,15 @@ def test_what_is_no_file_is_named(copy, tmp_path):
         special.append(path)
     code = """
 import pathlib, sys
-import data, layouts, prepare
+import data, prepare
+from imaging import image_files, layouts
 assert prepare.main(["check", sys.argv[1]]) == 1
 cache = pathlib.Path(sys.argv[2])
 for entry in layouts.annotations(sys.argv[1], "train")[:6]:
     for read in (
         lambda: data.open_dataset([entry], cache),
         lambda: data.mask_counts([entry], cache),
-        lambda: data.open_image(entry.image, decode=False),
+        lambda: image_files.open_image(entry.image, decode=False),
     ):
         try:
             read()

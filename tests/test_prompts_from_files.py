@@ -384,7 +384,7 @@ def test_the_same_prompts_from_files_give_the_same_answers(maps, tmp_path, capsy
     files = {"boxes": (boxes, None), "points": (None, points), "both": (boxes, points)}
     what = {"boxes": "box", "points": "point", "both": "box or point"}
     for kind, pair in files.items():
-        asking = evaluate.with_given(recipe, {"maps": dataset}, *pair).ask
+        asking = sam.with_given(recipe, {"maps": dataset}, *pair).ask
         line = f"1 of 3 images have no {what[kind]}, and their masks are empty (empty.png)"
         assert line in capsys.readouterr().out
         for i in range(3):

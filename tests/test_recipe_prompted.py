@@ -36,7 +36,7 @@ def options(options, tmp_path):
 
 def start(options) -> dict[str, torch.Tensor]:
     """The weights that a run with these options begins with."""
-    settings = FAMILIES[options.model].settings["default"]
+    settings = FAMILIES[options.model].protocols["default"]
     torch.manual_seed(options.seed)
     model = FAMILIES[options.model].load("none", "mini", settings, {"image_size": 64}, None)
     return {name: t.clone() for name, t in model.state_dict().items()}
@@ -81,7 +81,7 @@ def test_what_trains(model, what, options, capsys):
 
 @pytest.mark.parametrize("model", MODELS)
 def test_all_that_is_said_to_train_gets_a_gradient(model, demo, options):
-    settings = FAMILIES[model].settings["default"]
+    settings = FAMILIES[model].protocols["default"]
     net = FAMILIES[model].load("none", "mini", settings, {"image_size": 64}, None)
     recipe = FAMILIES[model].recipe(net, settings)
     dataset = data.open_dataset(layouts.annotations(demo, "train"), options.cache)
@@ -296,7 +296,7 @@ def test_a_threshold_is_found_in_validation(options, demo, untested):
     dice = {}
     for threshold in np.arange(1, 20) / 20:
         model.config = replace(model.config, threshold=float(threshold))
-        scores = evaluate.evaluate(model, recipe, val, options, False, "")
+        scores = evaluate.evaluate(model, recipe, val, resolve(options), False, "")
         dice[float(threshold)] = np.mean([row["dice"] for row in scores])
     saved = json.loads((train.Path(options.out) / "config.json").read_text())
     assert dice[saved["config"]["threshold"]] == max(dice.values())
@@ -311,7 +311,8 @@ def test_towers_that_no_decoder_reads_are_not_tested():
 def test_a_study_of_prompts_needs_a_type_of_all():
     some = SimpleNamespace(entries=[SimpleNamespace(prompts=p) for p in ({"p1": ["a"]}, {})])
     with pytest.raises(ValueError, match="busi has no type of prompt that all entries have"):
-        evaluate.prompt_study(None, SimpleNamespace(read=True), {"busi": some}, None)
+        recipe = SimpleNamespace(sources=images.common_prompt_types)
+        evaluate.prompt_study(None, recipe, {"busi": some}, None)
 
 
 # --- prompts as the model sees them ---------------------------------------------------------------
@@ -449,11 +450,11 @@ def test_types_are_read_in_any_case_and_cut_prompts_are_said(demo, tmp_path, mon
 
 def test_a_run_that_was_trained_on_a_literal_type_keeps_its_prompt(options, tmp_path):
     """Older runs took P6 for a text: they are resumed and tested as they were trained."""
-    assert resolve(replace(options, prompt="P6"))[0].prompt == "p6"
-    assert resolve(replace(options, prompt="P6", resume=True))[0].prompt == "P6"
+    assert resolve(replace(options, prompt="P6")).prompt == "p6"
+    assert resolve(replace(options, prompt="P6", resume=True)).prompt == "P6"
     config = replace(clipseg.VARIANTS["mini"], image_size=64)
     state = clipseg.CLIPSeg(config).state_dict()
     old = {"options": {"prompt": "P6", "data": []}}
     run = write_run(tmp_path / "old", clipseg.CLIPSeg, state, config, **old)
     again = replace(options, variant=None, weights=str(run), eval=True, prompt=None)
-    assert resolve(again)[0].prompt == "P6"
+    assert resolve(again).prompt == "P6"

@@ -352,7 +352,7 @@ def test_what_changes_features_is_computed_anew(asked, maps, untested, capsys):
 
 def test_features_are_kept_only_where_no_encoder_learns(asked):
     def resolved(**how):
-        return command_line.resolve(replace(asked, **how))[1]
+        return command_line.resolve(replace(asked, **how))
 
     assert resolved().keep_features and resolved().augment is None
     assert resolved().views == ("original", "hflip")
@@ -360,12 +360,9 @@ def test_features_are_kept_only_where_no_encoder_learns(asked):
         settings = resolved(train=how)
         assert not settings.keep_features and settings.augment and settings.views == ("original",)
     assert resolved(train="all", views=["original", "dark"]).augment is None
-    assert command_line.resolve(train.Options(model="clipseg", data=["d"], train="decoder"))[
-        1
-    ].keep_features
-    assert not command_line.resolve(train.Options(model="segformer", data=["d"], train="decoder"))[
-        1
-    ].keep_features
+    for model, keeps in {"clipseg": True, "segformer": False}.items():
+        other = train.Options(model=model, data=["d"], train="decoder")
+        assert command_line.resolve(other).keep_features == keeps
     with pytest.raises(ValueError, match="--keep-features needs --train decoder"):
         train.run(replace(asked, train="lora", keep_features=True))
 

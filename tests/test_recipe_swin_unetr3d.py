@@ -488,12 +488,12 @@ def test_classes_in_another_order_than_a_released_file_s(tmp_path, monkeypatch, 
         some = SimpleNamespace(entries=entries, classes=tuple(order))
         loaded = model.load(file, None, settings, {}, None)
         how = SimpleNamespace(weights=file, eval=True, threshold=None)
-        recipe, check = model.recipe(loaded, settings), runs.check_classes
+        check = model.check_classes
         if name == "flare":
             with pytest.raises(ValueError, match="flare: background, liver, .* of other classes"):
-                check(loaded, recipe, [some], how)
+                check(loaded, [some], how)
         else:
-            check(loaded, recipe, [some], how)
+            check(loaded, [some], how)
         capsys.readouterr()
         trained = model.load(file, None, settings, {}, some)
         told = "the head of background, spleen" in capsys.readouterr().out
@@ -626,12 +626,12 @@ def test_what_is_in_two_splits_on_purpose_is_not_said(tmp_path, capsys, options,
             if key in options:
                 options[key] = [place.replace(name, path) for place in options[key]]
     options = train.Options(**{"model": "swin_unetr3d", "data": [str(root)], "seed": 0} | options)
-    sets, tests = train.open_sets(options)
-    for some in sets, tests:
+    opened = runs.open_data(options, FAMILIES["swin_unetr3d"])
+    for some in opened.parts, opened.tests:
         for name, dataset in some.items():
             some[name] = dataset.prepared((4, 4, 4), torch.sigmoid, 1, tmp_path / "cache")
     capsys.readouterr()
-    runs.check_prepared(sets, tests, options)
+    runs.check_prepared(opened, options)
     found = lines_of(capsys.readouterr().out, "in two splits")
     assert len(found) == (names is not None)
     assert names is None or f"volume is in two splits: {names}; scores" in found[0]

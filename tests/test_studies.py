@@ -420,7 +420,7 @@ def test_a_run_counts_as_done_once_all_is_written(tmp_path, monkeypatch):
     def full(path, rows):
         raise OSError("no space left")
 
-    monkeypatch.setattr(tables, "write_csv", full)
+    monkeypatch.setattr(evaluate, "write_csv", full)
     model = SimpleNamespace(config=SimpleNamespace(threshold=0.5))
     with pytest.raises(OSError):
         evaluate.write_summary(tmp_path, model, train.Options(), {}, {"image": [{"dice": 1}]})

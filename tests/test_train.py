@@ -28,7 +28,7 @@ from engine import evaluate, runs
 from imaging import atomic_files, layouts
 from imaging.pictures import TRUTH, outline
 from options import resolve
-from recipes import base, images
+from recipes import FAMILIES, base, images
 from recipes import cris as cris_recipes
 
 pytestmark = pytest.mark.numeric
@@ -335,10 +335,10 @@ def test_accumulated_gradients_are_the_mean_of_their_batches(options, demo):
 
     def step(count, freeze):
         torch.manual_seed(0)
-        o, s = train.resolve(replace(options, batch_size=4, grad_accum_steps=count, clip_grad=0.0))
+        s = train.resolve(replace(options, batch_size=4, grad_accum_steps=count, clip_grad=0.0))
         s = replace(s, optimizer="adam", schedule="constant", warmup=0.0)
         model = cris_recipes.load_cris("none", "mini", s, {"image_size": 64, "dropout": 0.0}, None)
-        run = train.Run(o, s, model, cris_recipes.cris_recipe(model, s), dataset, dataset)
+        run = train.Run(s, model, cris_recipes.cris_recipe(model, s), dataset, dataset)
         model.eval()  # batch statistics would differ
         seen = []
         run.optimizer.step = lambda: seen.append(
@@ -441,7 +441,7 @@ def test_a_test_divides_a_set_as_the_training_did(tmp_path):
     asked = train.Options(weights=str(tmp_path), eval=True)
 
     def found(**more):
-        done = resolve(replace(asked, **more))[0]
+        done = resolve(replace(asked, **more))
         return done.group_regex, done.seed, done.fold
 
     assert found(test=["../data/flat"]) == ("case(.)", 3, "1/5")
@@ -455,9 +455,9 @@ def test_mask_orientation_is_kept_for_later_tests(tmp_path):
     run = {"format": 1, "model": "segformer", "options": {"mask_orientation": "stored"}}
     (tmp_path / "config.json").write_text(json.dumps(run))
     asked = train.Options(weights=str(tmp_path), eval=True, test=["data/other"])
-    assert resolve(asked)[0].mask_orientation == "stored"
+    assert resolve(asked).mask_orientation == "stored"
     other = replace(asked, mask_orientation="upright")
-    assert resolve(other)[0].mask_orientation == "upright"
+    assert resolve(other).mask_orientation == "upright"
     volumes = train.Options(model="swin_unetr3d", data=["a"], mask_orientation="stored")
     with pytest.raises(ValueError, match="--mask-orientation: swin_unetr3d takes volumes"):
         resolve(volumes)
@@ -705,7 +705,7 @@ def test_the_threshold_of_each_validation_chooses_the_epoch(
     model = cris.CRIS.from_pretrained(whole.out)  # that Dice is what a plain evaluation gives
     recipe = cris_recipes.cris_recipe(model, cris_recipes.CRIS["default"])
     val = data.open_dataset(layouts.annotations(demo, "val"), options.cache)
-    found = evaluate.evaluate(model, recipe, val, replace(options, prompt="p6"), False, "")
+    found = evaluate.evaluate(model, recipe, val, resolve(replace(options, prompt="p6")), False, "")
     dice = np.mean([row["dice"] for row in found])
     assert dice == pytest.approx(float(best["val_dice"]), abs=1e-6)
 
@@ -860,7 +860,13 @@ def picture_set(root, masks, classes=None):
 def opening(tmp_path, root, **how):
     """The options of a training that only opens its data sets."""
     how = {"model": "segformer", "cache": str(tmp_path / "cache"), "data": [str(root)]} | how
-    return resolve(train.Options(out=str(tmp_path / "run"), **how))[0]
+    return resolve(train.Options(out=str(tmp_path / "run"), **how))
+
+
+def open_sets(settings) -> tuple[dict, dict]:
+    """Open the data sets of a run: train and val, and the tests."""
+    opened = runs.open_data(settings, FAMILIES[settings.model])
+    return opened.parts, opened.tests
 
 
 def test_the_threshold_of_masks_is_kept_in_the_run(tmp_path, monkeypatch, capsys):
@@ -936,10 +942,10 @@ def test_all_splits_decide_how_a_data_set_is_read(how, tmp_path, capsys):
     other = picture_set(tmp_path / "other", {"test": stripes(255)})
     if how == "overfit":
         with pytest.raises(ValueError, match=r"all 1 masks are empty \(read by number\)"):
-            train.open_sets(opening(tmp_path, root, overfit=1))
+            open_sets(opening(tmp_path, root, overfit=1))
         return
     tests = [] if how == "tested" else [str(other)]
-    sets, _ = train.open_sets(opening(tmp_path, root, test=tests))
+    sets, _ = open_sets(opening(tmp_path, root, test=tests))
     rules = data.named(sets["train"].rules)
     assert rules == {"set": "by number"} | ({} if how == "tested" else {"other": "> 127"})
     assert capsys.readouterr().out.count("masks read by number") == (3 if how == "tested" else 2)
@@ -952,9 +958,9 @@ def test_masks_of_a_split_that_is_not_opened_count_and_may_be_missing(tmp_path, 
     options = opening(tmp_path, root, test=[str(other)])
     for _ in range(2):  # the second time from the cache
         with pytest.raises(ValueError, match="test0.png: holds several values"):
-            train.open_sets(options)
+            open_sets(options)
     (root / "test/masks/test0.png").write_text("no image")
-    train.open_sets(options)
+    open_sets(options)
     said = capsys.readouterr().out
     assert "set: test does not count for how masks are read (" in said
     assert said.count("masks read > 127") == 3
@@ -976,7 +982,7 @@ def test_volumes_take_no_mask_threshold():
 def test_a_split_without_foreground_is_said_and_not_refused(classes, tmp_path, capsys):
     masks = {"train": stripes(*([255] if classes is None else [1, 2]))}
     root = picture_set(tmp_path / "set", masks | dict.fromkeys(("val", "test"), stripes()), classes)
-    sets, tests = train.open_sets(opening(tmp_path, root))
+    sets, tests = open_sets(opening(tmp_path, root))
     assert [len(some) for some in (*sets.values(), *tests.values())] == [2, 2, 2]
     lines = [x for x in capsys.readouterr().out.splitlines() if "ground truth of" in x]
     assert [line.split(" is empty in all 2 cases, ")[0] for line in lines] == [
@@ -988,7 +994,7 @@ def test_a_split_without_foreground_is_said_and_not_refused(classes, tmp_path, c
     masks = dict.fromkeys(("train", "val", "test"), stripes())
     root = picture_set(tmp_path / "empty", masks, classes)
     with pytest.raises(ValueError, match="all 2 masks are empty"):
-        train.open_sets(opening(tmp_path, root))
+        open_sets(opening(tmp_path, root))
 
 
 def test_a_run_whose_validation_and_test_have_no_foreground(tmp_path, capsys):
@@ -1040,26 +1046,26 @@ def test_a_test_split_without_masks_is_left_out(layout, tmp_path, capsys):
         next(root.rglob(f"masks/**/{name}")).unlink()
 
     remove("test1.png")
-    _, tests = train.open_sets(opening(tmp_path, root))
+    _, tests = open_sets(opening(tmp_path, root))
     assert tests == {}
     (line,) = [x for x in capsys.readouterr().out.splitlines() if "test1.png" in x]
     assert line.startswith("test set is left out, training goes on without it: ")
 
     with pytest.raises((ValueError, FileNotFoundError), match="test1.png"):
-        train.open_sets(opening(tmp_path, root, eval=True, weights="x.safetensors"))
+        open_sets(opening(tmp_path, root, eval=True, weights="x.safetensors"))
     remove("train1.png")
     with pytest.raises((ValueError, FileNotFoundError), match="train1.png"):
-        train.open_sets(opening(tmp_path, root))
+        open_sets(opening(tmp_path, root))
     with pytest.raises(FileNotFoundError, match="lost: no such folder"):
-        train.open_sets(opening(tmp_path, root, test=[str(tmp_path / "lost")]))
+        open_sets(opening(tmp_path, root, test=[str(tmp_path / "lost")]))
 
 
 def test_a_test_split_without_entries_is_left_out(tmp_path, capsys):
     root = picture_set(tmp_path / "set", dict.fromkeys(("train", "val", "test"), stripes(255)))
     for path in [*root.glob("test/*/*")]:
         path.unlink()
-    _, tests = train.open_sets(opening(tmp_path, root))
+    _, tests = open_sets(opening(tmp_path, root))
     line = f"test set is left out, training goes on without it: {root}: its split test is empty"
     assert tests == {} and line in capsys.readouterr().out
     with pytest.raises(ValueError, match=f"{root}: its split test is empty"):
-        train.open_sets(opening(tmp_path, root, eval=True, weights="x.safetensors"))
+        open_sets(opening(tmp_path, root, eval=True, weights="x.safetensors"))

@@ -91,20 +91,18 @@ def test_names_and_shapes_are_those_of_the_released_file():
     ours = model.state_dict()
     assert shapes(swin_unetr3d.convert(file)) == shapes(ours)
     official = {
-        n.removeprefix("backbone."): s for n, s in shapes(swin_unetr3d.to_official(ours)).items()
+        n.removeprefix("backbone."): s for n, s in shapes(universal.to_official(ours)).items()
     }
     assert official == shapes(file)
-    assert shapes(swin_unetr3d.convert(swin_unetr3d.to_official(ours))) == shapes(ours)
+    assert shapes(swin_unetr3d.convert(universal.to_official(ours))) == shapes(ours)
     count = sum(p.numel() for p in model.parameters())
-    assert (
-        f'"universal": UniversalConfig(),  # {count:,}\n' in (ROOT / "swin_unetr3d.py").read_text()
-    )
+    assert f'"universal": UniversalConfig(),  # {count:,}\n' in (ROOT / "universal.py").read_text()
 
 
 def test_a_one_hot_checkpoint_of_the_few_shot_study(tmp_path):
     """Its codes of 32 numbers were never the file's: they are random ones, which it saved."""
     config = UniversalConfig(12, codes="one-hot")
-    state = swin_unetr3d.to_official(randomised(UniversalSwinUNETR(config)).state_dict())
+    state = universal.to_official(randomised(UniversalSwinUNETR(config)).state_dict())
     codes = torch.randn(32, 32, generator=torch.Generator().manual_seed(5))
     loaded = UniversalSwinUNETR.from_pretrained(
         todays(state | {"organ_embedding": codes}, tmp_path)
@@ -285,7 +283,7 @@ def test_a_backbone_needs_the_texts_of_its_classes(plain, tmp_path):
 
 
 def test_a_hole_is_named(mini, tmp_path):
-    state = swin_unetr3d.to_official(mini.state_dict())
+    state = universal.to_official(mini.state_dict())
     for name in (
         "controller.bias",
         "controller.weight",
@@ -324,6 +322,6 @@ def test_a_further_class_needs_the_code_of_its_kind():
 
 
 def test_codes_of_another_kind_than_the_file_s_are_told(mini, tmp_path):
-    path = released(swin_unetr3d.to_official(mini.state_dict()), tmp_path)
+    path = released(universal.to_official(mini.state_dict()), tmp_path)
     with pytest.raises(ValueError, match="its codes are text, not random"):
         UniversalSwinUNETR.from_pretrained(path, codes="random")
