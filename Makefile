@@ -1,6 +1,9 @@
 # Two commands do everything: `make demo` and `make test`.
 PYTHON ?= python3
 BIN = .venv/bin
+# Processes that test at the same time, of one thread each.
+WORKERS ?= 2
+PARALLEL = -n $(WORKERS) --dist worksteal
 
 .PHONY: demo test test-slow test-online test-processors
 
@@ -9,7 +12,7 @@ demo: .venv/run.done  ## demo data, a small CRIS that learns to read, its scores
 	$(BIN)/python benchmarks/demo.py --data data/demo --out runs/demo
 
 test: .venv/dev.done  ## every test that is quick and needs no connection
-	$(BIN)/python -m pytest tests -q -n 2 -m "not slow and not online"
+	$(BIN)/python -m pytest tests -q $(PARALLEL) -m "not slow and not online"
 
 test-slow: .venv/dev.done  ## minutes each
 	$(BIN)/python -m pytest tests -q -m slow
@@ -17,7 +20,7 @@ test-slow: .venv/dev.done  ## minutes each
 # Stand-ins for other processors: with everything at its lowest and one thread, and with AVX2 at most.
 LOWEST = MKL_CBWR=COMPATIBLE ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 OMP_NUM_THREADS=1
 AVX2 = ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2
-NUMERIC = $(BIN)/python -m pytest tests -q -n 2 -m "numeric and not slow and not online"
+NUMERIC = $(BIN)/python -m pytest tests -q $(PARALLEL) -m "numeric and not slow and not online"
 
 test-processors: .venv/dev.done  ## the tests that compare numbers, twice: see above
 	$(LOWEST) $(NUMERIC)

@@ -15,6 +15,9 @@ from safetensors.torch import save_file
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # so that the workers do not compete for the cores
+    os.environ["OMP_NUM_THREADS"] = "1"  # the same in the programs that tests start
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # of what a shell starts in the background
     signal.signal(signal.SIGINT, signal.default_int_handler)  # programs that tests start inherit it
 
@@ -129,12 +132,21 @@ def real_weights(real_data) -> Path:
     return folder
 
 
-def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: minutes; run by `make test-slow`")
-    config.addinivalue_line("markers", "online: needs the hub; run by `make test-online`")
-    config.addinivalue_line(
-        "markers", "numeric: compares computed numbers; also run by `make test-processors`"
-    )
+@pytest.fixture(autouse=True)
+def no_curves(request, monkeypatch):
+    """Write an empty picture for each epoch's curves, which take as long as the epoch.
+
+    Tests marked `curves` draw them.
+    """
+    if request.node.get_closest_marker("curves") is None:
+        empty = Image.new("RGB", (1, 1))
+        monkeypatch.setattr("imaging.pictures.curves", lambda path, _: empty.save(path))
+
+
+@pytest.fixture
+def untested(monkeypatch):
+    """Train without the test at the end, where only the training is compared."""
+    monkeypatch.setattr("engine.evaluate.test", lambda *_: {})
 
 
 @pytest.fixture

@@ -139,7 +139,7 @@ def test_an_archive_holds_what_torch_finds_in_it(make, tmp_path):
 
 
 def test_archives_in_the_form_of_openai(tmp_path):
-    from test_clipseg import as_original, hub_state, save_archive
+    from forms.clipseg import as_original, hub_state, save_archive
 
     model = randomised(clipseg.CLIPSeg(clipseg.VARIANTS["mini"]))
     state = as_original(hub_state(model))
@@ -451,43 +451,6 @@ def test_what_is_no_number_is_told(fault):
     assert "expected a dense" in cris.tensor_fault(good.to("meta"), good)
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_weights_that_are_no_numbers_are_refused_by_name(name, tmp_path):
-    """A different fault in the first and the last parameter and in a floating-point buffer."""
-    kind, _ = MODELS[name]
-    path = write_mini(tmp_path, name)
-    state, parameters = torch.load(path), dict(mini_model(name).named_parameters())
-    buffers = [n for n, t in state.items() if t.is_floating_point() and n not in parameters]
-    names = [n for n in parameters if state[n].ndim > 0]
-    places = {"nan": names[0], "int8": names[-1]}
-    if buffers:
-        places["inf"] = buffers[-1]
-    for fault, tensor in places.items():
-        change, said = FAULTS[fault]
-        save(path, state | {tensor: change(state[tensor])})
-        with pytest.raises(ValueError) as caught:
-            kind.from_pretrained(path)
-        message = str(caught.value)
-        leaf = tensor.split(".")[-1].removeprefix("in_proj_")  # names may be the hub's
-        assert said in message and leaf in message and "\n" not in message, fault
-        assert message.startswith(f"{path}: ") and message.count(" holds ") <= 3
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_other_floating_point_numbers_are_fine(name, tmp_path):
-    """Tensors of float16, bfloat16 and float64 by turns."""
-    kind, _ = MODELS[name]
-    path = write_mini(tmp_path, name)
-    state = torch.load(path)
-    for i, (n, t) in enumerate(state.items()):
-        dtype = (torch.float16, torch.bfloat16, torch.float64)[i % 3]
-        state[n] = t.to(dtype) if t.is_floating_point() else t
-    save(path, state)
-    for n, t in kind.from_pretrained(path).state_dict().items():
-        expected = state[n].float() if state[n].is_floating_point() else state[n]
-        assert t.dtype == expected.dtype and torch.equal(t, expected), n
-
-
 def test_counters_and_ignored_tensors_may_be_of_any_type(tmp_path):
     path = write_mini(tmp_path, "segformer")
     state = torch.load(path)
@@ -582,36 +545,3 @@ def test_images_that_pillow_would_clip_are_refused(file):
         image = Image.fromarray(colours).convert(mode)
         expected = file.preprocess(image.convert("RGB"), config)
         assert torch.equal(file.preprocess(image, config), expected), mode
-
-
-# --- another model's file -------------------------------------------------------------------------
-
-RECOGNISED = {
-    "beit": "a BEiT", "biomedclipseg": "BiomedCLIP", "clipseg": "CLIPSeg", "cris": "CRIS",
-    "dpt": "a DPT", "sam_decoder": "SAM", "segformer": "a SegFormer",
-    "swin_unetr3d": "a Swin UNETR", "upernet": "a UPerNet on ConvNeXt",
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", RECOGNISED)
-def test_a_known_kind_of_file_is_recognised_under_all_its_names(name):
-    kind, variants = MODELS[name]
-    with torch.device("meta"):
-        state = kind(variants["mini"]).state_dict()
-    file = next(file for file in FILES if file.__name__ == name)
-    assert file.recognise(state) == file.recognise(file.to_official(state)) == RECOGNISED[name]
-    assert file.recognise({"weight": torch.zeros(1)}) == ""
-
-
-@pytest.mark.parametrize("name", RECOGNISED)
-def test_another_model_s_file_is_named_or_refused_in_a_line(name, tmp_path):
-    """A LoRA's weights. Models that ask for their classes first say that instead."""
-    kind, _ = MODELS[name]
-    lora = {f"w_{x}_{i:03}": torch.zeros(4, 8) for i in range(4) for x in "ab"}
-    path = save(tmp_path / "lora.pth", lora)
-    with pytest.raises(ValueError) as caught:
-        kind.from_pretrained(path)
-    message = str(caught.value)
-    assert message.startswith(f"{path}: ") and "\n" not in message, message
-    if name in ("biomedclipseg", "clipseg", "cris", "sam_decoder"):
-        assert "a LoRA of SAM" in message, message

@@ -10,13 +10,22 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, close, command, write_run
+from conftest import ROOT, close, command
+from forms.clipseg import (
+    MINI,
+    as_original,
+    hub_state,
+    medvlsm,
+    original,
+    run_folder,
+    save_archive,
+    theirs,
+)
 from PIL import Image
 from recipe import fill
 from safetensors.torch import save_file
 from scipy.ndimage import correlate1d
 from torch import nn
-from transformers import CLIPSegConfig, CLIPSegForImageSegmentation
 
 import clipseg
 import predict
@@ -27,7 +36,6 @@ from tokenizer import CLIPTokenizer
 pytestmark = pytest.mark.numeric
 
 OFFICIAL = ("rd64-refined", "rd64", "rd16")
-MINI = clipseg.VARIANTS["mini"]
 TOKENS = torch.tensor([[49406, 736, 17, 49407, 0, 0], [49406, 1, 2, 3, 4, 49407]])
 
 # --- the official size: recorded outputs of transformers -----------------------------------------
@@ -129,27 +137,6 @@ def test_preprocessing_is_the_official_one(golden):
 # --- every size: transformers, live --------------------------------------------------------------
 
 
-def theirs(c: clipseg.Config, **more) -> CLIPSegForImageSegmentation:
-    """transformers' class in the sizes of `c`."""
-    text = {"hidden_size": c.text_dim, "num_hidden_layers": c.text_layers}
-    vision = {"hidden_size": c.vision_dim, "num_hidden_layers": c.vision_layers, "patch_size": 16}
-    for tower in (text, vision):
-        tower["num_attention_heads"] = tower["hidden_size"] // 64
-        tower["intermediate_size"] = 4 * tower["hidden_size"]
-    config = CLIPSegConfig(
-        text_config=text,
-        vision_config=vision,
-        projection_dim=c.embed_dim,
-        extract_layers=list(c.taps),
-        reduce_dim=c.reduce_dim,
-        decoder_num_attention_heads=c.heads,
-        decoder_intermediate_size=c.ffn_dim,
-        use_complex_transposed_convolution=c.refined,
-        **more,
-    )
-    return CLIPSegForImageSegmentation(config).eval()
-
-
 def randomised(model: nn.Module) -> nn.Module:
     """Weights that all do something: norms and biases too."""
     generator = torch.Generator().manual_seed(0)
@@ -162,21 +149,6 @@ def randomised(model: nn.Module) -> nn.Module:
 @pytest.fixture(scope="module")
 def mini():
     return randomised(CLIPSeg(MINI)).eval()
-
-
-@pytest.mark.parametrize("variant", OFFICIAL)
-def test_every_official_name_and_shape(variant):
-    with torch.device("meta"):
-        ours = CLIPSeg(clipseg.VARIANTS[variant])
-        official = theirs(clipseg.VARIANTS[variant]).state_dict()
-    shapes = {name: t.shape for name, t in clipseg.to_official(ours.state_dict()).items()}
-    assert shapes == {name: t.shape for name, t in official.items()}
-    there = clipseg.convert(official)
-    assert {n: t.shape for n, t in there.items()} == {
-        n: t.shape for n, t in ours.state_dict().items()
-    }
-    count = {"rd64-refined": 150_747_746, "rd64": 150_693_890, "rd16": 149_884_418}[variant]
-    assert sum(p.numel() for p in ours.parameters()) == count
 
 
 def official_backward(official, image, prompt, weight, monkeypatch):
@@ -240,7 +212,9 @@ def test_outputs_and_all_gradients_equal_transformers(refined, dtype, monkeypatc
     worst = max(errors, key=errors.get)
     assert errors[worst] <= allowed, worst
     assert len(errors) == len(gradients) == len(official.state_dict()) - 1
-    print(f"{dtype}: logits {(by_text - text).abs().max():.1e}, gradients {errors[worst]:.1e} of {allowed:.1e}")
+    print(
+        f"{dtype}: logits {(by_text - text).abs().max():.1e}, gradients {errors[worst]:.1e} of {allowed:.1e}"
+    )
 
 
 def original_formula(state, image, condition, config):
@@ -377,180 +351,7 @@ def test_wrong_calls_are_told(mini):
 # --- files ---------------------------------------------------------------------------------------
 
 
-def hub_state(model) -> dict[str, torch.Tensor]:
-    """In numbers of which OpenAI's half precision loses nothing."""
-    state = clipseg.to_official(model.state_dict())
-    return {name: t.half().float() for name, t in state.items()}
-
-
-OPENAI = {
-    "clip.visual_projection.weight": "visual.proj",
-    "clip.text_projection.weight": "text_projection",
-    "clip.vision_model.": "visual.",
-    "clip.text_model.": "",
-    "clip.": "",
-    "embeddings.patch_embedding": "conv1",
-    "embeddings.position_embedding.weight": "positional_embedding",
-    "embeddings.": "",
-    "encoder.layers": "transformer.resblocks",
-    "pre_layrnorm": "ln_pre",
-    "post_layernorm": "ln_post",
-    "final_layer_norm": "ln_final",
-    "self_attn": "attn",
-    "layer_norm": "ln_",
-    "fc1": "c_fc",
-    "fc2": "c_proj",
-}
-DECODER = {
-    "decoder.": "",
-    "transposed_convolution": "trans_conv",
-    "layers": "blocks",
-    "layer_norm": "norm",
-    "mlp.fc": "linear",
-}
-
-
-def as_original(state):
-    """The hub's names -> the original release: its decoder and OpenAI's CLIP."""
-    decoder, clip = {"reduce.weight": torch.ones(32, 128), "reduce.bias": torch.ones(32)}, {}
-    for name, t in state.items():
-        if "k_proj" in name or "v_proj" in name:
-            continue
-        if "q_proj" in name:
-            t = torch.cat([state[name.replace("q_proj", f"{x}_proj")] for x in "qkv"])
-            name = name.replace("q_proj.", "in_proj_")
-        if name.endswith("_projection.weight"):
-            t = t.T.contiguous()
-        into, table = (decoder, DECODER) if name.startswith("decoder.") else (clip, OPENAI)
-        for old, new in table.items():
-            name = name.replace(old, new)
-        into[name] = t
-    return decoder | {f"clip_model.{name}": t for name, t in clip.items()}
-
-
-def save_archive(state, path):
-    """A TorchScript archive like OpenAI's: half precision, three numbers more."""
-    root = nn.Module()
-    numbers = {"input_resolution": 224, "context_length": 77, "vocab_size": 49408}
-    for name, x in ({k: torch.tensor(v) for k, v in numbers.items()} | state).items():
-        *parents, leaf = name.split(".")
-        module = root
-        for parent in parents:
-            if not hasattr(module, parent):
-                module.add_module(parent, nn.Module())
-            module = getattr(module, parent)
-        module.register_buffer(leaf, x.half() if x.is_floating_point() else x)
-    torch.jit.save(torch.jit.script(root), path)
-
-
 # A form of a checkpoint: how its names come from the hub's, and how it is written into a folder.
-
-
-def hub_2022(state, folder):
-    for tower, n in (("text", 77), ("vision", 197)):
-        name = f"clip.{tower}_model.embeddings.position_ids"
-        state = state | {name: torch.arange(n)[None]}
-    torch.save(state, folder / "pytorch_model.bin")
-    (folder / "config.json").write_text('{"extract_layers": [0, 1, 2], "reduce_dim": 32}')
-    return {"source": folder}
-
-
-def hub_today(state, folder):
-    """As `save_pretrained` writes it."""
-    model = theirs(MINI)
-    model.load_state_dict(state)
-    model.save_pretrained(folder)
-    return {"source": folder}
-
-
-def original(state, folder, save_clip=save_archive, clip="ViT-B-16.pt"):
-    parts = {"decoder": {}, "clip": {}}
-    for name, t in state.items():
-        part = "clip" if name.startswith("clip_model.") else "decoder"
-        parts[part][name.removeprefix("clip_model.")] = t
-    torch.save(parts["decoder"], folder / "rd64-uni-refined.pth")
-    save_clip(parts["clip"], folder / clip)
-    return {"source": folder / "rd64-uni-refined.pth", "clip": folder / clip}
-
-
-def original_beside_open_clip(state, folder):
-    arguments = original(state, folder, save_file, "open_clip_model.safetensors")
-    return arguments | {"clip": folder}  # as a repository of the hub
-
-
-def original_module(state, folder):
-    """`state_dict()` of the original class, which holds the vision tower twice."""
-    old = "clip_model.visual."
-    twice = {n.replace(old, "model."): t for n, t in state.items() if n.startswith(old)}
-    torch.save(twice | state, folder / "module.pth")
-    return {"source": folder / "module.pth"}
-
-
-def medvlsm(state, folder):
-    state = {f"net.clipseg.{name}": t for name, t in state.items()}
-    torch.save({"epoch": 3, "state_dict": state}, folder / "last.ckpt")
-    return {"source": folder / "last.ckpt"}
-
-
-def run_folder(state, folder, **more):
-    return {"source": write_run(folder, CLIPSeg, state, MINI, **more)}
-
-
-FORMS = {
-    hub_2022: dict,
-    hub_today: dict,
-    original: as_original,
-    original_beside_open_clip: as_original,
-    original_module: as_original,
-    medvlsm: dict,
-    run_folder: clipseg.convert,
-}
-UNTOLD = (original, original_beside_open_clip, original_module, medvlsm)  # no config.json
-
-
-@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
-def test_all_forms_of_a_checkpoint_are_the_same_model(mini, form, tmp_path, capsys):
-    state = hub_state(mini)
-    model = CLIPSeg.from_pretrained(**form(FORMS[form](state), tmp_path))
-    assert model.config == MINI and not model.training
-    assert ("no config.json tells taps" in capsys.readouterr().out) == (form in UNTOLD)
-    loaded = clipseg.to_official(model.state_dict())
-    assert set(loaded) == set(state)
-    for name, t in loaded.items():
-        assert t.dtype == torch.float32 and torch.equal(t, state[name]), name
-
-
-VISION = "clip.vision_model.encoder.layers.2.self_attn.k_proj.weight"
-TEXT = "clip.text_model.encoder.layers.1.self_attn.k_proj.weight"
-FILM = "decoder.film_mul.weight"
-PLACES = [  # form, a name in its file, the hub's name of that, in which an error speaks
-    (hub_2022, VISION, VISION),
-    (hub_2022, TEXT, TEXT),
-    (original, "film_mul.weight", FILM),
-    (original, "blocks.1.linear1.weight", "decoder.layers.1.mlp.fc1.weight"),
-    (original, "clip_model.visual.ln_pre.bias", "clip.vision_model.pre_layrnorm.bias"),
-    (original_module, "clip_model.transformer.resblocks.1.attn.in_proj_weight", TEXT),
-    (medvlsm, FILM, FILM),
-    (run_folder, VISION.replace("self_attn.k_proj.", "attn.in_proj_"), VISION),
-    (run_folder, FILM, FILM),
-]
-
-
-@pytest.mark.parametrize("form, name, told", PLACES, ids=lambda x: getattr(x, "__name__", x))
-@pytest.mark.parametrize("fault", ["renamed", "dropped", "added", "reshaped"])
-def test_one_tensor_that_does_not_fit_is_named(mini, form, name, told, fault, tmp_path):
-    state = FORMS[form](hub_state(mini))
-    t = state[name] if fault in ("added", "reshaped") else state.pop(name)
-    if fault == "reshaped":
-        state[name] = t[..., :-1].contiguous()
-    elif fault in ("renamed", "added"):
-        state[f"{name}_extra"] = t.clone()
-    with pytest.raises(ValueError) as caught:
-        CLIPSeg.from_pretrained(**form(state, tmp_path))
-    message = str(caught.value)
-    assert "do not fit" in message and "\n" not in message
-    assert fault == "added" or f"{told} is " in message
-    assert ("_extra is " in message) == (fault in ("renamed", "added"))
 
 
 def test_a_decoder_alone_and_other_classes_are_refused(mini, tmp_path):

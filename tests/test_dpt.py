@@ -8,14 +8,24 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, write_run
+from conftest import ROOT, shapes
+from forms.dpt import (
+    DEPTH,
+    LARGE,
+    MINI,
+    NAMES,
+    UNUSED,
+    filled,
+    hub_2022,
+    run_folder,
+    theirs,
+    without_unused,
+)
 from PIL import Image
 from recipe import fill
 from safetensors.torch import save_file
 from torch import nn
 from transformers import (
-    DPTConfig,
-    DPTForDepthEstimation,
     DPTForSemanticSegmentation,
     DPTImageProcessorPil,
     DPTModel,
@@ -25,29 +35,6 @@ import dpt
 from dpt import DPT
 
 pytestmark = pytest.mark.numeric
-
-MINI = dpt.VARIANTS["mini"]
-# What transformers' class has and ours has not: a loss in training alone needs the auxiliary head,
-# nothing reads the last norm, and the deepest fusion has nothing to join.
-UNUSED = r"auxiliary_head\..*|dpt\.layernorm\..*|neck\.fusion_stage\.layers\.0\.residual_layer1\..*"
-
-
-def theirs(c: dpt.Config, kind=DPTForSemanticSegmentation, **more):
-    """transformers' class in the sizes of `c`."""
-    config = DPTConfig(
-        hidden_size=c.dim,
-        num_hidden_layers=c.layers,
-        num_attention_heads=c.heads,
-        intermediate_size=c.mlp_dim,
-        image_size=16 * c.grid,
-        backbone_out_indices=list(c.taps),
-        neck_hidden_sizes=list(c.neck_dims),
-        fusion_hidden_size=c.fusion_dim,
-        use_batch_norm_in_fusion_residual=c.fusion_norm,
-        num_labels=c.num_classes,
-        **more,
-    )
-    return kind(config).eval()
 
 
 def official(ours: DPT) -> DPTForSemanticSegmentation:
@@ -61,14 +48,6 @@ def official(ours: DPT) -> DPTForSemanticSegmentation:
         if name in missing:
             nn.init.constant_(p, float("nan"))
     return model
-
-
-def filled(model: nn.Module) -> dict[str, torch.Tensor]:
-    """A state dict in which everything does something: norms, biases and running statistics too."""
-    return {
-        name: torch.from_numpy(fill(name, tuple(t.shape))) if t.is_floating_point() else t.clone()
-        for name, t in model.state_dict().items()
-    }
 
 
 def randomised(config: dpt.Config) -> DPT:
@@ -193,20 +172,10 @@ def test_a_new_model_learns():
 KEYS = json.loads((ROOT / "tests/golden/dpt_keys.json").read_text())  # of Intel/dpt-large-ade
 
 
-@pytest.mark.parametrize("variant", ["large-ade", "large"])
-def test_every_official_name_and_shape(variant):
-    config = dpt.VARIANTS[variant]
+def test_the_hub_s_names_and_shapes():
     with torch.device("meta"):
-        ours, hub = DPT(config).state_dict(), theirs(config).state_dict()
-    names = {name: tuple(t.shape) for name, t in dpt.to_official(ours).items()}
-    live = {n: tuple(t.shape) for n, t in hub.items() if not re.fullmatch(UNUSED, n)}
-    assert names == live
-    converted = {name: t.shape for name, t in dpt.convert(hub).items()}
-    assert converted == {name: t.shape for name, t in ours.items()}
-    if variant == "large-ade":
-        assert {n: tuple(shape) for n, shape in KEYS["keys"]} == {
-            n: tuple(t.shape) for n, t in hub.items()
-        }
+        hub = theirs(dpt.VARIANTS["large-ade"]).state_dict()
+    assert {n: tuple(shape) for n, shape in KEYS["keys"]} == shapes(hub)
 
 
 def test_numbers_of_parameters():
@@ -244,105 +213,10 @@ def test_dpt_large_ade_equals_transformers(side, tmp_path):
 
 # --- files ---------------------------------------------------------------------------------------
 
-LARGE = replace(MINI, fusion_norm=False, image_size=384)  # as the checkpoint for depth is
-
-
-def without_unused(state):
-    return {n: t for n, t in state.items() if not re.fullmatch(UNUSED, n)}
-
-
-def as_original(state):
-    """The hub's names -> those of the original release, of either head."""
-    weights, prefix = {}, "pretrained.model"
-    for name, t in state.items():
-        if ".attention.key." in name or ".attention.value." in name:
-            continue
-        if ".attention.query." in name:
-            t = torch.cat([state[name.replace("query", x)] for x in ("query", "key", "value")])
-        for old, new in (
-            ("dpt.embeddings.cls_token", f"{prefix}.cls_token"),
-            ("dpt.embeddings.position_embeddings", f"{prefix}.pos_embed"),
-            ("dpt.embeddings.patch_embeddings.projection", f"{prefix}.patch_embed.proj"),
-            ("dpt.encoder.layer", f"{prefix}.blocks"),
-            ("dpt.layernorm", f"{prefix}.norm"),
-            ("attention.attention.query", "attn.qkv"),
-            ("attention.output.dense", "attn.proj"),
-            ("intermediate.dense", "mlp.fc1"),
-            ("output.dense", "mlp.fc2"),
-            ("layernorm_before", "norm1"),
-            ("layernorm_after", "norm2"),
-            ("auxiliary_head.head", "auxlayer"),
-            ("head.head", "scratch.output_conv"),
-        ):
-            name = name.replace(old, new)
-        for i in range(4):
-            act = f"pretrained.act_postprocess{i + 1}"
-            for old, new in (
-                (f"neck.reassemble_stage.readout_projects.{i}.0", f"{act}.0.project.0"),
-                (f"neck.reassemble_stage.layers.{i}.projection", f"{act}.3"),
-                (f"neck.reassemble_stage.layers.{i}.resize", f"{act}.4"),
-                (f"neck.convs.{i}", f"scratch.layer{i + 1}_rn"),
-                (f"neck.fusion_stage.layers.{i}", f"scratch.refinenet{4 - i}"),
-            ):
-                name = name.replace(old, new)
-        if "refinenet" in name:
-            for old, new in (
-                ("projection", "out_conv"),
-                ("residual_layer", "resConfUnit"),
-                ("convolution", "conv"),
-                ("batch_norm", "bn"),
-            ):
-                name = name.replace(old, new)
-        weights[name] = t
-    return weights | {"pretrained.model.head.weight": torch.ones(3, 64)}  # ImageNet's classes
-
-
 # A form of a checkpoint: how it is written into a folder from the hub's state dict.
 
 
-def config_json(config, folder, **more):
-    settings = theirs(config).config.to_dict()
-    (folder / "config.json").write_text(json.dumps(settings | more))
-
-
-def hub_2022(state, config, folder):
-    torch.save(state, folder / "pytorch_model.bin")
-    config_json(config, folder)
-    return folder
-
-
-def hub_without_unused(state, config, folder):
-    """As Intel/dpt-large is: what the deepest fusion does not use was never written."""
-    save_file(without_unused(state), folder / "model.safetensors")
-    config_json(config, folder)
-    return folder
-
-
-def hub_today(state, config, folder):
-    """As `save_pretrained` writes it."""
-    model = theirs(config, DEPTH if "head.head.2.weight" in state else DPTForSemanticSegmentation)
-    model.load_state_dict(state)
-    model.save_pretrained(folder)
-    return folder
-
-
-def original(state, config, folder):
-    torch.save(as_original(state), folder / "dpt_large-1234abcd.pt")
-    return folder / "dpt_large-1234abcd.pt"
-
-
-def original_in_training(state, config, folder):
-    saved = {"optimizer": {"step": 1}, "model": as_original(without_unused(state))}
-    torch.save(saved, folder / "training.pt")
-    return folder / "training.pt"
-
-
-def run_folder(state, config, folder, **more):
-    return write_run(folder, DPT, dpt.convert(state), config, **more)
-
-
-DEPTH = DPTForDepthEstimation
-FORMS = (hub_2022, hub_without_unused, hub_today, original, original_in_training, run_folder)
+FORMS = (*NAMES,)
 OTHERS = FORMS[:-1]
 
 
@@ -350,31 +224,11 @@ def name_of(x):
     return getattr(x, "__name__", None)
 
 
-@pytest.mark.parametrize("form", FORMS, ids=name_of)
-@pytest.mark.parametrize("norm", [True, False], ids=["batch norm", "biases"])
-def test_all_forms_of_a_checkpoint_are_the_same_model(form, norm, tmp_path, capsys):
-    config = MINI if norm else LARGE
-    state = filled(theirs(config))
-    size = {"image_size": config.image_size}
-    model = DPT.from_pretrained(form(state, config, tmp_path), **size)
-    assert model.config == config and not model.training
-    printed = capsys.readouterr().out
-    assert ("took taps (1, 3, 5, 7), heads 2, as is usual" in printed) == ("orig" in form.__name__)
-    assert "to be trained" not in printed
-    loaded = dpt.to_official(model.state_dict())
-    assert set(loaded) == set(without_unused(state))
-    for name, t in loaded.items():
-        assert torch.equal(t, state[name]), name
-    assert dpt.convert(loaded).keys() == model.state_dict().keys()
-    for name, t in dpt.convert(loaded).items():
-        assert torch.equal(t, model.state_dict()[name]), name
-
-
 @pytest.mark.parametrize("form", OTHERS, ids=name_of)
 @torch.no_grad()
 def test_a_checkpoint_for_depth_gets_a_new_head(form, tmp_path, capsys):
     state = filled(theirs(LARGE, DEPTH))
-    source = form(state, LARGE, tmp_path)
+    source = form(NAMES[form](state), LARGE, tmp_path)
     with pytest.raises(ValueError, match=r"no tensor head\.\*; num_classes=") as caught:
         DPT.from_pretrained(source)
     assert "\n" not in str(caught.value)
@@ -404,7 +258,7 @@ def test_a_checkpoint_for_depth_gets_a_new_head(form, tmp_path, capsys):
 @pytest.mark.parametrize("form", FORMS, ids=name_of)
 def test_other_classes_get_a_new_classifier(form, tmp_path, capsys):
     state = filled(theirs(MINI))
-    source = form(state, MINI, tmp_path)
+    source = form(NAMES[form](state), MINI, tmp_path)
     same = DPT.from_pretrained(source, num_classes=4)
     assert "to be trained" not in capsys.readouterr().out
     assert torch.equal(same.head[4].weight, state["head.head.4.weight"])
@@ -452,42 +306,6 @@ def test_a_file_without_counters_of_batches_is_whole(tmp_path):
     state = {n: t for n, t in filled(theirs(MINI)).items() if "num_batches" not in n}
     model = DPT.from_pretrained(hub_2022(state, MINI, tmp_path))
     assert torch.equal(model.head[1].running_mean, state["head.head.1.running_mean"])
-
-
-QUERY = "dpt.encoder.layer.2.attention.attention.query.weight"
-UNIT = "neck.fusion_stage.layers.1.residual_layer1.convolution2.weight"
-PLACES = [  # form, a name in its file, the hub's name of that, in which an error speaks
-    (hub_2022, QUERY, QUERY),
-    (hub_2022, UNIT, UNIT),
-    (hub_today, "head.head.1.running_var", "head.head.1.running_var"),
-    (original, "pretrained.model.blocks.2.attn.qkv.weight", QUERY),
-    (original, "scratch.refinenet3.resConfUnit1.conv2.weight", UNIT),
-    (original, "pretrained.act_postprocess4.4.bias", "neck.reassemble_stage.layers.3.resize.bias"),
-    (run_folder, "vit.blocks.2.qkv.weight", QUERY),
-    (run_folder, "fusion.1.residual_layer1.convolution2.weight", UNIT),
-    (run_folder, "head.4.bias", "head.head.4.bias"),
-]
-
-
-@pytest.mark.parametrize("form, name, told", PLACES, ids=lambda x: name_of(x) or str(x))
-@pytest.mark.parametrize("fault", ["renamed", "dropped", "added", "reshaped"])
-def test_one_tensor_that_does_not_fit_is_named(form, name, told, fault, tmp_path):
-    source = (hub_2022 if form is hub_today else form)(filled(theirs(MINI)), MINI, tmp_path)
-    path = next(p for p in (source, *tmp_path.iterdir()) if p.is_file() and p.suffix != ".json")
-    state, _ = dpt.read_checkpoint(path, ())
-    t = state[name] if fault in ("added", "reshaped") else state.pop(name)
-    if fault == "reshaped":
-        state[name] = t[..., :-1].contiguous()
-    elif fault in ("renamed", "added"):
-        state[f"{name}_extra"] = t.clone()
-    save_file(state, path) if path.suffix == ".safetensors" else torch.save(state, path)
-    for classes in ({}, {"num_classes": 4}):
-        with pytest.raises(ValueError) as caught:
-            DPT.from_pretrained(source, **classes)
-        message = str(caught.value)
-        assert "do not fit" in message and "\n" not in message
-        assert fault == "added" or f"{told} is " in message
-        assert ("_extra is " in message) == (fault in ("renamed", "added"))
 
 
 def test_other_models_are_refused(tmp_path):

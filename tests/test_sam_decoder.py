@@ -7,23 +7,22 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, close, write_run
+from conftest import ROOT, close, shapes
+from forms import sam_decoder as forms_of_sam
+from forms.sam_decoder import MINI, hub_2023, run_folder, theirs
 from PIL import Image
 from recipe import fill
 from safetensors.torch import save_file
 from scipy import ndimage
 from torch import nn
-from transformers import SamConfig, SamModel
 from transformers.models.sam import image_processing_pil_sam
 
 import sam_decoder
-from sam_decoder import SAM
+from sam_decoder import SAM, TWIN
 
 pytestmark = pytest.mark.numeric
 
 OFFICIAL = ("vit-base", "vit-large", "vit-huge")
-MINI = sam_decoder.VARIANTS["mini"]
-TWIN, FOURIER = sam_decoder.TWIN, sam_decoder.FOURIER
 PROCESSOR = image_processing_pil_sam.SamImageProcessorPil()
 
 
@@ -175,27 +174,6 @@ def test_a_training_step_of_the_decoder_at_official_size(golden, official):
 # --- every size: transformers, live --------------------------------------------------------------
 
 
-def theirs(c: sam_decoder.Config) -> SamModel:
-    """transformers' class in the sizes of `c`."""
-    vision = {
-        "hidden_size": c.dim,
-        "output_channels": c.out_dim,
-        "num_hidden_layers": c.depth,
-        "num_attention_heads": c.heads,
-        "image_size": c.image_size,
-        "mlp_dim": c.mlp_dim,
-        "global_attn_indexes": list(c.global_blocks),
-        "num_pos_feats": c.out_dim // 2,
-    }
-    decoder = {"hidden_size": c.out_dim, "mlp_dim": 8 * c.out_dim, "iou_head_hidden_dim": c.out_dim}
-    config = SamConfig(
-        vision_config=vision,
-        prompt_encoder_config={"hidden_size": c.out_dim, "image_size": c.image_size},
-        mask_decoder_config=decoder | {"layer_norm_eps": c.eps},
-    )
-    return SamModel(config).eval()
-
-
 def randomised(model: nn.Module) -> nn.Module:
     """Weights that all do something: norms, biases and position tables too."""
     generator = torch.Generator().manual_seed(0)
@@ -272,27 +250,20 @@ def test_outputs_and_all_gradients_equal_transformers(kinds, eps, multimask):
 
 
 @pytest.mark.parametrize("variant", OFFICIAL)
-def test_every_official_name_and_shape(variant):
+def test_names_and_sizes_of_the_hub_s_and_of_the_authors_files(variant):
+    zeros, old = forms_of_sam.official(variant)
     with torch.device("meta"):
         ours = SAM(sam_decoder.VARIANTS[variant])
-        there = theirs(sam_decoder.VARIANTS[variant]).state_dict()
-    shapes = {name: tuple(t.shape) for name, t in ours.state_dict().items()}
-    hub = {name: tuple(t.shape) for name, t in there.items()}
-    assert shapes == {name: shape for name, shape in hub.items() if name != TWIN}
-    zeros = {name: torch.zeros(1).expand(shape) for name, shape in hub.items()}
-    assert {n: tuple(t.shape) for n, t in sam_decoder.convert(zeros).items()} == shapes
-    assert {n: tuple(t.shape) for n, t in sam_decoder.to_official(zeros).items()} == hub
-    old = as_original(zeros)
-    assert {n: tuple(t.shape) for n, t in sam_decoder.convert(old).items()} == shapes
-    assert len(hub) == {"vit-base": 315, "vit-large": 483, "vit-huge": 595}[variant]
-    assert len(old) == len(hub) - 1
-    count = {"vit-base": 93_735_472, "vit-large": 312_342_832, "vit-huge": 641_090_608}[variant]
-    assert sum(p.numel() for p in ours.parameters()) == count
+    assert shapes(ours.state_dict()) == {n: s for n, s in shapes(zeros).items() if n != TWIN}
+    assert shapes(sam_decoder.to_official(zeros)) == shapes(zeros)
+    assert len(zeros) == {"vit-base": 315, "vit-large": 483, "vit-huge": 595}[variant]
+    assert len(old) == len(zeros) - 1
     config = sam_decoder.read_config(old, {}, {}, variant)
     assert config == replace(ours.config, eps=1e-5)
     if variant == "vit-base":
         files = json.loads((ROOT / "tests/golden/hub_keys.json").read_text())
-        assert {n: tuple(s) for n, s in files["facebook/sam-vit-base"]["keys"]} == hub
+        hub = {n: tuple(s) for n, s in files["facebook/sam-vit-base"]["keys"]}
+        assert hub == shapes(zeros)
         assert set(old) == {n for n, *_ in Golden("sam_vit_b_original.npz").names}
         assert sum(p.numel() for p in ours.mask_decoder.parameters()) == 4_058_340
 
@@ -459,117 +430,6 @@ def test_images_of_another_size_are_refused(mini):
 
 # --- files ----------------------------------------------------------------------------------------
 
-ORIGINAL = {  # the hub's names -> the authors', written down apart from the table in the file
-    "vision_encoder.patch_embed.projection.": "image_encoder.patch_embed.proj.",
-    "vision_encoder.layers.": "image_encoder.blocks.",
-    "vision_encoder.neck.conv1.": "image_encoder.neck.0.",
-    "vision_encoder.neck.layer_norm1.": "image_encoder.neck.1.",
-    "vision_encoder.neck.conv2.": "image_encoder.neck.2.",
-    "vision_encoder.neck.layer_norm2.": "image_encoder.neck.3.",
-    "vision_encoder.pos_embed": "image_encoder.pos_embed",
-    FOURIER: "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix",
-    "prompt_encoder.point_embed.": "prompt_encoder.point_embeddings.",
-    "mask_embed.conv1": "mask_downscaling.0",
-    "mask_embed.layer_norm1": "mask_downscaling.1",
-    "mask_embed.conv2": "mask_downscaling.3",
-    "mask_embed.layer_norm2": "mask_downscaling.4",
-    "mask_embed.conv3": "mask_downscaling.6",
-    "layer_norm_final_attn": "norm_final_attn",
-    "upscale_conv1": "output_upscaling.0",
-    "upscale_layer_norm": "output_upscaling.1",
-    "upscale_conv2": "output_upscaling.3",
-    ".layer_norm": ".norm",
-}
-
-
-def as_original(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    renamed = {}
-    for name, t in state.items():
-        if name == TWIN:
-            continue
-        if "_mlps." in name or "_head." in name:
-            name = name.replace("layers.0.", "layers.1.")
-            name = name.replace("proj_in.", "layers.0.").replace("proj_out.", "layers.2.")
-        for hub, old in ORIGINAL.items():
-            name = name.replace(hub, old)
-        renamed[name] = t
-    return renamed
-
-
-def hub_today(state, folder):
-    """As `save_pretrained` writes it: one of the two names, config.json."""
-    model = theirs(MINI)
-    model.load_state_dict(state)
-    model.save_pretrained(folder)
-    return folder
-
-
-def hub_2023(state, folder):
-    """Both names in a pickle, nothing beside it."""
-    torch.save(state, folder / "pytorch_model.bin")
-    return folder
-
-
-def other_name_only(state, folder):
-    save_file({n: t for n, t in state.items() if n != FOURIER}, folder / "model.safetensors")
-    return folder
-
-
-def original(state, folder, name="sam_vit_b_01ec64.pth"):
-    pixels = {"pixel_mean": torch.zeros(3, 1, 1), "pixel_std": torch.ones(3, 1, 1)}
-    torch.save(state | pixels, folder / name)
-    return folder / name
-
-
-def medsam(state, folder):
-    return original(state, folder, "medsam_vit_b.pth")
-
-
-def medsam_training(state, folder):
-    """MedSAM's train_multi_gpus.py."""
-    model = {f"module.{name}": t for name, t in state.items()}
-    file = {"model": model, "optimizer": {"state": {}, "param_groups": []}, "epoch": 3}
-    torch.save(file, folder / "medsam_model_latest.pth")
-    return folder / "medsam_model_latest.pth"
-
-
-def run_folder(state, folder, **more):
-    return write_run(folder, SAM, state, replace(MINI, eps=1e-5, letterbox=False), **more)
-
-
-ORIGINAL_MINI = replace(MINI, eps=1e-5)
-FORMS = {  # how names come from the hub's, the config that is read, what is printed
-    hub_today: (dict, MINI, "pixels as SAM has them, as no name tells"),
-    hub_2023: (dict, MINI, "pixels as SAM has them, as no name tells"),
-    other_name_only: (dict, MINI, "pixels as SAM has them, as no name tells"),
-    original: (as_original, ORIGINAL_MINI, "pixels as SAM has them, by its name"),
-    medsam: (
-        as_original,
-        replace(ORIGINAL_MINI, **sam_decoder.MEDSAM),
-        "pixels as MedSAM has them, by its name",
-    ),
-    medsam_training: (as_original, ORIGINAL_MINI, "for MedSAM's: **sam_decoder.MEDSAM"),
-    run_folder: (sam_decoder.convert, replace(ORIGINAL_MINI, letterbox=False), ""),
-}
-
-
-@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
-def test_all_forms_of_a_checkpoint_are_the_same_model(mini, form, tmp_path, capsys):
-    naming, config, told = FORMS[form]
-    state = sam_decoder.to_official(mini.state_dict())
-    model = SAM.from_pretrained(form(naming(state), tmp_path))
-    assert model.config == config and not model.training
-    printed = capsys.readouterr().out
-    assert told in printed and printed.count("\n") == (told != "")
-    loaded = sam_decoder.to_official(model.state_dict())
-    assert set(loaded) == set(state)
-    for name, t in loaded.items():
-        assert t.dtype == torch.float32 and torch.equal(t, state[name]), name
-    assert all(p.requires_grad for p in model.parameters())
-    for layer in model.mask_decoder.transformer.layers:
-        assert [layer.get_submodule(f"layer_norm{i}").eps for i in (1, 2, 3, 4)] == [config.eps] * 4
-    assert model.mask_decoder.transformer.layer_norm_final_attn.eps == 1e-5
-
 
 def test_names_of_the_hub_tell_the_pixels(mini, tmp_path, capsys):
     """A repository's clone; a name is not looked for in other folders above."""
@@ -597,39 +457,6 @@ def test_another_eps_in_config_json_counts(mini, tmp_path):
 
 
 ATTN = "vision_encoder.layers.{}.attn."
-PLACES = [  # form, a name in its file, ours of that, in which an error speaks
-    (hub_2023, "vision_encoder.pos_embed", "vision_encoder.pos_embed"),
-    (hub_2023, ATTN.format(1) + "rel_pos_h", ATTN.format(1) + "rel_pos_h"),
-    (hub_2023, ATTN.format(2) + "rel_pos_w", ATTN.format(2) + "rel_pos_w"),
-    (hub_2023, "vision_encoder.layers.0.layer_norm1.bias", "layers.0.layer_norm1.bias"),
-    (hub_2023, "vision_encoder.layers.3.mlp.lin1.bias", "layers.3.mlp.lin1.bias"),
-    (hub_2023, "mask_decoder.iou_prediction_head.layers.0.weight", "head.layers.0.weight"),
-    (other_name_only, TWIN, FOURIER),
-    (original, "image_encoder.pos_embed", "vision_encoder.pos_embed"),
-    (original, "mask_decoder.iou_prediction_head.layers.0.weight", "head.proj_in.weight"),
-    (original, "mask_decoder.transformer.layers.1.norm2.bias", "layers.1.layer_norm2.bias"),
-    (medsam_training, "prompt_encoder.mask_downscaling.4.weight", "mask_embed.layer_norm2.weight"),
-    (run_folder, "mask_decoder.mask_tokens.weight", "mask_decoder.mask_tokens.weight"),
-]
-
-
-@pytest.mark.parametrize("form, name, told", PLACES, ids=lambda x: getattr(x, "__name__", x))
-@pytest.mark.parametrize("fault", ["renamed", "dropped", "added", "reshaped"])
-def test_one_tensor_that_does_not_fit_is_named(mini, form, name, told, fault, tmp_path):
-    state = FORMS[form][0](sam_decoder.to_official(mini.state_dict()))
-    if form is other_name_only:
-        state.pop(FOURIER)
-    t = state[name] if fault in ("added", "reshaped") else state.pop(name)
-    if fault == "reshaped":
-        state[name] = t[:-1].contiguous() if "rel_pos" in name else t[..., :-1].contiguous()
-    elif fault in ("renamed", "added"):
-        state[f"{name}_extra"] = t.clone()
-    with pytest.raises(ValueError) as caught:
-        SAM.from_pretrained(form(state, tmp_path))
-    message = str(caught.value)
-    assert "do not fit" in message and "\n" not in message
-    assert fault == "added" or f"{told} is " in message
-    assert ("_extra is " in message) == (fault in ("renamed", "added"))
 
 
 def test_other_files_are_refused(mini, tmp_path):

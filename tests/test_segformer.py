@@ -1,7 +1,6 @@
 """SegFormer against transformers, live, through the real loading code."""
 
 import json
-import re
 from dataclasses import replace
 
 import numpy as np
@@ -9,10 +8,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from conftest import ROOT, close, write_run
+from conftest import ROOT, close
+from forms.segformer import (
+    MINI,
+    as_authors,
+    hub_4,
+    official_config,
+    run_folder,
+    theirs,
+    without_count,
+)
 from PIL import Image
 from torch import nn
-from transformers import SegformerConfig, SegformerForSemanticSegmentation, SegformerModel
+from transformers import SegformerModel
 from transformers.models.segformer.image_processing_pil_segformer import SegformerImageProcessorPil
 
 import segformer
@@ -21,37 +29,10 @@ from segformer import SegFormer
 pytestmark = pytest.mark.numeric
 
 OFFICIAL = ("b0", "b1", "b2", "b3", "b4", "b5")
-MINI = replace(segformer.VARIANTS["mini"], num_classes=5)
 KEYS = json.loads((ROOT / "tests/golden/hub_keys.json").read_text())
 B0, MIT = "nvidia/segformer-b0-finetuned-ade-512-512", "nvidia/mit-b0"
 CLASSIFIER = ("decode_head.classifier.weight", "decode_head.classifier.bias")
 transformers.logging.set_verbosity_error()
-
-
-def official_config(c: segformer.Config) -> SegformerConfig:
-    """transformers' settings for the sizes of `c`."""
-    return SegformerConfig(
-        hidden_sizes=list(c.widths),
-        depths=list(c.depths),
-        num_attention_heads=list(c.heads),
-        sr_ratios=list(c.reductions),
-        decoder_hidden_size=c.decoder_dim,
-        drop_path_rate=c.drop_path,
-        classifier_dropout_prob=c.dropout,
-        num_labels=c.num_classes,
-    )
-
-
-def theirs(model: SegFormer) -> SegformerForSemanticSegmentation:
-    """transformers' class with the weights of `model`, every one of them."""
-    official, told = SegformerForSemanticSegmentation.from_pretrained(
-        None,
-        config=official_config(model.config),
-        state_dict=segformer.to_official(model.state_dict()),
-        output_loading_info=True,
-    )
-    assert not any(told.values()), told
-    return official.train(model.training).to(next(model.parameters()).dtype)
 
 
 def randomised(model: nn.Module) -> nn.Module:
@@ -75,24 +56,6 @@ def shapes(state) -> dict[str, list[int]]:
 
 
 # --- transformers, live --------------------------------------------------------------------------
-
-PARAMETERS = {  # of transformers' classes with 150 labels
-    "b0": 3_752_694, "b1": 13_715_798, "b2": 27_461_974, "b3": 47_337_814, "b4": 64_108_374,
-    "b5": 84_708_694,
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("variant", OFFICIAL)
-def test_every_official_name_and_shape(variant):
-    config = segformer.VARIANTS[variant]
-    with torch.device("meta"):
-        ours = SegFormer(config)
-        official = SegformerForSemanticSegmentation(official_config(config)).state_dict()
-    assert shapes(segformer.convert(official)) == shapes(ours.state_dict())
-    assert sum(p.numel() for p in ours.parameters()) == PARAMETERS[variant]
-    hub = segformer.to_official(ours.state_dict())
-    assert shapes(segformer.to_official(official)) == shapes(hub)
-    assert shapes(segformer.convert(hub)) == shapes(ours.state_dict())
 
 
 def test_names_are_those_of_the_hub_s_files():
@@ -188,109 +151,11 @@ def test_any_size_equals_transformers(mini, size):
 
 # --- files ---------------------------------------------------------------------------------------
 
-# The authors' names of the hub's; stages, blocks and what is between as in the hub's.
-AUTHORS = (
-    (r"^segformer\.encoder\.(patch_embed|block|layer_norm)(?:dings)?\.(\d)", r"backbone.\1#\2"),
-    (r"^segformer\.encoder\.patch_embeddings\.(\d)", r"backbone.patch_embed#\1"),
-    (r"^backbone\.layer_norm#", "backbone.norm#"),
-    (r"^decode_head\.linear_c\.(\d)", r"decode_head.linear_c#\1"),
-    (r"layer_norm_(\d)", r"norm\1"),
-    (r"attention\.self\.query", "attn.q"),
-    (r"attention\.self\.key", "attn.kv"),
-    (r"attention\.self\.", "attn."),
-    (r"attention\.output\.dense", "attn.proj"),
-    (r"layer_norm", "norm"),
-    (r"mlp\.dense", "mlp.fc"),
-    (r"linear_fuse\.", "linear_fuse.conv."),
-    (r"batch_norm\.", "linear_fuse.bn."),
-    (r"classifier\.", "linear_pred."),
-)
-
-
-def as_authors(state) -> dict[str, torch.Tensor]:
-    """The hub's names -> NVlabs'."""
-    names = {}
-    for name, t in state.items():
-        if ".self.value." in name:
-            continue
-        if ".self.key." in name:
-            t = torch.cat([t, state[name.replace(".key.", ".value.")]])
-        for pattern, new in AUTHORS:
-            name = re.sub(pattern, new, name)
-        names[re.sub(r"#(\d)", lambda m: str(int(m[1]) + 1), name)] = t
-    unused = {"decode_head.conv_seg.weight": torch.ones(5, 128, 1, 1)}
-    return names | unused | {"decode_head.conv_seg.bias": torch.ones(5)}
-
-
-def as_in_memory(state) -> dict[str, torch.Tensor]:
-    """The hub's names -> those that transformers 5 has in memory, by itself."""
-    official = SegformerForSemanticSegmentation.from_pretrained(
-        None, config=official_config(MINI), state_dict=state
-    )
-    return official.state_dict()
-
-
-def without_count(state) -> dict[str, torch.Tensor]:
-    return {n: t for n, t in state.items() if not n.endswith("num_batches_tracked")}
-
-
 # A form of a checkpoint: how it is written into a folder.
-
-
-def hub_4(state, folder):
-    torch.save(state, folder / "pytorch_model.bin")
-    (folder / "config.json").write_text('{"model_type": "segformer", "drop_path_rate": 0.1}')
-    return folder
-
-
-def hub_5(state, folder):
-    """As `save_pretrained` writes it."""
-    model = SegformerForSemanticSegmentation.from_pretrained(
-        None, config=official_config(MINI), state_dict=state
-    )
-    model.save_pretrained(folder)
-    return folder
-
-
-def in_memory(state, folder):
-    torch.save(state, folder / "trained.pt")
-    return folder / "trained.pt"
-
-
-def authors(state, folder):
-    torch.save({"meta": {"iter": 3}, "state_dict": state}, folder / "segformer.b0.pth")
-    return folder / "segformer.b0.pth"
-
-
-def run_folder(state, folder, **more):
-    return write_run(folder, SegFormer, state, MINI, **more)
-
-
-FORMS = {
-    hub_4: without_count,
-    hub_5: dict,
-    in_memory: as_in_memory,
-    authors: as_authors,
-    run_folder: segformer.convert,
-}
 
 
 def hub_state(model) -> dict[str, torch.Tensor]:
     return segformer.to_official(model.state_dict())
-
-
-@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
-def test_all_forms_of_a_checkpoint_are_the_same_model(mini, form, tmp_path, capsys):
-    state = hub_state(mini)
-    model = SegFormer.from_pretrained(form(FORMS[form](state), tmp_path))
-    assert not model.training and model.config == MINI
-    printed = capsys.readouterr().out
-    assert ("image_size is not told, took 128" in printed) == (form is not run_folder)
-    assert "new and untrained" not in printed
-    loaded = hub_state(model)
-    assert set(loaded) == set(state)
-    for name, t in loaded.items():
-        assert torch.equal(t, state[name]), name
 
 
 def encoder_alone(state):
@@ -353,41 +218,6 @@ def test_another_number_of_classes_makes_a_new_classifier(mini, tmp_path, capsys
     assert 0.01 < new[CLASSIFIER[0]].std() < 0.03
     for name in set(old) - set(CLASSIFIER):
         assert torch.equal(old[name], new[name]), name
-
-
-PLACES = [  # form, a name in its file, the hub's name of that, in which an error speaks
-    (hub_4, "decode_head.linear_fuse.weight", None),
-    (hub_4, CLASSIFIER[0], None),
-    (hub_4, CLASSIFIER[1], None),
-    (hub_5, "segformer.encoder.block.1.0.attention.self.sr.weight", None),
-    (in_memory, "segformer.stages.3.layer_norm.weight", "segformer.encoder.layer_norm.3.weight"),
-    (
-        authors,
-        "backbone.block3.0.attn.kv.weight",
-        "segformer.encoder.block.2.0.attention.self.key.weight",
-    ),
-    (authors, "decode_head.linear_c4.proj.bias", "decode_head.linear_c.3.proj.bias"),
-    (run_folder, "encoder.block.0.0.mlp.dwconv.weight", None),
-]
-
-
-@pytest.mark.parametrize("form, name, told", PLACES, ids=lambda x: getattr(x, "__name__", x))
-@pytest.mark.parametrize("fault", ["renamed", "dropped", "added", "reshaped"])
-def test_one_tensor_that_does_not_fit_is_named(mini, form, name, told, fault, tmp_path):
-    state = FORMS[form](hub_state(mini))
-    told = told or next(iter(segformer.to_official({name: state[name]})))
-    t = state[name] if fault in ("added", "reshaped") else state.pop(name)
-    if fault == "reshaped":
-        state[name] = t[..., :-1].contiguous()
-    elif fault in ("renamed", "added"):
-        state[f"{name}_extra"] = t.clone()
-    folder = hub_4 if form is hub_5 else form  # transformers would not write these
-    with pytest.raises(ValueError) as caught:
-        SegFormer.from_pretrained(folder(state, tmp_path))
-    message = str(caught.value)
-    assert "do not fit" in message and "\n" not in message
-    assert fault == "added" or f"{told} is " in message
-    assert ("_extra is " in message) == (fault in ("renamed", "added"))
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, close, shapes, write_run
+from forms.swin_unetr3d import MINI, hub, official_state, release, run_folder, theirs
 from monai.networks.nets import SwinUNETR as Official
 from monai.networks.nets import swin_unetr as official_file
-from monai.networks.nets.swin_unetr import PatchMergingV2
 from monai.transforms import NormalizeIntensity, ScaleIntensityRange
 from recipe import fill
 
@@ -20,29 +20,7 @@ from swin_unetr3d import SwinUNETR
 
 pytestmark = pytest.mark.numeric
 
-MINI = swin_unetr3d.VARIANTS["mini"]
 KEYS = json.loads((ROOT / "tests/golden/monai_keys.json").read_text())
-
-
-class Legacy(PatchMergingV2):
-    """The merger of MONAI 0.9.0 to 1.4.0, octant by octant."""
-
-    def forward(self, x):
-        a, b = slice(0, None, 2), slice(1, None, 2)
-        order = [(a, a, a), (b, a, a), (a, b, a), (a, a, b), (b, a, b), (a, b, a), (a, a, b)]
-        octants = [x[(slice(None), *octant)] for octant in (*order, (b, b, b))]
-        return self.reduction(self.norm(torch.cat(octants, -1)))
-
-
-def theirs(c: swin_unetr3d.Config) -> Official:
-    """MONAI's class in the sizes of `c`."""
-    return Official(
-        in_channels=c.in_channels,
-        out_channels=c.num_classes,
-        feature_size=c.feature_size,
-        use_v2=c.v2,
-        downsample=Legacy if c.merging == "legacy" else c.merging,
-    )
 
 
 def filled(shapes: dict[str, tuple], seed: int = 0) -> dict[str, torch.Tensor]:
@@ -342,26 +320,11 @@ def test_attention_and_its_gradients_equal_the_formula(dtype, limit):
     rows = (scores.softmax(-1) @ v).transpose(1, 2).reshape(-1, *window, h * d)
     expected = official_file.window_reverse(rows, window, (2, 14, 4, 21))
     expected = [expected, *torch.autograd.grad(expected, (exact, exact_bias), weight.double())]
-    for ours, theirs in zip(found, expected, strict=True):
-        assert (ours.double() - theirs).abs().max() < limit * theirs.abs().max()
+    for ours, reference in zip(found, expected, strict=True):
+        assert (ours.double() - reference).abs().max() < limit * reference.abs().max()
 
 
 # --- names ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("variant", swin_unetr3d.VARIANTS)
-def test_every_official_name_and_shape(variant, monkeypatch):
-    config = swin_unetr3d.VARIANTS[variant]
-    # MONAI reads its rates of stochastic depth, all 0, from a tensor, which would be on meta.
-    monkeypatch.setattr(torch, "linspace", lambda *_: torch.zeros(8, device="cpu"))
-    with torch.device("meta"):
-        ours, official = SwinUNETR(config), theirs(config).state_dict()
-    assert shapes(swin_unetr3d.to_official(ours.state_dict())) == shapes(official)
-    assert shapes(swin_unetr3d.convert(official)) == shapes(ours.state_dict())
-    assert shapes(swin_unetr3d.convert(ours.state_dict())) == shapes(ours.state_dict())
-    count = sum(p.numel() for p in ours.parameters())
-    source = (ROOT / "swin_unetr3d.py").read_text()
-    assert re.search(rf'"{variant}": Config\(.*\),  # {count:,}\b', source), count
 
 
 def meta(keys) -> dict[str, torch.Tensor]:
@@ -386,58 +349,7 @@ def test_names_are_those_of_the_released_files():
 # --- files ---------------------------------------------------------------------------------------
 
 
-def official_state(model) -> dict[str, torch.Tensor]:
-    return swin_unetr3d.to_official(model.state_dict())
-
-
 # A form of a checkpoint: how it is written into a folder.
-
-
-def release(state, folder):
-    path = folder / "swin_unetr.tiny_5000ep_f12_lr2e-4_pretrained.pt"
-    torch.save({"epoch": 4999, "state_dict": state}, path)
-    return path
-
-
-def bundle(state, folder):
-    (folder / "models").mkdir()
-    torch.save(state, folder / "models/model.pt")
-    return folder
-
-
-def hub(state, folder):
-    torch.save(state, folder / "pytorch_model.bin")
-    (folder / "config.json").write_text('{"feature_size": 12, "img_size": [96, 96, 96]}')
-    return folder
-
-
-def training_program(state, folder):
-    torch.save({"model": {f"module.{n}": t for n, t in state.items()}}, folder / "last.pth")
-    return folder / "last.pth"
-
-
-def run_folder(state, folder, **more):
-    return write_run(folder, SwinUNETR, swin_unetr3d.convert(state), MINI, **more)
-
-
-FORMS = [release, bundle, hub, training_program, run_folder]
-
-
-@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
-def test_all_forms_of_a_checkpoint_are_the_same_model(mini, form, tmp_path, capsys):
-    state = official_state(mini)
-    source = form(state, tmp_path)
-    model = SwinUNETR.from_pretrained(source)
-    out = capsys.readouterr().out
-    assert "untrained" not in out and not model.training
-    assert ("merging legacy" in out) == (form is not run_folder)
-    assert ("by its name" in out) == (form is release)
-    like = MINI if form is run_folder else swin_unetr3d.Config(12, num_classes=3)
-    assert model.config == like
-    loaded = official_state(model)
-    assert set(loaded) == set(state)
-    for name, t in loaded.items():
-        assert torch.equal(t, state[name]), name
 
 
 @pytest.mark.parametrize("merging", ["legacy", "merging", "mergingv2"])
@@ -551,33 +463,6 @@ def test_another_number_of_classes_makes_a_new_classifier(mini, tmp_path, capsys
     assert capsys.readouterr().out.endswith(": new and untrained: out\n")
     for name, t in model.state_dict().items():
         assert name.startswith("out.") or torch.equal(t, mini.state_dict()[name]), name
-
-
-PLACES = [  # form, a name of MONAI
-    (release, "swinViT.layers2.0.blocks.1.attn.relative_position_bias_table"),
-    (bundle, "decoder3.conv_block.conv3.conv.weight"),
-    (hub, "out.conv.conv.weight"),
-    (training_program, "encoder10.layer.conv2.conv.weight"),
-    (training_program, "swinViT.layers4.0.downsample.norm.bias"),
-    (run_folder, "decoder1.transp_conv.conv.weight"),
-]
-
-
-@pytest.mark.parametrize("form, name", PLACES, ids=lambda x: getattr(x, "__name__", x))
-@pytest.mark.parametrize("fault", ["renamed", "dropped", "added", "reshaped"])
-def test_one_tensor_that_does_not_fit_is_named(mini, form, name, fault, tmp_path):
-    state = official_state(mini)
-    t = state[name] if fault in ("added", "reshaped") else state.pop(name)
-    if fault == "reshaped":
-        state[name] = t[..., :0].contiguous()
-    elif fault in ("renamed", "added"):
-        state[f"{name}_extra"] = t.clone()
-    with pytest.raises(ValueError) as caught:
-        SwinUNETR.from_pretrained(form(state, tmp_path))
-    message = str(caught.value)
-    assert "do not fit" in message and "\n" not in message
-    assert fault == "added" or f"{name} is " in message
-    assert ("_extra is " in message) == (fault in ("renamed", "added"))
 
 
 def test_an_encoder_excuses_no_hole_and_nothing_more(mini, tmp_path):

@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import ROOT
 from open_clip.tokenizer import SimpleTokenizer
+from token_sets import Prompts, Texts
 from torch.utils.data import DataLoader
 from transformers import CLIPTokenizer as TransformersTokenizer
 from transformers.models.bert.tokenization_bert_legacy import BertTokenizerLegacy
@@ -96,11 +97,6 @@ def test_texts_are_counted_before_they_are_cut():
     for text in texts:
         whole = CLIPTokenizer(1000, pad_token=-1)(text)[0]
         assert CLIPTokenizer(17).count(text) == (whole >= 0).sum()
-
-
-class Texts(list):
-    def __getitem__(self, i):
-        return CLIPTokenizer(17)(super().__getitem__(i))[0]
 
 
 @pytest.mark.parametrize("start", ["fork", "spawn"])
@@ -197,18 +193,12 @@ def test_what_is_no_vocabulary_is_refused(tmp_path):
     assert "\n" not in str(caught.value)
 
 
-class Prompts(list):
-    tokenize = WordPieceTokenizer(TOY["vocab"], 40)
-
-    def __getitem__(self, i):
-        return self.tokenize(super().__getitem__(i))[0]
-
-
 @pytest.mark.parametrize("start", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_word_pieces_work_in_loader_workers(start):
     texts = [c["text"] for c in TOY["cases"]]
-    expected = WordPieceTokenizer(TOY["vocab"], 40)(texts)
-    loader = DataLoader(Prompts(texts), 5, num_workers=1, multiprocessing_context=start)
+    tokenize = WordPieceTokenizer(TOY["vocab"], 40)
+    expected = tokenize(texts)
+    loader = DataLoader(Prompts(texts, tokenize), 5, num_workers=1, multiprocessing_context=start)
     assert torch.equal(torch.cat(list(loader)), expected)
     copy = pickle.loads(pickle.dumps(WordPieceTokenizer(TOY["vocab"], 40)))
     assert torch.equal(copy(texts), expected)

@@ -46,6 +46,7 @@ def arguments(options: train.Options) -> list[str]:
     return words
 
 
+@pytest.mark.curves
 def test_a_run_leaves_everything_that_the_design_names(options, demo, capsys):
     summary = train.run(options)
     out = train.Path(options.out)

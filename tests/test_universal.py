@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, close, randomised, shapes, write_run
+from forms.universal import MINI, model_of, released, todays
 from recipe import fill
 
 import swin_unetr3d
@@ -21,13 +22,7 @@ pytestmark = pytest.mark.numeric
 
 GOLDEN = ROOT / "tests/golden/universal_swinunetr.npz"
 KEYS = json.loads((ROOT / "tests/golden/monai_keys.json").read_text())
-MINI = UniversalConfig(12, num_classes=3, classes=("background", "liver", "spleen", "aorta"))
 SIZE = (64, 32, 32)
-
-
-def model_of(codes: str, dtype=torch.float32, **more) -> UniversalSwinUNETR:
-    embedding = torch.zeros(3, universal.TEXT) if codes == "text" else None
-    return randomised(UniversalSwinUNETR(replace(MINI, codes=codes, **more), embedding)).to(dtype)
 
 
 @pytest.fixture(scope="module")
@@ -48,26 +43,6 @@ def volume():
 
 
 # --- the official numbers ------------------------------------------------------------------------
-
-
-def released(state: dict[str, torch.Tensor], folder):
-    """The form of the released file, which DataParallel trained before the backbone was one."""
-    path = folder / "clip_driven_universal_swin_unetr.pth"
-    net = {f"module.{n.removeprefix('backbone.')}": t for n, t in state.items()}
-    torch.save({"net": net, "epoch": 3, "optimizer": {"state": {}}, "scheduler": {"t": 1}}, path)
-    return path
-
-
-def todays(state, folder):
-    path = folder / "epoch_1.pth"
-    torch.save({"net": {f"module.{n}": t for n, t in state.items()}, "epoch": 1}, path)
-    return path
-
-
-def one_device(state, folder):
-    """Trained without DataParallel: `organ_embedding` has no first part to take away."""
-    torch.save({"net": state, "epoch": 1}, folder / "epoch_1.pth")
-    return folder / "epoch_1.pth"
 
 
 EVERY = {  # what of an output is in the golden file
@@ -104,31 +79,6 @@ def test_golden_outputs_through_the_released_form(tmp_path, capsys):
         assert error <= limit, f"{name} differs by {error:.1e}, more than {limit:.1e}"
     means = torch.from_numpy(golden["out/logits_abs_mean"][:1])
     close(logits.double().abs().mean((2, 3, 4)), means, 4e-6)
-
-
-@pytest.mark.parametrize("form", [released, todays, one_device], ids=lambda form: form.__name__)
-@pytest.mark.parametrize("codes", CODES)
-def test_all_forms_of_a_checkpoint_are_the_same_model(codes, form, tmp_path):
-    model = model_of(codes)
-    state = universal.to_official(model.state_dict())
-    assert ("backbone.decoder1.transp_conv.conv.weight" in state) and "organ_embedding" in str(
-        state
-    )
-    loaded = UniversalSwinUNETR.from_pretrained(form(state, tmp_path))
-    names = tuple(f"class {k}" for k in (1, 2, 3))  # none are told
-    assert loaded.config == replace(MINI, codes=codes, classes=("background", *names))
-    ours = loaded.state_dict()
-    assert ours.keys() == model.state_dict().keys()
-    assert all(torch.equal(t, ours[n]) for n, t in model.state_dict().items())
-
-
-@pytest.mark.parametrize("codes", CODES)
-def test_a_run_folder_is_the_same_model(codes, tmp_path, capsys):
-    model = model_of(codes)
-    write_run(tmp_path / "run", UniversalSwinUNETR, model.state_dict(), model.config)
-    loaded = UniversalSwinUNETR.from_pretrained(tmp_path / "run")
-    assert loaded.config == model.config and capsys.readouterr().out == ""
-    assert all(torch.equal(t, model.state_dict()[n]) for n, t in loaded.state_dict().items())
 
 
 def test_names_and_shapes_are_those_of_the_released_file():

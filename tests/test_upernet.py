@@ -8,18 +8,16 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, shapes, write_run
+from conftest import ROOT
+from forms.upernet import FORMS, MINI, encoder_config, hub_2023, mmseg, run_folder, theirs
 from PIL import Image
 from recipe import fill
 from torch import nn
 from transformers import (
     ConvNextBackbone,
-    ConvNextConfig,
     ConvNextForImageClassification,
     ConvNextModel,
     SegformerImageProcessorPil,
-    UperNetConfig,
-    UperNetForSemanticSegmentation,
 )
 
 import upernet
@@ -28,25 +26,6 @@ from upernet import UPerNet
 pytestmark = pytest.mark.numeric
 
 OFFICIAL = [name for name in upernet.VARIANTS if name != "mini"]
-MINI = replace(upernet.VARIANTS["mini"], num_classes=5)
-
-
-def encoder_config(c: upernet.Config) -> ConvNextConfig:
-    stages = [f"stage{i}" for i in (1, 2, 3, 4)]
-    sizes = {"hidden_sizes": list(c.widths), "depths": list(c.depths)}
-    return ConvNextConfig(**sizes, out_features=stages, num_labels=7)
-
-
-def theirs(c: upernet.Config, **more) -> UperNetForSemanticSegmentation:
-    """transformers' class in the sizes of `c`."""
-    config = UperNetConfig(
-        backbone_config=encoder_config(c),
-        hidden_size=c.channels,
-        num_labels=c.num_classes,
-        auxiliary_in_channels=c.widths[2],
-        **more,
-    )
-    return UperNetForSemanticSegmentation(config).eval()
 
 
 def randomised(model: nn.Module) -> nn.Module:
@@ -169,21 +148,15 @@ def test_wrong_calls_are_told(mini):
 
 
 @pytest.mark.parametrize("variant", OFFICIAL)
-def test_every_official_name_and_shape(variant):
+def test_numbers_of_parameters_with_the_auxiliary_head(variant):
     config = upernet.VARIANTS[variant]
     with torch.device("meta"):
         ours, official = UPerNet(config), theirs(config)
-    auxiliary = {n: t for n, t in official.state_dict().items() if n.startswith("auxiliary_head.")}
-    expected = shapes(official.state_dict())
-    assert shapes(upernet.to_official(ours.state_dict()) | auxiliary) == expected
-    assert shapes(upernet.convert(official.state_dict())) == shapes(ours.state_dict())
     sizes = {"tiny": 60_242_636, "small": 81_877_196, "base": 122_102_956}
-    sizes |= {"large": 234_994_796, "xlarge": 391_140_396}  # with the auxiliary head
+    sizes |= {"large": 234_994_796, "xlarge": 391_140_396}
     extra = sum(p.numel() for p in official.auxiliary_head.parameters())
     count = sum(p.numel() for p in ours.parameters())
     assert count + extra == sizes[variant.removeprefix("convnext-")]
-    source = (ROOT / "upernet.py").read_text()
-    assert re.search(rf'"{variant}": Config\(.*\),  # {count:,}\n', source)
 
 
 def test_fresh_weights_are_those_of_transformers():
@@ -202,135 +175,14 @@ def test_fresh_weights_are_those_of_transformers():
 
 # --- files ---------------------------------------------------------------------------------------
 
-# The hub's names -> mmsegmentation's, in this order.
-MMSEG = (
-    (r"backbone\.embeddings\.patch_embeddings\.", "backbone.downsample_layers.0.0."),
-    (r"backbone\.embeddings\.layernorm\.", "backbone.downsample_layers.0.1."),
-    (r"encoder\.stages\.(\d)\.downsampling_layer\.", r"downsample_layers.\1."),
-    (r"encoder\.stages\.(\d)\.layers\.(\d+)\.", r"stages.\1.\2."),
-    (r"dwconv", "depthwise_conv"),
-    (r"layernorm", "norm"),
-    (r"pwconv", "pointwise_conv"),
-    (r"layer_scale_parameter", "gamma"),
-    (r"batch_norm", "bn"),
-    (r"classifier", "conv_seg"),
-)
-
-
-def with_auxiliary(state):
-    return theirs(MINI).state_dict() | state
-
-
-def as_mmseg(state):
-    named = {}
-    for name, t in with_auxiliary(state).items():
-        for pattern, new in MMSEG:
-            name = re.sub(pattern, new, name)
-        stage = r"hidden_states_norms\.stage(\d)"
-        named[re.sub(stage, lambda m: f"norm{int(m[1]) - 1}", name)] = t
-    return named
-
-
 # A form of a checkpoint: how its names come from the hub's, and how it is written into a folder.
-
-
-def hub_2023(state, folder):
-    torch.save(state, folder / "pytorch_model.bin")
-    (folder / "config.json").write_text('{"hidden_size": 32, "model_type": "upernet"}')
-    return folder
-
-
-def hub_today(state, folder):
-    """As `save_pretrained` writes it."""
-    model = theirs(MINI)
-    model.load_state_dict(state)
-    model.save_pretrained(folder)
-    return folder
-
-
-def hub_today_without_auxiliary(state, folder):
-    model = theirs(MINI, use_auxiliary_head=False)
-    model.load_state_dict(state)
-    model.save_pretrained(folder)
-    return folder
-
-
-def mmseg(state, folder):
-    path = folder / "upernet_convnext_small_fp16_512x512_160k_ade20k_20220227-1b1e394f.pth"
-    torch.save({"meta": {"epoch": 127, "CLASSES": ["wall"]}, "state_dict": state}, path)
-    return path
-
-
-def training_program(state, folder):
-    state = {f"module.{name}": t for name, t in state.items()}
-    torch.save({"epoch": 3, "model": state}, folder / "last.pt")
-    return folder / "last.pt"
-
-
-def run_folder(state, folder, **more):
-    return write_run(folder, UPerNet, state, MINI, **more)
-
-
-FORMS = {
-    hub_2023: with_auxiliary,
-    hub_today: with_auxiliary,
-    hub_today_without_auxiliary: dict,
-    mmseg: as_mmseg,
-    training_program: with_auxiliary,
-    run_folder: dict,
-}
 
 
 def official_state(model):
     return upernet.to_official(model.state_dict())
 
 
-@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
-def test_all_forms_of_a_checkpoint_are_the_same_model(mini, form, tmp_path, capsys):
-    state = official_state(mini)
-    model = UPerNet.from_pretrained(form(FORMS[form](state), tmp_path))
-    assert model.config == MINI and not model.training
-    out = capsys.readouterr().out
-    assert ("image_size is not told" in out) == (form is not run_folder)
-    assert "untrained" not in out
-    loaded = official_state(model)
-    assert set(loaded) == set(state)
-    for name, t in loaded.items():
-        assert torch.equal(t, state[name]), name
-    assert shapes(upernet.convert(loaded)) == shapes(model.state_dict())
-
-
-PWCONV = "backbone.encoder.stages.2.layers.1.pwconv1.weight"
-FUSE = "decode_head.fpn_bottleneck.conv.weight"
-MEAN = "decode_head.psp_modules.1.1.batch_norm.running_mean"
 CLASSIFIER = "decode_head.classifier.weight"
-PLACES = [  # form, a name in its file, the hub's name of that, in which an error speaks
-    (hub_2023, PWCONV, PWCONV),
-    (hub_2023, MEAN, MEAN),
-    (hub_2023, CLASSIFIER, CLASSIFIER),
-    (training_program, FUSE, FUSE),
-    (mmseg, "backbone.stages.2.1.pointwise_conv1.weight", PWCONV),
-    (mmseg, "backbone.norm3.bias", "backbone.hidden_states_norms.stage4.bias"),
-    (mmseg, "decode_head.conv_seg.weight", CLASSIFIER),
-    (run_folder, FUSE, FUSE),
-]
-
-
-@pytest.mark.parametrize("form, name, told", PLACES, ids=lambda x: getattr(x, "__name__", x))
-@pytest.mark.parametrize("fault", ["renamed", "dropped", "added", "reshaped"])
-def test_one_tensor_that_does_not_fit_is_named(mini, form, name, told, fault, tmp_path):
-    state = FORMS[form](official_state(mini))
-    t = state[name] if fault in ("added", "reshaped") else state.pop(name)
-    if fault == "reshaped":
-        state[name] = t[..., :0].contiguous()
-    elif fault in ("renamed", "added"):
-        state[f"{name}_extra"] = t.clone()
-    with pytest.raises(ValueError) as caught:
-        UPerNet.from_pretrained(form(state, tmp_path))
-    message = str(caught.value)
-    assert "do not fit" in message and "\n" not in message
-    assert fault == "added" or f"{told} is " in message
-    assert ("_extra is " in message) == (fault in ("renamed", "added"))
 
 
 def test_a_name_that_is_there_twice_is_refused(mini, tmp_path):
@@ -355,10 +207,13 @@ def test_a_file_without_counters_of_batches_is_whole(mini, tmp_path, capsys):
     assert capsys.readouterr().out.count("new and untrained: decode_head.classifier\n") == 1
 
 
-@pytest.mark.parametrize("form", [hub_2023, mmseg, run_folder], ids=lambda form: form.__name__)
+SOME = [form for form in FORMS if form.write in (hub_2023, mmseg, run_folder)]
+
+
+@pytest.mark.parametrize("form", SOME, ids=lambda form: form.name)
 def test_other_classes_get_a_new_classifier(mini, form, tmp_path, capsys):
     state = official_state(mini)
-    source = form(FORMS[form](state), tmp_path)
+    source = form.write(form.names(state), tmp_path)
     kept = UPerNet.from_pretrained(source, num_classes=5, threshold=0.3)
     assert kept.config == replace(MINI, threshold=0.3)
     assert torch.equal(kept.state_dict()[CLASSIFIER], state[CLASSIFIER])

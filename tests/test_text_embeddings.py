@@ -7,10 +7,10 @@ import open_clip
 import pytest
 import torch
 from conftest import close, command
+from forms.clipseg import save_archive
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_clipseg import save_archive
 from test_online import constants, reach
 from torch import nn
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModelWithProjection

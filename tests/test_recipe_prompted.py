@@ -93,7 +93,7 @@ def test_all_that_is_said_to_train_gets_a_gradient(model, demo, options):
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_kept_features_train_as_their_images_do(model, options, capsys):
+def test_kept_features_train_as_their_images_do(model, options, untested, capsys):
     """Same losses to 1e-3; a second run computes nothing; other weights compute anew."""
     plain = replace(options, model=model, recipe="origin", batch_size=16, train="decoder", epochs=2)
     plain = replace(plain, schedule="constant")
@@ -137,7 +137,7 @@ def test_kept_features_change_no_loss_at_full_size(real_data, tmp_path):
     assert float(table[0][-1]["train_loss"]) < float(table[0][0]["train_loss"]) - 0.002
 
 
-def test_kept_views_change_no_loss_and_mirror_the_prompts_too(options):
+def test_kept_views_change_no_loss_and_mirror_the_prompts_too(options, untested):
     views = replace(
         options, model="clipseg", train="decoder", prompt="p6", views=["original", "hflip"],
         feature_dtype="float32", batch_size=1, max_steps=60,
@@ -185,7 +185,7 @@ def test_kept_features_are_those_of_the_image_and_the_text(demo, options):
         {"train": "decoder", "keep_features": True},
     ],
 )
-def test_a_resumed_run_ends_as_one_that_never_stopped(what, options, monkeypatch):
+def test_a_resumed_run_ends_as_one_that_never_stopped(what, options, untested, monkeypatch):
     whole = replace(options, **what)
     cut, end = replace(whole, out=whole.out + "-cut"), train.Run.end_epoch
 
@@ -286,7 +286,7 @@ def test_the_prompt_study_scores_as_a_test_of_each_type_does(options, capsys):
     assert saved["tests"]["demo"] == json.loads(json.dumps(study))
 
 
-def test_a_threshold_is_found_in_validation(options, demo):
+def test_a_threshold_is_found_in_validation(options, demo, untested):
     options = replace(options, threshold="auto", epochs=1)
     train.run(options)
     model = clipseg.CLIPSeg.from_pretrained(options.out)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from conftest import command, rows, write_run
 from safetensors.torch import save_file
-from test_volume_recipe import FAST, data_set, phantom
+from test_recipe_swin_unetr3d import FAST, data_set, phantom
 
 import losses
 import predict

@@ -306,7 +306,7 @@ def loss_column(folder):
     return [float(row["train_loss"]) for row in rows(train.Path(folder) / "metrics.csv")]
 
 
-def test_kept_features_change_no_loss(asked, capsys):
+def test_kept_features_change_no_loss(asked, untested, capsys):
     asked = replace(asked, views=["original", "hflip", "dark"], epochs=3, train="decoder")
     asked = replace(asked, batch_size=1, prompts_per_image=2)  # images are kept one by one
     runs = {
@@ -334,7 +334,7 @@ def test_kept_features_change_no_loss(asked, capsys):
     np.testing.assert_allclose(losses["single"], losses["plain"], rtol=1e-4)
 
 
-def test_what_changes_features_is_computed_anew(asked, maps, capsys):
+def test_what_changes_features_is_computed_anew(asked, maps, untested, capsys):
     def kept(**how):
         train.run(replace(asked, out=f"{asked.out}{len(how)}{how}", epochs=1, overlays=0, **how))
         return capsys.readouterr().out.count("image features")
@@ -416,7 +416,7 @@ def test_every_kind_of_prompt_trains(kind, tmp_path, asked):
     assert again["dice"] == summary["tests"]["binary"]["dice"]  # asked as it was trained
 
 
-def test_resumed_numbers_are_the_same(asked, monkeypatch):
+def test_resumed_numbers_are_the_same(asked, untested, monkeypatch):
     train.run(replace(asked, out=asked.out + "-whole", epochs=3))
     end, stopped = train.Run.end_epoch, []
 
