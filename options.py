@@ -10,9 +10,9 @@ from typing import get_args
 
 from engine import command_line
 from engine.ranges import Choice, Flag, Number, Text, Values
-from engine.runs import patients_of, run_config
+from engine.runs import patients_of, read_run
 from imaging.augment import VIEWS
-from imaging.boxes_and_points import KINDS
+from imaging.boxes_and_points import SOURCES
 from imaging.image_files import ORIENTATIONS, colour_table
 from imaging.layouts import is_prompt_type, path_and_split, prompt_option
 from recipes import FAMILIES, second_file
@@ -44,7 +44,7 @@ def flag(name: str) -> str:
 SCHEDULES = ["cosine", "poly", "constant", "multistep", "plateau"]
 DTYPES = ["float32", "bfloat16", "float16"]
 TRAINED = ["all", "decoder", "adapters", "lora"]
-SIZES = ["image", "network"]
+SCORE_SIZES = ["image", "network"]
 
 
 @dataclass
@@ -87,7 +87,7 @@ class Options:
         at_most=255,
     )
     pseudocolor: str | None = option(None, "a colour map of matplotlib for grey images: bone, jet")
-    sam_prompts: str | None = option(None, "what SAM is asked by, of the truth", choices=KINDS)
+    sam_prompts: str | None = option(None, "what SAM is asked by, of the truth", choices=SOURCES)
     jitter: int | None = option(
         None, "pixels by which a side of a box moves at most in training", at_least=0
     )
@@ -181,7 +181,7 @@ class Options:
     cache: str = option(".cache", "folder of the decoded images")
     fold: str | None = option(None, "k/n: validate on fold k (from 0) of n of train and val")
     group_regex: str | None = option(None, "what in an image's name names the patient")
-    score_size: str = option("image", "score at its own or the network's size", choices=SIZES)
+    score_size: str = option("image", "score at its own or the network's size", choices=SCORE_SIZES)
     val_distances: bool = option(False, "HD95, ASSD and NSD also in validation, not only in tests")
     nsd_tolerance: float | None = option(
         None,
@@ -302,7 +302,7 @@ def as_tested(options: Options) -> Options:
     """Without training: what --weights, if they are a run folder, say of themselves."""
     if not options.eval and options.epochs != 0:
         return options
-    options, tested = replace(options, eval=True, epochs=0), run_config(options.weights)
+    options, tested = replace(options, eval=True, epochs=0), read_run(options.weights)
     if not tested:
         return options
     if tested.get("model") not in FAMILIES:
@@ -319,7 +319,7 @@ def as_tested(options: Options) -> Options:
     return replace(options, model=tested["model"], **same)
 
 
-def check(options: Options, family, name: str) -> None:
+def check_together(options: Options, family, name: str) -> None:
     """Raise ValueError, one line, for options that do not go together. name: of the recipe."""
     model = options.model
     if name not in family.protocols:
@@ -405,7 +405,7 @@ def path_name(place: str) -> str:
     A file of a run folder has the name of the run.
     """
     path = Path(place)
-    if path.is_file() and run_config(path):  # RUN/best.safetensors is the same as RUN
+    if path.is_file() and read_run(path):  # RUN/best.safetensors is the same as RUN
         path = path.parent
     name = Path(os.path.abspath(path)).name
     return file_name(re.sub(r"\.(pth|pt|bin|safetensors|csv|json)$", "", name))
@@ -470,7 +470,7 @@ def resolve(options: Options) -> Settings:
     options = as_tested(options)
     family = FAMILIES[options.model]
     name = options.recipe or "default"
-    check(options, family, name)
+    check_together(options, family, name)
     if options.out is None:
         options = replace(options, out=run_folder(typed, options.model))
 

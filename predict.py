@@ -50,10 +50,10 @@ import data
 from engine import command_line, tables
 from engine.evaluate import each_is, to_masks
 from engine.ranges import GREY_LEVEL, POSITIVE, Number
-from engine.runs import check_threshold, num_classes, patients_of, pick_device, run_config
+from engine.runs import check_threshold, num_classes, patients_of, pick_device, read_run
 from imaging import atomic_files, files, image_files, layouts, nifti, organ_rules, pictures, volumes
 from recipes import FAMILIES, second_file
-from recipes.base import BOXES, IMAGES, TEXTS, VOLUMES
+from recipes.base import BOX_OPTIONS, IMAGE_OPTIONS, TEXT_OPTIONS, VOLUME_OPTIONS
 from recipes.images import describe_cuts
 
 
@@ -397,11 +397,11 @@ class Batch:
 
 
 # What an error says of options that are for other models; groups as in recipes/base.py.
-REFUSED = {
-    TEXTS: "--prompt: this model reads no text",
-    BOXES: "--boxes, --points: this model takes no boxes or points, only SAM does",
-    IMAGES: "{flag}: of images; this model takes volumes",
-    VOLUMES: "{flag}: of volumes; this model takes images",
+REFUSED_HERE = {
+    TEXT_OPTIONS: "--prompt: this model reads no text",
+    BOX_OPTIONS: "--boxes, --points: this model takes no boxes or points, only SAM does",
+    IMAGE_OPTIONS: "{flag}: of images; this model takes volumes",
+    VOLUME_OPTIONS: "{flag}: of volumes; this model takes images",
 }
 
 
@@ -411,7 +411,7 @@ REFUSED = {
 def model_of(args) -> str:
     """The model that NIfTI files alone tell, the first of volumes. ValueError: others tell none."""
     for place in map(Path, args.inputs):
-        foreign = nifti.foreign_format(place)
+        foreign = nifti.other_volume_format(place)
         if foreign and place.suffix.lower() not in layouts.ENDINGS:
             raise ValueError(foreign)
     if not all(layouts.is_volume(Path(place)) for place in args.inputs):
@@ -428,14 +428,14 @@ def main() -> int:
 
 def predict_inputs(args) -> int:
     """Predict all inputs into --out, which no other process writes to. Return the exit status."""
-    run = run_config(args.weights)
+    run = read_run(args.weights)
     name = args.model or run.get("model") or model_of(args)
     if name not in FAMILIES:
         raise ValueError(f"{args.weights}: is a run of {name}, no model that this version has")
     family = FAMILIES[name]
     second = second_file(name, args.clip, args.decoder)
     check_split(args)
-    family.check_given(vars(args), "this model", REFUSED)
+    family.check_given(vars(args), "this model", REFUSED_HERE)
     predict = {"images": predict_images, "volumes": predict_volumes}[family.takes]
     with nifti.notices.together():
         return predict(family, run, second, args)
@@ -721,7 +721,7 @@ def predict_volumes(family, run: dict, second: dict, args) -> int:
     """
     model, recipe = volume_model(family, run, args)
     c = model.config
-    classes, numbers = classes_of(c, run)
+    classes, numbers = class_names(c, run)
     chosen = family.numbers_asked(model, classes, args.classes)
     if chosen is not None:
         classes = [classes[0], *(classes[k + 1] for k in chosen)]
@@ -747,7 +747,7 @@ def predict_volumes(family, run: dict, second: dict, args) -> int:
     return batch.run(predict_case)
 
 
-def classes_of(config, run: dict) -> tuple[list[str], list[int]]:
+def class_names(config, run: dict) -> tuple[list[str], list[int]]:
     """Names of a model's classes, background first, and their numbers in label maps."""
     names = list(config.classes) or [f"class {k}" for k in range(config.num_classes)]
     names = run.get("classes") or names
@@ -783,7 +783,7 @@ def predict_volume(model, recipe, paths, item: dict, classes, numbers, args) -> 
     channels = sum(nifti.read_grid(path).channels for path in paths)
     nifti.check_channels(paths[0], channels, c.in_channels)
     fill = volumes.fill_value(model.preprocess, c.in_channels)
-    image, grid = nifti.read_image(paths, fill)  # (C,X,Y,Z)
+    image, grid = nifti.read_volume(paths, fill)  # (C,X,Y,Z)
     if c.intensity:
         volumes.say_if_not_hu(paths[0], volumes.hu_facts(image))
     prepared, place = volumes.prepare_image(image, grid, c.spacing, model.preprocess)

@@ -46,7 +46,7 @@ from preparation import (
 )
 
 # A file describes its commands in `options`; --help lists them in this order.
-FILES = (
+COMMAND_FILES = (
     demo,
     check,
     uw_madison,
@@ -70,7 +70,7 @@ def parser():
         one.set_defaults(run=run)
         return one.add_argument
 
-    for file in FILES:
+    for file in COMMAND_FILES:
         file.options(command)
     return top
 

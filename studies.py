@@ -77,7 +77,7 @@ from recipes import universal
 
 
 @dataclass(frozen=True)
-class Run:
+class StudyRun:
     """One run of a study. k: volumes of the new class, None of the base run."""
 
     method: str
@@ -94,7 +94,7 @@ class Run:
         return Path(self.options.out) / "test"
 
 
-def do_one(run: Run, threads: int) -> None:
+def do_one(run: StudyRun, threads: int) -> None:
     """What a run prints is in its log.txt alone."""
     torch.set_num_threads(threads)
     with open(os.devnull, "w") as null, contextlib.redirect_stdout(null):
@@ -102,7 +102,7 @@ def do_one(run: Run, threads: int) -> None:
     (run.test.parent / "last.pt").unlink(missing_ok=True)
 
 
-def do(runs: list[Run], jobs: int) -> None:
+def do(runs: list[StudyRun], jobs: int) -> None:
     """Does what is left of the runs in order, so many at a time, none before that whose weights it
     needs."""
     todo = {n: run for n, run in enumerate(runs, 1) if not (run.test / "summary.json").is_file()}
@@ -384,7 +384,7 @@ class FewShot:
         write_json(path, content)
         return str(path.parent)
 
-    def run(self, method: str, k: int | None = None, draw: int | None = None, **own) -> Run:
+    def run(self, method: str, k: int | None = None, draw: int | None = None, **own) -> StudyRun:
         """One of the runs. Its options are train.py's, the method's, and its own."""
         name = "base" if k is None else f"k{k}" + f"-draw{draw}" * (draw is not None)
         drop = FIRST if "weights" in own else LATER
@@ -392,11 +392,11 @@ class FewShot:
         own |= {"out": str(self.out / method / name), "resume": True, "batch_size": 1}
         own |= {"backbone_lr": own.get("lr")}
         own |= {"text_codes": self.text_codes} if reads(method) else {}
-        run = Run(method, k, draw, Options(**own))
+        run = StudyRun(method, k, draw, Options(**own))
         options.resolve(run.options)  # what this refuses is told before anything is trained
         return run
 
-    def bases(self) -> list[Run]:
+    def bases(self) -> list[StudyRun]:
         """Those that learn the seen classes."""
         own = {"data": [self.write_set("base", self.seen, **self.splits)]}
         first = own | {"epochs": self.base_epochs, "lr": self.base_lr or self.given.get("lr")}
@@ -406,7 +406,7 @@ class FewShot:
         own |= {"weights": plain.options.out, "epochs": self.from_plain}
         return [plain, *(self.run(method, **own) for method in others)]
 
-    def plan(self) -> list[Run]:
+    def plan(self) -> list[StudyRun]:
         """All runs in order, so that those before a kill are of use; writes their data sets."""
         drawn = {draw: self.drawn(draw) for draw in range(1, self.draws + 1)}
         if not any(map(self.holds, self.splits["test"])):
@@ -431,7 +431,7 @@ class FewShot:
 # --- few-shot: its results -----------------------------------------------------------------------
 
 
-def read_scores(study: FewShot, run: Run) -> list[dict]:
+def read_scores(study: FewShot, run: StudyRun) -> list[dict]:
     """Rows of results.csv: of each class the cases in which truth or prediction has it."""
     (root,) = run.options.test or run.options.data
     tested = layouts.read_volumes(root)["test"]  # whose names are not the same in each data set
@@ -490,7 +490,7 @@ def values(study: FewShot, rows: list[dict], method: str, k: int, classes: list[
     return np.where(n, x / np.maximum(n, 1), np.nan)
 
 
-def summarise(study: FewShot, rows: list[dict]) -> dict[str, dict]:
+def summarise_study(study: FewShot, rows: list[dict]) -> dict[str, dict]:
     """Method -> {"new": {K: Dice of the new class}, "seen": {K: of the others}, "change": {K: …}},
     each an `estimate`."""
     summary = {}
@@ -598,7 +598,7 @@ def do_few_shot(study: FewShot, given: dict) -> None:
     do(runs, study.jobs)
     rows = [row for run in runs for row in read_scores(study, run)]
     write_csv(study.out / "results.csv", rows)
-    summary = summarise(study, rows)
+    summary = summarise_study(study, rows)
     text = tables(study, summary, len({row["patient"] or row["case"] for row in rows}))
     with atomic_files.whole_file(study.out / "table.md") as part:
         part.write_text(text + "\n", encoding="utf-8")

@@ -434,7 +434,7 @@ def wins_tie(loss: float | None, kept_loss: float | None) -> bool:
 # --- the program ---------------------------------------------------------------------------------
 
 
-LENGTH = ("epochs", "patience")  # options that a resumed run may change: how long it trains
+LENGTH_OPTIONS = ("epochs", "patience")  # options that a resumed run may change: how long it trains
 SAVED_FILES = ("last.pt", "best.safetensors", "adapter.safetensors", "metrics.csv", "test")
 # What a run writes before its first last.pt.
 FIRST_FILES = (
@@ -462,9 +462,9 @@ def can_resume(settings: Settings) -> bool:
         raise unusable(out / "last.pt", "has no config.json of its run beside it")
     theirs = asdict(Options()) | theirs
     mine = json.loads(json.dumps(as_options(settings)))
-    same = {key: value for key, value in mine.items() if key not in LENGTH}
+    same = {key: value for key, value in mine.items() if key not in LENGTH_OPTIONS}
     check_same(out, {key: theirs[key] for key in same}, same)
-    for key in LENGTH:
+    for key in LENGTH_OPTIONS:
         if theirs[key] != mine[key]:
             print(f"{flag(key)} {theirs[key]} -> {mine[key]}")
     return True
@@ -476,7 +476,7 @@ def saved_options(out: Path) -> dict | None:
     Raises ValueError, one line, if they are not what train.py writes.
     """
     path = out / "config.json"
-    run = runs.run_config(out)
+    run = runs.read_run(out)
     if not run:
         return None
     if "options" not in run:
@@ -501,7 +501,7 @@ def refuse_run(out: Path) -> None:
         if (out / "test").is_dir() and ours >= {path.name for path in (out / "test").iterdir()}:
             print(f"{out} holds a test that was stopped; it starts again")
             return
-    if config.exists() and not runs.run_config(out):
+    if config.exists() and not runs.read_run(out):
         raise ValueError(f"{config}: is not the file of a run; choose another --out")
     if files:
         raise ValueError(
@@ -549,7 +549,7 @@ def write_config(settings: Settings, recipe, model, train_set, val_set) -> None:
     tables.write_json(Path(settings.out) / "config.json", content | recipe.about)
 
 
-def load_model(settings: Settings, train_set, device: torch.device):
+def starting_model(settings: Settings, train_set, device: torch.device):
     """Return the model that a run starts from, on its device."""
     family = FAMILIES[settings.model]
     # Weights that are only tested keep what they came with, unless a recipe is named.
@@ -620,7 +620,7 @@ def resume_run(run: Run) -> None:
     change = run.follow_schedule()
     if change and run.step < run.total_steps:
         print(change)
-    if any(saved.get(key) != getattr(settings, key) for key in LENGTH):
+    if any(saved.get(key) != getattr(settings, key) for key in LENGTH_OPTIONS):
         write_config(settings, run.recipe, run.model, run.train_set, run.val_set)
 
 
@@ -643,7 +643,7 @@ def fit_and_test(settings: Settings, device: torch.device, resume: bool) -> dict
     family = FAMILIES[settings.model]
     data_sets = runs.open_data(settings, family)
     parts = data_sets.parts
-    model = load_model(settings, parts.get("train"), device)
+    model = starting_model(settings, parts.get("train"), device)
     recipe = family.recipe(model, settings)
     family.check_classes(model, data_sets.all, settings)
     recipe = family.make_ready(model, recipe, data_sets, settings)

@@ -232,7 +232,7 @@ def score_parts(
     return rows
 
 
-def summarise(rows: list[dict], dataset, settings) -> dict:
+def summarise_rows(rows: list[dict], dataset, settings) -> dict:
     """Return metrics.summarise of a data set's rows; beside distances nsd_tolerance, distance_unit.
 
     The unit is mm for volumes, else px: pixels of the masks that were compared.
@@ -348,7 +348,7 @@ def plain_test(model, recipe, dataset, settings, name: str) -> tuple[list, dict,
     """Return the rows and the summary of one test set, and {}. Prints a table."""
     title = f"test {name}"
     rows = evaluate(model, recipe, dataset, settings, True, title)
-    summary = summarise(rows, dataset, settings)
+    summary = summarise_rows(rows, dataset, settings)
     prompt = f", prompt {settings.prompt}" if settings.prompt else ""
     print(f"{title}{prompt}:\n{score_table(summary)}")
     say_if_empty(rows, model, dataset, settings, title)
@@ -361,15 +361,17 @@ def prompted_test(model, recipe, dataset, settings, name: str) -> tuple[list, di
     main = settings.sam_prompts
     by_source, parts = study(model, recipe, dataset, settings, f"test {name}", main)
     rows = check_asked(by_source[main], dataset, settings)
-    summary = summarise(rows, dataset, settings)
+    summary = summarise_rows(rows, dataset, settings)
     print(f"test {name}, asked by {main}:\n{score_table(summary)}")
     say_if_empty(rows, model, dataset, settings, f"test {name}")
     if parts:
-        summary["components"] = summarise(parts, dataset, settings)
+        summary["components"] = summarise_rows(parts, dataset, settings)
         print(f"  each component:\n{score_table(summary['components'])}")
     if without := len(dataset) - len({row["name"] for row in rows}):
         print(f"  {without} images have nothing to ask for and are not scored")
-    every = {kind: summarise(some, dataset, settings) for kind, some in by_source.items() if some}
+    every = {
+        kind: summarise_rows(some, dataset, settings) for kind, some in by_source.items() if some
+    }
     summary["prompts"] = every
     print(f"  by what is asked, of an image's classes:\n{study_table(every)}")
     return rows, summary, {"component": parts, "prompt": sum(by_source.values(), [])}

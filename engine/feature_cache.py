@@ -64,7 +64,7 @@ def checksum(number: int, values) -> int:
     return zlib.crc32(values, number)
 
 
-def is_intact(number: int, record: bytes) -> bool:
+def is_intact_row(number: int, record: bytes) -> bool:
     """Return True if a record's checksum is that of its number and row."""
     values = memoryview(record)[:-4]
     return checksum(number, values) == int.from_bytes(record[-4:], "little")
@@ -97,7 +97,7 @@ def damaged_rows(file: BinaryIO, header: Header) -> Iterator[int]:
     numbers = range(header.count)
     for number in tqdm(numbers, "check", unit="row", disable=None, leave=False):
         record = file.read(header.record)
-        if len(record) < header.record or not is_intact(number, record):
+        if len(record) < header.record or not is_intact_row(number, record):
             yield number
 
 

@@ -51,7 +51,7 @@ RUN_OPTIONS = {
 EDITED = "restore the file as train.py wrote it, or use the weights of another run"
 
 
-def run_config(weights: str | Path | None) -> dict:
+def read_run(weights: str | Path | None) -> dict:
     """Return the config.json of the training run that weights come from, {} if none is known.
 
     weights: a run folder, or a file in one (RUN/best.safetensors): both are the same run. All
@@ -99,7 +99,10 @@ def check_run(path: Path, run: dict) -> None:
 
 def check_option_values(path: Path, options: dict) -> None:
     """Raise ValueError, one line, if options of RUN_OPTIONS have values that are refused."""
-    choices = {"sam_prompts": boxes_and_points.KINDS, "mask_orientation": image_files.ORIENTATIONS}
+    choices = {
+        "sam_prompts": boxes_and_points.SOURCES,
+        "mask_orientation": image_files.ORIENTATIONS,
+    }
     for key, allowed in choices.items():
         if options.get(key) not in (None, *allowed):
             raise wrong_value(path, key, options[key], f"one of {', '.join(allowed)}")
@@ -179,7 +182,7 @@ def check_classes(model, datasets, settings) -> None:
     """Raise ValueError, one line, if a data set has other classes than a model that has its own."""
     count = num_classes(model)
     overlapping = getattr(model.config, "overlapping", False)
-    names = run_config(settings.weights).get("classes")
+    names = read_run(settings.weights).get("classes")
     released = () if names else getattr(model.config, "classes", ())
     if overlapping and settings.threshold == "auto":
         raise ValueError("--threshold auto: of one class alone; drop it")
@@ -289,8 +292,8 @@ def list_tests(settings) -> dict[str, list]:
 def earlier_run(settings) -> dict:
     """Return the config.json of the run that is tested or resumed, {} if there is none."""
     if settings.eval:
-        return run_config(settings.weights)
-    return run_config(settings.out) if settings.resume else {}
+        return read_run(settings.weights)
+    return read_run(settings.out) if settings.resume else {}
 
 
 def open_together(lists: dict[str, list], settings, family) -> dict:

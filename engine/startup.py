@@ -10,8 +10,10 @@ import sys
 import warnings
 
 # Ctrl-C, what `kill` and cluster schedulers send, and the end of a terminal session.
-NAMES = ("SIGINT", "SIGTERM", "SIGHUP")
-SIGNALS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]  # fewer on Windows
+SIGNAL_NAMES = ("SIGINT", "SIGTERM", "SIGHUP")
+SIGNALS = [
+    getattr(signal, name) for name in SIGNAL_NAMES if hasattr(signal, name)
+]  # fewer on Windows
 
 
 class Interrupted(KeyboardInterrupt):

@@ -35,7 +35,7 @@ INTERVALS = "95 % intervals: expanded percentile bootstrap"
 ABSENT = "failures that the test cases do not contain are in no interval"
 
 
-def interval(score: dict) -> str:
+def show_interval(score: dict) -> str:
     """Return "[low, high]  n=cases" of a mean; one case has no interval."""
     ends = "[no interval]   "
     if not np.isnan(score["low"]):
@@ -64,13 +64,13 @@ def score_table(summary: dict) -> str:
     lines = []
     for name, score in scores.items():
         label = score_label(name, summary)
-        lines.append(f"  {label:12} {score['mean']:8.4f}  {interval(score)}")
+        lines.append(f"  {label:12} {score['mean']:8.4f}  {show_interval(score)}")
     classes = summary.get("classes", {})
     width = max([12, *map(len, classes)])
     for name, of in classes.items():
         unit = summary.get("distance_unit", "")
         more = f"  HD95 {of['hd95']['mean']:.2f} {unit}".rstrip() if "hd95" in of else ""
-        dice = f"Dice {of['dice']['mean']:.4f}  {interval(of['dice'])}"
+        dice = f"Dice {of['dice']['mean']:.4f}  {show_interval(of['dice'])}"
         lines.append(f"  {name:{width}} {dice}  IoU {of['iou']['mean']:.4f}{more}")
     if "macro_f1_pooled" in summary:
         lines.append(f"  macro F1 of all pixels, with background: {summary['macro_f1_pooled']:.4f}")
@@ -93,6 +93,6 @@ def study_table(summaries: dict[str, dict], examples: dict[str, str] | None = No
     lines, width = [], max(4, *map(len, summaries))
     for kind, summary in summaries.items():
         dice, iou = summary["dice"], summary["iou"]
-        score = f"Dice {dice['mean']:.4f} {interval(dice)}  IoU {iou['mean']:.4f}"
+        score = f"Dice {dice['mean']:.4f} {show_interval(dice)}  IoU {iou['mean']:.4f}"
         lines.append(f"  {kind:{width}} {score}" + (f"  “{examples[kind]}”" if examples else ""))
     return "\n".join(lines)

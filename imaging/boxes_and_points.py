@@ -25,7 +25,7 @@ from scipy.ndimage import distance_transform_edt, find_objects, label
 
 from imaging import files
 
-KINDS = ("boxes", "points", "both", "image")
+SOURCES = ("boxes", "points", "both", "image")
 
 
 class Component(NamedTuple):
@@ -128,7 +128,7 @@ def make_prompts(
 ) -> list[Prompt]:  # fmt: skip
     """All prompts of one sample: one a component, [] if there is none.
 
-    mask, classes, min_area: as for `components`. kind, one of KINDS: "boxes", "points", "both",
+    mask, classes, min_area: as for `components`. kind, one of SOURCES: "boxes", "points", "both",
     or "image", which asks for a whole class, there or not, with the whole image as box.
 
     With rng, to train: boxes with `jitter`, `points` and `background` random points, of "both" by
@@ -137,8 +137,8 @@ def make_prompts(
     components. Raises ValueError for another kind, and for "image" with several classes, between
     which such a prompt cannot tell.
     """
-    if kind not in KINDS:
-        raise ValueError(f"--sam-prompts {kind}: unknown; SAM takes one of {', '.join(KINDS)}")
+    if kind not in SOURCES:
+        raise ValueError(f"--sam-prompts {kind}: unknown; SAM takes one of {', '.join(SOURCES)}")
     if kind == "image":
         return [_whole_class(np.asarray(mask), list(classes))]
     found = components(mask, classes, min_area)
@@ -146,7 +146,7 @@ def make_prompts(
         found = [found[i] for i in sorted(rng.choice(len(found), limit, replace=False))]
     prompts = []
     for component in found:
-        form = kind if kind != "both" or rng is None else KINDS[rng.integers(3)]
+        form = kind if kind != "both" or rng is None else SOURCES[rng.integers(3)]
         box, xy, labels = None, np.zeros((0, 2), np.float32), np.zeros(0, np.int64)
         if kind != "boxes":
             xy, labels = deepest_point(component)[None], np.ones(1, np.int64)

@@ -61,7 +61,7 @@ COMMON_ENDINGS = ".png, .jpg, .tif, .bmp, .pgm and others that Pillow reads"  # 
 SYSTEM_FILES = {"thumbs.db", "desktop.ini"}  # that Windows puts into folders
 NIFTI = (".nii.gz", ".nii")
 FOLDERS = ("images", "imagesgreyscale"), ("masks", "masks14")
-BTCV = (
+BTCV_CLASSES = (
     "background", "spleen", "right kidney", "left kidney", "gallbladder", "esophagus", "liver",
     "stomach", "aorta", "inferior vena cava", "portal and splenic veins", "pancreas",
     "right adrenal gland", "left adrenal gland",
@@ -834,7 +834,12 @@ def _btcv_settings(root: Path) -> dict:
         raise ValueError(
             f"{path}: {len(lonely)} files have no partner, image or label; this is one"
         )
-    fields = {"classes": BTCV, "labels": tuple(range(len(BTCV))), "numbers": True, "modality": "CT"}
+    fields = {
+        "classes": BTCV_CLASSES,
+        "labels": tuple(range(len(BTCV_CLASSES))),
+        "numbers": True,
+        "modality": "CT",
+    }
     return {"fields": fields, "pairs": {"train": [(images[n], labels[n]) for n in images]}}
 
 

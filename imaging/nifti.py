@@ -461,7 +461,7 @@ NOT_VOLUMES = [  # first bytes, what the file is and the way out
 ]
 
 
-def foreign_format(path: Path) -> str | None:
+def other_volume_format(path: Path) -> str | None:
     """Return a line about a file of a known format other than NIfTI, None for all other files.
 
     The line names the file, the format and the way out.
@@ -550,7 +550,7 @@ def _header_of(path: Path):
         header = _read_header(path)
     if header is not None:
         return header
-    foreign = foreign_format(path)
+    foreign = other_volume_format(path)
     if foreign:
         raise ValueError(foreign)
     why = "it has no such header" if path.stat().st_size else "it is empty, 0 bytes"
@@ -699,7 +699,7 @@ def check_grid(grid: Grid, other: Grid) -> None:
         notices.add(NEAR_GRID, grid.file)
 
 
-def read_image(paths: Path | Sequence[Path], fill: float | None = None) -> tuple[np.ndarray, Grid]:
+def read_volume(paths: Path | Sequence[Path], fill: float | None = None) -> tuple[np.ndarray, Grid]:
     """One file (X,Y,Z) or (X,Y,Z,C), or several on one grid -> float32 (C,X,Y,Z) in RAS, its grid.
 
     fill: the value of voxels that are NaN or infinite; None for the smallest of their channel.

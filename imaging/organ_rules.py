@@ -24,7 +24,7 @@ import numpy as np
 from imaging.layouts import plain_name
 from imaging.volumes import labelled_components, largest_components
 
-ORGANS = (
+ONE_PIECE = (
     "spleen", "right kidney", "left kidney", "gall bladder", "esophagus", "liver", "stomach",
     "aorta", "postcava", "pancreas", "right adrenal gland", "left adrenal gland", "duodenum",
     "colon", "intestine", "rectum", "bladder", "prostate", "left head of femur",
@@ -46,7 +46,7 @@ def organ_rules(masks: dict[str, np.ndarray], spacing=(1.5, 1.5, 1.5)) -> dict[s
     names = {plain_name(name): name for name in masks}
     given, found = {plain: masks[name] for plain, name in names.items()}, {}
     for name, mask in given.items():
-        found[name] = largest_components(mask, 1) if name in (*ORGANS, *LUNGS) else mask
+        found[name] = largest_components(mask, 1) if name in (*ONE_PIECE, *LUNGS) else mask
     if given.keys() >= {VEINS, PANCREAS}:
         found[VEINS] = not_below(given[VEINS], found[PANCREAS])
     if given.keys() >= {*LUNGS}:
@@ -60,7 +60,7 @@ def organ_rules(masks: dict[str, np.ndarray], spacing=(1.5, 1.5, 1.5)) -> dict[s
 
 def ruled(names) -> set[str]:
     """Which of these classes the rules are about."""
-    about = {*ORGANS, *LUNGS, VEINS, *INSIDE}
+    about = {*ONE_PIECE, *LUNGS, VEINS, *INSIDE}
     return {name for name in names if plain_name(name) in about}
 
 

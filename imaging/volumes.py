@@ -37,8 +37,8 @@ from imaging.nifti import (
     name_files,
     notices,
     read_grid,
-    read_image,
     read_labels,
+    read_volume,
 )
 
 
@@ -368,7 +368,7 @@ class VolumeSet:
     def _prepare(self, i: int, stem: Path, spacing, preprocess: Callable, fill) -> None:
         """Writes STEM.image.npy, .mask.npy, .truth.npy, .voxels.npy and, last, .npz."""
         entry, numbers = self.entries[i], self._numbers(i)
-        image, grid = read_image((entry.image, *entry.more), fill)
+        image, grid = read_volume((entry.image, *entry.more), fill)
         truth = read_labels(entry.mask, grid, numbers, entry.unnamed)
         facts = {"hu": hu_facts(image), "digest": _digest(image)}
         facts["labelled"] = np.count_nonzero((truth > 0) & (truth < 255))
@@ -528,7 +528,7 @@ class VolumeSet:
         """`grey` of the image of entry i."""
         entry = self.entries[i]
         fill = fill_value(preprocess, self.channels)
-        return grey(read_image((entry.image, *entry.more), fill)[0], preprocess)
+        return grey(read_volume((entry.image, *entry.more), fill)[0], preprocess)
 
 
 def grey(image: np.ndarray, preprocess: Callable) -> np.ndarray:
@@ -792,7 +792,7 @@ def segment(
     files = [files] if isinstance(files, str | Path) else files
     files = [Path(file) for file in files]
     numbers = None if classes is None else class_numbers(model, classes)
-    image, grid = read_image(files, fill_value(model.preprocess, c.in_channels))  # (C,X,Y,Z)
+    image, grid = read_volume(files, fill_value(model.preprocess, c.in_channels))  # (C,X,Y,Z)
     check_channels(files[0], len(image), c.in_channels)
     if c.intensity:
         say_if_not_hu(files[0], hu_facts(image))

@@ -23,7 +23,7 @@ BTCV_ABOUT = {
     "licence": "by registration, see there",
     "tensorImageSize": "3D",
     "modality": {"0": "CT"},
-    "labels": {str(k): name for k, name in enumerate(layouts.BTCV)},
+    "labels": {str(k): name for k, name in enumerate(layouts.BTCV_CLASSES)},
 }
 BTCV_FOLDERS = {"imagesTr": "Training/img", "labelsTr": "Training/label", "imagesTs": "Testing/img"}
 

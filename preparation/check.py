@@ -304,12 +304,12 @@ def check_masks(root, splits, masks, findings, threshold=None):
         held.setdefault(split, []).append(values[1:n] > 0 if n > 1 else [inside > 0])
         if entry.label is not None or n == 1:
             check_denial(entry, split, inside, masks[entry.mask].largest, cut, findings)
-    check_classes(root, layouts.foreground(entries[0].classes), held, findings)
+    check_held_classes(root, layouts.foreground(entries[0].classes), held, findings)
     check_foreground(root, shares, findings)
     return shares, decision.rule
 
 
-def texts_of(entry):
+def texts_of_entry(entry):
     """Return all texts of an entry that ask for something; p0 is empty."""
     return [text for texts in entry.prompts.values() for text in texts if text.strip()]
 
@@ -322,7 +322,7 @@ def check_denial(entry, split, inside, largest, cut, findings):
     wanted = f"> {cut}" if cut >= 0 else "of class 1"
     if entry.label is not None:
         wanted = f"== {entry.label}"
-    texts = texts_of(entry)
+    texts = texts_of_entry(entry)
     denial = next((text for text in texts if text.lower().startswith("no ")), None)
     if not inside and texts and not denial:
         line = f"{entry.mask}: no pixel {wanted}, the largest is {largest} ({split})"
@@ -332,7 +332,7 @@ def check_denial(entry, split, inside, largest, cut, findings):
         findings["prompts that deny what the mask shows"].append(line)
 
 
-def check_classes(root, names, held, findings):
+def check_held_classes(root, names, held, findings):
     """Add a finding for each class that no mask holds, or none of those that are trained on.
 
     held: {split: [of a mask, for each of the K names, whether it holds that class]}.
@@ -362,7 +362,7 @@ def check_foreground(root, shares, findings):
             findings[f"foreground above {MOST_FOREGROUND:.0%}"].append(line)
 
 
-def check_prompts(root, splits, shares, findings):
+def check_prompt_types(root, splits, shares, findings):
     """Return {prompt type: how often each of its texts occurs} over all splits, p0 first.
 
     shares: of foreground, {(split, name): share}. Healthy images need no prompts.
@@ -373,7 +373,7 @@ def check_prompts(root, splits, shares, findings):
             texts[kind].update(listed)
     known = sorted(filter(layouts.is_prompt_type, texts), key=lambda kind: (len(kind), kind))
     for split, entries in splits.items():
-        asked = [e for e in entries if texts_of(e) or shares.get((split, e.name)) != 0]
+        asked = [e for e in entries if texts_of_entry(e) or shares.get((split, e.name)) != 0]
         for kind in texts:
             lacking = [entry.name for entry in asked if not entry.prompts.get(kind)]
             having = [entry.name for entry in entries if kind in entry.prompts]
@@ -511,13 +511,13 @@ def describe_shares(splits, shares, noun="an image"):
     healthy = 0
     for split, entries in splits.items():
         for entry in entries:
-            healthy += shares.get((split, entry.name)) == 0 and not texts_of(entry)
-    if healthy and any(map(texts_of, chain(*splits.values()))):
+            healthy += shares.get((split, entry.name)) == 0 and not texts_of_entry(entry)
+    if healthy and any(map(texts_of_entry, chain(*splits.values()))):
         text += f", {healthy} of them without prompts"
     yield "empty masks", text
 
 
-def describe(splits, images, masks, shares, rule, texts):
+def describe_pictures(splits, images, masks, shares, rule, texts):
     """Yield what a data set of images holds, (heading, text)."""
     yield from describe_splits(splits)
     if images:
@@ -592,11 +592,11 @@ def check_images(root, args, tokenizers, findings):
     check_sizes(checked, images, masks, findings)
     check_pixels(images, masks, findings)
     shares, rule = check_masks(root, checked, masks, findings, args.mask_threshold)
-    texts = check_prompts(root, splits, shares, findings)
+    texts = check_prompt_types(root, splits, shares, findings)
     check_patients(splits, findings)
 
     show(str(root))
-    for heading, text in describe(splits, images, masks, shares, rule, texts):
+    for heading, text in describe_pictures(splits, images, masks, shares, rule, texts):
         show(f"  {heading:13} {text}")
     for heading, text in check_tokens(root, args.model, tokenizers, texts, findings):
         show(f"  {heading:13} {text}")
@@ -616,7 +616,7 @@ def volume_facts(entry, findings):
     """Return the VolumeFacts of an entry, None if a file cannot be used, which is a finding."""
     image = None
     try:
-        image, grid = nifti.read_image((entry.image, *entry.more))
+        image, grid = nifti.read_volume((entry.image, *entry.more))
         if "CT" in (entry.modality or "").upper():
             volumes.say_if_not_hu(entry.image, volumes.hu_facts(image))
     except (ValueError, OSError) as error:
@@ -633,7 +633,7 @@ def volume_facts(entry, findings):
     return VolumeFacts(grid, len(image), digest_of(image), counts)
 
 
-def read_volumes(splits, findings):
+def read_cases(splits, findings):
     """Return {image: VolumeFacts} of the cases whose files can be used; the rest are findings.
 
     What training says of files that it reads all the same are findings as well.
@@ -676,7 +676,7 @@ def check_labels(root, splits, facts, findings):
                 findings["label maps of 0 and 255 alone"].append(line)
 
     if held:
-        check_classes(root, names, held, findings)
+        check_held_classes(root, names, held, findings)
         check_foreground(root, shares, findings)
     rows = [*chain(*held.values())]
     return shares, {name: sum(row[k] for row in rows) for k, name in enumerate(names)}
@@ -706,7 +706,7 @@ def check_volumes(root, args, findings):
         show(str(root))
         return []
 
-    facts = read_volumes(splits, findings)
+    facts = read_cases(splits, findings)
     shares, held = check_labels(root, splits, facts, findings)
     check_patients(splits, findings)
     channels = Counter(fact.channels for fact in facts.values())

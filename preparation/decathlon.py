@@ -13,7 +13,7 @@ from imaging import atomic_files, layouts
 from imaging.files import decode_text, parse_json
 from preparation.volume_sets import (
     CASES,
-    FOLDERS,
+    DECATHLON_FOLDERS,
     LINKED,
     LISTS,
     deal,
@@ -36,7 +36,7 @@ class Folder:
     def __init__(self, root):
         self.root = root
         self.names = {path.name for path in root.iterdir()}
-        for folder in FOLDERS:
+        for folder in DECATHLON_FOLDERS:
             if (root / folder).is_dir():
                 self.names |= {f"{folder}/{path.name}" for path in (root / folder).iterdir()}
         self.names = {layouts.composed(name) for name in self.names}
@@ -107,7 +107,7 @@ def unlabelled(case):
     return inside(case["image"])
 
 
-def read_listing(source, where):
+def read_dataset_json(source, where):
     """A task's dataset.json -> all of it, {image: label} and the images without labels.
 
     Images without labels that are not there are left out, which is printed.
@@ -193,7 +193,7 @@ def msd(args):
     """
     atomic_files.refuse_existing(args.out)
     with opened(args.raw) as source:
-        about, pairs, bare = read_listing(source, args.raw)
+        about, pairs, bare = read_dataset_json(source, args.raw)
         about = relabelled(about, args.labels)
         splits, origin = split_cases(pairs, deal_cases(pairs, args.seed, args.raw), bare)
 

@@ -15,7 +15,7 @@ from preparation.volume_sets import write_data_set
 # Abdomens of a child's size. A class is more than its grey values: liver and spleen, both kidneys,
 # the aorta and the vein beside it look alike, and stomach, vein and bowel have no number at all.
 
-ORGANS = ("spleen", "right kidney", "left kidney", "liver", "aorta")  # class 1, 2, ...
+DEMO_ORGANS = ("spleen", "right kidney", "left kidney", "liver", "aorta")  # class 1, 2, ...
 TISSUES = {  # Hounsfield units: mean, and standard deviation over patients
     "air": (-1000, 0), "lung": (-830, 25), "fat": (-100, 6), "bowel": (35, 10), "muscle": (60, 5),
     "stomach": (25, 10), "liver": (108, 10), "spleen": (118, 10), "kidney": (165, 14),
@@ -29,11 +29,11 @@ DEMO_ABOUT = {
     "licence": "CC0-1.0",
     "tensorImageSize": "3D",
     "modality": {"0": "CT"},
-    "labels": {str(k): name for k, name in enumerate(("background", *ORGANS))},
+    "labels": {str(k): name for k, name in enumerate(("background", *DEMO_ORGANS))},
 }
 
 
-def smooth_noise(rng, shape, cells):
+def smooth_noise_3d(rng, shape, cells):
     """(X,Y,Z) float32, normal with a deviation of 0.5, with features of 1/cells of the volume."""
     noise = rng.normal(0, 0.5, [cells + 1] * 3).astype(np.float32)
     for n in shape:  # an axis is spread out and goes to the end
@@ -60,7 +60,7 @@ def draw_torso(rng, grid, a, b, level):
     depth = np.hypot(x / a, y / b) + (z / 150) ** 4  # 0 in the middle, 1 on the skin
     image = np.full(depth.shape, level["air"], np.float32)
     cavity = depth < 0.76
-    bowel = smooth_noise(rng, depth.shape, 11) > 0.1
+    bowel = smooth_noise_3d(rng, depth.shape, 11) > 0.1
     ribs = (depth < 0.87) & (np.sin(z / 4 + y / 16) > 0.6) & (z > -30 + y / 2)
     for where, tissue in (
         (depth < 1, "fat"), (depth < 0.9, "muscle"), (ribs & (depth > 0.8), "bone"),
@@ -109,7 +109,7 @@ def draw_volume(rng):
     first = -(shape - 1) / 2 * spacing + rng.normal(0, (3, 3, 8))  # of the first voxel's centre
     axes = [x0 + mm * np.arange(n) for x0, mm, n in zip(first, spacing, shape, strict=True)]
     grid = [x.astype(np.float32) for x in np.meshgrid(*axes, indexing="ij")]
-    grid = [x + 4 * smooth_noise(rng, shape, 5) for x in grid]  # everything is bent a little
+    grid = [x + 4 * smooth_noise_3d(rng, shape, 5) for x in grid]  # everything is bent a little
     a, b = rng.uniform((84, 64), (96, 76))
     level = {tissue: rng.normal(*known) for tissue, known in TISSUES.items()}
     image, cavity = draw_torso(rng, grid, a, b, level)
@@ -119,7 +119,7 @@ def draw_volume(rng):
         where &= cavity
         if number != lost:
             image[where], mask[where] = level[tissue], number
-    image += 10 * smooth_noise(rng, shape, 4) + 8 * smooth_noise(rng, shape, 16)
+    image += 10 * smooth_noise_3d(rng, shape, 4) + 8 * smooth_noise_3d(rng, shape, 16)
     image += rng.normal(0, 25, shape).astype(np.float32)
     image = ndimage.gaussian_filter(image, 0.5)  # voxels on a border hold a little of both sides
     affine = np.diag([*spacing, 1])

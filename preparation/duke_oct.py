@@ -173,7 +173,7 @@ def write_volume(path, slices, name, folder, classes):
     return found
 
 
-def describe_volumes(splits, found, classes):
+def describe_scans(splits, found, classes):
     """What was made of the volumes, line by line; `found` is what write_volume counted."""
     for split in "train", "val", "test":
         ours = [name for name in splits if splits[name] == split]
@@ -201,7 +201,7 @@ def write_volumes(args, title, files, splits, slices, classes):
             for name, counts in zip(files, pool.map(write_volume, *jobs), strict=True):
                 found[name] = counts
                 bar.update()
-        lines = *title, *describe_volumes(splits, found, classes)
+        lines = *title, *describe_scans(splits, found, classes)
         said = write_notes(part, classes, lines)
     print(f"{args.out}: {said}")
     return 0

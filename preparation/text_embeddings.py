@@ -32,10 +32,10 @@ WEIGHTS = "openai/clip-vit-base-patch32"
 TEMPLATE = "A computerized tomography of a {}"
 # quirk: the released codes, and so the released weights, are of these two names with typos
 SPELLINGS = {"aorta": "arota", "celiac trunk": "celiac truck"}
-FILES = ("model.safetensors", "pytorch_model.bin", "ViT-B-32.pt")
+CLIP_FILES = ("model.safetensors", "pytorch_model.bin", "ViT-B-32.pt")
 LENGTH = 77  # tokens
 MOST = 13  # names of which all subsets are encoded: 8,192
-IGNORED = {
+IGNORED_OF_CLIP = {
     r"(vision_model|visual)\..*|visual_projection\.weight": "CLIP's half that sees",
     r"logit_scale": "temperature of its training on pairs",
 }
@@ -57,11 +57,13 @@ class TextTower(nn.Module):
     def from_pretrained(cls, source: str | Path) -> "TextTower":
         """From a file, a folder or a hub id of a whole CLIP or its text half, under the names of
         transformers or OpenAI. In evaluation mode, float32."""
-        weights, settings = clipseg.read_checkpoint(source, FILES)
+        weights, settings = clipseg.read_checkpoint(source, CLIP_FILES)
         activation = settings.get("text_config", settings).get("hidden_act", "quick_gelu")
         if activation != "quick_gelu":  # as LAION's CLIPs have it, in the same shapes
             raise ValueError(f"{source}: has {activation}, OpenAI's CLIP has quick_gelu: take that")
-        text = {n: t for n, t in weights.items() if not any(re.fullmatch(p, n) for p in IGNORED)}
+        text = {
+            n: t for n, t in weights.items() if not any(re.fullmatch(p, n) for p in IGNORED_OF_CLIP)
+        }
         hub = any(name.startswith("text_model.") for name in text)
         prefix = "clip." if hub else "clip_model."  # which clipseg.py knows them by
         text = clipseg.to_official({prefix + n: t for n, t in text.items()})
@@ -110,7 +112,7 @@ def subsets_of(names: list[str]) -> list[str]:
     return texts
 
 
-def classes_of(root: Path) -> tuple[str, ...]:
+def classes_of_data(root: Path) -> tuple[str, ...]:
     """Names of a data set's classes, without the background's. ValueError: nothing names them."""
     split = next(iter(layouts.splits(root)), "train")
     entries = layouts.annotations(root, split)
@@ -119,7 +121,7 @@ def classes_of(root: Path) -> tuple[str, ...]:
     return layouts.foreground(entries[0].classes)
 
 
-def describe(codes: dict[str, Tensor]) -> str:
+def describe_codes(codes: dict[str, Tensor]) -> str:
     """How far apart codes are, in a line."""
     names, n = list(codes), len(codes)
     x = F.normalize(torch.stack(list(codes.values())), dim=1)
@@ -150,7 +152,7 @@ def text_codes(args):
     template = args.template or ("{}" if args.subsets else TEMPLATE)
     if template.count("{}") != 1:
         raise ValueError(f"--template {template!r}: {{}} must be in it once, for the name")
-    names = args.classes or [name for root in args.data or () for name in classes_of(root)]
+    names = args.classes or [name for root in args.data or () for name in classes_of_data(root)]
     names = ORGANS[1:] if args.study else map(layouts.plain_name, names)
     names, spellings = list(dict.fromkeys(names)), SPELLINGS if args.study else {}
     count = len(names)
@@ -162,15 +164,15 @@ def text_codes(args):
         raise ValueError(f"{args.weights}: {told}; take {WEIGHTS}")
     texts = [template.replace("{}", spellings.get(name, name)) for name in names]
     codes = dict(zip(names, encode(tower, texts), strict=True))
-    write(args.out, codes, {"template": template, "weights": args.weights})
+    write_codes(args.out, codes, {"template": template, "weights": args.weights})
     if args.subsets:
         print(f"{args.out}: {len(codes):,} texts of the subsets of {count} classes")
     else:
-        print(f"{args.out}: {describe(codes)}")
+        print(f"{args.out}: {describe_codes(codes)}")
     return 0
 
 
-def write(path: Path, codes: dict[str, Tensor], about: dict[str, str]) -> None:
+def write_codes(path: Path, codes: dict[str, Tensor], about: dict[str, str]) -> None:
     """{name: (512,)} and metadata -> a file of codes."""
     from safetensors.torch import save_file
 

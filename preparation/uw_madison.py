@@ -23,7 +23,7 @@ from preparation.demo import png
 # kaggle.com/competitions/uw-madison-gi-tract-image-segmentation: abdominal MR of 85 patients
 # ("cases") on one day or several, 80 or 144 slices a day, with the outlines of three organs.
 
-ORGANS = {"stomach": 1, "small_bowel": 2, "large_bowel": 3}  # the tutorial's numbers; 0: none
+NUMBERS = {"stomach": 1, "small_bowel": 2, "large_bowel": 3}  # the tutorial's numbers; 0: none
 FAULTY = ("case7_day0", "case81_day30")  # outlines known to be wrong; Kaggle's winner drops them
 ENDS = {  # where each split ends in a shuffled list of its length 1
     "case": volume_sets.CASES,  # 13, 13 and 59 of 85 patients
@@ -51,9 +51,9 @@ def find_slices(root):
         rows = csv.DictReader(file)
         try:
             for row in rows:
-                runs[row["id"]][ORGANS[row["class"]]] = row["segmentation"].split()
+                runs[row["id"]][NUMBERS[row["class"]]] = row["segmentation"].split()
         except (KeyError, AttributeError, UnicodeDecodeError, csv.Error) as error:
-            hint = f"expected columns id, class ({', '.join(ORGANS)}), segmentation"
+            hint = f"expected columns id, class ({', '.join(NUMBERS)}), segmentation"
             raise ValueError(f"{table}, line {rows.line_num}: {error!r}; {hint}") from None
     for path in root.glob("train/case*/case*_day*/scans/slice_*_*_*_*_*.png"):
         files["_".join([path.parts[-3], *path.name.split("_")[:2]])] = path
@@ -81,13 +81,13 @@ def choose_splits(slices, by, keep_empty, seed):
         raise ValueError(f"--split {by}: {len(kept)} slices are too few, {split} would be empty")
 
 
-def class_map(s, shape):
+def organ_map(s, shape):
     """The organs of a slice, (H,W) uint8, and how many pixels lie in several. ValueError: bad runs.
 
     Of organs that overlap the lower class number has the pixel (the tutorial made it background).
     A fixed order, because "the smaller organ here" could change sides from slice to slice.
     """
-    layers = np.zeros((1 + len(ORGANS), math.prod(shape)), bool)  # (4, H * W), row after row
+    layers = np.zeros((1 + len(NUMBERS), math.prod(shape)), bool)  # (4, H * W), row after row
     for number, words in s.runs.items():
         values = [int(word) if word.isdecimal() else 0 for word in words] + [0] * (len(words) % 2)
         for start, length in zip(values[::2], values[1::2], strict=False):  # counted from 1
@@ -117,8 +117,8 @@ def write_scan(scan, window, out):
                 low, high = float(x.min()), float(x.max())
             grey = ((x - low) / ((high - low) or 1) * 255).clip(0, 255).astype(np.uint8)
             (out / s.split / "images" / f"{s.name}.png").write_bytes(png(grey))
-            mask, overlap = class_map(s, x.shape)
-            image = pictures.class_map(mask, 1 + len(ORGANS))
+            mask, overlap = organ_map(s, x.shape)
+            image = pictures.class_map(mask, 1 + len(NUMBERS))
             image.save(out / s.split / "masks" / f"{s.name}.png")
             overlaps += overlap
     return overlaps
@@ -142,7 +142,7 @@ def describe_slices(slices, overlaps, args):
     yield f"UW-Madison GI Tract, split by {args.split}, seed {args.seed}, window of a {args.window}"
     for split in reversed(ENDS[args.split]):
         ours = [s for s in slices if s.split == split]
-        shown = (f"{k} in {sum(bool(s.runs.get(n)) for s in ours):,}" for k, n in ORGANS.items())
+        shown = (f"{k} in {sum(bool(s.runs.get(n)) for s in ours):,}" for k, n in NUMBERS.items())
         cases = len({s.case for s in ours})
         yield f"{split}: {len(ours):,} slices of {cases} cases, {', '.join(shown)}"
     if args.split == "slice":
@@ -151,7 +151,7 @@ def describe_slices(slices, overlaps, args):
     without = sum(not any(s.runs.values()) for s in slices)
     yield f"slices without organs: {without:,}, {'kept' if args.keep_empty else 'left out'}"
     yield f"left out, as their outlines are faulty: {', '.join(FAULTY)}"
-    yield f"pixels in several organs: {overlaps:,}, given to the first of {', '.join(ORGANS)}"
+    yield f"pixels in several organs: {overlaps:,}, given to the first of {', '.join(NUMBERS)}"
     sizes = Counter(" x ".join(s.path.stem.split("_")[-2:]) for s in slices if s.split)
     yield f"pixels in mm: {', '.join(f'{size} in {n:,}' for size, n in sizes.items())}"
     yield "masks are palette images: read their indices, not their colours"
@@ -180,7 +180,7 @@ def uw_madison(args):
             for found in pool.map(write_scan, scans.values(), repeat(args.window), repeat(part)):
                 overlaps += found
                 bar.update()
-        names = ["background", *(organ.replace("_", " ") for organ in ORGANS)]
+        names = ["background", *(organ.replace("_", " ") for organ in NUMBERS)]
         said = write_notes(part, names, describe_slices(slices, overlaps, args))
     print(f"{args.out}: {said}")
     return 0

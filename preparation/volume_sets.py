@@ -53,7 +53,7 @@ def read_grids(part, image, label):
     return grid
 
 
-def describe(splits, about, grids):
+def describe_volumes(splits, about, grids):
     """What a data set holds, line by line."""
     import nibabel
 
@@ -99,13 +99,13 @@ def write_data_set(out, about, splits, put, title):
                 for image, label in splits[split]
             ]
         (part / "dataset.json").write_text(json.dumps(about | lists, indent=1) + "\n")
-        said = "\n".join([*title, *describe(splits, about, grids)])
+        said = "\n".join([*title, *describe_volumes(splits, about, grids)])
         (part / "README.txt").write_text(said + "\n")
     print(f"{out}: {said}")
     return 0
 
 
-FOLDERS = ("imagesTr", "labelsTr", "imagesTs", "labelsTs")
+DECATHLON_FOLDERS = ("imagesTr", "labelsTr", "imagesTs", "labelsTs")
 LINKED = "volumes are second names of the download's files (hard links): never edit them in place"
 
 

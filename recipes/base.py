@@ -275,7 +275,7 @@ def choose_trained(model: nn.Module, family, settings: Protocol) -> None:
         add_lora(model, settings.lora_rank, family.backbone, **family.lora)
 
 
-def load(kind, variants, weights, variant, settings: Protocol, overrides: dict):
+def load_variant(kind, variants, weights, variant, settings: Protocol, overrides: dict):
     """A model of class `kind` from `weights`; from the hub if None; from scratch if "none"."""
     variant = variant or next(iter(variants))
     if weights == "none":
@@ -292,26 +292,34 @@ def class_forward(model: nn.Module, batch: dict) -> Tensor:
 
 # Options that only some models take, and what an error says where another is given them. train.py
 # and predict.py check them alike.
-TEXTS = ("prompt", "negatives")
-PROMPT_STUDY = ("prompt_study",)
-BOXES = ("sam_prompts", "jitter", "min_area", "prompts_per_image", "boxes", "points", "topology")
-IMAGES = ("pseudocolor", "views", "mask_orientation", "mask_threshold")
-VOLUMES = (
+TEXT_OPTIONS = ("prompt", "negatives")
+STUDY_OPTIONS = ("prompt_study",)
+BOX_OPTIONS = (
+    "sam_prompts",
+    "jitter",
+    "min_area",
+    "prompts_per_image",
+    "boxes",
+    "points",
+    "topology",
+)
+IMAGE_OPTIONS = ("pseudocolor", "views", "mask_orientation", "mask_threshold")
+VOLUME_OPTIONS = (
     "crops_per_volume", "crop_ratio", "spacing", "intensity", "overlap", "window_batch",
     "checkpointing", "largest_component", "organ_rules", "classes",
 )  # fmt: skip
-CODES = ("codes",)
-TEXT_CODES = ("text_codes",)
+CODE_OPTIONS = ("codes",)
+TEXT_CODE_OPTIONS = ("text_codes",)
 REFUSED = {
-    TEXTS: "--prompt, --negatives: {model} reads no text",
-    VOLUMES: "{flag}: {model} takes images; this is for volumes",
-    IMAGES: "{flag}: {model} takes volumes; this is for images",
-    BOXES: "{flag}: {model} takes no boxes or points, only SAM does",
-    CODES: "{flag}: {model} has no codes of classes, only universal and fewshot3d do",
-    TEXT_CODES: (
+    TEXT_OPTIONS: "--prompt, --negatives: {model} reads no text",
+    VOLUME_OPTIONS: "{flag}: {model} takes images; this is for volumes",
+    IMAGE_OPTIONS: "{flag}: {model} takes volumes; this is for images",
+    BOX_OPTIONS: "{flag}: {model} takes no boxes or points, only SAM does",
+    CODE_OPTIONS: "{flag}: {model} has no codes of classes, only universal and fewshot3d do",
+    TEXT_CODE_OPTIONS: (
         "{flag}: {model} has no codes of texts, only universal, fewshot3d and text_swin_unetr do"
     ),
-    PROMPT_STUDY: "--prompt-study: {model} reads no text",
+    STUDY_OPTIONS: "--prompt-study: {model} reads no text",
 }
 
 
@@ -326,7 +334,7 @@ class Family:
 
     protocols: dict[str, Protocol]  # --recipe -> its numbers
     variants: dict  # --variant -> Config
-    load: Callable  # (weights, variant, settings, Config overrides, train set) -> model
+    load_variant: Callable  # (weights, variant, settings, Config overrides, train set) -> model
     recipe: Callable  # (model, settings) -> Recipe
     backbone: Callable  # parameters, by name, that `--train decoder` leaves as they are
     sides: tuple[int, int] = (1, 1)  # least side of an image, and what sides are multiples of
@@ -335,7 +343,7 @@ class Family:
     second_file: str | None = None  # the option (clip, decoder) that names a second file of weights
 
     takes: ClassVar[str] = "images"  # or "volumes": what data sets, and the inputs of predict.py
-    options: ClassVar[tuple] = (IMAGES,)  # groups of options that it takes, of REFUSED
+    options: ClassVar[tuple] = (IMAGE_OPTIONS,)  # groups of options that it takes, of REFUSED
     variant_with_weights: ClassVar[bool] = False  # a variant says what is added to the weights
 
     # --- the command line ---

@@ -12,7 +12,7 @@ import segformer
 import upernet
 from imaging.augment import Augment, GITractAugment
 from losses import dice_ce, gi_tract_dice_ce
-from recipes.base import Family, Protocol, Recipe, class_forward, load
+from recipes.base import Family, Protocol, Recipe, class_forward, load_variant
 from recipes.images import at_mask_size, dice_bce_at_mask_size, image_recipe
 
 # --- class maps: SegFormer, UPerNet, DPT and BEiT -------------------------------------------------
@@ -33,7 +33,7 @@ def load_classes(weights, variant, settings: Protocol, overrides, train_set, kin
     """A model of class `kind` with the classes of the training set; else with those of its file."""
     if train_set is not None:
         overrides = {"num_classes": len(train_set.classes)} | overrides
-    return load(kind, variants, weights, variant, settings, overrides)
+    return load_variant(kind, variants, weights, variant, settings, overrides)
 
 
 # github.com/JaeL17/Medical-Image-Segmentation (model.py, utils.py, trainer.py). Quirks: 288 pixels

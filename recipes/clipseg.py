@@ -6,7 +6,7 @@ from pathlib import Path
 import biomedclipseg
 import clipseg
 from imaging.augment import Augment
-from recipes.base import Protocol, Recipe, hub_id, load
+from recipes.base import Protocol, Recipe, hub_id, load_variant
 from recipes.images import (
     MEDVLSM,
     PromptedFamily,
@@ -69,7 +69,7 @@ def with_adapters(settings: Protocol) -> dict:
 
 def load_clipseg(weights, variant, settings: Protocol, overrides: dict, train_set):
     overrides = with_adapters(settings) | overrides
-    return load(clipseg.CLIPSeg, clipseg.VARIANTS, weights, variant, settings, overrides)
+    return load_variant(clipseg.CLIPSeg, clipseg.VARIANTS, weights, variant, settings, overrides)
 
 
 def load_biomedclipseg(weights, variant, settings: Protocol, overrides: dict, train_set):

@@ -38,12 +38,12 @@ def refcoco_backbone(name: str) -> bool:
     return name.startswith("backbone.") and "positional_embedding" not in name
 
 
-CLIP = {"rn50": "timm/resnet50_clip.openai", "rn101": "timm/resnet101_clip.openai"}
+HUB_IDS = {"rn50": "timm/resnet50_clip.openai", "rn101": "timm/resnet101_clip.openai"}
 
-CRIS = {
+PROTOCOLS = {
     # What we recommend: one clear prompt type, pixels used whole, everything trained, CLIP gently.
     "default": Protocol(
-        hub_ids=CLIP,
+        hub_ids=HUB_IDS,
         config={"pixels": "stretch", "threshold": 0.5},
         augment=Augment(),
         loss=dice_bce_at_mask_size,
@@ -55,7 +55,7 @@ CRIS = {
     # stretched with nearest neighbour. Left out: JPEG masks served there as soft targets and
     # prompts were drawn anew in validation and test.
     "origin": Protocol(
-        hub_ids=CLIP,
+        hub_ids=HUB_IDS,
         config={
             "pixels": "medvlsm",
             "text_length": 77,
@@ -73,7 +73,7 @@ CRIS = {
     # config/refcoco/cris_r50.yaml). Left out: its first epoch trained the backbone at the full
     # rate, because the groups named only `initial_lr`; the last, smaller batch was dropped.
     "refcoco": Protocol(
-        hub_ids=CLIP,
+        hub_ids=HUB_IDS,
         config={
             "pixels": "letterbox",
             "text_length": 17,
@@ -148,7 +148,7 @@ def cris_recipe(model: cris.CRIS, settings: Protocol) -> Recipe:
 
 
 FAMILY = PromptedFamily(
-    CRIS,
+    PROTOCOLS,
     cris.VARIANTS,
     load_cris,
     cris_recipe,

@@ -17,9 +17,9 @@ from imaging.augment import MIRRORS, sided, view
 from imaging.layouts import is_prompt_type
 from losses import dice_bce, dice_loss
 from recipes.base import (
-    IMAGES,
-    PROMPT_STUDY,
-    TEXTS,
+    IMAGE_OPTIONS,
+    STUDY_OPTIONS,
+    TEXT_OPTIONS,
     Family,
     Protocol,
     Recipe,
@@ -188,7 +188,7 @@ class PromptedFamily(Family):
     tokenizer: Callable | None = None  # (Config) -> tokenizer
     text_config: dict = field(default_factory=dict)  # Config fields that training starts with
 
-    options: ClassVar[tuple] = (IMAGES, TEXTS, PROMPT_STUDY)
+    options: ClassVar[tuple] = (IMAGE_OPTIONS, TEXT_OPTIONS, STUDY_OPTIONS)
 
     def tokenizers(self) -> dict[str, Callable]:
         """Return {names of recipes: tokenizer} for each text length at which training starts.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from engine.command_line import is_out_of_memory
 from engine.lora import merge_state_dict
-from engine.runs import EDITED, run_config
+from engine.runs import EDITED, read_run
 
 # --- runs that were stopped before their first validation ----------------------------------------
 
@@ -23,7 +23,7 @@ def load_model(family, weights, variant, settings, overrides: dict, train_set):
     Raises ValueError, one line, for a run folder without either, or with a config.json that does
     not describe a model.
     """
-    if not weights or not run_config(weights):
+    if not weights or not read_run(weights):
         return family.load(weights, variant, settings, overrides, train_set)
     run = Path(weights)
     if not run.is_dir() or (run / "best.safetensors").exists():

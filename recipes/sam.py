@@ -19,7 +19,16 @@ from engine.runs import DataSets
 from imaging import boxes_and_points, image_files, layouts
 from imaging.augment import Augment
 from losses import cldice_loss, dice_bce, oct_topological_loss, sam_loss, topological_loss
-from recipes.base import BOXES, IMAGES, Family, Protocol, Recipe, Settings, load, parameter_groups
+from recipes.base import (
+    BOX_OPTIONS,
+    IMAGE_OPTIONS,
+    Family,
+    Protocol,
+    Recipe,
+    Settings,
+    load_variant,
+    parameter_groups,
+)
 from recipes.images import encode_image, for_scores, one_view, pixels
 
 # --- SAM ------------------------------------------------------------------------------------------
@@ -32,7 +41,7 @@ NO_POINTS = np.zeros((0, 2), np.float32), np.zeros(0, np.int64)
 def sam_prompts(sample, source, settings, rng=None, given=None) -> list:
     """The prompts (imaging/boxes_and_points.py) of one sample, in training with rng.
 
-    source: one of prompts.KINDS, made of the mask; "jittered boxes", as in training, but always the
+    source: one of boxes_and_points.SOURCES, made of the mask; "jittered boxes", as in training, but always the
     same; "given boxes", "given points", "given both": those of `given`, {image file as a path:
     [Prompt]}, which have no truth. Without a mask "image" is all else that can be asked.
     """
@@ -53,7 +62,7 @@ def sam_prompts(sample, source, settings, rng=None, given=None) -> list:
     return boxes_and_points.make_prompts(sample["mask"].numpy(), classes, kind, rng, **how)
 
 
-def prompt_tensors(asked: list, size, config) -> dict:
+def tensors_of_prompts(asked: list, size, config) -> dict:
     """boxes (Q,4), NaN where there is none, points (Q,P,2), labels (Q,P), all in SAM's frame;
     numbers (Q,), the prompts' classes; and `shown`, each one's box, points and labels to be drawn.
     Of the prompts of an image of `size` (H,W). Fewer points than P are followed by label -1."""
@@ -78,7 +87,7 @@ def prompt_tensors(asked: list, size, config) -> dict:
 def sam_ask(sample, source, config, settings, given=None) -> dict:
     """What an item of evaluation has of its prompts."""
     asked = sam_prompts(sample, source, settings, given=given)
-    return prompt_tensors(asked, sample["size"], config)
+    return tensors_of_prompts(asked, sample["size"], config)
 
 
 def sam_inputs(sample, train, rng, config, settings, look) -> dict:
@@ -98,7 +107,7 @@ def sam_inputs(sample, train, rng, config, settings, look) -> dict:
     if "mask" not in sample:
         return item
     asked = sam_prompts(sample, source, settings, rng if train else None)
-    item |= prompt_tensors(asked, sample["size"], config)
+    item |= tensors_of_prompts(asked, sample["size"], config)
     targets = [torch.from_numpy(p.mask) for p in asked] or [torch.zeros(sample["size"])]  # (H,W)
     small = replace(config, image_size=config.image_size // 4)
     if settings.full_size:
@@ -249,7 +258,7 @@ def qkv_weight(name: str) -> bool:
     return name.endswith(".attn.qkv.weight")
 
 
-SAM = {
+PROTOCOLS = {
     # What we recommend: the decoder alone, on kept features; boxes as a user draws them.
     "default": Protocol(
         hub_ids={f"vit-{size}": f"facebook/sam-vit-{size}" for size in ("base", "large", "huge")},
@@ -276,8 +285,8 @@ SAM = {
 # Left out, as they are slips: the first batch of each epoch was not trained on, prompts that filled
 # up batches were trained on as boxes at 0, jitter could invert boxes, the softmax across prompts,
 # and roots over sums of masks in the topological loss of a batch.
-SAM["origin"] = replace(
-    SAM["default"],
+PROTOCOLS["origin"] = replace(
+    PROTOCOLS["default"],
     views=("original",),
     augment=None,
     min_area=1,
@@ -300,7 +309,9 @@ SAM["origin"] = replace(
 
 
 def load_sam(weights, variant, settings: Protocol, overrides: dict, train_set) -> sam_decoder.SAM:
-    return load(sam_decoder.SAM, sam_decoder.VARIANTS, weights, variant, settings, overrides)
+    return load_variant(
+        sam_decoder.SAM, sam_decoder.VARIANTS, weights, variant, settings, overrides
+    )
 
 
 def sam_recipe(model: sam_decoder.SAM, settings: Protocol) -> Recipe:
@@ -432,7 +443,7 @@ def size_for_boxes(file: Path) -> tuple[float, float]:
 class SAMFamily(Family):
     """SAM: asked by boxes and points, which are made of masks or given in files."""
 
-    options: ClassVar[tuple] = (IMAGES, BOXES)
+    options: ClassVar[tuple] = (IMAGE_OPTIONS, BOX_OPTIONS)
 
     def check_options(self, options) -> None:
         super().check_options(options)
@@ -470,7 +481,7 @@ class SAMFamily(Family):
 
 
 FAMILY = SAMFamily(
-    SAM,
+    PROTOCOLS,
     sam_decoder.VARIANTS,
     load_sam,
     sam_recipe,

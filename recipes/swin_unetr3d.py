@@ -16,13 +16,13 @@ from imaging import volumes
 from imaging.layouts import moved
 from losses import dice_bce, dice_ce, gi_tract_dice_ce
 from recipes.base import (
-    VOLUMES,
+    VOLUME_OPTIONS,
     Family,
     Protocol,
     Recipe,
     Settings,
     class_forward,
-    load,
+    load_variant,
     parameter_groups,
 )
 
@@ -137,7 +137,7 @@ def load_volumes(weights, variant, settings: Protocol, overrides: dict, train_se
     if train_set is not None:
         overrides = volume_overrides(train_set, weights, overrides)
     kind, variants = swin_unetr3d.SwinUNETR, swin_unetr3d.VARIANTS
-    model = load(kind, variants, weights, variant, settings, overrides)
+    model = load_variant(kind, variants, weights, variant, settings, overrides)
     if train_set is not None:
         name_classes(model, train_set, weights)
     check_modality(model, train_set)
@@ -213,7 +213,7 @@ class VolumeFamily(Family):
     """A model that divides volumes into classes, window by window."""
 
     takes: ClassVar[str] = "volumes"
-    options: ClassVar[tuple] = (VOLUMES,)
+    options: ClassVar[tuple] = (VOLUME_OPTIONS,)
 
     def check_options(self, options) -> None:
         """As for images, but a volume has one side or three."""

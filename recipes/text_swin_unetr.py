@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from engine.runs import run_config
+from engine.runs import read_run
 from fewshot3d import TEXT_VARIANTS, TextSwinUNETR, WithText
 from imaging.layouts import plain_name
-from recipes.base import TEXT_CODES, VOLUMES, Protocol, Recipe, hub_id
+from recipes.base import TEXT_CODE_OPTIONS, VOLUME_OPTIONS, Protocol, Recipe, hub_id
 from recipes.swin_unetr3d import (
     SWIN,
     VolumeFamily,
@@ -196,7 +196,7 @@ def load_trained(weights, variant, settings: Protocol, overrides: dict) -> TextS
 
 def is_own_run(weights) -> bool:
     """Return True for a run of this model, or a file of one."""
-    return bool(weights) and run_config(weights).get("class") == TextSwinUNETR.__name__
+    return bool(weights) and read_run(weights).get("class") == TextSwinUNETR.__name__
 
 
 def first_variant() -> str:
@@ -222,10 +222,11 @@ def check_windows(attention: bool, size: tuple[int, ...]) -> None:
 
 # --- settings -------------------------------------------------------------------------------------
 
-VARIANTS = ("attention", "concat", "contrast", "all")
-TEXT = {
+RELEASED_VARIANTS = ("attention", "concat", "contrast", "all")
+PROTOCOLS = {
     "default": replace(
-        SWIN["default"], hub_ids=dict.fromkeys(VARIANTS, "MONAI/swin_unetr_btcv_segmentation")
+        SWIN["default"],
+        hub_ids=dict.fromkeys(RELEASED_VARIANTS, "MONAI/swin_unetr_btcv_segmentation"),
     ),
 }
 # The few-shot study, BTCV/{main,trainer}.py of github.com/CMPT983-Winter2023/
@@ -235,7 +236,7 @@ TEXT = {
 # fails; here that text is "none". Left out: its texts by MedCLIP (ours are of CLIP); validations
 # that drop organs at random and name those that the truth has, and tests that name those (ours name
 # all, as no user has the truth). Attention and contrast crashed in its first validation.
-TEXT["origin"] = replace(
+PROTOCOLS["origin"] = replace(
     SWIN["origin"],
     name_absent=False,
     repeat_weights=True,
@@ -250,8 +251,8 @@ TEXT["origin"] = replace(
 class TextFamily(VolumeFamily):
     """A model of volumes that reads texts; its --variant says what is added to the weights."""
 
-    options: ClassVar[tuple] = (VOLUMES, TEXT_CODES)
+    options: ClassVar[tuple] = (VOLUME_OPTIONS, TEXT_CODE_OPTIONS)
     variant_with_weights: ClassVar[bool] = True
 
 
-FAMILY = TextFamily(TEXT, TEXT_VARIANTS, load_text_model, text_recipe, swin_encoder)
+FAMILY = TextFamily(PROTOCOLS, TEXT_VARIANTS, load_text_model, text_recipe, swin_encoder)

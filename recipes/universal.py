@@ -14,7 +14,15 @@ import universal
 from imaging import layouts, volumes
 from imaging.layouts import plain_name
 from losses import partial_dice_bce
-from recipes.base import CODES, TEXT_CODES, VOLUMES, Protocol, Recipe, Settings, hub_id
+from recipes.base import (
+    CODE_OPTIONS,
+    TEXT_CODE_OPTIONS,
+    VOLUME_OPTIONS,
+    Protocol,
+    Recipe,
+    Settings,
+    hub_id,
+)
 from recipes.swin_unetr3d import (
     SWIN,
     VolumeFamily,
@@ -169,7 +177,7 @@ FEWSHOT = {
 class UniversalFamily(VolumeFamily):
     """A model whose classes have codes, so that each volume may annotate other ones."""
 
-    options: ClassVar[tuple] = (VOLUMES, CODES, TEXT_CODES)
+    options: ClassVar[tuple] = (VOLUME_OPTIONS, CODE_OPTIONS, TEXT_CODE_OPTIONS)
 
     def check_options(self, options) -> None:
         super().check_options(options)

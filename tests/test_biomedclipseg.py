@@ -357,7 +357,7 @@ def test_an_untrained_decoder_is_drawn_as_the_study_s():
     # As in transformers 4.35.2; what its rules leave out is as torch draws it.
     stds = {"q_proj": 0.0255, "k_proj": 0.0255, "v_proj": 0.0255, "out_proj": 0.125}
     stds |= {"fc1": 0.0884, "fc2": 0.0255, "film_mul": 0.0255, "film_add": 0.0255}
-    stds |= {name: 0.0208 for name in ("reduces.0", "reduces.1", "reduces.2")}
+    stds |= dict.fromkeys(("reduces.0", "reduces.1", "reduces.2"), 0.0208)
     for name, module in decoder.named_modules():
         if isinstance(module, nn.Linear):
             std = stds[name if name in stds else name.split(".")[-1]]
@@ -453,7 +453,7 @@ def loaded_by(train_set, **given):
     """The model that train.py begins with."""
     options = Options(model="biomedclipseg", data=["somewhere"], workers=0, **given)
     settings = options_module.resolve(options)
-    return train.load_model(settings, train_set, torch.device("cpu"))
+    return train.starting_model(settings, train_set, torch.device("cpu"))
 
 
 def assert_decoder(model, state, source):

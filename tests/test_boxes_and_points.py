@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from imaging.boxes_and_points import (
-    KINDS,
+    SOURCES,
     Component,
     ImageNames,
     box_prompt,
@@ -46,7 +46,7 @@ def test_components_by_hand():
     assert [c.label for c in found] == [1, 1, 2]
     boxes = [[3, 2, 12, 7], [50, 20, 59, 29], [20, 10, 29, 18]]
     assert [c.box.tolist() for c in found] == boxes
-    for component, area in zip(found, (60, 100, 45)):
+    for component, area in zip(found, (60, 100, 45), strict=True):
         assert component.mask.dtype == np.uint8 and (component.mask == 1).sum() == area
         assert ((component.mask == 255) == ((mask == 255) | (mask == -1))).all()
         assert (mask[component.mask == 1] == component.label).all()
@@ -111,7 +111,7 @@ def test_points_lie_where_their_labels_say():
     assert labels.tolist() == [1] * 1000 + [0] * 300
     x, y = xy.astype(int).T
     assert (component.mask[y, x] == labels).all()  # so none lies where it is 255
-    assert len(set(zip(x[:1000], y[:1000]))) == 45  # every pixel comes up
+    assert len(set(zip(x[:1000], y[:1000], strict=True))) == 45  # every pixel comes up
 
 
 def test_points_are_as_many_as_asked_for_whatever_there_is():
@@ -141,11 +141,11 @@ def test_the_deepest_point_by_hand():
 @pytest.mark.parametrize("train", [False, True])
 def test_what_each_kind_holds(train):
     how = {"jitter": 2, "points": 3, "background": 2} if train else {}
-    for kind in KINDS[:3]:
+    for kind in SOURCES[:3]:
         rng = np.random.default_rng(0) if train else None
         prompts = make_prompts(class_map(), [1, 2, 3], kind, rng, **how)
         assert [p.label for p in prompts] == [1, 1, 2]
-        for prompt, component in zip(prompts, components(class_map(), [1, 2])):
+        for prompt, component in zip(prompts, components(class_map(), [1, 2]), strict=True):
             assert (prompt.mask == component.mask).all()
             if kind != "both" or not train:
                 assert (prompt.box is None) == (kind == "points")
@@ -180,7 +180,9 @@ def test_a_whole_image_as_box_asks_for_a_whole_class():
 
 
 def test_unknown_kinds_are_refused():
-    with pytest.raises(ValueError, match="--sam-prompts box: unknown; SAM takes one of boxes, points"):
+    with pytest.raises(
+        ValueError, match="--sam-prompts box: unknown; SAM takes one of boxes, points"
+    ):
         make_prompts(class_map(), [1], "box")
 
 
@@ -287,7 +289,11 @@ def entry(**changes):
         ("json", entry(x0=True), "entry 0: box True 1 2 2 is not four numbers"),
         ("json", entry(x0=[1]), "is not four numbers"),
         ("json", entry(x1=10**400), "is not four numbers"),
-        ("json", entry(image=["a.png"]), "the file names ['a.png'], the images are named like a.png"),
+        (
+            "json",
+            entry(image=["a.png"]),
+            "the file names ['a.png'], the images are named like a.png",
+        ),
         ("txt", "1 1 2 2", "boxes are read from .csv and .json files"),
     ],
 )
@@ -326,7 +332,9 @@ def test_a_name_means_one_image(name, image):
     assert ImageNames(PATHS).find(name) == image
 
 
-@pytest.mark.parametrize("name", ["h/b.png", "../g/slice0.png", "/g/slice0.png", "C:\\b.png", "B.png"])
+@pytest.mark.parametrize(
+    "name", ["h/b.png", "../g/slice0.png", "/g/slice0.png", "C:\\b.png", "B.png"]
+)
 def test_names_of_no_image(name):
     assert ImageNames(PATHS).find(name) is None
 

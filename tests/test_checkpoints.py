@@ -356,7 +356,9 @@ def test_no_way_in_runs_the_code_of_a_file(payload, demo, tmp_path, monkeypatch,
     refused(predict, volume, "--model", "universal", "--weights", path, "--out", tmp_path / "v")
 
     both = write_mini(tmp_path, "biomedclipseg"), write_mini(tmp_path, "clipseg")
-    for model, option, weights in zip(("biomedclipseg", "clipseg"), ("decoder", "clip"), both):
+    for model, option, weights in zip(
+        ("biomedclipseg", "clipseg"), ("decoder", "clip"), both, strict=True
+    ):
         words = ("--model", model, "--weights", weights, f"--{option}", path)
         refused(train, *words, *demo_set, "--out", tmp_path / f"{option}-run")
         refused(predict, image, *words, "--prompt", "x", "--out", tmp_path / "masks")

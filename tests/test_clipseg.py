@@ -321,7 +321,9 @@ def test_features_of_one_image_serve_many_prompts(mini):
     features, texts = mini.encode_image(images), mini.encode_text(tokens)
     for features_of, prompts in ((slice(0, 1), slice(None)), (slice(None), slice(0, 1))):
         ours = mini.decode(features[features_of], tokens[prompts])
-        pairs = zip(images[features_of].expand(3, -1, -1, -1), texts[prompts].expand(3, -1))
+        pairs = zip(
+            images[features_of].expand(3, -1, -1, -1), texts[prompts].expand(3, -1), strict=True
+        )
         one_by_one = [mini(image[None], condition=text[None]) for image, text in pairs]
         expected = torch.cat(one_by_one)
         close(ours, expected, 1e-5 * expected.abs().max().item())  # products of other shapes

@@ -271,14 +271,60 @@ MUTATIONS = {
 
 # --- what is mutated -----------------------------------------------------------------------------
 
-FINE_TUNE = "--model segformer --size 64 --epochs 1 --max-steps 2 --batch-size 2".split()
-FINE_TUNE += "--workers 0 --device cpu --overlays 0".split()
+FINE_TUNE = [
+    "--model",
+    "segformer",
+    "--size",
+    "64",
+    "--epochs",
+    "1",
+    "--max-steps",
+    "2",
+    "--batch-size",
+    "2",
+]
+FINE_TUNE += ["--workers", "0", "--device", "cpu", "--overlays", "0"]
 TRAIN_IMAGES = [*FINE_TUNE, "--variant", "mini", "--weights", "none"]
-TRAIN_VOLUMES = "--model swin_unetr3d --variant mini --weights none --size 64 32 32".split()
-TRAIN_VOLUMES += "--spacing 4 4 4 --crops-per-volume 1 --workers 0 --overlap 0 --overlays 0".split()
-TRAIN_VOLUMES += "--epochs 1 --max-steps 1 --device cpu".split()
-TRAIN_BOXES = "--model sam_decoder --variant mini --weights none --epochs 1 --max-steps 1".split()
-TRAIN_BOXES += "--batch-size 2 --workers 0 --device cpu --overlays 0".split()
+TRAIN_VOLUMES = [
+    "--model",
+    "swin_unetr3d",
+    "--variant",
+    "mini",
+    "--weights",
+    "none",
+    "--size",
+    "64",
+    "32",
+    "32",
+]
+TRAIN_VOLUMES += [
+    "--spacing",
+    "4",
+    "4",
+    "4",
+    "--crops-per-volume",
+    "1",
+    "--workers",
+    "0",
+    "--overlap",
+    "0",
+    "--overlays",
+    "0",
+]
+TRAIN_VOLUMES += ["--epochs", "1", "--max-steps", "1", "--device", "cpu"]
+TRAIN_BOXES = [
+    "--model",
+    "sam_decoder",
+    "--variant",
+    "mini",
+    "--weights",
+    "none",
+    "--epochs",
+    "1",
+    "--max-steps",
+    "1",
+]
+TRAIN_BOXES += ["--batch-size", "2", "--workers", "0", "--device", "cpu", "--overlays", "0"]
 ENDINGS = {"png": ".png", "jpeg": ".jpg", "tiff": ".tif"}
 COUNTS = {"train": 4, "val": 2, "test": 2}
 

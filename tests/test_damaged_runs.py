@@ -20,7 +20,7 @@ import predict
 import studies
 import train
 from engine import evaluate, feature_cache, lora
-from engine.runs import EDITED, fits, run_config
+from engine.runs import EDITED, fits, read_run
 from imaging import layouts, volumes
 from recipes import FAMILIES, loading
 
@@ -81,11 +81,11 @@ def changed(content: dict, keys: tuple, value) -> dict:
 def test_a_damaged_config_is_one_line_with_the_file_and_the_way_out(damage, tmp_path):
     file = tmp_path / "config.json"
     file.write_text(json.dumps(RUN))
-    assert run_config(tmp_path) == RUN
+    assert read_run(tmp_path) == RUN
     *keys, value = damage
     file.write_text(json.dumps(changed(RUN, tuple(keys), value)))
     with pytest.raises(ValueError) as caught:
-        run_config(tmp_path)
+        read_run(tmp_path)
     said = str(caught.value)
     assert said.startswith(f"{file}: {DAMAGE[damage]}") and "\n" not in said
     assert EDITED in said or "use that version for it" in said
@@ -97,7 +97,7 @@ def test_older_runs_may_lack_keys(key, tmp_path):
     if key == "classes":
         del older["labels"]
     (tmp_path / "config.json").write_text(json.dumps(older))
-    assert run_config(tmp_path) == older
+    assert read_run(tmp_path) == older
 
 
 @pytest.mark.parametrize(

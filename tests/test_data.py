@@ -1123,7 +1123,10 @@ BESIDE = {
 def test_masks_of_other_ranges_in_one_set(kind, tmp_path):
     """Lossless files: whatever they hold is no noise, however little it is."""
     masks, expected = BESIDE[kind]
-    files = {f"{name}.png": as_image(mask.astype(np.uint8)) for name, mask in zip("abc", masks)}
+    files = {
+        f"{name}.png": as_image(mask.astype(np.uint8))
+        for name, mask in zip("abc", masks, strict=True)
+    }
     root = write_set(tmp_path / "set", files)
     if isinstance(expected, str):
         with pytest.raises(ValueError, match=expected):

@@ -16,7 +16,7 @@ from imaging import layouts
 from preparation import duke_oct
 
 NAN = np.nan
-DME_NAMES = "background NFL GCL-IPL INL OPL ONL-ISM ISE-OS RPE fluid".split()
+DME_NAMES = ["background", "NFL", "GCL-IPL", "INL", "OPL", "ONL-ISM", "ISE-OS", "RPE", "fluid"]
 AMD_NAMES = ["background", "ILM to RPEDC", "RPEDC", "below BM"]
 
 
@@ -46,7 +46,7 @@ def dme_download(root, **changed):
     """Ten subjects; `changed` holds the content of some."""
     root.mkdir(exist_ok=True)
     for k in range(1, 11):
-        held = changed.get(f"Subject_{k:02}", None) or dme_volume(seed=k)
+        held = changed.get(f"Subject_{k:02}") or dme_volume(seed=k)
         savemat(root / f"Subject_{k:02}.mat", held, do_compression=True)
     return root
 
@@ -171,7 +171,9 @@ def test_amd_masks_by_hand(tmp_path):
 def test_masks_read_as_a_data_set(dme, amd, tmp_path, capsys, which):
     root, names = {"duke-dme": (dme, DME_NAMES), "duke-amd": (amd, AMD_NAMES)}[which]
     out = run(which, root, tmp_path / "out")
-    assert json.loads((out / "classes.json").read_text()) == dict(zip("012345678", names))
+    assert json.loads((out / "classes.json").read_text()) == dict(
+        zip("012345678", names, strict=True)
+    )
     entries = [e for s in layouts.splits(out) for e in layouts.annotations(out, s, "[a-z]+[0-9]+")]
     assert {entry.classes for entry in entries} == {tuple(names)}
     assert {entry.group for entry in entries} == {e.name.split("_")[0] for e in entries}

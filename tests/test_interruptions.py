@@ -292,7 +292,7 @@ def full_memory(*_, **__):
 
 EARLY = {  # what fails: where in train.py, with what
     "while data are checked": ("runs.open_data", stopped),
-    "while the model is made": ("load_model", full_memory),
+    "while the model is made": ("starting_model", full_memory),
     "while the first steps are done": ("Run.fit", full_memory),
     "while the first epoch is done": ("Run.train_epoch", stopped),
 }
@@ -322,7 +322,7 @@ def test_a_failure_leaves_the_files_of_a_folder_as_they_were(options, monkeypatc
     assert code == 130 and "holds a test that was stopped" in text
     (out / "test/overlays").rmdir(), (out / "test").rmdir()
     with monkeypatch.context() as patch:
-        patch.setattr(train, "load_model", full_memory)
+        patch.setattr(train, "starting_model", full_memory)
         code, _, _ = command(monkeypatch, capsys, train, *arguments(options))
     assert code == 2 and contents(out) == before
 

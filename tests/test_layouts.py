@@ -50,7 +50,7 @@ def opened(root, split, tmp_path, **how):
 @pytest.mark.parametrize("mode", [None, "P"])
 @pytest.mark.parametrize("names", [("images", "masks"), ("imagesgreyscale", "masks14")])
 def test_split_folders_hold_class_numbers(tmp_path, mode, names):
-    how = dict(zip(("images", "masks"), names))
+    how = dict(zip(("images", "masks"), names, strict=True))
     root = class_maps(tmp_path / "set", splits=("train", "valid"), mode=mode, **how)
     assert set(layouts.splits(root)) == {"train", "val"}
     dataset = opened(root, "val", tmp_path)

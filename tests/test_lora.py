@@ -195,7 +195,7 @@ def test_samed_updates_queries_and_values_alone():
     for name, tensor in plain.items():
         if name.endswith("attn.qkv.weight"):
             bits = [t.view(torch.int32).split(64) for t in (after[name], tensor)]
-            assert [torch.equal(*pair) for pair in zip(*bits)] == [False, True, False]
+            assert [torch.equal(*pair) for pair in zip(*bits, strict=True)] == [False, True, False]
         elif name.startswith("vision_encoder."):
             assert torch.equal(after[name], tensor), name
     name = "mask_decoder.iou_token.weight"

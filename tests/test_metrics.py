@@ -681,7 +681,7 @@ def test_the_nsd_tolerance_of_volumes_is_in_mm():
 
     dataset = volumes.VolumeSet.__new__(volumes.VolumeSet)
     dataset.classes = ("liver",)
-    summary = evaluate.summarise([row], dataset, SimpleNamespace(tolerance=1.6))
+    summary = evaluate.summarise_rows([row], dataset, SimpleNamespace(tolerance=1.6))
     assert summary["nsd_tolerance"] == 1.6 and summary["distance_unit"] == "mm"
     table = tables.score_table(summary)
     assert "nsd (1.6 mm)" in table and "hd95 (mm)" in table

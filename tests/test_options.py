@@ -25,7 +25,7 @@ from engine.ranges import Number
 from imaging import pictures
 from options import Options, as_options, flag, resolve, values_of
 from recipes import FAMILIES, base, cris, images, sam
-from recipes.base import BOXES
+from recipes.base import BOX_OPTIONS
 
 # --- ranges --------------------------------------------------------------------------------------
 
@@ -321,7 +321,7 @@ def small_run(root: Path, tmp_path: Path, model: str, **more) -> Options:
     how = {"variant": "mini", "weights": "none", "out": str(tmp_path / "run"), "device": "cpu"}
     how |= {"cache": str(tmp_path / "cache"), "epochs": 1, "max_steps": 2, "workers": 0}
     how |= {"prompt": "a blob"} if FAMILIES[model].reads_text() else {}
-    how |= {"min_area": 1} if BOXES in FAMILIES[model].options else {}
+    how |= {"min_area": 1} if BOX_OPTIONS in FAMILIES[model].options else {}
     return Options(model=model, data=[str(root)], **how | {"overlays": 0} | more)
 
 

@@ -88,7 +88,7 @@ def test_the_left_lung_lies_left(turned):
     mixed = blocks((25, 10, 5, 4))  # of the right lung's block called left
     given = {"right lung": high & ~mixed | blocks((18, 2, 2, 2)), "left lung": low | mixed}
     if turned:
-        given = dict(zip(given, reversed(given.values())))
+        given = dict(zip(given, reversed(given.values()), strict=True))
     found = organ_rules(given)
     assert np.array_equal(found["left lung"], low)
     assert np.array_equal(found["right lung"], high)

@@ -95,7 +95,9 @@ def test_default_test_split_has_120_images():
         return sum(name.startswith("images") for name in split)
 
     with pytest.MonkeyPatch.context() as patch:  # the pictures do not matter here
-        patch.setattr(demo_set, "draw_image", lambda rng, grid, blobs: np.zeros((64, 64, 3), np.uint8))
+        patch.setattr(
+            demo_set, "draw_image", lambda rng, grid, blobs: np.zeros((64, 64, 3), np.uint8)
+        )
         files = dict(demo_files(1000, 64, (1, 1), 0))
     assert names(files) == 1000
     assert [len(json.loads(files[f"anns/{s}.json"])) for s in ("train", "val", "test")] == [
@@ -646,7 +648,9 @@ def test_class_map_with_labels(copy, capsys):
     edit(
         copy,
         "other_blob",
-        lambda e: [x.update(label=2, mask_name=y["mask_name"]) for x, y in zip(e, test)],
+        lambda e: [
+            x.update(label=2, mask_name=y["mask_name"]) for x, y in zip(e, test, strict=True)
+        ],
     )
     edit(copy, "other_prompts", lambda e: [entry.update(label=1) for entry in e])
     assert check(capsys, copy)[0] == 0

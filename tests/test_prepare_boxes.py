@@ -303,7 +303,7 @@ def test_boxes_of_files_of_one_name_are_read_back(patients, tmp_path):
         "g/slice0.png": 2, "h/slice0.png": 12, "./slice0.png": 22, "slice1.png": 5,
     }  # fmt: skip
     dataset = data.open_dataset(layouts.annotations(patients, "test"), tmp_path / "cache")
-    recipe = sam.sam_recipe(sam_decoder.SAM(SAM), sam.SAM["default"])
+    recipe = sam.sam_recipe(sam_decoder.SAM(SAM), sam.PROTOCOLS["default"])
     asking = sam.with_given(recipe, {"test": dataset}, str(tmp_path / "boxes.csv"), None).ask
     for i, x0 in enumerate((2, 12, 22, 5)):
         ((box, _, _),) = asking(dataset.sample(i, ""), source="given boxes")["shown"]

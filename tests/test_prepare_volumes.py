@@ -221,7 +221,10 @@ DEFECTS = {
     "image": (lambda r: lose(r, "imagesTr/spleen_9.nii.gz"), "no imagesTr/spleen_9.nii.gz, which"),
     "label": (lambda r: lose(r, "labelsTr/spleen_9.nii.gz"), "no labelsTr/spleen_9.nii.gz, which"),
     "text": (lambda r: (r / "dataset.json").write_text("{"), "dataset.json: is not valid JSON"),
-    "keys": (lambda r: edit(r, lambda a: a.pop("labels")), "dataset.json: has no 'labels'; expected"),
+    "keys": (
+        lambda r: edit(r, lambda a: a.pop("labels")),
+        "dataset.json: has no 'labels'; expected",
+    ),
     "out": (
         lambda r: edit(r, lambda a: a["training"][0].update(image="../imagesTr/a.nii.gz")),
         "'../imagesTr/a.nii.gz' is no volume in imagesTr",
@@ -470,7 +473,7 @@ def test_demo_anatomy(volumes):
         absent += sum(x is None for x in (spleen, right, left))
         assert liver[0] > 15 and abs(aorta[0]) < 20
         assert spleen is None or spleen[0] < -30
-        assert right is None or 20 < right[0] and right[2] < liver[2] and right[1] < 0
+        assert right is None or right[0] > 20 and right[2] < liver[2] and right[1] < 0
         assert left is None or left[0] < -20 and left[1] < 0
         sizes = np.bincount(np.asarray(label.dataobj).ravel(), minlength=6)
         assert len(sizes) == 6 and sizes[4] > 2 * sizes[1] and all(sizes[[4, 5]] > 300)

@@ -58,7 +58,7 @@ def table(header, separator=","):
     columns = [column.rpartition(":") for column in header.split()]
     lines = [separator.join(name if colon else field for name, colon, field in columns)]
     for box in TWO:
-        values = dict(zip(("image", "x0", "y0", "x1", "y1"), map(str, box)))
+        values = dict(zip(("image", "x0", "y0", "x1", "y1"), map(str, box), strict=True))
         values |= {"class": "polyp", "more": "7", "size": "40"}
         lines.append(separator.join(values[field] for _, _, field in columns))
     return "\n".join(lines) + "\n"
@@ -380,7 +380,7 @@ def test_the_same_prompts_from_files_give_the_same_answers(maps, tmp_path, capsy
     points.write_text("\n".join(lines))
 
     model = net()
-    recipe = sam.sam_recipe(model, sam.SAM["default"])
+    recipe = sam.sam_recipe(model, sam.PROTOCOLS["default"])
     files = {"boxes": (boxes, None), "points": (None, points), "both": (boxes, points)}
     what = {"boxes": "box", "points": "point", "both": "box or point"}
     for kind, pair in files.items():
@@ -411,7 +411,7 @@ def test_objects_with_other_numbers_of_points_are_answered_as_if_alone():
             1, None, np.float32([3, 4, 20, 30]), np.float32([[9, 9], [30, 30]]), np.int64([0, 1])
         ),
     ]
-    tensors = sam.prompt_tensors(some, size, MINI)
+    tensors = sam.tensors_of_prompts(some, size, MINI)
     assert tensors["points"].shape == (4, 3, 2)
     image = torch.randn(1, 3, 64, 64)
     batch = {key: tensors[key] for key in ("boxes", "points", "labels")}

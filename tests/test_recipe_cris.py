@@ -30,9 +30,9 @@ def test_one_prompt_for_all_images(tmp_path, monkeypatch, capsys):
         demo,
     )
     assert code == 0, err
-    default = cris.CRIS["default"]
+    default = cris.PROTOCOLS["default"]
     without = replace(default, config=default.config | {"freeze_text_norm": False})
-    monkeypatch.setitem(cris.CRIS, "without", without)  # as CRIS itself trains
+    monkeypatch.setitem(cris.PROTOCOLS, "without", without)  # as CRIS itself trains
     dice = {}
     for recipe in ("without", "default"):
         options = train.Options(

@@ -412,7 +412,7 @@ def test_texts_of_a_batch_are_counted_as_the_model_sees_them(demo, options):
 )
 def test_cris_keeps_its_text_norm_where_all_prompts_are_the_same(demo, options, texts, frozen):
     dataset = data.open_dataset(with_prompts(demo, *texts * 2), options.cache)
-    settings = replace(cris.CRIS["default"], prompt="p1")
+    settings = replace(cris.PROTOCOLS["default"], prompt="p1")
     model = cris.load_cris("none", "mini", settings, {"image_size": 64}, dataset)
     assert model.config.freeze_text_norm is frozen
     model.train()

@@ -24,7 +24,7 @@ from recipes import sam
 pytestmark = pytest.mark.numeric
 
 MINI = replace(sam_decoder.VARIANTS["mini"], image_size=64)
-DEFAULT = sam.SAM["default"]
+DEFAULT = sam.PROTOCOLS["default"]
 
 
 def net(seed=0) -> sam_decoder.SAM:
@@ -123,7 +123,7 @@ def test_each_prompt_is_answered_as_if_it_were_alone():
         expected = []
         for item in items:
             for k, (box, point, label) in enumerate(
-                zip(item["boxes"], item["points"], item["labels"])
+                zip(item["boxes"], item["points"], item["labels"], strict=True)
             ):
                 how = {} if k % 3 == 0 else {"boxes": box[None, None]}
                 if k % 3 != 1:
@@ -149,7 +149,7 @@ def test_augmentation_leaves_prompts_where_objects_are(maps, tmp_path):
     settings = replace(DEFAULT, prompts_per_image=0, jitter=0, min_area=1)
     for seed in range(20):
         item = made(dataset.sample(0, ""), settings, seed=seed)
-        for box, mask in zip(item["boxes"], item["mask"][:, 0]):
+        for box, mask in zip(item["boxes"], item["mask"][:, 0], strict=True):
             y, x = np.nonzero(mask.numpy() == 1)
             if len(x):  # a speck may fall between the pixels of the small target
                 found = torch.tensor([x.min(), y.min(), x.max() + 1, y.max() + 1]) * 4
@@ -251,7 +251,7 @@ def test_each_component_has_its_own_scores():
 def test_the_study_s_loss_is_monai_s_and_the_topological_one():
     monai = pytest.importorskip("monai.losses")
     torch.manual_seed(0)
-    config, settings = replace(MINI, image_size=64), sam.SAM["origin"]
+    config, settings = replace(MINI, image_size=64), sam.PROTOCOLS["origin"]
     output = torch.randn(3, 1, 1, 16, 16) * 3, torch.zeros(3, 1, 1)
     target = (torch.rand(3, 1, 40, 50) > 0.6).float()
     loss, parts = sam.oct_study_loss(output, {"mask": target}, settings, config)
@@ -456,12 +456,12 @@ def test_lora_trains_queries_and_values_and_loads_back_from_a_small_file(asked, 
 
 
 def test_the_study_s_recipe_runs_and_asks_for_the_background(asked, maps, tmp_path):
-    settings = sam.SAM["origin"]
+    settings = sam.PROTOCOLS["origin"]
     item = made(open_split(maps, tmp_path / "cache").sample(0, ""), settings)
     sample = open_split(maps, tmp_path / "cache").sample(0, "")["mask"].numpy()
     expected = boxes_and_points.components(sample, range(3), min_area=1)
     assert len(item["boxes"]) == len(expected) and item["mask"].shape[2:] == (48, 64)
-    for mask, component in zip(item["mask"][:, 0].numpy(), expected):
+    for mask, component in zip(item["mask"][:, 0].numpy(), expected, strict=True):
         assert (mask == component.mask).all()
     summary = train.run(replace(asked, recipe="origin", epochs=1, lr=None, batch_size=None))
     assert "oct" in "".join(rows(train.Path(asked.out) / "metrics.csv")[0])

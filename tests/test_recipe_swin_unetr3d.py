@@ -55,13 +55,13 @@ def data_set(root, labels=ORGANS, modality="CT", channels=1, stored="RAS", n=3):
     """Three volumes of which one each trains, validates and tests."""
     names, wanted = [f"case{k}" for k in range(n)], nibabel.orientations.axcodes2ornt(stored)
     for k, name in enumerate(names):
-        for kind, array in zip(("imagesTr", "labelsTr"), phantom(k)):
+        for kind, array in zip(("imagesTr", "labelsTr"), phantom(k), strict=True):
             array = np.stack([array] * channels, 3) if channels > 1 and kind[0] == "i" else array
             volume = nibabel.Nifti1Image(array, AFFINE).as_reoriented(wanted)
             (root / kind).mkdir(parents=True, exist_ok=True)
             nibabel.save(volume, root / kind / f"{name}.nii.gz")
     pairs = [{"image": f"./imagesTr/{x}.nii.gz", "label": f"./labelsTr/{x}.nii.gz"} for x in names]
-    lists = dict(zip(("training", "validation", "test"), ([pair] for pair in pairs)))
+    lists = dict(zip(("training", "validation", "test"), ([pair] for pair in pairs), strict=True))
     settings = {"labels": labels, "modality": {"0": modality}} | lists
     (root / "dataset.json").write_text(json.dumps(settings))
     return root
@@ -137,7 +137,7 @@ def test_regions_become_a_mask_each():
     )["mask"][0]
     assert mask.shape == (3, 40, 36, 34)
     valid = one["mask"] != 255
-    for found, numbers in zip(mask, regions):
+    for found, numbers in zip(mask, regions, strict=True):
         expected = torch.from_numpy(np.isin(one["mask"].numpy(), numbers))
         assert torch.equal(found[valid], expected[valid].byte()) and (found[~valid] == 255).all()
     logits = torch.randn(1, 3, 40, 36, 34)

@@ -623,7 +623,7 @@ def test_two_at_a_time_and_none_before_its_base(monkeypatch, tmp_path):
 
     def made(name, weights="none"):
         options = train.Options(out=str(tmp_path / name), weights=weights)
-        return studies.Run("random", None, None, options)
+        return studies.StudyRun("random", None, None, options)
 
     base = str(tmp_path / "base")
     runs = [made("base"), *(made(str(k), base) for k in range(4)), made("other")]

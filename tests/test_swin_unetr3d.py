@@ -90,7 +90,10 @@ def test_outputs_and_all_gradients_equal_monai(config, size):
 @torch.no_grad()
 def first_difference(ours: SwinUNETR, official, volume) -> str:
     """The first map that differs, for the message of a failure."""
-    names = ["swinViT", *"encoder10 decoder5 decoder4 decoder3 decoder2 decoder1 out".split()]
+    names = [
+        "swinViT",
+        *["encoder10", "decoder5", "decoder4", "decoder3", "decoder2", "decoder1", "out"],
+    ]
     outputs = {}
     for model in (ours, official):
         for name in names:
@@ -233,7 +236,7 @@ def test_moments_of_half_precision_are_not_of_half_precision(dtype):
     )  # a variance that float16 has no room for
     mean, var = swin_unetr3d.moments(x.as_subclass(Elsewhere))
     whole = torch.var_mean(x.double(), (2, 3, 4), correction=0, keepdim=True)
-    for found, expected in zip((var, mean), whole):
+    for found, expected in zip((var, mean), whole, strict=True):
         assert (found.as_subclass(torch.Tensor).double() / expected - 1).abs().max() < 1e-5
 
 

@@ -201,7 +201,7 @@ def test_the_released_codes_have_their_typos(theirs, weights, tmp_path, monkeypa
         "portal vein and splenic vein":
             "A computerized tomography of a Portal Vein and Splenic Vein",
     }  # fmt: skip
-    for name, code in zip(texts, their_codes(theirs, [*texts.values()])):
+    for name, code in zip(texts, their_codes(theirs, [*texts.values()]), strict=True):
         close(codes[name], code, 1e-4)
     right = made(
         weights, tmp_path / "b.safetensors", monkeypatch, capsys, "--classes", "Aorta", "x"

@@ -87,7 +87,7 @@ def crop_of(mask, overlapping, present_only, seed):
     """A training crop whose mask is `mask`, and the name of the text that it got."""
     names = ("background", "a", "b", "c")
     config = SimpleNamespace(classes=names, overlapping=overlapping, image_size=mask.shape)
-    recipe = text_swin_unetr.TEXT["origin" if present_only else "default"]
+    recipe = text_swin_unetr.PROTOCOLS["origin" if present_only else "default"]
     settings = replace(recipe, augment={}, crops_per_volume=1)
     texts = {}
     for k in range(8):
@@ -131,7 +131,7 @@ def test_the_text_names_what_the_mask_keeps(overlapping, present_only):
 
 
 def test_the_contrast_is_a_tenth_of_itself_in_the_loss():
-    settings = text_swin_unetr.TEXT["default"]
+    settings = text_swin_unetr.PROTOCOLS["default"]
     logits = torch.randn(1, 3, 8, 8, 8)
     batch = {"mask": torch.randint(0, 3, (1, 1, 8, 8, 8)).byte()}
     plain, _ = text_swin_unetr.text_loss((logits, None), batch, settings)
@@ -143,7 +143,7 @@ def test_the_contrast_is_a_tenth_of_itself_in_the_loss():
 
 def test_origin_is_the_study_s():
     """Its warm-up of 50 epochs is longer than its training: the rate ends at a fifth of 1e-4."""
-    origin = text_swin_unetr.TEXT["origin"]
+    origin = text_swin_unetr.PROTOCOLS["origin"]
     steps = origin.epochs * 348  # 696 volumes, two a step
     rates = [origin.lr * lr_factor(step, steps, origin) for step in (0, steps - 1)]
     assert rates[0] < 1e-7 and rates[1] == pytest.approx(2e-5, rel=1e-6)

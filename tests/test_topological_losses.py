@@ -113,7 +113,7 @@ def cheapest(a, b):
     for k in range(min(len(a), len(b)) + 1):
         for i in combinations(range(len(a)), k):
             for j in permutations(range(len(b)), k):
-                cost = sum(np.abs(a[m] - b[n]).max() ** 2 for m, n in zip(i, j))
+                cost = sum(np.abs(a[m] - b[n]).max() ** 2 for m, n in zip(i, j, strict=True))
                 rest = np.delete(alone[0], i).sum() + np.delete(alone[1], j).sum()
                 best = min(best, cost + rest)
     return best

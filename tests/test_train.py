@@ -330,7 +330,7 @@ def test_decoder_only_leaves_the_towers_as_they_are(options):
 
 
 def test_accumulated_gradients_are_the_mean_of_their_batches(options, demo):
-    settings = cris_recipes.CRIS["default"]
+    settings = cris_recipes.PROTOCOLS["default"]
     dataset = data.open_dataset(layouts.annotations(demo, "train"), options.cache)
 
     def step(count, freeze):
@@ -360,7 +360,7 @@ def test_accumulated_gradients_are_the_mean_of_their_batches(options, demo):
 
 def test_learning_rates_over_time():
     def curve(**settings):
-        s = replace(cris_recipes.CRIS["default"], **settings)
+        s = replace(cris_recipes.PROTOCOLS["default"], **settings)
         return [base.lr_factor(step, 100, s) for step in range(101)]
 
     cosine = curve(schedule="cosine", warmup=0.1)
@@ -703,7 +703,7 @@ def test_the_threshold_of_each_validation_chooses_the_epoch(
     assert f"testing the weights of {told} {threshold:g})" in text
 
     model = cris.CRIS.from_pretrained(whole.out)  # that Dice is what a plain evaluation gives
-    recipe = cris_recipes.cris_recipe(model, cris_recipes.CRIS["default"])
+    recipe = cris_recipes.cris_recipe(model, cris_recipes.PROTOCOLS["default"])
     val = data.open_dataset(layouts.annotations(demo, "val"), options.cache)
     found = evaluate.evaluate(model, recipe, val, resolve(replace(options, prompt="p6")), False, "")
     dice = np.mean([row["dice"] for row in found])
@@ -735,18 +735,18 @@ def test_a_file_in_a_run_folder_is_of_that_run(tmp_path, monkeypatch):
         (tmp_path / name / "config.json").write_text(json.dumps(content))
         (tmp_path / name / "best.safetensors").touch()
     for weights in "run", "run/best.safetensors":
-        assert runs.run_config(tmp_path / weights) == run
-        assert runs.run_config(str(tmp_path / weights)) == run
+        assert runs.read_run(tmp_path / weights) == run
+        assert runs.read_run(str(tmp_path / weights)) == run
     monkeypatch.chdir(tmp_path)
-    assert runs.run_config("run/best.safetensors") == run
+    assert runs.read_run("run/best.safetensors") == run
     (tmp_path / "None").mkdir()
     (tmp_path / "None/config.json").write_text(json.dumps(run))
     others = None, "none", "hub", "hub/best.safetensors", "list", "list/best.safetensors"
     for weights in *others, "run/missing.pth", "owner/name@main", "nowhere":
-        assert runs.run_config(weights) == {}
+        assert runs.read_run(weights) == {}
     (tmp_path / "run/config.json").write_text("{")
     with pytest.raises(ValueError, match="run/config.json: is not valid JSON"):
-        runs.run_config("run/best.safetensors")
+        runs.read_run("run/best.safetensors")
 
 
 # --- one process a folder ------------------------------------------------------------------------

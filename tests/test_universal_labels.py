@@ -55,7 +55,7 @@ def read(out):
     numbers = nifti.read_labels(entry.mask, grid, 14)
     names = entry.classes[1:] or entry.classes
     regions = entry.regions or [(k,) for k in range(1, len(names) + 1)]
-    return {n: np.isin(given, region) for n, region in zip(names, regions)}, numbers
+    return {n: np.isin(given, region) for n, region in zip(names, regions, strict=True)}, numbers
 
 
 @pytest.mark.parametrize("name", STUDY)

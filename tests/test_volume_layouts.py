@@ -236,7 +236,7 @@ def test_a_dataset_json_beside_images_is_passed_over(tmp_path):
 
 def test_the_organs_of_btcv_are_those_of_its_weights():
     """Written down twice, as a model file works alone."""
-    assert swin_unetr3d.BTCV["classes"] == layouts.BTCV
+    assert swin_unetr3d.BTCV["classes"] == layouts.BTCV_CLASSES
 
 
 def test_btcv_as_it_is_handed_out(tmp_path):

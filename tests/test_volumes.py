@@ -109,7 +109,7 @@ def test_stored_axes_do_not_matter_and_come_back(tmp_path, axes, end):
     path = store(tmp_path / f"image{end}", image, affine, axes)
     there = store(tmp_path / f"labels{end}", labels, affine, axes)
     assert "".join(nibabel.aff2axcodes(nibabel.load(path).affine)) == axes
-    ours, grid = nifti.read_image(path)
+    ours, grid = nifti.read_volume(path)
     assert ours.dtype == np.float32 and ours.flags.c_contiguous
     np.testing.assert_array_equal(ours[0], image)
     np.testing.assert_array_equal(nifti.read_labels(there, grid, 3), labels)
@@ -150,6 +150,7 @@ def test_written_volumes_keep_both_transforms_and_units(tmp_path):
         for ours, theirs in zip(
             (*out.get_sform(True), *out.get_qform(True)),
             (*stored.get_sform(True), *stored.get_qform(True)),
+            strict=True,
         ):
             np.testing.assert_array_equal(ours, theirs)
         assert out.header.get_xyzt_units() == ("mm", "sec") and out.header["cal_max"] == 0
@@ -175,7 +176,7 @@ def test_nifti_2_scales_and_floats(tmp_path):
     nibabel.save(file, tmp_path / "a.nii.gz")
     truth = nibabel.load(tmp_path / "a.nii.gz")
     assert truth.dataobj.slope == 0.5
-    ours, grid = nifti.read_image(tmp_path / "a.nii.gz")
+    ours, grid = nifti.read_volume(tmp_path / "a.nii.gz")
     np.testing.assert_allclose(ours[0], truth.get_fdata(), rtol=1e-6)
     nifti.write(tmp_path / "b.nii.gz", np.ones(image.shape, np.uint8), grid)
     out = nibabel.load(tmp_path / "b.nii.gz")
@@ -191,7 +192,7 @@ def test_channels_of_one_file_and_of_several(tmp_path):
         for k, code in enumerate(("RAS", "LAS", "SLP"))
     ]
     for paths in one, files:
-        ours, grid = nifti.read_image(paths)
+        ours, grid = nifti.read_volume(paths)
         np.testing.assert_array_equal(ours, several.transpose(3, 0, 1, 2))
     assert grid.file == files[0] and nifti.read_grid(one).channels == 3
     with pytest.raises(ValueError, match=r"c\.nii\.gz: 3 channels, the model takes 4; name "):
@@ -202,14 +203,14 @@ def test_what_is_no_number_becomes_the_smallest_value(tmp_path, capsys):
     x = np.full((4, 5, 6, 2), 50.0, np.float32)
     x[1, 2, 3] = -1000, -7
     x[0, 0, 0, 0], x[0, 0, 1, 0], x[3, 3, 3, 1] = np.nan, np.inf, np.nan
-    ours, _ = nifti.read_image(write(tmp_path / "a.nii.gz", x))
+    ours, _ = nifti.read_volume(write(tmp_path / "a.nii.gz", x))
     assert ours[0, 0, 0, :2].tolist() == [-1000, -1000] and ours[1, 3, 3, 3] == -7
     assert (ours == 50).sum() == 240 - 2 - 3
     (line,) = capsys.readouterr().out.splitlines()
     assert "a.nii.gz (3 voxels): NaN or infinite voxels become the smallest value" in line
     x[..., 1] = np.nan
     with pytest.raises(ValueError, match=r"a\.nii\.gz: a channel has no finite number"):
-        nifti.read_image(write(tmp_path / "a.nii.gz", x))
+        nifti.read_volume(write(tmp_path / "a.nii.gz", x))
 
 
 def test_labels_by_their_numbers(tmp_path):
@@ -286,7 +287,7 @@ def damaged(tmp_path):
 def test_bad_files_are_one_line_with_their_name(tmp_path):
     for name, told in damaged(tmp_path).items():
         with pytest.raises(ValueError, match=told) as error:
-            nifti.read_image(tmp_path / name)
+            nifti.read_volume(tmp_path / name)
         assert str(tmp_path / name) in str(error.value) and "\n" not in str(error.value), name
     with pytest.raises(FileNotFoundError, match=r"lost\.nii: no such file"):
         nifti.read_grid(tmp_path / "lost.nii")
@@ -345,10 +346,10 @@ def test_a_flipped_bit_anywhere_is_found(tmp_path):
         flipped[place] ^= 1 << place % 8
         path.write_bytes(flipped)
         if decompressed_or_none(bytes(flipped)) == whole:
-            np.testing.assert_array_equal(nifti.read_image(path)[0][0], noise)
+            np.testing.assert_array_equal(nifti.read_volume(path)[0][0], noise)
             continue
         damaged += 1
-        readings = nifti.read_image, partial(nifti.read_labels, grid=grid, numbers=100)
+        readings = nifti.read_volume, partial(nifti.read_labels, grid=grid, numbers=100)
         for reading in *readings, nifti.check_whole:
             with pytest.raises(ValueError, match="a.nii.gz: .*; replace the file") as error:
                 reading(path)
@@ -363,11 +364,11 @@ def test_a_gzip_file_may_have_several_members(tmp_path, capsys):
         cuts = [0, *ends, len(whole)]
         members = [gzip.compress(whole[a:b]) for a, b in itertools.pairwise(cuts)]
         path.write_bytes(b"".join(members))
-        np.testing.assert_array_equal(nifti.read_image(path)[0][0], noise)
+        np.testing.assert_array_equal(nifti.read_volume(path)[0][0], noise)
         nifti.check_whole(path)
         path.write_bytes(b"".join(members)[:-1])  # the length of the last one is cut
         with pytest.raises(ValueError, match="replace the file"):
-            nifti.read_image(path)
+            nifti.read_volume(path)
     assert capsys.readouterr().out == ""
 
 
@@ -376,7 +377,7 @@ def test_bytes_after_the_end_are_said(tmp_path, capsys, more):
     path, noise = noise_volume(tmp_path / "a.nii.gz")
     path.write_bytes(path.read_bytes() + more)
     for _ in range(2):  # a file that is read again is not said again
-        np.testing.assert_array_equal(nifti.read_image(path)[0][0], noise)
+        np.testing.assert_array_equal(nifti.read_volume(path)[0][0], noise)
         nifti.check_whole(path)
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith(f"{path} ({len(more):,}): bytes after the end")
@@ -388,7 +389,7 @@ def test_what_follows_the_voxels_is_read_in_blocks(tmp_path):
     data = gzip.compress(gzip.decompress(path.read_bytes()) + bytes(2**26), 1)
     path.write_bytes(data)
     tracemalloc.start()
-    np.testing.assert_array_equal(nifti.read_image(path)[0][0], noise)
+    np.testing.assert_array_equal(nifti.read_volume(path)[0][0], noise)
     nifti.check_whole(path)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
@@ -416,11 +417,11 @@ def test_only_damaged_files_are_to_be_replaced(tmp_path):
     (tmp_path / "c.nii").write_bytes(gzip.compress(path.read_bytes()))
     (tmp_path / "d.nrrd").write_text("NRRD0005")
     for name in ("b.nii.gz", "c.nii"):  # the content decides, whatever the name
-        image, _ = nifti.read_image(tmp_path / name)
-        np.testing.assert_array_equal(image, nifti.read_image(path)[0])
+        image, _ = nifti.read_volume(tmp_path / name)
+        np.testing.assert_array_equal(image, nifti.read_volume(path)[0])
         nifti.check_whole(tmp_path / name)
     with pytest.raises(ValueError, match="d.nrrd: NRRD is not read; convert it to .nii.gz"):
-        nifti.read_image(tmp_path / "d.nrrd")
+        nifti.read_volume(tmp_path / "d.nrrd")
 
 
 # --- headers that contradict themselves ----------------------------------------------------------
@@ -446,7 +447,7 @@ def header_file(path, sform=None, qform=None, kind=nibabel.Nifti1Image, unit=Non
 
 def check_read_and_written(path, x, affine, unit):
     """Read as `affine` says, and a label map on its grid says nothing else, to nibabel."""
-    image, grid = nifti.read_image(path)
+    image, grid = nifti.read_volume(path)
     np.testing.assert_allclose(grid.affine, affine, atol=1e-5)
     np.testing.assert_array_equal(image[0], x[::-1])  # the first axis points to the left
     out = path.parent / "out.nii.gz"
@@ -505,7 +506,7 @@ def test_a_qfac_of_no_sign_is_read_as_1_and_spacing_as_positive(tmp_path, qfac):
     pixdim = np.array([qfac, -2, 2.5, 3], "<f4").tobytes()
     patch = no_sform | {76: pixdim}
     path, x, _ = header_file(tmp_path / "a.nii.gz", qform=expected, patch=patch)
-    image, grid = nifti.read_image(path)
+    image, grid = nifti.read_volume(path)
     np.testing.assert_allclose(grid.affine, expected, atol=1e-5)
     np.testing.assert_array_equal(image[0], x)
 
@@ -515,7 +516,7 @@ def test_a_bare_sform_gives_way_to_a_qform_of_the_same_spacing(tmp_path, capsys)
     mirrored = np.diag([-1.0, -1, 1, 1])
     mirrored[:3, 3] = 90, 120, -70
     path, _, _ = header_file(tmp_path / "a.nii.gz", sform=np.eye(4), qform=mirrored)
-    _, grid = nifti.read_image(path)
+    _, grid = nifti.read_volume(path)
     np.testing.assert_allclose(grid.affine, mirrored, atol=1e-5)
     assert "the sform is the bare 1 mm identity" in capsys.readouterr().out
 
@@ -565,7 +566,7 @@ def test_a_line_names_three_files_and_counts_the_rest(tmp_path, capsys):
     (line,) = capsys.readouterr().out.splitlines()
     assert all(str(path) in line for path in paths[:3]) and "3.nii.gz" not in line
     assert " and 2 more: the sform is the bare" in line
-    nifti.read_image(paths[4])
+    nifti.read_volume(paths[4])
     assert capsys.readouterr().out == ""
     with pytest.raises(KeyError), nifti.notices.together():
         nifti.read_grid(header_file(tmp_path / "6.nii.gz", np.eye(4))[0])
@@ -585,7 +586,7 @@ def test_resample_is_monais_spacing(size, spacing):
     affine = np.diag([*SPACING, 1])
     x = torch.randn(2, *size, generator=torch.Generator().manual_seed(0))
     new = volumes.resampled_size(size, SPACING, spacing)
-    ratio = tuple(b / a for a, b in zip(SPACING, spacing))
+    ratio = tuple(b / a for a, b in zip(SPACING, spacing, strict=True))
     image = MetaTensor(x, affine=torch.from_numpy(affine))
     theirs = Spacing(spacing, mode="bilinear")(image).as_tensor()
     assert new == tuple(theirs.shape[1:])
@@ -597,7 +598,7 @@ def test_resample_is_monais_spacing(size, spacing):
     ours = volumes.resample(labels, new, ratio, nearest=True)
     assert ours.dtype == torch.uint8
     clear = torch.ones(new, dtype=torch.bool)  # away from ties, which float32 decides
-    for axis, (n, r) in enumerate(zip(new, ratio)):
+    for axis, (n, r) in enumerate(zip(new, ratio, strict=True)):
         tie = np.abs(np.arange(n) * r % 1 - 0.5) < 1e-4
         clear &= torch.from_numpy(~tie).reshape(-1, *[1] * (2 - axis))
     assert clear.float().mean() > 0.4
@@ -635,12 +636,12 @@ def test_equal_spacing_is_the_identity_both_ways():
 def test_a_ramp_comes_back(spacing):
     """Linear there and linear back: a ramp is the same, but for a border that the grid misses."""
     size = (40, 23, 17)
-    at = np.meshgrid(*(np.arange(n) * s for n, s in zip(size, SPACING)), indexing="ij")
+    at = np.meshgrid(*(np.arange(n) * s for n, s in zip(size, SPACING, strict=True)), indexing="ij")
     image = (1 + at[0] * 0.3 - at[1] * 0.2 + at[2] + 5).astype(np.float32)[None]  # none is 0
     x, place = volumes.prepare_image(image, a_grid(size), spacing, same)
     ours = volumes.restore(x, place, same, background=False)
     inside = np.ones(size, bool)
-    for axis, (n, m) in enumerate(zip(size, place.full)):
+    for axis, (n, m) in enumerate(zip(size, place.full, strict=True)):
         good = np.arange(n) * SPACING[axis] <= (m - 1) * spacing[axis] + 1e-9
         good &= np.arange(n) <= n - 1 - spacing[axis] / SPACING[axis]
         inside &= good.reshape(-1, *[1] * (2 - axis))
@@ -655,9 +656,9 @@ def test_restore_is_interpolation_at_the_files_voxels():
     ratio = (30 / 23, 16 / 28, 1.0)
     place = volumes.Place(size, ratio, full, start, stop)
     logits = torch.randn(3, 16, 20, 17, generator=torch.Generator().manual_seed(1))
-    at = [np.arange(n) / r for n, r in zip(size, ratio)]
-    at = [np.minimum(a, m - 1) - s for a, m, s in zip(at, full, start)]
-    box = np.ix_(*[(a >= -0.5) & (a <= n - 0.5) for a, n in zip(at, logits.shape[1:])])
+    at = [np.arange(n) / r for n, r in zip(size, ratio, strict=True)]
+    at = [np.minimum(a, m - 1) - s for a, m, s in zip(at, full, start, strict=True)]
+    box = np.ix_(*[(a >= -0.5) & (a <= n - 0.5) for a, n in zip(at, logits.shape[1:], strict=True)])
     grid = np.meshgrid(*at, indexing="ij")
     truth = [ndimage.map_coordinates(x.double(), grid, order=1, mode="nearest") for x in logits]
     truth = torch.from_numpy(np.stack(truth)).softmax(0).float()
@@ -762,7 +763,7 @@ def test_a_second_run_reads_nothing_anew(tmp_path, capsys, monkeypatch):
     assert "preparing 2 volumes once into" in capsys.readouterr().out
     before = contents(cache)
     with monkeypatch.context() as patch:
-        patch.setattr(nifti, "read_image", None)
+        patch.setattr(nifti, "read_volume", None)
         two = prepare(entries[:1], cache).sample(0)  # fewer, and in a data set of their own
     assert torch.equal(one["image"], two["image"]) and not capsys.readouterr().out
     assert contents(cache) == before
@@ -1053,10 +1054,10 @@ def test_crops_lie_where_monai_puts_them(size):
     theirs = torch.stack([x.as_tensor() for x in theirs(image, label=mask[None], image=image)])
     first = (x[:, 0, 0, 0, 0].long().numpy() - 1 for x in (ours, theirs))
     first = [np.unravel_index(x, mask.shape) for x in first]
-    for a, b, have, want in zip(*first, mask.shape, size):
+    for a, b, have, want in zip(*first, mask.shape, size, strict=True):
         counts = [np.bincount(x, minlength=have - want + 1) / n for x in (a, b)]
         assert len(counts[0]) == have - want + 1 and np.abs(counts[0] - counts[1]).max() < 0.06
-    for crop, label in zip(ours[:20], labels[:20]):  # image and mask are cut alike
+    for crop, label in zip(ours[:20], labels[:20], strict=True):  # image and mask are cut alike
         at = np.unravel_index(crop.long().flatten().numpy() - 1, mask.shape)
         assert torch.equal(label.flatten(), mask[at])
 
@@ -1066,7 +1067,7 @@ def test_crops_larger_than_the_volume_have_zeros_around_them():
     rng = np.random.default_rng(0)
     crops, masks = volumes.random_crops(image, mask, voxels, 3, (29, 20, 21), rng)
     inside = (slice(2, 26), slice(None), slice(2, 18))  # 5 missing: 2 before, 3 after
-    for crop, labels in zip(crops, masks):
+    for crop, labels in zip(crops, masks, strict=True):
         assert torch.equal(crop[(0, *inside)], image[0]) and torch.equal(labels[inside], mask)
         assert crop.sum() == image.sum() and labels.sum() == mask.sum()
 
@@ -1280,14 +1281,14 @@ def test_the_content_decides_and_not_the_ending(tmp_path, name, compressed):
     x, data = small(tmp_path / "x.nii")
     path = tmp_path / name
     path.write_bytes(gzip.compress(data) if compressed else data)
-    image, grid = nifti.read_image(path)
+    image, grid = nifti.read_volume(path)
     np.testing.assert_array_equal(image[0], x)
     assert nifti.read_labels(path, grid, 60).sum() == x.sum()
     nifti.check_whole(path)
 
     damaged = path.read_bytes()[:-9]  # the end of the voxels, or of the compressed data
     path.write_bytes(damaged)
-    for reading in (nifti.read_image, nifti.check_whole):
+    for reading in (nifti.read_volume, nifti.check_whole):
         with pytest.raises(ValueError, match="; replace the file$"):
             reading(path)
 
@@ -1305,7 +1306,7 @@ def test_the_content_decides_and_not_the_ending(tmp_path, name, compressed):
 )
 def test_further_axes_of_length_1(tmp_path, shape, channels):
     x, _ = small(tmp_path / "a.nii.gz", shape)
-    image, grid = nifti.read_image(tmp_path / "a.nii.gz")
+    image, grid = nifti.read_volume(tmp_path / "a.nii.gz")
     assert grid.channels == channels and grid.size == shape[:3]
     np.testing.assert_array_equal(image, np.moveaxis(x.reshape(*shape[:3], channels), 3, 0))
     if channels == 1:
@@ -1333,7 +1334,7 @@ def test_a_quaternion_that_rounding_made_too_long(tmp_path, capsys, excess):
     patched[254:256] = bytes(2)  # no sform
     patched[256:268] = quaternion.tobytes()
     (tmp_path / "a.nii").write_bytes(patched)
-    _, grid = nifti.read_image(tmp_path / "a.nii")
+    _, grid = nifti.read_volume(tmp_path / "a.nii")
     turn = 2 * np.outer(axis, axis) - np.eye(3)
     np.testing.assert_allclose(grid.affine[:3, :3], turn @ np.diag([2, 2.5, 3]), atol=1e-5)
     nifti.write(tmp_path / "o.nii", np.zeros(grid.size, np.uint8), grid)
@@ -1347,7 +1348,7 @@ def test_a_header_beside_its_voxels(tmp_path, kind, end):
     x = np.arange(60, dtype=np.int16).reshape(3, 4, 5)
     nibabel.save(kind(x, np.diag([2, 2.5, 3, 1])), tmp_path / f"a.img{end}")
     for name in (f"a.hdr{end}", f"a.img{end}"):
-        image, grid = nifti.read_image(tmp_path / name)
+        image, grid = nifti.read_volume(tmp_path / name)
         np.testing.assert_array_equal(image[0], x)
         nifti.check_whole(tmp_path / name)
         assert layouts.without_ending(tmp_path / name) == "a"
@@ -1379,7 +1380,7 @@ def test_other_formats_are_named_with_the_way_out(tmp_path, name):
     path.with_suffix(".img").write_bytes(b"")
     with pytest.raises(ValueError, match=message) as error:
         nifti.read_grid(path)
-    assert str(error.value) == nifti.foreign_format(path)
+    assert str(error.value) == nifti.other_volume_format(path)
     assert str(error.value).startswith(f"{path}: ") and "replace" not in str(error.value)
 
 
@@ -1387,7 +1388,7 @@ def test_nifti_is_not_foreign(tmp_path):
     _, data = small(tmp_path / "a.nii.gz")
     (tmp_path / "b.mha").write_bytes(data)
     for path in (tmp_path / "a.nii.gz", tmp_path / "b.mha", tmp_path / "lost", tmp_path):
-        assert nifti.foreign_format(path) is None
+        assert nifti.other_volume_format(path) is None
 
 
 PATCHES = {  # what nibabel logs or warns of
@@ -1414,7 +1415,7 @@ def test_nibabels_warnings_stay_inside(tmp_path, monkeypatch, capfd, name):
     monkeypatch.setattr(handler, "stream", sys.stderr)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        image, grid = nifti.read_image(path)
+        image, grid = nifti.read_volume(path)
         nifti.check_whole(path)
         nifti.write(tmp_path / "o.nii.gz", image[0].astype(np.uint8), grid)
     np.testing.assert_array_equal(image[0], x)
@@ -1517,7 +1518,7 @@ def test_random_damage_is_a_line_or_read(tmp_path, monkeypatch, capfd):
     grid = nifti.read_grid(tmp_path / "x.nii")
     rng = np.random.default_rng(0)
     path = tmp_path / "a.nii.gz"
-    readings = nifti.read_image, nifti.check_whole, partial(nifti.read_labels, grid=grid)
+    readings = nifti.read_volume, nifti.check_whole, partial(nifti.read_labels, grid=grid)
     refused = 0
     tracemalloc.start()
     for _ in range(100):
