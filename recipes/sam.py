@@ -41,9 +41,9 @@ NO_POINTS = np.zeros((0, 2), np.float32), np.zeros(0, np.int64)
 def sam_prompts(sample, source, settings, rng=None, given=None) -> list:
     """The prompts (imaging/boxes_and_points.py) of one sample, in training with rng.
 
-    source: one of boxes_and_points.SOURCES, made of the mask; "jittered boxes", as in training, but always the
-    same; "given boxes", "given points", "given both": those of `given`, {image file as a path:
-    [Prompt]}, which have no truth. Without a mask "image" is all else that can be asked.
+    source: one of boxes_and_points.SOURCES, made of the mask; "jittered boxes", as in training, but
+    always the same; "given boxes", "given points", "given both": those of `given`, {image file as a
+    path: [Prompt]}, which have no truth. Without a mask "image" is all else that can be asked.
     """
     names = sample["classes"]
     if source.startswith("given"):
