@@ -308,9 +308,11 @@ def test_modules_that_never_end_are_refused(file, tmp_path):
         outer = kind()
         outer.state = {"left": module, "right": module}
         module = outer
-    with zipfile.ZipFile(tmp_path / "deep.pt") as archive:
-        with pytest.raises(ValueError, match="it holds more than 100,000 modules"):
-            file.script_tensors(module, archive, "deep")
+    with (
+        zipfile.ZipFile(tmp_path / "deep.pt") as archive,
+        pytest.raises(ValueError, match="it holds more than 100,000 modules"),
+    ):
+        file.script_tensors(module, archive, "deep")
 
 
 def test_a_pickle_that_calls_a_function_is_named_as_one(tmp_path):

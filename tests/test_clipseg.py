@@ -213,7 +213,8 @@ def test_outputs_and_all_gradients_equal_transformers(refined, dtype, monkeypatc
     assert errors[worst] <= allowed, worst
     assert len(errors) == len(gradients) == len(official.state_dict()) - 1
     print(
-        f"{dtype}: logits {(by_text - text).abs().max():.1e}, gradients {errors[worst]:.1e} of {allowed:.1e}"
+        f"{dtype}: logits {(by_text - text).abs().max():.1e}, "
+        f"gradients {errors[worst]:.1e} of {allowed:.1e}"
     )
 
 

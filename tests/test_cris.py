@@ -175,7 +175,7 @@ def test_official_evaluation_s_probabilities(tmp_path):
     )
 
 
-# --- CLIP alone ------------------------------------------------------------------------------------
+# --- CLIP alone -----------------------------------------------------------------------------------
 
 
 def clip_names(variant):
@@ -218,7 +218,7 @@ def test_clip_alone_fills_the_towers_bit_for_bit(variant, form, tmp_path, capsys
     assert "77, 0" in out and "neck" in out and "connect" in out  # what is assumed, what is new
 
 
-# --- loading is total ------------------------------------------------------------------------------
+# --- loading is total -----------------------------------------------------------------------------
 
 
 def mini_state():
@@ -258,7 +258,7 @@ def test_weights_of_another_kind_are_refused(tmp_path):
         cris.CRIS.from_pretrained(run_folder(mini_state(), tmp_path / "sam", **{"class": "SAM"}))
 
 
-# --- the forward pass ------------------------------------------------------------------------------
+# --- the forward pass -----------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -331,7 +331,7 @@ def test_the_text_norm_can_be_kept_in_evaluation_mode():
     assert cris.CRIS(cris.VARIANTS["mini"]).train().neck.txt_proj[1].training
 
 
-# --- pixels ----------------------------------------------------------------------------------------
+# --- pixels ---------------------------------------------------------------------------------------
 
 
 def picture(width, height):

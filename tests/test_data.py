@@ -311,7 +311,7 @@ def test_files_of_two_ranges_are_each_read_by_their_own(joined, tmp_path, capsys
     lists = three_splits(tmp_path / "set", painted(255), painted(1), painted(255))
     if joined:
         sets = data.open_datasets(lists, tmp_path / "cache")
-        for name, entries in lists.items():
+        for name in lists:
             assert np.array_equal(sets[name].pixels(0)[1], painted(1)), name
         said = capsys.readouterr().out
         assert said.count("1 mask holds 0 and 1 (val.png), others go up to 255") == 1

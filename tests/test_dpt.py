@@ -92,7 +92,7 @@ def test_outputs_and_all_gradients_equal_transformers(training, norm):
         if re.fullmatch(UNUSED, name):
             assert p.grad is None and name not in gradients
             continue
-        # The gradients of keys' biases, and of those before a batch norm, are zero but for rounding.
+        # The gradients of keys' biases and of those before a batch norm are zero but for rounding.
         error = (gradients.pop(name) - p.grad).abs().max() / max(p.grad.abs().max(), 1e-3 * scale)
         assert error <= 1e-8, name
         worst = max(worst, error.item())
@@ -103,7 +103,8 @@ def test_outputs_and_all_gradients_equal_transformers(training, norm):
             close(buffers.pop(name).double(), t.double(), 1e-9)
     assert not buffers
     print(
-        f"logits {(logits - expected).abs().max() / expected.abs().max():.1e}, gradients {worst:.1e}"
+        f"logits {(logits - expected).abs().max() / expected.abs().max():.1e}, "
+        f"gradients {worst:.1e}"
     )
 
 
@@ -131,7 +132,7 @@ def test_what_is_not_square_equals_transformers_parts_with_the_true_grid(mini, s
 
 @torch.no_grad()
 def test_a_turned_image_is_another_image_of_the_same_model(mini):
-    """With all that knows directions made symmetric, transposing the image transposes the logits."""
+    """With all that knows directions made symmetric, transposing an image transposes the logits."""
     model = DPT(MINI).eval()
     state = mini.state_dict()
     for name, t in state.items():

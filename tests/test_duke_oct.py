@@ -191,7 +191,7 @@ def test_masks_read_as_a_data_set(dme, amd, tmp_path, capsys, which):
 
 
 def kinds_of_volumes():
-    """(command, boundaries (N,L,W) of a volume, the same as the file holds them, name of a file)."""
+    """(command, boundaries (N,L,W) of a volume, the same as the file holds them, a file name)."""
     dme, amd = dme_volume((60, 50, 4))["manualLayers1"], amd_volume((60, 50, 4), (1, 2, 3))
     return {
         "duke-dme": (np.moveaxis(dme, 2, 0), "manualLayers1", "Subject_04.mat"),

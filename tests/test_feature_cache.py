@@ -314,7 +314,7 @@ def test_two_runs_at_once_share_one_computation(tmp_path):
     assert said.count(b"row") == 6
 
 
-# --- the caches of decoded images and prepared volumes ----------------------------------------------
+# --- the caches of decoded images and prepared volumes --------------------------------------------
 
 
 def zero_file(path, start, end=None):

@@ -65,7 +65,10 @@ def test_golden_outputs_of_the_universal_model(tmp_path, capsys):
     assert "untrained" not in capsys.readouterr().out
     kept = {}
     for module in ("encoder10", "decoder1"):
-        hook = lambda _, x, y, name=module: kept.update({name: y})
+
+        def hook(_module, _inputs, output, name=module):
+            kept[name] = output
+
         model.get_submodule(module).register_forward_hook(hook)
 
     model.config = replace(model.config, attend="chain")
@@ -362,7 +365,7 @@ def save_plain(folder, state=None):
 
 @torch.no_grad()
 def test_concat_begins_as_the_plain_model(inputs, tmp_path, capsys):
-    """Whatever the text says. With the weights of the image repeated, as in the study, it does not."""
+    """Whatever the text says. With the image's weights repeated, as in the study, it does not."""
     (windows, text), plain = inputs, save_plain(tmp_path)
     expected = plain(windows[:1])
     for repeat in (False, True):

@@ -1,4 +1,4 @@
-"""The rules of the house, for every file there is: floors, lone files, shared blocks, size of functions."""
+"""The rules of the house, for every file: floors, lone files, shared blocks, size of functions."""
 
 import ast
 import re
@@ -19,8 +19,8 @@ MODELS = (
     "swin_unetr3d",
     "upernet",
 )
-# Floors, from the lowest. A floor imports only from floors below its own; within a folder, and among
-# the files of one floor, imports have no circles.
+# Floors, from the lowest. A floor imports only from floors below its own; within a folder, and
+# among the files of one floor, imports have no circles.
 FLOORS = [
     ["tokenizer", "losses", "metrics", "imaging"],
     [*MODELS],

@@ -601,7 +601,7 @@ def test_rows_may_carry_ap_and_betti_errors():
     assert "ap" not in metrics.summarise(components("1", None, [0.5]), ["polyp"])
 
 
-# --- the tolerance, the intervals and the warnings of a run -----------------------------------------
+# --- the tolerance, the intervals and the warnings of a run ---------------------------------------
 
 
 def monai_nsd(pred, truth, tolerance, spacing=None):

@@ -38,7 +38,7 @@ def reach(url: str) -> None:
 
 
 def picture(url: str, folder: Path) -> Image.Image:
-    """An image from there, for weights from the hub; skips the test where either is out of reach."""
+    """An image from there, for weights from the hub; skips the test if either is out of reach."""
     reach(constants.ENDPOINT)
     reach(url)
     return Image.open(urllib.request.urlretrieve(url, folder / Path(url).name)[0])
@@ -66,7 +66,8 @@ def test_openai_s_archive_equals_the_hub_s_copy(tmp_path):
 def test_the_merges_are_the_hub_s():
     reach(constants.ENDPOINT)
     theirs = Path(hf_hub_download("openai/clip-vit-base-patch32", "merges.txt")).read_text("utf-8")
-    ours = lzma.open(ROOT / "clip_merges.txt.xz", "rt", encoding="utf-8").read()
+    with lzma.open(ROOT / "clip_merges.txt.xz", "rt", encoding="utf-8") as file:
+        ours = file.read()
     assert theirs.splitlines()[1:] == ours.splitlines()
 
 

@@ -147,8 +147,8 @@ def test_weights_must_say_or_be_told_what_they_are(images, weights, tmp_path, mo
     )
     assert code == 2 and "--model is missing" in err
     code, _, err = command(
-        monkeypatch, capsys, predict, images, "--model", "cris", "--weights", images, "--prompt", "a",
-        "--out", tmp_path / "m",
+        monkeypatch, capsys, predict, images, "--model", "cris", "--weights", images,
+        "--prompt", "a", "--out", tmp_path / "m",
     )  # fmt: skip
     assert code == 2 and "best.safetensors" in err and err.count("\n") == 1
 

@@ -1,4 +1,4 @@
-"""predict.py on whole folders: bad inputs, what exists already, sub-folders, runs without a best."""
+"""predict.py on whole folders: bad inputs, what exists already, subfolders, runs without a best."""
 
 import errno
 import json

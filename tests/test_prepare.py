@@ -1104,7 +1104,11 @@ def test_a_split_that_is_no_list(copy, capsys, content):
 def test_healthy_images_without_prompts_are_counted(copy, capsys):
     for name, texts in (("00002", {}), ("00003", dict.fromkeys(("p0", "p1", "p2"), ""))):
         Image.new("L", (64, 64)).save(copy / "masks" / f"{name}.png")
-        edit(copy, "train", lambda entries: entries[int(name)].update(prompts=texts))
+
+        def change(entries, name=name, texts=texts):
+            entries[int(name)].update(prompts=texts)
+
+        edit(copy, "train", change)
     status, text = check(capsys, copy)
     assert status == 0 and "empty masks   2 (00002, 00003), 2 of them without prompts" in text
 

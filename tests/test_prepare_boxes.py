@@ -260,12 +260,12 @@ def test_defects_are_one_line_and_write_nothing(
     binary, images, tmp_path, monkeypatch, capsys, defect
 ):
     said = defect(binary, images)
-    before = {path for path in tmp_path.rglob("*")}
+    before = set(tmp_path.rglob("*"))
     arguments = ["boxes", binary, "--like", images, "--out", tmp_path / "boxes.csv"]
     code, text, error = command(monkeypatch, capsys, prepare, *arguments)
     assert code == 2 and text == "" and error.count("\n") == 1, error
     assert error.startswith(f"error: {said}"), error
-    assert {path for path in tmp_path.rglob("*")} == before
+    assert set(tmp_path.rglob("*")) == before
     if defect is out_is_there:
         assert (tmp_path / "boxes.csv").read_text() == "mine"
 

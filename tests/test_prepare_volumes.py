@@ -116,7 +116,8 @@ def test_a_task_is_divided(task, tmp_path, capsys):
     said = capsys.readouterr().out
     assert said == f"{tmp_path / 'out'}: " + (tmp_path / "out" / "README.txt").read_text()
     for line in (
-        "train: 14 volumes", "val: 3 volumes", "test: 3 volumes, and 3 without labels, for predict.py imagesTs",
+        "train: 14 volumes", "val: 3 volumes",
+        "test: 3 volumes, and 3 without labels, for predict.py imagesTs",
         "classes: 1 spleen", "stored axes point to: LAS in 23", volume_sets.LINKED,
         "voxels: 4 to 4, 5 to 5, 6 to 8 (to the right, front, head)", "channels: 1",
         "their size in mm: 0.80 to 0.80, 0.80 to 0.80, 5.00 to 5.00",
@@ -468,7 +469,7 @@ def middle(label, number):
 def test_demo_anatomy(volumes):
     """Right is right in the world of every file, however it is stored."""
     absent = 0
-    for image, label in volumes:
+    for _image, label in volumes:
         spleen, right, left, liver, aorta = (middle(label, k) for k in range(1, 6))
         absent += sum(x is None for x in (spleen, right, left))
         assert liver[0] > 15 and abs(aorta[0]) < 20

@@ -175,7 +175,8 @@ BOX_ERRORS = {
                        "line 2: box 1,5 1 2 2 has decimal commas; write decimals with a point"),
     "commas for both": (HEADER + "a.png,1,5,1,2,2\n", "csv", "line 2: has 6 values for 5 columns"),
     "x y w h": ("image,x,y,w,h\n" + ONE, "csv",
-                "gives boxes by w and h; write corners instead: x0 = x, y0 = y, x1 = x + width - 1"),
+                "gives boxes by w and h; "
+                "write corners instead: x0 = x, y0 = y, x1 = x + width - 1"),
     "width": ("image,x,y,Width,height\n" + ONE, "csv", "gives boxes by Width and height; write"),
     "a row that is cut": ("width,height,image,xmin,ymin,xmax,ymax\n40,30,a.png,1,1\n", "csv",
                           "line 2: has no x1, y1"),

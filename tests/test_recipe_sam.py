@@ -398,8 +398,9 @@ def test_a_run_scores_classes_and_components_and_every_way_to_ask(asked):
     parts = rows(folder / "test" / "per_component.csv")
     assert len(parts) == 15 and {row["class"] for row in parts} == {"one", "two"}
     assert (folder / "test" / "overlays" / "sheet.png").is_file()
-    again = train.run(train.Options(weights=asked.out, eval=True, test=[str(asked.data[0])], workers=0,
-                                    out=asked.out + "-eval", cache=asked.cache))  # fmt: skip
+    again = train.run(train.Options(weights=asked.out, eval=True, test=[str(asked.data[0])],
+                                    workers=0, out=asked.out + "-eval",
+                                    cache=asked.cache))  # fmt: skip
     assert again["tests"]["maps"]["dice"] == summary["dice"]
     assert again["tests"]["maps"]["prompts"] == summary["prompts"]
 
@@ -495,7 +496,8 @@ def test_what_is_refused(asked, maps, tmp_path, monkeypatch, capsys):
     assert "--prompt-study: sam_decoder reads no text" in told("--prompt-study")
     assert "--jitter -3: must be a whole number of at least 0" in told("--jitter", "-3")
     for idle in (
-        ["--topology-weight", "5"], ["--compile"], ["--feature-dtype", "float32", "--train", "lora"],
+        ["--topology-weight", "5"], ["--compile"],
+        ["--feature-dtype", "float32", "--train", "lora"],
         ["--prompts-per-image", "3", "--sam-prompts", "image"], ["--views", "original", "--eval"],
     ):  # fmt: skip
         assert f"{idle[0]}: does nothing here" in told(*idle)
@@ -528,13 +530,15 @@ def test_boxes_from_a_file_are_scored_beside_the_truth_s(asked, monkeypatch, cap
     fewer = train.run(replace(how, out=asked.out + "-c"))["tests"]["maps"]["prompts"]
     assert fewer["given boxes"]["misses"] > scores["boxes"]["misses"]
     for line, hint in (
-        ("other.png,one,1,1,5,5", "none of the 1 boxes"), ("a0.png,three,1,1,5,5", "unknown class three"),
+        ("other.png,one,1,1,5,5", "none of the 1 boxes"),
+        ("a0.png,three,1,1,5,5", "unknown class three"),
         ("a0.png,,1,1,5,5", "has no class"), ("a0.png,one,9,1,5,5", "inverted"),
         ("a0.png,one,1,1,5,500", "outside"), ("a0.png,one,1,nan,5,5", "not four numbers"),
     ):  # fmt: skip
         sheet.write_text(BOXES + line + "\n")
-        told = refused(monkeypatch, capsys, train, "--weights", asked.out, "--eval", "--test", asked.data[0],
-                       "--boxes", sheet, "--out", tmp_path / "no", "--cache", asked.cache)  # fmt: skip
+        told = refused(monkeypatch, capsys, train, "--weights", asked.out, "--eval",
+                       "--test", asked.data[0], "--boxes", sheet,
+                       "--out", tmp_path / "no", "--cache", asked.cache)  # fmt: skip
         assert hint in told
         assert not (tmp_path / "no").exists()
 

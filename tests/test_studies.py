@@ -1,4 +1,4 @@
-"""studies.py: data sets, draws, what each run is told, numbers, resuming, refusals; one real one."""
+"""studies.py: data sets, draws, what runs are told, numbers, resuming, refusals; one real one."""
 
 import json
 import threading
@@ -37,8 +37,10 @@ def root(tmp_path_factory):
         for kind, array in (("imagesTr", np.full((4, 4, 4), k, np.int16)), ("labelsTr", mask)):
             (root / kind).mkdir(parents=True, exist_ok=True)
             nibabel.save(nibabel.Nifti1Image(array, np.eye(4)), root / kind / f"ct{k}.nii.gz")
-    listed = {key: [{"image": f"imagesTr/ct{k}.nii.gz", "label": f"labelsTr/ct{k}.nii.gz"} for k in n]
-              for key, n in lists.items()}  # fmt: skip
+    listed = {
+        key: [{"image": f"imagesTr/ct{k}.nii.gz", "label": f"labelsTr/ct{k}.nii.gz"} for k in n]
+        for key, n in lists.items()
+    }
     labels = {"background": 0, "Spleen": 1, "Right_Kidney": 2, "liver": 3}
     about = {"labels": labels, "channel_names": {"0": "CT"}}
     (root / "dataset.json").write_text(json.dumps(about | listed))
@@ -100,7 +102,7 @@ def fake(done):
 
 @pytest.fixture
 def study(monkeypatch, capsys, root, tmp_path):
-    """Runs the command with faked runs: (status, what it printed, its complaint, options by run)."""
+    """Runs the command with faked runs: (status, what it prints, its complaint, options by run)."""
 
     def run(*arguments, out=tmp_path / "few", text=True):
         done, codes = {}, ["--text-codes", root / "codes.safetensors"] * text
@@ -210,7 +212,8 @@ def test_what_each_run_is_told(study, root):
     assert len(done) == 5 * (1 + 2 * 2) + 2  # bases, K by draws, K = 0 of text and text+mlp
     kinds = {name.split("/")[0]: (o.model, o.codes) for name, o in done.items()}
     assert kinds == {
-        "text": ("universal", "text"), "text+mlp": ("fewshot3d", "text"), "plain": ("swin_unetr3d", None),
+        "text": ("universal", "text"), "text+mlp": ("fewshot3d", "text"),
+        "plain": ("swin_unetr3d", None),
         "random": ("universal", "random"), "random+mlp": ("fewshot3d", "random"),
     }  # fmt: skip
     base, few, zero = done["text/base"], done["text/k2-draw2"], done["text/k0"]
@@ -458,7 +461,7 @@ def test_other_volumes_or_codes_are_refused(study, root, tmp_path):
 
 
 def test_cases_are_the_same_whatever_a_set_calls_them(study, root, tmp_path):
-    """case1/label.nii.gz, case2/label.nii.gz: the data sets of a study name them by other folders."""
+    """case1/label.nii.gz, case2/label.nii.gz: a study's data sets name them by other folders."""
     about, n = json.loads((root / "dataset.json").read_text()), 0
     for key in ("training", "validation", "test"):
         for pair in about[key]:

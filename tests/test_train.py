@@ -916,7 +916,8 @@ def test_the_threshold_of_masks_is_kept_in_the_run(tmp_path, monkeypatch, capsys
     assert np.array_equal(green, outline(stripes(64, 128, 255) > 100, 1))
     for k, (more, line) in enumerate({
         ("--mask-threshold", "9"): "--mask-threshold has no effect without --overlays",
-        ("--mask-threshold", "256", "--overlays"): "--mask-threshold 256: must be a whole number from 0 to 255",
+        ("--mask-threshold", "256", "--overlays"):
+            "--mask-threshold 256: must be a whole number from 0 to 255",
     }.items()):  # fmt: skip
         code, _, error = command(
             monkeypatch, capsys, predict, *common, "--out", tmp_path / f"{k}", *more

@@ -1,4 +1,4 @@
-"""The Universal Model: the official numbers through the loader, its head, its classes, its files."""
+"""The Universal Model: official numbers through the loader, its head, its classes, its files."""
 
 import copy
 import json
@@ -66,7 +66,10 @@ def test_golden_outputs_through_the_released_form(tmp_path, capsys):
     found = {}
     keep = {"encoder10": "dec4", "decoder1": "decoder", "GAP": "GAP"}
     for module, name in keep.items():
-        hook = lambda _, x, y, name=name: found.update({name: y})
+
+        def hook(_module, _inputs, output, name=name):
+            found[name] = output
+
         model.get_submodule(module).register_forward_hook(hook)
     logits = model(torch.from_numpy(golden["in/image"][:1]))
     found |= {"params": model.head_numbers(found["dec4"]), "logits": logits}
@@ -161,7 +164,7 @@ def test_numbers_of_a_class_come_from_image_and_code(mini):
 
 @torch.no_grad()
 def test_group_norms_on_maps_of_many_voxels_are_exact():
-    """With channels last in memory they are not on a CPU: 5e-4 of the deviation here, not below 2e-5."""
+    """With channels last in memory a CPU's are not: 5e-4 of the deviation here, not below 2e-5."""
     model = model_of("random", intensity=None)
     volume = torch.rand(1, 1, 96, 96, 64, generator=torch.Generator().manual_seed(0))
     top = torch.randn(1, 12, 96, 96, 64, generator=torch.Generator().manual_seed(1)) + 3

@@ -27,7 +27,8 @@ STUDY = {
 }
 DOWNLOAD = {  # of the Decathlon's dataset.json
     "Liver": ["liver", "cancer"], "Lung": ["cancer"], "Pancreas": ["pancreas", "cancer"],
-    "HepaticVessel": ["Vessel", "Tumour"], "Spleen": ["spleen"], "Colon": ["colon cancer primaries"],
+    "HepaticVessel": ["Vessel", "Tumour"], "Spleen": ["spleen"],
+    "Colon": ["colon cancer primaries"],
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""prepare.py uw-madison: downloads in Kaggle's form, written here, with run lengths made by hand."""
+"""prepare.py uw-madison: downloads in Kaggle's form, written here, run lengths made by hand."""
 
 import csv
 import json
