@@ -334,7 +334,7 @@ class Family:
 
     protocols: dict[str, Protocol]  # --recipe -> its numbers
     variants: dict  # --variant -> Config
-    load_variant: Callable  # (weights, variant, settings, Config overrides, train set) -> model
+    load: Callable  # (weights, variant, settings, Config overrides, train set) -> model
     recipe: Callable  # (model, settings) -> Recipe
     backbone: Callable  # parameters, by name, that `--train decoder` leaves as they are
     sides: tuple[int, int] = (1, 1)  # least side of an image, and what sides are multiples of
