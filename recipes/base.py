@@ -194,7 +194,7 @@ class Recipe:
     caption: Callable = name_of_case
     # (dataset, settings) -> all that every entry can be asked by, such as types of prompts
     sources: Callable = nothing
-    # (dataset, i, sources) -> {source: item of entry i that is asked by it}
+    # (recipe, dataset, i, sources) -> {source: item of entry i that is asked by it}
     ask_each: Callable = nothing
     # (model, item) -> what `predict` takes from it for the same image and another question
     encode: Callable = nothing
@@ -423,3 +423,14 @@ class Family:
         The first is a function, sample -> tensors that an item gets besides those of `inputs`.
         """
         return nothing, classes
+
+    # --- predictions of volumes ---
+
+    def numbers_asked(self, model: nn.Module, classes: list[str], names: list[str] | None):
+        """Return which classes predict.py asks for, from 0 without the background; None: all.
+
+        classes: the model's. names: of --classes. Raises ValueError, one line, for a model that
+        finds all classes at once, or that does not know one of them.
+        """
+        if names is not None:
+            raise ValueError("--classes: this model finds all of its classes at once; drop it")

@@ -247,15 +247,6 @@ class VolumeFamily(Family):
             config["intensity"] = hu_window(settings.intensity)
         return config
 
-    def numbers_asked(self, model: nn.Module, classes: list[str], names: list[str] | None):
-        """Return which classes predict.py asks for, from 0 without the background; None: all.
-
-        classes: the model's. names: of --classes. Raises ValueError, one line, for a model that
-        finds all classes at once, or that does not know one of them.
-        """
-        if names is not None:
-            raise ValueError("--classes: this model finds all of its classes at once; drop it")
-
     def make_ready(
         self, model: nn.Module, recipe: Recipe, data_sets: DataSets, settings: Settings
     ) -> Recipe:
