@@ -61,7 +61,7 @@ def data_set(root, labels=ORGANS, modality="CT", channels=1, stored="RAS", n=3):
             (root / kind).mkdir(parents=True, exist_ok=True)
             nibabel.save(volume, root / kind / f"{name}.nii.gz")
     pairs = [{"image": f"./imagesTr/{x}.nii.gz", "label": f"./labelsTr/{x}.nii.gz"} for x in names]
-    lists = dict(zip(("training", "validation", "test"), ([pair] for pair in pairs), strict=True))
+    lists = dict(zip(("training", "validation", "test"), ([pair] for pair in pairs), strict=False))
     settings = {"labels": labels, "modality": {"0": modality}} | lists
     (root / "dataset.json").write_text(json.dumps(settings))
     return root
