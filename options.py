@@ -345,12 +345,12 @@ def check_together(options: Options, family, name: str) -> None:
         colour_table(options.pseudocolor)
 
 
-def check_used(options: Options, settings: Protocol) -> None:
+def check_used(options: Options, settings: Protocol, family) -> None:
     """Raise ValueError, one line, for options that have no effect beside the others."""
     keeps = settings.keep_features
     topology = settings.topology not in (None, "none")
     idle = {
-        "compile": keeps or settings.sam_prompts is not None,  # which encode and decode apart
+        "compile": keeps or not family.compiles,
         "feature_dtype": not keeps,
         "topology_weight": not topology,
         "prompts_per_image": settings.sam_prompts == "image",
@@ -476,7 +476,7 @@ def resolve(options: Options) -> Settings:
 
     protocol = protocol_of(options, family, name)
     if not options.resume:  # which brings all options of the run, used or not
-        check_used(options, protocol)
+        check_used(options, protocol, family)
     numbers = {spec.name: getattr(protocol, spec.name) for spec in fields(Protocol)}
     of_the_run = {key: value for key, value in vars(options).items() if key not in numbers}
     return Settings(**numbers, **of_the_run)

@@ -344,6 +344,7 @@ class Family:
 
     takes: ClassVar[str] = "images"  # or "volumes": what data sets, and the inputs of predict.py
     options: ClassVar[tuple] = (IMAGE_OPTIONS,)  # groups of options that it takes, of REFUSED
+    compiles: ClassVar[bool] = True  # its forward pass, not a part of it, is what trains
     variant_with_weights: ClassVar[bool] = False  # a variant says what is added to the weights
 
     # --- the command line ---

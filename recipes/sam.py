@@ -444,6 +444,7 @@ class SAMFamily(Family):
     """SAM: asked by boxes and points, which are made of masks or given in files."""
 
     options: ClassVar[tuple] = (IMAGE_OPTIONS, BOX_OPTIONS)
+    compiles: ClassVar[bool] = False  # `forward` is not called: it encodes and decodes apart
 
     def check_options(self, options) -> None:
         super().check_options(options)
