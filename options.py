@@ -121,7 +121,7 @@ class Options:
         None, "windows of a volume at a time, in evaluation", at_least=1
     )
     checkpointing: bool = option(False, "less memory, more time in training on volumes")
-    codes: str | None = option(None, "what stands for a class: see swin_unetr3d.py", choices=CODES)
+    codes: str | None = option(None, "what stands for a class: see universal.py", choices=CODES)
     text_codes: str | None = option(None, "file of them, which `prepare.py text-codes` writes")
     overfit: int | None = option(
         None, "train, validate and test on the first so many cases", at_least=1
