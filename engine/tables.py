@@ -8,7 +8,7 @@ import numpy as np
 
 from imaging.atomic_files import whole_file
 
-# --- tables, errors and the log -------------------------------------------------------------------
+# --- JSON and CSV ---------------------------------------------------------------------------------
 
 
 def write_json(path: Path, content) -> None:
@@ -27,7 +27,7 @@ def write_csv(path: Path, rows: list[dict]) -> None:
         writer.writerows(rows)
 
 
-# --- words ----------------------------------------------------------------------------------------
+# --- tables of scores -----------------------------------------------------------------------------
 
 
 # Said once a test: what the intervals are, and what no interval of this kind can hold.

@@ -200,7 +200,7 @@ def is_intact(paths, listed: Path) -> bool:
     return listed.read_bytes() == checksums(paths)
 
 
-# --- files and errors -----------------------------------------------------------------------------
+# --- whole folders --------------------------------------------------------------------------------
 
 
 def refuse_existing(out: Path) -> None:

@@ -40,9 +40,6 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 logging.getLogger("PIL").setLevel(logging.CRITICAL)
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)
 
-# --- files ---------------------------------------------------------------------------------------
-
-
 ORIENTATION = ExifTags.Base.Orientation
 ORIENTATIONS = ["stored", "upright"]  # of masks without a tag of their own
 TRANSPOSITIONS = {

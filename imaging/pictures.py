@@ -13,9 +13,6 @@ from imaging.atomic_files import whole_file
 TRUTH, PREDICTION = (0, 230, 90), (255, 0, 200)
 
 
-# --- pictures -------------------------------------------------------------------------------------
-
-
 def outline(mask: np.ndarray, width: int) -> np.ndarray:
     """Bool (H,W) -> the rim of its foreground, `width` pixels wide and inside of it."""
     return mask & ~ndimage.binary_erosion(mask, iterations=width)

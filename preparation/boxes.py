@@ -14,8 +14,6 @@ from engine.ranges import GREY_LEVEL, POSITIVE
 from imaging import atomic_files, boxes_and_points, image_files, layouts
 from preparation.check import MASK_THRESHOLD, wide
 
-# --- boxes ---------------------------------------------------------------------------------------
-
 
 def images_of(place):
     """Return what --like holds: {name of a mask: image file}, {image file: path}, entries.
@@ -196,9 +194,6 @@ def boxes(args):
     origin = f", of {count} masks" if count else ""
     print(f"{args.out}: {len(made)} boxes in {having} images{origin}")
     return 0
-
-
-# --- command line --------------------------------------------------------------------------------
 
 
 def options(command):

@@ -7,8 +7,6 @@ from imaging import atomic_files, layouts
 from preparation.decathlon import deal_cases, split_cases
 from preparation.volume_sets import LINKED, link, relabelled, write_data_set
 
-# --- btcv ----------------------------------------------------------------------------------------
-#
 # synapse.org, syn3193805, "Multi-Atlas Labeling Beyond the Cranial Vault": abdominal CT,
 # RawData.zip with Training/ (30 volumes, 0001 to 0010, 0021 to 0040) and Testing/ (20, no labels).
 

@@ -21,8 +21,6 @@ import data
 from engine.ranges import GREY_LEVEL
 from imaging import image_files, layouts, nifti, volumes
 
-# --- check ---------------------------------------------------------------------------------------
-#
 # How a file is read is decided in data.py and imaging/; here is only counted what came out.
 # `findings` maps a kind of finding to its lines, each of which begins with the file it is about.
 

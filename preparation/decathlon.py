@@ -22,8 +22,6 @@ from preparation.volume_sets import (
     write_data_set,
 )
 
-# --- msd -----------------------------------------------------------------------------------------
-#
 # medicaldecathlon.com: ten tasks, each a .tar of the layout above, a list of labelled volumes and
 # one of volumes whose labels are kept back for the challenge.
 

@@ -15,8 +15,6 @@ from tqdm import tqdm
 from engine.ranges import SEED, Number
 from imaging import atomic_files
 
-# --- demo ----------------------------------------------------------------------------------------
-#
 # Every image holds two to four blobs of different colours, all drawn from one distribution; one of
 # them, drawn uniformly, is the target. Nothing but the text tells which one it is.
 

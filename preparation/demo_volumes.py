@@ -10,8 +10,6 @@ from engine.ranges import SEED, Number
 from imaging import atomic_files
 from preparation.volume_sets import write_data_set
 
-# --- demo-volumes --------------------------------------------------------------------------------
-#
 # Abdomens of a child's size. A class is more than its grey values: liver and spleen, both kidneys,
 # the aorta and the vein beside it look alike, and stomach, vein and bowel have no number at all.
 

@@ -16,8 +16,6 @@ from preparation import volume_sets
 from preparation.demo import png
 from preparation.uw_madison import ENDS, make_splits, write_notes
 
-# --- duke-dme, duke-amd --------------------------------------------------------------------------
-#
 # Two sets of retinal OCT of Sina Farsiu's group at Duke, each volume ("subject") a MATLAB file:
 # Chiu 2015 (people.duke.edu/~sf59/Chiu_BOE_2014_dataset.htm, also kaggle.com/datasets/
 # paultimothymooney/chiu-2015): ten volumes with diabetic macular edema, eleven annotated slices in

@@ -18,8 +18,6 @@ from preparation import volume_sets
 from preparation.check import some, wide
 from preparation.demo import png
 
-# --- uw-madison ----------------------------------------------------------------------------------
-#
 # kaggle.com/competitions/uw-madison-gi-tract-image-segmentation: abdominal MR of 85 patients
 # ("cases") on one day or several, 80 or 144 slices a day, with the outlines of three organs.
 

@@ -33,9 +33,6 @@ def deal(names, ends, rng):
     return {n: next(s for s, end in ends.items() if k / len(names) < end) for k, n in dealt}
 
 
-# --- a data set of volumes -----------------------------------------------------------------------
-
-
 def read_grids(part, image, label):
     """The volumes.Grid of an image of the data set in `part`, on which its label lies as well.
 

@@ -15,8 +15,6 @@ from losses import dice_ce, gi_tract_dice_ce
 from recipes.base import Family, Protocol, Recipe, class_forward, load_variant
 from recipes.images import at_mask_size, dice_bce_at_mask_size, image_recipe
 
-# --- class maps: SegFormer, UPerNet, DPT and BEiT -------------------------------------------------
-
 
 def class_loss(logits: Tensor, batch: dict, of_several: Callable = dice_ce) -> tuple[Tensor, dict]:
     """Dice + cross entropy on logits brought to the size of the target; of one class Dice + BCE."""

@@ -16,8 +16,6 @@ from recipes.images import (
 )
 from tokenizer import CHARACTERS, WordPieceTokenizer
 
-# --- CLIPSeg and BiomedCLIPSeg --------------------------------------------------------------------
-
 RD64 = "CIDAS/clipseg-rd64-refined"
 BIOMEDCLIP = "microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224"
 

@@ -28,7 +28,7 @@ from recipes.base import (
 )
 from tokenizer import CLIPTokenizer
 
-# --- images, and what is asked of them in words ---------------------------------------------------
+# --- inputs, forward pass, prediction -------------------------------------------------------------
 
 
 def pixels(sample, config, preprocess) -> dict:
@@ -264,7 +264,7 @@ def describe_cuts(texts, tokenizer) -> str:
     )
 
 
-# --- CRIS -----------------------------------------------------------------------------------------
+# --- the medvlsm study, whose protocols CRIS and both CLIPSegs have -------------------------------
 
 
 def medvlsm_dice(logits: Tensor, batch: dict) -> tuple[Tensor, dict]:

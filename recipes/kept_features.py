@@ -13,8 +13,6 @@ from engine.feature_cache import Rows, fingerprint, keep
 from imaging.augment import MIRRORS, mirror_prompt, view
 from recipes.base import Recipe
 
-# --- kept features of frozen towers ---------------------------------------------------------------
-
 
 @dataclass
 class Kept:

@@ -13,8 +13,6 @@ from engine.command_line import is_out_of_memory
 from engine.lora import merge_state_dict
 from engine.runs import EDITED, read_run
 
-# --- runs that were stopped before their first validation ----------------------------------------
-
 
 def load_model(family, weights, variant, settings, overrides: dict, train_set):
     """Return `family.load` of these arguments; the last weights of a run that never validated.

@@ -31,8 +31,6 @@ from recipes.base import (
 )
 from recipes.images import encode_image, for_scores, one_view, pixels
 
-# --- SAM ------------------------------------------------------------------------------------------
-
 TOPOLOGY = ("none", "persistence", "cldice", "oct")
 NO_BOX = np.full(4, np.nan, np.float32)
 NO_POINTS = np.zeros((0, 2), np.float32), np.zeros(0, np.int64)

@@ -26,9 +26,6 @@ from recipes.base import (
     parameter_groups,
 )
 
-# --- volumes: Swin UNETR --------------------------------------------------------------------------
-
-
 FOR_VOLUME_SCORES = (
     "name", "prompt", "size", "group", "dataset", "spacing", "classes", "regions", "place",
 )  # fmt: skip

@@ -32,8 +32,6 @@ from recipes.swin_unetr3d import (
     volume_recipe,
 )
 
-# --- volumes: the CLIP-Driven Universal Model -----------------------------------------------------
-
 
 def universal_inputs(sample, train, rng, config, settings) -> dict:
     """As `volume_inputs`; of training mask (n,1,D,H,W) of label numbers, and what these are:
