@@ -5,7 +5,7 @@ BIN = .venv/bin
 WORKERS ?= 2
 PARALLEL = -n $(WORKERS) --dist worksteal
 
-.PHONY: demo test test-slow test-online test-processors
+.PHONY: demo test test-slow test-online test-processors parity
 
 demo: .venv/run.done  ## demo data, a small CRIS that learns to read, its scores and overlays
 	$(BIN)/python prepare.py demo --out data/demo
@@ -25,6 +25,9 @@ NUMERIC = $(BIN)/python -m pytest tests -q $(PARALLEL) -m "numeric and not slow 
 test-processors: .venv/dev.done  ## the tests that compare numbers, twice: see above
 	$(LOWEST) $(NUMERIC)
 	$(AVX2) $(NUMERIC)
+
+parity: .venv/dev.done  ## measure the deviations from the official code anew, for the docs
+	$(BIN)/python -m pytest tests -q -m "numeric and not online" -k equal --record-parity
 
 test-online: .venv/dev.done  ## real weights from the hub, published numbers
 	$(BIN)/python -m pytest tests -q -rs -m online

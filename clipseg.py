@@ -77,25 +77,34 @@ VARIANTS = {
 
 # shared: clip_text
 class TextBlock(nn.Module):
-    """A layer of CLIP's text transformer: attention to earlier tokens, then an MLP."""
+    """A layer of CLIP's text transformer: causal self-attention, then an MLP."""
 
     def __init__(self, dim: int, heads: int):
         super().__init__()
         self.attn = nn.MultiheadAttention(dim, heads, batch_first=True)
         self.ln_1 = nn.LayerNorm(dim)
-        mlp = {"c_fc": nn.Linear(dim, 4 * dim), "c_proj": nn.Linear(4 * dim, dim)}
-        self.mlp = nn.ModuleDict(mlp)
+        self.mlp = nn.ModuleDict(
+            {
+                "c_fc": nn.Linear(dim, 4 * dim),
+                "c_proj": nn.Linear(4 * dim, dim),
+            }
+        )
         self.ln_2 = nn.LayerNorm(dim)
-        self.adapters = nn.ModuleList([nn.Identity(), nn.Identity()])  # empty places
+        # Residual adapters may be put here, behind the attention and behind the MLP.
+        self.adapters = nn.ModuleList([nn.Identity(), nn.Identity()])
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (B,T,C) -> (B,T,C)."""
         T = x.shape[1]
-        later = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)  # (T,T)
+        later = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)  # (T,T), not attended
+
         y = self.ln_1(x)
         y = self.attn(y, y, y, attn_mask=later, need_weights=False)[0]  # (B,T,C)
         x = x + self.adapters[0](y)
+
         y = self.mlp["c_fc"](self.ln_2(x))  # (B,T,4C)
-        y = self.mlp["c_proj"](y * torch.sigmoid(1.702 * y))  # quirk: CLIP's QuickGELU
+        y = y * torch.sigmoid(1.702 * y)  # quirk: CLIP's QuickGELU
+        y = self.mlp["c_proj"](y)  # (B,T,C)
         return x + self.adapters[1](y)
 
 
@@ -517,13 +526,23 @@ def convert(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
 
 # shared: closest_variant
 def closest_variant(weights: dict[str, Tensor], kind: type[nn.Module], naming) -> Config:
-    """The one most of whose names and shapes agree. `naming` gives the state dict of a model of
-    class `kind` the names that `weights` have."""
-    shapes = {(name, t.shape) for name, t in weights.items()}
-    with torch.device("meta"):
-        models = [naming(kind(config).state_dict()) for config in VARIANTS.values()]
-    agree = [len(shapes & {(name, t.shape) for name, t in model.items()}) for model in models]
-    return list(VARIANTS.values())[agree.index(max(agree))]
+    """Return the variant with the most tensors of the same name and shape as `weights`.
+
+    naming: a function that gives the state dict of a model of class `kind` the file's names.
+    """
+    closest = None
+    most_equal = -1
+    for config in VARIANTS.values():
+        with torch.device("meta"):
+            state_dict = naming(kind(config).state_dict())
+
+        equal = 0
+        for name, tensor in state_dict.items():
+            equal += name in weights and weights[name].shape == tensor.shape
+        if equal > most_equal:
+            closest = config
+            most_equal = equal
+    return closest
 
 
 # end shared
@@ -704,14 +723,16 @@ def run_config(settings: dict, kind: str, source, config: type) -> dict:
 
     Raise ValueError, one line, if it is another model's, of a newer version or was damaged.
     """
-    model = settings.get("class"), settings["format"]
-    if model != (kind, 1):
-        raise ValueError(f"{source}: holds {model[0]} in format {model[1]}, not {kind} in 1")
+    found_kind = settings.get("class")
+    version = settings["format"]
+    if found_kind != kind or version != 1:
+        raise ValueError(f"{source}: holds {found_kind} in format {version}, not {kind} in 1")
     values = settings.get("config")
     if not isinstance(values, dict):
         raise ValueError(f"{source}: config.json has no `config` of the model; restore the file")
 
     known = config.__dataclass_fields__
+    fields = {}
     for name, value in values.items():
         if name not in known:
             raise ValueError(f"{source}: config.json is of a newer version (it has {name:.50})")
@@ -719,11 +740,12 @@ def run_config(settings: dict, kind: str, source, config: type) -> dict:
         if not may_be_none and not is_like(value, known[name].default):
             example = f"a value such as {known[name].default!r:.50}"
             raise ValueError(f"{source}: config.json: {name} is {value!r:.50}, expected {example}")
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        fields[name] = tuple(value) if isinstance(value, list) else value
+    return fields
 
 
 def is_like(value, default) -> bool:
-    """Return True if a value of a JSON file can stand for a default of its kind."""
+    """Return True if a value of a JSON file has the type and range of a field's default."""
     if isinstance(default, tuple):
         items = value if isinstance(value, list | tuple) else [None]
         first = default[0] if default else ""
@@ -750,9 +772,10 @@ def read_checkpoint(source: str | Path, files: tuple[str, ...]) -> tuple[dict[st
     """
     path = Path(source)
     if path.is_dir():
-        path = next((path / name for name in files if (path / name).exists()), None)
-        if path is None:
+        present = [name for name in files if (path / name).exists()]
+        if not present:
             raise FileNotFoundError(f"{source}: has none of {', '.join(files)}; name the file")
+        path = path / present[0]
     elif not path.exists():
         path = download(str(source), files)
 
@@ -770,14 +793,16 @@ def read_file(path: Path) -> dict:
     try:
         content = parse_file(path)
     except Exception as error:
-        said = str(error)
-        reason = f"{error!r:.150}"
-        hint = "get the whole file"
-        if "unsupported global" in said.lower() or "is not run" in said:
-            reason = f"{said:.150}" if "is not run" in said else "it has code in it"
-            hint = "where it was made, torch.save(model.state_dict(), path)"
-        reason = " ".join(reason.split())
-        raise ValueError(f"{path}: cannot be read ({reason}); {hint}") from None
+        message = " ".join(str(error).split())
+        reason = " ".join(f"{error!r:.150}".split())
+        advice = "get the whole file"
+        if "unsupported global" in message.lower():
+            reason = "it has code in it"
+            advice = "where it was made, torch.save(model.state_dict(), path)"
+        elif "is not run" in message:
+            reason = f"{message:.150}"
+            advice = "where it was made, torch.save(model.state_dict(), path)"
+        raise ValueError(f"{path}: cannot be read ({reason}); {advice}") from None
     if isinstance(content, dict):
         return content
 
@@ -822,9 +847,12 @@ def unwrap(content: dict, path: Path) -> dict[str, Tensor]:
         if not isinstance(value, Tensor):
             raise ValueError(f"{path}: no state dict, its {name!r} is not a tensor")
 
-    for prefix in ("module.", "net."):  # a name that would then be there twice keeps its prefix
-        bare = {name: name.removeprefix(prefix) for name in weights}
-        weights = {n if bare[n] in weights else bare[n]: t for n, t in weights.items()}
+    for prefix in ("module.", "net."):
+        renamed = {}
+        for name, tensor in weights.items():
+            bare = name.removeprefix(prefix)
+            renamed[name if bare in weights else bare] = tensor  # never two of one name
+        weights = renamed
     return weights
 
 
@@ -977,35 +1005,56 @@ MOST_MODULES = 100_000  # a small file can nest modules in each other so that th
 
 # shared: download
 def download(source: str, files: tuple[str, ...]) -> Path:
-    """The first of `files` in a repository of the hub, config.json beside it; cached or fetched."""
-    import huggingface_hub as hub
-    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+    """Return the first of `files` that a hub repository has; download it unless it is cached.
 
-    where = dict(zip(("repo_id", "revision"), source.split("@"), strict=False))
+    source: `owner/name` or `owner/name@revision`. Its config.json is put beside the file.
+    Raise FileNotFoundError or OSError, one line, if there is no such file or no connection.
+    """
+    import huggingface_hub as hub
+    from huggingface_hub import errors
+
+    repository, _, revision = source.partition("@")
     is_file = Path(source).suffix in (".pt", ".pth", ".bin", ".safetensors")
-    if is_file or where["repo_id"].count("/") != 1:
+    if is_file or repository.count("/") != 1:
         raise FileNotFoundError(f"{source}: no such file or folder; a hub id is owner/name")
     for name in files:
-        if isinstance(path := hub.try_to_load_from_cache(filename=name, **where), str):
-            return Path(path)
+        cached = hub.try_to_load_from_cache(repository, name, revision=revision or None)
+        if isinstance(cached, str):
+            return Path(cached)
+
     try:
-        there = hub.HfApi().model_info(**where, files_metadata=True).siblings
-        sizes = {file.rfilename: file.size or 0 for file in there}
-        if name := next((name for name in files if name in sizes), None):
-            size = f"{sizes[name] / 1e6:,.1f} MB"
-            print(f"downloading {name}, {size}, of {source} from {hub.constants.ENDPOINT}")
-            if "config.json" in sizes:
-                hub.hf_hub_download(filename="config.json", **where)
-            return Path(hub.hf_hub_download(filename=name, **where))
-    except RevisionNotFoundError:
+        fetch(repository, "config.json", revision)
+        for name in files:
+            path = fetch(repository, name, revision)
+            if path is not None:
+                return path
+    except errors.RevisionNotFoundError:
         raise FileNotFoundError(f"{source}: the repository has no such revision") from None
-    except RepositoryNotFoundError:
+    except errors.RepositoryNotFoundError:
         raise FileNotFoundError(f"{source}: neither file nor repository on the hub") from None
-    except Exception as error:  # whose class depends on the version of the client
+    except Exception as error:  # its class depends on the version of huggingface_hub
         reason = (str(error).strip() or repr(error)).splitlines()[0]
-        hint = "check the connection, or fetch the file elsewhere and name it"
-        raise OSError(f"{source}: not to be had from the hub ({reason}); {hint}") from None
+        raise OSError(
+            f"{source}: could not be downloaded from the hub ({reason}); check the connection, "
+            "or get the file elsewhere and give its path"
+        ) from None
     raise FileNotFoundError(f"{source}: the repository has none of {', '.join(files)}")
+
+
+def fetch(repository: str, name: str, revision: str) -> Path | None:
+    """Download one file of a hub repository, saying its size; None if the repository lacks it."""
+    import huggingface_hub as hub
+    from huggingface_hub.errors import EntryNotFoundError
+
+    url = hub.hf_hub_url(repository, name, revision=revision or None)
+    try:
+        size = hub.get_hf_file_metadata(url).size or 0
+    except EntryNotFoundError:
+        return None
+
+    version = f"{repository}@{revision}" if revision else repository
+    print(f"downloading {name}, {size / 1e6:,.1f} MB, of {version} from {hub.constants.ENDPOINT}")
+    return Path(hub.hf_hub_download(repository, name, revision=revision or None))
 
 
 # end shared

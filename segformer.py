@@ -339,30 +339,47 @@ def closest_variant(weights: dict[str, Tensor]) -> Config:
 
 # shared: new_classes
 def new_classes(weights: dict[str, Tensor], num_classes: int | None, source) -> tuple:
-    """What of a file is kept where `num_classes` are asked for, None: as many as it has.
+    """Drop a file's classifier if it has another number of classes than `num_classes`.
 
-    -> its tensors, without a classifier of another number of classes; the number of classes, None
-    if nothing tells; and which tensors may be new, a pattern. ValueError of one line if a file of
-    the encoder alone is not told how many there are to be.
+    num_classes: None for as many as the file has.
+    Return the remaining tensors, the number of classes (None if nothing tells it) and a regular
+    expression for the tensors that may be newly initialised. Raise ValueError, one line, if the
+    file holds an encoder without a head and num_classes is None.
     """
-    classifier = weights.get("decode_head.classifier.weight")
-    if not any(name.startswith("decode_head.") for name in weights):
-        if num_classes is None:
-            raise ValueError(f"{source}: the encoder alone, without a head; give num_classes")
+    has_head = any(name.startswith("decode_head.") for name in weights)
+    if not has_head and num_classes is None:
+        raise ValueError(f"{source}: the encoder alone, without a head; give num_classes")
+    if not has_head:
         return weights, num_classes, FRESH["head"]
-    if classifier is None or num_classes in (None, len(classifier)):
-        return weights, num_classes if classifier is None else len(classifier), ""
+
+    classifier = weights.get("decode_head.classifier.weight")
+    if classifier is None:
+        return weights, num_classes, ""
+    if num_classes in (None, len(classifier)):
+        return weights, len(classifier), ""
+
     fresh = FRESH["classifier"]
-    return {n: t for n, t in weights.items() if not re.fullmatch(fresh, n)}, num_classes, fresh
+    kept = {name: t for name, t in weights.items() if not re.fullmatch(fresh, name)}
+    return kept, num_classes, fresh
 
 
 def add_new(weights: dict[str, Tensor], model: dict[str, Tensor], fresh: str) -> tuple:
-    """-> a file's tensors with those that it lacks and that may be new, as a fresh model has them,
-    and the names of these."""
-    # Not all files count the batches of their training; nothing depends on it.
-    weights = {n: t for n, t in model.items() if n.endswith("num_batches_tracked")} | weights
-    new = {n: t for n, t in model.items() if n not in weights and re.fullmatch(fresh, n)}
-    return weights | new, list(new)
+    """Take the tensors that a file may lack from a newly initialised model.
+
+    model: state dict of the new model. fresh: a regular expression for the names it may fill in.
+    Return all tensors, and the names of those that are newly initialised.
+    """
+    filled = dict(weights)
+    new = []
+    for name, tensor in model.items():
+        if name in weights:
+            continue
+        if name.endswith("num_batches_tracked"):  # absent from some files; no output depends on it
+            filled[name] = tensor
+        elif re.fullmatch(fresh, name):
+            filled[name] = tensor
+            new.append(name)
+    return filled, new
 
 
 # end shared
@@ -397,7 +414,10 @@ def to_rgb(image):
 
 # shared: classes
 def preprocess(image, config: Config) -> Tensor:
-    """PIL image -> (3,S,S) float32, stretched and normalised. Raise errors as `to_rgb` does."""
+    """Resize a PIL image to a square and normalise it: (3,S,S) float32.
+
+    Raise errors as `to_rgb` does.
+    """
     import numpy as np
     from PIL import Image
 
@@ -405,29 +425,36 @@ def preprocess(image, config: Config) -> Tensor:
     size = (config.image_size, config.image_size)
     if config.resample != "cv2 nearest":
         image = image.resize(size, Image.Resampling[config.resample.upper()])
-    x = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (3,H,W)
-    x = F.interpolate(x[None], size)[0]  # if it has another size yet: nearest, as OpenCV has it
-    mean, std = (torch.tensor(x)[:, None, None] for x in (config.mean, config.std))  # (3,1,1)
-    return (x / 255 - mean) / std  # (3,S,S)
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (3,H,W) uint8
+    pixels = F.interpolate(pixels[None], size)[0]  # (3,S,S), nearest neighbour as in OpenCV
+
+    mean = torch.tensor(config.mean)[:, None, None]  # (3,1,1)
+    std = torch.tensor(config.std)[:, None, None]
+    return (pixels / 255 - mean) / std  # (3,S,S)
 
 
 def preprocess_mask(mask: Tensor, config: Config) -> Tensor:
-    """mask (H,W) of class numbers -> (1,S,S) float32 in the geometry of `preprocess`.
+    """Resize a mask (H,W) of class indices as `preprocess` resizes images: (1,S,S) float32.
 
     Nearest neighbour. Where a position falls exactly between two source pixels, the result may
     differ by one source pixel from that of PIL or OpenCV.
     """
-    mode = "nearest" if config.resample == "cv2 nearest" else "nearest-exact"  # which is PIL's
-    return F.interpolate(mask[None, None].float(), (config.image_size,) * 2, mode=mode)[0]
+    size = (config.image_size, config.image_size)
+    mode = "nearest-exact"  # PIL's
+    if config.resample == "cv2 nearest":
+        mode = "nearest"
+    return F.interpolate(mask[None, None].float(), size, mode=mode)[0]
 
 
 def postprocess(logits: Tensor, size: tuple[int, int], config: Config) -> Tensor:
-    """logits (K,h,w) -> probabilities (K,H,W) float32, 0..1, at the image's own `size` (H,W).
+    """Return probabilities (K,H,W) float32 at the image's own `size` (H,W) from logits (K,h,w).
 
-    They are a softmax over the classes, or of one class a sigmoid.
+    They are a softmax over the classes; with one class, a sigmoid.
     """
     logits = F.interpolate(logits[None].float(), size, mode="bilinear", align_corners=False)[0]
-    return logits.softmax(0) if len(logits) > 1 else logits.sigmoid()
+    if len(logits) > 1:
+        return logits.softmax(0)
+    return logits.sigmoid()
 
 
 # end shared
@@ -507,14 +534,16 @@ def run_config(settings: dict, kind: str, source, config: type) -> dict:
 
     Raise ValueError, one line, if it is another model's, of a newer version or was damaged.
     """
-    model = settings.get("class"), settings["format"]
-    if model != (kind, 1):
-        raise ValueError(f"{source}: holds {model[0]} in format {model[1]}, not {kind} in 1")
+    found_kind = settings.get("class")
+    version = settings["format"]
+    if found_kind != kind or version != 1:
+        raise ValueError(f"{source}: holds {found_kind} in format {version}, not {kind} in 1")
     values = settings.get("config")
     if not isinstance(values, dict):
         raise ValueError(f"{source}: config.json has no `config` of the model; restore the file")
 
     known = config.__dataclass_fields__
+    fields = {}
     for name, value in values.items():
         if name not in known:
             raise ValueError(f"{source}: config.json is of a newer version (it has {name:.50})")
@@ -522,11 +551,12 @@ def run_config(settings: dict, kind: str, source, config: type) -> dict:
         if not may_be_none and not is_like(value, known[name].default):
             example = f"a value such as {known[name].default!r:.50}"
             raise ValueError(f"{source}: config.json: {name} is {value!r:.50}, expected {example}")
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        fields[name] = tuple(value) if isinstance(value, list) else value
+    return fields
 
 
 def is_like(value, default) -> bool:
-    """Return True if a value of a JSON file can stand for a default of its kind."""
+    """Return True if a value of a JSON file has the type and range of a field's default."""
     if isinstance(default, tuple):
         items = value if isinstance(value, list | tuple) else [None]
         first = default[0] if default else ""
@@ -553,9 +583,10 @@ def read_checkpoint(source: str | Path, files: tuple[str, ...]) -> tuple[dict[st
     """
     path = Path(source)
     if path.is_dir():
-        path = next((path / name for name in files if (path / name).exists()), None)
-        if path is None:
+        present = [name for name in files if (path / name).exists()]
+        if not present:
             raise FileNotFoundError(f"{source}: has none of {', '.join(files)}; name the file")
+        path = path / present[0]
     elif not path.exists():
         path = download(str(source), files)
 
@@ -573,14 +604,16 @@ def read_file(path: Path) -> dict:
     try:
         content = parse_file(path)
     except Exception as error:
-        said = str(error)
-        reason = f"{error!r:.150}"
-        hint = "get the whole file"
-        if "unsupported global" in said.lower() or "is not run" in said:
-            reason = f"{said:.150}" if "is not run" in said else "it has code in it"
-            hint = "where it was made, torch.save(model.state_dict(), path)"
-        reason = " ".join(reason.split())
-        raise ValueError(f"{path}: cannot be read ({reason}); {hint}") from None
+        message = " ".join(str(error).split())
+        reason = " ".join(f"{error!r:.150}".split())
+        advice = "get the whole file"
+        if "unsupported global" in message.lower():
+            reason = "it has code in it"
+            advice = "where it was made, torch.save(model.state_dict(), path)"
+        elif "is not run" in message:
+            reason = f"{message:.150}"
+            advice = "where it was made, torch.save(model.state_dict(), path)"
+        raise ValueError(f"{path}: cannot be read ({reason}); {advice}") from None
     if isinstance(content, dict):
         return content
 
@@ -625,9 +658,12 @@ def unwrap(content: dict, path: Path) -> dict[str, Tensor]:
         if not isinstance(value, Tensor):
             raise ValueError(f"{path}: no state dict, its {name!r} is not a tensor")
 
-    for prefix in ("module.", "net."):  # a name that would then be there twice keeps its prefix
-        bare = {name: name.removeprefix(prefix) for name in weights}
-        weights = {n if bare[n] in weights else bare[n]: t for n, t in weights.items()}
+    for prefix in ("module.", "net."):
+        renamed = {}
+        for name, tensor in weights.items():
+            bare = name.removeprefix(prefix)
+            renamed[name if bare in weights else bare] = tensor  # never two of one name
+        weights = renamed
     return weights
 
 
@@ -780,35 +816,56 @@ MOST_MODULES = 100_000  # a small file can nest modules in each other so that th
 
 # shared: download
 def download(source: str, files: tuple[str, ...]) -> Path:
-    """The first of `files` in a repository of the hub, config.json beside it; cached or fetched."""
-    import huggingface_hub as hub
-    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+    """Return the first of `files` that a hub repository has; download it unless it is cached.
 
-    where = dict(zip(("repo_id", "revision"), source.split("@"), strict=False))
+    source: `owner/name` or `owner/name@revision`. Its config.json is put beside the file.
+    Raise FileNotFoundError or OSError, one line, if there is no such file or no connection.
+    """
+    import huggingface_hub as hub
+    from huggingface_hub import errors
+
+    repository, _, revision = source.partition("@")
     is_file = Path(source).suffix in (".pt", ".pth", ".bin", ".safetensors")
-    if is_file or where["repo_id"].count("/") != 1:
+    if is_file or repository.count("/") != 1:
         raise FileNotFoundError(f"{source}: no such file or folder; a hub id is owner/name")
     for name in files:
-        if isinstance(path := hub.try_to_load_from_cache(filename=name, **where), str):
-            return Path(path)
+        cached = hub.try_to_load_from_cache(repository, name, revision=revision or None)
+        if isinstance(cached, str):
+            return Path(cached)
+
     try:
-        there = hub.HfApi().model_info(**where, files_metadata=True).siblings
-        sizes = {file.rfilename: file.size or 0 for file in there}
-        if name := next((name for name in files if name in sizes), None):
-            size = f"{sizes[name] / 1e6:,.1f} MB"
-            print(f"downloading {name}, {size}, of {source} from {hub.constants.ENDPOINT}")
-            if "config.json" in sizes:
-                hub.hf_hub_download(filename="config.json", **where)
-            return Path(hub.hf_hub_download(filename=name, **where))
-    except RevisionNotFoundError:
+        fetch(repository, "config.json", revision)
+        for name in files:
+            path = fetch(repository, name, revision)
+            if path is not None:
+                return path
+    except errors.RevisionNotFoundError:
         raise FileNotFoundError(f"{source}: the repository has no such revision") from None
-    except RepositoryNotFoundError:
+    except errors.RepositoryNotFoundError:
         raise FileNotFoundError(f"{source}: neither file nor repository on the hub") from None
-    except Exception as error:  # whose class depends on the version of the client
+    except Exception as error:  # its class depends on the version of huggingface_hub
         reason = (str(error).strip() or repr(error)).splitlines()[0]
-        hint = "check the connection, or fetch the file elsewhere and name it"
-        raise OSError(f"{source}: not to be had from the hub ({reason}); {hint}") from None
+        raise OSError(
+            f"{source}: could not be downloaded from the hub ({reason}); check the connection, "
+            "or get the file elsewhere and give its path"
+        ) from None
     raise FileNotFoundError(f"{source}: the repository has none of {', '.join(files)}")
+
+
+def fetch(repository: str, name: str, revision: str) -> Path | None:
+    """Download one file of a hub repository, saying its size; None if the repository lacks it."""
+    import huggingface_hub as hub
+    from huggingface_hub.errors import EntryNotFoundError
+
+    url = hub.hf_hub_url(repository, name, revision=revision or None)
+    try:
+        size = hub.get_hf_file_metadata(url).size or 0
+    except EntryNotFoundError:
+        return None
+
+    version = f"{repository}@{revision}" if revision else repository
+    print(f"downloading {name}, {size / 1e6:,.1f} MB, of {version} from {hub.constants.ENDPOINT}")
+    return Path(hub.hf_hub_download(repository, name, revision=revision or None))
 
 
 # end shared

@@ -22,6 +22,40 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # of what a shell starts 
     signal.signal(signal.SIGINT, signal.default_int_handler)  # programs that tests start inherit it
 
 
+PARITY = ROOT / "docs/parity.json"
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--record-parity", action="store_true", help="write measured deviations to docs/parity.json"
+    )
+
+
+@pytest.fixture(scope="session")
+def parity(request):
+    """Return a function that records how far our outputs are from the official ones.
+
+    `parity("cris", "RN50, logits", against="CRIS.pytorch e596332", float64=1e-11, float32=2e-4)`
+    takes the file of the model, what was compared, the official implementation, and the largest
+    absolute difference divided by the largest absolute value of the official output, for each
+    precision that was measured. With --record-parity the row goes into docs/parity.json, of which
+    `docs/generate.py` makes tables; otherwise the row must be there.
+    """
+
+    def record(model: str, what: str, against: str, **deviations: float) -> None:
+        assert deviations and set(deviations) <= {"float64", "float32"}
+        table = json.loads(PARITY.read_text()) if PARITY.exists() else {}
+        rows = table.setdefault(model, {})
+        if request.config.getoption("--record-parity"):
+            rows[what] = {"against": against} | {
+                k: float(f"{v:.1e}") for k, v in deviations.items()
+            }
+            PARITY.write_text(json.dumps(table, indent=2, sort_keys=True) + "\n")
+        assert what in rows, f"docs/parity.json lacks {model}, {what}: run `make parity`"
+
+    return record
+
+
 def command(monkeypatch, capsys, module, *arguments) -> tuple[int, str, str]:
     """Runs a program as from the command line: exit status, stdout, stderr."""
     from engine import command_line, startup

@@ -102,8 +102,10 @@ def test_fetches_once_and_then_needs_no_network(repositories, tmp_path):
         told, printed = load(hub, tmp_path, ID, f"{ID}@v1", ID, f"{ID}@v1")
     for one, official in zip(told, (main, v1, main, v1), strict=True):
         assert_loaded(one, official)
-    lines = [line for line in printed.splitlines() if line.startswith("downloading")]
-    assert len(lines) == 2 and "v1" in lines[1]
+    announced = [line for line in printed.splitlines() if line.startswith("downloading")]
+    assert [line.split()[1] for line in announced] == ["config.json,", f"{FILE},"] * 2
+    lines = [line for line in announced if FILE in line]
+    assert "@v1" not in lines[0] and f"{ID}@v1" in lines[1]
     for part in (FILE, ID, hub.url, f"{main.stat().st_size / 1e6:.1f} MB"):
         assert part in lines[0]
     assert len([asked for asked in hub.requests if asked.startswith("GET /cdn/")]) == 2
