@@ -27,7 +27,7 @@ test-processors: .venv/dev.done  ## the tests that compare numbers, twice: see a
 	$(AVX2) $(NUMERIC)
 
 parity: .venv/dev.done  ## measure the deviations from the official code anew, for the docs
-	$(BIN)/python -m pytest tests -q -m "numeric and not online" -k equal --record-parity
+	$(BIN)/python -m pytest tests -q -m parity --record-parity
 
 test-online: .venv/dev.done  ## real weights from the hub, published numbers
 	$(BIN)/python -m pytest tests -q -rs -m online
