@@ -29,6 +29,12 @@ test-processors: .venv/dev.done  ## the tests that compare numbers, twice: see a
 parity: .venv/dev.done  ## measure the deviations from the official code anew, for the docs
 	$(BIN)/python -m pytest tests -q -m parity --record-parity
 
+docs: .venv/dev.done  ## fill the generated tables of README.md and docs/
+	$(BIN)/python docs/generate.py
+
+notebooks: .venv/dev.done  ## make the notebooks of notebooks/*.py and run them
+	$(BIN)/jupytext --to ipynb --execute notebooks/*.py
+
 test-online: .venv/dev.done  ## real weights from the hub, published numbers
 	$(BIN)/python -m pytest tests -q -rs -m online
 
