@@ -109,7 +109,7 @@ def refuse_special(path: Path) -> None:
     Opening a pipe would wait for whoever writes to it.
     """
     if path.exists() and not path.is_file():
-        raise ValueError(f"{path}: is no file, but a folder, a pipe or a device")
+        raise ValueError(f"{path}: is not a file, but a folder, a pipe or a device")
 
 
 def open_image(path: Path, decode: bool = True, rawmode: str | None = None) -> Image.Image:

@@ -405,7 +405,7 @@ def test_an_image_whose_partner_is_dicom(tmp_path):
     assert "images/a.dcm: DICOM is not read" in one_line(layouts.annotations, root, "train")
     (root / "train/images/a.dcm").rename(root / "train/images/a.xyz")
     line = one_line(layouts.annotations, root, "train")
-    assert "masks/a.png: 1 files have no partner" in line and "a.xyz is no image file" in line
+    assert "masks/a.png: no image or mask of the same name" in line and "a.xyz is not an image file" in line
 
 
 def test_other_files_beside_pairs_are_counted_aloud(tmp_path, capsys):
@@ -416,7 +416,7 @@ def test_other_files_beside_pairs_are_counted_aloud(tmp_path, capsys):
     (root / "train/images/sub").mkdir()
     assert len(layouts.annotations(root, "train")) == 1
     said = capsys.readouterr().out
-    assert "train/images: not images, passed over: " in said
+    assert "train/images: skipped files that are not images: " in said
     assert "1 folder" in said and "1 .xyz" in said and "1 .txt" in said
 
 
@@ -522,8 +522,8 @@ ODD = {
     "prompt as null": (entry(prompts={"p1": None}), "prompt p1 is null"),
     "prompt as an object": (entry(prompts={"p1": {"a": "b"}}), "prompt p1 is an object"),
     "prompt lists null": (entry(prompts={"p1": ["a", None]}), "prompt p1 lists null"),
-    "label true": (entry(label=True), "label True of a.png is no whole number"),
-    "label Infinity": (entry(label=float("inf")), "label inf of a.png is no whole number"),
+    "label true": (entry(label=True), "label True of a.png is not a whole number"),
+    "label Infinity": (entry(label=float("inf")), "label inf of a.png is not a whole number"),
     "no object": ("a.png", "is a text; expected an object"),
 }
 
