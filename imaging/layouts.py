@@ -92,10 +92,10 @@ def plain_name(name: str) -> str:
     return name.lower().replace("_", " ")
 
 
-def moved(classes: tuple[str, ...], others: tuple[str, ...]) -> bool:
-    """Return True if a class is also among the others, but with a different index."""
+def moved(classes: tuple[str, ...], other_classes: tuple[str, ...]) -> bool:
+    """Return True if a class is also among the other classes, but with a different index."""
     indices = {}
-    for k, name in enumerate(others):
+    for k, name in enumerate(other_classes):
         indices[plain_name(name)] = k
     return any(indices.get(plain_name(name), k) != k for k, name in enumerate(classes))
 
@@ -340,11 +340,11 @@ def volumes_in(folder: Path) -> list[Path]:
 
 def other_files(folder: Path) -> list[Path]:
     """Return the files and folders in a folder that are not images, sorted, without hidden ones."""
-    others = []
+    files = []
     for path in sorted(folder.iterdir()):
         if (not is_image(path) or path.is_dir()) and not is_hidden(path):
-            others.append(path)
-    return others
+            files.append(path)
+    return files
 
 
 def kind_of_file(path: Path) -> str:
@@ -364,31 +364,31 @@ def count_kinds(paths: list[Path]) -> str:
     return ", ".join(f"{n} {kind}" for kind, n in counts.most_common())
 
 
-def nothing_usable(folder: Path, noun: str, others: list[Path]) -> str:
+def nothing_usable(folder: Path, noun: str, files: list[Path]) -> str:
     """Return the message about a folder without any file of a kind: its content and what to do.
 
-    noun: "image" or "volume". others: the files that it does hold.
+    noun: "image" or "volume". files: those that it does hold.
     """
     endings = {"image": COMMON_ENDINGS, "volume": ", ".join(NIFTI)}[noun]
-    if not others:
+    if not files:
         return f"{folder}: no {noun}s in this folder; they end in {endings}"
 
-    content = count_kinds(others)
-    for path in others:
+    content = count_kinds(files)
+    for path in files:
         foreign = foreign_format(path)
         if foreign:
             return f"{foreign} ({folder}: only {content})"
 
     hint = f"{noun}s end in {endings}"
-    if noun == "image" and is_volume(others[0]):
+    if noun == "image" and is_volume(files[0]):
         hint = "volumes need a model of volumes, and a data set of them a dataset.json"
     return f"{folder}: no {noun}s in this folder, only {content}; {hint}"
 
 
-def print_skipped(folder: Path, noun: str, others: list[Path]) -> None:
+def print_skipped(folder: Path, noun: str, files: list[Path]) -> None:
     """Print how many files of a folder are skipped because they are not images (or volumes)."""
-    if others:
-        print(f"{folder}: skipped files that are not {noun}s: {count_kinds(others)}")
+    if files:
+        print(f"{folder}: skipped files that are not {noun}s: {count_kinds(files)}")
 
 
 def files_below(folder: Path, without: Path | None = None) -> list[Path]:
@@ -432,18 +432,18 @@ def list_files(folder: Path, noun: str, without: Path | None = None) -> list[Pat
     """
     is_kind = {"image": is_image, "volume": is_volume}[noun]
     usable = []
-    others = []
+    skipped = []
     for file in files_below(folder, without):
         # A broken link is kept as well: the error of reading it says what is wrong.
         is_special = file.exists() and not file.is_file()
         if is_kind(file) and not is_special:
             usable.append(file)
         else:
-            others.append(file)
+            skipped.append(file)
 
     if not usable:
-        raise ValueError(nothing_usable(folder, noun, others))
-    print_skipped(folder, noun, others)
+        raise ValueError(nothing_usable(folder, noun, skipped))
+    print_skipped(folder, noun, skipped)
     return usable
 
 
@@ -641,9 +641,9 @@ def images_by_stem(folder: Path) -> dict[str, Path]:
                 "remove or rename one"
             )
 
-    others = other_files(folder)
-    if others and not by_stem:
-        raise ValueError(nothing_usable(folder, "image", others))
+    skipped = other_files(folder)
+    if skipped and not by_stem:
+        raise ValueError(nothing_usable(folder, "image", skipped))
     return by_stem
 
 
@@ -1109,12 +1109,12 @@ def is_undivided(root: Path) -> bool:
     return not has_volumes(root) and {*splits(root).values()} == {Path(root)}
 
 
-def path_and_split(place: str) -> tuple[str, str]:
+def path_and_split(text: str) -> tuple[str, str]:
     """Return path and split of PATH[:split] on the command line; the test split by default."""
-    path, _, split = place.rpartition(":")
-    if path and not Path(place).is_dir():
+    path, _, split = text.rpartition(":")
+    if path and not Path(text).is_dir():
         return path, split
-    return place, "test"
+    return text, "test"
 
 
 def annotations(root: Path, split: str, group_regex: str | None = None) -> list[Entry]:
