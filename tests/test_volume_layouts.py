@@ -250,7 +250,7 @@ def test_btcv_as_it_is_handed_out(tmp_path):
     ]
     assert entries[0].classes[6] == "liver" and entries[0].labels == tuple(range(14))
     (root / "label/label0002.nii.gz").unlink()
-    with pytest.raises(ValueError, match="img0002.nii.gz: no image or label map of the same number"):
+    with pytest.raises(ValueError, match="img0002.nii.gz: no image or label map of the same"):
         layouts.annotations(root, "train")
 
 
