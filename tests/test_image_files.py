@@ -543,7 +543,7 @@ ODD_FILES = {
     "an object": ("{}", "holds an object; expected a list"),
     "very deep": ("[" * 100_000, "nested too deeply"),
     "half a character": (r'[{"img_name": "a\ud800.png"}]', "half a character"),
-    "one key twice": ('[{"img_name": "a.png", "img_name": "b.png"}]', "stands twice"),
+    "one key twice": ('[{"img_name": "a.png", "img_name": "b.png"}]', "is repeated"),
 }
 
 

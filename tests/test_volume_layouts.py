@@ -319,7 +319,7 @@ def test_a_dataset_json_of_another_encoding(tmp_path, encoding):
     ("content", "message"),
     [
         ("[" * 100_000, "nested too deeply"),
-        ('{"labels": {}, "labels": {}}', "the key 'labels' stands twice"),
+        ('{"labels": {}, "labels": {}}', "the key 'labels' is repeated"),
         ('{"labels": {"0": "background", "1": "\\ud800"}}', "half a character"),
         ("[]", "not a data set of volumes .it is not an object"),
         ('{"labels": {"background": 0, "liver": Infinity}}', "label liver is Infinity; it must be"),
