@@ -576,5 +576,5 @@ def test_a_file_of_macos_beside_an_image_is_named_as_such(tmp_path):
     path = tmp_path / "._a.jpg"
     path.write_bytes(b"\0\5\26\7")
     assert one_line(image_files.read_image, path) == (
-        f"{path}: no image, but what macOS leaves beside one; delete it"
+        f"{path}: not an image, but a file that macOS creates; delete it"
     )
