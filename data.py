@@ -1,22 +1,22 @@
-"""Images and masks -> samples, decoded once into one file, and batches of them.
+"""Decode images and masks once into a cache file, and load them as samples and batches.
 
-How the values of masks are read is decided once for each data set (`mask_rule`), over all of its
-splits that are opened together. Binary masks: foreground is > 127 where masks reach above 1, else
-> 0, so that 0/1, 0/255, 1-bit, palette, JPEG and soft-edged masks all work. Masks of several values
-are refused, unless `--mask-threshold` says what foreground is. With `label` or classes.json the
-file's own numbers count; where classes.json names one class alone, masks that reach 255 and hold no
-1 are binary all the same. imaging/image_files.py has the rules by which files are read.
+How mask values are read is decided once for each data set (`mask_rule`), over all of its splits
+that are opened together. Binary masks: foreground is > 127 if masks reach above 1, else > 0, so
+that 0/1, 0/255, 1-bit, palette, JPEG and soft-edged masks all work. Masks of several values are
+refused, unless `--mask-threshold` says what foreground is. With a `label` or classes.json the
+stored values are class indices; if classes.json names a single class, masks that reach 255 and hold
+no 1 are read as binary all the same. imaging/image_files.py has the rules for reading files.
 
-A sample is a dict: `image` uint8 (3,H,W), `mask` int64 (H,W) of class numbers (0 and 1 of binary
-masks; 255: does not count), `prompt` str, `name` (the mask's stem), `file` (the image's path),
-`size` (H,W), `classes` (of binary masks one, else with the background), `group` (a patient, or
-None), `dataset`.
+A sample is a dict: `image` uint8 (3,H,W), `mask` int64 (H,W) of class indices (0 and 1 for binary
+masks; 255 is ignored), `prompt` str, `name` (the mask's stem), `file` (the image's path), `size`
+(H,W), `classes` (one for binary masks, else including the background), `group` (a patient, or
+None), `dataset` (the name of its folder).
 """
 
 import functools
 import hashlib
 import shutil
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -40,7 +40,7 @@ from imaging.image_files import (
     refuse_special,
 )
 
-# --- how the values of masks are read ------------------------------------------------------------
+# --- values of masks ------------------------------------------------------------------------------
 
 GREY = slice(8, 248)  # values that JPEG noise of black and white rarely reaches
 
@@ -51,9 +51,9 @@ GREY = slice(8, 248)  # values that JPEG noise of black and white rarely reaches
 # blurred by sigma 1 to 4 pixels), 0.02 % at sigma 8, 0.44 % at sigma 16, 0.66 % blurred by boxes of
 # 21 pixels. Maps of several values: 36 to 71 %.
 FLAT_SHARE = 0.01
-FLAT_PIXELS = 9  # the least that count: a share of few pixels says nothing
+FLAT_PIXELS = 9  # at least; a share of fewer pixels means nothing
 
-# Class numbers 1 to 7 look like JPEG noise of black. Of the pixels with the rarer dark values at
+# Class indices 1 to 7 look like JPEG noise of black. Of the pixels with the rarer dark values at
 # most 19 % were flat in the same measurement, and then grey ones were in the majority.
 DARK_SHARE = 0.25
 
@@ -66,16 +66,16 @@ COLOUR_NOISE = 48  # levels by which JPEG may change the colour of a flat pixel
 BY_NUMBER = "by number"
 BY_FILE = "by file"  # some masks hold 0 and 1, others 0 to 255
 GIVEN = "--mask-threshold "  # followed by the threshold
-SHOWN_VALUES = 6  # how many values of a mask an error lists
+SHOWN_VALUES = 6  # values of a mask that an error lists
 
 
 @dataclass
 class MaskRule:
-    """How the masks of a data set are read, and what was noticed about them.
+    """How the masks of a data set are read, with errors and notes about them.
 
-    `rule` is what config.json keeps: "> 127", "> 0", "by number", "by file" (each file > 0 or
-    > 127, by its own range) or "--mask-threshold 40". `errors` and `notes` are pairs of a heading
-    for reports and a line. Masks with errors cannot be used.
+    `rule` is stored in config.json: "> 127", "> 0", "by number", "by file" (each file > 0 or > 127,
+    by its own range) or "--mask-threshold 40". `errors` and `notes` are pairs of a heading for
+    reports and a line. Masks with errors cannot be used.
     """
 
     rule: str
@@ -84,7 +84,7 @@ class MaskRule:
 
 
 def refuse_colours(entry) -> None:
-    """Raise ValueError, one line, if class numbers are expected and the mask file holds colours."""
+    """Raise ValueError if class indices are expected and the mask file holds colours."""
     if entry.label is None and len(entry.classes) == 1:
         return
     bands = open_image(entry.mask, decode=False).getbands()
@@ -95,8 +95,10 @@ def refuse_colours(entry) -> None:
     with one_line_errors(entry.mask):
         is_grey = _is_grey(image.convert("RGB"))
     if not is_grey:
-        hint = "save the numbers 0, 1, 2, … as a grey or a palette image"
-        raise ValueError(f"{entry.mask}: holds colours, which are no class numbers; {hint}")
+        raise ValueError(
+            f"{entry.mask}: holds colours, which are no class numbers; save the numbers 0, 1, 2, … "
+            "as a grey or a palette image"
+        )
 
 
 def _has_alpha(image: Image.Image) -> bool:
@@ -114,41 +116,44 @@ def _is_grey(image: Image.Image) -> bool:
 
 
 def count_values(entry, mask: np.ndarray) -> np.ndarray:
-    """Count the values of an entry's mask as `read_mask` gives it, uint8 (H,W) -> int32 (3,256).
+    """Count the values of an entry's mask as `read_mask` returns it, uint8 (H,W) -> int32 (3,256).
 
-    Row 0: pixels of each value. Row 1: those of them that are flat, see `flat_pixels`; no grey ones
-    of masks that hold probabilities. Row 2: those of the flat ones that have another colour than
-    most, where colours were read as one foreground.
+    Row 0: pixels of each value. Row 1: the flat ones among them (`flat_pixels`), without grey ones
+    if the mask holds probabilities. Row 2: the flat ones that have another colour than most, if
+    colours were read as one foreground.
     """
     counts = np.zeros((3, 256), dtype=np.int32)
     counts[0] = np.bincount(mask.ravel(), minlength=256)
+
     flat = flat_pixels(mask)
     counts[1] = np.bincount(mask[flat & (mask != 0) & (mask != 255)], minlength=256)
     counts[1, 255] = np.count_nonzero(flat & (mask == 255))  # most pixels: faster than bincount
     counts[1, 0] = np.count_nonzero(flat) - counts[1].sum()
     if holds_probabilities(entry.mask):
-        counts[1, GREY] = 0  # areas of one probability are no objects
+        counts[1, GREY] = 0  # areas of one probability are not objects
+
     if entry.label is None and not (entry.numbers and len(entry.classes) > 1):
         counts[2] = _count_other_colours(entry)
     return counts
 
 
 def holds_probabilities(path: Path) -> bool:
-    """Return True if a mask file holds floats from 0 to 1, which are cut at a half."""
+    """Return True if a mask file holds floats from 0 to 1, which are thresholded at 0.5."""
     if open_image(path, decode=False).mode != "F":
         return False
     return np.asarray(open_image(path)).max() <= 1 + 1e-6
 
 
 def flat_pixels(mask: np.ndarray) -> np.ndarray:
-    """Return bool (H,W): where all nine pixels of the 3x3 neighbourhood have one value.
+    """Return bool (H,W), True where all nine pixels of the 3x3 neighbourhood have one value.
 
     Pixels at the image's border are never flat.
     """
     flat = np.zeros(mask.shape, dtype=bool)
     if min(mask.shape) < 3:
         return flat
-    inner = mask[:, 1:-1]
+
+    inner = mask[:, 1:-1]  # (H,W-2)
     flat_row = (inner == mask[:, :-2]) & (inner == mask[:, 2:])  # (H,W-2)
     flat[1:-1, 1:-1] = flat_row[:-2] & flat_row[1:-1] & flat_row[2:]
     flat[1:-1, 1:-1] &= (inner[1:-1] == inner[:-2]) & (inner[1:-1] == inner[2:])
@@ -159,26 +164,29 @@ def _count_other_colours(entry) -> np.ndarray:
     """Return int (256,): flat pixels of another colour than most foreground, by largest channel."""
     none = np.zeros(256, dtype=np.int32)
     stored = open_image(entry.mask, decode=False)
-    palette = stored.mode == "P" and not entry.numbers  # else its indices are read
-    if not palette and len(stored.getbands()) < 3:
+    shows_palette = stored.mode == "P" and not entry.numbers  # else its indices are read
+    if not shows_palette and len(stored.getbands()) < 3:
         return none
 
     image = open_image(entry.mask)
     if _has_alpha(image):  # `mask_channel` has refused colours that vary
         return none
-    colours = image.convert("RGB")
-    if _is_grey(colours):
+    rgb = image.convert("RGB")
+    if _is_grey(rgb):
         return none
-    pixels = np.asarray(colours)  # (H,W,3)
-    largest = pixels.max(axis=2)
+    pixels = np.asarray(rgb)  # (H,W,3)
+    largest = pixels.max(axis=2)  # (H,W)
     chosen = flat_pixels(largest) & (largest >= GREY.start)
     if not chosen.any():
         return none
 
     colours, counts = np.unique(pixels[chosen], axis=0, return_counts=True)  # (n,3), (n,)
-    main = colours[counts.argmax()].astype(int)
-    other = (np.abs(colours - main) > COLOUR_NOISE).any(axis=1)
+    main = colours[counts.argmax()].astype(int)  # (3,)
+    other = (np.abs(colours - main) > COLOUR_NOISE).any(axis=1)  # (n,)
     return np.bincount(colours[other].max(axis=1), counts[other], minlength=256).astype(np.int32)
+
+
+# --- the rule by which masks are read -------------------------------------------------------------
 
 
 def mask_rule(
@@ -187,13 +195,13 @@ def mask_rule(
     """Decide how the masks of one data set are read. Every program takes the rule from here.
 
     entries: of one root, all splits together. counts (n,3,256): `count_values` of their masks.
-    threshold: of --mask-threshold, for binary masks. known: the rule that a run read this data set
-    by; it settles what the values leave open.
+    threshold: --mask-threshold, for binary masks. known: the rule by which a run read this data
+    set; it decides what the values leave open.
     """
-    numbers_of_files = {e.mask: i for i, e in enumerate(entries) if e.label is None}
-    if not numbers_of_files:
+    index_of_mask = {entry.mask: i for i, entry in enumerate(entries) if entry.label is None}
+    if not index_of_mask:
         return MaskRule(BY_NUMBER)
-    indices = sorted(numbers_of_files.values())
+    indices = sorted(index_of_mask.values())
     entries = [entries[i] for i in indices]
     counts = counts[indices]
 
@@ -205,11 +213,11 @@ def mask_rule(
         return MaskRule(f"{GIVEN}{threshold}")
 
     rule = _rule_of_values(entries, counts)
-    return _settled(rule, known, entries, counts)
+    return _keep_known_rule(rule, known, entries, counts)
 
 
 def _unknown_numbers(entries: list, values: np.ndarray) -> list[tuple[str, str]]:
-    """Return an error for each mask with a class number that classes.json does not name."""
+    """Return an error for each mask with a class index that classes.json does not name."""
     errors = []
     n = len(entries[0].classes)
     for entry, row in zip(entries, values, strict=True):
@@ -219,8 +227,8 @@ def _unknown_numbers(entries: list, values: np.ndarray) -> list[tuple[str, str]]
             if len(unknown) > SHOWN_VALUES:
                 shown += ", …"
             number = "number" if len(unknown) == 1 else "numbers"
-            where = f"{entry.root / 'classes.json'} ends at {n - 1}"
-            line = f"{entry.mask}: holds class {number} {shown}, but {where}"
+            classes = entry.root / "classes.json"
+            line = f"{entry.mask}: holds class {number} {shown}, but {classes} ends at {n - 1}"
             errors.append(("unknown class numbers", line))
     return errors
 
@@ -243,52 +251,46 @@ def _rule_of_values(entries: list, counts: np.ndarray) -> MaskRule:
 
     several = _hold_several_values(entries, counts)
     if several.any():
-        what = "holds several values instead of one foreground"
-        line = _not_binary_line(entries, values, several, what)
+        problem = "holds several values instead of one foreground"
+        line = _not_binary_line(entries, values, several, problem)
         return MaskRule("> 127", [("masks of several values", line)])
 
     coloured = _hold_several_colours(counts)
     if coloured.any():
-        what = "holds several colours instead of one foreground, by their largest channel"
-        line = _not_binary_line(entries, values, coloured, what)
+        problem = "holds several colours instead of one foreground, by their largest channel"
+        line = _not_binary_line(entries, values, coloured, problem)
         return MaskRule("> 127", [("masks of several colours", line)])
 
     zero_one = _are_zero_one(counts, _are_lossy(entries))
     if not zero_one.any():
         return MaskRule("> 127")
     example = entries[int(zero_one.argmax())].mask
-    hold = "masks hold" if zero_one.sum() > 1 else "mask holds"
+    masks_hold = "masks hold" if zero_one.sum() > 1 else "mask holds"
     line = (
-        f"{root}: {zero_one.sum()} {hold} 0 and 1 ({example.name}), others go up to {largest}; "
-        "each file is read by its own range"
+        f"{root}: {zero_one.sum()} {masks_hold} 0 and 1 ({example.name}), others go up to "
+        f"{largest}; each file is read by its own range"
     )
     return MaskRule(BY_FILE, notes=[("masks of two ranges", line)])
 
 
-def _ways_out(root: Path) -> str:
-    """Return what a user can do about masks that are not binary."""
-    numbers = f"class numbers need a classes.json in {root} that names 0, 1, 2, … (255 is void)"
-    return f"{numbers}; for one foreground set --mask-threshold 0..255 (values above it count)"
-
-
 def _are_lossy(entries: list) -> np.ndarray:
-    """Return bool (n,): which masks are files whose compression changes values."""
+    """Return bool (n,), True for mask files whose compression changes values."""
     return np.array([entry.mask.suffix.lower() in LOSSY for entry in entries], dtype=bool)
 
 
 def _hold_several_values(entries: list, counts: np.ndarray) -> np.ndarray:
-    """Return bool (n,): which masks are maps of several values.
+    """Return bool (n,), True for masks that are maps of several values.
 
     counts (n,3,256): `count_values` of their masks.
     """
     lossy = _are_lossy(entries)
     webp = np.array([entry.mask.suffix.lower() == ".webp" for entry in entries], dtype=bool)
-    values = counts[:, 0]
-    flat = counts[:, 1]
+    values = counts[:, 0]  # (n,256)
+    flat = counts[:, 1]  # (n,256)
 
     # Objects of grey values, in a file or, where each has only few pixels, in all files together.
     grey = values[:, GREY].sum(axis=1)  # (n,)
-    flat_grey = flat[:, GREY].sum(axis=1)
+    flat_grey = flat[:, GREY].sum(axis=1)  # (n,)
     several = (flat_grey >= FLAT_PIXELS) & (flat_grey >= FLAT_SHARE * grey)
     total = flat_grey.sum()
     if total >= FLAT_PIXELS and total >= FLAT_SHARE * grey.sum():
@@ -296,13 +298,13 @@ def _hold_several_values(entries: list, counts: np.ndarray) -> np.ndarray:
     if values[:, 1:].any(axis=0).sum() == 1:
         several[:] = False  # one foreground value, whatever it is
 
-    # Objects of class numbers below grey, 2 to 7, or 1 beside white. WebP shifts all of black.
+    # Objects of class indices below grey, 2 to 7, or 1 beside white. WebP shifts all of black.
     dark = values[:, : GREY.start]  # (n,8)
-    flat_dark = flat[:, : GREY.start]
-    rarer = np.arange(GREY.start) != flat_dark.argmax(axis=1)[:, None]
-    rarer_dark = (dark * rarer).sum(axis=1)
-    rarer_flat_dark = (flat_dark * rarer).sum(axis=1)
-    white = values[:, GREY.stop :].sum(axis=1)
+    flat_dark = flat[:, : GREY.start]  # (n,8)
+    rarer = np.arange(GREY.start) != flat_dark.argmax(axis=1)[:, None]  # (n,8)
+    rarer_dark = (dark * rarer).sum(axis=1)  # (n,)
+    rarer_flat_dark = (flat_dark * rarer).sum(axis=1)  # (n,)
+    white = values[:, GREY.stop :].sum(axis=1)  # (n,)
     numbers = (rarer_flat_dark >= FLAT_PIXELS) & (rarer_flat_dark >= DARK_SHARE * rarer_dark)
     numbers &= ~webp & (rarer_dark > grey) & ((white >= FLAT_PIXELS) | values[:, 2:].any(axis=1))
 
@@ -314,14 +316,14 @@ def _hold_several_values(entries: list, counts: np.ndarray) -> np.ndarray:
 
 
 def _hold_several_colours(counts: np.ndarray) -> np.ndarray:
-    """Return bool (n,): which masks have objects of several colours, or a coloured background."""
-    flat = counts[:, 1, GREY.start :].sum(axis=1)
-    other = counts[:, 2].sum(axis=1)
+    """Return bool (n,), True for masks with objects of several colours or a coloured background."""
+    flat = counts[:, 1, GREY.start :].sum(axis=1)  # (n,)
+    other = counts[:, 2].sum(axis=1)  # (n,)
     return (other >= FLAT_PIXELS) & (other >= FLAT_SHARE * flat)
 
 
-def _not_binary_line(entries: list, values: np.ndarray, chosen: np.ndarray, what: str) -> str:
-    """Return the error for the chosen masks (n,): the first file, its counts, the ways out."""
+def _not_binary_line(entries: list, values: np.ndarray, chosen: np.ndarray, problem: str) -> str:
+    """Return the error about the chosen masks (n,): the first file, its counts, what to do."""
     first = int(chosen.argmax())
     row = values[first]
     present = np.flatnonzero(row)
@@ -329,40 +331,47 @@ def _not_binary_line(entries: list, values: np.ndarray, chosen: np.ndarray, what
     shown = ", ".join(f"{value} ({row[value]} pixels)" for value in sorted(most.tolist()))
     if len(present) > len(most):
         shown += f" and {len(present) - len(most)} more"
+    similar = int(chosen.sum()) - 1
+    if similar:
+        shown += f" ({similar} more masks are like it)"
 
     entry = entries[first]
-    others = int(chosen.sum()) - 1
-    like_it = f" ({others} more masks are like it)" if others else ""
-    return f"{entry.mask}: {what}: {shown}{like_it}; {_ways_out(entry.root)}"
+    return (
+        f"{entry.mask}: {problem}: {shown}; class numbers need a classes.json in {entry.root} that "
+        "names 0, 1, 2, … (255 is void); for one foreground set --mask-threshold 0..255 (values "
+        "above it count)"
+    )
 
 
 def _are_zero_one(counts: np.ndarray, lossy: np.ndarray) -> np.ndarray:
-    """Return bool (n,): which masks hold 0 and 1, and nothing else.
+    """Return bool (n,), True for masks that hold 0 and 1 and nothing else.
 
-    A black JPEG can be 1 all over, also if it was saved anew as PNG. In a JPEG both must be in
-    objects, since noise holds a few 1.
+    A black JPEG can be 1 all over, also if it was saved again as PNG. In a JPEG both must form
+    objects, since its noise holds a few 1.
     """
-    values = counts[:, 0]
-    flat = counts[:, 1]
+    values = counts[:, 0]  # (n,256)
+    flat = counts[:, 1]  # (n,256)
     in_objects = (flat[:, 0] >= FLAT_PIXELS) & (flat[:, 1] >= 1)
     both = (values[:, 0] > 0) & (values[:, 1] > 0)
     return both & (in_objects | ~lossy) & ~values[:, 2:].any(axis=1)
 
 
-def _settled(fresh: MaskRule, known: str | None, entries: list, counts: np.ndarray) -> MaskRule:
-    """Return the rule of a run where the values allow it, else that of the values, with a note.
+def _keep_known_rule(
+    fresh: MaskRule, known: str | None, entries: list, counts: np.ndarray
+) -> MaskRule:
+    """Return the rule of a run if the values allow it, else the fresh rule with a note.
 
-    A split may hold too little to tell: only empty masks, or only void pixels.
+    A split may hold too little to decide: only empty masks, or only void pixels.
     """
     if known is None or known == fresh.rule or fresh.errors:
         return fresh
 
     present = counts[:, 0].any(axis=0)  # (256,)
-    no_foreground = not present[1:].any()
+    has_no_foreground = not present[1:].any()
     zero_one = _are_zero_one(counts, _are_lossy(entries))
-    dark_split = known == "> 127" and fresh.rule == "> 0" and not zero_one.any()
-    void_split = known == BY_NUMBER and entries[0].numbers and not present[1:255].any()
-    if known == BY_FILE or no_foreground or dark_split or void_split:
+    is_dark = known == "> 127" and fresh.rule == "> 0" and not zero_one.any()
+    is_void = known == BY_NUMBER and entries[0].numbers and not present[1:255].any()
+    if known == BY_FILE or has_no_foreground or is_dark or is_void:
         return replace(fresh, rule=known)
 
     root = entries[0].root
@@ -372,7 +381,7 @@ def _settled(fresh: MaskRule, known: str | None, entries: list, counts: np.ndarr
 
 
 def mask_thresholds(entries: list, values: np.ndarray, rule: str) -> np.ndarray:
-    """Return int (n,): what the foreground of each mask exceeds, -1 where numbers count.
+    """Return int (n,): the value that the foreground of each mask exceeds, -1 for class indices.
 
     entries: of one root. values (n,256): pixels of each value. rule: see `MaskRule`.
     """
@@ -398,9 +407,9 @@ def foreground_pixels(entry, values: np.ndarray, threshold: int) -> int:
 
 
 def read_foreground(entry, mask: np.ndarray, threshold: int) -> np.ndarray:
-    """Return a mask as training sees it: 0 and 1, or class numbers; uint8 (H,W).
+    """Return a mask as training uses it: 0 and 1, or class indices; uint8 (H,W).
 
-    mask: as `read_mask` gives it. threshold: from `mask_thresholds`.
+    mask: as `read_mask` returns it. threshold: from `mask_thresholds`.
     """
     if entry.label is not None:
         mask = mask == entry.label
@@ -410,60 +419,23 @@ def read_foreground(entry, mask: np.ndarray, threshold: int) -> np.ndarray:
 
 
 def named(rules: dict[Path, str]) -> dict[str, str]:
-    """Rules by the folder names of the data sets, without names that two different rules share."""
-    names = {}
+    """Return the rules by folder name of the data sets, without names that stand for two rules."""
+    by_name = {}
     for root, rule in rules.items():
-        names.setdefault(root.name, set()).add(rule)
-    return {name: rule for name, (rule, *others) in names.items() if not others}
+        by_name.setdefault(root.name, set()).add(rule)
+
+    unique = {}
+    for name, rules_of_name in by_name.items():
+        if len(rules_of_name) == 1:
+            unique[name] = rules_of_name.pop()
+    return unique
 
 
-# --- the cache: every image and mask decoded once ------------------------------------------------
-
+# --- files that were read by a rule worth knowing -------------------------------------------------
 
 NON_FINITE = 1  # flag of an entry: its image holds NaN or infinite pixels, which became 0
-TURNED = 2  # its mask was turned like its image, though nothing tells whether it had to be
+TURNED = 2  # its mask was turned like its image, but may have been upright already
 DAMAGED_EXIF = 4  # its image's EXIF data is damaged, so that it was read as stored
-
-
-def entry_mask(entry, image: Path | None) -> tuple[np.ndarray, bool]:
-    """Return `load_mask` of an entry's mask; `image` is its image, None if that is unreadable."""
-    numbers = entry.label is not None or entry.numbers
-    binary = entry.label is None and len(entry.classes) == 1
-    return load_mask(entry.mask, image, numbers, binary, entry.mask_orientation)
-
-
-def _read_pair(entry) -> tuple[np.ndarray, np.ndarray, int]:
-    """Return image uint8 (H,W,3), raw mask uint8 (H,W) and the flags of one entry.
-
-    Raises ValueError if their sizes differ, and as `open_image` does.
-    """
-    image, non_finite = load_image(entry.image)
-    refuse_colours(entry)
-    mask, turned = entry_mask(entry, entry.image)
-
-    if image.shape[:2] != mask.shape:
-        (h, w), (H, W) = mask.shape, image.shape[:2]
-        raise ValueError(f"{entry.mask}: {w}x{h}, but its image {entry.image} is {W}x{H}")
-    flags = NON_FINITE * non_finite + TURNED * turned
-    return image, mask, flags + DAMAGED_EXIF * has_damaged_exif(entry.image)
-
-
-def non_finite_line(images: list[Path]) -> str:
-    """Return what to print about images with NaN or infinite pixels."""
-    return f"{count_files(images, 'image')} with NaN or infinite pixels, read as 0"
-
-
-def damaged_exif_line(images: list[Path]) -> str:
-    """Return what to print about images whose orientation is unknown, as EXIF data is damaged."""
-    return f"{count_files(images, 'image')} with damaged EXIF data, read as stored, not turned"
-
-
-def turned_line(masks: list[Path]) -> str:
-    """Return what to print about masks that were turned though nothing tells that they must be."""
-    reason = "turned like the image's EXIF orientation, but it may be upright already"
-    if len(masks) > 1:
-        reason = "turned like their images' EXIF orientation, but they may be upright already"
-    return f"{count_files(masks, 'mask')} {reason}: set --mask-orientation stored or upright"
 
 
 def count_files(paths: list[Path], noun: str) -> str:
@@ -471,30 +443,51 @@ def count_files(paths: list[Path], noun: str) -> str:
     names = ", ".join(path.name for path in paths[:3])
     if len(paths) > 3:
         names += ", …"
-    return f"{len(paths)} {noun}{'s' * (len(paths) > 1)} ({names})"
+    plural = "s" if len(paths) > 1 else ""
+    return f"{len(paths)} {noun}{plural} ({names})"
+
+
+def non_finite_line(images: list[Path]) -> str:
+    """Return the message about images with NaN or infinite pixels."""
+    return f"{count_files(images, 'image')} with NaN or infinite pixels, read as 0"
+
+
+def damaged_exif_line(images: list[Path]) -> str:
+    """Return the message about images of unknown orientation, because EXIF data is damaged."""
+    return f"{count_files(images, 'image')} with damaged EXIF data, read as stored, not turned"
+
+
+def turned_line(masks: list[Path]) -> str:
+    """Return the message about masks that were turned, but may have been upright already."""
+    reason = "turned like the image's EXIF orientation, but it may be upright already"
+    if len(masks) > 1:
+        reason = "turned like their images' EXIF orientation, but they may be upright already"
+    return f"{count_files(masks, 'mask')} {reason}: set --mask-orientation stored or upright"
 
 
 def remarks(entries: list, flags: np.ndarray) -> list[str]:
-    """Return a line about each kind of file in a data set that was read by a rule worth knowing."""
+    """Return a line for each data set and flag that is set: which of its files are concerned."""
     lines = []
     for root in dict.fromkeys(entry.root for entry in entries):
-        images = {}
-        masks = {}
-        unturned = {}
+        non_finite = {}  # used as ordered sets
+        damaged = {}
+        turned = {}
         for entry, flag in zip(entries, flags, strict=True):
-            if entry.root == root and flag & NON_FINITE:
-                images[entry.image] = True
-            if entry.root == root and flag & DAMAGED_EXIF:
-                unturned[entry.image] = True
-            if entry.root == root and flag & TURNED:
-                masks[entry.mask] = True
+            if entry.root != root:
+                continue
+            if flag & NON_FINITE:
+                non_finite[entry.image] = True
+            if flag & DAMAGED_EXIF:
+                damaged[entry.image] = True
+            if flag & TURNED:
+                turned[entry.mask] = True
 
-        if images:
-            lines.append(f"{root}: {non_finite_line([*images])}")
-        if unturned:
-            lines.append(f"{root}: {damaged_exif_line([*unturned])}")
-        if masks:
-            lines.append(f"{root}: {turned_line([*masks])}")
+        if non_finite:
+            lines.append(f"{root}: {non_finite_line([*non_finite])}")
+        if damaged:
+            lines.append(f"{root}: {damaged_exif_line([*damaged])}")
+        if turned:
+            lines.append(f"{root}: {turned_line([*turned])}")
     return lines
 
 
@@ -503,8 +496,36 @@ def with_mask_orientation(entries: list, orientation: str | None) -> list:
     return [replace(entry, mask_orientation=orientation) for entry in entries]
 
 
+# --- the cache of decoded images and masks --------------------------------------------------------
+
+
+def entry_mask(entry, image: Path | None) -> tuple[np.ndarray, bool]:
+    """Return `load_mask` of an entry's mask. image: its image, or None if that is unreadable."""
+    numbers = entry.label is not None or entry.numbers
+    binary = entry.label is None and len(entry.classes) == 1
+    return load_mask(entry.mask, image, numbers, binary, entry.mask_orientation)
+
+
+def _read_pair(entry) -> tuple[np.ndarray, np.ndarray, int]:
+    """Return image uint8 (H,W,3), mask as stored uint8 (H,W) and flags of one entry.
+
+    Raises ValueError if their sizes differ, and as `open_image` does.
+    """
+    image, non_finite = load_image(entry.image)
+    refuse_colours(entry)
+    mask, turned = entry_mask(entry, entry.image)
+    if image.shape[:2] != mask.shape:
+        h, w = mask.shape
+        H, W = image.shape[:2]
+        raise ValueError(f"{entry.mask}: {w}x{h}, but its image {entry.image} is {W}x{H}")
+
+    flags = NON_FINITE * non_finite + TURNED * turned
+    flags += DAMAGED_EXIF * has_damaged_exif(entry.image)
+    return image, mask, flags
+
+
 def read_truth(entry, threshold: int) -> np.ndarray:
-    """Read the mask of one entry as training sees it: 0 and 1, or class numbers; uint8 (H,W).
+    """Return the mask of an entry as training uses it: 0 and 1, or class indices; uint8 (H,W).
 
     threshold: from `mask_thresholds`. Raises ValueError if image and mask differ in size.
     """
@@ -513,84 +534,101 @@ def read_truth(entry, threshold: int) -> np.ndarray:
 
 
 def _digest(path: Path) -> bytes:
-    """Return a hash of a file. Raises ValueError if it is no regular file."""
+    """Return the SHA-256 of a file. Raises ValueError if it is not a regular file."""
     refuse_special(path)
     return hashlib.sha256(path.read_bytes()).digest()
 
 
 def _content_key(entries: list, masks_only: bool = False) -> str:
-    """A hash of what the entries' files hold and of how they are read."""
-    key = hashlib.sha256(b"rules 5")  # raise the number when what is stored changes
+    """Return a hash of the content of the entries' files and of how they are read."""
+    key = hashlib.sha256(b"rules 5")  # raise the number when the stored data changes
     files = [entry.mask for entry in entries]
     if not masks_only:
         files += [entry.image for entry in entries]
     with ThreadPoolExecutor() as pool:
         for digest in pool.map(_digest, files):
             key.update(digest)
-    how = []
+
+    settings = []
     for entry in entries:
         orientation = entry.mask_orientation
-        how.append((entry.label, entry.classes, entry.numbers, str(entry.root), orientation))
-    key.update(repr(how).encode())
+        settings.append((entry.label, entry.classes, entry.numbers, str(entry.root), orientation))
+    key.update(repr(settings).encode())
     return key.hexdigest()[:24]
 
 
 def _decode(entries: list, file) -> tuple[np.ndarray, np.ndarray]:
-    """Writes the pixels of all entries to an open file; returns places and counts of `_cache`."""
-    places, image_at, end = [], {}, 0
-    flags = []  # of an entry: NON_FINITE, …
+    """Write the pixels of all entries to an open file; return positions and counts of `_cache`.
+
+    An image of several entries is written once.
+    """
+    positions = []
     counts = np.zeros((len(entries), 3, 256), np.int32)
+    image_starts = {}  # image -> where its pixels begin
+    end = 0
+
     bar = tqdm(total=len(entries), desc="decode", unit="image", disable=None, leave=False)
     with ThreadPoolExecutor() as pool:
         for start in range(0, len(entries), 64):  # in chunks, so that memory stays small
             chunk = entries[start : start + 64]
-            for entry, (image, mask, flag) in zip(chunk, pool.map(_read_pair, chunk), strict=True):
-                flags.append([flag])
-                if entry.image not in image_at:
-                    image_at[entry.image], end = end, end + file.write(image.tobytes())
-                counts[len(places)] = count_values(entry, mask)
-                places.append([image_at[entry.image], end, *mask.shape])
+            for entry, (image, mask, flags) in zip(chunk, pool.map(_read_pair, chunk), strict=True):
+                if entry.image not in image_starts:
+                    image_starts[entry.image] = end
+                    end += file.write(image.tobytes())
+                counts[len(positions)] = count_values(entry, mask)
+                positions.append([image_starts[entry.image], end, *mask.shape, flags])
                 end += file.write(mask.tobytes())
                 bar.update()
-    places = np.hstack([np.array(places, dtype=np.int64), flags])
-    return places, counts
+    return np.array(positions, dtype=np.int64), counts
 
 
 def _cache(entries: list, folder: Path) -> tuple[Path, np.ndarray, np.ndarray]:
-    """Decode all pixels into `folder/KEY.bin`, unless that is there already, undamaged.
+    """Decode all pixels into `folder/KEY.bin`, unless that file exists and is undamaged.
 
-    Returns the file; int64 (n,5): where the image begins, where the mask begins, height, width, the
-    entry's flags (NON_FINITE, …); and `count_values` of each mask, (n,3,256).
+    Returns the file; int64 (n,5), for each entry the position of its image, the position of its
+    mask, height, width and flags (NON_FINITE, …); and `count_values` of each mask, (n,3,256).
     """
-    pixels, index = (folder / f"{_content_key(entries)}{end}" for end in (".bin", ".npz"))
-    listed = index.with_suffix(".crc")  # checksums, written last
+    pixels = folder / f"{_content_key(entries)}.bin"
+    index = pixels.with_suffix(".npz")
+    listed = pixels.with_suffix(".crc")  # checksums, written last
     if index.is_file() and pixels.is_file():
         if is_intact([pixels, index], listed):
             with np.load(index) as stored:
                 return pixels, stored["places"], stored["counts"]
         print(f"{pixels}: damaged or of an older version; decoding the images again", flush=True)
+
     folder.mkdir(parents=True, exist_ok=True)
-    images = {entry.image for entry in entries}
-    areas = {path: np.prod(open_image(path, decode=False).size) for path in images}
-    need = 3 * sum(areas.values()) + sum(areas[entry.image] for entry in entries)
-    free = shutil.disk_usage(folder).free
-    print(f"decoding {len(areas)} images once into {pixels} ({need / 1e6:,.0f} MB)", flush=True)
-    if need > free:
-        short = f"{need / 1e6:,.0f} MB needed, {free / 1e6:,.0f} MB free"
-        raise OSError(f"{folder}: {short}; choose another folder with --cache")
+    _announce_decoding(entries, pixels)
     with whole_file(pixels) as part, open(part, "wb") as file:
-        places, counts = _decode(entries, file)
+        positions, counts = _decode(entries, file)
     with whole_file(index) as part, open(part, "wb") as file:
-        np.savez_compressed(file, places=places, counts=counts)
+        np.savez_compressed(file, places=positions, counts=counts)
     with whole_file(listed) as part:
         part.write_bytes(checksums([pixels, index]))
-    return pixels, places, counts
+    return pixels, positions, counts
+
+
+def _announce_decoding(entries: list, pixels: Path) -> None:
+    """Print the size of a cache file before it is written. Raises OSError if it does not fit."""
+    areas = {}  # image -> pixels
+    for path in {entry.image for entry in entries}:
+        areas[path] = np.prod(open_image(path, decode=False).size)
+    mask_bytes = sum(areas[entry.image] for entry in entries)
+    need = 3 * sum(areas.values()) + mask_bytes
+    free = shutil.disk_usage(pixels.parent).free
+    print(f"decoding {len(areas)} images once into {pixels} ({need / 1e6:,.0f} MB)", flush=True)
+    if need > free:
+        raise OSError(
+            f"{pixels.parent}: {need / 1e6:,.0f} MB needed, {free / 1e6:,.0f} MB free; choose "
+            "another folder with --cache"
+        )
 
 
 def mask_counts(entries: list, folder: Path) -> np.ndarray:
-    """Return `count_values` of each entry's mask, (n,3,256), from `folder/KEY-masks.npz` if there.
+    """Return `count_values` of each entry's mask, (n,3,256), cached in `folder/KEY-masks.npz`.
 
-    For masks that only decide how a data set is read. Raises as `read_mask` does.
+    For masks that are not opened, but help to decide how their data set is read. Raises as
+    `read_mask` does.
     """
     if not entries:
         return np.zeros((0, 3, 256), dtype=np.int32)
@@ -616,36 +654,48 @@ def count_masks(entries: list) -> np.ndarray:
 
 
 def _count_entry(entry) -> np.ndarray:
-    """Return `count_values` of an entry's mask as stored: turning it would not change them."""
+    """Return `count_values` of an entry's mask as stored; turning it would not change them."""
     refuse_colours(entry)
     mask, _ = entry_mask(entry, None)
     return count_values(entry, mask)
 
 
-# --- data sets -----------------------------------------------------------------------------------
+# --- data sets ------------------------------------------------------------------------------------
+
+# Columns of `Dataset.rows`.
+IMAGE_START = 0  # position of the image's pixels in the cache file, in bytes
+MASK_START = 1
+SIZE = slice(2, 4)  # height, width
+THRESHOLD = 4  # see `mask_thresholds`
+FOREGROUND = 5  # number of foreground pixels
+FLAGS = 6  # NON_FINITE, …
 
 
 class Dataset:
-    """Entries of one or several data sets; their pixels lie in one file that all workers read.
+    """Images and masks of one or several data sets, read from one cache file.
 
-    It is not mapped: a mapped file that becomes shorter kills the process that reads it.
+    The file is not memory-mapped: if a mapped file becomes shorter, the process that reads it dies.
     """
 
     holds = "images"
-    is_mapped = False  # samples take time to make, which data-loading processes save
+    is_mapped = False  # samples take time to make, so data-loading processes help
     unit = "px"  # of distances
 
     def __init__(self, entries: list, rows: np.ndarray, path: Path, colours: str | None = None):
-        self.entries, self.rows, self.path, self.colours = entries, rows, path, colours
+        self.entries = entries
+        self.rows = rows  # int64 (n,7), see above
+        self.path = path
+        self.colours = colours  # see `pseudocolor`
         self.classes = entries[0].classes
         self.tokenizer = None  # see `compare_prompts_by`
         self.rules = {}  # root -> `MaskRule.rule`, of all data sets that were opened together
+        self._token_ids = {}  # text -> its token ids
 
     def __len__(self) -> int:
         return len(self.entries)
 
     def subset(self, indices) -> "Dataset":
-        """The same pixels, fewer entries."""
+        """Return a data set of some of the entries, which shares the cache file."""
         entries = [self.entries[i] for i in indices]
         part = Dataset(entries, self.rows[indices], self.path, self.colours)
         part.tokenizer = self.tokenizer
@@ -653,67 +703,74 @@ class Dataset:
         return part
 
     def pixels(self, i: int) -> tuple[np.ndarray, np.ndarray]:
-        """Image uint8 (H,W,3) and mask uint8 (H,W) of entry i.
+        """Return image uint8 (H,W,3) and mask uint8 (H,W) of entry i.
 
-        Raises OSError, one line, if the file became shorter since it was opened.
+        Raises OSError if the cache file became shorter since it was opened.
         """
-        image_at, mask_at, h, w, threshold, *_ = self.rows[i]
-        image = self._read(image_at, h * w * 3).reshape(h, w, 3)
-        mask = self._read(mask_at, h * w).reshape(h, w)
-        return image, read_foreground(self.entries[i], mask, threshold)
+        row = self.rows[i]
+        h, w = row[SIZE]
+        image = self._read(row[IMAGE_START], h * w * 3).reshape(h, w, 3)
+        mask = self._read(row[MASK_START], h * w).reshape(h, w)
+        return image, read_foreground(self.entries[i], mask, row[THRESHOLD])
 
-    def _read(self, place: int, size: int) -> np.ndarray:
-        """Return bytes of the file of pixels, uint8 (size,)."""
-        values = np.fromfile(self.path, np.uint8, count=size, offset=place)
+    def _read(self, start: int, size: int) -> np.ndarray:
+        """Return bytes of the cache file, uint8 (size,)."""
+        values = np.fromfile(self.path, np.uint8, count=size, offset=start)
         if len(values) < size:
             raise OSError(f"{self.path}: became shorter while this run read it; run again")
         return values
 
     def sample(self, i: int, kind: str, rng: np.random.Generator | None = None) -> dict:
-        """The sample dict of the module's docstring; kind and rng as for `Entry.text`."""
-        entry, (image, mask) = self.entries[i], self.pixels(i)
+        """Return the sample of entry i (see the top of this file); kind, rng: see `Entry.text`."""
+        entry = self.entries[i]
+        image, mask = self.pixels(i)
         image = pseudocolor(image, self.colours)
-        sample = {"image": torch.from_numpy(image.transpose(2, 0, 1).copy())}  # (3,H,W)
-        sample |= {"mask": torch.from_numpy(mask.astype(np.int64)), "size": mask.shape}  # (H,W)
-        sample |= {"prompt": entry.text(kind, rng), "classes": self.classes}
-        sample |= {"name": entry.name, "file": entry.image}
-        return sample | {"group": entry.group, "dataset": entry.root.name}
+        return {
+            "image": torch.from_numpy(image.transpose(2, 0, 1).copy()),  # (3,H,W)
+            "mask": torch.from_numpy(mask.astype(np.int64)),  # (H,W)
+            "size": mask.shape,
+            "prompt": entry.text(kind, rng),
+            "classes": self.classes,
+            "name": entry.name,
+            "file": entry.image,
+            "group": entry.group,
+            "dataset": entry.root.name,
+        }
 
     def overlay(self, i: int, truth: np.ndarray, masks: np.ndarray, preprocess=None) -> Image.Image:
-        """Return the picture of entry i with truth and masks, bool (n,h,w) each.
+        """Return the picture of entry i with ground truth and masks, bool (K,h,w) each.
 
-        Its size is that of the masks, which need not be the image's. `preprocess` is of volumes.
+        The picture has the size of the masks, which may differ from the image's. preprocess: unused
+        here, for volumes.
         """
         h, w = masks.shape[1:]
-        image = Image.fromarray(self.pixels(i)[0]).resize((w, h))
-        return pictures.overlay(np.asarray(image), truth, masks)
+        image, _ = self.pixels(i)
+        resized = Image.fromarray(image).resize((w, h))
+        return pictures.overlay(np.asarray(resized), truth, masks)
+
+    # Prompts of targets that are absent from an image (--negatives).
 
     def compare_prompts_by(self, tokenizer) -> None:
-        """Compare prompts by the token ids that a model's tokenizer, text -> (1,T), gives them."""
+        """Compare prompts by the token ids of a model's tokenizer, text -> (1,T)."""
         self.tokenizer = tokenizer
-        for cached in ("_keys", "_prompts"):
-            self.__dict__.pop(cached, None)
+        self._token_ids = {}
+        self.__dict__.pop("_prompts_of_images", None)  # is computed again
 
     def prompt_key(self, text: str) -> tuple:
-        """Return what a model sees of a prompt: texts with equal keys are the same prompt.
+        """Return what a model reads of a prompt; texts with the same key are the same prompt.
 
-        These are the token ids of `tokenizer`. Without one, texts that differ only in case and
-        blanks are the same, as they are to CLIP's and BERT's tokenizers.
+        These are the token ids of `tokenizer`. Without one, upper case and extra spaces do not
+        count, as in the tokenizers of CLIP and BERT.
         """
         if self.tokenizer is None:
             return tuple(text.lower().split())
-        if text not in self._keys:
-            self._keys[text] = tuple(self.tokenizer(text)[0].tolist())
-        return self._keys[text]
+        if text not in self._token_ids:
+            self._token_ids[text] = tuple(self.tokenizer(text)[0].tolist())
+        return self._token_ids[text]
 
     @functools.cached_property
-    def _keys(self) -> dict[str, tuple]:
-        """Text -> its token ids."""
-        return {}
-
-    @functools.cached_property
-    def _prompts(self) -> dict[Path, set[tuple]]:
-        """Image -> the keys of the prompts of all its entries."""
+    def _prompts_of_images(self) -> dict[Path, set[tuple]]:
+        """Image -> keys of the prompts of all its entries."""
         keys = {}
         for entry in self.entries:
             for texts in entry.prompts.values():
@@ -722,84 +779,94 @@ class Dataset:
 
     def check_negatives(self, kind: str) -> None:
         """Raise ValueError if an image has no `absent_prompt`."""
-        asked = {}  # data set -> the keys of its prompts of this kind
+        keys_of_root = {}  # data set -> keys of its prompts of this kind
         for entry in self.entries:
-            asked.setdefault(entry.root, set()).update(map(self.prompt_key, entry.texts(kind)))
+            keys = keys_of_root.setdefault(entry.root, set())
+            keys.update(map(self.prompt_key, entry.texts(kind)))
 
         for entry in self.entries:
-            if asked[entry.root] <= self._prompts.get(entry.image, set()):
+            present = self._prompts_of_images.get(entry.image, set())
+            if keys_of_root[entry.root] <= present:
                 raise self._no_absent_prompt(entry, kind)
 
     def _no_absent_prompt(self, entry, kind: str) -> ValueError:
-        root = entry.root.name
-        image = entry.image.name
+        """Return the error about an image whose data set has no prompt that is absent from it."""
         return ValueError(
-            f"{root}: --negatives needs prompts that differ to the model; all {kind} prompts of "
-            f"other images are also prompts of {image}"
+            f"{entry.root.name}: --negatives needs prompts that differ to the model; all {kind} "
+            f"prompts of other images are also prompts of {entry.image.name}"
         )
 
     def absent_prompt(self, i: int, kind: str, rng: np.random.Generator) -> str:
-        """Return a prompt of another image of the same data set that no entry of image i has.
+        """Return a random prompt of another image of the data set that no entry of image i has.
 
-        To the model, see `prompt_key`. This is all that tells that its target is not in image i.
-        Raises ValueError if all prompts are alike.
+        Prompts are compared by `prompt_key`. Nothing else shows that the target of the prompt is
+        absent from image i. Raises ValueError if there is no such prompt.
         """
-        mine = self.entries[i]
-        present = self._prompts.get(mine.image, set())
-        others = []
+        entry = self.entries[i]
+        present = self._prompts_of_images.get(entry.image, set())
+        tried = []
         for j in rng.permutation(len(self)):
             other = self.entries[j]
-            if other.root == mine.root and other.image != mine.image:
+            if other.root == entry.root and other.image != entry.image:
                 prompt = other.text(kind, rng)
                 if self.prompt_key(prompt) not in present:
                     return prompt
-                others.append(other)
+                tried.append(other)
 
-        # The draw from several texts of an entry may have missed the one that is absent.
-        for other in others:
+        # An entry with several texts may have the absent one among those that were not drawn.
+        for other in tried:
             for prompt in other.texts(kind):
                 if self.prompt_key(prompt) not in present:
                     return prompt
-        raise self._no_absent_prompt(mine, kind)
+        raise self._no_absent_prompt(entry, kind)
 
     def empty_data_sets(self) -> dict[Path, list]:
-        """Return {data set: its entries} where no mask has any foreground."""
+        """Return {data set: its entries} of the data sets without any foreground."""
         by_root = {}
         for i, entry in enumerate(self.entries):
             by_root.setdefault(entry.root, []).append(i)
 
         empty = {}
         for root, indices in by_root.items():
-            if not self.rows[indices, 5].any():
+            if not self.rows[indices, FOREGROUND].any():
                 empty[root] = [self.entries[i] for i in indices]
         return empty
 
     def check_foreground(self) -> None:
-        """Raise ValueError, one line, if all masks of a data set are empty."""
+        """Raise ValueError if all masks of a data set are empty."""
         for root, entries in self.empty_data_sets().items():
-            read = f"read {self.rules[root]}"
-            example = entries[0].mask
-            count = len(entries)
-            raise ValueError(f"{root}: all {count} masks are empty ({read}), {example} for one")
+            raise ValueError(
+                f"{root}: all {len(entries)} masks are empty (read {self.rules[root]}), for "
+                f"example {entries[0].mask}"
+            )
 
     def describe(self) -> str:
-        """What was found, in a line."""
-        thresholds = sorted({*self.rows[:, 4].tolist()})
-        read = " and ".join(BY_NUMBER if t < 0 else f"> {t}" for t in thresholds)
-        order = (self.rows[:, 2] * self.rows[:, 3]).argsort()
-        (h, w), (H, W) = self.rows[order[0], 2:4], self.rows[order[-1], 2:4]
-        images, empty = len({entry.image for entry in self.entries}), (self.rows[:, 5] == 0).sum()
-        sizes = f"{images} images from {w}x{h} to {W}x{H}"
-        return f"{len(self)} entries, {sizes}, masks read {read}, {empty} of them empty"
+        """Return one line about the number of entries, the sizes of images and the masks."""
+        images = {entry.image for entry in self.entries}
+        sizes = self.rows[:, SIZE]  # (n,2)
+        order = sizes.prod(axis=1).argsort()
+        h, w = sizes[order[0]]
+        H, W = sizes[order[-1]]
+
+        thresholds = sorted({*self.rows[:, THRESHOLD].tolist()})
+        how = " and ".join(BY_NUMBER if value < 0 else f"> {value}" for value in thresholds)
+        empty = (self.rows[:, FOREGROUND] == 0).sum()
+        return (
+            f"{len(self)} entries, {len(images)} images from {w}x{h} to {W}x{H}, masks read {how}, "
+            f"{empty} of them empty"
+        )
+
+
+# --- opening data sets ----------------------------------------------------------------------------
 
 
 @dataclass
 class MaskReading:
-    """What decides, besides the masks that are opened, how masks are read."""
+    """What decides how masks are read, apart from the masks that are opened."""
 
-    threshold: int | None = None  # of --mask-threshold
-    known: dict[str, str] = field(default_factory=dict)  # a run's rules by data set name
-    others: list = field(default_factory=list)  # entries that are not opened, of the same data sets
+    threshold: int | None = None  # --mask-threshold
+    known: dict[str, str] = field(default_factory=dict)  # rules of a run, by data set name
+    others: list = field(default_factory=list)  # entries of the same data sets that are not opened
     other_counts: np.ndarray = field(default_factory=partial(np.zeros, (0, 3, 256), np.int32))
 
 
@@ -817,51 +884,60 @@ def open_datasets(
 ) -> dict[str, Dataset]:
     """Decode lists of entries, each of one or several data sets, and decide how masks are read.
 
-    The decision is one for each data set (root), over all lists; notes about it are printed.
-    colours: of `pseudocolor`, in which samples come. may_be_empty: names of lists that are not
-    trained on. Raises FileNotFoundError, ValueError or OSError, one line with the file's name, for
-    anything missing, truncated or of another size, for masks of several values, for a data set
-    whose masks are all empty in another list, and for a full disk.
+    There is one decision for each data set (root), over all lists; notes about it are printed.
+    colours: colour map of samples, see `pseudocolor`. may_be_empty: names of lists that are not
+    trained on. Raises FileNotFoundError, ValueError or OSError with the name of the file for
+    missing, truncated or differently sized files, for masks of several values, for a data set whose
+    masks are all empty in another list, and for a full disk.
     """
     reading = reading or MaskReading()
     remove_leftovers(Path(cache), recursive=False)
     decoded = {}
+    all_entries = []
+    all_counts = []
     for name, entries in lists.items():
         if not entries:
             raise ValueError("the annotation file has no entries")
         layouts.check_files_exist(entries)
         decoded[name] = _cache(entries, Path(cache))
+        _, _, counts = decoded[name]
+        all_entries += entries
+        all_counts.append(counts)
 
-    every = [entry for entries in lists.values() for entry in entries] + reading.others
-    counts = [counts for _, _, counts in decoded.values()] + [reading.other_counts]
-    rules = decide_rules(every, np.concatenate(counts), reading)
+    all_entries += reading.others
+    all_counts.append(reading.other_counts)
+    rules = decide_rules(all_entries, np.concatenate(all_counts), reading)
 
     datasets = {}
     for name, entries in lists.items():
-        path, places, counts = decoded[name]
+        path, positions, counts = decoded[name]
         columns = _foreground_columns(entries, counts[:, 0], rules)
-        rows = np.hstack([places[:, :4], columns, places[:, 4:]])
+        rows = np.hstack([positions[:, :4], columns, positions[:, 4:]])  # (n,7)
         _check_classes(entries)
-        datasets[name] = Dataset(entries, rows, path, colours)
-        datasets[name].rules = rules
+        dataset = Dataset(entries, rows, path, colours)
+        dataset.rules = rules
         if name not in may_be_empty:
-            datasets[name].check_foreground()
-        for line in remarks(entries, rows[:, -1]):
+            dataset.check_foreground()
+        for line in remarks(entries, rows[:, FLAGS]):
             print(line)
+        datasets[name] = dataset
     return datasets
 
 
 def decide_rules(entries: list, counts: np.ndarray, reading: MaskReading) -> dict[Path, str]:
-    """Return the rule of each data set (root); print notes. Raises ValueError, one line."""
-    rules = {}
-    indices = {}
-    for i, entry in enumerate(entries):
-        indices.setdefault(entry.root, []).append(i)
+    """Return the rule of each data set (root) and print notes. Raises ValueError for its errors.
 
-    for root, chosen in indices.items():
+    counts (n,3,256): `count_values` of the masks.
+    """
+    indices_of_root = {}
+    for i, entry in enumerate(entries):
+        indices_of_root.setdefault(entry.root, []).append(i)
+
+    rules = {}
+    for root, indices in indices_of_root.items():
         known = reading.known.get(root.name)
-        own = [entries[i] for i in chosen]
-        decision = mask_rule(own, counts[chosen], reading.threshold, known)
+        entries_of_root = [entries[i] for i in indices]
+        decision = mask_rule(entries_of_root, counts[indices], reading.threshold, known)
         for _, line in decision.errors:
             raise ValueError(line)
         for _, line in decision.notes:
@@ -874,41 +950,44 @@ def decide_rules(entries: list, counts: np.ndarray, reading: MaskReading) -> dic
 
 
 def _foreground_columns(entries: list, values: np.ndarray, rules: dict[Path, str]) -> np.ndarray:
-    """Return the last two columns of `Dataset.rows`, (n,2): threshold, foreground pixels."""
+    """Return threshold and number of foreground pixels of each mask, (n,2)."""
     columns = np.zeros((len(entries), 2), dtype=np.int64)
     for root in {entry.root for entry in entries}:
         indices = [i for i, entry in enumerate(entries) if entry.root == root]
-        own = [entries[i] for i in indices]
-        columns[indices, 0] = mask_thresholds(own, values[indices], rules[root])
+        entries_of_root = [entries[i] for i in indices]
+        columns[indices, 0] = mask_thresholds(entries_of_root, values[indices], rules[root])
     for i, entry in enumerate(entries):
         columns[i, 1] = foreground_pixels(entry, values[i], int(columns[i, 0]))
     return columns
 
 
 def _check_classes(entries: list) -> None:
-    """Raise ValueError, one line, if pooled data sets have different classes."""
+    """Raise ValueError if pooled data sets have different classes."""
+    first = entries[0]
     for entry in entries:
-        if entry.classes != entries[0].classes:
-            other = f"other classes than {entries[0].root}'s"
-            raise ValueError(f"{entry.root}: {other}; pool like with like")
+        if entry.classes != first.classes:
+            raise ValueError(
+                f"{entry.root}: other classes than {first.root}'s; pool data sets of the same "
+                "classes only"
+            )
 
 
-# --- loaders -------------------------------------------------------------------------------------
+# --- batches --------------------------------------------------------------------------------------
 
 
 @dataclass
 class Items(torch.utils.data.Dataset):
-    """What a worker makes of (epoch, i): a recipe's inputs for entry i, with a seed of its own."""
+    """The inputs that a recipe makes of entry i in an epoch, each with a random seed of its own."""
 
     dataset: Dataset
     prompt: str
-    inputs: callable  # (sample, train, rng) -> dict
+    inputs: Callable  # (sample, train, rng) -> dict
     train: bool
     seed: int
-    negatives: float = 0.0  # share of training items that ask for what is not there
+    negatives: float = 0.0  # share of training items whose prompt is absent from the image
 
-    def __getitem__(self, where: tuple[int, int]) -> dict:
-        epoch, i = where
+    def __getitem__(self, epoch_and_index: tuple[int, int]) -> dict:
+        epoch, i = epoch_and_index
         rng = np.random.default_rng((self.seed, epoch, i))
         sample = self.dataset.sample(i, self.prompt, rng if self.train else None)
         if self.train and self.negatives and rng.random() < self.negatives:
@@ -918,13 +997,19 @@ class Items(torch.utils.data.Dataset):
 
 
 def batches_per_epoch(n: int, size: int) -> int:
-    """Batches of `size` in n items. A last one of a single item is left out, unless all are such:
-    batch normalisation has nothing to normalise one vector by. n is 1 or more."""
-    return max(1, n // size + (n % size > (1 if size > 1 else 0)))
+    """Return the number of batches of `size` items in n items; n is 1 or more.
+
+    A last batch of a single item is dropped unless it is the only one, because batch normalisation
+    needs more than one vector.
+    """
+    batches = n // size
+    if n % size > 1:
+        batches += 1
+    return max(1, batches)
 
 
 def train_batches(n: int, size: int, epochs: int, seed: int, start: int):
-    """Yields batches of (epoch, i), every epoch in its own seeded order, from number `start` on."""
+    """Yield batches of (epoch, i), each epoch in its own random order, from batch `start` on."""
     per_epoch = batches_per_epoch(n, size)
     for number in range(start, epochs * per_epoch):
         epoch, k = divmod(number, per_epoch)
@@ -934,8 +1019,10 @@ def train_batches(n: int, size: int, epochs: int, seed: int, start: int):
 
 
 def loader(items: Items, batches, workers: int, device: torch.device, collate=None):
-    """A DataLoader over batches of (epoch, i): in training stacked, or by `collate`; in evaluation
-    single items."""
+    """Return a DataLoader over batches of (epoch, i).
+
+    In training items are stacked, or joined by `collate`; in evaluation it yields single items.
+    """
     return torch.utils.data.DataLoader(
         items,
         batch_sampler=batches,

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, locks, leftovers of killed processes, checksums."""
+"""Write files completely or not at all, lock folders, remove leftovers, compute checksums."""
 
 import errno
 import os
@@ -17,7 +17,7 @@ except ImportError:  # Windows
 
 # --- locks ---------------------------------------------------------------------------------------
 
-LOCK_DESCRIPTORS = set()  # of the locks that this process holds
+LOCK_DESCRIPTORS = set()  # locks that this process holds
 
 
 def close_locks_in_child() -> None:
@@ -32,19 +32,21 @@ if hasattr(os, "register_at_fork"):
 
 
 def open_locked(path: Path) -> int | None:
-    """Open and lock a file, which is made if it is missing. Return its descriptor, for `release`.
+    """Open and lock a file, which is created if missing, and return its descriptor for `release`.
 
-    None: the system or the file system has no locks. Raises BlockingIOError if another process
-    holds the lock.
+    Returns None if the system or the file system has no locks. Raises BlockingIOError if another
+    process holds the lock.
     """
     if fcntl is None:
         return None
+
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         except FileNotFoundError:  # the last holder has removed its empty folder
             continue
+
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -54,7 +56,7 @@ def open_locked(path: Path) -> int | None:
             return None
 
         # The last holder may have removed the file between our open and our lock. A lock on a
-        # removed file keeps nobody out: try again with the file that now has the name.
+        # removed file keeps nobody out, so try again with the file that now has the name.
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(descriptor), os.stat(path)):
                 LOCK_DESCRIPTORS.add(descriptor)
@@ -69,21 +71,21 @@ def release(descriptor: int | None) -> None:
         os.close(descriptor)
 
 
-# --- whole files ---------------------------------------------------------------------------------
+# --- atomic files ---------------------------------------------------------------------------------
 
 
 @contextmanager
 def whole_file(path: Path, keep_ending: bool = False):
-    """Yield a temporary name beside `path`; what is written there then takes the path's place.
+    """Yield a temporary file name next to `path`; at the end of the block the file replaces `path`.
 
-    Whoever looks at `path`, also after a kill at any moment, sees the old file or the new one. The
-    temporary file is locked until then, which tells `remove_leftovers` that its writer lives.
-    keep_ending: for writers that choose a format by the ending. Raises OSError with errno ENOSPC,
-    whatever a library made of it, if the disk is full.
+    `path` is always the complete old file or the complete new one, even if the process is killed.
+    The temporary file stays locked meanwhile, so that `remove_leftovers` spares it. keep_ending:
+    for writers that choose the format by the ending. Raises OSError with errno ENOSPC if the disk
+    is full, whatever error a library raises.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    token = secrets.token_hex(4)  # not a process number, which containers share
+    token = secrets.token_hex(4)  # containers share process numbers
     part = path.with_name(f".{token}.{path.name}" if keep_ending else f".{path.name}.{token}")
     with full_disk_errors(path):
         descriptor = open_part(part)
@@ -100,12 +102,12 @@ def whole_file(path: Path, keep_ending: bool = False):
 def open_part(part: Path) -> int | None:
     """Open and lock a new temporary file; see `open_locked`."""
     while True:
-        with suppress(BlockingIOError):  # `remove_if_free` came between its making and its lock
+        with suppress(BlockingIOError):  # `remove_if_free` locked it before we did
             return open_locked(part)
 
 
-# What libraries that do not keep the error number say of a full disk: safetensors, torch.save (when
-# writing, and when it then closes the file), numpy.
+# Messages about a full disk of libraries that lose the error number: safetensors, torch.save (when
+# it writes, and when it then closes the file), numpy.
 FULL_DISK = re.compile(
     r"No space left on device|Disk quota exceeded|File too large|PytorchStreamWriter failed"
     r"|unexpected pos \d+ vs \d+|\d+ requested and \d+ written"
@@ -114,9 +116,9 @@ FULL_DISK_NUMBERS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def is_full_disk(error: BaseException | None) -> bool:
-    """Return True if an error, or one that it followed from, says that nothing more can be written.
+    """Return True if an error or one of its causes means that nothing more can be written.
 
-    That is a full disk, a quota or a limit to the size of files.
+    That is a full disk, a quota or a limit on the size of files.
     """
     while error is not None:
         if isinstance(error, OSError) and error.errno in FULL_DISK_NUMBERS:
@@ -129,7 +131,7 @@ def is_full_disk(error: BaseException | None) -> bool:
 
 @contextmanager
 def full_disk_errors(path: Path):
-    """Turn any library's error about a full disk into an OSError (ENOSPC) that names `path`."""
+    """Turn every error about a full disk into an OSError (ENOSPC) that names `path`."""
     try:
         yield
     except Exception as error:
@@ -147,26 +149,26 @@ DAY = 24 * 60 * 60  # seconds
 
 
 def remove_leftovers(folder: Path, recursive: bool = True) -> None:
-    """Remove the temporary files that killed processes left in a folder and in those below it.
+    """Remove the temporary files that killed processes left in a folder and its sub-folders.
 
-    Only files with a name of `whole_file` are removed, and only if nobody writes them: their lock
-    is free. Where the file system has no locks, they must be a day old. Links and hidden folders
-    are not followed. Files that cannot be removed stay.
+    Only files with a name of `whole_file` are removed, and only if their lock is free, so that
+    nobody is writing them. On a file system without locks they must be a day old. Links and hidden
+    folders are not followed. Files that cannot be removed stay.
     """
     with suppress(OSError):  # the folder is missing or cannot be listed
-        for place in os.scandir(folder):
-            if place.is_dir(follow_symlinks=False):
-                if recursive and not place.name.startswith("."):
-                    remove_leftovers(Path(place.path))
-            elif place.is_file(follow_symlinks=False) and TEMPORARY.fullmatch(place.name):
+        for item in os.scandir(folder):
+            if item.is_dir(follow_symlinks=False):
+                if recursive and not item.name.startswith("."):
+                    remove_leftovers(Path(item.path))
+            elif item.is_file(follow_symlinks=False) and TEMPORARY.fullmatch(item.name):
                 with suppress(OSError):
-                    remove_if_free(Path(place.path))
+                    remove_if_free(Path(item.path))
 
 
 def remove_if_free(part: Path) -> None:
-    """Remove a temporary file unless a process writes it. Raises OSError if it cannot be removed.
+    """Remove a temporary file unless a process is writing it. Raises OSError if that fails.
 
-    BlockingIOError, an OSError, says that a process holds its lock.
+    This is BlockingIOError if a process holds the lock of the file.
     """
     age = time.time() - part.stat().st_mtime
     descriptor = open_locked(part)
@@ -179,7 +181,7 @@ def remove_if_free(part: Path) -> None:
 
 
 def checksums(paths) -> bytes:
-    """Return a line for each file: its CRC-32 and its name. Reads about a GB a second."""
+    """Return a line with CRC-32 and name for each file, about a second per GB."""
     lines = []
     for path in paths:
         crc = 0
@@ -191,34 +193,35 @@ def checksums(paths) -> bytes:
 
 
 def is_intact(paths, listed: Path) -> bool:
-    """Return True if the files are as the file of their checksums lists them.
+    """Return True if the files match their checksums in the file `listed`.
 
-    False if one of them is missing, or if they are of an older version, without checksums.
+    False if one of them is missing, or if they are of an older version without checksums.
     """
     if not all(path.is_file() for path in (*paths, listed)):
         return False
     return listed.read_bytes() == checksums(paths)
 
 
-# --- whole folders --------------------------------------------------------------------------------
+# --- atomic folders -------------------------------------------------------------------------------
 
 
 def refuse_existing(out: Path) -> None:
+    """Raise ValueError if an output already exists."""
     if out.exists():
         raise ValueError(f"{out}: exists already; choose another --out, or remove it")
 
 
 @contextmanager
 def whole_folder(out: Path):
-    """Yield a name beside `out` for a folder, which takes the place of `out` if all went well.
+    """Yield the name of a temporary folder next to `out`, which becomes `out` if there is no error.
 
-    Raises ValueError if `out` has content, or if another process is making it at this moment.
+    Raises ValueError if `out` has content, or if another process is writing it.
     """
     with locked(out.with_name(f".{out.name}.lock"), out) as is_locked:
-        if out.exists() and any(out.iterdir()):  # made since the program looked
+        if out.exists() and any(out.iterdir()):  # written since the program checked
             refuse_existing(out)
 
-        # Without locks two processes may be here: each then needs a name of its own.
+        # Without locks two processes may get this far, and each needs a name of its own.
         ending = "part" if is_locked else secrets.token_hex(4)
         part = out.with_name(f".{out.name}.{ending}")
         shutil.rmtree(part, ignore_errors=True)  # left by a killed process
@@ -230,19 +233,19 @@ def whole_folder(out: Path):
             shutil.rmtree(part, ignore_errors=True)
 
 
-# --- one process a folder -------------------------------------------------------------------------
+# --- one process per folder -----------------------------------------------------------------------
 
 
 @contextmanager
 def claim(folder: Path):
-    """Keep every other process out of an output folder for as long as this one works in it.
+    """Keep all other processes out of an output folder while this one works in it.
 
-    The folder is made if it is missing, and removed again if nothing was written to it. Temporary
+    The folder is created if missing, and removed again if nothing was written to it. Temporary
     files that killed processes left in it are removed. Raises ValueError if another process has
-    claimed the folder, if this is one of several processes, or if there is a file of this name.
+    claimed the folder, if this is one of several processes, or if a file has this name.
     """
     refuse_several_processes()
-    if any(place.exists() and not place.is_dir() for place in (folder, *folder.parents)):
+    if any(path.exists() and not path.is_dir() for path in (folder, *folder.parents)):
         raise ValueError(f"{folder}: is a file, or lies below one; choose another --out")
     with locked(folder / ".lock", folder):
         remove_leftovers(folder)
@@ -253,17 +256,19 @@ def claim(folder: Path):
 def locked(path: Path, folder: Path):
     """Hold an operating-system lock on the file `path`, so that only one process writes `folder`.
 
-    The system releases the lock when the process ends, even after kill -9: a leftover file locks
-    nothing. Folders around `path` that are missing are made, and removed again if they stay empty.
-    Yields True, or False, after saying so, where the file system has no locks. Raises ValueError if
-    another process holds the lock.
+    The system releases the lock when the process ends, even after kill -9, so that a leftover file
+    locks nothing. Missing folders around `path` are created, and removed again if they stay empty.
+    Yields True; or, after printing a warning, False if the file system has no locks. Raises
+    ValueError if another process holds the lock.
     """
-    missing = [place for place in path.parents if not place.exists()]  # the innermost first
+    missing = [parent for parent in path.parents if not parent.exists()]  # the innermost first
     try:
         descriptor = open_locked(path)
     except BlockingIOError:
-        message = "another process is writing to this folder; wait until it ends, or choose "
-        raise ValueError(f"{folder}: {message}another --out") from None
+        raise ValueError(
+            f"{folder}: another process is writing to this folder; wait until it ends, or choose "
+            "another --out"
+        ) from None
 
     if descriptor is None:
         path.unlink(missing_ok=True)
@@ -274,15 +279,17 @@ def locked(path: Path, folder: Path):
         if descriptor is not None:
             path.unlink(missing_ok=True)  # before the lock is released, see `open_locked`
             release(descriptor)
-        for place in missing:
+        for parent in missing:
             with suppress(OSError):  # it is not empty
-                place.rmdir()
+                parent.rmdir()
 
 
 def refuse_several_processes() -> None:
-    """Raise ValueError if torchrun, or a launcher like it, started this as one of several."""
+    """Raise ValueError if torchrun or a similar launcher started this as one of several."""
     size = os.environ.get("WORLD_SIZE", "")
     has_rank = "RANK" in os.environ or "LOCAL_RANK" in os.environ
     if has_rank and size.isdecimal() and int(size) > 1:
-        message = "several processes are not supported yet; start a single one, without torchrun"
-        raise ValueError(f"WORLD_SIZE is {size}: {message}")
+        raise ValueError(
+            f"WORLD_SIZE is {size}: several processes are not supported yet; start a single one, "
+            "without torchrun"
+        )

@@ -1,7 +1,7 @@
-"""Files that a user or another program wrote: text, JSON, and known formats that are not read.
+"""Read text and JSON that users or other programs wrote, and name formats that are not supported.
 
-Text and JSON may have a byte order mark or be in UTF-16. Every such file is read with these
-functions.
+All such files of the house are read with these functions. They may have a byte order mark or be in
+UTF-16.
 """
 
 import codecs
@@ -15,14 +15,14 @@ UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 def read_text(path: Path) -> str:
     """Return the text of a file in UTF-8, with or without a byte order mark, or in UTF-16 with one.
 
-    Line ends stay as they are. Raises OSError if the file cannot be read, ValueError, one line that
-    names the file, if it is not such text.
+    Line ends stay as they are. Raises OSError if the file cannot be read, ValueError if it is not
+    such text.
     """
     return decode_text(Path(path).read_bytes(), path)
 
 
 def decode_text(content: bytes, name) -> str:
-    """Return the text in these bytes, as `read_text` does. Raises ValueError, which says `name`."""
+    """Decode bytes as `read_text` does. Raises ValueError, which starts with `name`."""
     encoding = "utf-16" if content.startswith(UTF16_MARKS) else "utf-8-sig"
     try:
         return content.decode(encoding)
@@ -35,9 +35,9 @@ def decode_text(content: bytes, name) -> str:
 def read_json(path: Path):
     """Return the content of a JSON file.
 
-    Raises OSError if the file cannot be read, ValueError, one line that names the file, if it is
-    not JSON, is nested too deeply, has a key twice in one object, or holds half a character (a
-    lone surrogate, which could not be printed or written).
+    Raises OSError if the file cannot be read, ValueError if it is not JSON, is nested too deeply,
+    repeats a key in an object, or holds a lone surrogate (half a character, which could not be
+    printed or written).
     """
     return parse_json(read_text(path), path)
 
@@ -56,30 +56,31 @@ def parse_json(text: str, name):
         ) from None
     except ValueError as error:  # JSONDecodeError is one
         raise ValueError(f"{name}: is not valid JSON ({error})") from None
+
     return content
 
 
 def unique_keys(pairs: list[tuple[str, object]]) -> dict:
-    """Return the object of these keys and values. Raises ValueError if a key comes twice."""
+    """Return the object of these keys and values. Raises ValueError if a key is repeated."""
     content = dict(pairs)
     if len(content) < len(pairs):
         keys = [key for key, _ in pairs]
         repeated = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {repeated!r} stands twice in one object")
+        raise ValueError(f"the key {repeated!r} is repeated in one object")
     return content
 
 
-# --- formats that are known, but not read --------------------------------------------------------
+# --- formats that are known, but not supported ----------------------------------------------------
 
 SIMPLEITK = 'SimpleITK.WriteImage(SimpleITK.ReadImage("IN"), "OUT.nii.gz")'
 WITH_SIMPLEITK = f"convert it to .nii.gz ({SIMPLEITK}), or a single image to PNG"
 WITH_NIBABEL = "save a volume as .nii.gz, for example with nibabel, and a single image as PNG"
 TO_PNG = "save it as PNG"
-FORMATS = [  # name, endings, first bytes, what to do; the first row that fits a file counts
+FORMATS = [  # name, endings, first bytes, what to do; the first row that matches a file counts
     (
         "DICOM",
         (".dcm", ".dicom", ".ima"),
-        (),  # it begins with 128 bytes of anything
+        (),  # it begins with 128 arbitrary bytes
         "convert it to .nii.gz (dcm2niix -z y FOLDER), or a single image to PNG (pydicom)",
     ),
     ("NRRD", (".nrrd", ".nhdr"), (b"NRRD",), WITH_SIMPLEITK),
@@ -123,14 +124,14 @@ FORMATS = [  # name, endings, first bytes, what to do; the first row that fits a
 
 
 def describe_foreign(path: Path, start: bytes) -> str | None:
-    """Return a line about a file of one of FORMATS, None for all other files.
+    """Return a message about a file of one of FORMATS, None for all other files.
 
-    start: at least the first 132 bytes, if it has so many. The line names the file, the format and
-    the way out.
+    start: at least the first 132 bytes of the file, or all of a shorter one. The message names the
+    file, the format and what to do.
     """
-    for name, endings, first_bytes, way_out in FORMATS:
+    for name, endings, first_bytes, hint in FORMATS:
         has_ending = path.name.lower().endswith(endings)
         is_dicom = name == "DICOM" and start[128:132] == b"DICM"
         if has_ending or is_dicom or start.startswith(first_bytes):
-            return f"{path}: {name} is not read; {way_out}"
+            return f"{path}: {name} is not read; {hint}"
     return None

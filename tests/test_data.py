@@ -524,7 +524,7 @@ def test_broken_sets_are_refused_with_the_file_s_name(kind, tmp_path):
 def test_folders_that_are_no_data_set(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such folder"):
         layouts.annotations(tmp_path / "nowhere", "train")
-    with pytest.raises(ValueError, match="no data set; it needs"):
+    with pytest.raises(ValueError, match="not a data set; it needs"):
         layouts.annotations(tmp_path, "train")
     with pytest.raises(FileNotFoundError, match="splits here: train"):
         layouts.annotations(good_set(tmp_path), "testA")

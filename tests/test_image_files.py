@@ -405,7 +405,8 @@ def test_an_image_whose_partner_is_dicom(tmp_path):
     assert "images/a.dcm: DICOM is not read" in one_line(layouts.annotations, root, "train")
     (root / "train/images/a.dcm").rename(root / "train/images/a.xyz")
     line = one_line(layouts.annotations, root, "train")
-    assert "masks/a.png: 1 files have no partner" in line and "a.xyz is no image file" in line
+    assert "masks/a.png: no image or mask of the same name" in line
+    assert "a.xyz is not an image file" in line
 
 
 def test_other_files_beside_pairs_are_counted_aloud(tmp_path, capsys):
@@ -416,7 +417,7 @@ def test_other_files_beside_pairs_are_counted_aloud(tmp_path, capsys):
     (root / "train/images/sub").mkdir()
     assert len(layouts.annotations(root, "train")) == 1
     said = capsys.readouterr().out
-    assert "train/images: not images, passed over: " in said
+    assert "train/images: skipped files that are not images: " in said
     assert "1 folder" in said and "1 .xyz" in said and "1 .txt" in said
 
 
@@ -435,7 +436,7 @@ def test_predict_lists_images_by_the_same_rule(tmp_path):
 
 def test_a_pipe_does_not_hang(tmp_path):
     os.mkfifo(tmp_path / "a.png")
-    assert "a.png: is no file" in one_line(image_files.read_image, tmp_path / "a.png")
+    assert "a.png: is not a file" in one_line(image_files.read_image, tmp_path / "a.png")
 
 
 def test_files_that_may_not_be_read_are_not_called_damaged(tmp_path, monkeypatch):
@@ -522,8 +523,8 @@ ODD = {
     "prompt as null": (entry(prompts={"p1": None}), "prompt p1 is null"),
     "prompt as an object": (entry(prompts={"p1": {"a": "b"}}), "prompt p1 is an object"),
     "prompt lists null": (entry(prompts={"p1": ["a", None]}), "prompt p1 lists null"),
-    "label true": (entry(label=True), "label True of a.png is no whole number"),
-    "label Infinity": (entry(label=float("inf")), "label inf of a.png is no whole number"),
+    "label true": (entry(label=True), "label True of a.png is not a whole number"),
+    "label Infinity": (entry(label=float("inf")), "label inf of a.png is not a whole number"),
     "no object": ("a.png", "is a text; expected an object"),
 }
 
@@ -542,7 +543,7 @@ ODD_FILES = {
     "an object": ("{}", "holds an object; expected a list"),
     "very deep": ("[" * 100_000, "nested too deeply"),
     "half a character": (r'[{"img_name": "a\ud800.png"}]', "half a character"),
-    "one key twice": ('[{"img_name": "a.png", "img_name": "b.png"}]', "stands twice"),
+    "one key twice": ('[{"img_name": "a.png", "img_name": "b.png"}]', "is repeated"),
 }
 
 
@@ -575,5 +576,5 @@ def test_a_file_of_macos_beside_an_image_is_named_as_such(tmp_path):
     path = tmp_path / "._a.jpg"
     path.write_bytes(b"\0\5\26\7")
     assert one_line(image_files.read_image, path) == (
-        f"{path}: no image, but what macOS leaves beside one; delete it"
+        f"{path}: not an image, but a file that macOS creates; delete it"
     )

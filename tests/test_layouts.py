@@ -131,8 +131,14 @@ def test_one_class(classes, masks, expected, tmp_path):
         (lambda r: (r / "classes.json").write_text("[1, 2"), "classes.json: is not"),
         (lambda r: (r / "classes.json").write_text('{"0": "a", "1": "b", "2": "b"}'), "names once"),
         (lambda r: (r / "classes.json").unlink(), "class numbers need a classes.json"),
-        (lambda r: (r / "train/masks/case0_train.png").unlink(), "case0_train.png: 1 files have"),
-        (lambda r: (r / "train/images/case0_train.png").unlink(), "case0_train.png: 1 files have"),
+        (
+            lambda r: (r / "train/masks/case0_train.png").unlink(),
+            "case0_train.png: no image or mask",
+        ),
+        (
+            lambda r: (r / "train/images/case0_train.png").unlink(),
+            "case0_train.png: no image or mask",
+        ),
         (lambda r: pair_jpeg(r / "train"), "a second file of this name"),
         (lambda r: blank(r / "train"), "masks are empty"),
         (lambda r: (r / "train/masks/case0_train.png").write_bytes(b"x"), "not readable"),

@@ -326,7 +326,7 @@ def test_sub_folders_are_mirrored_and_the_rest_is_counted(
     out = photos / "out"
     given = ["--weights", run, photos, "--out", out]
     said, _ = called(monkeypatch, capsys, *given)
-    assert "not images, passed over: 1 without an ending, 1 .dcm, 1 .txt" in said
+    assert "skipped files that are not images: 1 without an ending, 1 .dcm, 1 .txt" in said
     names = {"a.png", "b.png", "g/a.png", "g/h/c.png", "link/z.png"}
     assert {*contents(out)} == names | {"classes.json", "legend.png"}
     said, _ = called(monkeypatch, capsys, *given, "--skip-existing")  # masks are no input
@@ -350,11 +350,11 @@ def test_files_below_a_folder(tmp_path, capsys):
     found = [path.relative_to(tmp_path).as_posix() for path in layouts.files_below(tmp_path)]
     assert found == ["a.png", "b/c/y.png", "b/x.png", "copy/c/y.png", "copy/x.png", "masks/m.png",
                      "set/images/i.png"]  # fmt: skip
-    assert "set/masks: holds the masks of images/; passed over" in capsys.readouterr().out
+    assert "set/masks: skipped, it holds the masks of images/" in capsys.readouterr().out
     os.mkfifo(tmp_path / "b/pipe.png")
     files = layouts.list_files(tmp_path / "b", "image", without=tmp_path / "b/c")
     assert files == [tmp_path / "b/x.png"]
-    assert "not images, passed over: 1 pipe or device" in capsys.readouterr().out
+    assert "skipped files that are not images: 1 pipe or device" in capsys.readouterr().out
     with pytest.raises(
         ValueError, match="no volumes in this folder, only 1 .png; volumes end in .nii"
     ):
@@ -465,7 +465,7 @@ def test_a_cut_volume_does_not_end_the_batch(scans, tmp_path, monkeypatch, capsy
     out = folder / "out"
     given = ["--weights", scans, folder, "--out", out, "--overlays", "--probabilities"]
     said, error = called(monkeypatch, capsys, *given, status=1)
-    assert "not volumes, passed over: 1 .dcm" in said and "3 volumes in" in said
+    assert "skipped files that are not volumes: 1 .dcm" in said and "3 volumes in" in said
     first, cut, two = error.splitlines()
     assert "2 of 5 volumes could not be predicted" in first
     assert "b.nii.gz: " in cut and "replace the file" in cut

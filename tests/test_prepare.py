@@ -1198,7 +1198,7 @@ for entry in layouts.annotations(sys.argv[1], "train")[:6]:
         lines = [line for line in done.stdout.splitlines() if str(path) in line]
         assert len([line for line in lines if line.startswith("refused: ")]) >= 2, lines
         assert len([line for line in lines if line.startswith("    ")]) == 1, lines
-        assert all("is no file, but a folder, a pipe or a device" in line for line in lines)
+        assert all("is not a file, but a folder, a pipe or a device" in line for line in lines)
 
 
 def test_file_names_that_nothing_can_print(tmp_path, capsys):
@@ -1355,7 +1355,7 @@ def unused_class(root):
 
 def no_labels(root):
     write_about(root, labels=["kidney"])
-    return "splits that cannot be used", "dataset.json: no data set of volumes"
+    return "splits that cannot be used", "dataset.json: not a data set of volumes"
 
 
 def more_channels(root):

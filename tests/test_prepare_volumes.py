@@ -608,7 +608,7 @@ def test_texts_of_the_list(tmp_path, monkeypatch, capsys, packed):
     contents = {
         "marked": (b"\xef\xbb\xbf" + text.encode(), ""),
         "deep": (b"[" * 100_000, "dataset.json: is nested too deeply"),
-        "double": (b'{"labels": 1, "labels": 2}', "the key 'labels' stands twice"),
+        "double": (b'{"labels": 1, "labels": 2}', "the key 'labels' is repeated"),
     }
     for name, (content, message) in contents.items():
         (root / "dataset.json").write_bytes(content)

@@ -189,7 +189,7 @@ BOX_ERRORS = {
                       "entry 0: bbox [1, 1, 2] is not four numbers"),
     "bbox inverted": ('[{"img_name": "a.png", "bbox": [5, 1, 2, 2]}]', "json",
                       "entry 0: box 5 1 2 2 is inverted"),
-    "a key twice": ('[{"image": "a.png", "image": "b.png"}]', "json", "stands twice"),
+    "a key twice": ('[{"image": "a.png", "image": "b.png"}]', "json", "is repeated"),
     "COCO without names": ('{"images": [{"id": 1}], "annotations": []}', "json",
                            "expected COCO's images with id and file_name"),
     "COCO without a list": ('{"images": [], "annotations": 5}', "json", "a list of annotations"),

@@ -99,7 +99,7 @@ def test_kept_features_train_as_their_images_do(model, options, untested, capsys
     plain = replace(plain, schedule="constant")
     train.run(replace(plain, keep_features=False, out=options.out + "-plain"))
     train.run(replace(plain, keep_features=True))
-    assert "keeping 36 image features" in capsys.readouterr().out
+    assert "caching 36 image features" in capsys.readouterr().out
     pair = [rows(f"{options.out}{end}/metrics.csv") for end in ("-plain", "")]
     for a, b in zip(*pair, strict=True):
         for key in ("train_loss", "val_loss"):
@@ -108,7 +108,7 @@ def test_kept_features_train_as_their_images_do(model, options, untested, capsys
     assert "image features" not in capsys.readouterr().out
     assert rows(f"{options.out}-2/metrics.csv") == rows(f"{options.out}/metrics.csv")
     train.run(replace(plain, keep_features=True, seed=1, out=options.out + "-3"))
-    assert "keeping 36 image features" in capsys.readouterr().out
+    assert "caching 36 image features" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -320,7 +320,7 @@ def test_kept_features_change_no_loss(asked, untested, capsys):
         losses[name] = loss_column(f"{asked.out}-{name}")
         said = capsys.readouterr().out
         assert "augmentation: original, hflip, dark of each image, nothing else" in said
-        assert said.count("keeping 6 image features") == (0 if name == "plain" else 4)  # + val
+        assert said.count("caching 6 image features") == (0 if name == "plain" else 4)  # + val
     assert losses["single"] == losses["plain"]  # bit for bit: the same operations and shapes
     np.testing.assert_allclose(losses["half"], losses["plain"], rtol=1e-3)
     assert losses["half"] != losses["plain"]
@@ -328,7 +328,7 @@ def test_kept_features_change_no_loss(asked, untested, capsys):
     for name, how in runs.items():
         train.run(replace(asked, out=f"{asked.out}-{name}-3", **how))
         losses[name] = loss_column(f"{asked.out}-{name}-3")
-    assert "keeping" not in capsys.readouterr().out  # all were there
+    assert "caching" not in capsys.readouterr().out  # all were there
     # Three images at a time are products of other shapes than one: they round by 1e-6, of which
     # three epochs of training make more.
     np.testing.assert_allclose(losses["single"], losses["plain"], rtol=1e-4)

@@ -79,7 +79,7 @@ def test_background_may_be_several_numbers(tmp_path):
 @pytest.mark.parametrize(
     "labels, told",
     [
-        ({"background": [0, 1], "liver": [1, 2]}, "label 1 is background and of a class"),
+        ({"background": [0, 1], "liver": [1, 2]}, "label 1 belongs to the background and to"),
         ({"background": [1], "liver": [2]}, "labels need one background, of number 0"),
         ({"background": [0], "air": [0, 1]}, "labels need one background, of number 0"),
     ],

@@ -250,7 +250,7 @@ def test_btcv_as_it_is_handed_out(tmp_path):
     ]
     assert entries[0].classes[6] == "liver" and entries[0].labels == tuple(range(14))
     (root / "label/label0002.nii.gz").unlink()
-    with pytest.raises(ValueError, match="img0002.nii.gz: 1 files have no partner"):
+    with pytest.raises(ValueError, match="img0002.nii.gz: no image or label map of the same"):
         layouts.annotations(root, "train")
 
 
@@ -274,7 +274,7 @@ def test_btcv_as_it_is_handed_out(tmp_path):
         ({"labels": {"background": 0, "liver": 1, "tumour": [1]}}, "two labels have one number"),
         ({"labels": {"background": 0, "liver": []}}, "a label lists no number"),
         ({"labels": ORGANS, "overlapping": "yes"}, "overlapping must be true or false"),
-        ({"labels": ["background"]}, "no data set of volumes"),
+        ({"labels": ["background"]}, "not a data set of volumes"),
         ({"labels": ORGANS, "training": [{"label": "x.nii.gz"}]}, "has no 'image'"),
     ],
 )
@@ -319,15 +319,15 @@ def test_a_dataset_json_of_another_encoding(tmp_path, encoding):
     ("content", "message"),
     [
         ("[" * 100_000, "nested too deeply"),
-        ('{"labels": {}, "labels": {}}', "the key 'labels' stands twice"),
+        ('{"labels": {}, "labels": {}}', "the key 'labels' is repeated"),
         ('{"labels": {"0": "background", "1": "\\ud800"}}', "half a character"),
-        ("[]", "no data set of volumes .it is no object"),
+        ("[]", "not a data set of volumes .it is not an object"),
         ('{"labels": {"background": 0, "liver": Infinity}}', "label liver is Infinity; it must be"),
         ('{"labels": {"background": 0, "liver": NaN}}', "label liver is NaN; it must be a whole"),
         ('{"labels": {"background": 0, "liver": 1e400}}', "label liver is Infinity; it must be"),
         ('{"labels": {"background": 0, "liver": 1' + "0" * 99 + "}}", "liver is 10{39}…; numbers"),
-        ('{"labels": {"background": 0}}', "name no class beside the background"),
-        ('{"labels": {"0": "background", "1": "a\\nb"}}', "the label 'a.nb' is no name"),
+        ('{"labels": {"background": 0}}', "name no class besides the background"),
+        ('{"labels": {"0": "background", "1": "a\\nb"}}', "the label 'a.nb' is not a name"),
     ],
 )
 def test_texts_that_are_no_dataset_json(tmp_path, content, message):

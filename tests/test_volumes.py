@@ -313,8 +313,8 @@ def test_labels_that_do_not_fit_are_one_line(tmp_path):
     refused(r"holds 2, but the classes are \[0, 1\]; name it in dataset\.json", numbers=2)
     refused(r"holds -1, but the classes", labels.astype(np.int16) - 1)
     refused(r"holds 70000, but the classes", labels.astype(np.int32) + 70000)
-    refused(r"holds 0\.5, no whole number; resample labels by nearest", labels / 2)
-    refused(r"holds nan, no whole number", np.where(labels, labels, np.nan))
+    refused(r"holds 0\.5, which is not a whole number; resample labels by nearest", labels / 2)
+    refused(r"holds nan, which is not a whole number", np.where(labels, labels, np.nan))
     refused(r"2 channels; a label map has one", np.stack([labels] * 2, 3))
 
 
@@ -959,7 +959,7 @@ def test_ct_that_is_not_in_hu_is_said_of_every_run(tmp_path, capsys):
         lines = [line for line in out.splitlines() if "Hounsfield" in line]
         assert len(lines) == 1 and "i0.nii.gz (values 8" in lines[0] and "i1.nii" in lines[0]
         assert "i2.nii.gz" not in lines[0]
-        nifti.notices.said.clear()  # as another process
+        nifti.notices.known.clear()  # as another process
 
 
 def test_real_volumes(real_data, tmp_path):
