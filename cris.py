@@ -1,24 +1,26 @@
-"""CRIS, CLIP-driven referring image segmentation: an image and a phrase in, the mask of it out.
+"""CRIS, CLIP-driven referring image segmentation: an image and a phrase in, a mask out.
 
-Paper: Wang et al., CVPR 2022, arXiv 2111.15174. Official code (MIT), whose names are kept:
-github.com/DerrickWang005/CRIS.pytorch at e596332, model/{clip,layers,segmenter}.py. Weights of CLIP
-to start from: OpenAI's RN50.pt, RN101.pt; on the hub timm/resnet50_clip.openai, resnet101 (MIT). Of
-CRIS none were released; those in use were trained on RefCOCO by a user (issue 3, no licence).
+Paper: Wang et al., CVPR 2022, arXiv 2111.15174. Official code (MIT), whose tensor names are kept:
+github.com/DerrickWang005/CRIS.pytorch at e596332, model/{clip,layers,segmenter}.py. No CRIS weights
+were released; the checkpoint in common use was trained on RefCOCO by a user (issue 3, no licence
+stated). Training starts from OpenAI's CLIP, RN50.pt or RN101.pt; on the hub
+timm/resnet50_clip.openai and timm/resnet101_clip.openai (MIT).
 
-    image (B,3,416,416)                tokens (B,T): 49406 ... 49407 and padding
+    image (B,3,416,416)                tokens (B,T): 49406 ... 49407, then padding
       ResNet, attention pool             text transformer
-    v3 (B,512,52,52), stride 8         words (B,T,512)   state (B,1024), from 49407
-    v4 (B,1024,26,26), 16                |                 |
-    v5 (B,1024,13,13), 32                |                 |
-    neck: v5 * state, all at 16  <-------|-----------------|
+    v3 (B,512,52,52)                   words (B,T,512)   state (B,1024), at 49407
+    v4 (B,1024,26,26)                    |                 |
+    v5 (B,1024,13,13)                    |                 |
+    neck: v5 * state, then a pyramid  <--|-----------------|
       (B,512,26,26)                      |                 |
-    decoder: pixels look at words  <-----'                 |
+    decoder: pixels attend to words  <---'                 |
       (B,512,26,26)                                        |
-    projector: up to 4, 3x3 kernel from the state  <-------'
+    projector: upsample 4x, 3x3 kernel from the state  <---'
     logits (B,1,104,104)
 
-Texts need `tokenizer.py` and `clip_merges.txt.xz` beside this file (copy both), and the package
-`tokenizers`; or use any CLIP tokenizer. Left out: loss and data of the study.
+Shapes in this file are those of RN50 at 416 px. To use it in another project, copy `tokenizer.py`
+and `clip_merges.txt.xz` with it and install `tokenizers`; any other CLIP tokenizer works as well.
+Left out: the loss and the data set of the paper.
 
     model = CRIS.from_pretrained("cris_best.pth")
     probabilities, mask = model.segment("photo.jpg", "a polyp")  # or a PIL image
@@ -33,7 +35,6 @@ import sys
 import zipfile
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -43,22 +44,22 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Config:
-    layers: tuple[int, ...] = (3, 4, 6, 3)  # bottlenecks a stage of the ResNet
-    width: int = 64  # channels after its stem; its stages end with 4, 8, 16, 32 times as many
-    state_dim: int = 1024  # sentence vector, and channels of v5
-    dim: int = 512  # text transformer, neck and decoder
-    heads: int = 8  # of the text transformer and the decoder
+    layers: tuple[int, ...] = (3, 4, 6, 3)  # bottlenecks in each of the four ResNet stages
+    width: int = 64  # channels after the ResNet stem; the stages have 4, 8, 16 and 32 times as many
+    state_dim: int = 1024  # channels of the sentence vector and of v5
+    dim: int = 512  # channels of the text transformer, the neck and the decoder
+    heads: int = 8  # attention heads of the text transformer and the decoder
     text_layers: int = 12
     decoder_layers: int = 3
-    ffn_dim: int = 2048  # of the decoder
-    image_size: int = 416  # side of the square that `preprocess` makes
-    mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)  # RGB in 0..1, CLIP's
+    ffn_dim: int = 2048  # hidden channels of the decoder's MLP
+    image_size: int = 416  # side of the square that `preprocess` makes, pixels
+    mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)  # of RGB in 0..1, from CLIP
     std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
-    pixels: str = "letterbox"  # way in and back: letterbox (official), stretch or medvlsm
-    text_length: int = 17  # tokens that a phrase is cut or padded to, 77 at most; here RefCOCO's
-    pad_token: int = 0  # 0 is masked in the decoder; 49407, medvlsm's, is attended to
-    threshold: float = 0.35  # of the official evaluation
-    dropout: float = 0.1  # in the decoder, while training
+    pixels: str = "letterbox"  # how images become squares: letterbox (official), stretch, medvlsm
+    text_length: int = 17  # tokens per phrase, at most 77; 17 is what CRIS uses for RefCOCO
+    pad_token: int = 0  # the decoder masks 0; it attends to 49407, the padding of medvlsm
+    threshold: float = 0.35  # from the official evaluation
+    dropout: float = 0.1  # in the decoder, in training mode only
     freeze_text_norm: bool = False  # see CRIS.train
 
 
@@ -72,83 +73,116 @@ VARIANTS = {
 }  # fmt: skip
 
 
+# model/clip.py, class Bottleneck
 class Bottleneck(nn.Module):
-    """CLIP's: every convolution has stride 1, an average pool strides, in the shortcut too."""
+    """Residual block in which average pooling replaces strided convolutions."""
 
     def __init__(self, inputs: int, planes: int, stride: int):
         super().__init__()
-        conv = partial(nn.Conv2d, bias=False)
-        self.conv1, self.bn1 = conv(inputs, planes, 1), nn.BatchNorm2d(planes)
-        self.conv2, self.bn2 = conv(planes, planes, 3, padding=1), nn.BatchNorm2d(planes)
-        self.conv3, self.bn3 = conv(planes, 4 * planes, 1), nn.BatchNorm2d(4 * planes)
-        nn.init.zeros_(self.bn3.weight)  # untrained, a block is its shortcut
+        outputs = 4 * planes
+        self.conv1 = nn.Conv2d(inputs, planes, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(planes)
+        self.conv2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.conv3 = nn.Conv2d(planes, outputs, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(outputs)
+        nn.init.zeros_(self.bn3.weight)  # an untrained block passes on its shortcut alone
+
         self.pool = nn.AvgPool2d(stride) if stride > 1 else nn.Identity()
         self.downsample = nn.Identity()
-        if inputs != 4 * planes:
-            shortcut = conv(inputs, 4 * planes, 1), nn.BatchNorm2d(4 * planes)
-            self.downsample = nn.Sequential(*shortcut)
+        if inputs != outputs:
+            self.downsample = nn.Sequential(
+                nn.Conv2d(inputs, outputs, 1, bias=False),
+                nn.BatchNorm2d(outputs),
+            )
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (B,inputs,H,W) -> (B,4*planes,H/stride,W/stride)."""
         y = F.relu(self.bn1(self.conv1(x)), inplace=True)
         y = F.relu(self.bn2(self.conv2(y)), inplace=True)
-        y = self.bn3(self.conv3(self.pool(y)))  # (B,4*planes,H/stride,W/stride)
+        y = self.bn3(self.conv3(self.pool(y)))
         y += self.downsample(self.pool(x))
         return F.relu(y, inplace=True)
 
 
+# model/clip.py, class AttentionPool2d
 class AttentionPool(nn.Module):
-    """CLIP's, but nothing is pooled: all positions attend to each other, and all are kept."""
+    """CLIP's attention pool, but all positions are queries and all outputs are kept."""
 
     def __init__(self, dim: int, out_dim: int):
         super().__init__()
-        # CLIP saw 224 px: a row for the mean of all positions, unused here, then 7x7.
+        # CLIP was trained at 224 px: one row for the mean token (unused here), then 7x7 positions.
         self.positional_embedding = nn.Parameter(torch.randn(1 + 7 * 7, dim) / dim**0.5)
-        self.k_proj, self.q_proj, self.v_proj = (nn.Linear(dim, dim) for _ in range(3))
+        self.k_proj = nn.Linear(dim, dim)
+        self.q_proj = nn.Linear(dim, dim)
+        self.v_proj = nn.Linear(dim, dim)
         self.c_proj = nn.Linear(dim, out_dim)
-        # The way past the attention is CRIS's own: no CLIP file has it.
-        connect = nn.Conv2d(dim, out_dim, 1, bias=False), nn.BatchNorm2d(out_dim)
-        self.connect = nn.Sequential(*connect)
+        # Residual branch added by CRIS; absent from CLIP checkpoints.
+        self.connect = nn.Sequential(
+            nn.Conv2d(dim, out_dim, 1, bias=False),
+            nn.BatchNorm2d(out_dim),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (B,C,H,W) -> (B,out_dim,H,W)."""
         H, W = x.shape[2:]
         table = self.positional_embedding[1:].T.unflatten(1, (7, 7))[None]  # (1,C,7,7)
         y = x + F.interpolate(table, (H, W), mode="bicubic", align_corners=False)
         y = y.flatten(2).transpose(1, 2)  # (B,N,C)
-        projections = self.q_proj, self.k_proj, self.v_proj
-        q, k, v = (f(y).unflatten(2, (-1, 64)).transpose(1, 2) for f in projections)  # (B,h,N,64)
-        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # (B,N,C)
+
+        q = self.q_proj(y).unflatten(2, (-1, 64)).transpose(1, 2)  # (B,h,N,64)
+        k = self.k_proj(y).unflatten(2, (-1, 64)).transpose(1, 2)  # (B,h,N,64)
+        v = self.v_proj(y).unflatten(2, (-1, 64)).transpose(1, 2)  # (B,h,N,64)
+        y = F.scaled_dot_product_attention(q, k, v)  # (B,h,N,64)
+        y = y.transpose(1, 2).flatten(2)  # (B,N,C)
+
         y = self.c_proj(y).transpose(1, 2).unflatten(2, (H, W))  # (B,out_dim,H,W)
         return F.relu(y + self.connect(x))
 
 
+def resnet_stage(inputs: int, planes: int, blocks: int, stride: int) -> nn.Sequential:
+    """Return bottlenecks in a row, the first of which pools: inputs -> 4*planes channels."""
+    stage = nn.Sequential(Bottleneck(inputs, planes, stride))
+    for _ in range(blocks - 1):
+        stage.append(Bottleneck(4 * planes, planes, stride=1))
+    return stage
+
+
+# model/clip.py, class ModifiedResNet
 class ResNet(nn.Module):
+    """CLIP's ResNet: a stem of three convolutions, four stages and an attention pool."""
+
     def __init__(self, layers: tuple[int, ...], width: int, state_dim: int):
         super().__init__()
-        conv = partial(nn.Conv2d, kernel_size=3, padding=1, bias=False)
-        self.conv1, self.bn1 = conv(3, width // 2, stride=2), nn.BatchNorm2d(width // 2)
-        self.conv2, self.bn2 = conv(width // 2, width // 2), nn.BatchNorm2d(width // 2)
-        self.conv3, self.bn3 = conv(width // 2, width), nn.BatchNorm2d(width)
+        half = width // 2
+        self.conv1 = nn.Conv2d(3, half, 3, stride=2, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(half)
+        self.conv2 = nn.Conv2d(half, half, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(half)
+        self.conv3 = nn.Conv2d(half, width, 3, padding=1, bias=False)
+        self.bn3 = nn.BatchNorm2d(width)
 
-        def stage(inputs: int, planes: int, blocks: int, stride: int) -> nn.Sequential:
-            rest = [Bottleneck(4 * planes, planes, 1) for _ in range(blocks - 1)]
-            return nn.Sequential(Bottleneck(inputs, planes, stride), *rest)
-
-        self.layer1 = stage(width, width, layers[0], 1)
-        self.layer2 = stage(4 * width, 2 * width, layers[1], 2)
-        self.layer3 = stage(8 * width, 4 * width, layers[2], 2)
-        self.layer4 = stage(16 * width, 8 * width, layers[3], 2)
+        self.layer1 = resnet_stage(width, width, layers[0], stride=1)
+        self.layer2 = resnet_stage(4 * width, 2 * width, layers[1], stride=2)
+        self.layer3 = resnet_stage(8 * width, 4 * width, layers[2], stride=2)
+        self.layer4 = resnet_stage(16 * width, 8 * width, layers[3], stride=2)
         self.attnpool = AttentionPool(32 * width, state_dim)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x = F.relu(self.bn1(self.conv1(x)), inplace=True)  # (B,32,208,208)
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the feature maps v3, v4 and v5 at strides 8, 16 and 32. image (B,3,H,W)"""
+        x = F.relu(self.bn1(self.conv1(image)), inplace=True)  # (B,32,208,208)
         x = F.relu(self.bn2(self.conv2(x)), inplace=True)
-        x = F.relu(self.bn3(self.conv3(x)), inplace=True)
-        x = self.layer1(F.avg_pool2d(x, 2))  # (B,256,104,104)
+        x = F.relu(self.bn3(self.conv3(x)), inplace=True)  # (B,64,208,208)
+        x = F.avg_pool2d(x, 2)  # (B,64,104,104)
+
+        x = self.layer1(x)  # (B,256,104,104)
         v3 = self.layer2(x)  # (B,512,52,52)
         v4 = self.layer3(v3)  # (B,1024,26,26)
-        return v3, v4, self.attnpool(self.layer4(v4))  # (B,1024,13,13)
+        x = self.layer4(v4)  # (B,2048,13,13)
+        return v3, v4, self.attnpool(x)  # v5 (B,1024,13,13)
 
 
+# model/clip.py, class ResidualAttentionBlock
 # shared: clip_text
 class TextBlock(nn.Module):
     """A layer of CLIP's text transformer: causal self-attention, then an MLP."""
@@ -185,165 +219,298 @@ class TextBlock(nn.Module):
 # end shared
 
 
+# model/clip.py, class CLIP
 class CLIP(nn.Module):
+    """CLIP's image and text encoders."""
+
     def __init__(self, config: Config):
         super().__init__()
         dim = config.dim
         self.positional_embedding = nn.Parameter(0.01 * torch.randn(77, dim))
         self.text_projection = nn.Parameter(torch.randn(dim, config.state_dim) / dim**0.5)
-        # CLIP's temperature: unused, kept so that a file can be written back whole.
+        # CLIP's temperature is unused; it is kept so that `to_official` returns every tensor.
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)), requires_grad=False)
         self.visual = ResNet(config.layers, config.width, config.state_dim)
-        blocks = nn.Sequential(*(TextBlock(dim, config.heads) for _ in range(config.text_layers)))
+
+        blocks = nn.Sequential()
+        for _ in range(config.text_layers):
+            blocks.append(TextBlock(dim, config.heads))
         self.transformer = nn.ModuleDict({"resblocks": blocks})
         self.token_embedding = nn.Embedding(49408, dim)
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         self.ln_final = nn.LayerNorm(dim)
 
     def encode_text(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """tokens (B,T) -> words (B,T,dim), state (B,state_dim)."""
-        x = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]  # (B,T,C)
+        """Return word vectors (B,T,dim) and sentence vectors (B,state_dim) of tokens (B,T)."""
+        T = tokens.shape[1]
+        x = self.token_embedding(tokens) + self.positional_embedding[:T]  # (B,T,dim)
         words = self.ln_final(self.transformer["resblocks"](x))
-        end = tokens.argmax(1)  # the first 49407, the largest of all tokens
-        state = words[torch.arange(len(words), device=words.device), end]  # (B,C)
-        return words, state @ self.text_projection
+
+        # The sentence vector is taken at the first end token: 49407 is the largest token.
+        end = tokens.argmax(1)  # (B,)
+        images = torch.arange(len(words), device=words.device)
+        state = words[images, end] @ self.text_projection  # (B,state_dim)
+        return words, state
 
 
-def conv(inputs: int, outputs: int, kernel_size: int) -> nn.Sequential:
-    layer = nn.Conv2d(inputs, outputs, kernel_size, padding=kernel_size // 2, bias=False)
-    return nn.Sequential(layer, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))
+# model/layers.py, conv_layer
+def conv_layer(inputs: int, outputs: int, kernel_size: int) -> nn.Sequential:
+    """Return a convolution that keeps the size, a batch norm and a ReLU."""
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, kernel_size, padding=kernel_size // 2, bias=False),
+        nn.BatchNorm2d(outputs),
+        nn.ReLU(inplace=True),
+    )
 
 
+# model/layers.py, CoordConv.add_coord
+def add_coordinates(x: Tensor) -> Tensor:
+    """Append two channels, each position's column and row in -1..1. (B,C,H,W) -> (B,C+2,H,W)"""
+    B, C, H, W = x.shape
+    rows = torch.linspace(-1, 1, H, device=x.device).to(x.dtype)
+    columns = torch.linspace(-1, 1, W, device=x.device).to(x.dtype)
+    coordinates = torch.stack(torch.meshgrid(columns, rows, indexing="xy"))  # (2,H,W)
+    return torch.cat([x, coordinates.expand(B, -1, -1, -1)], 1)  # (B,C+2,H,W)
+
+
+# model/layers.py, class FPN
 class Neck(nn.Module):
-    """v5 times the sentence vector, then a feature pyramid, brought together at stride 16."""
+    """Multiplies v5 by the sentence vector, then fuses a feature pyramid at stride 16."""
 
     def __init__(self, c3: int, c4: int, c5: int, dim: int):
         super().__init__()
-        text = nn.Linear(c5, 2 * dim, bias=False)
-        self.txt_proj = nn.Sequential(text, nn.BatchNorm1d(2 * dim), nn.ReLU(inplace=True))
+        self.txt_proj = nn.Sequential(
+            nn.Linear(c5, 2 * dim, bias=False),
+            nn.BatchNorm1d(2 * dim),
+            nn.ReLU(inplace=True),
+        )
         self.up = nn.Upsample(scale_factor=2, mode="bilinear")
-        self.f1_v_proj = conv(c5, 2 * dim, 1)
+        self.f1_v_proj = conv_layer(c5, 2 * dim, 1)
         self.norm_layer = nn.Sequential(nn.BatchNorm2d(2 * dim), nn.ReLU(inplace=True))
-        self.f2_v_proj = conv(c4, dim, 3)
-        self.f2_cat = conv(3 * dim, dim, 1)
-        self.f3_v_proj = conv(c3, dim // 2, 3)
-        self.f3_cat = conv(dim // 2 + dim, dim, 1)
-        self.f4_proj5 = conv(2 * dim, dim, 3)
-        self.f4_proj4 = conv(dim, dim, 3)
-        self.f4_proj3 = conv(dim, dim, 3)
-        self.aggr = conv(3 * dim, dim, 1)
-        first = nn.ModuleDict({"conv1": conv(dim + 2, dim, 3)})  # takes coordinates as well
-        self.coordconv = nn.Sequential(first, conv(dim, dim, 3))
+        self.f2_v_proj = conv_layer(c4, dim, 3)
+        self.f2_cat = conv_layer(3 * dim, dim, 1)
+        self.f3_v_proj = conv_layer(c3, dim // 2, 3)
+        self.f3_cat = conv_layer(dim // 2 + dim, dim, 1)
+        self.f4_proj5 = conv_layer(2 * dim, dim, 3)
+        self.f4_proj4 = conv_layer(dim, dim, 3)
+        self.f4_proj3 = conv_layer(dim, dim, 3)
+        self.aggr = conv_layer(3 * dim, dim, 1)
+        # Official names: the first of the two is a CoordConv, with its convolution inside.
+        coord_conv = nn.ModuleDict({"conv1": conv_layer(dim + 2, dim, 3)})
+        self.coordconv = nn.Sequential(coord_conv, conv_layer(dim, dim, 3))
 
     def forward(self, v3: Tensor, v4: Tensor, v5: Tensor, state: Tensor) -> Tensor:
+        """v3, v4, v5 as ResNet returns them, state (B,state_dim) -> (B,dim,H/16,W/16)."""
+        # Fuse the sentence into the coarsest map.
         text = self.txt_proj(state)[:, :, None, None]  # (B,1024,1,1)
         f5 = self.norm_layer(self.f1_v_proj(v5) * text)  # (B,1024,13,13)
-        f4 = self.f2_cat(torch.cat([self.f2_v_proj(v4), self.up(f5)], 1))  # (B,512,26,26)
+
+        # Go down the pyramid; the finest map comes to stride 16 by pooling.
+        f4 = torch.cat([self.f2_v_proj(v4), self.up(f5)], 1)  # (B,1536,26,26)
+        f4 = self.f2_cat(f4)  # (B,512,26,26)
         f3 = F.avg_pool2d(self.f3_v_proj(v3), 2)  # (B,256,26,26)
         f3 = self.f3_cat(torch.cat([f3, f4], 1))  # (B,512,26,26)
+
+        # Gather all three at stride 16 and add coordinates.
         f5 = self.up(self.f4_proj5(f5))  # (B,512,26,26)
         f = torch.cat([self.f4_proj3(f3), self.f4_proj4(f4), f5], 1)  # (B,1536,26,26)
-        f = self.aggr(f)  # (B,512,26,26)
-        y, x = (torch.linspace(-1, 1, n, device=f.device).to(f.dtype) for n in f.shape[2:])
-        xy = torch.stack(torch.meshgrid(x, y, indexing="xy"))  # (2,H,W)
-        f = torch.cat([f, xy.expand(len(f), -1, -1, -1)], 1)  # (B,514,H,W)
-        return self.coordconv[1](self.coordconv[0]["conv1"](f))  # (B,512,H,W)
+        f = add_coordinates(self.aggr(f))  # (B,514,26,26)
+        f = self.coordconv[0]["conv1"](f)  # (B,512,26,26)
+        return self.coordconv[1](f)
 
 
+# model/layers.py, TransformerDecoder.pos1d
 def sine_table(length: int, dim: int) -> Tensor:
-    """Sines and cosines of the positions 0, 1, ..., interleaved: (length,dim) float32."""
-    frequencies = torch.exp(torch.arange(0, dim, 2) * -(math.log(10000.0) / dim))
+    """Return sines and cosines of the positions 0, 1, ..., interleaved: (length,dim) float32."""
+    frequencies = torch.exp(torch.arange(0, dim, 2) * -(math.log(10000.0) / dim))  # (dim/2,)
     angles = torch.arange(length)[:, None] * frequencies  # (length,dim/2)
-    return torch.stack([angles.sin(), angles.cos()], 2).flatten(1)
+    return torch.stack([angles.sin(), angles.cos()], 2).flatten(1)  # (length,dim)
 
 
+# model/layers.py, TransformerDecoder.pos2d
+def sine_table_2d(height: int, width: int, dim: int) -> Tensor:
+    """Return sine tables of the column (first half) and the row: (height*width,dim) float32."""
+    columns = sine_table(width, dim // 2)  # (W,dim/2)
+    rows = sine_table(height, dim // 2)  # (H,dim/2)
+    columns = columns.expand(height, width, -1)  # (H,W,dim/2)
+    rows = rows[:, None].expand(height, width, -1)  # (H,W,dim/2)
+    return torch.cat([columns, rows], 2).flatten(0, 1)  # (H*W,dim)
+
+
+# model/layers.py, class TransformerDecoderLayer
 class DecoderLayer(nn.Module):
+    """Pre-norm transformer layer: pixels attend to each other, then to the words, then an MLP."""
+
     def __init__(self, dim: int, heads: int, ffn_dim: int, dropout: float):
         super().__init__()
         self.self_attn = nn.MultiheadAttention(dim, heads, dropout, batch_first=True)
         self.multihead_attn = nn.MultiheadAttention(dim, heads, dropout, batch_first=True)
-        # quirk: besides the usual norms before, one behind each attention and one in the MLP
-        self.self_attn_norm, self.cross_attn_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        up, down = nn.Linear(dim, ffn_dim), nn.Linear(ffn_dim, dim)
-        norm = nn.LayerNorm(ffn_dim)
-        self.ffn = nn.Sequential(up, nn.ReLU(inplace=True), nn.Dropout(dropout), norm, down)
-        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(dim) for _ in range(3))
+        # quirk: further norms on the output of both attentions and inside the MLP
+        self.self_attn_norm = nn.LayerNorm(dim)
+        self.cross_attn_norm = nn.LayerNorm(dim)
+        self.ffn = nn.Sequential(
+            nn.Linear(dim, ffn_dim),
+            nn.ReLU(inplace=True),
+            nn.Dropout(dropout),
+            nn.LayerNorm(ffn_dim),
+            nn.Linear(ffn_dim, dim),
+        )
+        self.norm1 = nn.LayerNorm(dim)
+        self.norm2 = nn.LayerNorm(dim)
+        self.norm3 = nn.LayerNorm(dim)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x, words, position, word_position, padding) -> Tensor:
         """x (B,N,C), words (B,T,C), positions (N,C) and (T,C), padding (B,T) -> (B,N,C)."""
+        # Positions are added to queries and keys, not to values.
         y = self.norm1(x)
-        q = y + position  # queries and keys are told where they are, values are not
+        q = y + position
         y = self.self_attn(q, q, y, need_weights=False)[0]  # (B,N,C)
         x = x + self.dropout(self.self_attn_norm(y))
-        q, k = self.norm2(x) + position, words + word_position
+
+        q = self.norm2(x) + position
+        k = words + word_position
         y = self.multihead_attn(q, k, words, padding, need_weights=False)[0]  # (B,N,C)
         x = x + self.dropout(self.cross_attn_norm(y))
+
         return x + self.dropout(self.ffn(self.norm3(x)))
 
 
+# model/layers.py, class TransformerDecoder
 class Decoder(nn.Module):
+    """Transformer decoder in which the pixels of the neck's map attend to the words."""
+
     def __init__(self, layers: int, dim: int, heads: int, ffn_dim: int, dropout: float):
         super().__init__()
-        layer = partial(DecoderLayer, dim, heads, ffn_dim, dropout)
-        self.layers = nn.ModuleList(layer() for _ in range(layers))
+        self.layers = nn.ModuleList()
+        for _ in range(layers):
+            self.layers.append(DecoderLayer(dim, heads, ffn_dim, dropout))
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, x: Tensor, words: Tensor, padding: Tensor) -> Tensor:
-        """x (B,C,H,W), words (B,T,C), padding (B,T) True where words are not seen -> (B,C,H,W)."""
+        """x (B,C,H,W), words (B,T,C), padding (B,T) True where words are masked -> (B,C,H,W)."""
         C, H, W = x.shape[1:]
-        column, row = sine_table(W, C // 2), sine_table(H, C // 2)  # (W,C/2), (H,C/2)
-        position = torch.cat([column.expand(H, W, -1), row[:, None].expand(H, W, -1)], 2)  # (H,W,C)
-        position = position.flatten(0, 1).to(x)  # (N,C)
-        word_position = sine_table(words.shape[1], C).to(x)  # (T,C)
+        T = words.shape[1]
+        position = sine_table_2d(H, W, C).to(x)  # (N,C)
+        word_position = sine_table(T, C).to(x)  # (T,C)
+
         x = x.flatten(2).transpose(1, 2)  # (B,N,C)
         for layer in self.layers:
             x = layer(x, words, position, word_position, padding)
         return self.norm(x).transpose(1, 2).unflatten(2, (H, W))  # (B,C,H,W)
 
 
-def upsampled_conv3x3(x: Tensor, weight: Tensor) -> Tensor:
-    """3x3 convolution of the bilinearly doubled x, padding 1, in a quarter of the multiplications.
+def axis_matrix(n: int, like: Tensor) -> Tensor:
+    """Return the matrix that upsamples n positions by 2 and applies three shifted taps: (2n,3n).
 
-    Channels and positions can be mixed in either order: each of the nine taps mixes the channels
-    before upsampling; upsampling, shifting and adding are then one small matrix along each side.
-    (B,C,H,W), (K,C,3,3) -> (B,K,2H,2W)
+    Column t*n + i holds how much input position i contributes, through tap t, to each output.
     """
+    identity = torch.eye(n, device=like.device, dtype=like.dtype)
+    upsampled = F.interpolate(identity[None], scale_factor=2, mode="linear", align_corners=False)
+    padded = F.pad(upsampled[0], (1, 1))  # (n,2n+2)
 
-    def taps(n: int) -> Tensor:
-        """(3n,2n): how much of position i each tap sees when it makes position j."""
-        eye = torch.eye(n, device=x.device, dtype=x.dtype)[None]
-        up = F.interpolate(eye, scale_factor=2, mode="linear", align_corners=False)[0]  # (n,2n)
-        return F.pad(up, (1, 1)).unfold(1, 2 * n, 1).transpose(0, 1).flatten(0, 1)
+    shifted = []
+    for tap in range(3):
+        shifted.append(padded[:, tap : tap + 2 * n])  # (n,2n)
+    return torch.cat(shifted).T  # (2n,3n)
 
+
+def upsampled_conv3x3(x: Tensor, weight: Tensor) -> Tensor:
+    """Convolve the bilinearly doubled x with a 3x3 kernel, without upsampling x first.
+
+    Equals, at a quarter of the multiplications,
+
+        x = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
+        return F.conv2d(x, weight, padding=1)
+
+    Upsampling acts on positions and the kernel's taps on channels, so the taps can go first, at
+    the low resolution. What is left per axis is one small matrix (`axis_matrix`).
+
+    x (B,C,H,W), weight (outputs,C,3,3) -> (B,outputs,2H,2W)
+    """
     B, C, H, W = x.shape
-    K = len(weight)
-    y = weight.permute(0, 3, 2, 1).reshape(-1, C) @ x.flatten(2)  # (B,K*3*3,H*W), column tap first
-    y = taps(H).T @ y.view(B, K, 3, 3 * H, W)  # (B,K,3,2H,W)
-    return y.transpose(2, 3).flatten(3) @ taps(W)  # (B,K,2H,2W)
+    outputs = len(weight)
+
+    # Each of the nine taps mixes the channels. Rows: output channel, column tap, row tap.
+    taps = weight.permute(0, 3, 2, 1).reshape(9 * outputs, C)
+    y = taps @ x.flatten(2)  # (B,outputs*9,H*W)
+
+    # Upsample, shift by the row tap and add up along the rows, then the same along the columns.
+    y = axis_matrix(H, x) @ y.view(B, outputs, 3, 3 * H, W)  # (B,outputs,3,2H,W)
+    y = y.transpose(2, 3).flatten(3)  # (B,outputs,2H,3*W)
+    return y @ axis_matrix(W, x).T  # (B,outputs,2H,2W)
 
 
+def conv3x3_per_image(x: Tensor, mix: nn.Conv2d, kernel: Tensor, bias: Tensor) -> Tensor:
+    """Mix the channels of x by a 1x1 convolution, then convolve each image with its own kernel.
+
+    Equals
+
+        B, C, H, W = x.shape
+        x = mix(x).reshape(1, B * C, H, W)  # one group of C channels for each image
+        y = F.conv2d(x, kernel, bias, padding=1, groups=B)  # (1,B,H,W)
+        return y.transpose(0, 1)
+
+    but no map of C channels is computed: an output is a sum over nine neighbours, and for each of
+    the nine, kernel and mix together are one vector of C weights.
+
+    x (B,C,H,W), kernel (B,C,3,3), bias (B,) -> (B,1,H,W)
+    """
+    # For each tap, merge the kernel with the 1x1 convolution. Products of matrices from here on.
+    taps = kernel.flatten(2).flip(2).transpose(1, 2)  # (B,9,C); the flip is explained below
+    merged = taps @ mix.weight.flatten(1)  # (B,9,C)
+    merged_bias = taps @ mix.bias[:, None]  # (B,9,1)
+
+    # Nine numbers for each pixel: what it contributes through each tap.
+    y = merged @ x.flatten(2) + merged_bias  # (B,9,H*W)
+
+    # F.fold writes the nine numbers of a pixel into the 3x3 neighbourhood around it and adds up
+    # what overlaps. So tap (0,0) of a pixel reaches the output up left of it, while in a
+    # convolution an output's tap (0,0) reads the pixel up left: the opposite, hence the flip.
+    y = F.fold(y, x.shape[2:], 3, padding=1)  # (B,1,H,W)
+    return y + bias[:, None, None, None]
+
+
+# model/layers.py, class Projector
 class Projector(nn.Module):
+    """Upsamples to stride 4 and convolves each image with a kernel predicted from its sentence."""
+
     def __init__(self, state_dim: int, dim: int):
         super().__init__()
-        # Official numbers: 0 and 2 are the upsamplings, done here within the convolutions.
+        # "4" is created first: the order of creation decides seeded weights.
         mix = nn.Conv2d(dim // 2, dim // 2, 1)
-        self.vis = nn.ModuleDict({"1": conv(dim, dim, 3), "3": conv(dim, dim // 2, 3), "4": mix})
-        self.txt = nn.Linear(state_dim, 9 * (dim // 2) + 1)
+        # Official numbers; 0 and 2 are the upsamplings, which `upsampled_conv3x3` includes.
+        self.vis = nn.ModuleDict(
+            {
+                "1": conv_layer(dim, dim, 3),
+                "3": conv_layer(dim, dim // 2, 3),
+                "4": mix,
+            }
+        )
+        self.txt = nn.Linear(state_dim, 9 * (dim // 2) + 1)  # a kernel and a bias
 
     def forward(self, x: Tensor, state: Tensor) -> Tensor:
         """x (B,dim,H,W), state (B,state_dim) -> logits (B,1,4H,4W)."""
-        for conv3x3, norm, relu in (self.vis["1"], self.vis["3"]):
-            x = relu(norm(upsampled_conv3x3(x, conv3x3.weight)))  # (B,dim/2,4H,4W) at the end
-        # The last 1x1 convolution and the kernel of the sentence are one linear map: nine numbers
-        # a pixel, shifted and added by F.fold, which shifts against a convolution: hence the flip.
-        kernel, bias = self.txt(state).split((9 * x.shape[1], 1), 1)
-        kernel = kernel.unflatten(1, (-1, 9)).flip(2).transpose(1, 2)  # (B,9,dim/2)
-        mix = self.vis["4"]
-        y = kernel @ mix.weight.flatten(1) @ x.flatten(2) + kernel @ mix.bias[:, None]  # (B,9,16HW)
-        return F.fold(y, x.shape[2:], 3, padding=1) + bias[:, :, None, None]  # (B,1,4H,4W)
+        for name in ("1", "3"):
+            conv3x3, norm, relu = self.vis[name]
+            x = relu(norm(upsampled_conv3x3(x, conv3x3.weight)))  # finally (B,dim/2,4H,4W)
+
+        kernel_and_bias = self.txt(state)  # (B,9*dim/2+1)
+        kernel = kernel_and_bias[:, :-1].unflatten(1, (-1, 3, 3))  # (B,dim/2,3,3)
+        bias = kernel_and_bias[:, -1]  # (B,)
+        return conv3x3_per_image(x, self.vis["4"], kernel, bias)  # (B,1,4H,4W)
 
 
+def trim_padding(tokens: Tensor) -> Tensor:
+    """Cut off the last columns of tokens (B,T) if they are 0 in all rows.
+
+    This changes no output: the decoder masks 0, and no word attends to later ones.
+    """
+    last = tokens.any(0).nonzero().max()
+    return tokens[:, : int(last) + 1]
+
+
+# model/segmenter.py, class CRIS
 class CRIS(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
@@ -353,76 +520,122 @@ class CRIS(nn.Module):
             raise ValueError(f"layers={config.layers}: the image encoder has four stages")
         if config.heads < 1 or config.dim % config.heads:
             raise ValueError(f"heads={config.heads}: must divide dim={config.dim}")
-        self.config, c = config, config
-        self.preprocess = partial(preprocess, config=config)  # image -> (3,S,S)
-        self.postprocess = partial(postprocess, config=config)  # logits, size -> (1,H,W)
+
+        self.config = config
+        c = config
         self.backbone = CLIP(c)
         self.neck = Neck(8 * c.width, 16 * c.width, c.state_dim, c.dim)
         self.decoder = Decoder(c.decoder_layers, c.dim, c.heads, c.ffn_dim, c.dropout)
         self.proj = Projector(c.state_dim, c.dim)
 
     def forward(self, image: Tensor, tokens: Tensor) -> Tensor:
-        """image (B,3,H,W) normalised, H and W in 32s, tokens (B,T) -> logits (B,1,H/4,W/4)."""
+        """Return logits (B,1,H/4,W/4).
+
+        image: (B,3,H,W) as `preprocess` returns it; H and W are multiples of 32, else ValueError.
+        tokens: (B,T) int64, T at most 77.
+        """
         if any(side % 32 for side in image.shape[2:]):
             raise ValueError(f"image sides must be multiples of 32, not {tuple(image.shape[2:])}")
-        if not torch.compiler.is_compiling():  # which wants shapes that depend on no value
-            # Columns of zeros at the end change nothing: masked, and no word looks ahead.
-            tokens = tokens[:, : int(tokens.any(0).nonzero().max()) + 1]  # (B,T)
+        if not torch.compiler.is_compiling():  # a compiled graph must not depend on values
+            tokens = trim_padding(tokens)  # (B,T)
+
         v3, v4, v5 = self.backbone.visual(image)
         words, state = self.backbone.encode_text(tokens)
         x = self.neck(v3, v4, v5, state)  # (B,512,H/16,W/16)
-        return self.proj(self.decoder(x, words, tokens == 0), state)
+        x = self.decoder(x, words, tokens == 0)  # (B,512,H/16,W/16)
+        return self.proj(x, state)  # (B,1,H/4,W/4)
 
     def train(self, mode: bool = True) -> "CRIS":
+        """Set training mode; with `freeze_text_norm` the text norm keeps its running statistics.
+
+        If all images have the same phrase, the batch norm over sentence vectors sees no variance.
+        Its running variance then decays to 0, and dividing by it ruins evaluation.
+        """
         super().train(mode)
-        # With one phrase for all images its batches have no variance: the running one decays to
-        # nothing, and evaluation divides by it. `freeze_text_norm` keeps it as loaded.
         self.neck.txt_proj[1].train(mode and not self.config.freeze_text_norm)
         return self
 
+    def preprocess(self, image) -> Tensor:
+        """Return a PIL image as (3,S,S) float32: see `preprocess`."""
+        return preprocess(image, self.config)
+
+    def postprocess(self, logits: Tensor, size: tuple[int, int]) -> Tensor:
+        """Return probabilities (1,*size) from logits (1,h,w): see `postprocess`."""
+        return postprocess(logits, size, self.config)
+
     def segment(self, image, prompt: str) -> tuple:
-        """Segment an image or its file -> probabilities (1,H,W), mask (H,W); see `segment`."""
+        """Return probabilities (1,H,W) and mask (H,W) of an image or its file: see `segment`."""
         return segment(self, image, prompt)
 
     @classmethod
     def from_pretrained(cls, source: str | Path, **overrides) -> "CRIS":
-        """From a file, a folder, a run folder or a hub id; `overrides` are fields of Config.
+        """Load a file, a folder, a run folder or a hub id; return the model in evaluation mode.
 
-        CRIS whole, or CLIP alone: then what FRESH names stays untrained. In evaluation mode.
+        A file of CLIP alone fills the encoders; the parts in FRESH are then new, which is printed.
+        overrides: fields of Config. Raise FileNotFoundError or ValueError, one line, for a file
+        that does not fit.
         """
         weights, settings = read_checkpoint(source, FILES)
         weights = convert(weights)
-        fresh = () if any(name.startswith(FRESH) for name in weights) else FRESH
+        is_clip_alone = not any(name.startswith(FRESH) for name in weights)
+        fresh = FRESH if is_clip_alone else ()
+
         if "format" in settings:  # a run folder of ours
             config = Config(**run_config(settings, "CRIS", source, Config))
         else:
-            length, why = (77, "CLIP's") if fresh else (17, "of RefCOCO; medvlsm's are 77, 49407")
-            print(f"{source}: no tensor tells text_length, pad_token; took {length}, 0, {why}")
-            config = closest_variant(weights, CRIS, dict)  # the number of heads follows from it
-            config = replace(config, text_length=length, pad_token=0)
+            config = guess_config(weights, is_clip_alone, source)
         model = cls(replace(config, **overrides))
-        expected = {n: t for n, t in model.state_dict().items() if not n.startswith(fresh)}
+
+        new = model.state_dict()
+        expected = {name: t for name, t in new.items() if not name.startswith(fresh)}
         check_complete(weights, expected, source)
-        model.load_state_dict(model.state_dict() | weights)
+        model.load_state_dict(new | weights)
         if fresh:
-            print(f"{source}: CLIP alone; untrained are {', '.join(fresh)}")
+            print(f"{source}: this is CLIP alone; new and untrained: {', '.join(fresh)}")
         return model.eval()
 
 
+# --------------------------------------------------------------------------------------------------
+# Nothing under this line is needed to understand the model: loading of weights, pre- and
+# postprocessing.
+# --------------------------------------------------------------------------------------------------
+
 FILES = ("best.safetensors", "open_clip_model.safetensors", "open_clip_pytorch_model.bin")
-IGNORED = ("input_resolution", "context_length", "vocab_size")  # OpenAI's; two tables tell them
-FRESH = ("backbone.visual.attnpool.connect.", "neck.", "decoder.", "proj.")  # in no file of CLIP
+# Scalars in OpenAI's archives; the shapes of the two embedding tables say the same.
+IGNORED = ("input_resolution", "context_length", "vocab_size")
+# Parts that no CLIP file has.
+FRESH = ("backbone.visual.attnpool.connect.", "neck.", "decoder.", "proj.")
 
 
 def convert(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Names of CRIS stay, those of CLIP alone go below `backbone.`."""
-    prefix = "" if any(name.startswith("backbone.") for name in state_dict) else "backbone."
+    """Return the tensors under our names: those of CRIS stay, CLIP's go below `backbone.`."""
+    is_cris = any(name.startswith("backbone.") for name in state_dict)
+    prefix = "" if is_cris else "backbone."
     return {prefix + name: t for name, t in state_dict.items() if name not in IGNORED}
 
 
 def to_official(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """For `load_state_dict` of the official class; its programs want "module." before each name."""
+    """Return a state dict for the official class.
+
+    The official programs expect "module." before each name, as DistributedDataParallel writes it.
+    """
     return dict(state_dict)
+
+
+def guess_config(weights: dict[str, Tensor], is_clip_alone: bool, source) -> Config:
+    """Return the config of a file without settings, and print which fields its tensors do not tell.
+
+    The variant, and with it the number of heads, follows from names and shapes.
+    """
+    if is_clip_alone:
+        length = 77
+        origin = "CLIP's"
+    else:
+        length = 17
+        origin = "those of RefCOCO; checkpoints of medvlsm need 77 and 49407"
+    print(f"{source}: text_length and pad_token are not stored; using {length} and 0, {origin}")
+    config = closest_variant(weights, CRIS, dict)
+    return replace(config, text_length=length, pad_token=0)
 
 
 # shared: closest_variant
@@ -449,19 +662,40 @@ def closest_variant(weights: dict[str, Tensor], kind: type[nn.Module], naming) -
 # end shared
 
 
-def letterbox(x: Tensor, size: tuple[int, int], mode: str, back: bool = False) -> Tensor:
-    """x (C,h,w) into the middle of a square `size`, zeros round it; `back`: out of it. -> (C,*size)
+def fit_into_square(size: tuple[int, int], side: int) -> tuple[float, float, float]:
+    """Return the scale that fits an image of `size` (H,W) into a square, and its top and left.
 
-    quirk: scale and offset act on pixel numbers, as if pixels were points (utils/dataset.py).
+    quirk: scale and offset act on pixel indices, without the usual half-pixel shift
+    (utils/dataset.py, getTransformMat).
     """
-    image, square = (size, x.shape[1]) if back else (x.shape[1:], size[0])
-    scale, axes = min(square / side for side in image), []
-    for side, old, new in zip(image, x.shape[1:], size, strict=True):
-        index, offset = torch.arange(new, device=x.device), (square - side * scale) / 2
-        index = index * scale + offset if back else (index - offset) / scale  # read here
-        axes.append((2 * index + 1) / old - 1)
-    grid = torch.stack(torch.meshgrid(axes[1], axes[0], indexing="xy"), 2)  # (H,W,2)
-    return F.grid_sample(x[None], grid[None], mode, align_corners=False)[0]
+    height, width = size
+    scale = min(side / height, side / width)
+    return scale, (side - height * scale) / 2, (side - width * scale) / 2
+
+
+def sample_at(x: Tensor, rows: Tensor, columns: Tensor, mode: str) -> Tensor:
+    """Interpolate x (C,h,w) at fractional pixel indices (H,) and (W,), zeros outside: (C,H,W)."""
+    height, width = x.shape[1:]
+    rows = (2 * rows + 1) / height - 1  # -1 and 1 are the outer edges for grid_sample
+    columns = (2 * columns + 1) / width - 1
+    grid = torch.stack(torch.meshgrid(columns, rows, indexing="xy"), 2)  # (H,W,2)
+    return F.grid_sample(x[None], grid[None], mode, align_corners=False)[0]  # (C,H,W)
+
+
+def letterbox(x: Tensor, side: int, mode: str) -> Tensor:
+    """Scale x (C,h,w) into the middle of a square, zeros around it: (C,side,side)."""
+    scale, top, left = fit_into_square(x.shape[1:], side)
+    index = torch.arange(side, device=x.device)
+    return sample_at(x, (index - top) / scale, (index - left) / scale, mode)
+
+
+def undo_letterbox(x: Tensor, size: tuple[int, int], mode: str) -> Tensor:
+    """Cut the image out of a square x (C,side,side) and scale it to its own size (H,W): (C,H,W)."""
+    height, width = size
+    scale, top, left = fit_into_square(size, x.shape[1])
+    rows = torch.arange(height, device=x.device) * scale + top
+    columns = torch.arange(width, device=x.device) * scale + left
+    return sample_at(x, rows, columns, mode)
 
 
 # shared: to_rgb
@@ -492,47 +726,55 @@ def to_rgb(image):
 
 
 def preprocess(image, config: Config) -> Tensor:
-    """PIL image -> (3,S,S) float32, normalised. `config.pixels` says how it becomes a square.
+    """Return a PIL image as a normalised square (3,S,S) float32, made as `config.pixels` says.
 
     Raise errors as `to_rgb` does.
     """
     import numpy as np
     from PIL import Image
 
-    size = (config.image_size, config.image_size)
     image = to_rgb(image)
+    side = config.image_size
     if config.pixels != "letterbox":
-        image = image.resize(size, Image.Resampling.BILINEAR)
-    mean, std = (torch.tensor(x)[:, None, None] for x in (config.mean, config.std))  # (3,1,1)
+        image = image.resize((side, side), Image.Resampling.BILINEAR)
+
+    mean = torch.tensor(config.mean)[:, None, None]  # (3,1,1)
+    std = torch.tensor(config.std)[:, None, None]  # (3,1,1)
     x = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255 - mean  # (3,H,W)
-    if config.pixels == "letterbox":  # rounded to 8 bits as cv2.warpAffine does
-        x = ((letterbox(x, size, "bicubic") + mean) * 255).round().clamp(0, 255) / 255 - mean
-    return x / std
+    if config.pixels == "letterbox":
+        x = letterbox(x, side, "bicubic") + mean  # (3,S,S), the mean colour around the image
+        x = (x * 255).round().clamp(0, 255) / 255 - mean  # 8 bits, like cv2.warpAffine
+    return x / std  # (3,S,S)
 
 
 def preprocess_mask(mask: Tensor, config: Config) -> Tensor:
-    """mask (H,W) in 0..1 -> (1,S,S) float32 in the geometry of `preprocess`, to train with.
+    """Return a mask (H,W) in 0..1 as a training target (1,S,S) float32, aligned with `preprocess`.
 
     Nearest neighbour (letterbox: bilinear). Where a position falls exactly between two source
     pixels, the result may differ by one source pixel from that of PIL or OpenCV.
     """
-    size, mask = (config.image_size, config.image_size), mask[None].float()
+    side = config.image_size
+    mask = mask[None].float()  # (1,H,W)
     if config.pixels == "letterbox":
-        return letterbox(mask, size, "bilinear")
-    return F.interpolate(mask[None], size, mode="nearest-exact")[0]  # PIL's nearest
+        return letterbox(mask, side, "bilinear")  # (1,S,S)
+    return F.interpolate(mask[None], (side, side), mode="nearest-exact")[0]  # PIL's nearest
 
 
 def postprocess(logits: Tensor, size: tuple[int, int], config: Config) -> Tensor:
-    """logits (1,h,w) -> probabilities (1,H,W) float32, 0..1, at the image's own `size` (H,W)."""
-    square, logits = (config.image_size, config.image_size), logits[None].float()
+    """Return probabilities (1,H,W) float32, 0..1, at the image's own `size`; logits (1,h,w)."""
+    square = (config.image_size, config.image_size)
+    logits = logits[None].float()  # (1,1,h,w)
+
     if config.pixels == "stretch":
-        return F.interpolate(logits, size, mode="bilinear", align_corners=False)[0].sigmoid()
+        logits = F.interpolate(logits, size, mode="bilinear", align_corners=False)
+        return logits[0].sigmoid()  # (1,H,W)
     if config.pixels == "medvlsm":
-        x = F.interpolate(logits, square, mode="bicubic", align_corners=True).sigmoid()
-        return F.interpolate(x, size, mode="nearest-exact")[0]
-    # quirk: cubic and of probabilities (engine/engine.py, validate), so that some leave 0..1
-    x = F.interpolate(logits.sigmoid(), square, mode="bicubic", align_corners=True)[0]
-    return letterbox(x, size, "bicubic", back=True).clamp(0, 1)
+        logits = F.interpolate(logits, square, mode="bicubic", align_corners=True)
+        return F.interpolate(logits.sigmoid(), size, mode="nearest-exact")[0]  # (1,H,W)
+
+    # quirk: bicubic on probabilities (engine/engine.py, validate), so that some leave 0..1
+    x = F.interpolate(logits.sigmoid(), square, mode="bicubic", align_corners=True)[0]  # (1,S,S)
+    return undo_letterbox(x, size, "bicubic").clamp(0, 1)  # (1,H,W)
 
 
 # shared: clip_tokens

@@ -1,29 +1,26 @@
-"""DPT: a vision transformer whose tokens become maps again, at four scales, fused into classes.
+"""DPT, dense prediction transformer: an image in, the class of every pixel out.
 
 Paper: Ranftl, Bochkovskiy & Koltun, ICCV 2021, arXiv 2103.13413. Code: github.com/isl-org/DPT at
-f43ef9e, dpt/{models,vit,blocks}.py (MIT); its port to transformers 5.23, modeling_dpt.py.
+f43ef9e, dpt/{models,vit,blocks}.py (MIT), and its port to transformers 5.23, modeling_dpt.py.
 Weights on the hub, Apache 2.0: Intel/dpt-large-ade (150 classes of ADE20K) and Intel/dpt-large,
-which predicts depth: all but its head goes into a segmentation model. The original release is
-dpt_large-ade20k-b12dca68.pt and dpt_large-midas-2f21e586.pt (MIT).
+which predicts depth: a segmentation model takes all of it but the head. The original release (MIT)
+is dpt_large-ade20k-b12dca68.pt and dpt_large-midas-2f21e586.pt.
 
     image (B,3,480,480)
-      patches of 16, class token, positions
+      patches of 16 px, class token, positions
     tokens (B,1+30*30,1024)
-      24 blocks, and kept behind
-      5, 11, 17, 23 -> Reassemble: the class token joins every other, then back to a map
+      24 transformer blocks; the outputs of blocks
+      5, 11, 17, 23 -> Reassemble: mix in the class token, back to a map
         |   |   |   `- (B,256,15,15)   -> Fusion 0 -> (B,256,30,30)
         |   |   `----- (B,256,30,30)   -> Fusion 1 -> (B,256,60,60)
         |   `--------- (B,256,60,60)   -> Fusion 2 -> (B,256,120,120)
         `------------- (B,256,120,120) -> Fusion 3 -> (B,256,240,240)
-      head: a convolution, the classes, twice the size
+      head: convolution, classifier, upsampling by 2
     logits (B,K,480,480)
 
-Sides in 32s give logits of the image's size. Sides in 16s work as well: an odd number of patches
-is rounded up to the next even one, as in transformers, so that 240 gives 256. An image need not be
-square; transformers takes the root of the number of tokens for both sides.
-The same numbers for less work: a fusion projects before it upsamples (a 1x1 convolution commutes
-with that), the class token's share of a readout is computed once per image.
-Left out: the auxiliary head, which helps to train from ImageNet's weights; DPT-Hybrid.
+Image sides must be multiples of 16, and need not be equal. Multiples of 32 give logits of the
+image's size; an odd number of patches is rounded up to the next even one, as in transformers, so
+240 px gives 256. Left out: the auxiliary head, which is only used by a training loss; DPT-Hybrid.
 
     model = DPT.from_pretrained("Intel/dpt-large-ade")
     probabilities, mask = model.segment("photo.jpg")  # or a PIL image
@@ -37,7 +34,6 @@ import sys
 import zipfile
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -47,22 +43,22 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Config:
-    dim: int = 1024  # of the vision transformer
+    dim: int = 1024  # channels of the vision transformer
     layers: int = 24
     heads: int = 16
     mlp_dim: int = 4096
-    grid: int = 24  # patches along a side of the position table, made for 384 px
-    eps: float = 1e-12  # of the layer norms, transformers'; the original had 1e-6
-    taps: tuple[int, ...] = (5, 11, 17, 23)  # blocks that the neck sees, counted from 0
-    neck_dims: tuple[int, ...] = (256, 512, 1024, 1024)  # of the four maps, the finest first
+    grid: int = 24  # the position table has grid x grid patches (trained at 384 px)
+    eps: float = 1e-12  # of the layer norms in transformers; the original has 1e-6
+    taps: tuple[int, ...] = (5, 11, 17, 23)  # blocks whose outputs the neck takes, from 0
+    neck_dims: tuple[int, ...] = (256, 512, 1024, 1024)  # channels of the four maps, finest first
     fusion_dim: int = 256
-    fusion_norm: bool = True  # batch norm in the fusions, whose convolutions else have biases
+    fusion_norm: bool = True  # batch norm in the fusions; without it their convolutions have biases
     num_classes: int = 150
-    image_size: int = 480  # side of the square that `preprocess` makes
-    mean: tuple[float, ...] = (0.5, 0.5, 0.5)  # RGB in 0..1
+    image_size: int = 480  # side of the square that `preprocess` makes, pixels
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)  # of RGB in 0..1
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
-    resample: str = "bilinear"  # PIL's name, or "cv2 nearest"
-    threshold: float = 0.5  # of a model with one class
+    resample: str = "bilinear"  # a filter of PIL, or "cv2 nearest"
+    threshold: float = 0.5  # for a model with one class
 
 
 VARIANTS = {
@@ -75,62 +71,96 @@ VARIANTS = {
 }  # fmt: skip
 
 
+# timm, vision_transformer.py, class Block
 class Block(nn.Module):
-    """All tokens of an image attend to each other, then an MLP; norms come first."""
+    """Pre-norm transformer block: self-attention, then an MLP."""
 
     def __init__(self, dim: int, heads: int, mlp_dim: int, eps: float):
         super().__init__()
         self.heads = heads
         self.norm1 = nn.LayerNorm(dim, eps)
-        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
         self.norm2 = nn.LayerNorm(dim, eps)
-        self.fc1, self.fc2 = nn.Linear(dim, mlp_dim), nn.Linear(mlp_dim, dim)
+        self.fc1 = nn.Linear(dim, mlp_dim)
+        self.fc2 = nn.Linear(mlp_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B,N,C) -> (B,N,C)."""
         qkv = self.qkv(self.norm1(x)).unflatten(2, (3, self.heads, -1))  # (B,N,3,h,d)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B,h,N,d) each
-        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # (B,N,C)
-        x = x + self.proj(y)
+        y = F.scaled_dot_product_attention(q, k, v)  # (B,h,N,d)
+        x = x + self.proj(y.transpose(1, 2).flatten(2))  # (B,N,C)
         return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
 
 
+# dpt/vit.py, forward_flex and _resize_pos_embed
 class VisionTransformer(nn.Module):
-    def __init__(self, dim: int, layers: int, heads: int, mlp_dim: int, grid: int, eps: float):
-        super().__init__()
-        self.grid = grid
-        # Not zeros, as in transformers: the norm of a zero vector has a gradient of 1 / sqrt(eps).
-        self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, dim))
-        self.pos_embed = nn.Parameter(0.02 * torch.randn(1, 1 + grid**2, dim))
-        self.patch_embed = nn.Conv2d(3, dim, 16, stride=16)
-        self.blocks = nn.ModuleList(Block(dim, heads, mlp_dim, eps) for _ in range(layers))
+    """Vision transformer for images of any size: its position table is interpolated."""
 
-    def forward(self, image: Tensor, taps: tuple[int, ...]) -> list[Tensor]:
-        """image (B,3,H,W) -> what the blocks in `taps` give, (B,1+H/16*W/16,C) each."""
+    def __init__(self, config: Config):
+        super().__init__()
+        dim = config.dim
+        self.grid = config.grid
+        self.taps = config.taps
+        # Not zeros as in transformers: the layer norm of a zero vector has a gradient of
+        # 1 / sqrt(eps).
+        self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, dim))
+        self.pos_embed = nn.Parameter(0.02 * torch.randn(1, 1 + config.grid**2, dim))
+        self.patch_embed = nn.Conv2d(3, dim, 16, stride=16)
+        self.blocks = nn.ModuleList()
+        for _ in range(config.layers):
+            self.blocks.append(Block(dim, config.heads, config.mlp_dim, config.eps))
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        """Return the outputs of the tapped blocks, (B,1+H/16*W/16,C) each. image (B,3,H,W)"""
         if any(side % 16 for side in image.shape[2:]):
             raise ValueError(f"image sides must be multiples of 16, not {tuple(image.shape[2:])}")
+
+        # Patches and the class token, each with its position.
         x = self.patch_embed(image)  # (B,C,H/16,W/16)
-        first, table = self.pos_embed.split((1, self.grid**2), 1)
+        class_position, table = self.pos_embed.split((1, self.grid**2), 1)
         table = table.transpose(1, 2).unflatten(2, (self.grid, self.grid))  # (1,C,grid,grid)
         x = x + F.interpolate(table, x.shape[2:], mode="bilinear", align_corners=False)
-        first = (first + self.cls_token).expand(len(x), -1, -1)  # (B,1,C)
-        x, outputs = torch.cat([first, x.flatten(2).transpose(1, 2)], 1), []  # (B,N,C)
+        class_token = (class_position + self.cls_token).expand(len(x), -1, -1)  # (B,1,C)
+        x = torch.cat([class_token, x.flatten(2).transpose(1, 2)], 1)  # (B,N,C)
+
+        outputs = []
         for i, block in enumerate(self.blocks):
             x = block(x)
-            if i in taps:
+            if i in self.taps:
                 outputs.append(x)
         return outputs
 
 
+def project_readout(tokens: Tensor, linear: nn.Linear) -> Tensor:
+    """Mix the class token into all other tokens by a linear layer. (B,1+N,C) -> (B,N,C)
+
+    Equals
+
+        patches, class_token = tokens[:, 1:], tokens[:, :1]
+        return linear(torch.cat([patches, class_token.expand_as(patches)], 2))
+
+    but the class token's share, which is the same for all patches, is computed once per image.
+    """
+    class_token = tokens[:, :1]  # (B,1,C)
+    patches = tokens[:, 1:]  # (B,N,C)
+    patch_weight, class_weight = linear.weight.chunk(2, 1)  # (C,C) each
+    return F.linear(patches, patch_weight) + F.linear(class_token, class_weight, linear.bias)
+
+
+# dpt/vit.py, class ProjectReadout and act_postprocess1 to 4 in _make_vit_b16_backbone
 class Reassemble(nn.Module):
-    """Tokens -> a map of 4, 2, 1 or 1/2 times the patches' resolution, for level 0, 1, 2 or 3."""
+    """Turns tokens into a map of 4, 2, 1 or 1/2 times the patches' resolution (level 0 to 3)."""
 
     def __init__(self, dim: int, neck_dim: int, fusion_dim: int, level: int):
         super().__init__()
-        self.readout = nn.Linear(2 * dim, dim)  # of a token beside the class token
+        self.readout = nn.Linear(2 * dim, dim)
         self.projection = nn.Conv2d(dim, neck_dim, 1)
-        if level < 2:
-            self.resize = nn.ConvTranspose2d(neck_dim, neck_dim, 4 >> level, stride=4 >> level)
+        if level == 0:
+            self.resize = nn.ConvTranspose2d(neck_dim, neck_dim, 4, stride=4)
+        elif level == 1:
+            self.resize = nn.ConvTranspose2d(neck_dim, neck_dim, 2, stride=2)
         elif level == 2:
             self.resize = nn.Identity()
         else:
@@ -138,15 +168,17 @@ class Reassemble(nn.Module):
         self.conv = nn.Conv2d(neck_dim, fusion_dim, 3, padding=1, bias=False)
 
     def forward(self, tokens: Tensor, size: tuple[int, int]) -> Tensor:
-        """tokens (B,1+HW,C), the class token first, size (H,W) -> (B,fusion_dim,sH,sW)."""
-        first, x = tokens[:, :1], tokens[:, 1:]
-        of_token, of_first = self.readout.weight.chunk(2, 1)  # (C,C) each
-        x = F.linear(x, of_token) + F.linear(first, of_first, self.readout.bias)  # (B,HW,C)
-        x = F.gelu(x).transpose(1, 2).unflatten(2, size)  # (B,C,H,W)
-        return self.conv(self.resize(self.projection(x)))
+        """tokens (B,1+H*W,C), the class token first, size (H,W) -> (B,fusion_dim,sH,sW)."""
+        x = F.gelu(project_readout(tokens, self.readout))  # (B,H*W,C)
+        x = x.transpose(1, 2).unflatten(2, size)  # (B,C,H,W)
+        x = self.resize(self.projection(x))  # (B,neck_dim,sH,sW)
+        return self.conv(x)  # (B,fusion_dim,sH,sW)
 
 
+# dpt/blocks.py, class ResidualConvUnit_custom
 class ResidualUnit(nn.Module):
+    """Residual block of two 3x3 convolutions, each after a ReLU."""
+
     def __init__(self, dim: int, norm: bool):
         super().__init__()
         self.convolution1 = nn.Conv2d(dim, dim, 3, padding=1, bias=not norm)
@@ -155,40 +187,59 @@ class ResidualUnit(nn.Module):
         self.batch_norm2 = nn.BatchNorm2d(dim) if norm else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (B,C,H,W) -> (B,C,H,W)."""
         y = self.batch_norm1(self.convolution1(F.relu(x)))
         return x + self.batch_norm2(self.convolution2(F.relu(y)))
 
 
-class Fusion(nn.Module):
-    """A map joins what came from the deeper ones, and both get twice the size."""
+def upsampled_conv1x1(x: Tensor, conv1x1: nn.Conv2d) -> Tensor:
+    """Double x bilinearly, then apply a 1x1 convolution. (B,C,H,W) -> (B,C,2H,2W)
 
-    def __init__(self, dim: int, norm: bool, deepest: bool):
+    Equals, at a quarter of the multiplications,
+
+        x = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True)
+        return conv1x1(x)
+
+    because the convolution acts on channels and the interpolation, whose weights add up to 1, on
+    positions: either may go first.
+    """
+    return F.interpolate(conv1x1(x), scale_factor=2, mode="bilinear", align_corners=True)
+
+
+# dpt/blocks.py, class FeatureFusionBlock_custom
+class Fusion(nn.Module):
+    """Adds a map to the result of the coarser levels, refines the sum and doubles its size."""
+
+    def __init__(self, dim: int, norm: bool, is_coarsest: bool):
         super().__init__()
-        self.residual_layer1 = None if deepest else ResidualUnit(dim, norm)
+        self.residual_layer1 = None if is_coarsest else ResidualUnit(dim, norm)
         self.residual_layer2 = ResidualUnit(dim, norm)
         self.projection = nn.Conv2d(dim, dim, 1)
 
-    def forward(self, x: Tensor, deeper: Tensor | None) -> Tensor:
-        """x (B,C,h,w), deeper (B,C,H,W), None for the deepest -> (B,C,2H,2W)."""
-        if deeper is not None:
-            if x.shape != deeper.shape:  # H = h + 1 where the number of patches is odd
-                x = F.interpolate(x, deeper.shape[2:], mode="bilinear", align_corners=False)
-            x = deeper + self.residual_layer1(x)
-        x = self.projection(self.residual_layer2(x))  # before upsampling, which commutes
-        return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True)
+    def forward(self, x: Tensor, coarser: Tensor | None) -> Tensor:
+        """x (B,C,h,w), coarser (B,C,H,W), None for the coarsest level -> (B,C,2H,2W)."""
+        if coarser is not None:
+            if x.shape != coarser.shape:  # H = h + 1 if the number of patches is odd
+                x = F.interpolate(x, coarser.shape[2:], mode="bilinear", align_corners=False)
+            x = coarser + self.residual_layer1(x)
+        return upsampled_conv1x1(self.residual_layer2(x), self.projection)
 
 
+# dpt/models.py, class DPTSegmentationModel
 class DPT(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
-        self.config, c = config, config
-        self.preprocess = partial(preprocess, config=config)  # image -> (3,S,S)
-        self.postprocess = partial(postprocess, config=config)  # logits, size -> (K,H,W)
-        self.vit = VisionTransformer(c.dim, c.layers, c.heads, c.mlp_dim, c.grid, c.eps)
-        levels = [Reassemble(c.dim, n, c.fusion_dim, i) for i, n in enumerate(c.neck_dims)]
-        self.reassemble = nn.ModuleList(levels)
-        fusions = (Fusion(c.fusion_dim, c.fusion_norm, deepest=i == 0) for i in range(len(levels)))
-        self.fusion = nn.ModuleList(fusions)
+        self.config = config
+        c = config
+        self.vit = VisionTransformer(c)
+
+        self.reassemble = nn.ModuleList()
+        for level, neck_dim in enumerate(c.neck_dims):
+            self.reassemble.append(Reassemble(c.dim, neck_dim, c.fusion_dim, level))
+        self.fusion = nn.ModuleList()
+        for i in range(len(c.neck_dims)):
+            self.fusion.append(Fusion(c.fusion_dim, c.fusion_norm, is_coarsest=i == 0))
+
         self.head = nn.Sequential(
             nn.Conv2d(c.fusion_dim, c.fusion_dim, 3, padding=1, bias=False),
             nn.BatchNorm2d(c.fusion_dim),
@@ -199,114 +250,127 @@ class DPT(nn.Module):
         )
 
     def forward(self, image: Tensor) -> Tensor:
-        """image (B,3,H,W) normalised, H and W in 16s -> logits (B,K,H,W), see above for odd 16s."""
-        size = image.shape[2] // 16, image.shape[3] // 16
-        taps = self.vit(image, self.config.taps)
-        maps = [level(x, size) for level, x in zip(self.reassemble, taps, strict=True)]
+        """Return logits (B,K,H,W), a little larger if H/16 or W/16 is odd (see the top).
+
+        image: (B,3,H,W) as `preprocess` returns it; H and W are multiples of 16, else ValueError.
+        """
+        size = (image.shape[2] // 16, image.shape[3] // 16)
+        outputs = self.vit(image)  # (B,1+N,C) each
+
+        maps = []
+        for reassemble, tokens in zip(self.reassemble, outputs, strict=True):
+            maps.append(reassemble(tokens, size))  # (B,fusion_dim,sH,sW), the finest first
+
         x = None
-        for fusion, y in zip(self.fusion, reversed(maps), strict=True):  # the deepest first
-            x = fusion(y, x)  # (B,C,2h,2w)
-        return self.head(x)
+        for fusion, level in zip(self.fusion, reversed(maps), strict=True):
+            x = fusion(level, x)  # twice the size of `level`
+        return self.head(x)  # (B,K,H,W)
+
+    def preprocess(self, image) -> Tensor:
+        """Return a PIL image as (3,S,S) float32: see `preprocess`."""
+        return preprocess(image, self.config)
+
+    def postprocess(self, logits: Tensor, size: tuple[int, int]) -> Tensor:
+        """Return probabilities (K,*size) from logits (K,h,w): see `postprocess`."""
+        return postprocess(logits, size, self.config)
 
     def segment(self, image) -> tuple:
-        """Segment an image or its file -> probabilities (K,H,W), mask (H,W); see `segment`."""
+        """Return probabilities (K,H,W) and mask (H,W) of an image or its file: see `segment`."""
         return segment(self, image)
 
     @classmethod
     def from_pretrained(cls, source: str | Path, num_classes=None, **overrides) -> "DPT":
-        """From a file, a folder, a run folder or a hub id; `overrides` are fields of Config.
+        """Load a file, a folder, a run folder or a hub id; return the model in evaluation mode.
 
-        num_classes: those of the file, or others with a new classifier. A file that predicts depth
-        or holds the transformer alone needs it; what is new is printed. In evaluation mode.
+        num_classes: None for as many as the file has; another number makes a new classifier. A
+        file that predicts depth, or has the transformer alone, needs it. New parts are printed.
+        overrides: fields of Config. Raise FileNotFoundError or ValueError, one line, for a file
+        that does not fit.
         """
         weights, settings = read_checkpoint(source, FILES)
         weights = to_official(weights)
         if "format" in settings:  # a run folder of ours
-            told = run_config(settings, "DPT", source, Config)
+            fields = run_config(settings, "DPT", source, Config)
         else:
-            told = file_config(weights, settings, overrides, source)
+            fields = guess_config(weights, settings, overrides, source)
         if num_classes is not None:
-            told["num_classes"] = num_classes
-            if len(weights.get("head.head.4.weight", ())) != num_classes:
-                weights = {n: t for n, t in weights.items() if not n.startswith("head.head.4.")}
-        absent = [part for part in FRESH if not any(n.startswith(part) for n in weights)]
-        if absent and num_classes is None:
-            raise ValueError(f"{source}: no tensor {absent[0]}*; num_classes=... makes new ones")
-        model = cls(replace(Config(), **told | overrides))
-        expected = to_official(model.state_dict())
-        new = {n for n in expected if absent and re.match(FRESH[absent[0]], n)}
-        if new:
-            modules = sorted({n.rpartition(".")[0] for n in new})
-            print(f"{source}: new, to be trained: {', '.join(modules)}")
-        # Old files may lack the counters of batches, which change nothing.
-        new |= {n for n in expected if n.endswith("num_batches_tracked")} - set(weights)
-        weights |= {n: fresh(n, expected[n]) for n in new}
-        check_complete(weights, expected, source)  # in the hub's names
-        model.load_state_dict(convert(weights))
+            fields["num_classes"] = num_classes
+            weights = drop_other_classifier(weights, num_classes)
+
+        lacking, new_parts = untrained_parts(weights)
+        if lacking and num_classes is None:
+            raise ValueError(f"{source}: has no tensor {lacking}*; num_classes=N initialises it")
+        model = cls(replace(Config(), **fields | overrides))
+        load(model, weights, new_parts, source)
         return model.eval()
 
 
-def fresh(name: str, t: Tensor) -> Tensor:
-    """A new tensor as transformers starts it; norms, the other vectors, are as they should be."""
-    if t.ndim > 1:
-        return 0.02 * torch.randn_like(t)
-    return torch.zeros_like(t) if name.endswith("bias") else t
-
+# --------------------------------------------------------------------------------------------------
+# Nothing under this line is needed to understand the model: loading of weights, pre- and
+# postprocessing.
+# --------------------------------------------------------------------------------------------------
 
 FILES = ("best.safetensors", "model.safetensors", "pytorch_model.bin")
-SETTINGS = {  # in transformers' config.json
-    "backbone_out_indices": "taps",
-    "num_attention_heads": "heads",
-    "layer_norm_eps": "eps",
-    "neck_hidden_sizes": "neck_dims",
-    "fusion_hidden_size": "fusion_dim",
-    "use_batch_norm_in_fusion_residual": "fusion_norm",
-}
-SHAPES = {  # the tensor and its axis
-    "dim": ("dpt.embeddings.cls_token", 2),
-    "mlp_dim": ("dpt.encoder.layer.0.intermediate.dense.weight", 0),
-    "fusion_dim": ("neck.convs.0.weight", 0),
-    "num_classes": ("head.head.4.weight", 0),
-}
-# Where a file has no tensor that starts so, what may be new: the neck too, all behind it, the
-# classifier alone, which is also taken out where num_classes differs.
-FRESH = {
-    "neck.": r"(neck|head)\.",
-    "head.": r"head\.",
-    "head.head.4.": r"head\.head\.4\.",
-}
 IGNORED = {
-    r"dpt\.(layernorm|pooler)\..*": "behind the last tap; transformers computes it in vain",
+    r"dpt\.(layernorm|pooler)\..*": "after the last tap; transformers computes it without using it",
     r"pretrained\.model\.(norm|head)\..*": "the same, and the classifier of ImageNet",
-    r"neck\.fusion_stage\.layers\.0\.residual_layer1\..*": "the deepest has nothing to join; it is"
-    " in transformers' class, but not in the file of Intel/dpt-large",
-    r"(auxiliary_head|auxlayer)\..*": "for a second loss in training; its logits are thrown away",
-    r"depth_head\..*": "what `to_official` calls the head of a checkpoint for depth",
+    r"neck\.fusion_stage\.layers\.0\.residual_layer1\..*": "the coarsest level has nothing to add; "
+    "this is in transformers' class, but not in the file of Intel/dpt-large",
+    r"(auxiliary_head|auxlayer)\..*": "for a second loss in training; its logits are never used",
 }
-# The names of DPTModel, an encoder alone, and of the original -> the hub's or ours, in this order.
-RENAMES = (
-    (r"^(embeddings|encoder|layernorm|pooler)\.", r"dpt.\1."),
-    (r"^pretrained\.model\.", "vit."),
-    (r"^vit\.patch_embed\.proj\.", "vit.patch_embed."),
-    (r"^(vit\.blocks\.\d+)\.(?:attn|mlp)\.", r"\1."),
-    # The original counts from 1, its fusions from the finest.
-    (r"^(pretrained\.act_postprocess|scratch\.layer)(\d)", lambda m: f"{m[1]}{int(m[2]) - 1}"),
-    (r"^scratch\.refinenet(\d)", lambda m: f"fusion.{4 - int(m[1])}"),
-    (r"^pretrained\.act_postprocess(\d)\.0\.project\.0\.", r"reassemble.\1.readout."),
-    (r"^pretrained\.act_postprocess(\d)\.3\.", r"reassemble.\1.projection."),
-    (r"^pretrained\.act_postprocess(\d)\.4\.", r"reassemble.\1.resize."),
-    (r"^scratch\.layer(\d)_rn\.", r"reassemble.\1.conv."),
-    (r"\.resConfUnit(\d)\.conv(\d)", r".residual_layer\1.convolution\2"),
-    (r"\.resConfUnit(\d)\.bn(\d)", r".residual_layer\1.batch_norm\2"),
-    (r"\.out_conv\.", ".projection."),
-    (r"^scratch\.output_conv\.", "head."),
-)
-NAMES = {  # ours: the hub's; {} is a number
+
+# Tables of names, one for each source. {} is a number; the rest of a name stays.
+ENCODER_NAMES = {  # transformers' DPTModel, the encoder alone -> the hub's names
+    "embeddings": "dpt.embeddings",
+    "encoder": "dpt.encoder",
+    "layernorm": "dpt.layernorm",
+    "pooler": "dpt.pooler",
+}
+ORIGINAL_NAMES = {  # isl-org/DPT, which counts levels from 1, and fusions from the finest -> ours
+    "pretrained.model.cls_token": "vit.cls_token",
+    "pretrained.model.pos_embed": "vit.pos_embed",
+    "pretrained.model.patch_embed.proj": "vit.patch_embed",
+    "pretrained.model.blocks.{}.norm1": "vit.blocks.{}.norm1",
+    "pretrained.model.blocks.{}.attn.qkv": "vit.blocks.{}.qkv",
+    "pretrained.model.blocks.{}.attn.proj": "vit.blocks.{}.proj",
+    "pretrained.model.blocks.{}.norm2": "vit.blocks.{}.norm2",
+    "pretrained.model.blocks.{}.mlp.fc1": "vit.blocks.{}.fc1",
+    "pretrained.model.blocks.{}.mlp.fc2": "vit.blocks.{}.fc2",
+    "pretrained.act_postprocess1.0.project.0": "reassemble.0.readout",
+    "pretrained.act_postprocess1.3": "reassemble.0.projection",
+    "pretrained.act_postprocess1.4": "reassemble.0.resize",
+    "scratch.layer1_rn": "reassemble.0.conv",
+    "pretrained.act_postprocess2.0.project.0": "reassemble.1.readout",
+    "pretrained.act_postprocess2.3": "reassemble.1.projection",
+    "pretrained.act_postprocess2.4": "reassemble.1.resize",
+    "scratch.layer2_rn": "reassemble.1.conv",
+    "pretrained.act_postprocess3.0.project.0": "reassemble.2.readout",
+    "pretrained.act_postprocess3.3": "reassemble.2.projection",
+    "scratch.layer3_rn": "reassemble.2.conv",
+    "pretrained.act_postprocess4.0.project.0": "reassemble.3.readout",
+    "pretrained.act_postprocess4.3": "reassemble.3.projection",
+    "pretrained.act_postprocess4.4": "reassemble.3.resize",
+    "scratch.layer4_rn": "reassemble.3.conv",
+    "scratch.refinenet4.resConfUnit{}.conv{}": "fusion.0.residual_layer{}.convolution{}",
+    "scratch.refinenet4.resConfUnit{}.bn{}": "fusion.0.residual_layer{}.batch_norm{}",
+    "scratch.refinenet4.out_conv": "fusion.0.projection",
+    "scratch.refinenet3.resConfUnit{}.conv{}": "fusion.1.residual_layer{}.convolution{}",
+    "scratch.refinenet3.resConfUnit{}.bn{}": "fusion.1.residual_layer{}.batch_norm{}",
+    "scratch.refinenet3.out_conv": "fusion.1.projection",
+    "scratch.refinenet2.resConfUnit{}.conv{}": "fusion.2.residual_layer{}.convolution{}",
+    "scratch.refinenet2.resConfUnit{}.bn{}": "fusion.2.residual_layer{}.batch_norm{}",
+    "scratch.refinenet2.out_conv": "fusion.2.projection",
+    "scratch.refinenet1.resConfUnit{}.conv{}": "fusion.3.residual_layer{}.convolution{}",
+    "scratch.refinenet1.resConfUnit{}.bn{}": "fusion.3.residual_layer{}.batch_norm{}",
+    "scratch.refinenet1.out_conv": "fusion.3.projection",
+    "scratch.output_conv.{}": "head.{}",
+}
+OUR_NAMES = {  # ours -> the hub's, where query, key and value stand for our qkv
     "vit.cls_token": "dpt.embeddings.cls_token",
     "vit.pos_embed": "dpt.embeddings.position_embeddings",
     "vit.patch_embed": "dpt.embeddings.patch_embeddings.projection",
     "vit.blocks.{}.norm1": "dpt.encoder.layer.{}.layernorm_before",
-    "vit.blocks.{}.qkv": "dpt.encoder.layer.{}.attention.attention.qkv",  # three matrices there
+    "vit.blocks.{}.qkv": "dpt.encoder.layer.{}.attention.attention.qkv",
     "vit.blocks.{}.proj": "dpt.encoder.layer.{}.attention.output.dense",
     "vit.blocks.{}.norm2": "dpt.encoder.layer.{}.layernorm_after",
     "vit.blocks.{}.fc1": "dpt.encoder.layer.{}.intermediate.dense",
@@ -321,80 +385,185 @@ NAMES = {  # ours: the hub's; {} is a number
 
 
 def rename(name: str, table: dict[str, str]) -> str:
-    """By the first row that the name starts with; the rest of it stays."""
+    """Return the name with its beginning replaced as in the first row that fits, if one does."""
     for old, new in table.items():
         pattern = re.escape(old).replace(r"\{\}", r"(\d+)") + r"\b"
-        if match := re.match(pattern, name):
+        match = re.match(pattern, name)
+        if match:
             return new.format(*match.groups()) + name[match.end() :]
     return name
 
 
 def to_official(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Any naming -> the hub's, for `load_state_dict` of transformers' class, without IGNORED."""
-    names = {}
-    for old in state_dict:
-        name = old
-        for pattern, new in RENAMES:
-            name = re.sub(pattern, new, name)
-        names[old] = rename(name, NAMES)
-    if "head.head.2.weight" in names.values():  # a ReLU in ours, a convolution in that for depth
-        names = {old: re.sub(r"^head\.", "depth_head.", name) for old, name in names.items()}
+    """Return tensors of any naming under the hub's names, for `load_state_dict` of its class.
+
+    IGNORED is left out, and so is a head that predicts depth.
+    """
     weights = {}
-    for old, name in names.items():
-        if any(re.fullmatch(pattern, n) for pattern in IGNORED for n in (old, name)):
+    for name, tensor in state_dict.items():
+        name = rename(name, ORIGINAL_NAMES)
+        name = rename(name, OUR_NAMES | ENCODER_NAMES)
+        if any(re.fullmatch(pattern, name) for pattern in IGNORED):
             continue
         if ".qkv." not in name:
-            weights[name] = state_dict[old]
+            weights[name] = tensor
             continue
-        parts = state_dict[old].chunk(3)
-        for part, t in zip(("query", "key", "value"), parts, strict=False):  # told later if wrong
+        # strict=False: a tensor that does not give three parts is reported by `check_complete`.
+        for part, t in zip(("query", "key", "value"), tensor.chunk(3), strict=False):
             weights[name.replace("qkv", part)] = t.clone()
+
+    # The head for depth has a convolution where that for classes has a ReLU.
+    if "head.head.2.weight" in weights:
+        weights = {name: t for name, t in weights.items() if not name.startswith("head.")}
     return weights
 
 
 def convert(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Any naming -> ours, where query, key and value are one matrix."""
-    official, weights = to_official(state_dict), {}
-    ours = {hub: name for name, hub in NAMES.items()}
-    for name, t in official.items():
+    """Return tensors of any naming under our names; query, key and value become one matrix."""
+    official = to_official(state_dict)
+    table = {hub_name: name for name, hub_name in OUR_NAMES.items()}
+    weights = {}
+    for name, tensor in official.items():
         if ".attention.key." in name or ".attention.value." in name:
-            continue  # come with the query
+            continue  # merged with the query
         if ".attention.query." in name:
-            parts = [official[name.replace("query", x)] for x in ("query", "key", "value")]
-            name, t = name.replace("query", "qkv"), torch.cat(parts)  # (3C,C) or (3C,)
-        weights[rename(name, ours)] = t
+            key = official[name.replace("query", "key")]
+            value = official[name.replace("query", "value")]
+            tensor = torch.cat([tensor, key, value])  # (3C,C) or (3C,)
+            name = name.replace("query", "qkv")
+        weights[rename(name, table)] = tensor
     return weights
 
 
-def file_config(weights: dict[str, Tensor], settings: dict, overrides: dict, source) -> dict:
-    """Config fields of a file that is not ours: by config.json, by shapes, else by custom."""
-    told = {ours: settings[hub] for hub, ours in SETTINGS.items() if hub in settings}
-    told = {k: tuple(v) if isinstance(v, list) else v for k, v in told.items()}
-    told |= {k: weights[name].shape[axis] for k, (name, axis) in SHAPES.items() if name in weights}
-    layers = len({n.split(".")[3] for n in weights if n.startswith("dpt.encoder.layer.")})
+SETTINGS = {  # config.json of transformers -> Config
+    "backbone_out_indices": "taps",
+    "num_attention_heads": "heads",
+    "layer_norm_eps": "eps",
+    "neck_hidden_sizes": "neck_dims",
+    "fusion_hidden_size": "fusion_dim",
+    "use_batch_norm_in_fusion_residual": "fusion_norm",
+}
+SHAPES = {  # Config -> a tensor and the axis with this size
+    "dim": ("dpt.embeddings.cls_token", 2),
+    "mlp_dim": ("dpt.encoder.layer.0.intermediate.dense.weight", 0),
+    "fusion_dim": ("neck.convs.0.weight", 0),
+    "num_classes": ("head.head.4.weight", 0),
+}
+
+
+def guess_config(weights: dict[str, Tensor], settings: dict, overrides: dict, source) -> dict:
+    """Return the fields of Config of a file that is not ours.
+
+    They come from config.json, from names and shapes, else they are the usual ones, which is
+    printed. Raise ValueError, one line, if the file has no transformer blocks.
+    """
+    fields = fields_from_json(settings)
+    fields |= fields_from_shapes(weights, fields.get("neck_dims", Config.neck_dims))
+    layers = fields["layers"]
     if not layers:
-        raise ValueError(
-            f"{source}: no tensor dpt.encoder.layer.*, hence no DPT that is known here"
-        )
-    told["layers"] = layers
+        raise ValueError(f"{source}: no tensor dpt.encoder.layer.*, so this is no DPT known here")
+
+    variant = "large-ade" if fields.get("fusion_norm", True) else "large"
+    usual = {
+        "taps": tuple(i * layers // 4 - 1 for i in (1, 2, 3, 4)),
+        "heads": fields.get("dim", Config.dim) // 64,
+        "image_size": VARIANTS[variant].image_size,
+    }
+    assumed = {}
+    for name, value in usual.items():
+        if name not in fields and name not in overrides:
+            assumed[name] = value
+    if assumed:
+        values = ", ".join(f"{name} {value}" for name, value in assumed.items())
+        print(f"{source}: using the usual {values}; neither tensors nor config.json state them")
+    return assumed | fields
+
+
+def fields_from_json(settings: dict) -> dict:
+    """Return the fields of Config that a config.json of transformers states."""
+    fields = {}
+    for hub_name, name in SETTINGS.items():
+        if hub_name in settings:
+            value = settings[hub_name]
+            fields[name] = tuple(value) if isinstance(value, list) else value
+    return fields
+
+
+def fields_from_shapes(weights: dict[str, Tensor], neck_dims: tuple[int, ...]) -> dict:
+    """Return the fields of Config that follow from tensors under the hub's names.
+
+    neck_dims: channels of the levels of which the file has no convolution.
+    """
+    fields = {}
+    for field, (name, axis) in SHAPES.items():
+        if name in weights:
+            fields[field] = weights[name].shape[axis]
+
+    blocks = {name.split(".")[3] for name in weights if name.startswith("dpt.encoder.layer.")}
+    fields["layers"] = len(blocks)
     if "dpt.embeddings.position_embeddings" in weights:
         tokens = weights["dpt.embeddings.position_embeddings"].shape[1]
-        told["grid"] = round((tokens - 1) ** 0.5)
-    usual = told.get("neck_dims", Config.neck_dims)
-    convs = (weights.get(f"neck.convs.{i}.weight") for i in range(4))
-    told["neck_dims"] = tuple(
-        n if t is None else t.shape[1] for n, t in zip(usual, convs, strict=True)
-    )
-    if any(n.startswith("neck.") for n in weights):
-        told["fusion_norm"] = any(".batch_norm" in n for n in weights)
-    like = VARIANTS["large-ade" if told.get("fusion_norm", True) else "large"]
-    custom = {"taps": tuple(i * layers // 4 - 1 for i in (1, 2, 3, 4))}
-    custom |= {"heads": told.get("dim", like.dim) // 64, "image_size": like.image_size}
-    custom = {k: v for k, v in custom.items() if k not in told | overrides}
-    if custom:
-        values = ", ".join(f"{k} {v}" for k, v in custom.items())
-        print(f"{source}: took {values}, as is usual; neither tensors nor config.json tell")
-    return custom | told
+        fields["grid"] = round((tokens - 1) ** 0.5)
+
+    fields["neck_dims"] = ()
+    for level, neck_dim in enumerate(neck_dims):
+        conv = weights.get(f"neck.convs.{level}.weight")
+        fields["neck_dims"] += (neck_dim if conv is None else conv.shape[1],)
+    if any(name.startswith("neck.") for name in weights):
+        fields["fusion_norm"] = any(".batch_norm" in name for name in weights)
+    return fields
+
+
+def drop_other_classifier(weights: dict[str, Tensor], num_classes: int) -> dict[str, Tensor]:
+    """Return weights without the classifier if it has another number of classes."""
+    if len(weights.get("head.head.4.weight", ())) == num_classes:
+        return weights
+    return {name: t for name, t in weights.items() if not name.startswith("head.head.4.")}
+
+
+# What a file may lack -> the parts that are then new.
+FRESH = {
+    "neck.": ("neck.", "head."),
+    "head.": ("head.",),
+    "head.head.4.": ("head.head.4.",),
+}
+
+
+def untrained_parts(weights: dict[str, Tensor]) -> tuple[str, tuple[str, ...]]:
+    """Return the first key of FRESH that no name starts with, and its parts; "" and () if none."""
+    for lacking, new_parts in FRESH.items():
+        if not any(name.startswith(lacking) for name in weights):
+            return lacking, new_parts
+    return "", ()
+
+
+def load(model: DPT, weights: dict[str, Tensor], new_parts: tuple[str, ...], source) -> None:
+    """Fill a model from weights under the hub's names; parameters of `new_parts` are initialised.
+
+    Raise ValueError, one line in the hub's names, if a tensor is missing, unknown or of another
+    shape.
+    """
+    expected = to_official(model.state_dict())
+    weights = dict(weights)
+    new_modules = set()
+    for name, tensor in expected.items():
+        if name.startswith(new_parts):
+            weights[name] = initial_value(name, tensor)
+            new_modules.add(name.rpartition(".")[0])
+        elif name.endswith("num_batches_tracked"):
+            weights.setdefault(name, tensor)  # old files lack these counters, which change nothing
+
+    if new_modules:
+        print(f"{source}: new and untrained: {', '.join(sorted(new_modules))}")
+    check_complete(weights, expected, source)
+    model.load_state_dict(convert(weights))
+
+
+def initial_value(name: str, tensor: Tensor) -> Tensor:
+    """Return new values for a tensor as transformers initialises it; norms keep theirs."""
+    if tensor.ndim > 1:
+        return 0.02 * torch.randn_like(tensor)
+    return torch.zeros_like(tensor) if name.endswith("bias") else tensor
 
 
 # shared: to_rgb

@@ -1,4 +1,4 @@
-"""CRIS: its recipes and how it is loaded."""
+"""CRIS: its recipes and how it is loaded for training."""
 
 from dataclasses import replace
 
@@ -20,28 +20,33 @@ from recipes.images import (
 
 
 def refcoco_bce(logits: Tensor, batch: dict) -> tuple[Tensor, dict]:
-    """BCE at stride 4 with the mask brought there by nearest neighbour (model/segmenter.py)."""
-    mask = F.interpolate(batch["mask"], logits.shape[-2:], mode="nearest")
-    keep = (mask != 255).float()  # the official masks have no 255
-    bce = F.binary_cross_entropy_with_logits(logits.float(), mask * keep, keep, reduction="sum")
-    loss = bce / keep.sum().clamp(min=1)
+    """Return the loss of CRIS and its parts: binary cross entropy at stride 4.
+
+    The mask (B,1,S,S) is brought to the logits' size by nearest neighbour (model/segmenter.py).
+    Pixels of 255 are ignored; the official masks have none.
+    """
+    mask = F.interpolate(batch["mask"], logits.shape[-2:], mode="nearest")  # (B,1,S/4,S/4)
+    keep = (mask != 255).float()
+    total = F.binary_cross_entropy_with_logits(logits.float(), mask * keep, keep, reduction="sum")
+    loss = total / keep.sum().clamp(min=1)
     return loss, {"bce": loss}
 
 
 def clip_towers(name: str) -> bool:
-    """What comes from CLIP: all of `backbone` but the new branch in its attention pool."""
+    """Return True for parameters that come from CLIP: the backbone without its residual branch."""
     return name.startswith("backbone.") and ".connect." not in name
 
 
 def refcoco_backbone(name: str) -> bool:
-    """What CRIS trains at the lower rate: `backbone` but its position tables (build_segmenter)."""
+    """Return True for parameters that CRIS trains at the lower learning rate (build_segmenter)."""
     return name.startswith("backbone.") and "positional_embedding" not in name
 
 
 HUB_IDS = {"rn50": "timm/resnet50_clip.openai", "rn101": "timm/resnet101_clip.openai"}
 
 PROTOCOLS = {
-    # What we recommend: one clear prompt type, pixels used whole, everything trained, CLIP gently.
+    # What we recommend: one clear prompt type, the whole square filled with image, all parameters
+    # trained, those of CLIP at a lower rate.
     "default": Protocol(
         hub_ids=HUB_IDS,
         config={"pixels": "stretch", "threshold": 0.5},
@@ -50,10 +55,10 @@ PROTOCOLS = {
         backbone=clip_towers,
     ),
     # medvlsm (arXiv 2308.07706; github.com/naamiinepal/medvlsm, configs/experiment/cris.yaml),
-    # which started from a CRIS trained on RefCOCO: give that file as --weights. Quirks: every
-    # prompt is padded with 49407 to 77, so that the decoder attends to the padding too; masks are
-    # stretched with nearest neighbour. Left out: JPEG masks served there as soft targets and
-    # prompts were drawn anew in validation and test.
+    # which started from a CRIS trained on RefCOCO: pass that file as --weights. Quirks: every
+    # prompt is padded to 77 tokens with 49407, so the decoder attends to the padding too; masks are
+    # stretched by nearest neighbour. Left out: soft targets from JPEG masks, and random prompts in
+    # validation and test.
     "origin": Protocol(
         hub_ids=HUB_IDS,
         config={
@@ -70,8 +75,8 @@ PROTOCOLS = {
         **MEDVLSM,
     ),
     # CRIS itself (arXiv 2111.15174; github.com/DerrickWang005/CRIS.pytorch,
-    # config/refcoco/cris_r50.yaml). Left out: its first epoch trained the backbone at the full
-    # rate, because the groups named only `initial_lr`; the last, smaller batch was dropped.
+    # config/refcoco/cris_r50.yaml). Left out: the backbone's full rate in the first epoch, because
+    # the official parameter groups set only `initial_lr`; dropping the last, smaller batch.
     "refcoco": Protocol(
         hub_ids=HUB_IDS,
         config={
@@ -98,18 +103,19 @@ PROTOCOLS = {
 }
 
 
-# CLIP's own length, at which CRIS starts from CLIP or from scratch: long enough for nearly every
-# prompt; short ones are trimmed.
+# CLIP's own text length, used when CRIS starts from CLIP or from scratch. It is long enough for
+# nearly every prompt, and costs nothing for short ones, whose padding is trimmed.
 FROM_CLIP = {"text_length": 77}
 
 
 def load_cris(
     weights, variant, settings: Protocol, overrides: dict, train_set: Dataset | None
 ) -> cris.CRIS:
-    """CRIS from `weights`; from CLIP of the hub if None, and that is said; from scratch if "none".
+    """Load CRIS for training or evaluation.
 
-    Its batch norm over the sentence vectors sees no variance where all texts of a batch are the
-    same to the model, and ruins evaluation: it then stays in evaluation mode.
+    weights: a file, folder or hub id; None for CLIP from the hub, with a note; "none" for a new
+    model. If the texts of a batch are nearly always the same, the batch norm over sentence vectors
+    sees no variance and would ruin evaluation: it stays in evaluation mode, with a note.
     """
     model = make_cris(weights, variant, settings, overrides, train_set)
     if train_set is None or "freeze_text_norm" in overrides:
@@ -119,7 +125,7 @@ def load_cris(
     texts = texts_per_batch(train_set, settings.prompt, settings.batch_size)
     if texts < 2:
         print(
-            f"a batch holds {texts:.1f} different texts on average: the batch norm over texts, "
+            f"a batch contains {texts:.1f} different texts on average: the batch norm over texts, "
             "neck.txt_proj.1, stays in evaluation mode"
         )
         model.config = replace(model.config, freeze_text_norm=True)
@@ -127,12 +133,16 @@ def load_cris(
 
 
 def make_cris(weights, variant, settings, overrides, train_set) -> cris.CRIS:
-    """Return CRIS as `load_cris` starts from it."""
+    """Return CRIS with the weights that `load_cris` describes.
+
+    Raise ValueError if an evaluation names no weights.
+    """
     if weights == "none":
         config = FROM_CLIP | overrides
         return cris.CRIS(replace(cris.VARIANTS[variant or "rn50"], **config))
     if weights is None and train_set is None:
         raise ValueError("--weights is missing: CLIP alone, which is the default, segments nothing")
+
     if weights is None:
         weights = hub_id(settings, variant or "rn50")
         print(
@@ -144,6 +154,7 @@ def make_cris(weights, variant, settings, overrides, train_set) -> cris.CRIS:
 
 
 def cris_recipe(model: cris.CRIS, settings: Protocol) -> Recipe:
+    """Return what connects CRIS to the training loop."""
     return prompted_recipe(cris, model, settings, clip_tokenizer(model.config))
 
 

@@ -109,14 +109,18 @@ def first_difference(model, golden, dtype):
 
 # RN101 takes half a minute and differs by depth alone: RN50's outputs are compared, and RN101's
 # names and shapes by the model contract.
-QUICK = [pytest.param(v, marks=[pytest.mark.slow] * (v != "rn50")) for v in VARIANTS]
+QUICK = [
+    pytest.param("rn50", marks=pytest.mark.parity),
+    pytest.param("rn101", marks=pytest.mark.slow),
+]
+OFFICIAL = "CRIS.pytorch e596332"
 
 
 @pytest.mark.parametrize("golden", QUICK, indirect=True, scope="module")
-def test_outputs_equal_the_official_ones(golden, official):
+def test_outputs_equal_the_official_ones(golden, official, parity):
     model, printed = official
     model.eval().float()
-    assert "17, 0" in printed  # the settings that no tensor tells
+    assert "using 17 and 0" in printed  # the settings that no tensor tells
     image, tokens, _ = golden.inputs()
     tolerance = {"rn50": 0.057, "rn101": 0.44}[golden.variant]  # four times its own float32 error
     with torch.no_grad():
@@ -126,10 +130,13 @@ def test_outputs_equal_the_official_ones(golden, official):
         error64 = (model(image.double(), tokens) - golden.out("logits_f64")).abs().max()
     print(f"{golden.variant}: float64 {error64:.1e}, float32 {error:.1e}")
     assert error64 <= 1e-6 * 17, first_difference(model, golden, torch.float64)
+    if golden.variant == "rn50":
+        largest = golden.out("logits_f64").abs().max()
+        parity("cris", "RN50, logits", OFFICIAL, float64=error64 / largest, float32=error / largest)
 
 
 @pytest.mark.parametrize("golden", QUICK, indirect=True, scope="module")
-def test_gradients_equal_the_official_ones(golden, official):
+def test_gradients_equal_the_official_ones(golden, official, parity):
     model = copy.deepcopy(official[0]).double()
     image, tokens, mask = golden.inputs()
     model.train()
@@ -141,8 +148,14 @@ def test_gradients_equal_the_official_ones(golden, official):
     assert all(g is not None and g.isfinite().all() for g in gradients.values())
     untrained = {name for name, p in model.named_parameters() if not p.requires_grad}
     assert untrained == {"backbone.logit_scale"}
-    for name, norm in golden.meta["train_dropout0"]["grad_norm_f64"].items():
+    norms = golden.meta["train_dropout0"]["grad_norm_f64"]
+    errors = []
+    for name, norm in norms.items():
         assert gradients[name].norm().item() == pytest.approx(norm, rel=1e-6), name
+        errors.append(abs(gradients[name].norm().item() - norm) / norm)
+    if golden.variant == "rn50":
+        what = f"RN50, norms of {len(norms)} gradients, each by its own size"
+        parity("cris", what, OFFICIAL, float64=max(errors))
 
 
 def test_medvlsm_s_padding_and_way_back(tmp_path):
@@ -215,7 +228,9 @@ def test_clip_alone_fills_the_towers_bit_for_bit(variant, form, tmp_path, capsys
     assert fresh == {name for name in loaded if name.startswith(parts)}
     assert model.config == replace(cris.VARIANTS[variant], text_length=77)
     out = capsys.readouterr().out
-    assert "77, 0" in out and "neck" in out and "connect" in out  # what is assumed, what is new
+    assert (
+        "using 77 and 0" in out and "neck" in out and "connect" in out
+    )  # what is assumed, what is new
 
 
 # --- loading is total -----------------------------------------------------------------------------
@@ -303,6 +318,27 @@ def test_the_convolution_of_an_upsampled_map(size):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
+def test_the_convolution_with_a_kernel_for_each_image():
+    """Against the plain lines in the docstring of `conv3x3_per_image`, gradients too."""
+    torch.manual_seed(0)
+    B, C, H, W = 3, 4, 5, 7
+    mix = nn.Conv2d(C, C, 1).double()
+    x = torch.randn(B, C, H, W, dtype=torch.float64, requires_grad=True)
+    kernel = torch.randn(B, C, 3, 3, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(B, dtype=torch.float64, requires_grad=True)
+
+    groups = mix(x).reshape(1, B * C, H, W)
+    plain = F.conv2d(groups, kernel, bias, padding=1, groups=B).transpose(0, 1)
+    ours = cris.conv3x3_per_image(x, mix, kernel, bias)
+    torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-12)
+
+    inputs = (x, kernel, bias, mix.weight, mix.bias)
+    weights = torch.randn_like(plain)
+    expected = torch.autograd.grad(plain, inputs, weights)
+    for a, b in zip(torch.autograd.grad(ours, inputs, weights), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
 def test_the_projector_is_a_convolution_with_the_sentence_s_kernel(mini):
     x, state = torch.randn(2, 64, 3, 4).double(), torch.randn(2, 128).double()
     vis, y = mini.proj.vis, x
@@ -350,6 +386,19 @@ def test_stretch_is_torchvision_s_resize_of_pil_images():
     nearest = np.asarray(mask.resize((128, 128), Image.Resampling.NEAREST))
     ours = cris.preprocess_mask(torch.from_numpy(np.array(mask)), config)
     assert np.array_equal(ours[0].numpy() > 0.5, nearest)
+
+
+@pytest.mark.parametrize("size", [(33, 60), (64, 64), (50, 20)])
+def test_what_leaves_the_letterbox_is_what_went_in(size):
+    """A linear ramp: bilinear interpolation returns it exactly wherever it has both neighbours."""
+    height, width = size
+    ramp = torch.arange(height)[:, None] + 2.0 * torch.arange(width)
+    square = cris.letterbox(ramp[None], 128, "bilinear")
+    assert square.shape == (1, 128, 128)
+    back = cris.undo_letterbox(square, size, "bilinear")
+    assert back.shape == (1, height, width)
+    inside = (slice(1, -1), slice(1, -1))
+    torch.testing.assert_close(back[0][inside], ramp[inside], rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("size", [(416, 208), (301, 147), (97, 531)])

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from conftest import ROOT, shapes
 from forms.dpt import (
     DEPTH,
@@ -35,6 +36,9 @@ import dpt
 from dpt import DPT
 
 pytestmark = pytest.mark.numeric
+
+
+OFFICIAL = f"transformers {transformers.__version__}"
 
 
 def official(ours: DPT) -> DPTForSemanticSegmentation:
@@ -69,9 +73,10 @@ def close(ours, theirs, relative=1e-5):
 # --- numbers -------------------------------------------------------------------------------------
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize("norm", [True, False], ids=["batch norm", "biases"])
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-def test_outputs_and_all_gradients_equal_transformers(training, norm):
+def test_outputs_and_all_gradients_equal_transformers(training, norm, parity):
     """In float64: in float32 a value beside the kink of a ReLU may lie on either side of it."""
     torch.manual_seed(0)
     dtype = torch.float64
@@ -102,10 +107,11 @@ def test_outputs_and_all_gradients_equal_transformers(training, norm):
         if name in buffers:
             close(buffers.pop(name).double(), t.double(), 1e-9)
     assert not buffers
-    print(
-        f"logits {(logits - expected).abs().max() / expected.abs().max():.1e}, "
-        f"gradients {worst:.1e}"
-    )
+    error = (logits - expected).abs().max() / expected.abs().max()
+    print(f"logits {error:.1e}, gradients {worst:.1e}")
+    if norm and not training:
+        parity("dpt", "mini, logits", OFFICIAL, float64=error)
+        parity("dpt", "mini, every gradient by its own size", OFFICIAL, float64=worst)
 
 
 @pytest.mark.parametrize("side", [480, 384, 288, 240, 80])
@@ -143,6 +149,38 @@ def test_a_turned_image_is_another_image_of_the_same_model(mini):
     model.load_state_dict(state)
     image = torch.randn(1, 3, 96, 160)
     close(model(image.transpose(2, 3)), model(image).transpose(2, 3))
+
+
+def equal_with_gradients(ours, plain, inputs):
+    """Outputs and the gradients of all inputs agree, in float64."""
+    torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-12)
+    weights = torch.randn_like(plain)
+    expected = torch.autograd.grad(plain, inputs, weights)
+    for a, b in zip(torch.autograd.grad(ours, inputs, weights), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_the_readout_is_a_linear_layer_of_each_token_beside_the_class_token():
+    """Against the plain lines in the docstring of `project_readout`."""
+    torch.manual_seed(0)
+    linear = nn.Linear(10, 5).double()
+    tokens = torch.randn(2, 7, 5, dtype=torch.float64, requires_grad=True)
+    patches = tokens[:, 1:]
+    class_token = tokens[:, :1]
+    plain = linear(torch.cat([patches, class_token.expand_as(patches)], 2))
+    inputs = (tokens, linear.weight, linear.bias)
+    equal_with_gradients(dpt.project_readout(tokens, linear), plain, inputs)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 5), (7, 3)])
+def test_a_1x1_convolution_may_go_before_the_upsampling(size):
+    """Against the plain lines in the docstring of `upsampled_conv1x1`."""
+    torch.manual_seed(0)
+    conv1x1 = nn.Conv2d(4, 3, 1).double()
+    x = torch.randn(2, 4, *size, dtype=torch.float64, requires_grad=True)
+    plain = conv1x1(F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True))
+    inputs = (x, conv1x1.weight, conv1x1.bias)
+    equal_with_gradients(dpt.upsampled_conv1x1(x, conv1x1), plain, inputs)
 
 
 def test_sides_that_are_no_multiples_of_16_are_refused(mini):
@@ -191,9 +229,12 @@ def test_numbers_of_parameters():
             assert sum(p.numel() for p in DPT(dpt.VARIANTS[variant]).parameters()) == number
 
 
-@pytest.mark.parametrize("side", [288, pytest.param(480, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "side",
+    [pytest.param(288, marks=pytest.mark.parity), pytest.param(480, marks=pytest.mark.slow)],
+)
 @torch.no_grad()
-def test_dpt_large_ade_equals_transformers(side, tmp_path):
+def test_dpt_large_ade_equals_transformers(side, tmp_path, parity):
     """All 536 tensors of the hub's file, through the real file and loader."""
     with torch.device("meta"):
         hub = theirs(dpt.VARIANTS["large-ade"])
@@ -208,14 +249,14 @@ def test_dpt_large_ade_equals_transformers(side, tmp_path):
     image = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(side))
     logits, expected = ours(image), hub(image).logits
     assert logits.shape == (1, 150, side, side)
-    print(f"logits differ by {(logits - expected).abs().max() / expected.abs().max():.1e}")
+    error = (logits - expected).abs().max() / expected.abs().max()
+    print(f"logits differ by {error:.1e}")
     close(logits, expected)
+    if side == 288:
+        parity("dpt", "large-ade, logits at 288 px", OFFICIAL, float32=error)
 
 
 # --- files ---------------------------------------------------------------------------------------
-
-# A form of a checkpoint: how it is written into a folder from the hub's state dict.
-
 
 FORMS = (*NAMES,)
 OTHERS = FORMS[:-1]
@@ -237,8 +278,9 @@ def test_a_checkpoint_for_depth_gets_a_new_head(form, tmp_path, capsys):
     model = DPT.from_pretrained(source, num_classes=3)
     assert model.config == replace(LARGE, num_classes=3)
     printed = capsys.readouterr().out
-    assert printed.count("\n") == 2 and "image_size 384, as is usual" in printed
-    assert printed.endswith("new, to be trained: head.head.0, head.head.1, head.head.4\n")
+    assert printed.count("\n") == 2
+    assert "using the usual " in printed and "image_size 384; neither" in printed
+    assert printed.endswith("new and untrained: head.head.0, head.head.1, head.head.4\n")
     loaded = dpt.to_official(model.state_dict())
     new = {name for name in loaded if name.startswith("head.")}
     assert set(loaded) - new == {n for n in without_unused(state) if not n.startswith("head.")}
@@ -261,11 +303,11 @@ def test_other_classes_get_a_new_classifier(form, tmp_path, capsys):
     state = filled(theirs(MINI))
     source = form(NAMES[form](state), MINI, tmp_path)
     same = DPT.from_pretrained(source, num_classes=4)
-    assert "to be trained" not in capsys.readouterr().out
+    assert "untrained" not in capsys.readouterr().out
     assert torch.equal(same.head[4].weight, state["head.head.4.weight"])
     torch.manual_seed(0)
     model = DPT.from_pretrained(source, num_classes=1, threshold=0.3)
-    assert capsys.readouterr().out.endswith("new, to be trained: head.head.4\n")
+    assert capsys.readouterr().out.endswith("new and untrained: head.head.4\n")
     assert (model.config.num_classes, model.config.threshold) == (1, 0.3)
     assert model.head[4].weight.std().item() == pytest.approx(0.02, rel=0.4)  # of 32 numbers
     assert not model.head[4].bias.any()

@@ -320,7 +320,7 @@ def test_interval_is_seeded_and_does_not_depend_on_the_order():
     rng = np.random.default_rng(2)
     values = rng.random(60)
     first = metrics.mean_ci(values)
-    metrics._draws.cache_clear()
+    metrics.bootstrap_weights.cache_clear()
     assert first == metrics.mean_ci(values) == metrics.mean_ci(rng.permutation(values))
     assert first["low"] != metrics.mean_ci(values, seed=1)["low"]
     constant = metrics.mean_ci(np.full(60, 0.7))
@@ -388,7 +388,7 @@ def test_coverage_where_misses_are_rare(n, misses, plain, expanded):
         values = rng.beta(18, 2, n) * (rng.random(n) >= misses)
         ours = metrics.mean_ci(values)
         covered["expanded"] += ours["low"] <= true_mean <= ours["high"]
-        means = metrics._draws(n, 2000, 0) @ np.sort(values) / n
+        means = metrics.bootstrap_weights(n, 2000, 0) @ np.sort(values) / n
         low, high = np.percentile(means, [2.5, 97.5])
         covered["plain"] += low <= true_mean <= high
     shares = {name: count / repeats for name, count in covered.items()}

@@ -112,7 +112,7 @@ def test_small_to_pickle_and_built_once():
     assert (copy.length, copy.pad_token) == (22, 49407)
     assert len(pickle.dumps(copy)) < 200  # not the merge table
     copy("polyp"), CLIPTokenizer()("polyp")
-    assert tokenizer._byte_pair_encoder.cache_info().currsize == 1
+    assert tokenizer.byte_pair_encoder.cache_info().currsize == 1
 
 
 # --- WordPiece ------------------------------------------------------------------------------------

@@ -124,7 +124,7 @@ def cheapest(a, b):
 def test_the_matching_is_the_cheapest(seed):
     rng = np.random.default_rng(seed)
     a, b = (np.sort(rng.random((rng.integers(0, 5), 2)), axis=1) for _ in range(2))
-    i, j, rest = losses._match(a, b)
+    i, j, rest = losses.match_diagrams(a, b)
     alone = np.delete(((a[:, 1] - a[:, 0]) / 2) ** 2, i).sum()
     matched = (np.abs(a[i] - b[j]).max(1) ** 2).sum() if len(i) else 0
     assert matched + alone + rest == pytest.approx(cheapest(a, b))

@@ -94,7 +94,7 @@ def clip_hub(state, folder):
     return folder
 
 
-ASSUMED = ("took 17, 0, of RefCOCO",)  # text length and padding, which no tensor tells
+ASSUMED = ("using 17 and 0, those of RefCOCO",)  # text length and padding, which no tensor tells
 REFCOCO = replace(MINI, text_length=17)
 FORMS = (
     Form(released, MINI, says=ASSUMED, loaded_config=REFCOCO),

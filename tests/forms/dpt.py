@@ -172,7 +172,7 @@ def form(writer, config) -> Form:
         return NAMES[writer](filled(theirs(config)) | state)
 
     write.__name__ = writer.__name__ + ("" if config.fusion_norm else " without norm")
-    says = ("took taps (1, 3, 5, 7), heads 2, as is usual",) if "orig" in writer.__name__ else ()
+    says = ("using the usual taps (1, 3, 5, 7), heads 2",) if "orig" in writer.__name__ else ()
     return Form(write, config, names, says, {"image_size": config.image_size})
 
 
