@@ -1,25 +1,27 @@
-"""SegFormer: an image in, the class of every pixel out. A pyramid transformer and an all-MLP head.
+"""SegFormer: one class per pixel of an image. Hierarchical transformer encoder and MLP decoder.
 
-Paper: Xie et al., NeurIPS 2021, arXiv 2105.15203. Code: github.com/NVlabs/SegFormer at 65fa8cf,
-mmseg/models/{backbones/mix_transformer,decode_heads/segformer_head}.py; its port to transformers
-5.23, modeling_segformer.py. The names are those of the hub's files. Weights, for research and
-evaluation only (NVIDIA Source Code License): nvidia/segformer-b0-finetuned-ade-512-512 ... b4,
-b5-finetuned-ade-640-640, -cityscapes-*; nvidia/mit-b0 ... b5, the encoder alone; the authors' .pth.
+Paper: Xie et al., NeurIPS 2021, arXiv 2105.15203. Official code: github.com/NVlabs/SegFormer at
+65fa8cf, mmseg/models/{backbones/mix_transformer,decode_heads/segformer_head}.py; ported to
+transformers 5.23, modeling_segformer.py. Parameter names follow the files on the hub. Weights, for
+research and evaluation only (NVIDIA Source Code License): nvidia/segformer-b0-finetuned-ade-512-512
+to b4, b5-finetuned-ade-640-640, -cityscapes-*; nvidia/mit-b0 to b5 (encoder only); NVlabs' .pth.
 
     image (B,3,512,512), b0
-      encoder, four stages: a strided convolution, then blocks of attention from all pixels to a
-      coarser grid, and of an MLP with a 3x3 convolution, the only source of position
+      encoder, four stages: a strided convolution, then blocks of attention, whose keys and values
+      come from a coarser grid, and of an MLP with a depthwise 3x3 convolution
     maps (B,32,128,128), (B,64,64,64), (B,160,32,32), (B,256,16,16)
-      decode_head: each map into 256 channels, up to the first one's size, their sum
-    (B,256,128,128), then batch norm, ReLU, dropout, 1x1 convolution
+      decode_head: project each map to 256 channels, upsample to the size of the first, add up
+    (B,256,128,128)
+      batch norm, ReLU, dropout, 1x1 convolution
     logits (B,150,128,128)
 
-Any sides from 29 pixels will do. quirk: every LayerNorm has eps 1e-5, as in transformers, which
-does not read its setting of 1e-6; the authors have 1e-6 but behind the convolutions with stride.
+There is no position embedding, so images may have any sides from 29 pixels. quirk: all LayerNorms
+have eps 1e-5, as in transformers, which never reads its setting of 1e-6. NVlabs has 1e-6, except
+after strided convolutions.
 
     model = SegFormer.from_pretrained("nvidia/segformer-b0-finetuned-ade-512-512")
     probabilities, mask = model.segment("photo.jpg")  # or a PIL image
-    # numpy, at the photo's own size: float32 (K,H,W); uint8 (H,W), the class of each pixel
+    # numpy arrays of the photo's size: float32 (K,H,W); uint8 (H,W), the class of each pixel
 """
 
 import json
@@ -29,7 +31,6 @@ import sys
 import zipfile
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -40,21 +41,21 @@ from torch import Tensor, nn
 @dataclass(frozen=True)
 class Config:
     widths: tuple[int, ...] = (64, 128, 320, 512)  # channels of the four stages
-    depths: tuple[int, ...] = (3, 4, 6, 3)  # blocks in each
-    heads: tuple[int, ...] = (1, 2, 5, 8)
-    reductions: tuple[int, ...] = (8, 4, 2, 1)  # side of the square that makes one key and value
-    decoder_dim: int = 768
-    drop_path: float = 0.1  # of the last block, while training; rises linearly from 0
+    depths: tuple[int, ...] = (3, 4, 6, 3)  # blocks per stage
+    heads: tuple[int, ...] = (1, 2, 5, 8)  # attention heads per stage
+    reductions: tuple[int, ...] = (8, 4, 2, 1)  # stride of keys and values, in tokens, per stage
+    decoder_dim: int = 768  # channels of the decoder
+    drop_path: float = 0.1  # stochastic depth rate of the last block; rises linearly from 0
     dropout: float = 0.1  # before the classifier, while training
     num_classes: int = 150
     image_size: int = 512  # side of the square that `preprocess` makes
-    mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # RGB in 0..1, ImageNet's
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # ImageNet's, RGB in 0..1
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
-    resample: str = "bilinear"  # PIL's name, or "cv2 nearest"
-    threshold: float = 0.5  # of a model with one class
+    resample: str = "bilinear"  # Pillow's name of the filter, or "cv2 nearest"
+    threshold: float = 0.5  # probability above which a pixel is foreground; used with one class
 
 
-VARIANTS = {  # parameters with 150 classes; mini is for tests and demos
+VARIANTS = {  # with the number of parameters for 150 classes; mini is for tests and demos
     "b0": Config((32, 64, 160, 256), (2, 2, 2, 2), decoder_dim=256),  # 3,752,694
     "b1": Config(depths=(2, 2, 2, 2), decoder_dim=256),  # 13,715,798
     "b2": Config(),  # 27,461,974
@@ -65,8 +66,9 @@ VARIANTS = {  # parameters with 150 classes; mini is for tests and demos
 }
 
 
+# mix_transformer.py, class OverlapPatchEmbed
 class PatchEmbedding(nn.Module):
-    """A convolution with stride whose patches overlap."""
+    """Strided convolution with overlapping patches, then LayerNorm."""
 
     def __init__(self, channels: int, dim: int, kernel: int, stride: int):
         super().__init__()
@@ -74,17 +76,26 @@ class PatchEmbedding(nn.Module):
         self.layer_norm = nn.LayerNorm(dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B,C',stride*H,stride*W) -> tokens (B,H,W,C); sides are rounded up."""
-        return self.layer_norm(self.proj(x).permute(0, 2, 3, 1))  # (B,H,W,C)
+        """Embed x (B,C,H,W) as tokens (B,H/stride,W/stride,dim), sides rounded up."""
+        x = self.proj(x).permute(0, 2, 3, 1)  # (B,H/stride,W/stride,dim)
+        return self.layer_norm(x)
 
 
+# mix_transformer.py, class Attention
 class Attention(nn.Module):
-    """Every token looks at a grid that is coarser by `reduction`, made by a convolution."""
+    """Multi-head self-attention with spatial reduction.
+
+    Queries come from all tokens, keys and values from a grid that a convolution makes coarser by
+    `reduction` along each side.
+    """
 
     def __init__(self, dim: int, heads: int, reduction: int):
         super().__init__()
-        self.heads, self.reduction = heads, reduction
-        self.query, self.key, self.value = (nn.Linear(dim, dim) for _ in range(3))
+        self.heads = heads
+        self.reduction = reduction
+        self.query = nn.Linear(dim, dim)
+        self.key = nn.Linear(dim, dim)
+        self.value = nn.Linear(dim, dim)
         self.output = nn.Linear(dim, dim)
         if reduction > 1:
             self.sr = nn.Conv2d(dim, dim, reduction, stride=reduction)
@@ -92,249 +103,434 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B,H,W,C) -> (B,H,W,C)."""
-        y = x
-        if self.reduction > 1:  # h = H // reduction: what does not fill a square is not seen
-            y = self.layer_norm(self.sr(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))  # (B,h,w,C)
-        q, k, v = (t.flatten(1, 2) for t in (self.query(x), self.key(y), self.value(y)))  # (B,N,C)
-        q, k, v = (t.unflatten(2, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
+        coarse = x
+        if self.reduction > 1:
+            # Sides are rounded down: rows and columns that fill no patch give no keys and values.
+            coarse = self.sr(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # (B,H/r,W/r,C)
+            coarse = self.layer_norm(coarse)
+
+        q = self.split_heads(self.query(x))  # (B,h,N,d)
+        k = self.split_heads(self.key(coarse))  # (B,h,n,d)
+        v = self.split_heads(self.value(coarse))  # (B,h,n,d)
         y = F.scaled_dot_product_attention(q, k, v)  # (B,h,N,d)
-        return self.output(y.transpose(1, 2).reshape(x.shape))  # (B,H,W,C)
+        y = y.transpose(1, 2).reshape(x.shape)  # (B,H,W,C)
+        return self.output(y)
+
+    def split_heads(self, x: Tensor) -> Tensor:
+        """Split channels among the heads: (B,H,W,C) -> (B,h,N,d) with N = H*W tokens."""
+        x = x.flatten(1, 2)  # (B,N,C)
+        return x.unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B,h,N,d)
 
 
+# mix_transformer.py, classes Mlp and DWConv
 class MLP(nn.Module):
-    """With a 3x3 convolution of each channel inside, by whose padding tokens know their place."""
+    """MLP with a depthwise 3x3 convolution; its zero padding provides positional information."""
 
     def __init__(self, dim: int):
         super().__init__()
-        self.dense1, self.dense2 = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
+        self.dense1 = nn.Linear(dim, 4 * dim)
+        self.dense2 = nn.Linear(4 * dim, dim)
         self.dwconv = nn.Conv2d(4 * dim, 4 * dim, 3, padding=1, groups=4 * dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B,H,W,C) -> (B,H,W,C)."""
-        y = self.dwconv(self.dense1(x).permute(0, 3, 1, 2))  # (B,4C,H,W)
-        return self.dense2(F.gelu(y).permute(0, 2, 3, 1))  # (B,H,W,C)
+        x = self.dense1(x).permute(0, 3, 1, 2)  # (B,4C,H,W)
+        x = F.gelu(self.dwconv(x)).permute(0, 2, 3, 1)  # (B,H,W,4C)
+        return self.dense2(x)
 
 
+# mix_transformer.py, class Block
 class Block(nn.Module):
+    """Pre-norm transformer block: attention and MLP, each with a residual connection."""
+
     def __init__(self, dim: int, heads: int, reduction: int, drop_path: float):
         super().__init__()
         self.drop_path = drop_path
-        self.layer_norm_1, self.layer_norm_2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.layer_norm_1 = nn.LayerNorm(dim)
+        self.layer_norm_2 = nn.LayerNorm(dim)
         self.attention = Attention(dim, heads, reduction)
         self.mlp = MLP(dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.maybe(self.attention(self.layer_norm_1(x)))  # (B,H,W,C)
-        return x + self.maybe(self.mlp(self.layer_norm_2(x)))
+        """x (B,H,W,C) -> (B,H,W,C)."""
+        x = x + self.stochastic_depth(self.attention(self.layer_norm_1(x)))
+        return x + self.stochastic_depth(self.mlp(self.layer_norm_2(x)))
 
-    def maybe(self, y: Tensor) -> Tensor:
-        """Stochastic depth, arXiv 1603.09382: in training a sample goes without y now and then."""
+    def stochastic_depth(self, residual: Tensor) -> Tensor:
+        """Drop the residual (B,H,W,C) of random samples while training (arXiv 1603.09382)."""
         if not self.training or self.drop_path == 0:
-            return y
-        keep = 1 - self.drop_path
-        kept = (keep + torch.rand(len(y), 1, 1, 1, dtype=y.dtype, device=y.device)).floor()
-        return y * (kept / keep)  # (B,H,W,C)
+            return residual
+
+        keep_probability = 1 - self.drop_path
+        shape = (len(residual), 1, 1, 1)
+        noise = torch.rand(shape, dtype=residual.dtype, device=residual.device)
+        keep = (keep_probability + noise).floor()  # 1 or 0; timm's and transformers' rule
+        return residual * (keep / keep_probability)  # (B,H,W,C)
 
 
+# mix_transformer.py, class MixVisionTransformer
 class Encoder(nn.Module):
-    """MiT, the mix transformer. Within, channels come last: no layer then copies its input."""
+    """Mix transformer (MiT). Its blocks keep channels last, so that no layer copies its input."""
 
     def __init__(self, config: Config):
         super().__init__()
-        c, widths, total = config, config.widths, sum(config.depths)
-        embeddings = zip((3, *widths), widths, (7, 3, 3, 3), (4, 2, 2, 2), strict=False)
-        self.patch_embeddings = nn.ModuleList(PatchEmbedding(*sizes) for sizes in embeddings)
-        rates = (c.drop_path * i / (total - 1) for i in range(total))
-        stages = zip(widths, c.heads, c.reductions, c.depths, strict=True)
-        self.block = nn.ModuleList(
-            nn.Sequential(*(Block(dim, heads, reduction, next(rates)) for _ in range(depth)))
-            for dim, heads, reduction, depth in stages
-        )
+        widths = config.widths
+        kernels = (7, 3, 3, 3)
+        strides = (4, 2, 2, 2)
+
+        self.patch_embeddings = nn.ModuleList()
+        for i in range(4):
+            channels = 3 if i == 0 else widths[i - 1]
+            embedding = PatchEmbedding(channels, widths[i], kernels[i], strides[i])
+            self.patch_embeddings.append(embedding)
+
+        # The stochastic depth rate rises linearly from 0 in the first block of all stages.
+        last = sum(config.depths) - 1
+        number = 0
+        self.block = nn.ModuleList()
+        for i in range(4):
+            blocks = nn.Sequential()
+            for _ in range(config.depths[i]):
+                rate = config.drop_path * number / last
+                blocks.append(Block(widths[i], config.heads[i], config.reductions[i], rate))
+                number += 1
+            self.block.append(blocks)
+
         self.layer_norm = nn.ModuleList(nn.LayerNorm(dim) for dim in widths)
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """image (B,3,H,W) -> maps (B,C,H/4,W/4), then of H/8, H/16, H/32; sides rounded up."""
-        maps, parts = [], (self.patch_embeddings, self.block, self.layer_norm)
-        for embed, blocks, norm in zip(*parts, strict=True):
-            x = norm(blocks(embed(x))).permute(0, 3, 1, 2)  # (B,C,H,W)
+        """image (B,3,H,W) -> four maps (B,C,H/4,W/4) to (B,C,H/32,W/32), sides rounded up."""
+        maps = []
+        for i in range(4):
+            x = self.patch_embeddings[i](x)  # (B,H,W,C)
+            x = self.block[i](x)
+            x = self.layer_norm[i](x).permute(0, 3, 1, 2)  # (B,C,H,W)
             maps.append(x)
         return maps
 
 
+# segformer_head.py, class SegFormerHead
 class DecodeHead(nn.Module):
-    """The sum of all maps in D channels at the finest size, and a classifier.
+    """All-MLP decoder: project the maps to D channels, upsample them, fuse them, classify.
 
-    Officially each goes into D channels (`linear_c`) and up, and a convolution (`linear_fuse`)
-    makes D of all 4D, half of the model's work. But a mixture of channels commutes with upsampling,
-    whose weights add up to 1: here a map meets both matrices in one, at its own size. Same numbers.
+    `forward` equals these plain lines at about half of the whole model's multiplications:
+
+        projected = []
+        for linear, x in zip(self.linear_c, maps):
+            x = linear(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # (B,D,h,w)
+            x = F.interpolate(x, maps[0].shape[2:], mode="bilinear", align_corners=False)
+            projected.append(x)  # (B,D,H,W)
+        y = self.linear_fuse(torch.cat(projected[::-1], 1))  # (B,4D,H,W) -> (B,D,H,W)
+        y = F.relu(self.batch_norm(y))
+        return self.classifier(self.dropout(y))  # (B,K,H,W)
+
+    `linear_fuse` is a sum of four matrices, one per map. It mixes channels and upsampling mixes
+    positions with weights that add up to 1, so the two commute: each map meets its part of
+    `linear_fuse` before it is upsampled, merged with its `linear_c` into one matrix (`fold`).
     """
 
     def __init__(self, widths: tuple[int, ...], dim: int, dropout: float, num_classes: int):
         super().__init__()
-        self.linear_c = nn.ModuleList(nn.Linear(c, dim) for c in widths)
+        self.linear_c = nn.ModuleList(nn.Linear(width, dim) for width in widths)
         self.linear_fuse = nn.Conv2d(len(widths) * dim, dim, 1, bias=False)
         self.batch_norm = nn.BatchNorm2d(dim)
-        self.dropout = nn.Dropout2d(dropout)  # of whole channels; transformers drops single numbers
+        self.dropout = nn.Dropout2d(dropout)  # whole channels, as NVlabs; transformers: elements
         self.classifier = nn.Conv2d(dim, num_classes, 1)
 
     def forward(self, maps: list[Tensor]) -> Tensor:
-        """maps (B,C,H,W), finest first -> logits (B,K,H,W) of the first one's size."""
-        fuse, norm = self.linear_fuse.weight.flatten(1), self.batch_norm  # (D,4D)
-        bias = fuse @ torch.cat([linear.bias for linear in self.linear_c[::-1]])  # (D,)
-        if not norm.training:  # it is a product and a sum then
-            scale = norm.weight * (norm.running_var + norm.eps).rsqrt()  # (D,)
-            fuse, bias = scale[:, None] * fuse, scale * (bias - norm.running_mean) + norm.bias
-        # quirk: the coarsest map comes first in the columns of `linear_fuse`
-        parts = fuse.chunk(len(maps), 1)[::-1]  # (D,D) each
-        weights = [p @ linear.weight for p, linear in zip(parts, self.linear_c, strict=True)]
-        y, *coarse = (x.permute(0, 2, 3, 1) for x in maps)  # (B,h,w,C) each
-        y = F.linear(y, weights[0], bias)  # (B,H,W,D)
-        for x, weight in zip(coarse, weights[1:], strict=True):
-            x = F.linear(x, weight).permute(0, 3, 1, 2)  # (B,D,h,w)
+        """Four maps (B,C,h,w), finest first -> logits (B,K,H,W) of the size of the first."""
+        weights, bias = self.fold()
+
+        # Add up all maps at the size of the finest one.
+        y = F.linear(maps[0].permute(0, 2, 3, 1), weights[0], bias)  # (B,H,W,D)
+        for x, weight in zip(maps[1:], weights[1:], strict=True):
+            x = F.linear(x.permute(0, 2, 3, 1), weight).permute(0, 3, 1, 2)  # (B,D,h,w)
             x = F.interpolate(x, y.shape[1:3], mode="bilinear", align_corners=False)  # (B,D,H,W)
             y += x.permute(0, 2, 3, 1)  # (B,H,W,D)
-        if norm.training:
-            y = norm(y.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # (B,H,W,D)
-        y = self.dropout(F.relu(y).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # (B,H,W,D)
+
+        if self.batch_norm.training:
+            y = self.batch_norm(y.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # (B,H,W,D)
+        y = F.relu(y).permute(0, 3, 1, 2)  # (B,D,H,W)
+        y = self.dropout(y).permute(0, 2, 3, 1)  # (B,H,W,D)
+
+        # The 1x1 convolution as a linear layer, since channels are last in memory.
         y = F.linear(y, self.classifier.weight.flatten(1), self.classifier.bias)  # (B,H,W,K)
         return y.permute(0, 3, 1, 2).contiguous()  # (B,K,H,W)
 
+    def fold(self) -> tuple[list[Tensor], Tensor]:
+        """Return one matrix (D,C) per map and one bias (D,) that stand for the linear layers.
+
+        They hold `linear_c` and `linear_fuse`, and `batch_norm` unless it is in training mode:
+        otherwise it is a fixed scale and shift of each channel.
+        """
+        fuse = self.linear_fuse.weight.flatten(1)  # (D,4D)
+        # quirk: the columns of linear_fuse start with the coarsest map, the last of linear_c
+        # (SegFormerHead.forward, torch.cat([_c4, _c3, _c2, _c1], dim=1)).
+        biases = torch.cat([linear.bias for linear in self.linear_c[::-1]])  # (4D,)
+        bias = fuse @ biases  # (D,)
+
+        norm = self.batch_norm
+        if not norm.training:
+            scale = norm.weight * (norm.running_var + norm.eps).rsqrt()  # (D,)
+            fuse = scale[:, None] * fuse  # (D,4D)
+            bias = scale * (bias - norm.running_mean) + norm.bias  # (D,)
+
+        weights = []
+        parts = fuse.chunk(len(self.linear_c), 1)[::-1]  # (D,D) each, finest map first
+        for part, linear in zip(parts, self.linear_c, strict=True):
+            weights.append(part @ linear.weight)  # (D,C)
+        return weights, bias
+
+
+def init_weights(module: nn.Module) -> None:
+    """Initialise a layer as transformers 5.23 does: weights N(0, 0.02), biases 0.
+
+    SegformerPreTrainedModel, for weights that no file fills.
+    """
+    if isinstance(module, nn.Linear | nn.Conv2d):
+        for parameter in module.parameters(recurse=False):
+            nn.init.normal_(parameter, std=0.02 if parameter.ndim > 1 else 0.0)
+
 
 class SegFormer(nn.Module):
+    """The whole model. transformers: SegformerForSemanticSegmentation."""
+
     def __init__(self, config: Config):
         super().__init__()
-        self.config, c = config, config
-        self.preprocess = partial(preprocess, config=config)  # image -> (3,S,S)
-        self.postprocess = partial(postprocess, config=config)  # logits, size -> (K,H,W)
-        self.encoder = Encoder(c)
-        self.decode_head = DecodeHead(c.widths, c.decoder_dim, c.dropout, c.num_classes)
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decode_head = DecodeHead(
+            config.widths, config.decoder_dim, config.dropout, config.num_classes
+        )
         self.apply(init_weights)
 
     def forward(self, image: Tensor) -> Tensor:
-        """image (B,3,H,W) normalised, sides from 29 -> logits (B,K,H/4,W/4), rounded up.
+        """Return logits (B,K,H/4,W/4), sides rounded up, for a normalised image (B,3,H,W).
 
-        The first stage's keys come from squares of 8x8 tokens, and a token is 4 pixels: 29 make 8.
+        Raise ValueError for sides below 29 pixels: the first stage's keys come from patches of 8x8
+        tokens, and 29 pixels are the fewest that give 8 tokens.
         """
         if min(image.shape[2:]) < 29:
             raise ValueError(f"image sides must be at least 29, not {tuple(image.shape[2:])}")
         return self.decode_head(self.encoder(image))
 
+    def preprocess(self, image) -> Tensor:
+        """Resize and normalise a PIL image: (3,S,S); see `preprocess`."""
+        return preprocess(image, self.config)
+
+    def postprocess(self, logits: Tensor, size: tuple[int, int]) -> Tensor:
+        """Turn the logits (K,h,w) of one image into probabilities (K,H,W); see `postprocess`."""
+        return postprocess(logits, size, self.config)
+
     def segment(self, image) -> tuple:
-        """Segment an image or its file -> probabilities (K,H,W), mask (H,W); see `segment`."""
+        """Return probabilities (K,H,W) and mask (H,W) of a file or PIL image; see `segment`."""
         return segment(self, image)
 
     @classmethod
     def from_pretrained(cls, source: str | Path, num_classes=None, **overrides) -> "SegFormer":
-        """From a file, a folder, a run folder or a hub id; `overrides` are fields of Config.
+        """Load a file, a folder, a run folder or a hub id, in evaluation mode.
 
-        num_classes: None for as many as the file has; another number makes a new classifier. To a
-        file of the encoder alone it gives a new head. What is new is printed. In evaluation mode.
+        num_classes: None for as many as the file has; another number makes a new classifier. A file
+        of the encoder alone needs it, and gets a new head. What is new is printed. overrides:
+        fields of Config. Raise ValueError, FileNotFoundError or OSError, one line, for a source
+        that does not fit or is not there.
         """
         weights, settings = read_checkpoint(source, FILES)
         weights = to_official(weights)
+
         if "format" in settings:  # a run folder of ours
             config = Config(**run_config(settings, "SegFormer", source, Config))
         else:
-            told = {ours: settings[hub] for hub, ours in SETTINGS.items() if hub in settings}
-            told = {k: tuple(v) if isinstance(v, list) else v for k, v in told.items()}
-            config = replace(closest_variant(weights), **told)
+            config = replace(closest_variant(weights), **hub_config(settings))
             if "image_size" not in overrides:
-                print(f"{source}: image_size is not told, took {config.image_size}")
+                print(f"{source}: image_size is unknown, using {config.image_size}")
+
         weights, num_classes, fresh = new_classes(weights, num_classes, source)
         num_classes = num_classes or config.num_classes
         model = cls(replace(config, num_classes=num_classes, **overrides))
+
+        # Errors use the names of the hub's files.
         expected = to_official(model.state_dict())
         weights, new = add_new(weights, expected, fresh)
-        check_complete(weights, expected, source)  # in the hub's names
+        check_complete(weights, expected, source)
         model.load_state_dict(convert(weights))
         if new:
             print(f"{source}: new and untrained: {', '.join(new)}")
         return model.eval()
 
 
-def init_weights(module: nn.Module) -> None:
-    """Of transformers 5.23, where nothing is loaded."""
-    if isinstance(module, nn.Linear | nn.Conv2d):
-        for p in module.parameters(recurse=False):
-            nn.init.normal_(p, std=0.02 if p.ndim > 1 else 0.0)  # biases are 0
-
+# --------------------------------------------------------------------------------------------------
+# Nothing under this line is needed to understand the model: loading of weights, pre- and
+# postprocessing.
+# --------------------------------------------------------------------------------------------------
 
 FILES = ("best.safetensors", "model.safetensors", "pytorch_model.bin")
-SETTINGS = {  # of transformers' config.json
-    "num_attention_heads": "heads", "drop_path_rate": "drop_path",
+SETTINGS = {  # fields of transformers' config.json -> of Config
+    "num_attention_heads": "heads",
+    "drop_path_rate": "drop_path",
     "classifier_dropout_prob": "dropout",
-}  # fmt: skip
+}
 IGNORED = {
-    r"(classifier|head)\.(weight|bias)": "of ImageNet's 1000 classes, in files of the encoder",
-    r"decode_head\.conv_seg\.(weight|bias)": "of the authors' base class, which they do not use",
+    r"(classifier|head)\.(weight|bias)": "ImageNet's 1000 classes, in files of the encoder",
+    r"decode_head\.conv_seg\.(weight|bias)": "unused layer of the authors' base class",
 }
-FRESH = {  # what may be new
-    "classifier": r"decode_head\.classifier\..*",  # where another number of classes is asked for
-    "head": r"decode_head\..*",  # where a file holds the encoder alone
+FRESH = {  # tensors that may be newly initialised
+    "classifier": r"decode_head\.classifier\..*",  # with another number of classes
+    "head": r"decode_head\..*",  # if the file holds the encoder alone
 }
-# The authors' names, who count stages from 1, transformers 5's in memory and ours -> the hub's.
-RENAMES = (
-    (r"^((?:backbone\.)?(?:patch_embed|block|norm)|decode_head\.linear_c)([1-4])\.",
-     lambda match: f"{match[1]}.{int(match[2]) - 1}."),
-    (r"^(?:backbone\.)?(patch_embed|block|norm)\.(?=\d)", r"encoder.\1."),
-    (r"^(?:segformer\.)?stages\.(\d)\.(patch_embeddings|layer_norm)\.", r"encoder.\2.\1."),
-    (r"^(?:segformer\.)?stages\.(\d)\.blocks\.", r"encoder.block.\1."),
-    (r"^encoder\.", "segformer.encoder."), (r"\.patch_embed\.", ".patch_embeddings."),
-    (r"(encoder|embeddings\.\d|attn)\.norm\.", r"\1.layer_norm."), (r"\.attn\.", ".attention."),
-    (r"\.(?:norm1|layernorm_before)\.", ".layer_norm_1."),
-    (r"\.(?:norm2|layernorm_after)\.", ".layer_norm_2."),
-    (r"attention\.(?:q|q_proj|query)\.", "attention.self.query."),
-    (r"attention\.(?:k_proj|key)\.", "attention.self.key."),
-    (r"attention\.(?:v_proj|value)\.", "attention.self.value."),
-    (r"attention\.(?:sequence_reduction\.sequence_reduction|sr)\.", "attention.self.sr."),
-    (r"attention\.(?:sequence_reduction\.)?layer_norm\.", "attention.self.layer_norm."),
-    (r"attention\.(?:o_proj|proj|output(?!\.dense))\.", "attention.output.dense."),
-    (r"mlp\.fc([12])\.", r"mlp.dense\1."), (r"mlp\.dwconv\.(?!dwconv)", "mlp.dwconv.dwconv."),
-    (r"\.linear_(?:c|projections)\.(\d)\.(?:proj\.)?", r".linear_c.\1.proj."),
-    (r"\.linear_fuse\.conv\.", ".linear_fuse."), (r"\.linear_fuse\.bn\.", ".batch_norm."),
-    (r"\.linear_pred\.", ".classifier."),
-)  # fmt: skip
-OURS = (  # the hub's names -> ours
-    (r"^segformer\.", ""), (r"attention\.self", "attention"), (r"\.output\.dense", ".output"),
-    (r"dwconv\.dwconv", "dwconv"), (r"(linear_c\.\d)\.proj", r"\1"),
-)  # fmt: skip
+
+# Names of modules in each official source -> ours. # stands for a number: of a stage, then of a
+# block. The prefixes "segformer." and "backbone." are left out; a file of the encoder lacks them.
+
+HUB = {  # files on the hub, as transformers 4 and 5 save them
+    "encoder.patch_embeddings.#.proj": "encoder.patch_embeddings.#.proj",
+    "encoder.patch_embeddings.#.layer_norm": "encoder.patch_embeddings.#.layer_norm",
+    "encoder.block.#.#.layer_norm_1": "encoder.block.#.#.layer_norm_1",
+    "encoder.block.#.#.layer_norm_2": "encoder.block.#.#.layer_norm_2",
+    "encoder.block.#.#.attention.self.query": "encoder.block.#.#.attention.query",
+    "encoder.block.#.#.attention.self.key": "encoder.block.#.#.attention.key",
+    "encoder.block.#.#.attention.self.value": "encoder.block.#.#.attention.value",
+    "encoder.block.#.#.attention.self.sr": "encoder.block.#.#.attention.sr",
+    "encoder.block.#.#.attention.self.layer_norm": "encoder.block.#.#.attention.layer_norm",
+    "encoder.block.#.#.attention.output.dense": "encoder.block.#.#.attention.output",
+    "encoder.block.#.#.mlp.dense1": "encoder.block.#.#.mlp.dense1",
+    "encoder.block.#.#.mlp.dense2": "encoder.block.#.#.mlp.dense2",
+    "encoder.block.#.#.mlp.dwconv.dwconv": "encoder.block.#.#.mlp.dwconv",
+    "encoder.layer_norm.#": "encoder.layer_norm.#",
+    "decode_head.linear_c.#.proj": "decode_head.linear_c.#",
+    "decode_head.linear_fuse": "decode_head.linear_fuse",
+    "decode_head.batch_norm": "decode_head.batch_norm",
+    "decode_head.classifier": "decode_head.classifier",
+}
+TRANSFORMERS_5 = {  # `state_dict()` of transformers 5; what is missing is named as on the hub
+    "stages.#.patch_embeddings.proj": "encoder.patch_embeddings.#.proj",
+    "stages.#.patch_embeddings.layer_norm": "encoder.patch_embeddings.#.layer_norm",
+    "stages.#.blocks.#.layernorm_before": "encoder.block.#.#.layer_norm_1",
+    "stages.#.blocks.#.layernorm_after": "encoder.block.#.#.layer_norm_2",
+    "stages.#.blocks.#.attention.q_proj": "encoder.block.#.#.attention.query",
+    "stages.#.blocks.#.attention.k_proj": "encoder.block.#.#.attention.key",
+    "stages.#.blocks.#.attention.v_proj": "encoder.block.#.#.attention.value",
+    "stages.#.blocks.#.attention.sequence_reduction.sequence_reduction":
+        "encoder.block.#.#.attention.sr",
+    "stages.#.blocks.#.attention.sequence_reduction.layer_norm":
+        "encoder.block.#.#.attention.layer_norm",
+    "stages.#.blocks.#.attention.o_proj": "encoder.block.#.#.attention.output",
+    "stages.#.blocks.#.mlp.fc1": "encoder.block.#.#.mlp.dense1",
+    "stages.#.blocks.#.mlp.fc2": "encoder.block.#.#.mlp.dense2",
+    "stages.#.blocks.#.mlp.dwconv.dwconv": "encoder.block.#.#.mlp.dwconv",
+    "stages.#.layer_norm": "encoder.layer_norm.#",
+    "decode_head.linear_projections.#.proj": "decode_head.linear_c.#",
+}  # fmt: skip
+NVLABS = {  # the authors' .pth files; their stages count from 1
+    "patch_embed#.proj": "encoder.patch_embeddings.#.proj",
+    "patch_embed#.norm": "encoder.patch_embeddings.#.layer_norm",
+    "block#.#.norm1": "encoder.block.#.#.layer_norm_1",
+    "block#.#.norm2": "encoder.block.#.#.layer_norm_2",
+    "block#.#.attn.q": "encoder.block.#.#.attention.query",
+    "block#.#.attn.kv": "encoder.block.#.#.attention.kv",  # which `convert` splits
+    "block#.#.attn.sr": "encoder.block.#.#.attention.sr",
+    "block#.#.attn.norm": "encoder.block.#.#.attention.layer_norm",
+    "block#.#.attn.proj": "encoder.block.#.#.attention.output",
+    "block#.#.mlp.fc1": "encoder.block.#.#.mlp.dense1",
+    "block#.#.mlp.fc2": "encoder.block.#.#.mlp.dense2",
+    "block#.#.mlp.dwconv.dwconv": "encoder.block.#.#.mlp.dwconv",
+    "norm#": "encoder.layer_norm.#",
+    "decode_head.linear_c#.proj": "decode_head.linear_c.#",
+    "decode_head.linear_fuse.conv": "decode_head.linear_fuse",
+    "decode_head.linear_fuse.bn": "decode_head.batch_norm",
+    "decode_head.linear_pred": "decode_head.classifier",
+}
+OURS = {ours: official for official, ours in HUB.items()}  # the way back
 
 
-def to_official(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Any naming -> the hub's, for `from_pretrained` of transformers' class."""
+def rename(module: str, table: dict[str, str]) -> str | None:
+    """Return the new name of a module, None if the table has no row for it."""
+    for old, new in table.items():
+        match = re.fullmatch(old.replace(".", r"\.").replace("#", r"(\d+)"), module)
+        if match:
+            for number in match.groups():
+                new = new.replace("#", number, 1)
+            return new
+    return None
+
+
+def our_name(name: str) -> str:
+    """Return our name for a tensor of any source; a name that no table has stays as it is."""
+    module, _, parameter = name.rpartition(".")
+    module = re.sub(r"^(segformer|backbone)\.", "", module)
+
+    ours = rename(module, HUB) or rename(module, TRANSFORMERS_5)
+    if ours is None:
+        ours = rename(module, NVLABS)
+        if ours is None:
+            return name
+        ours = re.sub(r"\d", lambda stage: str(int(stage[0]) - 1), ours, count=1)
+    return f"{ours}.{parameter}"
+
+
+def hub_name(name: str) -> str:
+    """Return the name that a tensor of ours has in the hub's files."""
+    module, _, parameter = name.rpartition(".")
+    official = rename(module, OURS)
+    if official is None:
+        return name
+    prefix = "segformer." if official.startswith("encoder.") else ""
+    return f"{prefix}{official}.{parameter}"
+
+
+def convert(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rename the tensors of any source to ours and leave out those of IGNORED.
+
+    Unknown tensors keep their names. Raise ValueError if two names stand for one tensor of ours.
+    """
     weights = {}
-    for name, t in state_dict.items():
+    for name, tensor in state_dict.items():
         if any(re.fullmatch(pattern, name) for pattern in IGNORED):
             continue
-        for pattern, new in RENAMES:
-            name = re.sub(pattern, new, name)
-        parts = {name: t}
-        if "attention.kv." in name:  # the authors' key and value are one matrix
-            names = (name.replace(".kv.", f".self.{part}.") for part in ("key", "value"))
-            parts = {n: x.clone() for n, x in zip(names, t.chunk(2), strict=False)}
-        if twice := parts.keys() & weights:
-            raise ValueError(f"{min(twice)} is there twice, under two names")
+
+        ours = our_name(name)
+        parts = {ours: tensor}
+        if ".attention.kv." in ours:  # NVlabs has key and value in one layer: rows of key first
+            parts = {}
+            for part, rows in zip(("key", "value"), tensor.chunk(2), strict=False):
+                parts[ours.replace(".kv.", f".{part}.")] = rows.clone()
+
+        for part in parts:
+            if part in weights:
+                raise ValueError(f"{hub_name(part)} occurs twice, under two names")
         weights |= parts
     return weights
 
 
-def convert(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Any naming -> ours."""
-    weights = {}
-    for name, t in to_official(state_dict).items():
-        for hub, ours in OURS:
-            name = re.sub(hub, ours, name)
-        weights[name] = t
-    return weights
+def to_official(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rename the tensors of any source to those of the hub's files, which transformers loads."""
+    return {hub_name(name): tensor for name, tensor in convert(state_dict).items()}
+
+
+def hub_config(settings: dict) -> dict:
+    """Return the fields of Config that the config.json of transformers sets."""
+    fields = {}
+    for name, field in SETTINGS.items():
+        if name in settings:
+            value = settings[name]
+            fields[field] = tuple(value) if isinstance(value, list) else value
+    return fields
 
 
 def closest_variant(weights: dict[str, Tensor]) -> Config:
-    """The one whose first width and numbers of blocks differ least."""
-    blocks = [name for name in weights if name.endswith("layer_norm_1.weight")]
-    depths = [sum(f".block.{s}." in name for name in blocks) for s in range(4)]
-    sizes = len(weights.get("segformer.encoder.layer_norm.0.weight", ())), *depths
-    known = {(c.widths[0], *c.depths): c for c in VARIANTS.values()}
-    return known[min(known, key=lambda x: sum(abs(a - b) for a, b in zip(x, sizes, strict=True)))]
+    """Return the variant whose first width and depths differ least from a file's (hub's names)."""
+    norm = weights.get("segformer.encoder.layer_norm.0.weight")
+    sizes = [0 if norm is None else norm.numel()]
+    for i in range(4):
+        pattern = rf"segformer\.encoder\.block\.{i}\.\d+\.layer_norm_1\.weight"
+        blocks = [name for name in weights if re.fullmatch(pattern, name)]
+        sizes.append(len(blocks))
+
+    def distance(config: Config) -> int:
+        expected = (config.widths[0], *config.depths)
+        return sum(abs(a - b) for a, b in zip(sizes, expected, strict=True))
+
+    return min(VARIANTS.values(), key=distance)
 
 
 # shared: new_classes

@@ -1,4 +1,4 @@
-"""What a run leaves for the eye: overlays, legends, sheets, and curves."""
+"""Pictures for people: overlays of masks, legends, sheets of several pictures, training curves."""
 
 import colorsys
 from pathlib import Path
@@ -9,128 +9,179 @@ from scipy import ndimage
 
 from imaging.atomic_files import whole_file
 
-# green and magenta: apart on tissue, also for the colour-blind
-TRUTH, PREDICTION = (0, 230, 90), (255, 0, 200)
+# Green and magenta are easy to tell apart on tissue, also for colour-blind people.
+TRUTH = (0, 230, 90)
+PREDICTION = (255, 0, 200)
 
 
 def outline(mask: np.ndarray, width: int) -> np.ndarray:
-    """Bool (H,W) -> the rim of its foreground, `width` pixels wide and inside of it."""
+    """Return the rim of a mask's foreground, inside of it and `width` pixels wide: bool (H,W)."""
     return mask & ~ndimage.binary_erosion(mask, iterations=width)
 
 
-def colours(n: int) -> list[tuple[int, int, int]]:
-    """n colours, RGB, to tell classes apart: hues a golden angle apart."""
-    hues = [(0.33 + 0.618034 * k) % 1 for k in range(n)]
-    return [tuple(round(255 * x) for x in colorsys.hsv_to_rgb(hue, 0.8, 1)) for hue in hues]
+def class_colours(n: int) -> list[tuple[int, int, int]]:
+    """Return n RGB colours, 0..255. Each hue is a golden angle away from the one before."""
+    colours = []
+    for k in range(n):
+        hue = (0.33 + 0.618034 * k) % 1
+        red, green, blue = colorsys.hsv_to_rgb(hue, 0.8, 1)  # 0..1
+        colours.append((round(255 * red), round(255 * green), round(255 * blue)))
+    return colours
 
 
-def overlay(image: np.ndarray, truth: np.ndarray | None, prediction: np.ndarray) -> Image.Image:
-    """Image uint8 (H,W,3), masks bool (n,H,W), one a class -> the prediction filled, the rim of the
-    truth: in magenta and green, or of several classes both in the colour of the class."""
-    width, several = max(1, min(image.shape[:2]) // 150), len(prediction) > 1
-    inks = colours(len(prediction)) if several else [PREDICTION]
-    fill = 0.45 if several else 0.15
-    shown = image.astype(np.float32)
-    for mask, ink in zip(prediction, inks, strict=True):
-        shown[mask] = (1 - fill) * shown[mask] + fill * np.array(ink)
-        if not several:
-            shown[outline(mask, width)] = ink
-    for mask, ink in zip(
-        () if truth is None else truth, inks if several else [TRUTH], strict=False
-    ):
-        shown[outline(mask, width)] = ink
-    return Image.fromarray(shown.astype(np.uint8))
+def overlay(
+    image: np.ndarray, ground_truth: np.ndarray | None, prediction: np.ndarray
+) -> Image.Image:
+    """Draw masks over an image: the prediction filled, the ground truth as an outline.
 
-
-def three_planes(x: np.ndarray, at: tuple[int, ...], spacing) -> np.ndarray:
-    """(…,X,Y,Z), axes to right, front and top -> (…,H,W): an axial, a coronal and a sagittal plane
-    through voxel `at` side by side, in true proportions.
-
-    As radiologists look: from the feet, from the front, and with the nose to the left.
+    image: uint8 (H,W,3). Masks: bool (K,H,W), one per class. A single class is magenta in the
+    prediction, with an outline too, and green in the ground truth. Several classes have the colours
+    of `class_colours` in both.
     """
-    planes, finest = [], min(spacing)
-    for axis in (2, 1, 0):
-        plane = np.take(x, at[axis], axis - 3).swapaxes(-1, -2)[..., ::-1, ::-1]  # (…,h,w)
-        for place, other in zip((-1, -2), (a for a in range(3) if a != axis), strict=True):
-            n = plane.shape[place]
-            size = round(n * spacing[other] / finest)
-            plane = np.take(plane, np.arange(size) * n // size, place)
-        planes.append(plane)
+    width = max(1, min(image.shape[:2]) // 150)  # of outlines, in pixels
+    is_multiclass = len(prediction) > 1
+    if is_multiclass:
+        prediction_colours = class_colours(len(prediction))
+        truth_colours = prediction_colours
+        opacity = 0.45
+    else:
+        prediction_colours = [PREDICTION]
+        truth_colours = [TRUTH]
+        opacity = 0.15
+
+    canvas = image.astype(np.float32)
+    for mask, colour in zip(prediction, prediction_colours, strict=True):
+        canvas[mask] = (1 - opacity) * canvas[mask] + opacity * np.array(colour)
+        if not is_multiclass:
+            canvas[outline(mask, width)] = colour
+    if ground_truth is not None:
+        for mask, colour in zip(ground_truth, truth_colours, strict=False):
+            canvas[outline(mask, width)] = colour
+    return Image.fromarray(canvas.astype(np.uint8))
+
+
+def three_planes(x: np.ndarray, voxel: tuple[int, ...], spacing) -> np.ndarray:
+    """Put the axial, coronal and sagittal plane through a voxel side by side.
+
+    x (…,X,Y,Z), axes to the right, front and top -> (…,H,W). Planes look as radiologists see them:
+    from the feet, from the front, and with the nose to the left. Nearest neighbour brings them to
+    true proportions; spacing is that of the voxels, in mm.
+    """
+    finest = min(spacing)
+    planes = []
+    for axis, horizontal, vertical in ((2, 0, 1), (1, 0, 2), (0, 1, 2)):
+        plane = np.take(x, voxel[axis], axis - 3).swapaxes(-1, -2)  # (…,vertical,horizontal)
+        plane = plane[..., ::-1, ::-1]
+        width = round(plane.shape[-1] * spacing[horizontal] / finest)
+        height = round(plane.shape[-2] * spacing[vertical] / finest)
+        plane = resize_axis(plane, -1, width)
+        planes.append(resize_axis(plane, -2, height))  # (…,height,width)
+
+    # Pad the planes at the bottom to the height of the tallest.
     tallest = max(plane.shape[-2] for plane in planes)
-    none = [(0, 0)] * (x.ndim - 3)
-    sides = [[*none, (0, tallest - plane.shape[-2]), (0, 0)] for plane in planes]
-    return np.concatenate([np.pad(*pair) for pair in zip(planes, sides, strict=True)], -1)
+    padded = []
+    for plane in planes:
+        padding = [(0, 0)] * plane.ndim
+        padding[-2] = (0, tallest - plane.shape[-2])
+        padded.append(np.pad(plane, padding))
+    return np.concatenate(padded, -1)  # (…,tallest,sum of widths)
+
+
+def resize_axis(x: np.ndarray, axis: int, size: int) -> np.ndarray:
+    """Bring one axis of an array to a size by nearest neighbour."""
+    indices = np.arange(size) * x.shape[axis] // size
+    return np.take(x, indices, axis)
 
 
 def volume_overlay(
-    image: np.ndarray, truth: np.ndarray | None, prediction: np.ndarray, spacing
+    image: np.ndarray, ground_truth: np.ndarray | None, prediction: np.ndarray, spacing
 ) -> Image.Image:
-    """`overlay` of `three_planes`: uint8 (X,Y,Z), bool (n,X,Y,Z), mm -> a picture.
+    """Draw `overlay` on `three_planes` of a volume.
 
-    The planes are those with most of the truth (without one, of the prediction), small classes
-    counting as much as large ones.
+    image: uint8 (X,Y,Z); masks: bool (K,X,Y,Z); spacing in mm. The planes are those that show most
+    of the ground truth, or of the prediction if there is none. All classes count the same, whatever
+    their size.
     """
-    shown = prediction if truth is None or not truth.any() else truth
-    at = []
+    masks = prediction
+    if ground_truth is not None and ground_truth.any():
+        masks = ground_truth
+
+    voxel = []
     for axis in range(3):
-        areas = shown.sum(tuple(1 + a for a in range(3) if a != axis))  # (n,side)
-        at.append(int((areas / np.maximum(1, areas.sum(1, keepdims=True))).sum(0).argmax()))
-    masks = [None if x is None else three_planes(x, at, spacing) for x in (truth, prediction)]
-    grey = three_planes(image, at, spacing)
-    return overlay(np.repeat(grey[..., None], 3, 2), *masks)
+        others = tuple(1 + other for other in range(3) if other != axis)
+        areas = masks.sum(others)  # (K,side)
+        shares = areas / np.maximum(1, areas.sum(1, keepdims=True))  # (K,side), rows add up to 1
+        voxel.append(int(shares.sum(0).argmax()))
+
+    grey = three_planes(image, voxel, spacing)  # (H,W)
+    rgb = np.repeat(grey[..., None], 3, 2)  # (H,W,3)
+    if ground_truth is not None:
+        ground_truth = three_planes(ground_truth, voxel, spacing)  # (K,H,W)
+    return overlay(rgb, ground_truth, three_planes(prediction, voxel, spacing))
 
 
 def draw_prompts(picture: Image.Image, prompts: list[tuple]) -> None:
-    """Draw SAM's prompts into a picture, in its pixels: boxes and points yellow, outside ones cyan.
+    """Draw SAM's prompts into a picture: boxes and inner points yellow, outer points cyan.
 
-    Each prompt is a box or None, its points (P,2), and their labels (P,): 1 inside, 0 outside, -1
-    no point.
+    A prompt is a box (x0, y0, x1, y1) or None, points (P,2), and their labels (P,): 1 inside the
+    object, 0 outside, -1 no point. Coordinates are in pixels of the picture.
     """
-    draw, r = ImageDraw.Draw(picture), max(2, min(picture.size) // 80)
+    draw = ImageDraw.Draw(picture)
+    radius = max(2, min(picture.size) // 80)
     for box, points, labels in prompts:
         if box is not None:
-            draw.rectangle([float(x) for x in box], outline="yellow", width=max(1, r // 3))
-        for (x, y), inside in zip(points, labels, strict=True):
-            if inside >= 0:
-                ink = "yellow" if inside else "cyan"
-                draw.ellipse((x - r, y - r, x + r, y + r), ink, "black")
+            corners = [float(x) for x in box]
+            draw.rectangle(corners, outline="yellow", width=max(1, radius // 3))
+        for (x, y), label in zip(points, labels, strict=True):
+            if label >= 0:
+                circle = (x - radius, y - radius, x + radius, y + radius)
+                draw.ellipse(circle, "yellow" if label else "cyan", "black")
 
 
 def legend(names: tuple[str, ...], width: int = 320) -> Image.Image:
-    """The names of the classes without the background, each beside its colour."""
+    """Draw the names of the classes, without the background, beside their colours."""
     page = Image.new("RGB", (width, 20 * len(names) + 4), "white")
-    draw, font = ImageDraw.Draw(page), ImageFont.load_default(size=13)
-    for k, (name, ink) in enumerate(zip(names, colours(len(names)), strict=True)):
-        draw.rectangle((4, 20 * k + 4, 20, 20 * k + 20), ink, "black")
-        draw.text((28, 20 * k + 4), name, "black", font)
+    draw = ImageDraw.Draw(page)
+    font = ImageFont.load_default(size=13)
+    for k, (name, colour) in enumerate(zip(names, class_colours(len(names)), strict=True)):
+        top = 20 * k + 4
+        draw.rectangle((4, top, 20, top + 16), colour, "black")
+        draw.text((28, top), name, "black", font)
     return page
 
 
-def class_map(numbers: np.ndarray, classes: int) -> Image.Image:
-    """Class numbers uint8 (H,W) -> a palette image of the same numbers in the classes' colours.
+def class_map(indices: np.ndarray, num_classes: int) -> Image.Image:
+    """Return class indices, uint8 (H,W), as a palette image in the colours of the classes.
 
-    All 256 have one, grey beyond the classes: of a short palette Pillow keeps few bits of a pixel,
-    and 255, which does not count, would be 15.
+    The palette has all 256 entries, grey beyond the classes: with a short one Pillow stores few
+    bits per pixel, and 255 (ignored) would become 15.
     """
-    picture, inks = Image.fromarray(numbers), [(0, 0, 0), *colours(classes - 1)]
-    picture.putpalette([x for ink in inks + [(128,) * 3] * (256 - classes) for x in ink])
+    background = (0, 0, 0)
+    unused = (128, 128, 128)
+    palette = [background, *class_colours(num_classes - 1)] + [unused] * (256 - num_classes)
+
+    picture = Image.fromarray(indices)
+    picture.putpalette(np.array(palette).ravel().tolist())
     return picture
 
 
 def captioned(picture: Image.Image, caption: str, width: int = 320) -> Image.Image:
-    """The picture at a common width, with its caption below in as many lines as it needs.
+    """Resize a picture to a width and write a caption below it, in as many lines as it needs.
 
     A picture more than three times as tall as wide keeps its shape and becomes narrower.
     """
     scale = min(width / picture.width, 3 * width / picture.height)
-    sides = [max(1, round(scale * side)) for side in picture.size]  # one row of pixels stays one
-    picture = picture.resize(sides)
-    font, lines = ImageFont.load_default(size=13), []
+    size = [max(1, round(scale * side)) for side in picture.size]  # a single row of pixels stays
+    picture = picture.resize(size)
+
+    font = ImageFont.load_default(size=13)
+    lines = []
     for word in caption.split():
         if lines and font.getlength(f"{lines[-1]} {word}") < width - 8:
             lines[-1] += f" {word}"
         else:
             lines.append(word)
+
     card = Image.new("RGB", (width, picture.height + 17 * len(lines) + 8), "white")
     card.paste(picture)
     draw = ImageDraw.Draw(card)
@@ -140,42 +191,58 @@ def captioned(picture: Image.Image, caption: str, width: int = 320) -> Image.Ima
 
 
 def sheet(cards: list[Image.Image], columns: int = 3, gap: int = 6) -> Image.Image:
-    """Cards of one width, row by row, on white."""
+    """Put pictures of one width on a white page, row by row."""
     rows = [cards[i : i + columns] for i in range(0, len(cards), columns)]
-    heights = [max(card.height for card in row) + gap for row in rows]
+    heights = []
+    for row in rows:
+        heights.append(max(card.height for card in row) + gap)
     width = min(columns, len(cards)) * (cards[0].width + gap) - gap
+
     page = Image.new("RGB", (width, sum(heights) - gap), "white")
-    for i, row in enumerate(rows):
+    top = 0
+    for row, height in zip(rows, heights, strict=True):
         for k, card in enumerate(row):
-            page.paste(card, (k * (card.width + gap), sum(heights[:i])))
+            page.paste(card, (k * (card.width + gap), top))
+        top += height
     return page
 
 
 def save_picture(path: Path, picture: Image.Image) -> None:
+    """Write a picture as PNG, whatever the suffix; the file appears complete or not at all."""
     with whole_file(path) as part:
         picture.save(part, format="PNG")
 
 
 def curves(path: Path, history: list[dict]) -> None:
-    """Losses, and validation scores, over the epochs."""
+    """Plot losses and validation scores over the epochs into a PNG file.
+
+    history: the rows of metrics.csv. Epochs without validation lack some columns.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    for axes, names in (left, ("train_loss", "val_loss")), (right, ("val_dice", "val_iou")):
-        for name in names:
-            rows = [row for row in history if name in row]  # not every epoch validates
-            if rows:
-                x, y = ([row[key] for row in rows] for key in ("epoch", name))
-                axes.plot(x, y, ".-", label=name.replace("_", " "))
-        axes.set_xlabel("epoch")
-        axes.grid(alpha=0.3)
-        if axes.lines:
-            axes.legend()
+    plot_columns(left, history, ("train_loss", "val_loss"))
     left.set_ylim(bottom=0)
+    plot_columns(right, history, ("val_dice", "val_iou"))
     right.set_ylim(0, 1)
+
     with whole_file(path) as part:
         figure.savefig(part, format="png", dpi=110)
     plt.close(figure)
+
+
+def plot_columns(axes, history: list[dict], names: tuple[str, ...]) -> None:
+    """Plot columns of the history that have values, with a legend, into axes of matplotlib."""
+    for name in names:
+        rows = [row for row in history if name in row]
+        if rows:
+            epochs = [row["epoch"] for row in rows]
+            values = [row[name] for row in rows]
+            axes.plot(epochs, values, ".-", label=name.replace("_", " "))
+    axes.set_xlabel("epoch")
+    axes.grid(alpha=0.3)
+    if axes.lines:
+        axes.legend()

@@ -1,4 +1,9 @@
-"""Class maps from Kaggle's UW-Madison GI Tract data: MR slices."""
+"""Class maps from Kaggle's UW-Madison GI Tract data: MR slices with three organs.
+
+kaggle.com/competitions/uw-madison-gi-tract-image-segmentation: abdominal MR of 85 patients
+("cases"), on one or several days each, with 80 or 144 slices a day. train.csv has the outlines of
+stomach, small and large bowel.
+"""
 
 import csv
 import json
@@ -6,7 +11,7 @@ import math
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import product, repeat
+from itertools import repeat
 from pathlib import Path
 
 import numpy as np
@@ -18,179 +23,278 @@ from preparation import volume_sets
 from preparation.check import some, wide
 from preparation.demo import png
 
-# kaggle.com/competitions/uw-madison-gi-tract-image-segmentation: abdominal MR of 85 patients
-# ("cases") on one day or several, 80 or 144 slices a day, with the outlines of three organs.
-
-NUMBERS = {"stomach": 1, "small_bowel": 2, "large_bowel": 3}  # the tutorial's numbers; 0: none
-FAULTY = ("case7_day0", "case81_day30")  # outlines known to be wrong; Kaggle's winner drops them
-ENDS = {  # where each split ends in a shuffled list of its length 1
-    "case": volume_sets.CASES,  # 13, 13 and 59 of 85 patients
+# Class indices as in the LearnOpenCV tutorial on this data; 0 is the background.
+CLASS_INDICES = {"stomach": 1, "small_bowel": 2, "large_bowel": 3}
+FAULTY = ("case7_day0", "case81_day30")  # wrong outlines, which the winner of the contest left out
+ENDS = {  # --split -> where each split ends in a shuffled list, as a share of its length
+    "case": volume_sets.CASES,  # 13 val, 13 test and 59 train of 85 patients
     "slice": {"val": 0.20, "train": 1},
 }
 
 
 @dataclass
 class Slice:
+    """One slice of a scan, with the outlines of its organs."""
+
     name: str  # case1_day2_slice_0003
     path: Path
-    runs: dict[int, list[str]]  # class number -> start length start length ..., [] if not there
+    runs: dict[int, list[str]]  # class index -> start, length, start, length, ...; [] if absent
     case: str  # case1
     scan: str  # case1_day2
     split: str | None = None  # None: left out
 
 
-def find_slices(root):
-    """The slices of train.csv, sorted. FileNotFoundError, ValueError: one line."""
-    table, runs, files = root / "train.csv", defaultdict(dict), {}
+def find_slices(root: Path) -> list[Slice]:
+    """Return the slices that train.csv lists, sorted by name, without those of FAULTY scans.
+
+    Raise FileNotFoundError or ValueError, one line, for missing files or a table of another form.
+    """
+    runs = read_outlines(root / "train.csv")
+    files = {}
+    for path in root.glob("train/case*/case*_day*/scans/slice_*_*_*_*_*.png"):
+        scan = path.parts[-3]
+        number = "_".join(path.name.split("_")[:2])  # slice_0003
+        files[f"{scan}_{number}"] = path
+
+    names = sorted(name for name in runs if name.split("_slice")[0] not in FAULTY)
+    missing = [name for name in names if name not in files]
+    if missing:
+        raise FileNotFoundError(
+            f"{root / 'train'}: no file of {some(missing)}, which train.csv lists; unpack the "
+            "download again"
+        )
+
+    slices = []
+    for name in names:
+        case, scan = files[name].parts[-4:-2]
+        slices.append(Slice(name, files[name], runs[name], case, scan))
+    return slices
+
+
+def read_outlines(table: Path) -> dict[str, dict[int, list[str]]]:
+    """Return train.csv as slice name -> class index -> run lengths, see `Slice.runs`."""
     if not table.is_file():
-        hint = "DOWNLOAD is the unpacked folder from Kaggle, with train.csv and train/ in it"
-        raise FileNotFoundError(f"{table}: no such file; {hint}")
+        raise FileNotFoundError(
+            f"{table}: no such file; DOWNLOAD is the unpacked folder from Kaggle, with train.csv "
+            "and train/ in it"
+        )
+
+    runs = defaultdict(dict)
     with open(table, newline="", encoding="utf-8") as file:
         rows = csv.DictReader(file)
         try:
             for row in rows:
-                runs[row["id"]][NUMBERS[row["class"]]] = row["segmentation"].split()
+                index = CLASS_INDICES[row["class"]]
+                runs[row["id"]][index] = row["segmentation"].split()
         except (KeyError, AttributeError, UnicodeDecodeError, csv.Error) as error:
-            hint = f"expected columns id, class ({', '.join(NUMBERS)}), segmentation"
-            raise ValueError(f"{table}, line {rows.line_num}: {error!r}; {hint}") from None
-    for path in root.glob("train/case*/case*_day*/scans/slice_*_*_*_*_*.png"):
-        files["_".join([path.parts[-3], *path.name.split("_")[:2]])] = path
-    names = sorted(name for name in runs if name.split("_slice")[0] not in FAULTY)
-    if lost := [name for name in names if name not in files]:
-        hint = "which train.csv lists; unpack the download again"
-        raise FileNotFoundError(f"{root / 'train'}: no file of {some(lost)}, {hint}")
-    return [Slice(name, files[name], runs[name], *files[name].parts[-4:-2]) for name in names]
+            raise ValueError(
+                f"{table}, line {rows.line_num}: {error!r}; expected columns id, class "
+                f"({', '.join(CLASS_INDICES)}), segmentation"
+            ) from None
+    return runs
 
 
-def choose_splits(slices, by, keep_empty, seed):
-    """Sets the split of the slices that are kept. ValueError if one would stay empty."""
-    kept = [s for s in slices if keep_empty or any(s.runs.values())]
-    rng, pools, dealt = np.random.default_rng(seed), defaultdict(list), {}
-    if by == "case":  # all that there are, so that --keep-empty moves none
+def choose_splits(slices: list[Slice], by: str, keep_empty: bool, seed: int) -> None:
+    """Set the split of the slices that are used; those without organs only with `keep_empty`.
+
+    by: "case" or "slice", see ENDS. Raise ValueError if a split would be empty.
+    """
+    used = [s for s in slices if keep_empty or any(s.runs.values())]
+
+    # By case, all patients take part, so that `keep_empty` moves none to another split.
+    pools = defaultdict(list)
+    if by == "case":
         pools["cases"] = sorted({s.case for s in slices})
     else:
-        for s in kept:
+        for s in used:
             pools[s.case].append(s.name)
+
+    rng = np.random.default_rng(seed)
+    split_of = {}  # case or slice name -> split
     for pool in pools.values():
-        dealt |= volume_sets.deal(pool, ENDS[by], rng)
-    for s in kept:
-        s.split = dealt[s.case if by == "case" else s.name]
-    for split in ENDS[by].keys() - {s.split for s in kept}:
-        raise ValueError(f"--split {by}: {len(kept)} slices are too few, {split} would be empty")
+        split_of |= volume_sets.deal(pool, ENDS[by], rng)
+    for s in used:
+        s.split = split_of[s.case if by == "case" else s.name]
+
+    for split in ENDS[by].keys() - {s.split for s in used}:
+        raise ValueError(f"--split {by}: {len(used)} slices are too few, {split} would be empty")
 
 
-def organ_map(s, shape):
-    """The organs of a slice, (H,W) uint8, and how many pixels lie in several. ValueError: bad runs.
+def organ_map(s: Slice, shape: tuple[int, int]) -> tuple[np.ndarray, int]:
+    """Return the class map of a slice, uint8 (H,W), and the number of pixels in several organs.
 
-    Of organs that overlap the lower class number has the pixel (the tutorial made it background).
-    A fixed order, because "the smaller organ here" could change sides from slice to slice.
+    Such pixels get the lowest class index; the tutorial made them background. The order is fixed,
+    since a rule like "the smaller organ" could change from slice to slice. Raise ValueError, one
+    line, for a run that is no start and length within the image.
     """
-    layers = np.zeros((1 + len(NUMBERS), math.prod(shape)), bool)  # (4, H * W), row after row
-    for number, words in s.runs.items():
-        values = [int(word) if word.isdecimal() else 0 for word in words] + [0] * (len(words) % 2)
-        for start, length in zip(values[::2], values[1::2], strict=False):  # counted from 1
-            if not (start and length and start + length - 1 <= layers[0].size):
-                wrong = f"train.csv, {s.name}, class {number}: run {start} {length} is no start and"
-                hint = f"length within the {wide(shape)} pixels of {s.path}; download both again"
-                raise ValueError(f"{wrong} {hint}")
-            layers[number, start - 1 : start - 1 + length] = True
-    mask = layers.argmax(0).astype(np.uint8)  # (H * W,) the first that is there, 0 if none is
-    return mask.reshape(shape), int((layers.sum(0) > 1).sum())  # (H, W)
+    num_pixels = math.prod(shape)
+    is_organ = np.zeros((1 + len(CLASS_INDICES), num_pixels), bool)  # (K,H*W), row by row
+    for index, words in s.runs.items():
+        values = [int(word) if word.isdecimal() else 0 for word in words]
+        if len(values) % 2:
+            values.append(0)
+        for start, length in zip(values[::2], values[1::2], strict=True):  # start counts from 1
+            if start == 0 or length == 0 or start + length - 1 > num_pixels:
+                raise ValueError(
+                    f"train.csv, {s.name}, class {index}: run {start} {length} is no start and "
+                    f"length within the {wide(shape)} pixels of {s.path}; download both again"
+                )
+            is_organ[index, start - 1 : start - 1 + length] = True
+
+    mask = is_organ.argmax(0).astype(np.uint8)  # (H*W,), the lowest index of an organ, or 0
+    num_overlapping = int((is_organ.sum(0) > 1).sum())
+    return mask.reshape(shape), num_overlapping
 
 
-def write_scan(scan, window, out):
-    """Writes the kept slices of one patient and day; returns how many of their pixels overlap.
+def write_scan(scan: list[Slice], window: str, out: Path) -> int:
+    """Write images and masks of the slices of one scan; return the number of overlapping pixels.
 
-    Black and white are the 0.5 and 99.5 percentiles of the whole scan: neighbouring slices look
-    alike, and a few bright pixels do not darken the rest. With `slice` they are each slice's own
-    minimum and maximum, as in the tutorial.
+    window: with "scan", black and white are the 0.5th and 99.5th percentile of the whole scan, so
+    that neighbouring slices look alike and a few bright pixels do not darken the others. With
+    "slice" they are the minimum and maximum of each slice, as in the tutorial.
     """
-    images = [np.asarray(image_files.open_image(s.path).convert("I"), np.uint16) for s in scan]
+    images = []
+    for s in scan:
+        image = image_files.open_image(s.path).convert("I")
+        images.append(np.asarray(image, np.uint16))  # (H,W)
     if window == "scan":
-        low, high = np.percentile(np.concatenate([x.ravel() for x in images]), (0.5, 99.5))
+        grey_levels = np.concatenate([image.ravel() for image in images])
+        low, high = np.percentile(grey_levels, (0.5, 99.5))
+
     overlaps = 0
-    for s, x in zip(scan, images, strict=True):
-        if s.split:
-            if window == "slice":
-                low, high = float(x.min()), float(x.max())
-            grey = ((x - low) / ((high - low) or 1) * 255).clip(0, 255).astype(np.uint8)
-            (out / s.split / "images" / f"{s.name}.png").write_bytes(png(grey))
-            mask, overlap = organ_map(s, x.shape)
-            image = pictures.class_map(mask, 1 + len(NUMBERS))
-            image.save(out / s.split / "masks" / f"{s.name}.png")
-            overlaps += overlap
+    for s, image in zip(scan, images, strict=True):
+        if s.split is None:
+            continue
+        if window == "slice":
+            low = float(image.min())
+            high = float(image.max())
+        grey = (image - low) / ((high - low) or 1) * 255
+        grey = grey.clip(0, 255).astype(np.uint8)  # (H,W)
+        (out / s.split / "images" / f"{s.name}.png").write_bytes(png(grey))
+
+        mask, num_overlapping = organ_map(s, image.shape)
+        picture = pictures.class_map(mask, 1 + len(CLASS_INDICES))
+        picture.save(out / s.split / "masks" / f"{s.name}.png")
+        overlaps += num_overlapping
     return overlaps
 
 
-def make_splits(part, splits):
-    for split, kind in product(splits, ("images", "masks")):
-        (part / split / kind).mkdir(parents=True)
+def make_splits(part: Path, splits) -> None:
+    """Make the folders SPLIT/images and SPLIT/masks in `part`."""
+    for split in splits:
+        for kind in ("images", "masks"):
+            (part / split / kind).mkdir(parents=True)
 
 
-def write_notes(part, names, lines):
-    """Writes the classes' names and a description; returns that."""
+def write_notes(part: Path, names, lines) -> str:
+    """Write classes.json from the names of the classes and README.txt from lines; return these."""
     (part / "classes.json").write_text(json.dumps(dict(enumerate(names)), indent=1))
-    said = "\n".join(lines)
-    (part / "README.txt").write_text(said + "\n")
-    return said
+    description = "\n".join(lines)
+    (part / "README.txt").write_text(description + "\n")
+    return description
 
 
-def describe_slices(slices, overlaps, args):
-    """What was made of the download and how, line by line."""
+def describe_slices(slices: list[Slice], overlaps: int, args):
+    """Yield the lines of README.txt: what was made and how."""
     yield f"UW-Madison GI Tract, split by {args.split}, seed {args.seed}, window of a {args.window}"
     for split in reversed(ENDS[args.split]):
-        ours = [s for s in slices if s.split == split]
-        shown = (f"{k} in {sum(bool(s.runs.get(n)) for s in ours):,}" for k, n in NUMBERS.items())
-        cases = len({s.case for s in ours})
-        yield f"{split}: {len(ours):,} slices of {cases} cases, {', '.join(shown)}"
+        yield describe_split(split, [s for s in slices if s.split == split])
     if args.split == "slice":
         yield "LEAK: train and val hold neighbouring slices of the same patients, so that scores"
         yield "on val say nothing about new patients; report those of --split case beside them"
-    without = sum(not any(s.runs.values()) for s in slices)
-    yield f"slices without organs: {without:,}, {'kept' if args.keep_empty else 'left out'}"
+
+    num_empty = sum(not any(s.runs.values()) for s in slices)
+    yield f"slices without organs: {num_empty:,}, {'kept' if args.keep_empty else 'left out'}"
     yield f"left out, as their outlines are faulty: {', '.join(FAULTY)}"
-    yield f"pixels in several organs: {overlaps:,}, given to the first of {', '.join(NUMBERS)}"
-    sizes = Counter(" x ".join(s.path.stem.split("_")[-2:]) for s in slices if s.split)
-    yield f"pixels in mm: {', '.join(f'{size} in {n:,}' for size, n in sizes.items())}"
+    organs = ", ".join(CLASS_INDICES)
+    yield f"pixels in several organs: {overlaps:,}, given to the first of {organs}"
+
+    sizes = Counter()
+    for s in slices:
+        if s.split:
+            width, height = s.path.stem.split("_")[-2:]  # slice_0001_266_266_1.50_1.50
+            sizes[f"{width} x {height}"] += 1
+    counts = [f"{size} in {count:,}" for size, count in sizes.items()]
+    yield f"pixels in mm: {', '.join(counts)}"
     yield "masks are palette images: read their indices, not their colours"
     yield "scores by patient: --group-regex 'case[0-9]+'"
 
 
-def uw_madison(args):
-    """Makes class maps of stomach, small and large bowel from Kaggle's UW-Madison GI Tract data.
+def describe_split(split: str, slices: list[Slice]) -> str:
+    """Return one line with the number of slices, patients and slices per organ of a split."""
+    counts = []
+    for organ, index in CLASS_INDICES.items():
+        count = sum(bool(s.runs.get(index)) for s in slices)
+        counts.append(f"{organ} in {count:,}")
+    num_cases = len({s.case for s in slices})
+    return f"{split}: {len(slices):,} slices of {num_cases} cases, {', '.join(counts)}"
 
-    --split case puts whole patients on one side: 70 % train, 15 % val, 15 % test. --split slice is
-    the tutorial's protocol, 80 % of each patient's slices train, 20 % val. It leaks: the neighbours
-    of every val slice are trained on. Slices without organs are left out of both, as in the
-    tutorial; what a model falsely finds in them is then neither learnt from nor counted.
+
+def uw_madison(args) -> int:
+    """Make class maps of stomach, small and large bowel from Kaggle's UW-Madison GI Tract data.
+
+    --split case puts all slices of a patient into one split: 70 % train, 15 % val, 15 % test.
+    --split slice is the tutorial's protocol: 80 % of each patient's slices train, 20 % val. It
+    leaks, because the neighbours of every val slice are trained on. Slices without organs are left
+    out of both, as in the tutorial, so that false positives in them are neither trained on nor
+    counted; --keep-empty keeps them.
     """
     atomic_files.refuse_existing(args.out)
-    slices, scans = find_slices(args.download), defaultdict(list)
+    slices = find_slices(args.download)
     choose_splits(slices, args.split, args.keep_empty, args.seed)
+
+    scans = defaultdict(list)
     for s in slices:
-        if s.split or args.window == "scan":  # whose percentiles are those of all its slices
+        if s.split or args.window == "scan":  # the window of a scan depends on all of its slices
             scans[s.scan].append(s)
+
     with atomic_files.whole_folder(args.out) as part:
         make_splits(part, ENDS[args.split])
         bar = tqdm(total=len(scans), desc="uw-madison", unit="scan", disable=None, leave=False)
-        with ThreadPoolExecutor(8) as pool, bar:  # 8: each holds some 100 MB
-            overlaps = 0
-            for found in pool.map(write_scan, scans.values(), repeat(args.window), repeat(part)):
-                overlaps += found
+        overlaps = 0
+        with ThreadPoolExecutor(8) as pool, bar:  # each thread holds about 100 MB
+            for count in pool.map(write_scan, scans.values(), repeat(args.window), repeat(part)):
+                overlaps += count
                 bar.update()
-        names = ["background", *(organ.replace("_", " ") for organ in NUMBERS)]
-        said = write_notes(part, names, describe_slices(slices, overlaps, args))
-    print(f"{args.out}: {said}")
+        names = ["background", *(organ.replace("_", " ") for organ in CLASS_INDICES)]
+        description = write_notes(part, names, describe_slices(slices, overlaps, args))
+    print(f"{args.out}: {description}")
     return 0
 
 
-def options(command):
-    """Describe `prepare.py uw-madison`."""
+def options(command) -> None:
+    """Add the options of `prepare.py uw-madison`."""
     add = command(uw_madison, "make class maps from Kaggle's UW-Madison GI Tract data")
-    add("download", type=Path, metavar="DOWNLOAD", help="unpacked folder: train.csv and train/")
-    add("--out", type=Path, default="data/uw_madison", metavar="DIR", help="to make (%(default)s)")
-    add("--split", choices=ENDS, default="case", help="what is dealt to the splits (%(default)s)")
-    help = "whose grey values span black to white (%(default)s); slice: as the tutorial"
-    add("--window", choices=("scan", "slice"), default="scan", help=help)
-    add("--keep-empty", action="store_true", help="keep slices without organs as well")
-    add("--seed", type=SEED, default=0, metavar="N", help="of the split (%(default)s)")
+    add(
+        "download",
+        type=Path,
+        metavar="DOWNLOAD",
+        help="unpacked download, a folder with train.csv and train/",
+    )
+    add(
+        "--out",
+        type=Path,
+        default="data/uw_madison",
+        metavar="DIR",
+        help="folder to make (default: %(default)s)",
+    )
+    add(
+        "--split",
+        choices=ENDS,
+        default="case",
+        help="put whole patients (case) or single slices into the splits (default: %(default)s)",
+    )
+    add(
+        "--window",
+        choices=("scan", "slice"),
+        default="scan",
+        help="scale grey values per scan, or per slice as the tutorial does (default: %(default)s)",
+    )
+    add("--keep-empty", action="store_true", help="keep slices without organs")
+    add(
+        "--seed",
+        type=SEED,
+        default=0,
+        metavar="N",
+        help="seed of the random split (default: %(default)s)",
+    )

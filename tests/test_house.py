@@ -142,7 +142,7 @@ def test_shared_blocks_are_the_same_code_everywhere():
 
 
 # Files that read from top to bottom; methods that load or pass on may use what is further down.
-CHAPTERS = ("swin_unetr3d", "universal", "fewshot3d", "cris", "dpt")
+CHAPTERS = (*MODELS, "universal", "fewshot3d")
 LOOK_AHEAD = {"from_pretrained", "config_of", "preprocess", "postprocess", "segment"}
 
 

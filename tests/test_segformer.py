@@ -149,6 +149,71 @@ def test_any_size_equals_transformers(mini, size):
     close(ours, official, 2e-5)
 
 
+def largest(tensors) -> float:
+    return max(t.abs().max().item() for t in tensors)
+
+
+@pytest.mark.parity
+def test_deviation_from_transformers(parity):
+    """Logits and the gradients of all parameters of b0 with 150 classes, in evaluation mode."""
+    logits, gradients = {}, {}
+    for dtype in (torch.float64, torch.float32):
+        ours = randomised(SegFormer(segformer.VARIANTS["b0"])).eval().to(dtype)
+        official = theirs(ours)
+        image = torch.randn(1, 3, 288, 320, generator=torch.Generator().manual_seed(1)).to(dtype)
+        outputs, states = [], []
+        for model in (ours, official):
+            output = model(image) if model is ours else model(pixel_values=image).logits
+            output.square().mean().backward()
+            outputs.append(output.detach())
+            state = {name: p.grad for name, p in model.named_parameters()}
+            states.append(segformer.to_official(state))
+
+        precision = str(dtype).removeprefix("torch.")
+        logits[precision] = largest([outputs[0] - outputs[1]]) / largest([outputs[1]])
+        differences = [states[0][name] - states[1][name] for name in states[1]]
+        gradients[precision] = largest(differences) / largest(states[1].values())
+    against = f"transformers {transformers.__version__}"
+    parity("segformer", "b0, logits", against=against, **logits)
+    parity("segformer", "b0, gradients", against=against, **gradients)
+    assert max(logits["float64"], gradients["float64"]) < 1e-12
+    assert max(logits["float32"], gradients["float32"]) < 2e-5
+
+
+def plain_decoder(head: segformer.DecodeHead, maps) -> torch.Tensor:
+    """The lines that the docstring of DecodeHead gives."""
+    projected = []
+    for linear, x in zip(head.linear_c, maps, strict=True):
+        x = linear(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        x = F.interpolate(x, maps[0].shape[2:], mode="bilinear", align_corners=False)
+        projected.append(x)
+    y = head.linear_fuse(torch.cat(projected[::-1], 1))
+    y = F.relu(head.batch_norm(y))
+    return head.classifier(head.dropout(y))
+
+
+@pytest.mark.parametrize("is_training", [False, True])
+def test_the_folded_decoder_equals_the_plain_one(is_training):
+    """Logits, the gradients of parameters and maps, and the batch norm's statistics."""
+    generator = torch.Generator().manual_seed(2)
+    sizes = ((25, 33), (13, 17), (7, 9), (4, 5))
+    maps = [
+        torch.randn(2, width, *size, generator=generator, dtype=torch.float64)
+        for width, size in zip(MINI.widths, sizes, strict=True)
+    ]
+    results = []
+    for forward in (segformer.DecodeHead.forward, plain_decoder):
+        head = randomised(segformer.DecodeHead(MINI.widths, 64, dropout=0.3, num_classes=5))
+        head = head.double().train(is_training)
+        inputs = [x.clone().requires_grad_() for x in maps]
+        torch.manual_seed(4)  # the same channels are dropped
+        logits = forward(head, inputs)
+        logits.square().sum().backward()
+        results.append([logits, *(t.grad for t in (*inputs, *head.parameters())), *head.buffers()])
+    for ours, plain in zip(*results, strict=True):
+        close(ours, plain, 1e-10 * max(1.0, plain.abs().max().item()))
+
+
 # --- files ---------------------------------------------------------------------------------------
 
 # A form of a checkpoint: how it is written into a folder.
@@ -233,7 +298,7 @@ def test_num_classes_excuses_nothing_else(mini, absent, tmp_path):
 def test_two_names_of_one_tensor_and_other_models_are_refused(mini, tmp_path):
     state = hub_state(mini)
     state["backbone.norm4.bias"] = state["segformer.encoder.layer_norm.3.bias"]
-    with pytest.raises(ValueError, match="segformer.encoder.layer_norm.3.bias is there twice"):
+    with pytest.raises(ValueError, match="segformer.encoder.layer_norm.3.bias occurs twice"):
         SegFormer.from_pretrained(hub_4(state, tmp_path))
     run_folder(segformer.convert(hub_state(mini)), tmp_path, **{"class": "BEiT"})
     with pytest.raises(ValueError, match="holds BEiT in format 1, not SegFormer"):
