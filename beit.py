@@ -1,30 +1,31 @@
-"""BEiT for segmentation: a plain vision transformer, four of its blocks seen by a UPer head.
+"""BEiT for segmentation: a plain vision transformer with UPerNet's head on four of its blocks.
 
 Paper: Bao, Dong, Piao & Wei, ICLR 2022, arXiv 2106.08254. Code: github.com/microsoft/unilm at
 2312c6f, beit/semantic_segmentation/backbone/beit.py (MIT); its port to transformers 5.23,
-modeling_beit.py. Weights on the hub: microsoft/beit-base-finetuned-ade-640-640 and -large-, whose
-cards say Apache 2.0; the authors' are beit_base_patch16_640_pt22k_ft22ktoade20k.pth and _large_.
-An encoder alone, such as microsoft/beit-base-patch16-224-pt22k-ft22k, loads with num_classes=.
+modeling_beit.py. Weights, trained on ADE20K: on the hub
+microsoft/beit-{base,large}-finetuned-ade-640-640 (their cards say Apache 2.0); the authors'
+beit_{base,large}_patch16_640_pt22k_ft22ktoade20k.pth. An encoder alone, such as
+microsoft/beit-base-patch16-224-pt22k-ft22k, loads with num_classes=.
 
-    image (B,3,640,640)
-      patches of 16 pixels and a class token: (B,1+40*40,768)
-      blocks 0..9 of 12, each with a bias of its own for every offset between two patches;
-      kept of them 1, 3, 5, 9: without the class token (B,768,40,40) each
-        |            |            |            |
-      fpn1: x 4    fpn2: x 2    as it is     max pool: / 2
-      160x160      80x80        40x40        20x20
-        '------------'-----+------'------------'
-                      decode_head: pools of the last one, a feature pyramid over all, one map
-    logits (B,150,160,160): a quarter of the image's sides
+    image                                                     (B,3,640,640), variant base
+    beit.embeddings: 16x16 convolution with stride 16, and -> (B,1+40*40,768)
+      a class token
+    beit.layers: blocks 0 to 9 of 12 run, each with its own relative position bias
+    outputs of blocks 1, 3, 5 and 9, without class token   -> four times (B,768,40,40)
+    fpn1: enlarged by 4, transposed convolutions           -> (B,768,160,160)
+    fpn2: enlarged by 2, a transposed convolution          -> (B,768,80,80)
+    the third as it is                                     -> (B,768,40,40)
+    the fourth halved, max pooling                         -> (B,768,20,20)
+    decode_head: pyramid pooling of the last map, then a   -> logits (B,150,160,160)
+      feature pyramid of all four
 
-Any sides in 16s will do, from 32 on: the table of biases is interpolated to the grid. Blocks behind
-the last tap do not run: they load, are written back, and are frozen.
-Left out: the auxiliary head, which is there for a second loss only, and what the released files
-have not: absolute positions, one bias for all blocks (the encoders without fine-tuning, pt22k).
+Image sides are multiples of 16, from 32 pixels; the position biases are interpolated to the grid.
+Training needs batches of at least two images: the batch norm behind the pooling to 1x1 sees one
+value per image and channel. Left out: the auxiliary head, which serves a second loss in training;
+absolute positions and a bias shared by all blocks, which the released files do not have.
 
     model = BEiT.from_pretrained("microsoft/beit-base-finetuned-ade-640-640")
-    probabilities, mask = model.segment("photo.jpg")  # or a PIL image
-    # numpy, at the photo's own size: float32 (K,H,W); uint8 (H,W), the class of each pixel
+    probabilities, mask = model.segment("photo.jpg")  # numpy (K,H,W) and (H,W), at its own size
 """
 
 import json
@@ -35,7 +36,6 @@ import sys
 import zipfile
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -45,177 +45,290 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Config:
-    # Blocks that the head sees, from 0. quirk: transformers takes `hidden_states[i - 1]` of its
-    # out_indices (3, 5, 7, 11), and [0] is what enters block 0: two blocks before the authors'
-    # (3, 5, 7, 11) of base and (7, 11, 15, 23) of large, for which the weights were trained. The
-    # default is transformers', for equal numbers. To fine-tune the authors' are right: the head
-    # meets what it knows, and the last two blocks, dead under the others, take part.
+    # Blocks that feed the head, counted from 0.
+    # quirk: the authors tap blocks 3, 5, 7, 11 of base and 7, 11, 15, 23 of large, and transformers
+    # has these numbers as out_indices. But it takes hidden_states[i - 1], and hidden_states[0] is
+    # the input of block 0: it taps two blocks earlier. The default is transformers', for equal
+    # outputs. To fine-tune, take the authors': the head was trained on them, and the last two
+    # blocks, which do not run under transformers' taps, take part.
     taps: tuple[int, ...] = (1, 3, 5, 9)
     dim: int = 768  # heads are 64 wide
-    layers: int = 12
-    window: int = 40  # patches a side of the grid that the tables of biases belong to
-    drop_path: float = 0.1  # of the last block, in training, less before; the authors' large: 0.2
+    layers: int = 12  # blocks
+    window: int = 40  # patches per side of the grid that the tables of biases were trained for
+    # Stochastic depth of the last block; it grows from 0 in the first. The authors' large has 0.2.
+    drop_path: float = 0.1
     num_classes: int = 150
     image_size: int = 640  # side of the square that `preprocess` makes
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)  # RGB in 0..1
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
     resample: str = "bicubic"  # PIL's name, or "cv2 nearest"
-    threshold: float = 0.5  # of a model with one class
+    threshold: float = 0.5  # of the probability, for a model with one class
 
 
 VARIANTS = {
-    "base": Config(),  # 161,599,446 parameters, 14,327,136 of them do not run
+    "base": Config(),  # 161,599,446 parameters, 14,327,136 of them in blocks that do not run
     "large": Config(taps=(5, 9, 13, 21), dim=1024, layers=24),  # 438,872,726, 25,394,304
     "mini": Config(  # 3,393,414, 397,008; for tests and demos; the authors' taps: (2, 3, 4, 5)
         taps=(0, 1, 2, 3), dim=128, layers=6, window=4, image_size=64
     ),
 }
 
+# --- vision transformer ---------------------------------------------------------------------------
+
+PATCH = 16  # pixels per side
+HEAD_WIDTH = 64  # channels per attention head
+
 
 class Embeddings(nn.Module):
+    """A class token and the patches as tokens, without positions.
+
+    modeling_beit.py, class BeitEmbeddings.
+    """
+
     def __init__(self, dim: int):
         super().__init__()
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
-        patches = nn.Conv2d(3, dim, 16, stride=16)
+        patches = nn.Conv2d(3, dim, PATCH, stride=PATCH)
         self.patch_embeddings = nn.ModuleDict({"projection": patches})
 
     def forward(self, image: Tensor) -> Tensor:
-        """image (B,3,H,W) -> tokens (B,1+H/16*W/16,C), the class token first; no positions."""
-        x = self.patch_embeddings["projection"](image).flatten(2).transpose(1, 2)  # (B,HW/256,C)
-        return torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1)  # (B,N,C)
+        """image (B,3,H,W) -> tokens (B,1+H/16*W/16,C), the class token first."""
+        x = self.patch_embeddings["projection"](image)  # (B,C,H/16,W/16)
+        x = x.flatten(2).transpose(1, 2)  # (B,H/16*W/16,C)
+        cls_token = self.cls_token.expand(len(x), -1, -1)  # (B,1,C)
+        return torch.cat([cls_token, x], 1)  # (B,1+H/16*W/16,C)
 
 
-def bias_index(H: int, W: int, device=None) -> Tensor:
-    """-> (N,N) int64: which entry of a bias table is between two tokens of a grid of H x W patches.
+def relative_position_index(H: int, W: int, device=None) -> Tensor:
+    """Return which entry of a bias table belongs to each pair of tokens: int64 (N,N), query by key.
 
-    Entries are the (2H-1)(2W-1) offsets, then class to patch, patch to class, class to class.
+    Tokens are the class token and the patches of a grid of H rows and W columns, N = 1 + H*W. The
+    table has an entry for each offset of two patches, (2H-1)*(2W-1) in row-major order, then three
+    more: class token to patch, patch to class token, class token to itself.
     """
-    ys, xs = torch.arange(H, device=device), torch.arange(W, device=device)
-    y, x = ys.repeat_interleave(W), xs.repeat(H)  # (HW,) each
+    y = torch.arange(H, device=device).repeat_interleave(W)  # (H*W,)
+    x = torch.arange(W, device=device).repeat(H)  # (H*W,)
+    dy = y[:, None] - y + H - 1  # (H*W,H*W), 0..2H-2
+    dx = x[:, None] - x + W - 1  # (H*W,H*W), 0..2W-2
+
     offsets = (2 * H - 1) * (2 * W - 1)
     index = torch.empty(1 + H * W, 1 + H * W, dtype=torch.long, device=device)  # (N,N)
-    row, column = y[:, None] - y + H - 1, x[:, None] - x + W - 1  # (HW,HW), from 0
-    index[1:, 1:] = row * (2 * W - 1) + column
-    index[0], index[1:, 0], index[0, 0] = offsets, offsets + 1, offsets + 2
+    index[1:, 1:] = dy * (2 * W - 1) + dx
+    index[0] = offsets
+    index[1:, 0] = offsets + 1
+    index[0, 0] = offsets + 2
     return index
 
 
 class RelativePositionBias(nn.Module):
+    """A learned bias for each offset of two tokens and each head.
+
+    modeling_beit.py, class BeitRelativePositionBias.
+    """
+
     def __init__(self, window: int, heads: int):
         super().__init__()
-        self.side = 2 * window - 1
+        self.side = 2 * window - 1  # offsets along an axis
         self.relative_position_bias_table = nn.Parameter(torch.zeros(self.side**2 + 3, heads))
 
     def forward(self, H: int, W: int, index: Tensor) -> Tensor:
-        """index (N,N) from `bias_index(H, W)` -> (1,h,N,N), to be added to scores.
+        """Return the bias of all pairs of tokens: (1,h,N,N), to be added to attention scores.
 
-        Another grid than the table's own stretches the table, as in MiDaS 3.1 and transformers.
-        (The authors' geometric interpolation is for checkpoints of another size, once.)
+        H, W: sides of the grid in patches; index (N,N): `relative_position_index(H, W)`. Equals, in
+        the grid that the table was trained for,
+
+            bias = self.relative_position_bias_table[index]  # (N,N,h)
+            return bias.permute(2, 0, 1)[None]
+
+        For another grid, the entries of the patches, a square of offsets, are resized first, as in
+        MiDaS 3.1 and transformers. (The authors resize by a geometric interpolation, once, when
+        they load a checkpoint of another size.)
         """
-        offsets, others = self.relative_position_bias_table.T.split((self.side**2, 3), 1)
-        offsets = offsets.unflatten(1, (self.side, self.side))[None]  # (1,h,side,side)
+        table = self.relative_position_bias_table.T  # (h,side*side+3)
+        patches, cls_token = table.split((self.side**2, 3), 1)  # (h,side*side), (h,3)
+        patches = patches.unflatten(1, (self.side, self.side))  # (h,side,side)
         size = (2 * H - 1, 2 * W - 1)
-        offsets = F.interpolate(offsets, size, mode="bilinear", align_corners=False)
-        entries = torch.cat([offsets[0].flatten(1), others], 1)  # (h,entries)
-        # Along rows in memory: several times faster than table[index], which then is transposed.
-        return entries.index_select(1, index.flatten()).unflatten(1, index.shape)[None]  # (1,h,N,N)
+        patches = F.interpolate(patches[None], size, mode="bilinear", align_corners=False)[0]
+        table = torch.cat([patches.flatten(1), cls_token], 1)  # (h,(2H-1)*(2W-1)+3)
+
+        # Along rows in memory: several times faster than table[index] and a permutation.
+        bias = table.index_select(1, index.flatten())  # (h,N*N)
+        return bias.unflatten(1, index.shape)[None]  # (1,h,N,N)
+
+
+def split_heads(x: Tensor) -> Tensor:
+    """x (B,N,C) -> (B,h,N,64)."""
+    return x.unflatten(2, (-1, HEAD_WIDTH)).transpose(1, 2)
 
 
 class Attention(nn.Module):
+    """Multi-head attention with a bias on the scores. modeling_beit.py, class BeitAttention."""
+
     def __init__(self, dim: int):
         super().__init__()
-        # A bias of k would add the same to all scores of a query, which softmax takes out again.
-        self.q_proj, self.k_proj = nn.Linear(dim, dim), nn.Linear(dim, dim, bias=False)
-        self.v_proj, self.o_proj = nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self.q_proj = nn.Linear(dim, dim)
+        # A bias of k would add the same to all scores of a query, and softmax would cancel it.
+        self.k_proj = nn.Linear(dim, dim, bias=False)
+        self.v_proj = nn.Linear(dim, dim)
+        self.o_proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
         """x (B,N,C), bias (1,h,N,N) -> (B,N,C)."""
-        projections = self.q_proj, self.k_proj, self.v_proj
-        q, k, v = (f(x).unflatten(2, (-1, 64)).transpose(1, 2) for f in projections)  # (B,h,N,64)
+        q = split_heads(self.q_proj(x))  # (B,h,N,64)
+        k = split_heads(self.k_proj(x))  # (B,h,N,64)
+        v = split_heads(self.v_proj(x))  # (B,h,N,64)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)  # (B,h,N,64)
-        return self.o_proj(y.transpose(1, 2).flatten(2))
+        y = y.transpose(1, 2).flatten(2)  # (B,N,C)
+        return self.o_proj(y)
+
+
+class MLP(nn.Module):
+    def __init__(self, dim: int):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, 4 * dim)
+        self.fc2 = nn.Linear(4 * dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
 
 
 class Layer(nn.Module):
+    """A transformer block with scaled residuals and stochastic depth.
+
+    modeling_beit.py, class BeitLayer.
+    """
+
     def __init__(self, dim: int, window: int, drop_path: float):
         super().__init__()
         self.drop_path = drop_path
-        # quirk: eps 1e-12, transformers' default (configuration_beit.py); the authors had 1e-6
+        # quirk: eps is 1e-12, transformers' default (configuration_beit.py); the authors had 1e-6
         self.layernorm_before = nn.LayerNorm(dim, eps=1e-12)
-        self.relative_position_bias = RelativePositionBias(window, dim // 64)
+        self.relative_position_bias = RelativePositionBias(window, dim // HEAD_WIDTH)
         self.attention = Attention(dim)
         self.layernorm_after = nn.LayerNorm(dim, eps=1e-12)
-        self.mlp = nn.ModuleDict({"fc1": nn.Linear(dim, 4 * dim), "fc2": nn.Linear(4 * dim, dim)})
+        self.mlp = MLP(dim)
         self.lambda_1 = nn.Parameter(torch.full((dim,), 0.1))
         self.lambda_2 = nn.Parameter(torch.full((dim,), 0.1))
 
     def forward(self, x: Tensor, H: int, W: int, index: Tensor) -> Tensor:
-        """x (B,N,C) of H x W patches, index (N,N) -> (B,N,C)."""
-        # At 640 pixels 123 MB in base, so it is not kept; it costs little beside the rest.
+        """x (B,N,C) of a grid of H x W patches, `relative_position_index` (N,N) -> (B,N,C)."""
+        # Not cached: it takes 123 MB per block in base at 640 pixels, and little time.
         bias = self.relative_position_bias(H, W, index)  # (1,h,N,N)
         y = self.attention(self.layernorm_before(x), bias)
-        x = x + self.scale(self.lambda_1, len(x)) * y
-        y = self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.layernorm_after(x))))  # (B,N,C)
-        return x + self.scale(self.lambda_2, len(x)) * y
+        x = x + self.residual_scale(self.lambda_1, len(x)) * y
 
-    def scale(self, lambda_: Tensor, B: int) -> Tensor:
-        """-> (B,1,C); in training, of an image now and then all zeros (stochastic depth)."""
-        return lambda_ * F.dropout(lambda_.new_ones(B, 1, 1), self.drop_path, self.training)
+        y = self.mlp(self.layernorm_after(x))
+        return x + self.residual_scale(self.lambda_2, len(x)) * y
+
+    def residual_scale(self, lambda_: Tensor, B: int) -> Tensor:
+        """Return the scale of a residual for each image and channel: lambda_ (C,) -> (B,1,C).
+
+        In training, stochastic depth (arXiv 1603.09382) drops the residuals of random images: their
+        scale is 0, and that of the others is divided by the probability of being kept.
+        """
+        keep = F.dropout(lambda_.new_ones(B, 1, 1), self.drop_path, self.training)
+        return lambda_ * keep
 
 
 class ViT(nn.Module):
+    """The encoder: embeddings and blocks, without a final norm.
+
+    modeling_beit.py, class BeitModel.
+    """
+
     def __init__(self, config: Config):
         super().__init__()
-        c, last = config, max(config.layers - 1, 1)
-        self.taps = c.taps
-        self.embeddings = Embeddings(c.dim)
-        self.layers = nn.ModuleList(
-            Layer(c.dim, c.window, c.drop_path * i / last) for i in range(c.layers)
-        )
+        self.taps = config.taps
+        self.embeddings = Embeddings(config.dim)
+        self.layers = nn.ModuleList()
+        last = max(config.layers - 1, 1)
+        for i in range(config.layers):
+            drop_path = config.drop_path * i / last
+            self.layers.append(Layer(config.dim, config.window, drop_path))
 
     def forward(self, image: Tensor) -> list[Tensor]:
-        """image (B,3,H,W) -> what the blocks in `taps` give, (B,C,H/16,W/16) each."""
-        if any(side % 16 or side < 32 for side in image.shape[2:]):
+        """image (B,3,H,W) -> outputs of the blocks in `taps`, (B,C,H/16,W/16) each.
+
+        Raise ValueError if a side is not a multiple of 16 or is shorter than 32 pixels.
+        """
+        if any(side % PATCH or side < 2 * PATCH for side in image.shape[2:]):
             size = tuple(image.shape[2:])
             raise ValueError(f"image sides must be multiples of 16, at least 32, not {size}")
-        H, W = (side // 16 for side in image.shape[2:])
-        # One for all blocks. Made anew, at most a hundredth of the work: a cache would hold on to
-        # devices, and to tensors of inference mode, which training cannot save.
-        index = bias_index(H, W, image.device)  # (N,N)
-        x, states = self.embeddings(image), []
+        H = image.shape[2] // PATCH
+        W = image.shape[3] // PATCH
+
+        # Computed in each call, at most a hundredth of the work: a cache would hold memory of each
+        # device, and tensors made in inference mode, which training cannot save for gradients.
+        index = relative_position_index(H, W, image.device)  # (N,N)
+        x = self.embeddings(image)  # (B,N,C)
+        outputs = []
         for layer in self.layers[: max(self.taps) + 1]:
             x = layer(x, H, W, index)
-            states.append(x)
-        return [states[i][:, 1:].transpose(1, 2).unflatten(2, (H, W)) for i in self.taps]
+            outputs.append(x)
+
+        maps = []
+        for tap in self.taps:
+            patches = outputs[tap][:, 1:]  # (B,H*W,C), without the class token
+            maps.append(patches.transpose(1, 2).unflatten(2, (H, W)))  # (B,C,H,W)
+        return maps
+
+
+# --- head: modeling_beit.py, class BeitUperHead ---------------------------------------------------
+
+
+# shared: upsampled_conv3x3
+def axis_taps(length: int, size: int, like: Tensor) -> Tensor:
+    """Return the matrix that enlarges an axis linearly and shifts it by the taps of a kernel of 3.
+
+    Entry (j, tap, i) of the result (size,3,length) is the share of input position i in position
+    j + tap - 1 of the enlarged axis, which is what the tap reads for output j; 0 beyond the ends.
+    """
+    identity = torch.eye(length, device=like.device, dtype=like.dtype)
+    enlarged = F.interpolate(identity[None], size, mode="linear", align_corners=False)[0]
+    padded = F.pad(enlarged, (1, 1))  # (length,size+2)
+    shifted = padded.unfold(1, size, 1)  # (length,3,size)
+    return shifted.permute(2, 1, 0)  # (size,3,length)
+
+
+def upsampled_conv3x3(x: Tensor, weight: Tensor, size: tuple[int, int]) -> Tensor:
+    """Convolve x, bilinearly enlarged to `size`, with a 3x3 kernel, without enlarging x first.
+
+    Equals
+
+        x = F.interpolate(x, size, mode="bilinear", align_corners=False)
+        return F.conv2d(x, weight, padding=1)
+
+    Enlarging mixes positions, and each of the kernel's nine taps mixes channels. The order does not
+    matter, so the taps go first, while the map is small. Enlarging it, shifting it by the taps and
+    adding up is then one small matrix per axis (`axis_taps`).
+
+    x (B,C,h,w), weight (O,C,3,3), size (H,W) -> (B,O,H,W)
+    """
+    B, C, h, w = x.shape
+    H, W = size
+    channels = len(weight)  # O
+
+    # Each of the nine taps mixes the channels.
+    taps = weight.permute(2, 1, 3, 0).flatten(2)  # (3,C,3*O): row tap; column tap and output
+    tokens = x.flatten(2).transpose(1, 2)  # (B,h*w,C)
+    y = tokens[:, None] @ taps  # (B,3,h*w,3*O)
+
+    # Along H: enlarge, shift by the row tap and add up.
+    rows = axis_taps(h, H, x).flatten(1)  # (H,3*h)
+    y = rows @ y.view(B, 3 * h, w * 3 * channels)  # (B,H,w*3*O)
+
+    # The same along W, with the column tap.
+    columns = axis_taps(w, W, x).transpose(1, 2).flatten(1)  # (W,w*3)
+    y = columns @ y.view(B, H, w * 3, channels)  # (B,H,W,O)
+    return y.permute(0, 3, 1, 2)  # (B,O,H,W)
+
+
+# end shared
 
 
 # shared: uper_head
-def upsampled_conv3x3(x: Tensor, weight: Tensor, size: tuple[int, int]) -> Tensor:
-    """3x3 convolution, padding 1, of the bilinearly enlarged x, whose channels mix while small.
-
-    Channels and positions can be mixed in either order: each of the nine taps mixes the channels
-    before upsampling; upsampling, shifting and adding are then one small matrix along each side.
-    (B,C,h,w), (K,C,3,3), size (H,W) -> (B,K,H,W)
-    """
-
-    def taps(n: int, N: int) -> Tensor:
-        """(N,3,n): how much of position i each tap sees when it makes position j."""
-        eye = torch.eye(n, device=x.device, dtype=x.dtype)[None]
-        up = F.interpolate(eye, N, mode="linear", align_corners=False)[0]  # (n,N)
-        return F.pad(up, (1, 1)).unfold(1, N, 1).permute(2, 1, 0)
-
-    B, _, h, w = x.shape
-    H, W = size
-    K = len(weight)
-    mix = weight.permute(2, 1, 3, 0).flatten(2)  # (3,C,3*K): row tap, channel, column tap
-    y = x.flatten(2).transpose(1, 2)[:, None] @ mix  # (B,3,h*w,3*K)
-    y = taps(h, H).flatten(1) @ y.view(B, 3 * h, w * 3 * K)  # (B,H,w*3*K)
-    y = taps(w, W).transpose(1, 2).flatten(1) @ y.view(B, H, w * 3, K)  # (B,H,W,K)
-    return y.permute(0, 3, 1, 2)
-
-
 class ConvModule(nn.Module):
-    """Convolution, batch norm, ReLU, of the concatenation of all maps enlarged to the first."""
+    """A convolution without bias, batch norm and ReLU."""
 
     def __init__(self, inputs: int, outputs: int, kernel_size: int):
         super().__init__()
@@ -223,111 +336,168 @@ class ConvModule(nn.Module):
         self.conv = nn.Conv2d(inputs, outputs, kernel_size, padding=padding, bias=False)
         self.batch_norm = nn.BatchNorm2d(outputs)
 
-    def forward(self, first: Tensor, *smaller: Tensor) -> Tensor:
-        """maps (B,C,h,w), each of its own size and channels -> (B,outputs,H,W) of the first."""
-        weight, *weights = self.conv.weight.split([x.shape[1] for x in (first, *smaller)], 1)
-        y = F.conv2d(first, weight, padding=self.conv.padding)
-        for x, weight in zip(smaller, weights, strict=True):
-            y += upsampled_conv3x3(x, weight, y.shape[2:])
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B,C,H,W) -> (B,O,H,W)."""
+        return F.relu(self.batch_norm(self.conv(x)), inplace=True)
+
+
+class Fusion(ConvModule):
+    """A ConvModule of several maps, all enlarged to the size of the first and concatenated.
+
+    Equals, without enlarged or concatenated maps in memory,
+
+        size = maps[0].shape[2:]
+        maps = [F.interpolate(x, size, mode="bilinear", align_corners=False) for x in maps]
+        return ConvModule.forward(self, torch.cat(maps, 1))
+
+    A convolution of concatenated maps is the sum of convolutions of each map, each with the part of
+    the kernel that belongs to its channels.
+    """
+
+    def forward(self, maps: list[Tensor]) -> Tensor:
+        """maps (B,C,h,w) of any channels and sizes -> (B,O,H,W), the size of the first."""
+        widths = [x.shape[1] for x in maps]
+        kernels = self.conv.weight.split(widths, 1)  # (O,C,3,3) each
+        y = F.conv2d(maps[0], kernels[0], padding=1)  # (B,O,H,W)
+        for x, kernel in zip(maps[1:], kernels[1:], strict=True):
+            y += upsampled_conv3x3(x, kernel, y.shape[2:])
         return F.relu(self.batch_norm(y), inplace=True)
 
 
 class UPerHead(nn.Module):
-    """A pyramid of pools on the last map, then a feature pyramid over all; arXiv 1807.10221.
+    """Pyramid pooling of the last map, then a feature pyramid of all maps; arXiv 1807.10221.
 
-    widths: channels of the four maps; channels (C): inside. Fresh, it is as transformers makes it.
+    widths: channels of the four maps; channels (C): of the head.
     """
 
     def __init__(self, widths: list[int], channels: int, num_classes: int):
         super().__init__()
-        C, last = channels, widths[-1]
-        self.psp_modules = nn.ModuleList(
-            nn.Sequential(nn.AdaptiveAvgPool2d(k), ConvModule(last, C, 1)) for k in (1, 2, 3, 6)
-        )
-        self.bottleneck = ConvModule(last + 4 * C, C, 3)
-        self.lateral_convs = nn.ModuleList(ConvModule(width, C, 1) for width in widths[:-1])
-        self.fpn_convs = nn.ModuleList(ConvModule(C, C, 3) for _ in widths[:-1])
-        self.fpn_bottleneck = ConvModule(len(widths) * C, C, 3)
-        self.classifier = nn.Conv2d(C, num_classes, 1)
+        *finer, last = widths
+        self.psp_modules = nn.ModuleList()
+        for bins in (1, 2, 3, 6):
+            pool = nn.AdaptiveAvgPool2d(bins)
+            self.psp_modules.append(nn.Sequential(pool, ConvModule(last, channels, 1)))
+        self.bottleneck = Fusion(last + 4 * channels, channels, 3)
+        self.lateral_convs = nn.ModuleList(ConvModule(width, channels, 1) for width in finer)
+        self.fpn_convs = nn.ModuleList(ConvModule(channels, channels, 3) for _ in finer)
+        self.fpn_bottleneck = Fusion(len(widths) * channels, channels, 3)
+        self.classifier = nn.Conv2d(channels, num_classes, 1)
+
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.normal_(module.weight, std=0.02)
         nn.init.zeros_(self.classifier.bias)
 
     def forward(self, maps: list[Tensor]) -> Tensor:
-        """maps (B,width,h,w), finest first -> logits (B,K,h,w) of the first one's size."""
-        *maps, last = maps
-        x = self.bottleneck(last, *(pool(last) for pool in self.psp_modules))  # (B,C,h,w) of last
-        pyramid, levels = [x], zip(maps, self.lateral_convs, self.fpn_convs, strict=True)
-        for y, lateral, conv in reversed(list(levels)):
-            y = lateral(y)  # (B,C,h,w), twice the sides of x
-            x = y + F.interpolate(x, y.shape[2:], mode="bilinear", align_corners=False)
-            pyramid.insert(0, conv(x))
-        return self.classifier(self.fpn_bottleneck(*pyramid))  # all at the first one's size
+        """maps (B,width,h,w), the finest first -> logits (B,K,h,w), the size of the first map."""
+        # Pyramid pooling: averages of the last map in grids of 1x1, 2x2, 3x3 and 6x6 cells.
+        last = maps[-1]
+        pooled = [psp_module(last) for psp_module in self.psp_modules]  # (B,C,1,1) to (B,C,6,6)
+        x = self.bottleneck([last, *pooled])  # (B,C,h,w), the size of the last map
+
+        # Feature pyramid: from the coarsest map to the finest, each adds its details.
+        pyramid = [x]
+        for i in (2, 1, 0):
+            lateral = self.lateral_convs[i](maps[i])  # (B,C,h,w), the size of map i
+            size = lateral.shape[2:]
+            x = lateral + F.interpolate(x, size, mode="bilinear", align_corners=False)
+            pyramid.insert(0, self.fpn_convs[i](x))
+
+        x = self.fpn_bottleneck(pyramid)  # (B,C,h,w), the size of the first map
+        return self.classifier(x)
 
 
 # end shared
 
+# --- the model: modeling_beit.py, class BeitForSemanticSegmentation -------------------------------
+
 
 class BEiT(nn.Module):
+    """BEiT's encoder with UPerNet's head."""
+
     def __init__(self, config: Config):
         super().__init__()
-        self.config, c = config, config
-        if len(c.taps) != 4 or not all(0 <= i < c.layers for i in c.taps):
-            raise ValueError(f"taps={c.taps}: must be four blocks of 0 to {c.layers - 1}")
-        self.preprocess = partial(preprocess, config=config)  # image -> (3,S,S)
-        self.postprocess = partial(postprocess, config=config)  # logits, size -> (K,H,W)
-        self.beit = ViT(c)
-        # The four maps have one size; the head wants strides of 4, 8, 16 and 32 pixels.
-        up = partial(nn.ConvTranspose2d, c.dim, c.dim, 2, 2)
-        self.fpn1 = nn.Sequential(up(), nn.BatchNorm2d(c.dim), nn.GELU(), up())
-        self.fpn2 = nn.Sequential(up())
-        for module in (*self.beit.modules(), *self.fpn1, *self.fpn2):  # as transformers makes them
-            if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
+        last = config.layers - 1
+        if len(config.taps) != 4 or not all(0 <= tap <= last for tap in config.taps):
+            raise ValueError(f"taps={config.taps}: must be four blocks of 0 to {last}")
+
+        self.config = config
+        self.beit = ViT(config)
+        # The four maps have one size; the head needs strides of 4, 8, 16 and 32 pixels.
+        dim = config.dim
+        self.fpn1 = nn.Sequential(
+            nn.ConvTranspose2d(dim, dim, 2, stride=2),
+            nn.BatchNorm2d(dim),
+            nn.GELU(),
+            nn.ConvTranspose2d(dim, dim, 2, stride=2),
+        )
+        self.fpn2 = nn.Sequential(nn.ConvTranspose2d(dim, dim, 2, stride=2))
+        for module in (*self.beit.modules(), *self.fpn1, *self.fpn2):
+            if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
                 nn.init.normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        self.decode_head = UPerHead([c.dim] * 4, c.dim, c.num_classes)
-        # These do not run. What may train always gets a gradient.
-        self.beit.layers[max(c.taps) + 1 :].requires_grad_(False)
+        self.decode_head = UPerHead([dim] * 4, dim, config.num_classes)
+
+        # Blocks behind the last tap do not run. They are frozen, so that every parameter that may
+        # train gets a gradient.
+        self.beit.layers[max(config.taps) + 1 :].requires_grad_(False)
 
     def forward(self, image: Tensor) -> Tensor:
-        """image (B,3,H,W) normalised, H and W in 16s -> logits (B,K,H/4,W/4).
+        """image (B,3,H,W) as `preprocess` makes it -> logits (B,K,H/4,W/4).
 
-        In training B is at least 2: one of the pools leaves a single value an image and channel.
+        Raise ValueError if a side is not a multiple of 16 or is shorter than 32 pixels.
         """
         x1, x2, x3, x4 = self.beit(image)  # (B,C,H/16,W/16) each
-        return self.decode_head([self.fpn1(x1), self.fpn2(x2), x3, F.max_pool2d(x4, 2)])
+        maps = [
+            self.fpn1(x1),  # (B,C,H/4,W/4)
+            self.fpn2(x2),  # (B,C,H/8,W/8)
+            x3,  # (B,C,H/16,W/16)
+            F.max_pool2d(x4, 2),  # (B,C,H/32,W/32)
+        ]
+        return self.decode_head(maps)
+
+    def preprocess(self, image) -> Tensor:
+        """Return a PIL image resized to a square and normalised: (3,S,S); see `preprocess`."""
+        return preprocess(image, self.config)
+
+    def postprocess(self, logits: Tensor, size: tuple[int, int]) -> Tensor:
+        """Return probabilities (K,H,W) of logits (K,h,w) at `size` (H,W); see `postprocess`."""
+        return postprocess(logits, size, self.config)
 
     def segment(self, image) -> tuple:
-        """Segment an image or its file -> probabilities (K,H,W), mask (H,W); see `segment`."""
+        """Segment a PIL image or an image file, in evaluation mode.
+
+        Return numpy arrays of the image's own size: probabilities (K,H,W) float32 and the class of
+        each pixel (H,W) uint8; see `segment`.
+        """
         return segment(self, image)
 
     @classmethod
     def from_pretrained(cls, source: str | Path, num_classes=None, **overrides) -> "BEiT":
-        """From a file, a folder, a run folder or a hub id; `overrides` are fields of Config.
+        """Load a file, a folder, a run folder or a hub id, in evaluation mode.
 
-        num_classes: what the file has, if None; else, where that differs, a new classifier. A file
-        of the encoder alone needs it and gets a new head. In evaluation mode.
+        num_classes: None for as many as the file has; another number gets a new classifier. A file
+        of the encoder alone needs it, and gets a new head. What is new is printed. overrides:
+        fields of Config. Raise ValueError or FileNotFoundError, one line, for a file that does not
+        fit.
         """
         weights, settings = read_checkpoint(source, FILES)
         weights = to_official(weights)
         if "format" in settings:  # a run folder of ours
             config = Config(**run_config(settings, "BEiT", source, Config))
         else:
-            config = read_config(weights, settings, source)
-        headless = not any(name.startswith("decode_head.") for name in weights)
-        if num_classes is None:
-            if headless:
-                raise ValueError(f"{source}: an encoder alone; say num_classes= for a new head")
-            num_classes = config.num_classes
-        fresh = FRESH if headless else FRESH[:1] if num_classes != config.num_classes else ()
+            config = config_of_file(weights, settings, source)
+
+        num_classes, fresh = new_part(weights, num_classes, config, source)
         model = cls(replace(config, num_classes=num_classes, **overrides))
+
         expected = to_official(model.state_dict())
-        new = [name for name in expected if any(re.match(regex, name) for regex in fresh)]
-        weights = {name: t for name, t in weights.items() if name not in new}
-        expected = {name: t for name, t in expected.items() if name not in new}
-        check_complete(weights, expected, source)  # in the hub's names
+        new = [name for name in expected if re.fullmatch(fresh, name)]
+        for name in new:
+            weights.pop(name, None)
+            del expected[name]
+        check_complete(weights, expected, source)  # under the hub's names
         model.load_state_dict(model.state_dict() | convert(weights))
         if new:
             modules = dict.fromkeys(".".join(name.split(".")[:2]) for name in new)
@@ -335,102 +505,142 @@ class BEiT(nn.Module):
         return model.eval()
 
 
+# --------------------------------------------------------------------------------------------------
+# Nothing under this line is needed to understand the model: loading of weights, pre- and
+# postprocessing.
+# --------------------------------------------------------------------------------------------------
+
 FILES = ("best.safetensors", "model.safetensors", "pytorch_model.bin")
-FRESH = (  # what may be new, in the hub's names
-    r"decode_head\.classifier\.",  # for another number of classes
-    r"(fpn1|fpn2|decode_head)\.",  # behind an encoder alone, both
-)
 IGNORED = {
-    r".*\.relative_position_index": "a constant, 20 MB a block in old files; see `bias_index`",
-    r"auxiliary_head\..*": "for a second loss; transformers runs it always and drops what it gives",
-    r"(beit\.)?pooler\..*|(classifier|fc_norm|head)\.(weight|bias)": "of a classifier of images",
+    r".*\.relative_position_index": "a constant, 20 MB per block in old files; computed here",
+    r"auxiliary_head\..*": "serves a second loss in training, adds nothing to the output",
+    r"(beit\.)?pooler\..*|(classifier|fc_norm|head)\.(weight|bias)": "an image classifier",
 }
-# The authors' (and timm's) names and those within transformers 5 -> the hub's, but for layers,
-# which become ours; in this order.
-RENAMES = (
-    (r"^(embeddings|encoder|layers)\.", r"beit.\1."),  # BeitModel
-    (r"^(?:backbone\.)?cls_token$", "beit.embeddings.cls_token"),
-    (r"^(?:backbone\.)?patch_embed\.proj\.", "beit.embeddings.patch_embeddings.projection."),
-    (r"^(?:backbone\.)?blocks\.", "beit.layers."),
-    (r"\.norm1\.", ".layernorm_before."),
-    (r"\.norm2\.", ".layernorm_after."),
-    (r"\.attn\.([qv])_bias$", r".attention.\1_proj.bias"),
-    (r"\.attn\.proj\.", ".attention.o_proj."),
-    (r"\.attn\.(relative_position_bias)_table", r".\1.\1_table"),
-    (r"\.gamma_([12])$", r".lambda_\1"),
-    (r"^backbone\.fpn", "fpn"),
-    (r"^fpn\.fpn1\.conv_transpose1\.", "fpn1.0."),
-    (r"^fpn\.fpn1\.normalization\.", "fpn1.1."),
-    (r"^fpn\.fpn1\.conv_transpose2\.", "fpn1.3."),
-    (r"^fpn\.fpn2\.", "fpn2.0."),
-    (r"\.conv_seg\.", ".classifier."),
-    (r"\.psp_bottleneck\.", ".bottleneck."),
-    (r"\.psp_modules\.blocks\.(\d+)\.conv\.", r".psp_modules.\1.1."),
-    (r"\.convolution\.", ".conv."),
-    (r"\.(?:normalization|batch_norm)\.", ".bn."),
-)
-# The hub's names in a layer -> ours, those within transformers 5; in this order, both ways.
-LAYER = (
-    ("beit.encoder.layer.", "beit.layers."),
-    ("attention.attention.query.", "attention.q_proj."),
-    ("attention.attention.key.", "attention.k_proj."),
-    ("attention.attention.value.", "attention.v_proj."),
-    ("attention.attention.relative_position_bias.", "relative_position_bias."),
-    ("attention.output.dense.", "attention.o_proj."),
-    ("intermediate.dense.", "mlp.fc1."),
-    ("output.dense.", "mlp.fc2."),
-)
-
-
-def to_official(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Any naming -> the hub's, for `from_pretrained` of transformers' class; no auxiliary head."""
-    weights = {}
-    for name, t in state_dict.items():
-        if any(re.fullmatch(pattern, name) for pattern in IGNORED):
-            continue
-        for pattern, new in RENAMES:
-            name = re.sub(pattern, new, name)
-        parts = {name: t}
-        if name.endswith(".attn.qkv.weight"):  # the authors' three in one matrix
-            stem = name.removesuffix("attn.qkv.weight") + "attention."
-            thirds = zip("qkv", t.chunk(3), strict=False)  # a wrong shape is told later
-            parts = {f"{stem}{x}_proj.weight": part.clone() for x, part in thirds}
-        for name, t in parts.items():
-            if name.startswith("beit.layers."):
-                for hub, ours in LAYER:
-                    name = name.replace(ours, hub)
-            weights[name] = t
-    return weights
+# Parameters that may be new, under the hub's names.
+FRESH = {
+    "classifier": r"decode_head\.classifier\..*",  # the number of classes differs
+    "head": r"(fpn1|fpn2|decode_head)\..*",  # the file holds the encoder alone
+}
+# Names in files -> ours, which are transformers 5's within a block and nearly the hub's elsewhere.
+ENCODER_ALONE = {r"^(embeddings|encoder|layers)\.": r"beit.\1."}  # transformers' BeitModel
+AUTHORS = {  # without "backbone." also timm's
+    r"^(?:backbone\.)?cls_token$": "beit.embeddings.cls_token",
+    r"^(?:backbone\.)?patch_embed\.proj\.": "beit.embeddings.patch_embeddings.projection.",
+    r"^(?:backbone\.)?blocks\.": "beit.layers.",
+    r"\.norm1\.": ".layernorm_before.",
+    r"\.norm2\.": ".layernorm_after.",
+    r"\.attn\.([qv])_bias$": r".attention.\1_proj.bias",  # `convert` splits attn.qkv
+    r"\.attn\.proj\.": ".attention.o_proj.",
+    r"\.attn\.(relative_position_bias)_table": r".\1.\1_table",
+    r"\.gamma_([12])$": r".lambda_\1",
+    r"^backbone\.fpn": "fpn",
+    r"\.conv_seg\.": ".classifier.",
+}
+TRANSFORMERS_5 = {  # in memory; in files it writes the hub's names
+    r"^fpn\.fpn1\.conv_transpose1\.": "fpn1.0.",
+    r"^fpn\.fpn1\.normalization\.": "fpn1.1.",
+    r"^fpn\.fpn1\.conv_transpose2\.": "fpn1.3.",
+    r"^fpn\.fpn2\.": "fpn2.0.",
+    r"\.psp_bottleneck\.": ".bottleneck.",
+    r"\.psp_modules\.blocks\.(\d+)\.conv\.": r".psp_modules.\1.1.",
+    r"\.convolution\.": ".conv.",
+    r"\.normalization\.": ".batch_norm.",
+}
+HUB = {  # no patterns: `to_official` replaces them the other way round
+    "beit.encoder.layer.": "beit.layers.",
+    "attention.attention.query.": "attention.q_proj.",
+    "attention.attention.key.": "attention.k_proj.",
+    "attention.attention.value.": "attention.v_proj.",
+    "attention.attention.relative_position_bias.": "relative_position_bias.",
+    "attention.output.dense.": "attention.o_proj.",
+    "intermediate.dense.": "mlp.fc1.",
+    "output.dense.": "mlp.fc2.",
+    ".bn.": ".batch_norm.",
+}
 
 
 def convert(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Any naming -> ours: the hub's, but within layers that of transformers 5, and batch norms."""
+    """Return a state dict under our names, from any naming."""
     weights = {}
-    for name, t in to_official(state_dict).items():
-        if name.startswith("beit.encoder.layer."):
-            for hub, ours in LAYER:
-                name = name.replace(hub, ours)
-        weights[name.replace(".bn.", ".batch_norm.")] = t  # the name in the shared head
+    for official, tensor in state_dict.items():
+        if any(re.fullmatch(pattern, official) for pattern in IGNORED):
+            continue
+        name = official
+        for pattern, ours in (ENCODER_ALONE | AUTHORS | TRANSFORMERS_5).items():
+            name = re.sub(pattern, ours, name)
+        for hub, ours in HUB.items():
+            name = name.replace(hub, ours)
+
+        if name.endswith(".attn.qkv.weight"):  # the authors': queries, keys, values in one matrix
+            layer = name.removesuffix(".attn.qkv.weight")
+            thirds = tensor.chunk(3)  # fewer if the shape is wrong, which `check_complete` reports
+            for letter, third in zip("qkv", thirds, strict=False):
+                weights[f"{layer}.attention.{letter}_proj.weight"] = third.clone()
+        else:
+            weights[name] = tensor
     return weights
 
 
-def read_config(weights: dict[str, Tensor], settings: dict, source) -> Config:
-    """From the shapes of tensors in the hub's names; taps, which none tells, from config.json."""
-    # What is wrong or missing in it is told later.
-    config, told = closest_variant(weights, BEiT, to_official), {}
-    for name, t in weights.items():
+def to_official(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return a state dict under the hub's names, from any naming.
+
+    It fits `from_pretrained` of transformers' class, but for the auxiliary head.
+    """
+    weights = {}
+    for ours, tensor in convert(state_dict).items():
+        name = ours
+        for hub, replaced in HUB.items():
+            name = name.replace(replaced, hub)
+        weights[name] = tensor
+    return weights
+
+
+def config_of_file(weights: dict[str, Tensor], settings: dict, source) -> Config:
+    """Return the config of a file, from the shapes of its tensors and the taps of its config.json.
+
+    weights: under the hub's names; settings: config.json, {} if there is none. A line is printed if
+    it has no taps. Tensors that are missing or do not fit are reported later, by `check_complete`.
+    """
+    config = closest_variant(weights, BEiT, to_official)
+    values = {}
+    for name, tensor in weights.items():
         if name.endswith(".relative_position_bias_table"):
-            told["window"] = (math.isqrt(max(len(t) - 3, 1)) + 1) // 2
-            told["image_size"] = 16 * told["window"]
-    if (classifier := weights.get("decode_head.classifier.bias")) is not None:
-        told["num_classes"] = len(classifier)
-    if len(indices := settings.get("out_indices") or ()) == 4:
-        told["taps"] = tuple(i - 2 for i in indices)  # see Config
+            side = math.isqrt(max(len(tensor) - 3, 1))
+            values["window"] = (side + 1) // 2
+            values["image_size"] = PATCH * values["window"]
+    classifier = weights.get("decode_head.classifier.bias")
+    if classifier is not None:
+        values["num_classes"] = len(classifier)
+
+    indices = settings.get("out_indices") or ()
+    if len(indices) == 4:
+        values["taps"] = tuple(i - 2 for i in indices)  # see Config
     else:
-        authors = tuple(i + 2 for i in config.taps)
-        told_by = f"took {config.taps}, transformers'; the authors' are {authors}"
-        print(f"{source}: no config.json tells taps; {told_by}")
-    return replace(config, **told)
+        authors = tuple(tap + 2 for tap in config.taps)
+        print(
+            f"{source}: no config.json with out_indices, using transformers' taps {config.taps}; "
+            f"the authors' taps are {authors}"
+        )
+    return replace(config, **values)
+
+
+def new_part(
+    weights: dict[str, Tensor], num_classes: int | None, config: Config, source
+) -> tuple[int, str]:
+    """Return the number of classes, and a pattern of the parameters that are to be new.
+
+    weights: under the hub's names. num_classes: None for as many as the file has. The pattern is ""
+    if nothing is new. Raise ValueError, one line, if the file holds the encoder alone and no number
+    is given.
+    """
+    has_head = any(name.startswith("decode_head.") for name in weights)
+    if not has_head and num_classes is None:
+        raise ValueError(f"{source}: the encoder alone, without a head; give num_classes")
+    if not has_head:
+        return num_classes, FRESH["head"]
+    if num_classes in (None, config.num_classes):
+        return config.num_classes, ""
+    return num_classes, FRESH["classifier"]
 
 
 # shared: closest_variant

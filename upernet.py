@@ -1,34 +1,37 @@
-"""UPerNet with ConvNeXt: an image in, the class of every pixel out. Convolutions throughout.
+"""UPerNet with a ConvNeXt backbone: an image in, a class for every pixel out.
 
 Papers: Xiao et al., ECCV 2018, arXiv 1807.10221 (the head); Liu et al., CVPR 2022, arXiv 2201.03545
 (ConvNeXt). Code: github.com/open-mmlab/mmsegmentation at 46fd215, mmseg/models/decode_heads/
-uper_head.py, configs/convnext (Apache 2.0); its port to transformers 5.23, modeling_upernet.py and
-modeling_convnext.py, whose names are kept. Weights (MIT), trained on ADE20K: on the hub
-openmmlab/upernet-convnext-tiny, small, base, large, xlarge; mmsegmentation's .pth files of them;
-the encoder alone, of ImageNet: facebook/convnext-*.
+uper_head.py and configs/convnext (Apache 2.0); its port to transformers 5.23, modeling_upernet.py
+and modeling_convnext.py, whose names we keep. Weights (MIT), trained on ADE20K: on the hub
+openmmlab/upernet-convnext-{tiny,small,base,large,xlarge}; mmsegmentation's .pth files of the same;
+the encoder alone, trained on ImageNet: facebook/convnext-*.
 
-    image (B,3,512,512), small
-      backbone, four stages: halve the sides (the first: by 4), then blocks of a 7x7 convolution
-      of each channel and an MLP of each pixel
-    maps (B,96,128,128), (B,192,64,64), (B,384,32,32), (B,768,16,16)
-      decode_head: psp_modules, the last map seen through grids of 1, 2, 3 and 6, and bottleneck
-    (B,512,16,16)
-      twice as large plus a lateral of the map before: (B,512,32,32), (B,512,64,64), (B,512,128,128)
-      fpn_bottleneck, a 3x3 convolution of all four at the size of the largest
-    (B,512,128,128)
-      classifier, up to the image's size
-    logits (B,150,512,512)
+    image                                                     (B,3,512,512), variant small
+    backbone.embeddings: 4x4 convolution with stride 4        (B,96,128,128)
+    backbone.encoder: four stages of blocks (a depthwise   -> maps (B,96,128,128), (B,192,64,64),
+      7x7 convolution, then an MLP), the later three start    (B,384,32,32), (B,768,16,16)
+      with a 2x2 convolution with stride 2
+    decode_head.psp_modules: means of the last map in      -> (B,512,1,1), (B,512,2,2),
+      grids of 1, 2, 3 and 6 cells a side                     (B,512,3,3), (B,512,6,6)
+    decode_head.bottleneck: 3x3 convolution of all five    -> (B,512,16,16)
+    decode_head.lateral_convs, fpn_convs: each finer map   -> (B,512,32,32), (B,512,64,64),
+      plus the enlarged coarser one                           (B,512,128,128)
+    decode_head.fpn_bottleneck: 3x3 convolution of all     -> (B,512,128,128)
+      four, enlarged to the size of the largest
+    decode_head.classifier, enlarged to the image's size   -> logits (B,150,512,512)
 
-Any sides from 32 pixels will do. To train, batches need two images: the batch norm of the grid of
-1 has one number an image. Left out: the auxiliary head on the third map, which is for a second loss
-in training and adds nothing to the output; stochastic depth, which transformers' files set to 0.
+Image sides of any length from 32 pixels work. Training needs batches of at least two images: the
+batch norm behind the pooling to 1x1 sees one value per image and channel. Left out: the auxiliary
+head on the third map, which serves a second loss in training and adds nothing to the output;
+stochastic depth, which the configs of transformers set to 0.
 
     model = UPerNet.from_pretrained("openmmlab/upernet-convnext-small")
-    probabilities, mask = model.segment("photo.jpg")  # or a PIL image
-    # numpy, at the photo's own size: float32 (K,H,W); uint8 (H,W), the class of each pixel
+    probabilities, mask = model.segment("photo.jpg")  # numpy (K,H,W) and (H,W), at its own size
 """
 
 import json
+import math
 import pickle
 import re
 import sys
@@ -36,7 +39,6 @@ import zipfile
 from collections import OrderedDict
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -47,14 +49,14 @@ from torch import Tensor, nn
 @dataclass(frozen=True)
 class Config:
     widths: tuple[int, ...] = (96, 192, 384, 768)  # channels of the four stages
-    depths: tuple[int, ...] = (3, 3, 27, 3)  # blocks in each
+    depths: tuple[int, ...] = (3, 3, 27, 3)  # blocks of the four stages
     channels: int = 512  # of the head
     num_classes: int = 150
     image_size: int = 512  # side of the square that `preprocess` makes
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # RGB in 0..1, ImageNet's
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     resample: str = "bilinear"  # PIL's name, or "cv2 nearest"
-    threshold: float = 0.5  # of a model with one class
+    threshold: float = 0.5  # of the probability, for a model with one class
 
 
 VARIANTS = {  # parameters with 150 classes
@@ -64,12 +66,15 @@ VARIANTS = {  # parameters with 150 classes
     "convnext-large": Config(widths=(192, 384, 768, 1536)),  # 233,186,262
     "convnext-xlarge": Config(widths=(256, 512, 1024, 2048)),  # 388,742,038
     "mini": Config(  # 250,678; for tests and demos
-        widths=(16, 32, 48, 64), depths=(1, 1, 2, 1), channels=32, image_size=128,
+        widths=(16, 32, 48, 64), depths=(1, 1, 2, 1), channels=32, image_size=128
     ),
-}  # fmt: skip
+}
+
+# --- backbone -------------------------------------------------------------------------------------
 
 
-# quirk: eps is 1e-6 here and below; layer_norm_eps of config.json is of a norm that is not here.
+# quirk: eps is 1e-6 in all layer norms. The layer_norm_eps of config.json (1e-12) belongs to the
+# norm of ImageNet's classifier, which this model does not have.
 # shared: channel_norm
 class LayerNorm2d(nn.LayerNorm):
     """Layer norm over the channels of each pixel."""
@@ -87,80 +92,145 @@ class LayerNorm2d(nn.LayerNorm):
 
 
 class Block(nn.Module):
-    """A 7x7 convolution of each channel, then an MLP of each pixel, scaled channel by channel."""
+    """Depthwise 7x7 convolution, then an MLP, scaled per channel, with a residual connection.
+
+    modeling_convnext.py, class ConvNextLayer.
+    """
 
     def __init__(self, dim: int):
         super().__init__()
         self.dwconv = nn.Conv2d(dim, dim, 7, padding=3, groups=dim)
         self.layernorm = nn.LayerNorm(dim, eps=1e-6)
-        self.pwconv1, self.pwconv2 = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
-        self.layer_scale_parameter = nn.Parameter(torch.full((dim,), 1e-6))  # fresh, nearly nothing
+        self.pwconv1 = nn.Linear(dim, 4 * dim)
+        self.pwconv2 = nn.Linear(4 * dim, dim)
+        self.layer_scale_parameter = nn.Parameter(torch.full((dim,), 1e-6))
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B,C,H,W) -> (B,C,H,W)."""
-        y = self.layernorm(self.dwconv(x).permute(0, 2, 3, 1))  # (B,H,W,C)
-        y = self.pwconv2(F.gelu(self.pwconv1(y))).permute(0, 3, 1, 2)  # (B,C,H,W)
-        return torch.addcmul(x, y, self.layer_scale_parameter[:, None, None])
+        y = self.dwconv(x).permute(0, 2, 3, 1)  # (B,H,W,C)
+        y = self.layernorm(y)
+        y = self.pwconv2(F.gelu(self.pwconv1(y)))
+        y = y.permute(0, 3, 1, 2)  # (B,C,H,W)
+        return torch.addcmul(x, y, self.layer_scale_parameter[:, None, None])  # x + y * scale
+
+
+class Stage(nn.Module):
+    """Halve the sides, except in the first stage, then run `depth` blocks.
+
+    modeling_convnext.py, class ConvNextStage.
+    """
+
+    def __init__(self, inputs: int, width: int, depth: int, is_first: bool):
+        super().__init__()
+        # The first stage makes these layers too and drops them: without them, a seed would draw
+        # other weights for the whole model than it always did.
+        downsampling = (LayerNorm2d(inputs), nn.Conv2d(inputs, width, 2, stride=2))
+        if is_first:
+            downsampling = ()
+        self.downsampling_layer = nn.Sequential(*downsampling)
+        self.layers = nn.Sequential(*[Block(width) for _ in range(depth)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B,inputs,H,W) -> (B,width,H/2,W/2), in the first stage (B,width,H,W)."""
+        x = self.downsampling_layer(x)
+        return self.layers(x)
 
 
 class ConvNeXt(nn.Module):
+    """The backbone, a convolutional network in four stages.
+
+    modeling_convnext.py, class ConvNextBackbone. widths, depths: channels and blocks of each stage.
+    """
+
     def __init__(self, widths: tuple[int, ...], depths: tuple[int, ...]):
         super().__init__()
         patches = nn.Conv2d(3, widths[0], 4, stride=4)
-        parts = OrderedDict(patch_embeddings=patches, layernorm=LayerNorm2d(widths[0]))
-        self.embeddings = nn.Sequential(parts)
-        stages, inputs = nn.ModuleList(), widths[0]
+        layers = OrderedDict(patch_embeddings=patches, layernorm=LayerNorm2d(widths[0]))
+        self.embeddings = nn.Sequential(layers)
+
+        stages = nn.ModuleList()
+        inputs = widths[0]
         for width, depth in zip(widths, depths, strict=True):
-            halve = LayerNorm2d(inputs), nn.Conv2d(inputs, width, 2, stride=2)
-            parts = OrderedDict(downsampling_layer=nn.Sequential(*halve if len(stages) else ()))
-            parts["layers"] = nn.Sequential(*(Block(width) for _ in range(depth)))
-            stages.append(nn.Sequential(parts))
+            stages.append(Stage(inputs, width, depth, is_first=len(stages) == 0))
             inputs = width
         self.encoder = nn.ModuleDict({"stages": stages})
-        norms = {f"stage{i}": LayerNorm2d(width) for i, width in enumerate(widths, 1)}
-        self.hidden_states_norms = nn.ModuleDict(norms)
+
+        self.hidden_states_norms = nn.ModuleDict()
+        for number, width in enumerate(widths, 1):
+            self.hidden_states_norms[f"stage{number}"] = LayerNorm2d(width)
+
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
                 nn.init.normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
 
     def forward(self, image: Tensor) -> list[Tensor]:
-        """image (B,3,H,W) -> maps (B,C,H/4,W/4), of the next H/8, H/16, H/32, rounded down."""
-        x, maps = self.embeddings(image), []  # (B,C,H/4,W/4)
+        """image (B,3,H,W) -> four maps, from (B,C,H/4,W/4) to (B,C,H/32,W/32), rounded down."""
+        x = self.embeddings(image)  # (B,C,H/4,W/4)
         norms = self.hidden_states_norms.values()
+        maps = []
         for stage, norm in zip(self.encoder["stages"], norms, strict=True):
             x = stage(x)
-            maps.append(norm(x))  # the next stage sees x without this norm
+            maps.append(norm(x))  # the next stage gets x without this norm
         return maps
 
 
-# shared: uper_head
-def upsampled_conv3x3(x: Tensor, weight: Tensor, size: tuple[int, int]) -> Tensor:
-    """3x3 convolution, padding 1, of the bilinearly enlarged x, whose channels mix while small.
+# --- head: modeling_upernet.py, class UperNetHead -------------------------------------------------
 
-    Channels and positions can be mixed in either order: each of the nine taps mixes the channels
-    before upsampling; upsampling, shifting and adding are then one small matrix along each side.
-    (B,C,h,w), (K,C,3,3), size (H,W) -> (B,K,H,W)
+
+# shared: upsampled_conv3x3
+def axis_taps(length: int, size: int, like: Tensor) -> Tensor:
+    """Return the matrix that enlarges an axis linearly and shifts it by the taps of a kernel of 3.
+
+    Entry (j, tap, i) of the result (size,3,length) is the share of input position i in position
+    j + tap - 1 of the enlarged axis, which is what the tap reads for output j; 0 beyond the ends.
     """
+    identity = torch.eye(length, device=like.device, dtype=like.dtype)
+    enlarged = F.interpolate(identity[None], size, mode="linear", align_corners=False)[0]
+    padded = F.pad(enlarged, (1, 1))  # (length,size+2)
+    shifted = padded.unfold(1, size, 1)  # (length,3,size)
+    return shifted.permute(2, 1, 0)  # (size,3,length)
 
-    def taps(n: int, N: int) -> Tensor:
-        """(N,3,n): how much of position i each tap sees when it makes position j."""
-        eye = torch.eye(n, device=x.device, dtype=x.dtype)[None]
-        up = F.interpolate(eye, N, mode="linear", align_corners=False)[0]  # (n,N)
-        return F.pad(up, (1, 1)).unfold(1, N, 1).permute(2, 1, 0)
 
-    B, _, h, w = x.shape
+def upsampled_conv3x3(x: Tensor, weight: Tensor, size: tuple[int, int]) -> Tensor:
+    """Convolve x, bilinearly enlarged to `size`, with a 3x3 kernel, without enlarging x first.
+
+    Equals
+
+        x = F.interpolate(x, size, mode="bilinear", align_corners=False)
+        return F.conv2d(x, weight, padding=1)
+
+    Enlarging mixes positions, and each of the kernel's nine taps mixes channels. The order does not
+    matter, so the taps go first, while the map is small. Enlarging it, shifting it by the taps and
+    adding up is then one small matrix per axis (`axis_taps`).
+
+    x (B,C,h,w), weight (O,C,3,3), size (H,W) -> (B,O,H,W)
+    """
+    B, C, h, w = x.shape
     H, W = size
-    K = len(weight)
-    mix = weight.permute(2, 1, 3, 0).flatten(2)  # (3,C,3*K): row tap, channel, column tap
-    y = x.flatten(2).transpose(1, 2)[:, None] @ mix  # (B,3,h*w,3*K)
-    y = taps(h, H).flatten(1) @ y.view(B, 3 * h, w * 3 * K)  # (B,H,w*3*K)
-    y = taps(w, W).transpose(1, 2).flatten(1) @ y.view(B, H, w * 3, K)  # (B,H,W,K)
-    return y.permute(0, 3, 1, 2)
+    channels = len(weight)  # O
+
+    # Each of the nine taps mixes the channels.
+    taps = weight.permute(2, 1, 3, 0).flatten(2)  # (3,C,3*O): row tap; column tap and output
+    tokens = x.flatten(2).transpose(1, 2)  # (B,h*w,C)
+    y = tokens[:, None] @ taps  # (B,3,h*w,3*O)
+
+    # Along H: enlarge, shift by the row tap and add up.
+    rows = axis_taps(h, H, x).flatten(1)  # (H,3*h)
+    y = rows @ y.view(B, 3 * h, w * 3 * channels)  # (B,H,w*3*O)
+
+    # The same along W, with the column tap.
+    columns = axis_taps(w, W, x).transpose(1, 2).flatten(1)  # (W,w*3)
+    y = columns @ y.view(B, H, w * 3, channels)  # (B,H,W,O)
+    return y.permute(0, 3, 1, 2)  # (B,O,H,W)
 
 
+# end shared
+
+
+# shared: uper_head
 class ConvModule(nn.Module):
-    """Convolution, batch norm, ReLU, of the concatenation of all maps enlarged to the first."""
+    """A convolution without bias, batch norm and ReLU."""
 
     def __init__(self, inputs: int, outputs: int, kernel_size: int):
         super().__init__()
@@ -168,79 +238,127 @@ class ConvModule(nn.Module):
         self.conv = nn.Conv2d(inputs, outputs, kernel_size, padding=padding, bias=False)
         self.batch_norm = nn.BatchNorm2d(outputs)
 
-    def forward(self, first: Tensor, *smaller: Tensor) -> Tensor:
-        """maps (B,C,h,w), each of its own size and channels -> (B,outputs,H,W) of the first."""
-        weight, *weights = self.conv.weight.split([x.shape[1] for x in (first, *smaller)], 1)
-        y = F.conv2d(first, weight, padding=self.conv.padding)
-        for x, weight in zip(smaller, weights, strict=True):
-            y += upsampled_conv3x3(x, weight, y.shape[2:])
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B,C,H,W) -> (B,O,H,W)."""
+        return F.relu(self.batch_norm(self.conv(x)), inplace=True)
+
+
+class Fusion(ConvModule):
+    """A ConvModule of several maps, all enlarged to the size of the first and concatenated.
+
+    Equals, without enlarged or concatenated maps in memory,
+
+        size = maps[0].shape[2:]
+        maps = [F.interpolate(x, size, mode="bilinear", align_corners=False) for x in maps]
+        return ConvModule.forward(self, torch.cat(maps, 1))
+
+    A convolution of concatenated maps is the sum of convolutions of each map, each with the part of
+    the kernel that belongs to its channels.
+    """
+
+    def forward(self, maps: list[Tensor]) -> Tensor:
+        """maps (B,C,h,w) of any channels and sizes -> (B,O,H,W), the size of the first."""
+        widths = [x.shape[1] for x in maps]
+        kernels = self.conv.weight.split(widths, 1)  # (O,C,3,3) each
+        y = F.conv2d(maps[0], kernels[0], padding=1)  # (B,O,H,W)
+        for x, kernel in zip(maps[1:], kernels[1:], strict=True):
+            y += upsampled_conv3x3(x, kernel, y.shape[2:])
         return F.relu(self.batch_norm(y), inplace=True)
 
 
 class UPerHead(nn.Module):
-    """A pyramid of pools on the last map, then a feature pyramid over all; arXiv 1807.10221.
+    """Pyramid pooling of the last map, then a feature pyramid of all maps; arXiv 1807.10221.
 
-    widths: channels of the four maps; channels (C): inside. Fresh, it is as transformers makes it.
+    widths: channels of the four maps; channels (C): of the head.
     """
 
     def __init__(self, widths: list[int], channels: int, num_classes: int):
         super().__init__()
-        C, last = channels, widths[-1]
-        self.psp_modules = nn.ModuleList(
-            nn.Sequential(nn.AdaptiveAvgPool2d(k), ConvModule(last, C, 1)) for k in (1, 2, 3, 6)
-        )
-        self.bottleneck = ConvModule(last + 4 * C, C, 3)
-        self.lateral_convs = nn.ModuleList(ConvModule(width, C, 1) for width in widths[:-1])
-        self.fpn_convs = nn.ModuleList(ConvModule(C, C, 3) for _ in widths[:-1])
-        self.fpn_bottleneck = ConvModule(len(widths) * C, C, 3)
-        self.classifier = nn.Conv2d(C, num_classes, 1)
+        *finer, last = widths
+        self.psp_modules = nn.ModuleList()
+        for bins in (1, 2, 3, 6):
+            pool = nn.AdaptiveAvgPool2d(bins)
+            self.psp_modules.append(nn.Sequential(pool, ConvModule(last, channels, 1)))
+        self.bottleneck = Fusion(last + 4 * channels, channels, 3)
+        self.lateral_convs = nn.ModuleList(ConvModule(width, channels, 1) for width in finer)
+        self.fpn_convs = nn.ModuleList(ConvModule(channels, channels, 3) for _ in finer)
+        self.fpn_bottleneck = Fusion(len(widths) * channels, channels, 3)
+        self.classifier = nn.Conv2d(channels, num_classes, 1)
+
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.normal_(module.weight, std=0.02)
         nn.init.zeros_(self.classifier.bias)
 
     def forward(self, maps: list[Tensor]) -> Tensor:
-        """maps (B,width,h,w), finest first -> logits (B,K,h,w) of the first one's size."""
-        *maps, last = maps
-        x = self.bottleneck(last, *(pool(last) for pool in self.psp_modules))  # (B,C,h,w) of last
-        pyramid, levels = [x], zip(maps, self.lateral_convs, self.fpn_convs, strict=True)
-        for y, lateral, conv in reversed(list(levels)):
-            y = lateral(y)  # (B,C,h,w), twice the sides of x
-            x = y + F.interpolate(x, y.shape[2:], mode="bilinear", align_corners=False)
-            pyramid.insert(0, conv(x))
-        return self.classifier(self.fpn_bottleneck(*pyramid))  # all at the first one's size
+        """maps (B,width,h,w), the finest first -> logits (B,K,h,w), the size of the first map."""
+        # Pyramid pooling: averages of the last map in grids of 1x1, 2x2, 3x3 and 6x6 cells.
+        last = maps[-1]
+        pooled = [psp_module(last) for psp_module in self.psp_modules]  # (B,C,1,1) to (B,C,6,6)
+        x = self.bottleneck([last, *pooled])  # (B,C,h,w), the size of the last map
+
+        # Feature pyramid: from the coarsest map to the finest, each adds its details.
+        pyramid = [x]
+        for i in (2, 1, 0):
+            lateral = self.lateral_convs[i](maps[i])  # (B,C,h,w), the size of map i
+            size = lateral.shape[2:]
+            x = lateral + F.interpolate(x, size, mode="bilinear", align_corners=False)
+            pyramid.insert(0, self.fpn_convs[i](x))
+
+        x = self.fpn_bottleneck(pyramid)  # (B,C,h,w), the size of the first map
+        return self.classifier(x)
 
 
 # end shared
 
+# --- the model: modeling_upernet.py, class UperNetForSemanticSegmentation -------------------------
+
 
 class UPerNet(nn.Module):
+    """ConvNeXt with UPerNet's head."""
+
     def __init__(self, config: Config):
         super().__init__()
-        self.config, c = config, config
-        self.preprocess = partial(preprocess, config=config)  # image -> (3,S,S)
-        self.postprocess = partial(postprocess, config=config)  # logits, size -> (K,H,W)
-        self.backbone = ConvNeXt(c.widths, c.depths)
-        self.decode_head = UPerHead(c.widths, c.channels, c.num_classes)
+        self.config = config
+        self.backbone = ConvNeXt(config.widths, config.depths)
+        self.decode_head = UPerHead(config.widths, config.channels, config.num_classes)
 
     def forward(self, image: Tensor) -> Tensor:
-        """image (B,3,H,W) normalised, sides from 32 -> logits (B,K,H,W)."""
-        if min(image.shape[2:]) < 32:
-            raise ValueError(f"image sides must be at least 32, not {tuple(image.shape[2:])}")
-        logits = self.decode_head(self.backbone(image))  # (B,K,H/4,W/4)
-        return F.interpolate(logits, image.shape[2:], mode="bilinear", align_corners=False)
+        """image (B,3,H,W) as `preprocess` makes it -> logits (B,K,H,W).
+
+        Raise ValueError if a side is shorter than 32 pixels.
+        """
+        size = image.shape[2:]
+        if min(size) < 32:
+            raise ValueError(f"image sides must be at least 32, not {tuple(size)}")
+        maps = self.backbone(image)
+        logits = self.decode_head(maps)  # (B,K,H/4,W/4)
+        return F.interpolate(logits, size, mode="bilinear", align_corners=False)  # (B,K,H,W)
+
+    def preprocess(self, image) -> Tensor:
+        """Return a PIL image resized to a square and normalised: (3,S,S); see `preprocess`."""
+        return preprocess(image, self.config)
+
+    def postprocess(self, logits: Tensor, size: tuple[int, int]) -> Tensor:
+        """Return probabilities (K,H,W) of logits (K,h,w) at `size` (H,W); see `postprocess`."""
+        return postprocess(logits, size, self.config)
 
     def segment(self, image) -> tuple:
-        """Segment an image or its file -> probabilities (K,H,W), mask (H,W); see `segment`."""
+        """Segment a PIL image or an image file, in evaluation mode.
+
+        Return numpy arrays of the image's own size: probabilities (K,H,W) float32 and the class of
+        each pixel (H,W) uint8; see `segment`.
+        """
         return segment(self, image)
 
     @classmethod
     def from_pretrained(cls, source: str | Path, num_classes=None, **overrides) -> "UPerNet":
-        """From a file, a folder, a run folder or a hub id; `overrides` are fields of Config.
+        """Load a file, a folder, a run folder or a hub id, in evaluation mode.
 
-        num_classes: None for as many as the file has; else its classifier is kept if it has as
-        many, and a new one made if not. A file of the encoder alone needs it, its head is new.
-        What is new is printed. In evaluation mode.
+        num_classes: None for as many as the file has; another number gets a new classifier. A file
+        of the encoder alone needs it, and gets a new head. What is new is printed. overrides:
+        fields of Config. Raise ValueError or FileNotFoundError, one line, for a file that does not
+        fit.
         """
         weights, settings = read_checkpoint(source, FILES)
         weights = convert(weights)
@@ -249,80 +367,109 @@ class UPerNet(nn.Module):
         else:
             config = closest_variant(weights)
             if "image_size" not in overrides:
-                print(f"{source}: image_size is not told, took {config.image_size}")
+                print(f"{source}: image_size is not stored in the file, using {config.image_size}")
+
         weights, num_classes, fresh = new_classes(weights, num_classes, source)
         num_classes = num_classes or config.num_classes
         model = cls(replace(config, num_classes=num_classes, **overrides))
+
         weights, new = add_new(weights, model.state_dict(), fresh)
         check_complete(weights, model.state_dict(), source)
         model.load_state_dict(weights)
         if new:
-            parts = dict.fromkeys(".".join(name.split(".")[:2]) for name in new)
-            print(f"{source}: new and untrained: {', '.join(parts)}")
+            modules = dict.fromkeys(".".join(name.split(".")[:2]) for name in new)
+            print(f"{source}: new and untrained: {', '.join(modules)}")
         return model.eval()
 
 
+# --------------------------------------------------------------------------------------------------
+# Nothing under this line is needed to understand the model: loading of weights, pre- and
+# postprocessing.
+# --------------------------------------------------------------------------------------------------
+
 FILES = ("best.safetensors", "model.safetensors", "pytorch_model.bin")
 IGNORED = {
-    r"auxiliary_head\..*": "for a second loss in training, adds nothing to the output",
-    r"(convnext\.|backbone\.)?layernorm\.(weight|bias)": "of ImageNet's classifier",
-    r"classifier\.(weight|bias)": "of ImageNet's 1000 classes, in files of the encoder",
+    r"auxiliary_head\..*": "serves a second loss in training, adds nothing to the output",
+    r"(convnext\.|backbone\.)?layernorm\.(weight|bias)": "norm of ImageNet's classifier",
+    r"classifier\.(weight|bias)": "ImageNet's classifier, in files of the encoder",
 }
-FRESH = {  # what may be new
-    "classifier": r"decode_head\.classifier\..*",  # of another number of classes than the file's
-    "head": r"(decode_head|backbone\.hidden_states_norms)\..*",  # of a file of the encoder alone
+# Parameters that may be new.
+FRESH = {
+    "classifier": r"decode_head\.classifier\..*",  # the number of classes differs
+    "head": r"(decode_head|backbone\.hidden_states_norms)\..*",  # the file holds the encoder alone
 }
-# transformers' names of the encoder alone and mmsegmentation's -> the hub's, which are ours.
-RENAMES = (
-    (r"^convnext\.", "backbone."),
-    (r"^(embeddings|encoder|hidden_states_norms)\.", r"backbone.\1."),
-    (r"\.downsample_layers\.0\.0\.", ".embeddings.patch_embeddings."),
-    (r"\.downsample_layers\.0\.1\.", ".embeddings.layernorm."),
-    (r"\.downsample_layers\.(\d)\.", r".encoder.stages.\1.downsampling_layer."),
-    (r"^backbone\.stages\.(\d)\.", r"backbone.encoder.stages.\1.layers."),
-    (r"^backbone\.norm0\.", "backbone.hidden_states_norms.stage1."),
-    (r"^backbone\.norm1\.", "backbone.hidden_states_norms.stage2."),
-    (r"^backbone\.norm2\.", "backbone.hidden_states_norms.stage3."),
-    (r"^backbone\.norm3\.", "backbone.hidden_states_norms.stage4."),
-    (r"\.depthwise_conv\.", ".dwconv."),
-    (r"\.pointwise_conv([12])\.", r".pwconv\1."),
-    (r"(layers\.\d+)\.norm\.", r"\1.layernorm."),
-    (r"\.gamma$", ".layer_scale_parameter"),
-    (r"\.bn\.", ".batch_norm."),
-    (r"\.conv_seg\.", ".classifier."),
-)
+# Our names are those of the hub's UPerNet files. Names in other files -> ours:
+ENCODER_ALONE = {  # transformers' ConvNextForImageClassification; ConvNextModel, ConvNextBackbone
+    r"^convnext\.": "backbone.",
+    r"^(embeddings|encoder|hidden_states_norms)\.": r"backbone.\1.",
+}
+MMSEGMENTATION = {
+    r"^backbone\.downsample_layers\.0\.0\.": "backbone.embeddings.patch_embeddings.",
+    r"^backbone\.downsample_layers\.0\.1\.": "backbone.embeddings.layernorm.",
+    r"^backbone\.downsample_layers\.(\d)\.": r"backbone.encoder.stages.\1.downsampling_layer.",
+    r"^backbone\.stages\.(\d)\.": r"backbone.encoder.stages.\1.layers.",
+    r"^backbone\.norm0\.": "backbone.hidden_states_norms.stage1.",
+    r"^backbone\.norm1\.": "backbone.hidden_states_norms.stage2.",
+    r"^backbone\.norm2\.": "backbone.hidden_states_norms.stage3.",
+    r"^backbone\.norm3\.": "backbone.hidden_states_norms.stage4.",
+    r"\.depthwise_conv\.": ".dwconv.",
+    r"(layers\.\d+)\.norm\.": r"\1.layernorm.",
+    r"\.pointwise_conv([12])\.": r".pwconv\1.",
+    r"\.gamma$": ".layer_scale_parameter",
+    r"\.bn\.": ".batch_norm.",
+    r"\.conv_seg\.": ".classifier.",
+}
 
 
 def convert(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Any naming -> ours, the hub's."""
+    """Return a state dict under our names, from any naming.
+
+    Raise ValueError if a tensor appears under two names.
+    """
     weights = {}
-    for name, t in state_dict.items():
-        if any(re.fullmatch(pattern, name) for pattern in IGNORED):
+    for official, tensor in state_dict.items():
+        if any(re.fullmatch(pattern, official) for pattern in IGNORED):
             continue
-        for pattern, new in RENAMES:
-            name = re.sub(pattern, new, name)
+        name = official
+        for pattern, ours in (ENCODER_ALONE | MMSEGMENTATION).items():
+            name = re.sub(pattern, ours, name)
         if name in weights:
-            raise ValueError(f"{name} is there twice, under two names")
-        weights[name] = t
+            raise ValueError(f"{name} appears twice, under two names")
+        weights[name] = tensor
     return weights
 
 
 def to_official(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Ours -> the hub's, for transformers' class, made with `use_auxiliary_head=False`."""
+    """Return a state dict under the hub's names, which are ours.
+
+    It fits transformers' class if that is made with `use_auxiliary_head=False`.
+    """
     return dict(state_dict)
 
 
 def closest_variant(weights: dict[str, Tensor]) -> Config:
-    """The one with the fewest blocks that are not in both."""
+    """Return the config of the variant with the fewest blocks that differ from those of a file.
+
+    weights: under our names.
+    """
     pattern = r"backbone\.encoder\.stages\.(\d)\.layers\.(\d+)\.pwconv2\.bias"
-    matches = ((re.fullmatch(pattern, name), t) for name, t in weights.items())
-    found = {(int(match[1]), int(match[2]), t.numel()) for match, t in matches if match}
+    blocks = set()  # (stage, number, width)
+    for name, tensor in weights.items():
+        match = re.fullmatch(pattern, name)
+        if match:
+            blocks.add((int(match[1]), int(match[2]), tensor.numel()))
 
-    def strange(config: Config) -> int:
-        stages = enumerate(zip(config.widths, config.depths, strict=True))
-        return len(found ^ {(i, j, width) for i, (width, depth) in stages for j in range(depth)})
-
-    return min(VARIANTS.values(), key=strange)
+    closest = None
+    fewest = math.inf
+    for config in VARIANTS.values():
+        expected = set()
+        for stage, width in enumerate(config.widths):
+            expected |= {(stage, number, width) for number in range(config.depths[stage])}
+        different = len(blocks ^ expected)
+        if different < fewest:
+            closest = config
+            fewest = different
+    return closest
 
 
 # shared: new_classes

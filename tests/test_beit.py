@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from conftest import ROOT, close, shapes
 from forms.beit import (
     MINI,
@@ -27,6 +28,7 @@ from transformers import (
     logging,
 )
 from transformers.models.beit.image_processing_pil_beit import BeitImageProcessorPil
+from transformers.models.beit.modeling_beit import BeitRelativePositionBias
 
 import beit
 from beit import BEiT
@@ -61,6 +63,7 @@ def close_to_scale(ours, theirs, tolerance):
     error = ((ours - theirs).abs().max() / theirs.abs().max()).item()
     print(f"{error:.1e} of the scale")
     assert ours.shape == theirs.shape and error <= tolerance
+    return error
 
 
 # --- transformers, live --------------------------------------------------------------------------
@@ -87,6 +90,7 @@ def test_the_hub_s_names_and_shapes():
     assert shapes(beit.convert(hub)) == shapes(ours)
 
 
+TRANSFORMERS = f"transformers {transformers.__version__}"
 CASES = [  # taps, dtype, training
     (MINI.taps, torch.float32, False),
     (MINI.taps, torch.float64, False),
@@ -95,8 +99,9 @@ CASES = [  # taps, dtype, training
 ]
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize("taps, dtype, training", CASES)
-def test_outputs_and_all_gradients_equal_transformers(taps, dtype, training):
+def test_outputs_and_all_gradients_equal_transformers(taps, dtype, training, parity):
     config = replace(MINI, taps=taps, drop_path=0.0)
     ours = randomised(BEiT(config)).to(dtype).train(training)
     official = theirs(config, beit.to_official(ours.state_dict())).train(training)
@@ -108,7 +113,7 @@ def test_outputs_and_all_gradients_equal_transformers(taps, dtype, training):
     (expected * weight).sum().backward()
 
     tolerance = 1e-5 if dtype == torch.float32 else 1e-6
-    close_to_scale(logits, expected, tolerance)
+    error = close_to_scale(logits, expected, tolerance)
     gradients = {n: p.grad for n, p in ours.named_parameters() if p.grad is not None}
     late = {n for n, p in ours.named_parameters() if not p.requires_grad}
     assert set(dict(ours.named_parameters())) - set(gradients) == late
@@ -125,7 +130,10 @@ def test_outputs_and_all_gradients_equal_transformers(taps, dtype, training):
         assert error <= (1e-4 if dtype == torch.float32 else 1e-6), name
         worst = max(worst, error)
     print(f"gradients: {worst:.1e} of the scale of each")
+    if (taps, dtype, training) == CASES[1]:
+        parity("beit", "mini, logits", TRANSFORMERS, float64=error)
     if training:
+        parity("beit", "mini, all gradients, training", TRANSFORMERS, float64=worst)
         statistics = beit.to_official(official.state_dict())
         for name, t in beit.to_official(ours.state_dict()).items():
             if "running" in name or "num_batches" in name:
@@ -146,9 +154,12 @@ def test_any_size_follows_transformers(mini, size, taps):
     close_to_scale(logits, official(image).logits, 1e-6)
 
 
-@pytest.mark.parametrize("side", [288, pytest.param(640, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "side",
+    [pytest.param(288, marks=pytest.mark.parity), pytest.param(640, marks=pytest.mark.slow)],
+)
 @torch.no_grad()
-def test_base_at_full_size_as_transformers_writes_it(side, tmp_path):
+def test_base_at_full_size_as_transformers_writes_it(side, tmp_path, parity):
     official = randomised(theirs(beit.VARIANTS["base"]))
     official.save_pretrained(tmp_path)
     model = BEiT.from_pretrained(tmp_path)
@@ -157,7 +168,28 @@ def test_base_at_full_size_as_transformers_writes_it(side, tmp_path):
     image = torch.randn(1, 3, side, side)
     logits = model(image)
     assert logits.shape == (1, 150, side // 4, side // 4)
-    close_to_scale(logits, official(image).logits, 1e-5)
+    error = close_to_scale(logits, official(image).logits, 1e-5)
+    if side == 288:
+        parity("beit", "base, logits, 288x288", TRANSFORMERS, float32=error)
+
+
+@pytest.mark.parametrize("grid", [(4, 4), (3, 6), (9, 2)])
+def test_relative_position_bias(grid):
+    """Equal to the plain lines in the table's own grid and to transformers' in others."""
+    H, W = grid
+    bias = randomised(beit.RelativePositionBias(MINI.window, 2))
+    index = beit.relative_position_index(H, W)
+    ours = bias(H, W, index)
+
+    official = BeitRelativePositionBias(settings(MINI))
+    official.relative_position_bias_table = bias.relative_position_bias_table
+    assert torch.equal(index, official.generate_relative_position_index(grid))
+    close(ours, official(grid), 1e-6)
+    if grid == (MINI.window, MINI.window):
+        plain = bias.relative_position_bias_table[index]  # (N,N,h)
+        assert torch.equal(ours, plain.permute(2, 0, 1)[None])
+    else:
+        assert ours.shape == (1, 2, 1 + H * W, 1 + H * W)
 
 
 @torch.no_grad()
@@ -185,13 +217,13 @@ def test_stochastic_depth_is_that_of_transformers():
     for layer, other in zip(BEiT(config).train().beit.layers, official, strict=True):
         rate = getattr(other.drop_path, "drop_prob", 0.0)
         assert layer.drop_path == pytest.approx(rate)
-        scale = layer.scale(torch.tensor([2.0, 4.0]), 4000)
+        scale = layer.residual_scale(torch.tensor([2.0, 4.0]), 4000)
         assert scale.shape == (4000, 1, 2)
         dropped = (scale == 0).all(2)
         assert dropped.float().mean().item() == pytest.approx(rate, abs=0.04)
         close(scale[~dropped], torch.tensor([2.0, 4.0]).expand((~dropped).sum(), 2) / (1 - rate))
         layer.eval()
-        assert torch.equal(layer.scale(torch.ones(2), 3), torch.ones(3, 1, 2))
+        assert torch.equal(layer.residual_scale(torch.ones(2), 3), torch.ones(3, 1, 2))
 
 
 @torch.no_grad()
@@ -268,7 +300,7 @@ def classifier_of_the_authors(folder):
 @torch.no_grad()
 def test_an_encoder_alone_gets_a_new_head(form, tmp_path, capsys):
     source, encoder = form(tmp_path)
-    with pytest.raises(ValueError, match="an encoder alone; say num_classes="):
+    with pytest.raises(ValueError, match="the encoder alone, without a head; give num_classes"):
         BEiT.from_pretrained(source)
     capsys.readouterr()
     model = BEiT.from_pretrained(source, num_classes=1)

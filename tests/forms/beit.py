@@ -143,7 +143,7 @@ def official(variant: str) -> tuple[dict, ...]:
     return beit.to_official(in_memory), in_memory
 
 
-NO_CONFIG = ("took (0, 1, 2, 3), transformers'; the authors' are (2, 3, 4, 5)",)
+NO_CONFIG = ("using transformers' taps (0, 1, 2, 3); the authors' taps are (2, 3, 4, 5)",)
 FORMS = (
     Form(hub_2021, MINI, with_auxiliary),
     Form(hub_today, MINI, with_auxiliary),

@@ -104,7 +104,7 @@ def official(variant: str) -> tuple[dict, ...]:
         return (theirs(upernet.VARIANTS[variant]).state_dict(),)
 
 
-SIZE = ("image_size is not told, took ",)
+SIZE = ("image_size is not stored in the file, using ",)
 FORMS = (
     Form(hub_2023, MINI, with_auxiliary, SIZE),
     Form(hub_today, MINI, with_auxiliary, SIZE),
