@@ -142,8 +142,8 @@ def test_shared_blocks_are_the_same_code_everywhere():
 
 
 # Files that read from top to bottom; methods that load or pass on may use what is further down.
-CHAPTERS = ("swin_unetr3d", "universal", "fewshot3d")
-LOOK_AHEAD = {"from_pretrained", "config_of", "preprocess", "postprocess"}
+CHAPTERS = ("swin_unetr3d", "universal", "fewshot3d", "sam_decoder")
+LOOK_AHEAD = {"from_pretrained", "config_of", "preprocess", "postprocess", "segment", "to_frame"}
 
 
 def names_used_ahead(text: str) -> dict[str, int]:
