@@ -686,10 +686,10 @@ class SAM(nn.Module):
         -> masks (B,Q,M,S/4,S/4), logits; iou (B,Q,M). Raise ValueError for wrong prompts.
         """
         prompts = {"boxes": boxes, "points": points, "labels": labels, "masks": masks}
-        given = {name: x for name, x in prompts.items() if x is not None}
-        check_prompts(features, given, self.config.image_size)
+        prompts = {name: x for name, x in prompts.items() if x is not None}
+        check_prompts(features, prompts, self.config.image_size)
 
-        sparse, dense = self.prompt_encoder(**prompts)
+        sparse, dense = self.prompt_encoder(boxes, points, labels, masks)
         position = self.prompt_encoder.position(features.shape[3])  # (H*W,C)
         return self.mask_decoder(features, position, sparse, dense, multimask)
 
@@ -1042,20 +1042,21 @@ def upsample(logits: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 # modeling/sam.py, Sam.postprocess_masks
-def postprocess(logits: Tensor, size: tuple[int, int], config: Config) -> Tensor:
-    """logits (M,S/4,S/4) -> probabilities (M,H,W) float32, 0..1, at the image's own `size` (H,W).
+def to_image_size(logits: Tensor, size: tuple[int, int], config: Config) -> Tensor:
+    """Resize logits (B,M,S/4,S/4) to an image of `size` (H,W), without padding -> (B,M,H,W)."""
+    S = config.image_size
+    h, w = frame_size(size, config)
+    logits = upsample(logits, (S, S))[..., :h, :w]  # (B,M,h,w)
+    return upsample(logits, size)
 
-    The padding is cut off.
-    """
+
+def postprocess(logits: Tensor, size: tuple[int, int], config: Config) -> Tensor:
+    """logits (M,S/4,S/4) -> probabilities (M,H,W), float32, at the image's own `size` (H,W)."""
     logits = logits[None].float()  # (1,M,S/4,S/4)
     if not config.letterbox:
         # quirk: MedSAM applies the sigmoid before resizing (MedSAM_Inference.py)
         return upsample(logits.sigmoid(), size)[0]
-
-    S = config.image_size
-    h, w = frame_size(size, config)
-    logits = upsample(logits, (S, S))[..., :h, :w]  # (1,M,h,w)
-    return upsample(logits, size)[0].sigmoid()  # (M,H,W)
+    return to_image_size(logits, size, config)[0].sigmoid()
 
 
 # shared: open_upright
@@ -1103,13 +1104,14 @@ def segment(model: SAM, image, boxes=None, points=None, labels=None) -> tuple:
     """Return a mask for each of Q prompts of one image, as numpy arrays of the image's size.
 
     image: a file (str or Path), see `open_upright`, or a PIL image, whose EXIF data is ignored.
-    Prompts are arrays, lists or tensors in pixels of the image, as it is upright:
-    boxes (Q,4), x1, y1, x2, y2, of one object also (4,); points (Q,P,2), x, y, of one object also
-    (P,2) or (2,); labels (Q,P) or (P,), 1 inside of the object (the default), 0 outside, -1 no
-    point. Boxes and points together are prompts of the same Q objects.
-    Probabilities are float32 (Q,H,W). The masks, uint8 (Q,H,W), are 1 where they are above
-    `config.threshold`, else 0. Raise errors as `open_upright` and `preprocess` do, and ValueError
-    for wrong prompts.
+    Prompts are arrays, lists or tensors in pixels of the upright image:
+    boxes (Q,4), x1, y1, x2, y2, or (4,) for one object; points (Q,P,2), x, y, or (P,2) or (2,) for
+    one object; labels (Q,P) or (P,), 1 inside of the object (the default), 0 outside, -1 no point.
+    Boxes and points together are prompts of the same Q objects.
+
+    Returns probabilities, float32 (Q,H,W), and masks, uint8 (Q,H,W): 1 where the probability is
+    above `config.threshold`, else 0. Raises errors as `open_upright` and `preprocess` do, and
+    ValueError for wrong prompts.
     """
     image = open_upright(image)
     weight = next(model.parameters())
@@ -1122,25 +1124,26 @@ def segment(model: SAM, image, boxes=None, points=None, labels=None) -> tuple:
 
     with evaluating(model):
         features = model.encode_image(pixels)  # (1,C,S/16,S/16)
-        for i in range(count):  # one by one: 30 MB a prompt
+        for i in range(count):  # one by one: each takes 30 MB
             prompt = {name: x[None, i : i + 1] for name, x in prompts.items()}
             logits, _ = model.decode(features, **prompt)  # (1,1,1,S/4,S/4)
             probabilities[i] = model.postprocess(logits[0, 0], size)[0]
 
     probabilities = probabilities.numpy()
-    return probabilities, (probabilities > model.config.threshold).astype("uint8")
+    masks = (probabilities > model.config.threshold).astype("uint8")
+    return probabilities, masks
 
 
 def prompt_tensors(size: tuple[int, int], config: Config, boxes, points, labels) -> dict:
-    """Return the prompts of `segment` in pixels of the square, by their names in `SAM.decode`.
+    """Return the prompts of `segment` in pixels of the SxS input, by their names in `SAM.decode`.
 
-    Tensors boxes (Q,4), points (Q,P,2) and labels (Q,P); without those that are not given.
-    Raise ValueError, one line, for shapes that do not fit and prompts outside of the image.
+    The tensors are boxes (Q,4), points (Q,P,2) and labels (Q,P), without those that are None.
+    Raises ValueError, one line, for shapes that do not fit and prompts outside of the image.
     """
     if boxes is None and points is None:
         raise ValueError("no prompt: segment takes boxes, points or both")
     if points is None and labels is not None:
-        raise ValueError("labels belong to points, and no points are given")
+        raise ValueError("labels belong to points, but there are no points")
 
     prompts = {}
     if boxes is not None:
@@ -1155,22 +1158,28 @@ def prompt_tensors(size: tuple[int, int], config: Config, boxes, points, labels)
         points = with_axes(torch.as_tensor(points, dtype=torch.float32), 3)
         if points.shape[2:] != (2,):
             raise ValueError(f"points are of shape {tuple(points.shape)}, expected (Q,P,2)")
+        Q, P = points.shape[:2]
         if labels is None:
-            labels = torch.ones(points.shape[:2])
+            labels = torch.ones(Q, P)
         labels = with_axes(torch.as_tensor(labels, dtype=torch.int64), 2)
-        if labels.shape != points.shape[:2]:
-            have = f"labels are of shape {tuple(labels.shape)}"
-            raise ValueError(f"{have}, expected {tuple(points.shape[:2])}, one for each point")
-        prompts |= {"points": to_frame(points, size, config), "labels": labels}
+        if labels.shape != (Q, P):
+            shape = tuple(labels.shape)
+            raise ValueError(
+                f"labels are of shape {shape}, expected ({Q}, {P}), one for each point"
+            )
+        prompts["points"] = to_frame(points, size, config)
+        prompts["labels"] = labels
 
-    if len(prompts) == 3 and len(boxes) != len(points):
-        have = f"{len(boxes)} boxes and points of {len(points)} objects"
-        raise ValueError(f"{have}: together they must be of the same objects")
+    if boxes is not None and points is not None and len(boxes) != len(points):
+        raise ValueError(
+            f"{len(boxes)} boxes and points of {len(points)} objects: together they must be of the "
+            "same objects"
+        )
     return prompts
 
 
 def with_axes(x: Tensor, n: int) -> Tensor:
-    """Return a tensor with n axes: axes of 1 come first where it has fewer."""
+    """Return a tensor with n axes, adding axes of size 1 in front."""
     return x[(None,) * (n - x.ndim)]
 
 
