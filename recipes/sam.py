@@ -78,6 +78,8 @@ def prompt_tensors(prompts: list[Prompt], size, config) -> dict:
     boxes = torch.full((Q, 4), torch.nan)
     points = torch.zeros(Q, P, 2)
     labels = torch.full((Q, P), -1)
+    numbers = torch.zeros(Q, dtype=torch.int64)
+    shown = []
 
     for k, prompt in enumerate(prompts):
         if prompt.box is not None:
@@ -86,13 +88,11 @@ def prompt_tensors(prompts: list[Prompt], size, config) -> dict:
         xy = torch.from_numpy(prompt.points)
         points[k, :count] = sam_decoder.to_frame(xy, size, config)
         labels[k, :count] = torch.from_numpy(prompt.labels)
-    return {
-        "boxes": boxes,
-        "points": points,
-        "labels": labels,
-        "numbers": torch.tensor([prompt.label for prompt in prompts], dtype=torch.int64),
-        "shown": [(prompt.box, prompt.points, prompt.labels) for prompt in prompts],
-    }
+        numbers[k] = prompt.label
+        shown.append((prompt.box, prompt.points, prompt.labels))
+
+    tensors = {"boxes": boxes, "points": points, "labels": labels, "numbers": numbers}
+    return tensors | {"shown": shown}
 
 
 def tensors_from_source(sample, source: str, config, settings, from_files=None) -> dict:
@@ -251,25 +251,25 @@ def sam_predict(model, item: dict) -> tuple[Tensor, tuple | None]:
     if features is None and Q:
         features = model.encode_image(item["image"][None].to(device))[0]
 
-    outputs = []
+    masks = []
+    iou = []
     for start in range(0, Q, PROMPTS_AT_A_TIME):
         rows = slice(start, start + PROMPTS_AT_A_TIME)
         batch = {name: item[name][rows].to(device) for name in ("boxes", "points", "labels")}
         batch["features"] = features[None].to(device)
         batch["image_index"] = torch.zeros(len(batch["boxes"]), dtype=torch.int64, device=device)
         output = sam_forward(model, batch)
-        outputs.append(output)
+        masks.append(output[0])
+        iou.append(output[1])
         probabilities = predict_each(model, item, output)  # (n,H,W)
         for label, p in zip(item["numbers"][rows].tolist(), probabilities, strict=True):
             classes[label] = torch.maximum(classes[label], p)
 
     if K == 1:
         classes = classes[1:]
-    if not outputs:
+    if not masks:
         return classes, None
-    masks = torch.cat([masks for masks, _ in outputs])  # (Q,1,1,s,s)
-    iou = torch.cat([iou for _, iou in outputs])  # (Q,1,1)
-    return classes, (masks, iou)
+    return classes, (torch.cat(masks), torch.cat(iou))  # (Q,1,1,s,s), (Q,1,1)
 
 
 # --- losses ---------------------------------------------------------------------------------------
@@ -434,8 +434,11 @@ def with_file_prompts(recipe, tests: dict, boxes: str | None, points: str | None
         raise ValueError(f"{option}: for one test set, not {len(tests)}")
 
     (dataset,) = tests.values()
-    images = [entry.image for entry in dataset.entries]
-    names = [layouts.name_in_images(entry.image, entry.root) for entry in dataset.entries]
+    images = []
+    names = []
+    for entry in dataset.entries:
+        images.append(entry.image)
+        names.append(layouts.name_in_images(entry.image, entry.root))
     sizes = [tuple(row[2:4]) for row in dataset.rows]
     prompts, _ = read_image_prompts((boxes, points), images, names, sizes, dataset.classes)
     return replace(recipe, ask=partial(recipe.ask, from_files=prompts))

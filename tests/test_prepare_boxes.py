@@ -204,7 +204,7 @@ def truncated(masks, images):
 
 def no_names(masks, images):
     save(masks / "c.png", pieces((30, 40), (1, 0, 0, 9, 9)), 3)
-    return f"{masks / 'c.png'}: a palette of classes that nothing names; put the classes.json"
+    return f"{masks / 'c.png'}: a palette of classes without names; put the classes.json"
 
 
 def unnamed(masks, images):
