@@ -1,32 +1,31 @@
-"""SAM, Segment Anything: an image and boxes, points or masks in, the masks meant by them out.
+"""SAM, Segment Anything: segments the objects that boxes, points or rough masks point at.
 
 Paper: Kirillov et al., ICCV 2023, arXiv 2304.02643. Code: github.com/facebookresearch/
-segment-anything at dca509f, segment_anything/modeling (Apache 2.0); its port to transformers 5.23,
-modeling_sam.py, whose names are kept. Weights, all Apache 2.0: facebook/sam-vit-base, -large, -huge
-on the hub; the authors' sam_vit_b_01ec64.pth, sam_vit_l_0b3195.pth, sam_vit_h_4b8939.pth. MedSAM,
-Ma et al., Nature Communications 2024, arXiv 2304.12306: wanglab/medsam-vit-base, medsam_vit_b.pth.
+segment-anything at dca509f, segment_anything/modeling (Apache 2.0). Tensors have the names of the
+port to transformers 5.23, modeling_sam.py. Weights, all Apache 2.0: facebook/sam-vit-base, -large,
+-huge on the hub; the authors' sam_vit_b_01ec64.pth, sam_vit_l_0b3195.pth, sam_vit_h_4b8939.pth.
+MedSAM, Ma et al., Nature Communications 2024, arXiv 2304.12306, has the same architecture:
+wanglab/medsam-vit-base on the hub, medsam_vit_b.pth (licence not checked).
 
-    image (B,3,1024,1024)                        Q prompts an image, in pixels of its 1024
-      vision_encoder: patches of 16 px,            boxes (B,Q,4), points (B,Q,P,2) and labels
-      blocks that attend within windows              prompt_encoder: Fourier features
-      of 14x14, four of them everywhere            sparse (B,Q,n,256), 2 a box, 1 a point
-      neck: two convolutions                       masks (B,Q,1,256,256), logits
-    features (B,256,64,64)                           prompt_encoder: three convolutions
-          |                                        dense (B,Q,256,64,64), or a vector for none
+    image (B,3,1024,1024)                        Q prompts per image, in pixels of the 1024 square
+      vision_encoder: patches of 16x16 pixels,     boxes (B,Q,4), points (B,Q,P,2) with labels:
+      blocks with attention in 14x14 windows,        prompt_encoder, Fourier features
+      four of them with global attention,          sparse (B,Q,n,256), two a box, one a point
+      neck of two convolutions                     masks (B,Q,1,256,256), logits:
+    features (B,256,64,64)                           prompt_encoder, three convolutions
+          |                                        dense (B,Q,256,64,64), or one vector for no mask
           '-- + dense: keys (B,Q,4096,256)           |
     mask_decoder <-----------------------------------'
-      5 tokens of its own and the sparse ones (B,Q,5+n,256) look at the keys, these at them, twice
-      upscaled keys (B,Q,32,256,256), weighted by an MLP of each mask's token
-    masks (B,Q,M,256,256), logits, and their estimated IoU (B,Q,M); M is 1, with multimask 3
+      five output tokens and the sparse ones (B,Q,5+n,256) attend to the keys and back, twice
+      upscaled keys (B,Q,32,256,256) times a vector that an MLP makes of each mask token
+    masks (B,Q,M,256,256), logits, and their estimated IoU (B,Q,M); M is 1, or 3 with multimask
 
-quirk: four norms in each decoder layer have eps 1e-5 for the authors, 1e-6 in transformers: `eps`,
-as the naming of the file tells. MedSAM's pixels are made in another way than SAM's: `MEDSAM`.
-Left out: masks of everything by a grid of points, ONNX's sizes, transformers' label -10.
+quirk: four norms of each decoder layer have eps 1e-5 in the authors' code and 1e-6 in transformers
+(`Config.eps`). MedSAM has another preprocessing than SAM (`MEDSAM`). Left out: automatic masks from
+a grid of points, sizes for ONNX, transformers' label -10. To use it elsewhere, copy this file.
 
     model = SAM.from_pretrained("facebook/sam-vit-base")
     probabilities, masks = model.segment("photo.jpg", boxes=[[10, 20, 110, 90]])  # x1, y1, x2, y2
-    probabilities, masks = model.segment("photo.jpg", points=[[60, 50]])  # of one object: (P,2)
-    # numpy, at the photo's own size, one for each prompt: float32 (Q,H,W); uint8 (Q,H,W)
 """
 
 import json
@@ -38,7 +37,6 @@ import zipfile
 from collections import OrderedDict
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from statistics import mode
 
@@ -49,19 +47,19 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Config:
-    dim: int = 768  # of the image encoder
-    depth: int = 12
+    dim: int = 768  # channels of the image encoder
+    depth: int = 12  # its blocks
     heads: int = 12
     mlp_dim: int = 3072
-    global_blocks: tuple[int, ...] = (2, 5, 8, 11)  # counted from 0; the others see windows
-    out_dim: int = 256  # of features, prompts and decoder
-    eps: float = 1e-6  # of the norms in the decoder's two layers; the authors' files: 1e-5
-    image_size: int = 1024  # side of the square, in 16s; smaller ones resize the position tables
+    global_blocks: tuple[int, ...] = (2, 5, 8, 11)  # from 0; the others attend within windows
+    out_dim: int = 256  # channels of features, prompts and decoder
+    eps: float = 1e-6  # of the norms in the decoder's two layers; 1e-5 for the authors' files
+    image_size: int = 1024  # side of the square input, a multiple of 16
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # RGB in 0..1, ImageNet's
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     resample: str = "bilinear"  # PIL's name
-    letterbox: bool = True  # keep the image's shape and fill the square, or stretch to it
-    min_max: bool = False  # spread what values an image has over 0..1
+    letterbox: bool = True  # keep the aspect ratio and pad; False: stretch to the square
+    min_max: bool = False  # stretch the grey values of each image to 0..1
     threshold: float = 0.5
 
 
@@ -71,10 +69,20 @@ VARIANTS = {
     "vit-huge": Config(1280, 32, 16, 5120, (7, 15, 23, 31)),  # 641,090,608
     "mini": Config(64, 4, 2, 256, (1, 3), out_dim=64, image_size=256),  # 573,320; tests, demos
 }
-# MedSAM's fields of Config, for files whose name does not tell: from_pretrained(file, **MEDSAM)
-MEDSAM = dict(mean=(0.0,) * 3, std=(1.0,) * 3, resample="bicubic", letterbox=False, min_max=True)
+# The preprocessing of MedSAM. For a file with another name: from_pretrained(file, **MEDSAM)
+MEDSAM = {
+    "mean": (0.0, 0.0, 0.0),
+    "std": (1.0, 1.0, 1.0),
+    "resample": "bicubic",
+    "letterbox": False,
+    "min_max": True,
+}
 WINDOW = 14  # tokens along a side
-# Numbers of `bias_attention`'s buffer at most: 32 MB, and 1 GB on a GPU, in float32.
+
+# --- image encoder --------------------------------------------------------------------------------
+
+# Values in the buffer of `bias_attention`: 32 MB in float32. On a GPU 1 GB, since many small calls
+# would be slow there.
 BIAS_SIZE = 2**23
 BIAS_SIZE_ON_GPU = 2**28
 
@@ -95,10 +103,14 @@ class LayerNorm2d(nn.LayerNorm):
 # end shared
 
 
+# modeling/common.py, class MLPBlock
 class MLP(nn.Module):
+    """Two linear layers with an activation in between."""
+
     def __init__(self, dim: int, hidden: int, activation):
         super().__init__()
-        self.lin1, self.lin2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
+        self.lin1 = nn.Linear(dim, hidden)
+        self.lin2 = nn.Linear(hidden, dim)
         self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
@@ -106,79 +118,150 @@ class MLP(nn.Module):
 
 
 def bias_attention(q: Tensor, k: Tensor, v: Tensor, by_row: Tensor, by_column: Tensor) -> Tensor:
-    """Attention with the bias by_row[query, key's row] + by_column[query, key's column].
+    """Attend among the S*S tokens of a square, with a bias for each row and column of the keys.
 
-    q, k, v (B,h,S*S,d), by_row and by_column (B,h,S,S,S) -> (B,h,S*S,d). The whole bias would be
-    as large as the scores, 805 MB in a global block of ViT-B. Here a few rows of queries at a time
-    get theirs, in one small buffer: faster on a CPU than all at once. Without gradients of a bias.
+    Equals, without a tensor as large as the scores (805 MB in a global block of ViT-B),
+
+        bias = by_row[..., :, None] + by_column[..., None, :]  # (B,h,S,S,S,S)
+        bias = bias.view(B, h, S * S, S * S)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+
+    A few rows of queries attend at a time, and their bias is written into one small buffer that is
+    used again for the next rows. Gradients of the bias are not computed.
+
+    q, k, v (B,h,S*S,d); by_row (B,h,S,S,S): query y, query x, key y; by_column (B,h,S,S,S): query
+    y, query x, key x -> (B,h,S*S,d)
     """
     B, h, S = by_row.shape[:3]
-    most = BIAS_SIZE if q.device.type == "cpu" else BIAS_SIZE_ON_GPU
-    rows = min(S, max(1, most // (B * h * S**3)))
-    buffer, outputs = by_row.new_empty(B, h, rows, S, S, S), []
+    buffer_size = BIAS_SIZE if q.device.type == "cpu" else BIAS_SIZE_ON_GPU
+    rows = min(S, max(1, buffer_size // (B * h * S**3)))
+    buffer = by_row.new_empty(B, h, rows, S, S, S)  # query y, query x, key y, key x
+
+    outputs = []
     for start in range(0, S, rows):
-        part = slice(start, start + rows)
-        some = by_row[:, :, part, :, :, None], by_column[:, :, part, :, None, :]
-        bias = torch.add(*some, out=buffer[:, :, : some[0].shape[2]])  # (B,h,rows,S,S,S)
+        row_bias = by_row[:, :, start : start + rows, :, :, None]  # (B,h,rows,S,S,1)
+        column_bias = by_column[:, :, start : start + rows, :, None, :]  # (B,h,rows,S,1,S)
+        count = row_bias.shape[2]  # fewer than `rows` at the end
+        bias = torch.add(row_bias, column_bias, out=buffer[:, :, :count])  # (B,h,rows,S,S,S)
         bias = bias.flatten(4).flatten(2, 3)  # (B,h,rows*S,S*S)
+
         queries = q[:, :, start * S : (start + rows) * S]  # (B,h,rows*S,d)
-        outputs.append(F.scaled_dot_product_attention(queries, k, v, attn_mask=bias))
-    return torch.cat(outputs, 2)
+        y = F.scaled_dot_product_attention(queries, k, v, attn_mask=bias)  # (B,h,rows*S,d)
+        outputs.append(y)
+    return torch.cat(outputs, 2)  # (B,h,S*S,d)
 
 
 def widened_attention(q: Tensor, k: Tensor, v: Tensor, by_row: Tensor, by_column: Tensor) -> Tensor:
-    """The same as attention without a bias, whose kernels hold no scores: for training, and for
-    global attention in half precision on a GPU, which has its fastest kernels for that.
+    """Compute the same as `bias_attention`, with gradients of the bias and without any mask.
 
-    A query appended by its biases and a key appended by the one-hot codes of its row and column
-    have the product q k + bias. Zeros make v as wide, for kernels that want one width.
+    Equals, up to rounding,
+
+        bias = by_row[..., :, None] + by_column[..., None, :]  # (B,h,S,S,S,S)
+        bias = bias.view(B, h, S * S, S * S)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+
+    Each query is extended by its 2*S biases, each key by the one-hot codes of its row and its
+    column. Their product is then q k + bias, and the kernels for attention without a mask, which
+    never hold the scores, can be used.
+
+    Shapes as in `bias_attention`.
     """
-    S, d = by_row.shape[2], q.shape[3]
-    eye = torch.eye(S, dtype=k.dtype, device=k.device)
-    place = torch.cat([eye.repeat_interleave(S, 0), eye.repeat(S, 1)], 1)  # (S*S,2S)
-    by_place = torch.cat([by_row, by_column], 4).flatten(2, 3)  # (B,h,S*S,2S)
-    q = torch.cat([q, by_place * d**0.5], 3)  # (B,h,S*S,d+2S)
-    k = torch.cat([k, place.expand(*k.shape[:2], -1, -1)], 3)  # (B,h,S*S,d+2S)
-    v = F.pad(v, (0, 2 * S))
-    return F.scaled_dot_product_attention(q, k, v, scale=d**-0.5)[..., :d]  # (B,h,S*S,d)
+    S = by_row.shape[2]
+    d = q.shape[3]
+
+    one_hot = torch.eye(S, dtype=k.dtype, device=k.device)  # (S,S)
+    key_row = one_hot.repeat_interleave(S, 0)  # (S*S,S)
+    key_column = one_hot.repeat(S, 1)  # (S*S,S)
+    key_codes = torch.cat([key_row, key_column], 1)  # (S*S,2S)
+    query_bias = torch.cat([by_row, by_column], 4).flatten(2, 3)  # (B,h,S*S,2S)
+
+    q = torch.cat([q, query_bias * d**0.5], 3)  # (B,h,S*S,d+2S); the scale below divides by d**0.5
+    k = torch.cat([k, key_codes.expand(*k.shape[:2], -1, -1)], 3)  # (B,h,S*S,d+2S)
+    v = F.pad(v, (0, 2 * S))  # (B,h,S*S,d+2S), as some kernels need one width
+    y = F.scaled_dot_product_attention(q, k, v, scale=d**-0.5)  # (B,h,S*S,d+2S)
+    return y[..., :d]  # (B,h,S*S,d)
 
 
+# modeling/image_encoder.py, class Attention, window_partition and add_decomposed_rel_pos
 class VisionAttention(nn.Module):
-    """Within squares of side S, aware of how far apart two tokens are along each axis."""
+    """Multi-head attention within windows of side x side tokens, with relative positions.
+
+    Global attention is a single window as large as the feature map.
+    """
 
     def __init__(self, dim: int, heads: int, side: int):
         super().__init__()
-        self.heads, self.side, d = heads, side, dim // heads
-        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
-        self.rel_pos_h = nn.Parameter(torch.zeros(2 * side - 1, d))
-        self.rel_pos_w = nn.Parameter(torch.zeros(2 * side - 1, d))
+        self.heads = heads
+        self.side = side
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+        self.rel_pos_h = nn.Parameter(torch.zeros(2 * side - 1, dim // heads))
+        self.rel_pos_w = nn.Parameter(torch.zeros(2 * side - 1, dim // heads))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B,H,H,C) -> (B,H,H,C); the last squares may stick out."""
-        (B, H, *_), S, h = x.shape, self.side, self.heads
-        qkv, n = self.qkv(x), -(-H // S)  # (B,H,H,3C), squares along a side
-        if n * S > H:
-            # quirk: what sticks out is zero behind the norm and is attended to; only its biases
-            # are left of q, k and v, hence no need to multiply there.
-            whole = self.qkv.bias.to(qkv.dtype).expand(B, n * S, n * S, -1).clone()
-            whole[:, :H, :H] = qkv
-            qkv = whole  # (B,n*S,n*S,3C)
-        qkv = qkv.view(B, n, S, n, S, 3, h, -1).permute(5, 0, 1, 3, 6, 2, 4, 7)  # (3,B,n,n,h,S,S,d)
+        """x (B,H,H,C) -> (B,H,H,C)."""
+        B, H = x.shape[:2]
+        S = self.side
+        n = (H + S - 1) // S  # windows along a side; the last one may reach beyond the map
+
+        qkv = self.pad_to(n * S, self.qkv(x))  # (B,n*S,n*S,3C)
+        qkv = qkv.view(B, n, S, n, S, 3, self.heads, -1)
+        qkv = qkv.permute(5, 0, 1, 3, 6, 2, 4, 7)  # (3,B,n,n,h,S,S,d)
         q, k, v = qkv.flatten(1, 3).flatten(3, 4)  # (B*n*n,h,S*S,d) each
-        step = torch.arange(S, device=x.device)
-        step = step[:, None] - step + S - 1  # (S,S), from a key to a query
-        grid = q.unflatten(2, (S, S))  # (B*n*n,h,S,S,d)
-        # quirk: these are products with q as it is, not with q / sqrt(d)
-        by_row = torch.einsum("bhyxd,ykd->bhyxk", grid, self.rel_pos_h[step])
-        by_column = torch.einsum("bhyxd,xkd->bhyxk", grid, self.rel_pos_w[step])
-        fused = x.device.type != "cpu" and q.dtype != torch.float32 and S > WINDOW
-        plain = not (fused or by_row.requires_grad)
-        y = (bias_attention if plain else widened_attention)(q, k, v, by_row, by_column)
-        y = y.view(B, n, n, h, S, S, -1).permute(0, 1, 4, 2, 5, 3, 6)  # (B,n,S,n,S,h,d)
-        return self.proj(y.reshape(B, n * S, n * S, -1)[:, :H, :H])  # (B,H,H,C)
+
+        by_row, by_column = self.position_bias(q)  # (B*n*n,h,S,S,S) each
+        attend = self.attention_for(q, by_row)
+        y = attend(q, k, v, by_row, by_column)  # (B*n*n,h,S*S,d)
+
+        y = y.view(B, n, n, self.heads, S, S, -1)
+        y = y.permute(0, 1, 4, 2, 5, 3, 6)  # (B,n,S,n,S,h,d)
+        y = y.reshape(B, n * S, n * S, -1)[:, :H, :H]  # (B,H,H,C)
+        return self.proj(y)
+
+    def pad_to(self, size: int, qkv: Tensor) -> Tensor:
+        """Pad queries, keys and values at the bottom and right: (B,H,H,3C) -> (B,size,size,3C).
+
+        quirk: the authors pad with zeros between the norm and `qkv`, so padding holds the bias of
+        `qkv`, and it is attended to.
+        """
+        B, H = qkv.shape[:2]
+        if size == H:
+            return qkv
+        padded = self.qkv.bias.to(qkv.dtype).expand(B, size, size, -1).clone()
+        padded[:, :H, :H] = qkv
+        return padded
+
+    def position_bias(self, q: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the biases of each query for the rows and for the columns of the keys.
+
+        q (N,h,S*S,d) -> (N,h,S,S,S) twice: query y, query x, key y or key x.
+        """
+        S = self.side
+        position = torch.arange(S, device=q.device)
+        offset = position[:, None] - position + S - 1  # (S,S): query minus key, from 0
+        along_h = self.rel_pos_h[offset]  # (S,S,d)
+        along_w = self.rel_pos_w[offset]  # (S,S,d)
+
+        q = q.unflatten(2, (S, S))  # (N,h,S,S,d); quirk: not divided by sqrt(d), unlike the scores'
+        by_row = torch.einsum("bhyxd,ykd->bhyxk", q, along_h)
+        by_column = torch.einsum("bhyxd,xkd->bhyxk", q, along_w)
+        return by_row, by_column
+
+    def attention_for(self, q: Tensor, by_row: Tensor):
+        """Return the faster of the two formulations of attention that this case allows."""
+        if by_row.requires_grad:
+            return widened_attention
+        # A GPU has its fastest kernels for attention without a mask in half precision.
+        is_fused = q.device.type != "cpu" and q.dtype != torch.float32
+        if is_fused and self.side > WINDOW:
+            return widened_attention
+        return bias_attention
 
 
+# modeling/image_encoder.py, class Block
 class VisionBlock(nn.Module):
+    """A transformer block: attention and an MLP, each behind a norm and with a residual."""
+
     def __init__(self, dim: int, heads: int, mlp_dim: int, side: int):
         super().__init__()
         self.layer_norm1 = nn.LayerNorm(dim, eps=1e-6)
@@ -192,114 +275,177 @@ class VisionBlock(nn.Module):
         return x + self.mlp(self.layer_norm2(x))
 
 
+# modeling/image_encoder.py, class ImageEncoderViT
 class VisionEncoder(nn.Module):
+    """A ViT without a class token, and a neck that reduces its channels."""
+
     def __init__(self, config: Config):
         super().__init__()
-        c, grid = config, config.image_size // 16
-        projection = nn.Conv2d(3, c.dim, 16, stride=16)
+        grid = config.image_size // 16  # patches along a side
+        projection = nn.Conv2d(3, config.dim, 16, stride=16)
         self.patch_embed = nn.ModuleDict({"projection": projection})
-        self.pos_embed = nn.Parameter(torch.zeros(1, grid, grid, c.dim))
-        sides = (grid if i in c.global_blocks else WINDOW for i in range(c.depth))
-        blocks = (VisionBlock(c.dim, c.heads, c.mlp_dim, side) for side in sides)
-        self.layers = nn.Sequential(*blocks)
-        conv1 = nn.Conv2d(c.dim, c.out_dim, 1, bias=False)
-        conv2 = nn.Conv2d(c.out_dim, c.out_dim, 3, padding=1, bias=False)
-        norm1, norm2 = LayerNorm2d(c.out_dim), LayerNorm2d(c.out_dim)
-        parts = OrderedDict(conv1=conv1, layer_norm1=norm1, conv2=conv2, layer_norm2=norm2)
-        self.neck = nn.Sequential(parts)
+        self.pos_embed = nn.Parameter(torch.zeros(1, grid, grid, config.dim))
+
+        self.layers = nn.Sequential()
+        for i in range(config.depth):
+            side = grid if i in config.global_blocks else WINDOW
+            self.layers.append(VisionBlock(config.dim, config.heads, config.mlp_dim, side))
+
+        self.neck = nn.Sequential(
+            OrderedDict(
+                conv1=nn.Conv2d(config.dim, config.out_dim, 1, bias=False),
+                layer_norm1=LayerNorm2d(config.out_dim),
+                conv2=nn.Conv2d(config.out_dim, config.out_dim, 3, padding=1, bias=False),
+                layer_norm2=LayerNorm2d(config.out_dim),
+            )
+        )
 
     def forward(self, image: Tensor) -> Tensor:
-        """image (B,3,S,S) -> features (B,C',S/16,S/16)."""
+        """image (B,3,S,S) -> features (B,C',S/16,S/16), C' = out_dim."""
         x = self.patch_embed["projection"](image).permute(0, 2, 3, 1)  # (B,H,W,C)
-        return self.neck(self.layers(x + self.pos_embed).permute(0, 3, 1, 2))
+        x = self.layers(x + self.pos_embed)
+        return self.neck(x.permute(0, 3, 1, 2))  # (B,C',H,W)
 
 
+# --- prompt encoder -------------------------------------------------------------------------------
+
+
+# modeling/prompt_encoder.py, class PositionEmbeddingRandom
 class FourierFeatures(nn.Module):
-    """Sines and cosines of random directions in the plane; as a buffer they are never trained."""
+    """Sine and cosine of positions along random directions. The directions are never trained."""
 
     def __init__(self, dim: int):
         super().__init__()
         self.register_buffer("positional_embedding", torch.randn(2, dim // 2))
 
     def forward(self, xy: Tensor) -> Tensor:
-        """xy (...,2) in 0..1 of the image's sides -> (...,C)."""
-        x, y = (2 * xy - 1).to(self.positional_embedding.dtype).unsqueeze(-1).unbind(-2)  # (...,1)
-        # No matrix product, which autocast would make in 8 bits: the sines are of large numbers.
-        along = 2 * math.pi * (x * self.positional_embedding[0] + y * self.positional_embedding[1])
-        return torch.cat([along.sin(), along.cos()], -1)  # (...,C)
+        """xy (...,2), 0..1 along the sides of the image -> (...,C)."""
+        xy = (2 * xy - 1).to(self.positional_embedding.dtype)
+        x, y = xy.unsqueeze(-1).unbind(-2)  # (...,1) each
+        # Autocast would compute a matrix product in bfloat16, too coarse for the sine of large
+        # numbers. Elementwise operations stay in float32.
+        phase = x * self.positional_embedding[0] + y * self.positional_embedding[1]  # (...,C/2)
+        phase = 2 * math.pi * phase
+        return torch.cat([phase.sin(), phase.cos()], -1)  # (...,C)
 
 
+# modeling/prompt_encoder.py, class PromptEncoder
 class PromptEncoder(nn.Module):
+    """Encodes points and boxes as tokens, masks as a feature map."""
+
     def __init__(self, dim: int, image_size: int):
         super().__init__()
         self.image_size = image_size
         self.shared_embedding = FourierFeatures(dim)
-        # 0: a point outside of the object, 1: inside, 2: a box's first corner, 3: its second
+        # 0: point outside of the object, 1: point inside, 2: upper left corner, 3: lower right
         self.point_embed = nn.ModuleList(nn.Embedding(1, dim) for _ in range(4))
         self.not_a_point_embed = nn.Embedding(1, dim)
-        conv1, conv2 = nn.Conv2d(1, 4, 2, stride=2), nn.Conv2d(4, 16, 2, stride=2)
-        parts = OrderedDict(conv1=conv1, layer_norm1=LayerNorm2d(4), gelu1=nn.GELU())
-        parts |= OrderedDict(conv2=conv2, layer_norm2=LayerNorm2d(16), gelu2=nn.GELU())
-        self.mask_embed = nn.Sequential(parts | OrderedDict(conv3=nn.Conv2d(16, dim, 1)))
+        self.mask_embed = nn.Sequential(
+            OrderedDict(
+                conv1=nn.Conv2d(1, 4, 2, stride=2),
+                layer_norm1=LayerNorm2d(4),
+                gelu1=nn.GELU(),
+                conv2=nn.Conv2d(4, 16, 2, stride=2),
+                layer_norm2=LayerNorm2d(16),
+                gelu2=nn.GELU(),
+                conv3=nn.Conv2d(16, dim, 1),
+            )
+        )
         self.no_mask_embed = nn.Embedding(1, dim)
 
     def position(self, side: int) -> Tensor:
-        """(side*side,C), the features of where the image's tokens are."""
-        at = (torch.arange(side, device=self.no_mask_embed.weight.device) + 0.5) / side
-        xy = torch.stack(torch.meshgrid(at, at, indexing="xy"), -1)  # (side,side,2)
-        return self.shared_embedding(xy).flatten(0, 1)
+        """Return the Fourier features of side x side image tokens: (side*side,C)."""
+        centre = torch.arange(side, device=self.no_mask_embed.weight.device) + 0.5
+        grid = torch.meshgrid(centre / side, centre / side, indexing="xy")
+        xy = torch.stack(grid, -1)  # (side,side,2)
+        return self.shared_embedding(xy).flatten(0, 1)  # (side*side,C)
 
     def forward(self, boxes, points, labels, masks) -> tuple[Tensor | None, Tensor]:
-        """As in SAM.decode -> sparse (B,Q,n,C), None of masks alone; dense (B,Q,C,H,W) or (C,1,1).
+        """Encode prompts as `SAM.decode` takes them.
 
-        n is 2 for a box, P for points beside a box, P + 1 for points alone.
+        -> sparse (B,Q,n,C), None for masks alone; dense (B,Q,C,H,W), or (C,1,1) without masks.
+        n is P+1 for points alone, 2 for a box, P+2 for both.
         """
-        sparse, embed = [], [e.weight[0] for e in self.point_embed]  # (C,) each
+        tokens = []
         if points is not None:
-            if boxes is None:  # quirk: a point that is none stands in for the box
-                points, labels = F.pad(points, (0, 0, 0, 1)), F.pad(labels, (0, 1), value=-1)
-            x = self.shared_embedding((points + 0.5) / self.image_size)  # (B,Q,P,C)
-            label = labels[..., None]  # (B,Q,P,1)
-            x = x + torch.where(label == 1, embed[1], embed[0])
-            sparse.append(torch.where(label == -1, self.not_a_point_embed.weight[0], x))
+            if boxes is None:  # quirk: a padding point stands in for the missing box
+                points = F.pad(points, (0, 0, 0, 1))  # (B,Q,P+1,2)
+                labels = F.pad(labels, (0, 1), value=-1)  # (B,Q,P+1)
+            tokens.append(self.embed_points(points, labels))
         if boxes is not None:
-            corners = boxes.unflatten(2, (2, 2))  # (B,Q,2,2)
-            x = self.shared_embedding((corners + 0.5) / self.image_size)  # (B,Q,2,C)
-            sparse.append(x + torch.stack(embed[2:]))
-        sparse = torch.cat(sparse, 2) if sparse else None  # (B,Q,n,C)
+            tokens.append(self.embed_boxes(boxes))
+        sparse = torch.cat(tokens, 2) if tokens else None  # (B,Q,n,C)
+
         if masks is None:
-            return sparse, self.no_mask_embed.weight[0, :, None, None]  # (C,1,1)
-        dense = self.mask_embed(masks.flatten(0, 1))  # (B*Q,C,H,W)
-        return sparse, dense.unflatten(0, masks.shape[:2])
+            dense = self.no_mask_embed.weight[0, :, None, None]  # (C,1,1)
+        else:
+            dense = self.mask_embed(masks.flatten(0, 1))  # (B*Q,C,H,W)
+            dense = dense.unflatten(0, masks.shape[:2])  # (B,Q,C,H,W)
+        return sparse, dense
+
+    def embed_points(self, points: Tensor, labels: Tensor) -> Tensor:
+        """points (B,Q,P,2), labels (B,Q,P) -> (B,Q,P,C)."""
+        x = self.shared_embedding((points + 0.5) / self.image_size)  # (B,Q,P,C)
+        labels = labels[..., None]  # (B,Q,P,1)
+        outside = self.point_embed[0].weight[0]  # (C,)
+        inside = self.point_embed[1].weight[0]
+        x = x + torch.where(labels == 1, inside, outside)
+        return torch.where(labels == -1, self.not_a_point_embed.weight[0], x)
+
+    def embed_boxes(self, boxes: Tensor) -> Tensor:
+        """boxes (B,Q,4) -> (B,Q,2,C)."""
+        corners = boxes.unflatten(2, (2, 2))  # (B,Q,2,2)
+        x = self.shared_embedding((corners + 0.5) / self.image_size)  # (B,Q,2,C)
+        upper_left = self.point_embed[2].weight[0]  # (C,)
+        lower_right = self.point_embed[3].weight[0]
+        return x + torch.stack([upper_left, lower_right])
 
 
+# --- mask decoder ---------------------------------------------------------------------------------
+
+
+# modeling/transformer.py, class Attention
 class Attention(nn.Module):
-    """Of eight heads; `inner` of its channels may be fewer than come in."""
+    """Multi-head attention with 8 heads and `inner` channels, of queries to other tokens."""
 
     def __init__(self, dim: int, inner: int):
         super().__init__()
-        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(dim, inner) for _ in range(3))
+        self.q_proj = nn.Linear(dim, inner)
+        self.k_proj = nn.Linear(dim, inner)
+        self.v_proj = nn.Linear(dim, inner)
         self.out_proj = nn.Linear(inner, dim)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q (B,Q,N,C), k and v (B,Q,N',C), where Q of one side may be 1 -> (B,Q,N,C).
+        """q (B,Q,N,C), k and v (B,Q,N',C) -> (B,Q,N,C).
 
-        What the prompts of an image have in common is projected once and repeated then.
+        Q may be 1 in q, or in k and v: tokens that all prompts of an image share are projected
+        once and then repeated.
         """
         Q = max(q.shape[1], k.shape[1])
-        parts = (self.q_proj(q), self.k_proj(k), self.v_proj(v))
-        parts = (x.unflatten(3, (8, -1)).transpose(2, 3) for x in parts)  # (B,Q or 1,h,N,d)
-        q, k, v = (x.expand(-1, Q, -1, -1, -1).flatten(0, 1) for x in parts)  # (B*Q,h,N,d)
-        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # (B*Q,N,C')
-        return self.out_proj(y).unflatten(0, (-1, Q))
+        q = self.q_proj(q)
+        k = self.k_proj(k)
+        v = self.v_proj(v)
+
+        q = self.split_heads(q, Q)  # (B*Q,h,N,d)
+        k = self.split_heads(k, Q)  # (B*Q,h,N',d)
+        v = self.split_heads(v, Q)  # (B*Q,h,N',d)
+        y = F.scaled_dot_product_attention(q, k, v)  # (B*Q,h,N,d)
+        y = y.transpose(1, 2).flatten(2)  # (B*Q,N,h*d)
+        return self.out_proj(y).unflatten(0, (-1, Q))  # (B,Q,N,C)
+
+    def split_heads(self, x: Tensor, Q: int) -> Tensor:
+        """x (B,Q or 1,N,h*d) -> (B*Q,h,N,d)."""
+        x = x.unflatten(3, (8, -1)).transpose(2, 3)  # (B,Q or 1,h,N,d)
+        return x.expand(-1, Q, -1, -1, -1).flatten(0, 1)
 
 
+# modeling/transformer.py, class TwoWayAttentionBlock
 class TwoWayBlock(nn.Module):
-    """Tokens look at each other, then at the image, which looks back at them."""
+    """Attention among tokens, from tokens to the image, and from the image to tokens."""
 
-    def __init__(self, dim: int, eps: float, first: bool):
+    def __init__(self, dim: int, eps: float, is_first: bool):
         super().__init__()
-        self.first = first
+        self.is_first = is_first
         self.self_attn = Attention(dim, dim)
         self.layer_norm1 = nn.LayerNorm(dim, eps=eps)
         self.cross_attn_token_to_image = Attention(dim, dim // 2)
@@ -310,28 +456,39 @@ class TwoWayBlock(nn.Module):
         self.cross_attn_image_to_token = Attention(dim, dim // 2)
 
     def forward(self, queries: Tensor, keys: Tensor, tokens: Tensor, position: Tensor):
-        """queries and tokens (B,Q,n,C), keys (B,Q or 1,N,C), position (N,C) -> queries, keys.
+        """queries, tokens (B,Q,n,C), keys (B,Q or 1,N,C), position (N,C) -> queries, keys.
 
-        `tokens`, the queries of the beginning, say where and what each query is.
+        `tokens` are the queries before the first block. They are the queries' positions.
         """
-        if self.first:  # quirk: nothing is added there, in transformer.py of the authors
+        # quirk: no residual and no positions in the first block
+        if self.is_first:
             queries = self.self_attn(queries, queries, queries)
         else:
             queries = queries + self.self_attn(queries + tokens, queries + tokens, queries)
-        queries, placed = self.layer_norm1(queries), keys + position
-        y = self.cross_attn_token_to_image(queries + tokens, placed, keys)  # (B,Q,n,C)
+        queries = self.layer_norm1(queries)  # (B,Q,n,C)
+
+        keys_in_place = keys + position  # (B,Q or 1,N,C)
+        y = self.cross_attn_token_to_image(queries + tokens, keys_in_place, keys)  # (B,Q,n,C)
         queries = self.layer_norm2(queries + y)
+
         queries = self.layer_norm3(queries + self.mlp(queries))
-        y = self.cross_attn_image_to_token(placed, queries + tokens, queries)  # (B,Q,N,C)
-        return queries, self.layer_norm4(keys + y)
+
+        y = self.cross_attn_image_to_token(keys_in_place, queries + tokens, queries)  # (B,Q,N,C)
+        keys = self.layer_norm4(keys + y)
+        return queries, keys
 
 
+# modeling/transformer.py, class TwoWayTransformer
 class TwoWayTransformer(nn.Module):
+    """Two blocks, then a last attention from the tokens to the image."""
+
     def __init__(self, dim: int, eps: float):
         super().__init__()
-        self.layers = nn.ModuleList(TwoWayBlock(dim, eps, first) for first in (True, False))
+        first = TwoWayBlock(dim, eps, is_first=True)
+        second = TwoWayBlock(dim, eps, is_first=False)
+        self.layers = nn.ModuleList([first, second])
         self.final_attn_token_to_image = Attention(dim, dim // 2)
-        self.layer_norm_final_attn = nn.LayerNorm(dim)  # 1e-5, in transformers too
+        self.layer_norm_final_attn = nn.LayerNorm(dim)  # eps 1e-5 in transformers too
 
     def forward(self, tokens: Tensor, keys: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
         """tokens (B,Q,n,C), keys (B,Q or 1,N,C), position (N,C) -> (B,Q,n,C), (B,Q,N,C)."""
@@ -342,18 +499,29 @@ class TwoWayTransformer(nn.Module):
         return self.layer_norm_final_attn(queries + y), keys
 
 
+# modeling/mask_decoder.py, class MLP
 def head(dim: int, out_dim: int) -> nn.Sequential:
-    """An MLP with two hidden layers."""
-    parts = OrderedDict(proj_in=nn.Linear(dim, dim), relu1=nn.ReLU())
-    parts |= OrderedDict(layers=nn.Sequential(nn.Linear(dim, dim)), relu2=nn.ReLU())
-    return nn.Sequential(parts | OrderedDict(proj_out=nn.Linear(dim, out_dim)))
+    """Return an MLP with two hidden layers of `dim` channels: (...,dim) -> (...,out_dim)."""
+    return nn.Sequential(
+        OrderedDict(
+            proj_in=nn.Linear(dim, dim),
+            relu1=nn.ReLU(),
+            layers=nn.Sequential(nn.Linear(dim, dim)),
+            relu2=nn.ReLU(),
+            proj_out=nn.Linear(dim, out_dim),
+        )
+    )
 
 
+# modeling/mask_decoder.py, class MaskDecoder
 class MaskDecoder(nn.Module):
+    """Predicts masks and their IoU from image features and encoded prompts."""
+
     def __init__(self, dim: int, eps: float):
         super().__init__()
-        # Of the four masks the first is for one answer; the others are three guesses.
-        self.iou_token, self.mask_tokens = nn.Embedding(1, dim), nn.Embedding(4, dim)
+        # The first of four masks is the single answer, the other three are the multimask output.
+        self.iou_token = nn.Embedding(1, dim)
+        self.mask_tokens = nn.Embedding(4, dim)
         self.transformer = TwoWayTransformer(dim, eps)
         self.upscale_conv1 = nn.ConvTranspose2d(dim, dim // 4, 2, stride=2)
         self.upscale_layer_norm = LayerNorm2d(dim // 4)
@@ -362,76 +530,180 @@ class MaskDecoder(nn.Module):
         self.iou_prediction_head = head(dim, 4)
 
     def forward(self, features, position, sparse, dense, multimask: bool) -> tuple[Tensor, Tensor]:
-        """features (B,C,H,W), position (H*W,C), sparse and dense of the prompt encoder
+        """Decode features (B,C,H,W), their positions (H*W,C), and sparse and dense prompts.
 
-        -> masks (B,Q,M,4H,4W), iou (B,Q,M).
+        -> masks (B,Q,M,4H,4W), logits; iou (B,Q,M).
         """
-        keys = features[:, None] + dense  # (B,Q,C,H,W), Q = 1 if the prompts have no masks
-        size, keys = keys.shape[3:], keys.flatten(3).transpose(2, 3)  # (B,Q,H*W,C)
-        own = torch.cat([self.iou_token.weight, self.mask_tokens.weight])  # (5,C)
-        B, Q = sparse.shape[:2] if sparse is not None else keys.shape[:2]
-        own = own.expand(B, Q, -1, -1)  # (B,Q,5,C)
-        tokens = own if sparse is None else torch.cat([own, sparse], 2)  # (B,Q,5+n,C)
+        keys = features[:, None] + dense  # (B,Q,C,H,W), Q = 1 where the prompts have no masks
+        size = keys.shape[3:]
+        keys = keys.flatten(3).transpose(2, 3)  # (B,Q,H*W,C)
+
+        tokens = torch.cat([self.iou_token.weight, self.mask_tokens.weight])  # (5,C)
+        B, Q = keys.shape[:2] if sparse is None else sparse.shape[:2]
+        tokens = tokens.expand(B, Q, -1, -1)  # (B,Q,5,C)
+        if sparse is not None:
+            tokens = torch.cat([tokens, sparse], 2)  # (B,Q,5+n,C)
         tokens, keys = self.transformer(tokens, keys, position)
+
         x = keys.transpose(2, 3).flatten(0, 1).unflatten(2, size)  # (B*Q,C,H,W)
         x = F.gelu(self.upscale_layer_norm(self.upscale_conv1(x)))  # (B*Q,C/4,2H,2W)
-        x = F.gelu(self.upscale_conv2(x)).unflatten(0, (B, Q))  # (B,Q,C/8,4H,4W)
-        mlps = zip(self.output_hypernetworks_mlps, tokens[:, :, 1:5].unbind(2), strict=True)
-        weights = torch.stack([mlp(token) for mlp, token in mlps], 2)  # (B,Q,4,C/8)
-        chosen = slice(1, 4) if multimask else slice(0, 1)
-        masks = weights[:, :, chosen] @ x.flatten(3)  # (B,Q,M,16*H*W)
-        iou = self.iou_prediction_head(tokens[:, :, 0])[..., chosen]  # (B,Q,M)
-        return masks.unflatten(3, x.shape[3:]), iou
+        x = F.gelu(self.upscale_conv2(x))  # (B*Q,C/8,4H,4W)
+        x = x.unflatten(0, (B, Q))  # (B,Q,C/8,4H,4W)
+
+        vectors = []
+        for i, mlp in enumerate(self.output_hypernetworks_mlps):
+            vectors.append(mlp(tokens[:, :, 1 + i]))  # (B,Q,C/8)
+        weights = torch.stack(vectors, 2)  # (B,Q,4,C/8)
+
+        selected = slice(1, 4) if multimask else slice(0, 1)
+        masks = weights[:, :, selected] @ x.flatten(3)  # (B,Q,M,16*H*W)
+        masks = masks.unflatten(3, x.shape[3:])  # (B,Q,M,4H,4W)
+        iou = self.iou_prediction_head(tokens[:, :, 0])[..., selected]  # (B,Q,M)
+        return masks, iou
 
 
+# --- the model ------------------------------------------------------------------------------------
+
+
+def check_inside(name: str, xy: Tensor, width: int, height: int) -> None:
+    """Raise ValueError unless points (...,2) or boxes (...,4) lie in the image, not inverted."""
+    corners = xy.unflatten(-1, (-1, 2))  # (...,1 or 2,2)
+    limits = torch.tensor([width, height], device=xy.device)
+    is_inside = ((corners >= 0) & (corners <= limits)).flatten(-2).all(-1)  # (...); False for NaN
+    if not is_inside.all():
+        value = xy[~is_inside][0].tolist()
+        raise ValueError(f"{name} {value}: not within the image of {width} x {height} pixels")
+
+    is_inverted = (corners[..., -1, :] < corners[..., 0, :]).any(-1)  # (...)
+    if is_inverted.any():
+        value = xy[is_inverted][0].tolist()
+        raise ValueError(f"{name} {value}: inverted, it must be x1, y1, x2, y2")
+
+
+def check_values(prompts: dict[str, Tensor], image_size: int) -> None:
+    """Raise ValueError, one line, for boxes, points, labels or masks with impossible values."""
+    for name in ("boxes", "points"):
+        if name in prompts:
+            check_inside(name, prompts[name], image_size, image_size)
+
+    if "labels" in prompts:
+        labels = prompts["labels"]
+        known = torch.tensor([-1, 0, 1]).to(labels)
+        if not torch.isin(labels, known).all():
+            raise ValueError("labels must be 1 inside of the object, 0 outside, -1 for no point")
+
+    if "masks" in prompts:
+        masks = prompts["masks"]
+        if not masks.isfinite().all():
+            raise ValueError("masks must be finite logits; some are NaN or infinite")
+        is_only_prompt = len(prompts) == 1
+        has_object = (masks > 0).flatten(2).any(2)  # (B,Q)
+        if is_only_prompt and not has_object.all():
+            raise ValueError("masks: one is empty (no logit above 0), and there is no other prompt")
+
+
+def check_prompts(features: Tensor, prompts: dict[str, Tensor], image_size: int) -> None:
+    """Raise ValueError, one line, if the prompts of `SAM.decode` are not usable.
+
+    prompts: those that are given, by name.
+    """
+    if not prompts:
+        raise ValueError("no prompt: give boxes, points with labels, or masks")
+    if ("points" in prompts) != ("labels" in prompts):
+        raise ValueError("points need labels (1 inside, 0 outside), and labels need points")
+
+    # The first prompt decides about Q, the labels about P.
+    B = features.shape[0]
+    first = next(iter(prompts.values()))
+    Q = first.shape[1] if first.ndim > 1 else "Q"
+    P = prompts["labels"].shape[-1] if "labels" in prompts else None
+    side = 4 * features.shape[2]
+    shapes = {"boxes": (4,), "points": (P, 2), "labels": (P,), "masks": (1, side, side)}
+    for name, x in prompts.items():
+        expected = (B, Q, *shapes[name])
+        if tuple(x.shape) != expected:
+            text = ",".join(map(str, expected))
+            raise ValueError(f"{name} are of shape {tuple(x.shape)}, expected ({text})")
+
+    if not torch.compiler.is_compiling():  # a compiled graph cannot depend on values
+        check_values(prompts, image_size)
+
+
+# modeling/sam.py, class Sam
 class SAM(nn.Module):
+    """Image encoder, prompt encoder and mask decoder."""
+
     def __init__(self, config: Config):
         super().__init__()
-        self.config, c = config, config
-        if c.image_size < 16 or c.image_size % 16:
-            raise ValueError(f"image_size={c.image_size}: must be a multiple of 16")
-        self.preprocess = partial(preprocess, config=config)  # image -> (3,S,S)
-        self.to_frame = partial(to_frame, config=config)  # boxes or points, size -> the same in SxS
-        self.postprocess = partial(postprocess, config=config)  # logits, size -> (M,H,W)
-        self.vision_encoder = VisionEncoder(c)
-        self.prompt_encoder = PromptEncoder(c.out_dim, c.image_size)
-        self.mask_decoder = MaskDecoder(c.out_dim, c.eps)
+        if config.image_size < 16 or config.image_size % 16:
+            raise ValueError(f"image_size={config.image_size}: must be a multiple of 16")
+        self.config = config
+        self.vision_encoder = VisionEncoder(config)
+        self.prompt_encoder = PromptEncoder(config.out_dim, config.image_size)
+        self.mask_decoder = MaskDecoder(config.out_dim, config.eps)
 
     def forward(
-        self, image: Tensor, boxes: Tensor | None = None, points: Tensor | None = None,
-        labels: Tensor | None = None, masks: Tensor | None = None, multimask: bool = False,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """image (B,3,S,S), as `preprocess` makes it, and Q prompts of each, see `decode`.
+        self,
+        image: Tensor,
+        boxes: Tensor | None = None,
+        points: Tensor | None = None,
+        labels: Tensor | None = None,
+        masks: Tensor | None = None,
+        multimask: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """Segment an image (B,3,S,S) from `preprocess` by Q prompts per image, see `decode`.
 
-        -> masks (B,Q,M,S/4,S/4), logits; iou (B,Q,M), an estimate. M is 1, with `multimask` 3.
+        -> masks (B,Q,M,S/4,S/4), logits; iou (B,Q,M), an estimate. M is 1, or 3 with `multimask`.
         """
         features = self.encode_image(image)
         return self.decode(features, boxes, points, labels, masks, multimask)
 
     def encode_image(self, image: Tensor) -> Tensor:
-        """image (B,3,S,S) -> features (B,C,S/16,S/16), C = 256. ValueError for another size."""
+        """image (B,3,S,S) -> features (B,C,S/16,S/16). Raise ValueError for another size."""
         S = self.config.image_size
         if image.shape[1:] != (3, S, S):
-            found = tuple(image.shape)
-            raise ValueError(f"image is {found}, not (B,3,{S},{S}); image_size= takes another size")
+            shape = tuple(image.shape)
+            raise ValueError(f"image is {shape}, not (B,3,{S},{S}); image_size= takes another size")
         return self.vision_encoder(image)
 
     def decode(
-        self, features: Tensor, boxes: Tensor | None = None, points: Tensor | None = None,
-        labels: Tensor | None = None, masks: Tensor | None = None, multimask: bool = False,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """features (B,C,S/16,S/16), Q prompts of each image -> masks (B,Q,M,S/4,S/4), iou (B,Q,M).
+        self,
+        features: Tensor,
+        boxes: Tensor | None = None,
+        points: Tensor | None = None,
+        labels: Tensor | None = None,
+        masks: Tensor | None = None,
+        multimask: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the masks for Q prompts per image, given features (B,C,S/16,S/16).
 
-        boxes (B,Q,4), x1, y1, x2, y2 in pixels of the SxS image, as `to_frame` makes them. points
-        (B,Q,P,2), x, y; labels (B,Q,P): 1 inside of the object, 0 outside, -1 no point, where some
-        prompts have fewer. masks (B,Q,1,S/4,S/4), logits as from an earlier call. Any of the three
-        or several together. One prompt an image, of any image: decode(features[image_of_prompt],
-        boxes=boxes[:, None]). ValueError: what is wrong with the prompts.
+        boxes (B,Q,4): x1, y1, x2, y2 in pixels of the SxS input, as `to_frame` returns them.
+        points (B,Q,P,2): x, y; labels (B,Q,P): 1 inside of the object, 0 outside, -1 no point, to
+        fill up prompts with fewer points. masks (B,Q,1,S/4,S/4): logits, as from an earlier call.
+        A prompt may combine a box, points and a mask. To decode one prompt per image, of any
+        image: decode(features[image_of_prompt], boxes=boxes[:, None]).
+
+        -> masks (B,Q,M,S/4,S/4), logits; iou (B,Q,M). Raise ValueError for wrong prompts.
         """
-        check_prompts(features, boxes, points, labels, masks, self.config.image_size)
+        prompts = {"boxes": boxes, "points": points, "labels": labels, "masks": masks}
+        prompts = {name: x for name, x in prompts.items() if x is not None}
+        check_prompts(features, prompts, self.config.image_size)
+
         sparse, dense = self.prompt_encoder(boxes, points, labels, masks)
         position = self.prompt_encoder.position(features.shape[3])  # (H*W,C)
         return self.mask_decoder(features, position, sparse, dense, multimask)
+
+    def preprocess(self, image) -> Tensor:
+        """PIL image -> (3,S,S), see `preprocess`."""
+        return preprocess(image, self.config)
+
+    def to_frame(self, xy: Tensor, size: tuple[int, int]) -> Tensor:
+        """Bring boxes or points of an image of `size` (H,W) to the SxS input, see `to_frame`."""
+        return to_frame(xy, size, self.config)
+
+    def postprocess(self, logits: Tensor, size: tuple[int, int]) -> Tensor:
+        """logits (M,S/4,S/4), size (H,W) -> probabilities (M,H,W), see `postprocess`."""
+        return postprocess(logits, size, self.config)
 
     def segment(self, image, boxes=None, points=None, labels=None) -> tuple:
         """Segment an image or its file -> probabilities (Q,H,W), masks (Q,H,W); see `segment`."""
@@ -439,159 +711,229 @@ class SAM(nn.Module):
 
     @classmethod
     def from_pretrained(cls, source: str | Path, **overrides) -> "SAM":
-        """From a file, a folder, a run folder or a hub id; `overrides` are fields of Config.
+        """Load the model from a file, a folder, a run folder or a hub id, in evaluation mode.
 
-        image_size: another one resizes the position tables, linearly, as SAMed does for 512. It
-        wants fine-tuning, and features, prompts and masks have its size. In evaluation mode.
+        overrides: fields of Config. Another `image_size` resizes the position tables linearly, as
+        SAMed does for 512 pixels; the model then needs fine-tuning. Raise ValueError, one line, for
+        files that are not SAM's or not complete.
         """
         weights, settings = read_checkpoint(source, FILES)
         if "format" in settings:  # a run folder of ours
             config = Config(**run_config(settings, "SAM", source, Config))
         else:
             config = read_config(weights, settings, overrides, source)
-        weights, wanted = convert(weights), replace(config, **overrides)
-        with torch.device("meta"):  # its numbers come from the file, so none are drawn
-            model = cls(wanted)
-            expected = cls(replace(wanted, image_size=config.image_size)).state_dict()
+        weights = convert(weights)
+
+        final_config = replace(config, **overrides)
+        with torch.device("meta"):  # the values come from the file
+            model = cls(final_config)
+            expected = cls(replace(final_config, image_size=config.image_size)).state_dict()
         check_complete(weights, expected, source)
-        weights = {name: t.float() for name, t in resized(weights, wanted).items()}
+
+        weights = resized(weights, final_config)
+        weights = {name: t.float() for name, t in weights.items()}
         model.load_state_dict(weights, assign=True)
         return model.eval()
 
 
-def check_inside(what: str, xy: Tensor, width: int, height: int) -> None:
-    """ValueError unless points (...,2) or boxes (...,4) are numbers within the image, in order."""
-    corners = xy.unflatten(-1, (-1, 2))  # (...,1 or 2,2)
-    limits = torch.tensor([width, height], device=xy.device)
-    outside = ~((corners >= 0) & (corners <= limits)).flatten(-2).all(-1)  # (...), NaN too
-    inverted = (corners[..., -1, :] < corners[..., 0, :]).any(-1)  # (...)
-    size = f"not within the image of {width} x {height} pixels"
-    for wrong, why in ((outside, size), (inverted, "inverted, it must be x1, y1, x2, y2")):
-        if wrong.any():
-            raise ValueError(f"{what} {xy[wrong][0].tolist()}: {why}")
-
-
-def check_prompts(features: Tensor, boxes, points, labels, masks, image_size: int) -> None:
-    """ValueError: what is wrong with the prompts of `SAM.decode`."""
-    given = {"boxes": boxes, "points": points, "labels": labels, "masks": masks}
-    given = {name: x for name, x in given.items() if x is not None}
-    if not given:
-        raise ValueError("no prompt: give boxes, points with labels, or masks")
-    if ("points" in given) != ("labels" in given):
-        raise ValueError("points need labels, 1 inside of the object, 0 outside, and labels points")
-    (B, _, side, _), (first, *_) = features.shape, given.values()
-    Q = first.shape[1] if first.ndim > 1 else "Q"
-    P = labels.shape[-1] if "labels" in given else None
-    shapes = {"boxes": (4,), "points": (P, 2), "labels": (P,), "masks": (1, 4 * side, 4 * side)}
-    for name, x in given.items():
-        if tuple(x.shape) != (B, Q, *shapes[name]):
-            wanted = ",".join(map(str, (B, Q, *shapes[name])))
-            raise ValueError(f"{name} are of shape {tuple(x.shape)}, expected ({wanted})")
-    if torch.compiler.is_compiling():  # which can't depend on values
-        return
-    for name in [name for name in ("boxes", "points") if name in given]:
-        check_inside(name, given[name], image_size, image_size)
-    if "labels" in given and not torch.isin(labels, torch.tensor([-1, 0, 1]).to(labels)).all():
-        raise ValueError("labels must be 1 inside of the object, 0 outside, -1 for no point")
-    if "masks" in given and not masks.isfinite().all():
-        raise ValueError("masks must be finite logits; some are NaN or infinite")
-    if len(given) == 1 and "masks" in given and not (masks > 0).flatten(2).any(2).all():
-        raise ValueError("masks: one is empty, it has no logit above 0, and no other prompt helps")
-
+# --------------------------------------------------------------------------------------------------
+# Nothing under this line is needed to understand the model: loading of weights, pre- and
+# postprocessing.
+# --------------------------------------------------------------------------------------------------
 
 FILES = ("best.safetensors", "model.safetensors", "pytorch_model.bin")
-RELEASED = {  # whose pixels they are made for
-    "facebook/sam-vit-base": "SAM", "facebook/sam-vit-large": "SAM", "facebook/sam-vit-huge": "SAM",
-    "sam_vit_b_01ec64.pth": "SAM", "sam_vit_l_0b3195.pth": "SAM", "sam_vit_h_4b8939.pth": "SAM",
-    "wanglab/medsam-vit-base": "MedSAM", "medsam_vit_b.pth": "MedSAM",
-}  # fmt: skip
-IGNORED = {r"pixel_(mean|std)": "of preprocessing, here in the config"}
+RELEASED = {  # file or hub id: whose preprocessing it needs
+    "facebook/sam-vit-base": "SAM",
+    "facebook/sam-vit-large": "SAM",
+    "facebook/sam-vit-huge": "SAM",
+    "sam_vit_b_01ec64.pth": "SAM",
+    "sam_vit_l_0b3195.pth": "SAM",
+    "sam_vit_h_4b8939.pth": "SAM",
+    "wanglab/medsam-vit-base": "MedSAM",
+    "medsam_vit_b.pth": "MedSAM",
+}
+IGNORED = {r"pixel_(mean|std)": "constants of the preprocessing, which Config holds"}
 FOURIER = "prompt_encoder.shared_embedding.positional_embedding"
 TWIN = "shared_image_embedding.positional_embedding"  # the hub's second name for the same tensor
-# The authors' names -> the hub's, which are ours but for TWIN, in this order.
-RENAMES = (
-    (r"^image_encoder\.patch_embed\.proj\.", "vision_encoder.patch_embed.projection."),
-    (r"^image_encoder\.blocks\.(\d+)\.norm", r"vision_encoder.layers.\1.layer_norm"),
-    (r"^image_encoder\.blocks\.", "vision_encoder.layers."),
-    (r"^image_encoder\.", "vision_encoder."),
-    (r"\.neck\.0\.", ".neck.conv1."), (r"\.neck\.1\.", ".neck.layer_norm1."),
-    (r"\.neck\.2\.", ".neck.conv2."), (r"\.neck\.3\.", ".neck.layer_norm2."),
-    (r"\.pe_layer\.positional_encoding_gaussian_matrix$", ".shared_embedding.positional_embedding"),
-    (r"\.point_embeddings\.", ".point_embed."), (r"\.mask_downscaling\.", ".mask_embed."),
-    (r"\.mask_embed\.0", ".mask_embed.conv1"), (r"\.mask_embed\.1", ".mask_embed.layer_norm1"),
-    (r"\.mask_embed\.3", ".mask_embed.conv2"), (r"\.mask_embed\.4", ".mask_embed.layer_norm2"),
-    (r"\.mask_embed\.6", ".mask_embed.conv3"),
-    (r"(transformer\.layers\.\d)\.norm", r"\1.layer_norm"), (r"\.norm_final", ".layer_norm_final"),
-    (r"\.output_upscaling\.0", ".upscale_conv1"), (r"\.output_upscaling\.3", ".upscale_conv2"),
-    (r"\.output_upscaling\.1", ".upscale_layer_norm"),
-    (r"(_mlps\.\d|_head)\.layers\.0", r"\1.proj_in"),
-    (r"(_mlps\.\d|_head)\.layers\.1", r"\1.layers.0"),
-    (r"(_mlps\.\d|_head)\.layers\.2", r"\1.proj_out"),
-)  # fmt: skip
+# Beginnings of the authors' names -> ours. The first that fits is replaced; # is a number.
+AUTHORS = {
+    "image_encoder.patch_embed.proj.": "vision_encoder.patch_embed.projection.",
+    "image_encoder.blocks.#.norm": "vision_encoder.layers.#.layer_norm",
+    "image_encoder.blocks.": "vision_encoder.layers.",
+    "image_encoder.neck.0.": "vision_encoder.neck.conv1.",
+    "image_encoder.neck.1.": "vision_encoder.neck.layer_norm1.",
+    "image_encoder.neck.2.": "vision_encoder.neck.conv2.",
+    "image_encoder.neck.3.": "vision_encoder.neck.layer_norm2.",
+    "image_encoder.": "vision_encoder.",
+    "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix": FOURIER,
+    "prompt_encoder.point_embeddings.": "prompt_encoder.point_embed.",
+    "prompt_encoder.mask_downscaling.0.": "prompt_encoder.mask_embed.conv1.",
+    "prompt_encoder.mask_downscaling.1.": "prompt_encoder.mask_embed.layer_norm1.",
+    "prompt_encoder.mask_downscaling.3.": "prompt_encoder.mask_embed.conv2.",
+    "prompt_encoder.mask_downscaling.4.": "prompt_encoder.mask_embed.layer_norm2.",
+    "prompt_encoder.mask_downscaling.6.": "prompt_encoder.mask_embed.conv3.",
+    "mask_decoder.transformer.layers.#.norm": "mask_decoder.transformer.layers.#.layer_norm",
+    "mask_decoder.transformer.norm_final": "mask_decoder.transformer.layer_norm_final",
+    "mask_decoder.output_upscaling.0.": "mask_decoder.upscale_conv1.",
+    "mask_decoder.output_upscaling.1.": "mask_decoder.upscale_layer_norm.",
+    "mask_decoder.output_upscaling.3.": "mask_decoder.upscale_conv2.",
+    "mask_decoder.output_hypernetworks_mlps.#.layers.0.": (
+        "mask_decoder.output_hypernetworks_mlps.#.proj_in."
+    ),
+    "mask_decoder.output_hypernetworks_mlps.#.layers.1.": (
+        "mask_decoder.output_hypernetworks_mlps.#.layers.0."
+    ),
+    "mask_decoder.output_hypernetworks_mlps.#.layers.2.": (
+        "mask_decoder.output_hypernetworks_mlps.#.proj_out."
+    ),
+    "mask_decoder.iou_prediction_head.layers.0.": "mask_decoder.iou_prediction_head.proj_in.",
+    "mask_decoder.iou_prediction_head.layers.1.": "mask_decoder.iou_prediction_head.layers.0.",
+    "mask_decoder.iou_prediction_head.layers.2.": "mask_decoder.iou_prediction_head.proj_out.",
+}
+
+
+def from_authors(name: str) -> str:
+    """Return our name for a tensor of the authors' files."""
+    for start, ours in AUTHORS.items():
+        match = re.match(re.escape(start).replace(r"\#", r"(\d+)"), name)
+        if match:
+            number = match[1] if "#" in start else ""
+            return ours.replace("#", number) + name[match.end() :]
+    return name
+
+
+def is_authors(weights: dict[str, Tensor]) -> bool:
+    """Return True for weights with the authors' names, as opposed to the hub's."""
+    return any(name.startswith("image_encoder.") for name in weights)
 
 
 def convert(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Any naming -> ours, the hub's without TWIN."""
-    # "layers.0" is another layer in the hub's names, so these stay as they are.
-    renames = RENAMES if any(name.startswith("image_encoder.") for name in state_dict) else ()
+    """Rename the tensors of the authors' or the hub's files to ours, the hub's without TWIN.
+
+    Raise ValueError if two tensors of one name differ.
+    """
+    # Names of the hub stay as they are: its "layers.0" is not the authors' "layers.0".
+    has_authors_names = is_authors(state_dict)
     weights = {}
-    for name, t in state_dict.items():
+    for name, tensor in state_dict.items():
         if any(re.fullmatch(pattern, name) for pattern in IGNORED):
             continue
-        for pattern, new in renames:
-            name = re.sub(pattern, new, name)
-        name = FOURIER if name == TWIN else name
-        if name in weights and not torch.equal(weights[name], t):
-            raise ValueError(f"{name} is there twice, under two names and with other numbers")
-        weights[name] = t
+        if has_authors_names:
+            name = from_authors(name)
+        if name == TWIN:
+            name = FOURIER
+        if name in weights and not torch.equal(weights[name], tensor):
+            raise ValueError(f"{name} is stored under two names, with different values")
+        weights[name] = tensor
     return weights
 
 
 def to_official(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Any naming -> the hub's, for `load_state_dict` of transformers' class."""
+    """Rename to the hub's names, for `load_state_dict` of transformers' SamModel."""
     weights = convert(state_dict)
     return weights | {TWIN: weights[FOURIER].clone()}
 
 
 def read_config(weights: dict[str, Tensor], settings: dict, overrides: dict, source) -> Config:
-    """Sizes by the shapes that most tensors of a kind have, so that a wrong one is told later."""
-    # No file tells the authors' 1e-5; transformers' config.json may tell another.
-    hub = {"layer_norm_eps": 1e-6} | settings.get("mask_decoder_config", {})
-    eps = 1e-5 if any(n.startswith("image_encoder.") for n in weights) else hub["layer_norm_eps"]
+    """Return the config of an official file; settings: its config.json, or {}.
+
+    Sizes are read from the shapes of the tensors. Print which preprocessing is assumed, unless
+    `overrides` decide about it. Raise ValueError, one line, if the file is not SAM's.
+    """
     shapes = {name: t.shape for name, t in convert(weights).items()}
-
-    def sizes(pattern: str, axis: int) -> list[int]:
-        found = (shape for name, shape in shapes.items() if re.fullmatch(pattern, name))
-        return [shape[axis] for shape in found if axis < len(shape)]
-
-    layer, tables = r"vision_encoder\.layers\.(\d+)\.", r"attn\.rel_pos_[hw]"
-    kinds = ((f"{layer}layer_norm1.bias", 0), (layer + tables, 1), (f"{layer}mlp.lin1.bias", 0))
-    kinds = [sizes(*kind) for kind in (*kinds, (r"mask_decoder\..*layer_norm\d\.bias", 0))]
-    if not all(kinds):
+    layer = r"vision_encoder\.layers\.(\d+)\."
+    dim = common_size(shapes, layer + r"layer_norm1\.bias", 0)
+    head_dim = common_size(shapes, layer + r"attn\.rel_pos_[hw]", 1)
+    mlp_dim = common_size(shapes, layer + r"mlp\.lin1\.bias", 0)
+    out_dim = common_size(shapes, r"mask_decoder\..*layer_norm\d\.bias", 0)
+    if None in (dim, head_dim, mlp_dim, out_dim):
         kind = recognise(weights)
-        hint = f" The file seems to be {kind}." if kind else ""
-        told = f"not SAM, whose names start with vision_ or image_encoder.{hint}"
-        raise ValueError(f"{source}: {told}")
-    dim, d, mlp_dim, out_dim = map(mode, kinds)
-    depth = 1 + max(int(match[1]) for name in shapes if (match := re.match(layer, name)))
-    rows = {i: sizes(rf"vision_encoder\.layers\.{i}\.{tables}", 0) for i in range(depth)}
-    wide = {i: x[-1] for i, x in rows.items() if x and x[-1] != 2 * WINDOW - 1}
-    image_size = 8 * (1 + mode(wide.values())) if wide else 16 * WINDOW
-    parts = Path(str(source).split("@")[0]).parts[-2:]  # a file may lie in a folder of that name
-    kind = next((kind for name, kind in RELEASED.items() if Path(name).name in parts), None)
+        hint = f"; the file seems to be {kind}" if kind else ""
+        raise ValueError(f"{source}: not SAM, has no vision_encoder. or image_encoder.{hint}")
+
+    depth = 0
+    for name in shapes:
+        match = re.match(layer, name)
+        if match:
+            depth = max(depth, 1 + int(match[1]))
+    global_blocks, image_size = global_attention(shapes)
+
+    # The authors' eps is in no file. The hub's is in config.json, unless it is the default.
+    eps = settings.get("mask_decoder_config", {}).get("layer_norm_eps", 1e-6)
+    if is_authors(weights):
+        eps = 1e-5
+
+    config = Config(dim, depth, dim // head_dim, mlp_dim, global_blocks, out_dim, eps, image_size)
+    if preprocessing_of(source, overrides) == "MedSAM":
+        config = replace(config, **MEDSAM)
+    return config
+
+
+def common_size(shapes: dict[str, torch.Size], pattern: str, axis: int) -> int | None:
+    """Return the size that most tensors of a kind have along an axis, None if there are none.
+
+    A single tensor of a wrong shape does not change the config: `check_complete` reports it.
+    """
+    sizes = []
+    for name, shape in shapes.items():
+        if re.fullmatch(pattern, name) and axis < len(shape):
+            sizes.append(shape[axis])
+    return mode(sizes) if sizes else None
+
+
+def global_attention(shapes: dict[str, torch.Size]) -> tuple[tuple[int, ...], int]:
+    """Return the blocks with global attention, and the image size in pixels.
+
+    A table of relative positions has 2*S - 1 rows: S is WINDOW, or the whole grid of patches.
+    """
+    table_rows = {}  # block -> rows of its tables
+    for name, shape in shapes.items():
+        match = re.fullmatch(r"vision_encoder\.layers\.(\d+)\.attn\.rel_pos_[hw]", name)
+        if match and shape:
+            table_rows[int(match[1])] = shape[0]
+
+    global_rows = {}
+    for block in sorted(table_rows):
+        if table_rows[block] != 2 * WINDOW - 1:
+            global_rows[block] = table_rows[block]
+    if not global_rows:
+        return (), 16 * WINDOW
+    image_size = 8 * (1 + mode(global_rows.values()))  # a grid of (1 + rows) / 2 patches of 16
+    return tuple(global_rows), image_size
+
+
+def preprocessing_of(source, overrides: dict) -> str:
+    """Return "SAM" or "MedSAM", by the name of the file or hub id, and print which."""
+    path = str(source).split("@")[0]
+    known = ""
+    for name, kind in RELEASED.items():
+        if Path(name).name in Path(path).parts[-2:]:  # a folder may have the name, too
+            known = kind
+            break
+
     if not MEDSAM.keys() & overrides.keys():
-        why = "by its name" if kind else "as no name tells; for MedSAM's: **sam_decoder.MEDSAM"
-        print(f"{source}: pixels as {kind or 'SAM'} has them, {why}")
-    config = Config(dim, depth, dim // d, mlp_dim, tuple(wide), out_dim, eps, image_size)
-    return replace(config, **MEDSAM) if kind == "MedSAM" else config
+        if known:
+            print(f"{source}: preprocessing of {known}, by its name")
+        else:
+            print(
+                f"{source}: preprocessing of SAM, as the name is unknown; "
+                "for MedSAM pass **sam_decoder.MEDSAM"
+            )
+    return known or "SAM"
 
 
 def resized(weights: dict[str, Tensor], config: Config) -> dict[str, Tensor]:
-    """Position tables for the `image_size` of `config`; those of windows need no other."""
-    grid, weights = config.image_size // 16, dict(weights)
+    """Return weights with position tables for `config.image_size`; windows keep theirs.
+
+    image_encoder.py has the same for relative positions (get_rel_pos), SAMed for both.
+    """
+    grid = config.image_size // 16
+    weights = dict(weights)
+
     table = weights["vision_encoder.pos_embed"].permute(0, 3, 1, 2).float()  # (1,C,H,W)
     table = F.interpolate(table, (grid, grid), mode="bilinear", align_corners=False)
-    weights["vision_encoder.pos_embed"] = table.permute(0, 2, 3, 1).contiguous()
+    weights["vision_encoder.pos_embed"] = table.permute(0, 2, 3, 1).contiguous()  # (1,grid,grid,C)
+
     for i in config.global_blocks:
         for axis in "hw":
             name = f"vision_encoder.layers.{i}.attn.rel_pos_{axis}"
@@ -601,12 +943,18 @@ def resized(weights: dict[str, Tensor], config: Config) -> dict[str, Tensor]:
     return weights
 
 
+# utils/transforms.py, class ResizeLongestSide
 def frame_size(size: tuple[int, int], config: Config) -> tuple[int, int]:
-    """Height and width that an image of `size` has within the square, at its upper left."""
+    """Return the height and width that an image of `size` (H,W) has within the square input.
+
+    It lies at the upper left; the rest is padding.
+    """
     S = config.image_size
     if not config.letterbox:
         return S, S
-    return tuple(max(1, int(side * (S / max(size)) + 0.5)) for side in size)
+    scale = S / max(size)
+    height, width = (max(1, int(side * scale + 0.5)) for side in size)
+    return height, width
 
 
 # shared: to_rgb
@@ -637,11 +985,11 @@ def to_rgb(image):
 
 
 def preprocess(image, config: Config) -> Tensor:
-    """PIL image -> (3,S,S) float32: SAM's longest side S, normalised, then zeros; MedSAM's MEDSAM.
+    """Resize, normalise and pad a PIL image -> (3,S,S) float32. Raise errors as `to_rgb` does.
 
-    Raise errors as `to_rgb` does. SAM's is the official one. MedSAM's authors resize by skimage's
-    cubic splines, here it is PIL's bicubic: 1 to 2 of 255 grey levels apart on average on a noisy
-    photo, 3 to 7 at its 99 %.
+    SAM scales the longest side to S and pads with zeros after normalisation, as the official code.
+    MedSAM's authors resize with skimage's cubic splines. PIL's bicubic, which is used here, differs
+    by 1 to 2 of 255 grey levels on average on a noisy photo, by 3 to 7 at the 99th percentile.
     """
     import numpy as np
     from PIL import Image
@@ -649,47 +997,66 @@ def preprocess(image, config: Config) -> Tensor:
     image = to_rgb(image)
     h, w = frame_size((image.height, image.width), config)
     image = image.resize((w, h), Image.Resampling[config.resample.upper()])
+
     x = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255  # (3,h,w)
     if config.min_max:
         x = (x - x.min()) / (x.max() - x.min()).clamp(min=1e-8)
-    mean, std = (torch.tensor(x)[:, None, None] for x in (config.mean, config.std))  # (3,1,1)
-    return F.pad((x - mean) / std, (0, config.image_size - w, 0, config.image_size - h))  # (3,S,S)
+    mean = torch.tensor(config.mean)[:, None, None]  # (3,1,1)
+    std = torch.tensor(config.std)[:, None, None]
+    x = (x - mean) / std
+    return F.pad(x, (0, config.image_size - w, 0, config.image_size - h))  # (3,S,S)
 
 
 def preprocess_mask(mask: Tensor, config: Config) -> Tensor:
-    """mask (H,W) -> (1,S,S) float32 in the geometry of `preprocess`, to train with.
+    """Resize and pad a mask (H,W) like an image in `preprocess` -> (1,S,S) float32, for training.
 
-    Nearest neighbour. Where a position falls exactly between two source pixels, the result may
-    differ by one source pixel from that of PIL or OpenCV.
+    Nearest neighbour. Where a position falls exactly between two source pixels, PIL or OpenCV may
+    choose the other one.
     """
     h, w = frame_size(mask.shape, config)
-    mask = F.interpolate(mask[None, None].float(), (h, w), mode="nearest-exact")[0]  # PIL's nearest
+    mask = mask[None, None].float()  # (1,1,H,W)
+    mask = F.interpolate(mask, (h, w), mode="nearest-exact")[0]  # (1,h,w); as PIL's nearest
     return F.pad(mask, (0, config.image_size - w, 0, config.image_size - h))  # (1,S,S)
 
 
+# utils/transforms.py, ResizeLongestSide.apply_coords
 def to_frame(xy: Tensor, size: tuple[int, int], config: Config) -> Tensor:
-    """Points (...,2) or boxes (...,4) in pixels of an image of size (H,W) -> of the square.
+    """Bring points (...,2) or boxes (...,4) in pixels of an image of size (H,W) to the SxS input.
 
-    ValueError: one is not within the image or inverted.
+    Raise ValueError, one line, if one is not within the image or inverted.
     """
-    (H, W), (h, w) = size, frame_size(size, config)
+    H, W = size
+    h, w = frame_size(size, config)
     check_inside("prompt", xy, W, H)
-    # Multiplied first: the image's edge is then exactly the frame's.
-    numerator, denominator = (torch.tensor(x, device=xy.device) for x in ((w, h), (W, H)))
-    return (xy.unflatten(-1, (-1, 2)) * numerator / denominator).flatten(-2)
+
+    # Multiply before dividing: the image's edge then becomes exactly the frame's.
+    frame = torch.tensor((w, h), device=xy.device)
+    image = torch.tensor((W, H), device=xy.device)
+    corners = xy.unflatten(-1, (-1, 2))  # (...,1 or 2,2)
+    return (corners * frame / image).flatten(-2)
+
+
+def upsample(logits: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize bilinearly: (B,M,h,w) -> (B,M,*size)."""
+    return F.interpolate(logits, size, mode="bilinear", align_corners=False)
+
+
+# modeling/sam.py, Sam.postprocess_masks
+def to_image_size(logits: Tensor, size: tuple[int, int], config: Config) -> Tensor:
+    """Resize logits (B,M,S/4,S/4) to an image of `size` (H,W), without padding -> (B,M,H,W)."""
+    S = config.image_size
+    h, w = frame_size(size, config)
+    logits = upsample(logits, (S, S))[..., :h, :w]  # (B,M,h,w)
+    return upsample(logits, size)
 
 
 def postprocess(logits: Tensor, size: tuple[int, int], config: Config) -> Tensor:
-    """logits (M,S/4,S/4) -> probabilities (M,H,W) float32, 0..1, at the image's own `size` (H,W).
-
-    Logits beyond the image, where it does not fill the square, are cut off.
-    """
-    resize = partial(F.interpolate, mode="bilinear", align_corners=False)
-    logits = logits[None].float()
+    """logits (M,S/4,S/4) -> probabilities (M,H,W), float32, at the image's own `size` (H,W)."""
+    logits = logits[None].float()  # (1,M,S/4,S/4)
     if not config.letterbox:
-        return resize(logits.sigmoid(), size)[0]  # quirk: in this order, MedSAM_Inference.py
-    (h, w), S = frame_size(size, config), config.image_size
-    return resize(resize(logits, (S, S))[..., :h, :w], size)[0].sigmoid()
+        # quirk: MedSAM applies the sigmoid before resizing (MedSAM_Inference.py)
+        return upsample(logits.sigmoid(), size)[0]
+    return to_image_size(logits, size, config)[0].sigmoid()
 
 
 # shared: open_upright
@@ -737,13 +1104,14 @@ def segment(model: SAM, image, boxes=None, points=None, labels=None) -> tuple:
     """Return a mask for each of Q prompts of one image, as numpy arrays of the image's size.
 
     image: a file (str or Path), see `open_upright`, or a PIL image, whose EXIF data is ignored.
-    Prompts are arrays, lists or tensors in pixels of the image, as it is upright:
-    boxes (Q,4), x1, y1, x2, y2, of one object also (4,); points (Q,P,2), x, y, of one object also
-    (P,2) or (2,); labels (Q,P) or (P,), 1 inside of the object (the default), 0 outside, -1 no
-    point. Boxes and points together are prompts of the same Q objects.
-    Probabilities are float32 (Q,H,W). The masks, uint8 (Q,H,W), are 1 where they are above
-    `config.threshold`, else 0. Raise errors as `open_upright` and `preprocess` do, and ValueError
-    for wrong prompts.
+    Prompts are arrays, lists or tensors in pixels of the upright image:
+    boxes (Q,4), x1, y1, x2, y2, or (4,) for one object; points (Q,P,2), x, y, or (P,2) or (2,) for
+    one object; labels (Q,P) or (P,), 1 inside of the object (the default), 0 outside, -1 no point.
+    Boxes and points together are prompts of the same Q objects.
+
+    Returns probabilities, float32 (Q,H,W), and masks, uint8 (Q,H,W): 1 where the probability is
+    above `config.threshold`, else 0. Raises errors as `open_upright` and `preprocess` do, and
+    ValueError for wrong prompts.
     """
     image = open_upright(image)
     weight = next(model.parameters())
@@ -756,25 +1124,26 @@ def segment(model: SAM, image, boxes=None, points=None, labels=None) -> tuple:
 
     with evaluating(model):
         features = model.encode_image(pixels)  # (1,C,S/16,S/16)
-        for i in range(count):  # one by one: 30 MB a prompt
+        for i in range(count):  # one by one: each takes 30 MB
             prompt = {name: x[None, i : i + 1] for name, x in prompts.items()}
             logits, _ = model.decode(features, **prompt)  # (1,1,1,S/4,S/4)
             probabilities[i] = model.postprocess(logits[0, 0], size)[0]
 
     probabilities = probabilities.numpy()
-    return probabilities, (probabilities > model.config.threshold).astype("uint8")
+    masks = (probabilities > model.config.threshold).astype("uint8")
+    return probabilities, masks
 
 
 def prompt_tensors(size: tuple[int, int], config: Config, boxes, points, labels) -> dict:
-    """Return the prompts of `segment` in pixels of the square, by their names in `SAM.decode`.
+    """Return the prompts of `segment` in pixels of the SxS input, by their names in `SAM.decode`.
 
-    Tensors boxes (Q,4), points (Q,P,2) and labels (Q,P); without those that are not given.
-    Raise ValueError, one line, for shapes that do not fit and prompts outside of the image.
+    The tensors are boxes (Q,4), points (Q,P,2) and labels (Q,P), without those that are None.
+    Raises ValueError, one line, for shapes that do not fit and prompts outside of the image.
     """
     if boxes is None and points is None:
         raise ValueError("no prompt: segment takes boxes, points or both")
     if points is None and labels is not None:
-        raise ValueError("labels belong to points, and no points are given")
+        raise ValueError("labels belong to points, but there are no points")
 
     prompts = {}
     if boxes is not None:
@@ -789,22 +1158,28 @@ def prompt_tensors(size: tuple[int, int], config: Config, boxes, points, labels)
         points = with_axes(torch.as_tensor(points, dtype=torch.float32), 3)
         if points.shape[2:] != (2,):
             raise ValueError(f"points are of shape {tuple(points.shape)}, expected (Q,P,2)")
+        Q, P = points.shape[:2]
         if labels is None:
-            labels = torch.ones(points.shape[:2])
+            labels = torch.ones(Q, P)
         labels = with_axes(torch.as_tensor(labels, dtype=torch.int64), 2)
-        if labels.shape != points.shape[:2]:
-            have = f"labels are of shape {tuple(labels.shape)}"
-            raise ValueError(f"{have}, expected {tuple(points.shape[:2])}, one for each point")
-        prompts |= {"points": to_frame(points, size, config), "labels": labels}
+        if labels.shape != (Q, P):
+            shape = tuple(labels.shape)
+            raise ValueError(
+                f"labels are of shape {shape}, expected ({Q}, {P}), one for each point"
+            )
+        prompts["points"] = to_frame(points, size, config)
+        prompts["labels"] = labels
 
-    if len(prompts) == 3 and len(boxes) != len(points):
-        have = f"{len(boxes)} boxes and points of {len(points)} objects"
-        raise ValueError(f"{have}: together they must be of the same objects")
+    if boxes is not None and points is not None and len(boxes) != len(points):
+        raise ValueError(
+            f"{len(boxes)} boxes and points of {len(points)} objects: together they must be of the "
+            "same objects"
+        )
     return prompts
 
 
 def with_axes(x: Tensor, n: int) -> Tensor:
-    """Return a tensor with n axes: axes of 1 come first where it has fewer."""
+    """Return a tensor with n axes, adding axes of size 1 in front."""
     return x[(None,) * (n - x.ndim)]
 
 

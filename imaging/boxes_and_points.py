@@ -1,14 +1,15 @@
-"""Prompts for SAM: masks and class maps -> components, boxes and points; those of files.
+"""Prompts for SAM: boxes and points, made from masks or read from files.
 
+Masks and class maps -> components -> prompts: `components`, `make_prompts`.
 Files of boxes have the columns image,class,x0,y0,x1,y1 (`read_boxes`), files of points
-image,class,x,y,label (`read_points`); `read_given` pairs them.
+image,class,x,y,label (`read_points`); `read_prompts` pairs the two.
 
-Coordinates are pixels of the image that the mask belongs to, x then y, from 0 at the centre of the
-first pixel: SAM's prompt encoder adds its half pixel itself, and a box whose corners are (3, 5) and
-(3, 5) holds one pixel. They are float32; bringing them to SAM's 1024 frame is the model's business.
+Coordinates are float32 pixels of the image, x then y, from 0 at the centre of the first pixel
+(SAM's prompt encoder adds the half pixel). A box includes both corners: one with the corners (3, 5)
+and (3, 5) holds one pixel. The model brings them to its own input size.
 
-Prompts are made after an augmentation, from the mask that it left. Each has a target of its own,
-the mask of its one component: what else the class has in the image is background to it.
+Prompts are made after the augmentation, from the augmented mask. The target of each is the mask of
+its one component; the rest of the class is background to it.
 """
 
 import csv
@@ -21,158 +22,199 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from scipy.ndimage import distance_transform_edt, find_objects, label
+from scipy import ndimage
 
 from imaging import files
 
 SOURCES = ("boxes", "points", "both", "image")
+NO_POINTS = np.zeros((0, 2), np.float32)
+NO_LABELS = np.zeros(0, np.int64)
 
 
 class Component(NamedTuple):
-    """One connected piece of one class."""
+    """One connected component of one class."""
 
-    label: int  # its class number
-    mask: np.ndarray  # uint8 (H,W): 1 inside, 0 outside, 255 where the pixel does not count
-    box: np.ndarray  # float32 (4,): x0 y0 x1 y1, the first and last columns and rows that it has
+    label: int  # class index
+    mask: np.ndarray  # uint8 (H,W): 1 inside, 0 outside, 255 ignored
+    box: np.ndarray  # float32 (4,): x0 y0 x1 y1, its first and last columns and rows
 
 
 class Prompt(NamedTuple):
-    """What SAM is told of one component, and what it should answer (None: of a file)."""
+    """A prompt for one object, and its target."""
 
-    label: int  # its class number
-    mask: np.ndarray | None  # uint8 (H,W), the target: 1 inside, 0 outside, 255 does not count
-    box: np.ndarray | None  # float32 (4,): x0 y0 x1 y1; None: prompted by points alone
-    points: np.ndarray  # float32 (P,2): x y; P is the same for all prompts made of one mask
-    labels: np.ndarray  # int64 (P,): 1 inside, 0 outside, -1 no point (SAM's padding)
+    label: int  # class index
+    mask: np.ndarray | None  # uint8 (H,W): 1 inside, 0 outside, 255 ignored; None: from a file
+    box: np.ndarray | None  # float32 (4,): x0 y0 x1 y1; None: points alone
+    points: np.ndarray = NO_POINTS  # float32 (P,2): x y; P is the same for all prompts of a mask
+    labels: np.ndarray = NO_LABELS  # int64 (P,): 1 inside, 0 outside, -1 no point (padding)
 
 
 # --- masks to prompts -----------------------------------------------------------------------------
 
 
-def components(mask: np.ndarray, classes, min_area: int = 20) -> list[Component]:
-    """The connected pieces of each class, diagonal neighbours together, class by class.
+def is_ignored(mask: np.ndarray) -> np.ndarray:
+    """Return bool (H,W), True for pixels of 255 (ignored) and -1 (not annotated)."""
+    return (mask == 255) | (mask < 0)
 
-    mask int (H,W) of class numbers; 255 (does not count) and -1 (not annotated) are no class.
-    classes: the numbers to look for, as range(1, K). Pieces of fewer than `min_area` pixels are
-    left out (the OCT study keeps all: 1): specks of an annotation are no objects to be asked for,
-    and scores over prompts do not see them.
+
+def components(mask: np.ndarray, classes, min_area: int = 20) -> list[Component]:
+    """Return the connected components of each class, class by class; diagonal neighbours connect.
+
+    mask: int (H,W) of class indices. classes: those to look for, such as range(1, K). Components of
+    fewer than `min_area` pixels are skipped: specks of an annotation are no objects that a user
+    would point at. (The OCT study keeps them all: 1.)
     """
     mask = np.asarray(mask)
-    ignored = (mask == 255) | (mask < 0)
-    found = []
-    for number in classes:
-        pieces, _ = label(mask == number, np.ones((3, 3)))
-        areas = np.bincount(pieces.ravel())
-        for k, (rows, columns) in enumerate(find_objects(pieces), 1):
-            if areas[k] >= min_area:
-                box = (columns.start, rows.start, columns.stop - 1, rows.stop - 1)
-                target = np.where(ignored, 255, pieces == k).astype(np.uint8)
-                found.append(Component(int(number), target, np.float32(box)))
-    return found
+    ignored = is_ignored(mask)
+
+    pieces = []
+    for label in classes:
+        numbered, _ = ndimage.label(mask == label, np.ones((3, 3)))  # 1, 2, … for each component
+        areas = np.bincount(numbered.ravel())
+        for k, (rows, columns) in enumerate(ndimage.find_objects(numbered), 1):
+            if areas[k] < min_area:
+                continue
+            box = np.float32([columns.start, rows.start, columns.stop - 1, rows.stop - 1])
+            target = np.where(ignored, 255, numbered == k).astype(np.uint8)
+            pieces.append(Component(int(label), target, box))
+    return pieces
 
 
 def image_box(size: tuple[int, int]) -> np.ndarray:
-    """The box around a whole image of size (H,W), float32 (4,)."""
-    return np.float32([0, 0, size[1] - 1, size[0] - 1])
+    """Return the box around a whole image of size (H,W), float32 (4,)."""
+    H, W = size
+    return np.float32([0, 0, W - 1, H - 1])
 
 
 def box_prompt(
     component: Component, jitter: int = 0, rng: np.random.Generator | None = None
 ) -> np.ndarray:
-    """The component's box, float32 (4,), each side moved by -jitter to jitter whole pixels.
+    """Return the component's box, float32 (4,), each side moved by -jitter to jitter whole pixels.
 
-    No side passes the box's middle or the image's border, so that no box is inverted and none is
-    without its middle. (The OCT study's moves invert 47 % of the boxes that are one pixel wide.)
+    No side passes the middle of the box or the border of the image, so no box is inverted. (The
+    moves of the OCT study invert 47 % of the boxes that are one pixel wide.)
     """
     if not jitter:
         return component.box.copy()
+
     H, W = component.mask.shape
     x0, y0, x1, y1 = component.box
-    x, y = (x0 + x1) // 2, (y0 + y1) // 2
+    middle_x = (x0 + x1) // 2
+    middle_y = (y0 + y1) // 2
     moved = component.box + rng.integers(-jitter, jitter + 1, 4)
-    return np.clip(moved, [0, 0, x, y], [x, y, W - 1, H - 1]).astype(np.float32)
+    lowest = [0, 0, middle_x, middle_y]
+    highest = [middle_x, middle_y, W - 1, H - 1]
+    return np.clip(moved, lowest, highest).astype(np.float32)
 
 
 def point_prompts(
     component: Component, n: int, rng: np.random.Generator, background: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Random points: n inside and `background` outside -> xy float32 (P,2), labels int64 (P,).
+    """Draw n random points inside and `background` outside: xy float32 (P,2), labels int64 (P,).
 
-    P = n + background always: pixels are drawn with replacement, and where nothing lies outside
-    the component the label is -1, which SAM takes for no point. Pixels that do not count are
-    neither inside nor outside.
+    P is always n + background: pixels are drawn with replacement, and where nothing lies outside
+    the component the label is -1, SAM's padding. Ignored pixels are never drawn.
     """
-    points, labels = np.zeros((n + background, 2), np.float32), np.full(n + background, -1)
-    for value, part in ((1, slice(n)), (0, slice(n, None))):
+    points = np.zeros((n + background, 2), np.float32)
+    labels = np.full(n + background, -1)
+    W = component.mask.shape[1]
+
+    for value, rows in ((1, slice(n)), (0, slice(n, None))):
         pixels = np.flatnonzero(component.mask == value)
-        if len(pixels) and len(points[part]):
-            y, x = np.divmod(rng.choice(pixels, len(points[part])), component.mask.shape[1])
-            points[part], labels[part] = np.stack([x, y], 1), value
+        count = len(points[rows])
+        if len(pixels) and count:
+            y, x = np.divmod(rng.choice(pixels, count), W)
+            points[rows] = np.stack([x, y], 1)
+            labels[rows] = value
     return points, labels
 
 
 def deepest_point(component: Component) -> np.ndarray:
-    """The pixel farthest from all that is not the component, the image's border too: float32 (2,).
+    """Return the pixel of a component that is farthest from its border, float32 (2,).
 
-    Of equally deep ones the first in reading order: the one point that an evaluation takes.
+    The image's border counts as well. Of equally deep pixels it is the first in reading order, so
+    that evaluations are repeatable.
     """
     inside = np.pad(component.mask == 1, 1)
-    y, x = np.unravel_index(distance_transform_edt(inside).argmax(), inside.shape)
-    return np.float32([x - 1, y - 1])
+    depth = ndimage.distance_transform_edt(inside)
+    y, x = np.unravel_index(depth.argmax(), depth.shape)
+    return np.float32([x - 1, y - 1])  # without the padding
 
 
 def make_prompts(
-    mask: np.ndarray, classes, kind: str, rng: np.random.Generator | None = None, *,
-    jitter: int = 0, points: int = 1, background: int = 0, min_area: int = 20,
+    mask: np.ndarray,
+    classes,
+    kind: str,
+    rng: np.random.Generator | None = None,
+    *,
+    jitter: int = 0,
+    points: int = 1,
+    background: int = 0,
+    min_area: int = 20,
     limit: int | None = None,
-) -> list[Prompt]:  # fmt: skip
-    """All prompts of one sample: one a component, [] if there is none.
+) -> list[Prompt]:
+    """Return one prompt for each component of a mask, [] if there is none.
 
-    mask, classes, min_area: as for `components`. kind, one of SOURCES: "boxes", "points", "both",
-    or "image", which asks for a whole class, there or not, with the whole image as box.
+    mask, classes, min_area: as for `components`. kind: one of SOURCES: "boxes", "points", "both",
+    or "image", one prompt for all objects of a single class, with a box around the whole image.
 
-    With rng, to train: boxes with `jitter`, `points` and `background` random points, of "both" by
-    lot a box, points, or box and points for each component; at most `limit` components, by lot.
-    Without, to evaluate: the tight box, the one deepest point, of "both" the two together, all
-    components. Raises ValueError for another kind, and for "image" with several classes, between
-    which such a prompt cannot tell.
+    With rng, for training: at most `limit` components, drawn at random; boxes with `jitter`;
+    `points` and `background` random points; "both" draws for each component a box, points, or box
+    and points. Without rng, for evaluation: all components; tight boxes; the one deepest point;
+    "both" is box and point. Raises ValueError for an unknown kind, and for "image" with several
+    classes, which such a prompt cannot tell apart.
     """
     if kind not in SOURCES:
         raise ValueError(f"--sam-prompts {kind}: unknown; SAM takes one of {', '.join(SOURCES)}")
     if kind == "image":
-        return [_whole_class(np.asarray(mask), list(classes))]
-    found = components(mask, classes, min_area)
-    if rng is not None and limit is not None and len(found) > limit:
-        found = [found[i] for i in sorted(rng.choice(len(found), limit, replace=False))]
+        return [image_prompt(np.asarray(mask), list(classes))]
+
+    pieces = components(mask, classes, min_area)
+    if rng is None:
+        return [exact_prompt(component, kind) for component in pieces]
+
+    if limit is not None and len(pieces) > limit:
+        chosen = rng.choice(len(pieces), limit, replace=False)
+        pieces = [pieces[i] for i in sorted(chosen)]
+
     prompts = []
-    for component in found:
-        form = kind if kind != "both" or rng is None else SOURCES[rng.integers(3)]
-        box, xy, labels = None, np.zeros((0, 2), np.float32), np.zeros(0, np.int64)
+    for component in pieces:
+        form = SOURCES[rng.integers(3)] if kind == "both" else kind
+        xy = NO_POINTS
+        labels = NO_LABELS
         if kind != "boxes":
-            xy, labels = deepest_point(component)[None], np.ones(1, np.int64)
-            if rng is not None:
-                xy, labels = point_prompts(component, points, rng, background)
-                if form == "boxes":
-                    labels[:] = -1
-        if form != "points":
-            box = component.box if rng is None else box_prompt(component, jitter, rng)
+            xy, labels = point_prompts(component, points, rng, background)
+        if kind != "boxes" and form == "boxes":
+            labels[:] = -1  # padding, as all prompts of a mask need the same number of points
+        box = None if form == "points" else box_prompt(component, jitter, rng)
         prompts.append(Prompt(component.label, component.mask, box, xy, labels))
     return prompts
 
 
-def _whole_class(mask: np.ndarray, classes: list[int]) -> Prompt:
-    """The prompt "image", whose target is all that the image has of its one class."""
+def exact_prompt(component: Component, kind: str) -> Prompt:
+    """Return a component's prompt without randomness: its box, its deepest point, or both."""
+    box = None if kind == "points" else component.box
+    if kind == "boxes":
+        return Prompt(component.label, component.mask, box)
+    xy = deepest_point(component)[None]  # (1,2)
+    return Prompt(component.label, component.mask, box, xy, np.ones(1, np.int64))
+
+
+def image_prompt(mask: np.ndarray, classes: list[int]) -> Prompt:
+    """Return the prompt "image": a box around everything, and all pixels of one class as target."""
     if len(classes) != 1:
-        what = f"does not say which of {len(classes)} classes is meant"
-        raise ValueError(f"--sam-prompts image: {what}; take boxes or points")
-    target = np.where((mask == 255) | (mask < 0), 255, mask == classes[0]).astype(np.uint8)
-    nothing = np.zeros((0, 2), np.float32), np.zeros(0, np.int64)
-    return Prompt(int(classes[0]), target, image_box(mask.shape), *nothing)
+        raise ValueError(
+            f"--sam-prompts image: does not say which of {len(classes)} classes is meant; "
+            "use boxes or points"
+        )
+    (label,) = classes
+    target = np.where(is_ignored(mask), 255, mask == label).astype(np.uint8)
+    return Prompt(int(label), target, image_box(mask.shape))
 
 
 # --- boxes and points from files ------------------------------------------------------------------
 
-# What the columns of such a file may be called: in any letter case, with or without `_`.
+# Accepted names of columns, in any letter case, with or without `_`.
 IMAGE_COLUMNS = ("image", "imgname", "imagename", "filename", "file", "imageid")
 CLASS_COLUMNS = ("class", "classname", "label", "labelname", "name")
 OBJECT_COLUMNS = ("object", "objectid")
@@ -184,10 +226,11 @@ CORNER_COLUMNS = (
 )
 SIZE_COLUMNS = {"w", "h", "width", "height"}
 EXAMPLES = {"boxes": "image,class,x0,y0,x1,y1", "points": "image,class,x,y,label"}
+COORDINATES = {"boxes": ("x0", "y0", "x1", "y1"), "points": ("x", "y")}
 
 
-class Given(NamedTuple):
-    """One box, or one point, of a file."""
+class FilePrompt(NamedTuple):
+    """One box or one point of a file."""
 
     name: str | None  # its class
     object: str | None  # which object of this class and image it belongs to
@@ -201,11 +244,11 @@ def plain_path(name: str) -> str:
 
 
 class ImageNames:
-    """Decides which image a name in a file of boxes means.
+    """Finds the image that a name in a file of boxes means.
 
     paths: {image: its path within the input folder or the data set's images folder}. A name with
     folders (`g/a.png`, `g\\a.png`, `./a.png`) is such a path. A bare file name (`a.png`) means the
-    image of that name in whichever folder. Both may lack the ending.
+    image of that name in any folder. Both may lack the file name extension.
     """
 
     def __init__(self, paths: dict):
@@ -224,189 +267,219 @@ class ImageNames:
         name = unicodedata.normalize("NFC", name)
         path = plain_path(name)
         is_bare = path == name and "/" not in path  # not ./a.png
-        fitting = (self.by_file_name if is_bare else self.by_path).get(path, [])
+        index = self.by_file_name if is_bare else self.by_path
+        images = index.get(path, [])
 
-        # An image called a.png may lie beside one called a.png.jpg.
-        whole = [image for image in fitting if self._is_whole(path, image)]
-        fitting = whole or fitting
-        if len(fitting) > 1:
-            part = "folder" if whole else "folder or ending"
-            names = ", ".join(self.shortest(image) for image in fitting[:3])
-            raise ValueError(f"{name} fits {len(fitting)} images; add its {part}, as in {names}")
-        return fitting[0] if fitting else None
+        # With a.png and a.png.jpg in one folder, a.png means the first.
+        exact = [image for image in images if self.has_extension_of(path, image)]
+        images = exact or images
+        if len(images) > 1:
+            part = "folder" if exact else "folder or ending"
+            names = ", ".join(self.shortest(image) for image in images[:3])
+            raise ValueError(f"{name} fits {len(images)} images; add its {part}, as in {names}")
+        return images[0] if images else None
 
-    def _is_whole(self, path: str, image) -> bool:
-        """Return True if a path that fits an image has the image's ending."""
+    def has_extension_of(self, path: str, image) -> bool:
+        """Return True if a path that fits an image has the image's extension."""
         return posixpath.basename(self.paths[image]) == posixpath.basename(path)
 
     def shortest(self, image) -> str:
         """Return the bare file name if only this image has it, else the path with its folder."""
         path = self.paths[image]
         file_name = posixpath.basename(path)
-        others = [i for i in self.by_file_name[file_name] if self._is_whole(path, i)]
-        if len(others) == 1:
+        candidates = self.by_file_name[file_name]
+        same_name = [i for i in candidates if self.has_extension_of(path, i)]
+        if len(same_name) == 1:
             return file_name
         return path if "/" in path else f"./{path}"
 
 
-def read_given(boxes, points, sizes: dict, classes=None, names: dict | None = None):
+def read_prompts(boxes, points, sizes: dict, classes=None, names: dict | None = None):
     """Return the prompts of a file of boxes, of a file of points, or of both together.
 
-    boxes, points: paths as `read_boxes` and `read_points` take them, or None. sizes: (H,W) of the
-    images that are asked for. names: as for `read_boxes`. classes: those of the data; of several
-    the first is the background, and a box must be called one of the others; of one class it may be
-    called anything. None: those that the files name.
+    boxes, points: paths as `read_boxes` and `read_points` take them, or None. sizes: (H,W) of each
+    image. names: as for `read_boxes`. classes: those of the data; if there are several, the first
+    is the background, and each box must name one of the others; if there is one, the names in the
+    file do not matter. None: the classes that the files name.
 
     Returns {image: [Prompt, ...]} without targets, and the classes. Points of one image and class
-    are one object, or one for each value of the column `object`. With boxes and points for a class
-    of an image, each box has the points of its own `object` if both files number all of them; then
-    a box may have no points. Else there are as many boxes as objects of points, in the same order.
-    Where an image's class has only boxes or only points, these are its prompts. Raises as
-    `read_boxes` does, and ValueError, one line, if boxes and points do not belong together.
+    are one object, or one for each value of the column `object`. Where an image has boxes and
+    points of a class, each box gets the points of its `object` if both files number all objects (a
+    box may then have no points); otherwise there must be as many boxes as objects of points, in the
+    same order. Where it has only boxes or only points of a class, these are its prompts. Raises as
+    `read_boxes` does, and ValueError, one line, if boxes and points do not pair.
     """
-    several = classes is not None and len(classes) > 1
-    known = classes[1:] if several else None
+    known = classes[1:] if classes is not None and len(classes) > 1 else None
     all_boxes = {} if boxes is None else read_boxes(boxes, sizes, known, names)
     all_points = {} if points is None else read_points(points, sizes, known, names)
     if classes is None:
-        classes = _named_classes(all_boxes, all_points)
+        classes = named_classes([*all_boxes.values(), *all_points.values()])
 
     prompts = {}
-    for image in [*all_boxes, *(image for image in all_points if image not in all_boxes)]:
-        where = str(image if names is None else names[image])
-        some_boxes = _by_class(all_boxes.get(image, []), classes, f"{boxes}: a box of {where}")
-        some_points = _by_class(all_points.get(image, []), classes, f"{points}: a point of {where}")
+    for image in all_boxes | all_points:
+        name = image if names is None else names[image]
+        image_boxes = all_boxes.get(image, [])
+        image_points = all_points.get(image, [])
+        class_boxes = group_by_class(image_boxes, classes, f"{boxes}: a box of {name}")
+        class_points = group_by_class(image_points, classes, f"{points}: a point of {name}")
+
         prompts[image] = []
-        for number in dict.fromkeys([*some_boxes, *some_points]):
-            pair = some_boxes.get(number, []), some_points.get(number, [])
+        for label in class_boxes | class_points:
             try:
-                prompts[image] += _pair(*pair, number)
+                pairs = pair(class_boxes.get(label, []), class_points.get(label, []))
             except ValueError as error:
-                raise ValueError(f"{points}: {where}: {error}") from None
+                raise ValueError(f"{points}: {name}: {error}") from None
+            for box, box_points in pairs:
+                prompts[image].append(to_prompt(label, box, box_points))
     return prompts, classes
 
 
-def _named_classes(boxes: dict, points: dict) -> list[str]:
-    """Return the classes that files name; of several the first is the background."""
-    rows = [*boxes.values(), *points.values()]
-    names = {given.name for some in rows for given in some}
-    own = sorted(names - {None})
-    return ["background", *own] if len(own) > 1 else own or ["target"]
+def named_classes(rows_of_images: list[list[FilePrompt]]) -> list[str]:
+    """Return the classes that files name; if there are several, "background" comes first."""
+    names = set()
+    for rows in rows_of_images:
+        names.update(row.name for row in rows)
+    names = sorted(names - {None})
+    if len(names) > 1:
+        return ["background", *names]
+    return names or ["target"]
 
 
-def _by_class(rows: list[Given], classes, where: str) -> dict[int, list[Given]]:
-    """Return an image's boxes or points by class number. Raises ValueError if one has no class."""
-    numbers = {}
-    for given in rows:
-        if len(classes) > 1 and given.name is None:
-            raise ValueError(f"{where} has no class; there are {', '.join(classes[1:])}")
-        number = classes.index(given.name) if len(classes) > 1 else 1
-        numbers.setdefault(number, []).append(given)
-    return numbers
+def group_by_class(
+    rows: list[FilePrompt], classes: list[str], subject: str
+) -> dict[int, list[FilePrompt]]:
+    """Return the boxes or points of an image by class index; all are of class 1 if there is one.
+
+    subject: which file and image, for the error. Raises ValueError if one of several classes is
+    needed and a row has none.
+    """
+    groups = {}
+    for row in rows:
+        label = 1
+        if len(classes) > 1:
+            if row.name is None:
+                raise ValueError(f"{subject} has no class; there are {', '.join(classes[1:])}")
+            label = classes.index(row.name)
+        groups.setdefault(label, []).append(row)
+    return groups
 
 
-def _pair(boxes: list[Given], points: list[Given], number: int) -> list[Prompt]:
-    """Return the prompts of one class in one image. Raises ValueError, without the place."""
+def pair(boxes: list[FilePrompt], points: list[FilePrompt]) -> list[tuple]:
+    """Return (box or None, its points) for each object of one class in one image.
+
+    Raises ValueError, without file and image, if boxes and points do not pair, and for points alone
+    that are all outside.
+    """
     objects = {}
     for point in points:
         objects.setdefault(point.object, []).append(point)
 
     if not boxes:
-        pairs = [(None, some) for some in objects.values()]
-    elif not objects:
-        pairs = [(box, []) for box in boxes]
-    elif all(given.object is not None for given in [*boxes, *points]):
-        pairs = _pair_by_object(boxes, objects)
-    elif len(boxes) == len(objects):
-        pairs = list(zip(boxes, objects.values(), strict=True))
-    else:
-        count = f"{len(boxes)} boxes and points of {len(objects)} objects"
-        raise ValueError(f"{count} do not pair; number the objects in a column object of both")
+        for object_points in objects.values():
+            if not any(point.label for point in object_points):
+                raise ValueError(
+                    "all points of an object are outside; it needs one inside, or a box"
+                )
+        return [(None, object_points) for object_points in objects.values()]
 
-    prompts = []
-    for box, some in pairs:
-        if box is None and not any(point.label for point in some):
-            raise ValueError("all points of an object are outside; it needs one inside, or a box")
-        xy = np.float32([point.xy for point in some]).reshape(-1, 2)
-        labels = np.int64([point.label for point in some])
-        prompts.append(Prompt(number, None, None if box is None else box.xy, xy, labels))
-    return prompts
+    if not objects:
+        return [(box, []) for box in boxes]
+    if all(row.object is not None for row in [*boxes, *points]):
+        return pair_by_object(boxes, objects)
+    if len(boxes) == len(objects):
+        return list(zip(boxes, objects.values(), strict=True))
+    raise ValueError(
+        f"{len(boxes)} boxes and points of {len(objects)} objects do not pair; number the objects "
+        "in a column object of both"
+    )
 
 
-def _pair_by_object(boxes: list[Given], objects: dict[str, list[Given]]) -> list[tuple]:
-    """Return (box, its points). Raises ValueError for a second box or for points without a box."""
+def pair_by_object(boxes: list[FilePrompt], objects: dict[str, list[FilePrompt]]) -> list[tuple]:
+    """Return (box, its points) for each box, by the column `object`.
+
+    Raises ValueError for a second box of an object, and for points without a box.
+    """
     names = [box.object for box in boxes]
     for name in objects:
         if name not in names:
             known = ", ".join(names)
             raise ValueError(f"object {name} has points but no box; objects of boxes: {known}")
-    repeated = [name for name in names if names.count(name) > 1]
-    if repeated:
-        raise ValueError(f"object {repeated[0]} has {names.count(repeated[0])} boxes, not one")
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"object {name} has {names.count(name)} boxes, not one")
     return [(box, objects.get(box.object, [])) for box in boxes]
 
 
+def to_prompt(label: int, box: FilePrompt | None, points: list[FilePrompt]) -> Prompt:
+    """Return the prompt of one object of class `label`, without a target."""
+    xy = np.float32([point.xy for point in points]).reshape(-1, 2)
+    labels = np.int64([point.label for point in points])
+    return Prompt(label, None, None if box is None else box.xy, xy, labels)
+
+
 def read_boxes(path, sizes: dict, classes=None, names: dict | None = None) -> dict:
-    """Return the boxes of a file by image, {image: [Given, ...]}, in the file's order.
+    """Return the boxes of a file by image, {image: [FilePrompt, ...]}, in the file's order.
 
     path: a .csv file, separated by commas, semicolons or tabs, with the header
     image,class,x0,y0,x1,y1; or a .json file with a list of objects of the same keys. The class may
-    be missing, and there may be an `object`. Columns may have other names, such as those in
-    CORNER_COLUMNS. JSON may also be an annotation file of a data set, whose `bbox` is taken as it
-    stands (x0, y0, x1, y1; an empty mask's ends in 0, 0), or a file of COCO (x, y, width, height).
-    Prints which other columns are not read, and how many boxes are left out as they are for other
-    images.
+    be missing, and there may be a column `object`. Columns may have other names, such as those in
+    CORNER_COLUMNS. JSON may also be an annotation file of a data set (its `bbox` is x0, y0, x1, y1;
+    that of an empty mask ends in 0, 0 and is skipped), or a COCO file (x, y, width, height). Prints
+    which columns are ignored, and how many boxes are ignored because they are for other images.
 
-    sizes: (H,W) of the images that are asked for. classes: the names that a class may have; None:
-    any. names: the images' paths as `ImageNames` takes them; None: the keys of `sizes`. Boxes lie
-    in 0..W and 0..H. Raises FileNotFoundError or ValueError, one line with the place: also if no
-    box is for any of the images.
+    sizes: (H,W) of each image; boxes lie in 0..W and 0..H. classes: accepted names of classes,
+    None: any. names: the images' paths as `ImageNames` takes them; None: the keys of `sizes`.
+    Raises FileNotFoundError or ValueError, one line with file and row; also if no box is for any of
+    the images.
     """
-    return _read(path, "boxes", sizes, classes, names)
+    return read_rows(path, "boxes", sizes, classes, names)
 
 
 def read_points(path, sizes: dict, classes=None, names: dict | None = None) -> dict:
-    """Return the points of a file by image, {image: [Given, ...]}, in the file's order.
+    """Return the points of a file by image, {image: [FilePrompt, ...]}, in the file's order.
 
-    path: a .csv or .json file as for `read_boxes`, with the columns image,class,x,y,label. Label is
-    1 for a point inside of the object, the default, or 0 outside. An `object` tells apart objects
-    of one class. Other arguments and errors as of `read_boxes`.
+    path: a .csv or .json file as for `read_boxes`, with the columns image,class,x,y,label. The
+    label is 1 for a point inside of the object (the default) and 0 for one outside. A column
+    `object` separates objects of one class. Other arguments and errors as for `read_boxes`.
     """
-    return _read(path, "points", sizes, classes, names)
+    return read_rows(path, "points", sizes, classes, names)
 
 
-def _read(path, kind: str, sizes: dict, classes, names: dict | None) -> dict:
-    """Return what `read_boxes` or `read_points` does: kind is "boxes" or "points"."""
+def read_rows(path, kind: str, sizes: dict, classes, names: dict | None) -> dict:
+    """Read a file for `read_boxes` or `read_points`; kind is "boxes" or "points"."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file of {kind}")
     names = ImageNames({image: image for image in sizes} if names is None else names)
-    given = {}
-    others = []  # names of images that are not asked for, one for each row
-    unread = {}  # columns
-    for place, row in _rows(path, kind):
+
+    rows = {}
+    unknown_images = []  # one name for each row
+    ignored_columns = set()
+    for location, row in file_rows(path, kind):
         try:
-            columns = _columns(row, kind)
-            unread |= dict.fromkeys(row.keys() - columns.values() - {""})
-            name = _text(row, columns["image"])
+            columns = find_columns(row, kind)
+            ignored_columns |= row.keys() - columns.values() - {""}
+            name = cell_text(row, columns["image"])
             image = names.find(name) if name else None
-            if image is None and name:
-                others.append(" ".join(name.split()))  # names may hold line ends
+            if name and image is None:
+                unknown_images.append(" ".join(name.split()))  # a name may contain line breaks
                 continue
-            values = {field: _text(row, key) for field, key in columns.items()}
-            _check_values(values, kind)
-            given.setdefault(image, []).append(_given(values, kind, sizes[image], classes))
+            values = {field: cell_text(row, column) for field, column in columns.items()}
+            parsed = parse_row(values, kind, sizes.get(image), classes)
+            rows.setdefault(image, []).append(parsed)
         except ValueError as error:
             message = " ".join(str(error).split())
-            raise ValueError(f"{path}, {place}: {message}") from None
+            raise ValueError(f"{path}, {location}: {message}") from None
 
-    _check_found(path, kind, given, others, names)
-    if unread:
-        print(f"{path}: columns that are not read: {' '.join(', '.join(sorted(unread)).split())}")
-    if others:
-        count = f"{len(others)} {kind} of images that are not asked for"
-        print(f"{path}: {count} are left out ({first_three(dict.fromkeys(others))})")
-    return given
+    check_rows(path, kind, rows, unknown_images, names)
+    if ignored_columns:
+        columns = " ".join(", ".join(sorted(ignored_columns)).split())
+        print(f"{path}: ignored columns: {columns}")
+    if unknown_images:
+        examples = first_three(dict.fromkeys(unknown_images))
+        count = len(unknown_images)
+        print(f"{path}: {count} {kind} are for other images and are ignored ({examples})")
+    return rows
 
 
 def first_three(names) -> str:
@@ -415,226 +488,266 @@ def first_three(names) -> str:
     return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
 
 
-def _check_found(path: Path, kind: str, given: dict, others: list[str], names: ImageNames) -> None:
+def check_rows(path: Path, kind: str, rows: dict, unknown_images: list[str], names: ImageNames):
     """Raise ValueError, one line, if a file has nothing for any image, or fractions for pixels."""
-    if not given and others:
+    if not rows and unknown_images:
         example = next(iter(names.paths.values()), "none")
         raise ValueError(
-            f"{path}: none of the {len(others)} {kind} is for an image that is asked for; the file "
-            f"names {others[0]}, the images are named like {example}"
+            f"{path}: none of the {len(unknown_images)} {kind} is for any of the images; the file "
+            f"names {unknown_images[0]}, the images are named like {example}"
         )
-    if not given:
+    if not rows:
         raise ValueError(f"{path}: holds no {kind}")
 
-    numbers = np.concatenate([row.xy for rows in given.values() for row in rows])
-    if numbers.max() <= 1 and (numbers % 1).any():
-        hint = "multiply them by the image's width and height"
-        raise ValueError(f"{path}: all numbers are from 0 to 1, but {kind} are in pixels; {hint}")
+    coordinates = []
+    for image_rows in rows.values():
+        coordinates += [row.xy for row in image_rows]
+    coordinates = np.concatenate(coordinates)
+    if coordinates.max() <= 1 and (coordinates % 1).any():
+        raise ValueError(
+            f"{path}: all numbers are from 0 to 1, but {kind} are in pixels; multiply them by the "
+            "image's width and height"
+        )
 
 
-# Rows of files
+# --- rows of files --------------------------------------------------------------------------------
 
 
-def _rows(path: Path, kind: str):
-    """Yield (place, {column: value}) of each row of a file. Raises ValueError, one line."""
-    ending = path.suffix.lower()
-    if ending == ".csv":
-        yield from _csv_rows(path, kind)
-        return
-    if ending != ".json":
+def file_rows(path: Path, kind: str):
+    """Yield (location, {column: value}) of each row of a file. Raises ValueError, one line."""
+    suffix = path.suffix.lower()
+    if suffix == ".csv":
+        yield from csv_rows(path, kind)
+    elif suffix == ".json":
+        yield from json_rows(path, kind)
+    else:
         raise ValueError(f"{path}: {kind} are read from .csv and .json files")
 
-    content = files.read_json(path)
-    is_coco = isinstance(content, dict) and {"images", "annotations"} <= content.keys()
-    if is_coco and kind == "boxes":
-        yield from _coco_rows(path, content)
-        return
-    if not isinstance(content, list) or not all(isinstance(row, dict) for row in content):
-        keys = EXAMPLES[kind].replace(",", ", ")
-        raise ValueError(f"{path}: expected a list of objects with {keys}")
-    for i, row in enumerate(content):
-        if kind == "boxes" and "img_name" in row and "bbox" in row:  # an annotation file
-            row = _annotation_row(f"{path}, entry {i}", row)
-        if row is not None:
-            yield f"entry {i}", row
 
-
-def _csv_rows(path: Path, kind: str):
-    """Yield (place, {column: text}) of each row of a CSV file. Raises ValueError, one line."""
+def csv_rows(path: Path, kind: str):
+    """Yield (location, {column: text}) of each row of a CSV file. Raises ValueError, one line."""
     text = files.read_text(path)
     first_line = text.lstrip().partition("\n")[0]
     separator = max(",;\t", key=first_line.count)
-    how = {"delimiter": separator, "skipinitialspace": True, "strict": True}
-    reader = csv.reader(io.StringIO(text, newline=""), **how)
+    lines = io.StringIO(text, newline="")
+    reader = csv.reader(lines, delimiter=separator, skipinitialspace=True, strict=True)
+
     header = None
     try:
         for cells in reader:
-            if not any(cell.strip() for cell in cells):
+            if is_blank(cells):
                 continue
             if header is None:
                 header = [cell.strip() for cell in cells]
-                _check_header(path, header, kind)
+                check_header(path, header, kind)
                 continue
-            if any(cell.strip() for cell in cells[len(header) :]):
-                count = f"has {len(cells)} values for {len(header)} columns"
-                hint = "write decimals with a point, and names with a separator in quotes"
-                raise ValueError(f"{path}, line {reader.line_num}: {count}; {hint}")
-            row = dict.fromkeys(header, "") | dict(
-                zip(header, cells, strict=False)
-            )  # a row may be cut
+            if not is_blank(cells[len(header) :]):
+                raise ValueError(
+                    f"{path}, line {reader.line_num}: has {len(cells)} values for {len(header)} "
+                    "columns; write decimals with a point, and names with a separator in quotes"
+                )
+            row = dict.fromkeys(header, "")
+            row.update(zip(header, cells, strict=False))  # a row may have fewer cells
             yield f"line {reader.line_num}", row
     except csv.Error as error:
         raise ValueError(f"{path}: {error}") from None
 
 
-def _check_header(path: Path, header: list[str], kind: str) -> None:
+def is_blank(cells: list[str]) -> bool:
+    """Return True if no cell has any text."""
+    return not any(cell.strip() for cell in cells)
+
+
+def check_header(path: Path, header: list[str], kind: str) -> None:
     """Raise ValueError, one line, if the first line of a CSV file does not name its columns."""
-    example = EXAMPLES[kind]
     numbers = [cell for cell in header if re.fullmatch(r"[-+]?\d+([.,]\d+)?", cell)]
     if len(numbers) > 1:
-        raise ValueError(f"{path}: has no header; its first line must be like {example}")
+        raise ValueError(f"{path}: has no header; its first line must be like {EXAMPLES[kind]}")
+
     try:
-        columns = _columns(dict.fromkeys(header), kind)
+        columns = find_columns(dict.fromkeys(header), kind)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    repeated = [key for key in columns.values() if header.count(key) > 1]
-    if repeated:
-        raise ValueError(f"{path}: has two columns {repeated[0]}; remove one")
+    for column in columns.values():
+        if header.count(column) > 1:
+            raise ValueError(f"{path}: has two columns {column}; remove one")
 
 
-def _annotation_row(where: str, row: dict) -> dict | None:
+def json_rows(path: Path, kind: str):
+    """Yield (location, {key: value}) of each entry of a JSON file. Raises ValueError, one line."""
+    content = files.read_json(path)
+    is_coco = isinstance(content, dict) and {"images", "annotations"} <= content.keys()
+    if is_coco and kind == "boxes":
+        yield from coco_rows(path, content)
+        return
+
+    if not isinstance(content, list) or not all(isinstance(row, dict) for row in content):
+        keys = EXAMPLES[kind].replace(",", ", ")
+        raise ValueError(f"{path}: expected a list of objects with {keys}")
+    for i, row in enumerate(content):
+        if kind == "boxes" and "img_name" in row and "bbox" in row:  # a data set's annotation file
+            row = annotation_row(f"{path}, entry {i}", row)
+        if row is not None:
+            yield f"entry {i}", row
+
+
+def annotation_row(location: str, row: dict) -> dict | None:
     """Return an annotation file's entry with the corners of its bbox, None for an empty mask."""
     box = row["bbox"]
     if not isinstance(box, list) or len(box) != 4:
-        raise ValueError(f"{where}: bbox {box} is not four numbers")
+        raise ValueError(f"{location}: bbox {box} is not four numbers")
     if box[2:] == [0, 0] and box[:2] != [0, 0]:
         return None
     fields = {key: row[key] for key in ("img_name", "class", "object") if key in row}
-    return fields | dict(zip(("x0", "y0", "x1", "y1"), box, strict=False))
+    return fields | dict(zip(COORDINATES["boxes"], box, strict=True))
 
 
-def _coco_rows(path: Path, content: dict):
-    """Yield (place, row) of each annotation of a COCO file. Raises ValueError, one line."""
+def coco_rows(path: Path, content: dict):
+    """Yield (location, row) of each annotation of a COCO file. Raises ValueError, one line."""
     try:
         images = {image["id"]: image["file_name"] for image in content["images"]}
         classes = {item["id"]: item["name"] for item in content.get("categories", [])}
         annotations = list(content["annotations"])
     except (KeyError, TypeError, AttributeError):
-        need = "images with id and file_name, categories with id and name, a list of annotations"
-        raise ValueError(f"{path}: expected COCO's {need}") from None
+        raise ValueError(
+            f"{path}: expected COCO's images with id and file_name, categories with id and name, "
+            "a list of annotations"
+        ) from None
+
     for i, item in enumerate(annotations):
         try:
             x, y, width, height = item["bbox"]
-            corners = {"x0": x, "y0": y, "x1": x + width - 1, "y1": y + height - 1}
-            name = classes.get(item.get("category_id"))
-            row = {"image": images[item["image_id"]], "class": name} | corners
+            row = {"image": images[item["image_id"]], "class": classes.get(item.get("category_id"))}
+            row |= {"x0": x, "y0": y, "x1": x + width - 1, "y1": y + height - 1}
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
-            need = "image_id of one of the images, and bbox of four numbers"
-            raise ValueError(f"{path}, annotation {i}: expected {need}") from None
+            raise ValueError(
+                f"{path}, annotation {i}: expected image_id of one of the images, and bbox of four "
+                "numbers"
+            ) from None
         yield f"annotation {i}", row
 
 
-def _plain_key(key: str) -> str:
-    """Return the name of a column in small letters and without `_`, blanks and a first `bbox`."""
+# --- columns and values ---------------------------------------------------------------------------
+
+
+def plain_key(key: str) -> str:
+    """Return the name of a column in lower case, without `_`, blanks and a leading `bbox`."""
     return re.sub(r"[\W_]", "", key.lower()).removeprefix("bbox")
 
 
-def _columns(row: dict, kind: str) -> dict[str, str]:
-    """Return which columns of a row are meant, {field: column}.
+def find_columns(row: dict, kind: str) -> dict[str, str]:
+    """Return which column of a row holds which field, {field: column}.
 
-    Fields are image, perhaps class and object, of boxes x0, y0, x1, y1, of points x, y and perhaps
-    label. Raises ValueError, without the place, if one is missing.
+    The fields are image, class and object (if present), x0, y0, x1, y1 of boxes, and x, y and label
+    (if present) of points. Raises ValueError, without the location, if one is missing.
     """
-    known = {}
-    for key in row:
-        known.setdefault(_plain_key(key), key)
-    fields = {"image": IMAGE_COLUMNS, "class": CLASS_COLUMNS, "object": OBJECT_COLUMNS}
-    corners = ("x", "y")
-    if kind == "boxes":
-        forms = [form for form in CORNER_COLUMNS if known.keys() >= {*form}]
-        form = forms[0] if forms else CORNER_COLUMNS[0]
-        corners = CORNER_COLUMNS[0]
-        fields |= {corner: (key,) for corner, key in zip(corners, form, strict=False)}
-    else:
-        fields |= {"x": ("x",), "y": ("y",), "label": ("label",)}
-        fields["class"] = [key for key in CLASS_COLUMNS if key != "label"]
+    columns_by_key = {}
+    for column in row:
+        columns_by_key.setdefault(plain_key(column), column)
 
     columns = {}
-    for field, names in fields.items():
-        present = [known[name] for name in names if name in known]
-        if present:
-            columns[field] = present[0]
-    missing = [field for field in ("image", *corners) if field not in columns]
-    if missing and kind == "boxes":
-        _refuse_other_forms(row, known)
+    for field, keys in accepted_keys(columns_by_key.keys(), kind).items():
+        for key in keys:
+            if key in columns_by_key:
+                columns[field] = columns_by_key[key]
+                break
+
+    missing = [field for field in ("image", *COORDINATES[kind]) if field not in columns]
     if missing:
+        if kind == "boxes":
+            refuse_other_boxes(row, columns_by_key)
         raise ValueError(f"has no {', '.join(missing)}; write {EXAMPLES[kind]}")
     return columns
 
 
-def _refuse_other_forms(row: dict, known: dict[str, str]) -> None:
-    """Raise ValueError if boxes are given by their width and height, or in an unclear order."""
+def accepted_keys(keys, kind: str) -> dict[str, tuple[str, ...]]:
+    """Return {field: accepted plain names of its column}, given the plain names in the file."""
+    fields = {"image": IMAGE_COLUMNS, "class": CLASS_COLUMNS, "object": OBJECT_COLUMNS}
+    if kind == "points":
+        fields["class"] = tuple(key for key in CLASS_COLUMNS if key != "label")
+        return fields | {"x": ("x",), "y": ("y",), "label": ("label",)}
+
+    corners = CORNER_COLUMNS[0]
+    for form in CORNER_COLUMNS:
+        if keys >= {*form}:
+            corners = form
+            break
+    for field, key in zip(COORDINATES["boxes"], corners, strict=True):
+        fields[field] = (key,)
+    return fields
+
+
+def refuse_other_boxes(row: dict, columns_by_key: dict[str, str]) -> None:
+    """Raise ValueError if boxes are stored by width and height, or in an unclear order."""
     corners = "x0 = x, y0 = y, x1 = x + width - 1, y1 = y + height - 1"
-    sizes = [key for plain, key in known.items() if plain in SIZE_COLUMNS]
+    sizes = [column for key, column in columns_by_key.items() if key in SIZE_COLUMNS]
     if len(sizes) == 2:
-        given = f"gives boxes by {sizes[0]} and {sizes[1]}"
-        raise ValueError(f"{given}; write corners instead: {corners}, from the left upper x, y")
+        raise ValueError(
+            f"gives boxes by {sizes[0]} and {sizes[1]}; write corners instead: {corners}, from the "
+            "left upper x, y"
+        )
     if "bbox" in row:
-        unclear = "bbox may be corners or x, y, width, height"
-        raise ValueError(f"{unclear}; write corners as x0, y0, x1, y1 instead ({corners})")
+        raise ValueError(
+            "bbox may be corners or x, y, width, height; write corners as x0, y0, x1, y1 instead "
+            f"({corners})"
+        )
 
 
-# Values of a row
-
-
-def _text(row: dict, key: str) -> str:
+def cell_text(row: dict, column: str) -> str:
     """Return a value of a row as text, "" if it is missing."""
-    value = row.get(key)
+    value = row.get(column)
     return "" if value is None else str(value).strip()
 
 
-def _check_values(values: dict[str, str], kind: str) -> None:
-    """Raise ValueError, without the place, if a row lacks a value that it needs."""
-    needed = ("image", "x0", "y0", "x1", "y1") if kind == "boxes" else ("image", "x", "y")
-    missing = [field for field in needed if not values[field]]
+def parse_row(values: dict[str, str], kind: str, size, classes) -> FilePrompt:
+    """Return the box or point of a row, {field: text}, in an image of `size` (H,W).
+
+    Raises ValueError, without the location.
+    """
+    missing = [field for field in ("image", *COORDINATES[kind]) if not values[field]]
     if missing:
         raise ValueError(f"has no {', '.join(missing)}")
-
-
-def _given(values: dict[str, str], kind: str, size, classes) -> Given:
-    """Return the box or point of a row. Raises ValueError, without the place."""
     name = values.get("class") or None
     if classes is not None and name is not None and name not in classes:
         raise ValueError(f"unknown class {name}; there are {', '.join(classes)}")
-    if kind == "points":
-        what, count, corners = "point", "two", ("x", "y")
-    else:
-        what, count, corners = "box", "four", ("x0", "y0", "x1", "y1")
-    texts = [values[corner] for corner in corners]
-    shown = f"{what} {' '.join(texts)}"
+
+    xy = parse_coordinates(values, kind, size)
+    label = parse_label(values.get("label"))
+    return FilePrompt(name, values.get("object") or None, np.float32(xy), label)
+
+
+def parse_coordinates(values: dict[str, str], kind: str, size) -> list[float]:
+    """Return the numbers of a box or point. Raises ValueError, without the location."""
+    texts = [values[field] for field in COORDINATES[kind]]
+    noun = "box" if kind == "boxes" else "point"
+    prompt = f"{noun} {' '.join(texts)}"
     if any(re.fullmatch(r"[-+]?\d+,\d+", text) for text in texts):
-        raise ValueError(f"{shown} has decimal commas; write decimals with a point")
+        raise ValueError(f"{prompt} has decimal commas; write decimals with a point")
+
     try:
         xy = [float(text) for text in texts]  # JSON's true and [1] are no numbers
     except ValueError:
         xy = [math.nan]
     if not all(map(math.isfinite, xy)):
-        raise ValueError(f"{shown} is not {count} numbers")
-    if xy[-2] < xy[0] or xy[-1] < xy[1]:
-        raise ValueError(f"{shown} is inverted; expected x0 <= x1 and y0 <= y1")
+        count = "four" if kind == "boxes" else "two"
+        raise ValueError(f"{prompt} is not {count} numbers")
+
     H, W = size
+    if xy[-2] < xy[0] or xy[-1] < xy[1]:
+        raise ValueError(f"{prompt} is inverted; expected x0 <= x1 and y0 <= y1")
     if min(xy) < 0 or xy[-2] > W or xy[-1] > H:
-        raise ValueError(f"{shown} lies outside {values['image']}, which is {W}x{H}")
-    inside = _inside(values.get("label"))
-    return Given(name, values.get("object") or None, np.float32(xy), inside)
+        raise ValueError(f"{prompt} lies outside {values['image']}, which is {W}x{H}")
+    return xy
 
 
-def _inside(text: str | None) -> int:
-    """Return the label of a point, 1 unless it is given. Raises ValueError, without the place."""
+def parse_label(text: str | None) -> int:
+    """Return the label of a point, 1 by default. Raises ValueError, without the location."""
     if not text:
         return 1
-    numbers = {"1": 1, "1.0": 1, "true": 1, "0": 0, "0.0": 0, "false": 0}
-    if text.lower() not in numbers:
-        hint = "1 is inside, 0 outside; a class stands in the column class"
-        raise ValueError(f"unknown label {text} of a point: {hint}")
-    return numbers[text.lower()]
+    labels = {"1": 1, "1.0": 1, "true": 1, "0": 0, "0.0": 0, "false": 0}
+    if text.lower() not in labels:
+        raise ValueError(
+            f"unknown label {text} of a point: 1 is inside, 0 outside; a class belongs into the "
+            "column class"
+        )
+    return labels[text.lower()]

@@ -1,4 +1,4 @@
-"""SAM: boxes and points that are made of masks or given, its losses and its recipes."""
+"""Recipes for SAM: prompts from ground truth or files, losses, `default` and `origin`."""
 
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -9,7 +9,6 @@ from zlib import crc32
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sam_decoder
@@ -18,6 +17,7 @@ from engine import evaluate
 from engine.runs import DataSets
 from imaging import boxes_and_points, image_files, layouts
 from imaging.augment import Augment
+from imaging.boxes_and_points import Prompt
 from losses import cldice_loss, dice_bce, oct_topological_loss, sam_loss, topological_loss
 from recipes.base import (
     BOX_OPTIONS,
@@ -32,111 +32,153 @@ from recipes.base import (
 from recipes.images import encode_image, for_scores, one_view, pixels
 
 TOPOLOGY = ("none", "persistence", "cldice", "oct")
-NO_BOX = np.full(4, np.nan, np.float32)
-NO_POINTS = np.zeros((0, 2), np.float32), np.zeros(0, np.int64)
+PROMPTS_AT_A_TIME = 16  # in evaluation; each takes 30 MB
+
+# --- prompts and targets --------------------------------------------------------------------------
 
 
-def sam_prompts(sample, source, settings, rng=None, given=None) -> list:
-    """The prompts (imaging/boxes_and_points.py) of one sample, in training with rng.
+def prompts_for(sample, source: str, settings, rng=None, from_files=None) -> list[Prompt]:
+    """Return the prompts of one sample; with rng for training.
 
-    source: one of boxes_and_points.SOURCES, made of the mask; "jittered boxes", as in training, but
-    always the same; "given boxes", "given points", "given both": those of `given`, {image file as a
-    path: [Prompt]}, which have no truth. Without a mask "image" is all else that can be asked.
+    source: one of boxes_and_points.SOURCES, made from the mask; "jittered boxes", as in training
+    but the same every time; or "given boxes", "given points", "given both": those of `from_files`,
+    {image file: [Prompt, ...]}, without targets. A sample without a mask is prompted by the box
+    around the whole image.
     """
-    names = sample["classes"]
     if source.startswith("given"):
-        return given.get(sample["file"], [])
+        return from_files.get(sample["file"], [])
     if "mask" not in sample:
-        return [
-            boxes_and_points.Prompt(1, None, boxes_and_points.image_box(sample["size"]), *NO_POINTS)
-        ]
-    kind, how = source.split()[-1], {"jitter": settings.jitter, "min_area": settings.min_area}
-    first = 0 if rng is not None and settings.ask_background else 1
+        return [Prompt(1, None, boxes_and_points.image_box(sample["size"]))]
+
+    is_training = rng is not None
+    limit = settings.prompts_per_image or None if is_training else None
+    first = 0 if is_training and settings.ask_background else 1
     if source == "jittered boxes":
         rng = np.random.default_rng(crc32(sample["name"].encode()))
-    elif rng is not None:
-        how["limit"] = settings.prompts_per_image or None
-    classes = range(first, max(2, len(names)))
-    return boxes_and_points.make_prompts(sample["mask"].numpy(), classes, kind, rng, **how)
+    return boxes_and_points.make_prompts(
+        sample["mask"].numpy(),
+        classes=range(first, max(2, len(sample["classes"]))),
+        kind=source.split()[-1],
+        rng=rng,
+        jitter=settings.jitter,
+        min_area=settings.min_area,
+        limit=limit,
+    )
 
 
-def tensors_of_prompts(asked: list, size, config) -> dict:
-    """boxes (Q,4), NaN where there is none, points (Q,P,2), labels (Q,P), all in SAM's frame;
-    numbers (Q,), the prompts' classes; and `shown`, each one's box, points and labels to be drawn.
-    Of the prompts of an image of `size` (H,W). Fewer points than P are followed by label -1."""
-    frame = partial(sam_decoder.to_frame, size=size, config=config)
-    boxes = [NO_BOX if p.box is None else frame(torch.from_numpy(p.box)).numpy() for p in asked]
-    q = len(asked)
-    n = max((len(p.labels) for p in asked), default=0)
-    points = np.zeros((q, n, 2), np.float32)
-    labels = np.full((q, n), -1)
-    for k, p in enumerate(asked):
-        points[k, : len(p.points)] = frame(torch.from_numpy(p.points)).numpy()
-        labels[k, : len(p.labels)] = p.labels
-    return {
-        "boxes": torch.from_numpy(np.float32(boxes).reshape(q, 4)),
-        "points": torch.from_numpy(points),
-        "labels": torch.from_numpy(labels),
-        "numbers": torch.tensor([p.label for p in asked], dtype=torch.int64),
-        "shown": [(p.box, p.points, p.labels) for p in asked],
-    }
+def prompt_tensors(prompts: list[Prompt], size, config) -> dict:
+    """Return Q prompts of an image of `size` (H,W) as tensors, in pixels of SAM's input.
 
-
-def sam_ask(sample, source, config, settings, given=None) -> dict:
-    """What an item of evaluation has of its prompts."""
-    asked = sam_prompts(sample, source, settings, given=given)
-    return tensors_of_prompts(asked, sample["size"], config)
-
-
-def sam_inputs(sample, train, rng, config, settings, look) -> dict:
-    """What `look` makes of the image, the tensors of its prompts, and mask (Q,1,s,s) float32, the
-    target of each: at the logits' size or, if the recipe says so, the image's.
-
-    In evaluation also what scoring needs: that of `for_scores`, the source of the prompts as
-    prompt, classes, and parts (Q,H,W) uint8, the truth of each prompt.
+    boxes (Q,4), NaN where a prompt has none; points (Q,P,2) and labels (Q,P), filled up with label
+    -1; numbers (Q,), the class indices. `shown` lists box, points and labels of each prompt in
+    pixels of the image, for overlays.
     """
-    sample = one_view(sample, settings.views, rng) if train else sample
-    if train and settings.augment is not None:
-        image, mask, _ = settings.augment(sample["image"], sample["mask"], "", None, rng)
-        sample = sample | {"image": image, "mask": mask}
-    item, source = look(sample), settings.sam_prompts
+    Q = len(prompts)
+    P = max((len(prompt.labels) for prompt in prompts), default=0)
+    boxes = torch.full((Q, 4), torch.nan)
+    points = torch.zeros(Q, P, 2)
+    labels = torch.full((Q, P), -1)
+    numbers = torch.zeros(Q, dtype=torch.int64)
+    shown = []
+
+    for k, prompt in enumerate(prompts):
+        if prompt.box is not None:
+            boxes[k] = sam_decoder.to_frame(torch.from_numpy(prompt.box), size, config)
+        count = len(prompt.labels)
+        xy = torch.from_numpy(prompt.points)
+        points[k, :count] = sam_decoder.to_frame(xy, size, config)
+        labels[k, :count] = torch.from_numpy(prompt.labels)
+        numbers[k] = prompt.label
+        shown.append((prompt.box, prompt.points, prompt.labels))
+
+    tensors = {"boxes": boxes, "points": points, "labels": labels, "numbers": numbers}
+    return tensors | {"shown": shown}
+
+
+def tensors_from_source(sample, source: str, config, settings, from_files=None) -> dict:
+    """Return the tensors of a sample's prompts in evaluation, see `prompts_for`."""
+    prompts = prompts_for(sample, source, settings, from_files=from_files)
+    return prompt_tensors(prompts, sample["size"], config)
+
+
+def stack_masks(prompts: list[Prompt], size) -> Tensor:
+    """Return the masks of Q prompts, uint8 (Q,H,W): 1 inside, 0 outside, 255 ignored."""
+    if not prompts:
+        return torch.zeros(0, *size, dtype=torch.uint8)
+    return torch.stack([torch.from_numpy(prompt.mask) for prompt in prompts])
+
+
+def targets_at_logits(masks: Tensor, config) -> Tensor:
+    """Bring masks (Q,H,W) to the size of the logits -> (Q,1,S/4,S/4) float32; padding is 255."""
+    side = config.image_size // 4
+    small = replace(config, image_size=side)
+    targets = torch.zeros(len(masks), 1, side, side)
+    for k, mask in enumerate(masks):
+        targets[k] = sam_decoder.preprocess_mask(mask, small)
+
+    h, w = sam_decoder.frame_size(masks.shape[1:], small)
+    targets[..., h:, :] = 255
+    targets[..., :, w:] = 255
+    return targets
+
+
+def sam_inputs(sample, train: bool, rng, config, settings, look) -> dict:
+    """Return the item of a sample: its image by `look`, its prompts, and their targets.
+
+    mask (Q,1,h,w) float32 is at the size of the logits, or at the image's if the recipe says so. In
+    evaluation also what scoring needs: the keys of `for_scores`, the source of the prompts as
+    prompt, classes, and parts (Q,H,W) uint8, the masks of the prompts.
+    """
+    if train:
+        sample = one_view(sample, settings.views, rng)
+        if settings.augment is not None:
+            image, mask, _ = settings.augment(sample["image"], sample["mask"], "", None, rng)
+            sample = sample | {"image": image, "mask": mask}
+
+    source = settings.sam_prompts
+    item = look(sample)
     if not train:
         item |= for_scores(sample) | {"prompt": source, "classes": sample["classes"]}
     if "mask" not in sample:
         return item
-    asked = sam_prompts(sample, source, settings, rng if train else None)
-    item |= tensors_of_prompts(asked, sample["size"], config)
-    targets = [torch.from_numpy(p.mask) for p in asked] or [torch.zeros(sample["size"])]  # (H,W)
-    small = replace(config, image_size=config.image_size // 4)
+
+    prompts = prompts_for(sample, source, settings, rng if train else None)
+    item |= prompt_tensors(prompts, sample["size"], config)
+    masks = stack_masks(prompts, sample["size"])  # (Q,H,W)
     if settings.full_size:
-        masks = torch.stack([t[None].float() for t in targets])
+        item["mask"] = masks[:, None].float()  # (Q,1,H,W)
     else:
-        masks = torch.stack([sam_decoder.preprocess_mask(t, small) for t in targets])
-        h, w = sam_decoder.frame_size(sample["size"], small)
-        masks[..., h:, :] = masks[..., w:] = 255  # beyond the image nothing counts
-    item["mask"] = masks[: len(asked)]
+        item["mask"] = targets_at_logits(masks, config)  # (Q,1,S/4,S/4)
     if not train:
-        item["parts"] = torch.stack(targets)[: len(asked)]
+        item["parts"] = masks
     return item
 
 
 def collate_prompts(items: list[dict]) -> dict:
-    """A batch: images stacked, the prompts of all images in a row, `of` tells whose each is.
+    """Return a batch: images stacked, the prompts of all images one after another.
 
-    An image without an object is left out, unless there is no other.
+    image_index (N,) is the image of each prompt. Images without an object are left out, unless
+    there is no other. Raises ValueError if targets differ in size.
     """
     items = [item for item in items if len(item["boxes"])] or items[:1]
     sizes = sorted({tuple(item["mask"].shape[2:]) for item in items})
     if len(sizes) > 1:
-        (h, w), (H, W), *_ = sizes
-        message = f"images of one size in a batch, not {w}x{h} and {W}x{H}; --batch-size 1"
-        raise ValueError(f"this recipe's loss is taken at the images' own size and needs {message}")
-    per_image = torch.tensor([len(item["boxes"]) for item in items])
-    one = "features" if "features" in items[0] else "image"
-    stacked = {one: torch.stack([item[one] for item in items])}
-    names = ("boxes", "points", "labels", "mask")
-    packed = {name: torch.cat([item[name] for item in items]) for name in names}
-    return stacked | packed | {"of": torch.arange(len(items)).repeat_interleave(per_image)}
+        (h, w), (H, W) = sizes[:2]
+        raise ValueError(
+            "this recipe's loss is taken at the images' own size and needs images of one size in a "
+            f"batch, not {w}x{h} and {W}x{H}; use --batch-size 1"
+        )
+
+    key = "features" if "features" in items[0] else "image"
+    batch = {key: torch.stack([item[key] for item in items])}
+    for name in ("boxes", "points", "labels", "mask"):
+        batch[name] = torch.cat([item[name] for item in items])
+    counts = torch.tensor([len(item["boxes"]) for item in items])
+    batch["image_index"] = torch.arange(len(items)).repeat_interleave(counts)
+    return batch
+
+
+# --- forward pass and prediction ------------------------------------------------------------------
 
 
 def count_points(labels: Tensor) -> Tensor:
@@ -144,72 +186,105 @@ def count_points(labels: Tensor) -> Tensor:
     is_point = labels >= 0
     if labels.shape[1] == 0:
         return is_point.sum(1)
-    places = torch.arange(1, labels.shape[1] + 1, device=labels.device)
-    return (places * is_point).amax(1)
+    position = torch.arange(1, labels.shape[1] + 1, device=labels.device)
+    return (position * is_point).amax(1)
 
 
 def sam_forward(model: nn.Module, batch: dict) -> tuple[Tensor, Tensor]:
-    """masks (N,1,1,s,s), logits, and their estimated IoU (N,1,1), for all N prompts of a batch.
+    """Return masks (N,1,1,s,s), logits, and their estimated IoU (N,1,1) for N prompts of a batch.
 
-    Prompts of one form (box, points, both) and number of points pass together: tokens for what a
-    prompt does not have would change its answer.
+    Prompts of one form (box, points, both) and number of points are decoded together. Padding would
+    add tokens, and these change the answer.
     """
-    if not len(batch["boxes"]):  # nothing asked: an empty answer, whose gradients are 0
-        nothing = 0 * sum(p.sum() for p in model.mask_decoder.parameters())
-        return nothing.expand(0, 1, 1, 1, 1), nothing.expand(0, 1, 1)
+    if not len(batch["boxes"]):  # no prompts: empty outputs that still carry a (zero) gradient
+        zero = 0 * sum(p.sum() for p in model.mask_decoder.parameters())
+        return zero.expand(0, 1, 1, 1, 1), zero.expand(0, 1, 1)
+
     if "features" in batch:
         features = batch["features"].float()
     else:
         features = model.encode_image(batch["image"])
-    form = ~batch["boxes"].isnan().any(1) + 2 * count_points(batch["labels"])  # (N,)
-    order, masks, iou = [], [], []
-    for kind in form.unique().tolist():
-        rows, asked = (form == kind).nonzero()[:, 0], {}
-        if kind & 1:
-            asked["boxes"] = batch["boxes"][rows, None]  # (n,1,4)
-        p = kind // 2
-        if p:
-            asked |= {k: batch[k][rows, None, :p] for k in ("points", "labels")}  # (n,1,p,...)
-        some, estimate = model.decode(features[batch["of"][rows]], **asked)
-        order, masks, iou = [*order, rows], [*masks, some], [*iou, estimate]
+
+    has_box = ~batch["boxes"].isnan().any(1)  # (N,)
+    form = has_box + 2 * count_points(batch["labels"])  # (N,)
+    order = []
+    masks = []
+    iou = []
+    for value in form.unique().tolist():
+        rows = (form == value).nonzero()[:, 0]  # (n,)
+        prompts = {}
+        if value % 2:
+            prompts["boxes"] = batch["boxes"][rows, None]  # (n,1,4)
+        P = value // 2
+        if P:
+            prompts["points"] = batch["points"][rows, None, :P]  # (n,1,P,2)
+            prompts["labels"] = batch["labels"][rows, None, :P]  # (n,1,P)
+        image_of_prompt = batch["image_index"][rows]
+        form_masks, form_iou = model.decode(features[image_of_prompt], **prompts)
+        order.append(rows)
+        masks.append(form_masks)
+        iou.append(form_iou)
+
     back = torch.cat(order).argsort()
     return torch.cat(masks)[back], torch.cat(iou)[back]
 
 
-def sam_each(model, item: dict, output) -> Tensor:
-    """Probabilities (Q,H,W) of every prompt's mask at the image's own size."""
-    return model.postprocess(output[0].flatten(0, 2), item["size"])
+def predict_each(model, item: dict, output) -> Tensor:
+    """Return the probabilities (Q,H,W) of every prompt's mask at the image's own size."""
+    masks, _ = output
+    return model.postprocess(masks.flatten(0, 2), item["size"])
 
 
 def sam_predict(model, item: dict) -> tuple[Tensor, tuple | None]:
-    """Probabilities (K,H,W), and the output for `loss`; None if nothing was asked.
+    """Return probabilities (K,H,W), and the output for `loss`, None if there are no prompts.
 
-    Of a class the largest of its prompts'. Of several classes the first is the background, as
-    probable as the threshold: a pixel is of the most probable class above it.
+    A class gets the maximum over its prompts. Of several classes the first is the background, with
+    the threshold as its probability: a pixel belongs to the most probable class above it.
     """
-    n, (H, W), device = len(item["classes"]), item["size"], next(model.parameters()).device
-    classes = torch.zeros(max(2, n), H, W, device=device)
+    K = len(item["classes"])
+    Q = len(item["boxes"])
+    device = next(model.parameters()).device
+    classes = torch.zeros(max(2, K), *item["size"], device=device)
     classes[0] = model.config.threshold
-    features, outputs = item.get("features"), []
-    if features is None and len(item["boxes"]):
+
+    features = item.get("features")
+    if features is None and Q:
         features = model.encode_image(item["image"][None].to(device))[0]
-    for k in range(0, len(item["boxes"]), 16):  # 30 MB a prompt
-        batch = {key: item[key][k : k + 16].to(device) for key in ("boxes", "points", "labels")}
-        batch["of"] = torch.zeros(len(batch["boxes"]), dtype=torch.int64, device=device)
-        outputs.append(sam_forward(model, batch | {"features": features[None].to(device)}))
-        for number, p in zip(
-            item["numbers"][k : k + 16].tolist(), sam_each(model, item, outputs[-1]), strict=True
-        ):
-            classes[number] = torch.maximum(classes[number], p)
-    output = tuple(map(torch.cat, zip(*outputs, strict=True))) if outputs else None
-    return classes if n > 1 else classes[1:], output
+
+    masks = []
+    iou = []
+    for start in range(0, Q, PROMPTS_AT_A_TIME):
+        rows = slice(start, start + PROMPTS_AT_A_TIME)
+        batch = {name: item[name][rows].to(device) for name in ("boxes", "points", "labels")}
+        batch["features"] = features[None].to(device)
+        batch["image_index"] = torch.zeros(len(batch["boxes"]), dtype=torch.int64, device=device)
+        output = sam_forward(model, batch)
+        masks.append(output[0])
+        iou.append(output[1])
+        probabilities = predict_each(model, item, output)  # (n,H,W)
+        for label, p in zip(item["numbers"][rows].tolist(), probabilities, strict=True):
+            classes[label] = torch.maximum(classes[label], p)
+
+    if K == 1:
+        classes = classes[1:]
+    if not masks:
+        return classes, None
+    return classes, (torch.cat(masks), torch.cat(iou))  # (Q,1,1,s,s), (Q,1,1)
 
 
-def sam_terms(logits: Tensor, target: Tensor, settings) -> tuple[Tensor | float, dict]:
-    """The topological term beside the loss of N masks: logits (N,1,h,w), target (N,1,h,w)."""
+# --- losses ---------------------------------------------------------------------------------------
+
+
+def topology_term(logits: Tensor, target: Tensor, settings) -> tuple[Tensor | float, dict]:
+    """Return the weighted topological loss of N masks, and its part by name; 0.0, {} without one.
+
+    logits (N,1,h,w), target (N,1,h,w) of 0, 1 and 255.
+    """
     if settings.topology == "none":
         return 0.0, {}
-    p, keep = logits.sigmoid(), (target != 255).to(logits.dtype)
+
+    p = logits.sigmoid()
+    keep = (target != 255).to(logits.dtype)
     if settings.topology == "persistence":
         term = topological_loss(p, target)
     elif settings.topology == "cldice":
@@ -220,46 +295,58 @@ def sam_terms(logits: Tensor, target: Tensor, settings) -> tuple[Tensor | float,
 
 
 def sam_dice_bce(output, batch, settings, config) -> tuple[Tensor, dict]:
-    """losses.sam_loss at the logits' size, and what is asked for beside."""
-    masks, iou = (x.float().flatten(0, 2) for x in output)  # (N,s,s), (N,)
+    """Return losses.sam_loss at the size of the logits, plus the topological loss if set."""
+    masks, iou = output
+    masks = masks.float().flatten(0, 2)  # (N,s,s)
+    iou = iou.float().flatten(0, 2)  # (N,)
     target = batch["mask"].flatten(0, -3)  # (N,s,s)
     if not len(target):  # no image of the batch has an object: nothing to learn
         return masks.sum() + iou.sum(), {}
+
     loss, parts = sam_loss(masks, iou, target)
-    term, more = sam_terms(masks[:, None], target[:, None], settings)
-    return loss + term, parts | more
+    term, topology_parts = topology_term(masks[:, None], target[:, None], settings)
+    return loss + term, parts | topology_parts
 
 
 def oct_study_loss(output, batch, settings, config) -> tuple[Tensor, dict]:
-    """Dice + BCE + topological loss at the image's own size; the IoU head learns nothing.
+    """Return Dice + BCE + topological loss at the image's own size; the IoU head learns nothing.
 
-    quirk of the study, not built: for several prompts an image its cross entropy was a softmax
-    across them (monai's DiceCELoss), so that a mask's loss hung on what else was asked.
+    quirk of the study, left out: with several prompts per image its cross entropy was a softmax
+    across them (monai's DiceCELoss), so the loss of a mask depended on the other prompts.
     """
+    masks, _ = output
     target = batch["mask"].flatten(0, -4)  # (N,1,H,W)
-    logits, S = output[0].float().flatten(0, 1), config.image_size  # (N,1,s,s)
+    logits = masks.float().flatten(0, 1)  # (N,1,s,s)
     if not len(target):
         return logits.sum(), {}
-    h, w = sam_decoder.frame_size(target.shape[2:], config)
-    resize = partial(F.interpolate, mode="bilinear", align_corners=False)
-    logits = resize(resize(logits, (S, S))[..., :h, :w], target.shape[2:])
+
+    logits = sam_decoder.to_image_size(logits, target.shape[2:], config)  # (N,1,H,W)
     loss, parts = dice_bce(logits, target, smooth=1e-5)
-    term, more = sam_terms(logits, target, settings)
-    return loss + term, parts | more
+    term, topology_parts = topology_term(logits, target, settings)
+    return loss + term, parts | topology_parts
+
+
+# --- recipes --------------------------------------------------------------------------------------
 
 
 def not_mask_decoder(name: str) -> bool:
+    """Return True for parameters of the image encoder and the prompt encoder."""
     return not name.startswith("mask_decoder.")
 
 
 def qkv_weight(name: str) -> bool:
+    """Return True for the weights that LoRA updates."""
     return name.endswith(".attn.qkv.weight")
 
 
 PROTOCOLS = {
-    # What we recommend: the decoder alone, on kept features; boxes as a user draws them.
+    # Our recommendation: train the decoder on cached features, with boxes as a user draws them.
     "default": Protocol(
-        hub_ids={f"vit-{size}": f"facebook/sam-vit-{size}" for size in ("base", "large", "huge")},
+        hub_ids={
+            "vit-base": "facebook/sam-vit-base",
+            "vit-large": "facebook/sam-vit-large",
+            "vit-huge": "facebook/sam-vit-huge",
+        },
         prompt="",
         train="decoder",
         lora_rank=4,
@@ -278,11 +365,11 @@ PROTOCOLS = {
         batch_size=4,
     ),
 }
-# github.com/philippendres/DILabHelmholtzOCT (octsam/models/training.py) with its topological loss.
-# Quirks: the background and every speck are asked for; no augmentation, though it is free here.
-# Left out, as they are slips: the first batch of each epoch was not trained on, prompts that filled
-# up batches were trained on as boxes at 0, jitter could invert boxes, the softmax across prompts,
-# and roots over sums of masks in the topological loss of a batch.
+# The OCT study, github.com/philippendres/DILabHelmholtzOCT (octsam/models/training.py), with its
+# topological loss. Quirks: the background and every speck get a prompt; there is no augmentation.
+# Left out, as they are mistakes: the first batch of each epoch was skipped, padding of batches was
+# trained on as boxes at 0, jitter could invert boxes, the softmax across prompts, and roots over
+# sums of masks in the topological loss of a batch.
 PROTOCOLS["origin"] = replace(
     PROTOCOLS["default"],
     views=("original",),
@@ -291,7 +378,7 @@ PROTOCOLS["origin"] = replace(
     prompts_per_image=0,
     ask_background=True,
     topology="oct",
-    topology_weight=1.0,  # the loss has the study's 0.1 in it
+    topology_weight=1.0,  # the study's 0.1 is inside the loss
     full_size=True,
     loss=oct_study_loss,
     optimizer="adam",
@@ -307,40 +394,45 @@ PROTOCOLS["origin"] = replace(
 
 
 def load_sam(weights, variant, settings: Protocol, overrides: dict, train_set) -> sam_decoder.SAM:
+    """Return the model of `weights`; SAM has no classes, so the training set does not matter."""
     return load_variant(
         sam_decoder.SAM, sam_decoder.VARIANTS, weights, variant, settings, overrides
     )
 
 
 def sam_recipe(model: sam_decoder.SAM, settings: Protocol) -> Recipe:
-    config = model.config
-    look = partial(pixels, config=config, preprocess=sam_decoder.preprocess)
-    how = {"config": config, "settings": settings}
+    """Return the recipe of a model under the settings of a run."""
+    context = {"config": model.config, "settings": settings}
+    look = partial(pixels, config=model.config, preprocess=sam_decoder.preprocess)
     return Recipe(
-        partial(sam_inputs, look=look, **how),
-        sam_forward,
-        partial(settings.loss, **how),
-        sam_predict,
-        parameter_groups,
+        inputs=partial(sam_inputs, look=look, **context),
+        forward=sam_forward,
+        loss=partial(settings.loss, **context),
+        predict=sam_predict,
+        groups=parameter_groups,
         collate=collate_prompts,
-        ask=partial(sam_ask, **how),
-        each=sam_each,
+        ask=partial(tensors_from_source, **context),
+        each=predict_each,
         look=look,
         test=evaluate.prompted_test,
         sources=sam_sources,
-        ask_each=ask_every_source,
+        ask_each=items_of_every_source,
         encode=encode_image,
     )
 
 
-def with_given(recipe, tests: dict, boxes: str | None, points: str | None):
-    """Return the recipe, which then can also ask by the boxes and points of files.
+# --- prompts from files ---------------------------------------------------------------------------
 
-    Raises ValueError if they are not those of the one test set.
+
+def with_file_prompts(recipe, tests: dict, boxes: str | None, points: str | None):
+    """Return the recipe, which then also knows the prompts of the files --boxes and --points.
+
+    Raises ValueError, one line, for several test sets and for files that do not fit the test set.
     """
     if len(tests) != 1:
-        given = f"--boxes {boxes}" if boxes else f"--points {points}"
-        raise ValueError(f"{given}: for one test set, not {len(tests)}")
+        option = f"--boxes {boxes}" if boxes else f"--points {points}"
+        raise ValueError(f"{option}: for one test set, not {len(tests)}")
+
     (dataset,) = tests.values()
     images = []
     names = []
@@ -348,37 +440,46 @@ def with_given(recipe, tests: dict, boxes: str | None, points: str | None):
         images.append(entry.image)
         names.append(layouts.name_in_images(entry.image, entry.root))
     sizes = [tuple(row[2:4]) for row in dataset.rows]
-    given, _ = read_image_prompts(boxes, points, images, names, sizes, dataset.classes)
-    return replace(recipe, ask=partial(recipe.ask, given=given))
+    prompts, _ = read_image_prompts((boxes, points), images, names, sizes, dataset.classes)
+    return replace(recipe, ask=partial(recipe.ask, from_files=prompts))
 
 
-def read_image_prompts(boxes, points, images: list[Path], names: list[str], sizes, classes=None):
-    """Read the prompts of n images from files: {image file: [prompts.Prompt, ...]}, and classes.
+def read_image_prompts(
+    sheets: tuple, images: list[Path], names: list[str], sizes: list, classes=None
+):
+    """Read the prompts of n images from files: {image file: [Prompt, ...]}, and the classes.
 
-    boxes, points: paths of files, one may be None. names: the images' paths as `prompts.ImageNames`
-    takes them. sizes: their (H,W). Prints how many images have no prompt. Raises ValueError if an
-    image is listed twice, as the masks of two entries: a box names only the image.
+    sheets: the paths of a file of boxes and of one of points, one may be None. names: the images'
+    paths as `boxes_and_points.ImageNames` takes them. sizes: their (H,W). Prints how many images
+    have no prompt. Raises ValueError, one line, if an image is listed twice, for two masks: a box
+    names only the image.
     """
-    kind = "point" if boxes is None else "box"
-    if len({*images}) < len(images):
-        image = next(image for image in images if images.count(image) > 1)
-        masks = f"{image} has {images.count(image)} masks"
-        option = "--points" if boxes is None else "--boxes"
-        raise ValueError(f"{option}: {masks}; a {kind} does not say which it is for")
+    boxes, points = sheets
+    noun = "point" if boxes is None else "box"
+    option = "--points" if boxes is None else "--boxes"
+    for image, count in Counter(images).items():
+        if count > 1:
+            raise ValueError(
+                f"{option}: {image} has {count} masks; a {noun} does not say which it is for"
+            )
 
     paths = dict(zip(images, names, strict=True))
     sizes = dict(zip(images, sizes, strict=True))
-    given, classes = boxes_and_points.read_given(boxes, points, sizes, classes, paths)
-    without = [paths[image] for image in images if image not in given]
+    prompts, classes = boxes_and_points.read_prompts(boxes, points, sizes, classes, paths)
+
+    without = [paths[image] for image in images if image not in prompts]
     if without:
-        kind = "box or point" if boxes and points else kind
-        count = f"{len(without)} of {len(images)} images have no {kind}, and their masks are empty"
-        print(f"{boxes or points}: {count} ({boxes_and_points.first_three(without)})")
-    return given, classes
+        noun = "box or point" if boxes and points else noun
+        examples = boxes_and_points.first_three(without)
+        print(
+            f"{boxes or points}: {len(without)} of {len(images)} images have no {noun}, and their "
+            f"masks are empty ({examples})"
+        )
+    return prompts, classes
 
 
-def given_source(settings) -> str | None:
-    """Return what the prompts of --boxes, of --points, or of both are called in tables."""
+def file_source(settings) -> str | None:
+    """Return the name of prompts from files in tables, None without --boxes and --points."""
     if settings.boxes and settings.points:
         return "given both"
     if settings.boxes:
@@ -387,49 +488,68 @@ def given_source(settings) -> str | None:
 
 
 def sam_sources(dataset: Dataset, settings) -> list[str]:
-    """Return what every entry can be asked by: all that a user may have."""
-    whole = ["image"] if len(dataset.classes) == 1 else []  # which tells no classes apart
-    given = given_source(settings)
-    given = [given] if given else []
-    return ["boxes", "jittered boxes", *given, "points", "both", *whole]
+    """Return the sources of prompts that a test compares."""
+    sources = ["boxes", "jittered boxes"]
+    from_files = file_source(settings)
+    if from_files:
+        sources.append(from_files)
+    sources += ["points", "both"]
+    if len(dataset.classes) == 1:  # a whole image does not tell classes apart
+        sources.append("image")
+    return sources
 
 
-def ask_every_source(recipe: Recipe, dataset: Dataset, i: int, kinds: list[str]) -> dict[str, dict]:
+def items_of_every_source(
+    recipe: Recipe, dataset: Dataset, i: int, sources: list[str]
+) -> dict[str, dict]:
     """Return {source of prompts: item} of entry i."""
     sample = dataset.sample(i, "")
     item = recipe.inputs(sample, train=False, rng=None)
-    return {kind: item | recipe.ask(sample, kind) | {"prompt": kind} for kind in kinds}
+    items = {}
+    for source in sources:
+        items[source] = item | recipe.ask(sample, source) | {"prompt": source}
+    return items
+
+
+def containing(image: Path, folders: list[Path]) -> Path | None:
+    """Return the first of the folders that contains an image, None if none does."""
+    for folder in folders:
+        if image.is_relative_to(folder):
+            return folder
+    return None
 
 
 def image_names(images: list[Path], inputs: list[str]) -> list[str]:
     """Return the images' paths within their input folder or their data set's images folder.
 
-    With several data sets the folder of the data set comes first where a path occurs twice.
+    With several data sets, a path that occurs in two of them starts with the data set's folder.
     """
-    data_sets = [Path(place).resolve() for place in inputs if layouts.splits(Path(place))]
-    folders = [Path(place) for place in inputs if Path(place).is_dir()]
+    data_sets = [Path(path).resolve() for path in inputs if layouts.splits(Path(path))]
+    folders = [Path(path) for path in inputs if Path(path).is_dir()]
     names = []
-    longer_names = []
+    long_names = []
     for image in images:
-        root = next((root for root in data_sets if image.is_relative_to(root)), None)
-        folder = next((folder for folder in folders if image.is_relative_to(folder)), None)
+        root = containing(image, data_sets)
+        folder = containing(image, folders)
         if root is not None:
             name = layouts.name_in_images(image, root)
+            long_names.append(f"{root.name}/{name}")
         else:
             name = image.name if folder is None else image.relative_to(folder).as_posix()
+            long_names.append(name)
         names.append(name)
-        longer_names.append(name if root is None else f"{root.name}/{name}")
 
     counts = Counter(names)
-    return [
-        long if counts[name] > 1 else name for name, long in zip(names, longer_names, strict=True)
-    ]
+    for i, name in enumerate(names):
+        if counts[name] > 1:
+            names[i] = long_names[i]
+    return names
 
 
 def size_for_boxes(file: Path) -> tuple[float, float]:
-    """Return the (H,W) of an image, upright; infinite if it cannot be read, so that boxes fit.
+    """Return the (H,W) of an upright image; infinite if it cannot be read, so that boxes fit.
 
-    That it cannot be read is said when it is predicted.
+    The prediction of the image then reports the error.
     """
     try:
         return image_files.read_image(file).shape[:2]
@@ -437,45 +557,50 @@ def size_for_boxes(file: Path) -> tuple[float, float]:
         return np.inf, np.inf
 
 
+# --- SAM in the programs --------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class SAMFamily(Family):
-    """SAM: asked by boxes and points, which are made of masks or given in files."""
+    """SAM, prompted by boxes and points from ground truth or files."""
 
     options: ClassVar[tuple] = (IMAGE_OPTIONS, BOX_OPTIONS)
-    compiles: ClassVar[bool] = False  # `forward` is not called: it encodes and decodes apart
+    compiles: ClassVar[bool] = False  # training calls `encode_image` and `decode`, not `forward`
 
     def check_options(self, options) -> None:
         super().check_options(options)
         if options.score_size == "network":
-            raise ValueError("--score-size network: SAM is scored at the image's size, drop it")
+            raise ValueError("--score-size network: SAM is scored at the image's size; remove it")
 
     def check_classes(self, model: nn.Module, datasets: list, settings: Settings) -> None:
-        """SAM has no classes of its own, and takes those of every data set."""
+        """Accept any classes, as SAM has none. Raises ValueError for options of one class."""
         if settings.threshold == "auto" and len(datasets[0].classes) > 1:
-            raise ValueError("--threshold auto: of one class alone; drop it")
+            raise ValueError("--threshold auto: only for a single class; remove it")
 
     def make_ready(
         self, model: nn.Module, recipe: Recipe, data_sets: DataSets, settings: Settings
     ) -> Recipe:
         """Read the files of --boxes and --points."""
         if settings.boxes or settings.points:
-            return with_given(recipe, data_sets.tests, settings.boxes, settings.points)
+            return with_file_prompts(recipe, data_sets.tests, settings.boxes, settings.points)
         return recipe
 
     def ask_in_prediction(self, recipe: Recipe, cases: list, classes: list | None, args) -> tuple:
-        """Ask by the files of --boxes and --points, or by the whole image."""
+        """Prompt by the files of --boxes and --points, or by the whole image."""
         if args.boxes or args.points:
             images = [file for _, file, _ in cases]
             sizes = [size_for_boxes(file) for file in images]
             names = image_names(images, args.inputs)
-            files = args.boxes, args.points
-            given, classes = read_image_prompts(*files, images, names, sizes, classes)
-            return partial(recipe.ask, source="given boxes", given=given), classes
+            sheets = (args.boxes, args.points)
+            prompts, classes = read_image_prompts(sheets, images, names, sizes, classes)
+            return partial(recipe.ask, source="given boxes", from_files=prompts), classes
+
         if classes and len(classes) > 1:
-            told = ", ".join(classes[1:])
-            need = "--boxes or --points is missing"
-            raise ValueError(f"{need}: a whole image does not say which of {told} is meant")
-        print("no --boxes or --points: SAM is asked by the box around each whole image")
+            raise ValueError(
+                "--boxes or --points is missing: a whole image does not say which of "
+                f"{', '.join(classes[1:])} is meant"
+            )
+        print("no --boxes or --points: the prompt is the box around each whole image")
         return partial(recipe.ask, source="image"), classes or ["target"]
 
 
@@ -487,5 +612,5 @@ FAMILY = SAMFamily(
     not_mask_decoder,
     sides=(16, 16),
     keeps=True,
-    lora={"chosen": qkv_weight, "thirds": (0, 2)},  # queries and values, as SAMed
+    lora={"chosen": qkv_weight, "thirds": (0, 2)},  # queries and values, as in SAMed
 )

@@ -143,7 +143,6 @@ def test_shared_blocks_are_the_same_code_everywhere():
 
 # Files that read from top to bottom; methods that load or pass on may use what is further down.
 CHAPTERS = (*MODELS, "universal", "fewshot3d")
-LOOK_AHEAD = {"from_pretrained", "config_of", "preprocess", "postprocess", "segment"}
 
 
 def names_used_ahead(text: str) -> dict[str, int]:

@@ -452,7 +452,7 @@ def test_a_prompt_whose_truth_is_255_alone_costs_nothing():
 def test_topology_of_255_alone_costs_nothing(topology):
     x = leaf(2, 1, 16, 17)
     settings = SimpleNamespace(topology=topology, topology_weight=1.0)
-    term, _ = sam.sam_terms(x, torch.full((2, 1, 16, 17), 255.0), settings)
+    term, _ = sam.topology_term(x, torch.full((2, 1, 16, 17), 255.0), settings)
     zero(term, x)
 
 

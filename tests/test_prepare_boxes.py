@@ -204,7 +204,7 @@ def truncated(masks, images):
 
 def no_names(masks, images):
     save(masks / "c.png", pieces((30, 40), (1, 0, 0, 9, 9)), 3)
-    return f"{masks / 'c.png'}: a palette of classes that nothing names; put the classes.json"
+    return f"{masks / 'c.png'}: a palette of classes without names; put the classes.json"
 
 
 def unnamed(masks, images):
@@ -304,7 +304,7 @@ def test_boxes_of_files_of_one_name_are_read_back(patients, tmp_path):
     }  # fmt: skip
     dataset = data.open_dataset(layouts.annotations(patients, "test"), tmp_path / "cache")
     recipe = sam.sam_recipe(sam_decoder.SAM(SAM), sam.PROTOCOLS["default"])
-    asking = sam.with_given(recipe, {"test": dataset}, str(tmp_path / "boxes.csv"), None).ask
+    asking = sam.with_file_prompts(recipe, {"test": dataset}, str(tmp_path / "boxes.csv"), None).ask
     for i, x0 in enumerate((2, 12, 22, 5)):
         ((box, _, _),) = asking(dataset.sample(i, ""), source="given boxes")["shown"]
         assert box.tolist() == [x0, 3, x0 + 6, 8]
@@ -312,9 +312,9 @@ def test_boxes_of_files_of_one_name_are_read_back(patients, tmp_path):
     sheet = tmp_path / "bare.csv"
     sheet.write_text("image,x0,y0,x1,y1\nslice0.png,1,1,5,5\n")
     with pytest.raises(ValueError, match="bare.csv, line 2: slice0.png fits 3 images; add its"):
-        sam.with_given(recipe, {"test": dataset}, str(sheet), None)
+        sam.with_file_prompts(recipe, {"test": dataset}, str(sheet), None)
     sheet.write_text("image,x0,y0,x1,y1\nslice1.png,1,1,5,5\n")
-    sam.with_given(recipe, {"test": dataset}, str(sheet), None)
+    sam.with_file_prompts(recipe, {"test": dataset}, str(sheet), None)
 
 
 def test_a_box_does_not_say_which_mask_of_an_image_it_is_for(patients, tmp_path):
@@ -324,7 +324,7 @@ def test_a_box_does_not_say_which_mask_of_an_image_it_is_for(patients, tmp_path)
     sheet = tmp_path / "boxes.csv"
     sheet.write_text("image,x0,y0,x1,y1\nslice1.png,1,1,5,5\n")
     with pytest.raises(ValueError, match="g/slice0.png has 2 masks"):
-        sam.with_given(None, {"test": dataset}, str(sheet), None)
+        sam.with_file_prompts(None, {"test": dataset}, str(sheet), None)
 
 
 def test_images_of_two_data_sets(patients, tmp_path):

@@ -34,7 +34,7 @@ def plain(given):
 
 
 def unpacked(given):
-    """{image: [(class number, box, points, labels)]} of what prompts.read_given returns."""
+    """{image: [(class number, box, points, labels)]} of what read_prompts returns."""
     made = {}
     for image, some in given.items():
         made[image] = []
@@ -120,11 +120,11 @@ def test_keys_of_annotation_files_are_no_news(tmp_path, capsys):
 def test_columns_that_are_not_read_are_said_once(tmp_path, capsys):
     path = write(tmp_path, table(f"score:more {PLAIN} note:more"))
     boxes_and_points.read_boxes(path, SIZES, ["polyp"])
-    assert capsys.readouterr().out == f"{path}: columns that are not read: note, score\n"
+    assert capsys.readouterr().out == f"{path}: ignored columns: note, score\n"
     rows = [{"image": "a.png", "x0": 1, "y0": 1, "x1": 2, "y1": 2, "id": k} for k in range(3)]
     path = write(tmp_path, json.dumps(rows), "json")
     boxes_and_points.read_boxes(path, SIZES)
-    assert capsys.readouterr().out == f"{path}: columns that are not read: id\n"
+    assert capsys.readouterr().out == f"{path}: ignored columns: id\n"
 
 
 HEADER = "image,x0,y0,x1,y1\n"
@@ -138,7 +138,7 @@ def test_boxes_of_other_images_are_counted(tmp_path, capsys):
     assert plain(boxes_and_points.read_boxes(path, SIZES)) == {
         "a.png": [(None, None, [1, 1, 2, 2])]
     }
-    line = "5 boxes of images that are not asked for are left out (z0.png, z1.png, z2.png, …)"
+    line = "5 boxes are for other images and are ignored (z0.png, z1.png, z2.png, …)"
     assert capsys.readouterr().out == f"{path}: {line}\n"
 
 
@@ -167,7 +167,7 @@ def coco(**annotation):
 
 BOX_ERRORS = {
     "no box fits": (HEADER + "photos/q.png,1,1,2,2\n", "csv",
-                    "none of the 1 boxes is for an image that is asked for; the file names "
+                    "none of the 1 boxes is for any of the images; the file names "
                     "photos/q.png, the images are named like a.png"),
     "no header": (ONE + ONE, "csv", "has no header; its first line must be like image,class,x0"),
     "blanks": ("image x0 y0 x1 y1\na.png 1 1 2 2\n", "csv", "has no image, x0, y0, x1, y1; write"),
@@ -218,13 +218,13 @@ POINTS = "image,class,x,y,label\n"
 
 
 def given(tmp_path, boxes=None, points=None, classes=("background", "one", "two")):
-    """prompts.read_given of two texts."""
+    """read_prompts of two texts."""
     paths = []
     for name, text in (("boxes.csv", boxes), ("points.csv", points)):
         if text is not None:
             (tmp_path / name).write_text(text)
         paths.append(None if text is None else tmp_path / name)
-    return boxes_and_points.read_given(*paths, SIZES, classes if classes is None else [*classes])
+    return boxes_and_points.read_prompts(*paths, SIZES, classes if classes is None else [*classes])
 
 
 def test_points_of_one_class_are_one_object(tmp_path):
@@ -251,7 +251,7 @@ def test_objects_tell_points_of_one_class_apart(tmp_path):
 def test_points_of_a_json_file(tmp_path):
     rows = [{"image": "a.png", "x": 3, "y": 4}, {"image": "a.png", "x": 5, "y": 6, "label": False}]
     path = write(tmp_path, json.dumps(rows), "json")
-    made, _ = boxes_and_points.read_given(None, path, SIZES, ["polyp"])
+    made, _ = boxes_and_points.read_prompts(None, path, SIZES, ["polyp"])
     assert unpacked(made) == {"a.png": [(1, None, [[3, 4], [5, 6]], [1, 0])]}
 
 
@@ -385,7 +385,7 @@ def test_the_same_prompts_from_files_give_the_same_answers(maps, tmp_path, capsy
     files = {"boxes": (boxes, None), "points": (None, points), "both": (boxes, points)}
     what = {"boxes": "box", "points": "point", "both": "box or point"}
     for kind, pair in files.items():
-        asking = sam.with_given(recipe, {"maps": dataset}, *pair).ask
+        asking = sam.with_file_prompts(recipe, {"maps": dataset}, *pair).ask
         line = f"1 of 3 images have no {what[kind]}, and their masks are empty (empty.png)"
         assert line in capsys.readouterr().out
         for i in range(3):
@@ -403,7 +403,7 @@ def test_objects_with_other_numbers_of_points_are_answered_as_if_alone():
     model = net()
     size = (48, 64)
     some = [
-        boxes_and_points.Prompt(1, None, np.float32([3, 4, 20, 30]), *sam.NO_POINTS),
+        boxes_and_points.Prompt(1, None, np.float32([3, 4, 20, 30])),
         boxes_and_points.Prompt(1, None, None, np.float32([[9, 9]]), np.int64([1])),
         boxes_and_points.Prompt(
             1, None, None, np.float32([[9, 9], [30, 30], [5, 40]]), np.int64([1, 0, 1])
@@ -412,12 +412,12 @@ def test_objects_with_other_numbers_of_points_are_answered_as_if_alone():
             1, None, np.float32([3, 4, 20, 30]), np.float32([[9, 9], [30, 30]]), np.int64([0, 1])
         ),
     ]
-    tensors = sam.tensors_of_prompts(some, size, MINI)
+    tensors = sam.prompt_tensors(some, size, MINI)
     assert tensors["points"].shape == (4, 3, 2)
     image = torch.randn(1, 3, 64, 64)
     batch = {key: tensors[key] for key in ("boxes", "points", "labels")}
     with torch.no_grad():
-        batch |= {"image": image, "of": torch.zeros(4, dtype=torch.int64)}
+        batch |= {"image": image, "image_index": torch.zeros(4, dtype=torch.int64)}
         masks, _ = sam.sam_forward(model, batch)
         for k, p in enumerate(some):
             how = {}
@@ -462,7 +462,7 @@ def test_images_without_a_box_are_counted_and_empty(photos, run, tmp_path, monke
     said = predicted(monkeypatch, capsys, out, "--weights", run, "--boxes", sheet, photos)
     line = "4 of 5 images have no box, and their masks are empty (b.png, c.png, d.png, …)"
     assert f"{sheet}: {line}\n" in said
-    assert "1 boxes of images that are not asked for are left out (z.png)" in said
+    assert "1 boxes are for other images and are ignored (z.png)" in said
     assert probability(out, "a").max() > 0
     for name in "bcde":
         assert not probability(out, name).any()
@@ -519,7 +519,11 @@ def test_points_are_for_sam_alone(photos, run, tmp_path, monkeypatch, capsys):
     sheet = write(tmp_path, "image,x,y\nq.png,1,1\n")
     arguments = ["--weights", run, "--points", sheet, "--out", tmp_path / "no", photos]
     code, _, err = command(monkeypatch, capsys, predict, *arguments)
-    assert code == 2 and err.count("\n") == 1 and "none of the 1 points is for an image" in err
+    assert (
+        code == 2
+        and err.count("\n") == 1
+        and "none of the 1 points is for any of the images" in err
+    )
     with pytest.raises(ValueError, match="--points: segformer takes no boxes or points"):
         train.run(train.Options(model="segformer", data=["x"], points="p.csv"))
 

@@ -97,7 +97,7 @@ def test_images_with_different_numbers_of_prompts_share_a_batch(maps, tmp_path):
     items[0] = {k: v[:2] if k != "image" else v for k, v in items[0].items()}
     assert [len(item["boxes"]) for item in items] == [2, 0, 3]
     batch = sam.collate_prompts(items)
-    assert batch["of"].tolist() == [0, 0, 1, 1, 1]
+    assert batch["image_index"].tolist() == [0, 0, 1, 1, 1]
     assert torch.equal(batch["image"], torch.stack([items[0]["image"], items[2]["image"]]))
     assert torch.equal(batch["boxes"], torch.cat([items[0]["boxes"], items[2]["boxes"]]))
     assert batch["mask"].shape == (5, 1, 16, 16)

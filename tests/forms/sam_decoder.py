@@ -131,9 +131,9 @@ def without_fourier(state):
     return {name: t for name, t in state.items() if name != FOURIER}
 
 
-UNKNOWN = ("pixels as SAM has them, as no name tells; for MedSAM's: **sam_decoder.MEDSAM",)
-BY_NAME = ("pixels as SAM has them, by its name",)
-MEDSAM_BY_NAME = ("pixels as MedSAM has them, by its name",)
+UNKNOWN = ("preprocessing of SAM, as the name is unknown; for MedSAM pass **sam_decoder.MEDSAM",)
+BY_NAME = ("preprocessing of SAM, by its name",)
+MEDSAM_BY_NAME = ("preprocessing of MedSAM, by its name",)
 MEDSAM_MINI = replace(ORIGINAL_MINI, **sam_decoder.MEDSAM)
 FORMS = (
     Form(hub_today, MINI, says=UNKNOWN),
