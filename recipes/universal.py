@@ -184,7 +184,7 @@ class UniversalFamily(VolumeFamily):
 
     def open_volumes(self, entries: list, run: dict) -> volumes.VolumeSet:
         """Return volumes of which each may annotate other classes."""
-        return volumes.VolumeSet([*map(layouts.as_regions, entries)], partial=True)
+        return volumes.VolumeSet([*map(layouts.as_regions, entries)], has_partial_labels=True)
 
     def check_classes(self, model: nn.Module, datasets: list, settings: Settings) -> None:
         """Raise ValueError, one line, if data sets annotate what the model has no code of."""
