@@ -439,11 +439,13 @@ def test_own_checkpoints_keep_their_options(every, tmp_path, capsys):
 def test_what_does_not_fit_is_told(every):
     volume, text = torch.zeros(2, 1, *SIDES), torch.zeros(512)
     for wrong in (torch.zeros(4, 512), torch.zeros(27), torch.zeros(2, 1, 512)):
-        with pytest.raises(ValueError, match=r"text is \(.*\), of this volume \(512,\) or \(2,512"):
+        with pytest.raises(ValueError, match=r"text is \(.*\), expected \(512,\) or \(2,512"):
             every(volume, wrong)
     with pytest.raises(ValueError) as caught:
         every(volume.transpose(2, 3), text)
     told = "volume's sides are (32, 96, 32), the text options take (96, 32, 32)"
     assert str(caught.value) == told
-    with pytest.raises(ValueError, match=r"image_size \(64, 64, 64\): 8 voxels at the bottom, not"):
+    with pytest.raises(
+        ValueError, match=r"image_size \(64, 64, 64\): 8 voxels in the lowest map, not"
+    ):
         TextSwinUNETR(replace(TEXT, attention=True, image_size=(64, 64, 64)))

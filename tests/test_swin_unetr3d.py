@@ -161,7 +161,7 @@ def test_indices_and_masks_are_monai_s():
         expected = official_file.compute_mask(sides, window, shifts, "cpu")
         N = expected.shape[1]
         ours = torch.ones(1, 1, *grid, N, N)
-        for part, mask in swin_unetr3d.slabs(window, shifts):
+        for part, mask in swin_unetr3d.windows_by_mask(window, shifts):
             ours[part] *= masks[mask].reshape(N, N)
         assert torch.equal(ours.view(-1, N, N), expected)
 
@@ -175,7 +175,7 @@ def test_a_norm_and_its_gradients_equal_torch_s(has_way_round, format, slope):
     x = (3 * x + 5).contiguous(memory_format=format).requires_grad_()
     around = around.requires_grad_() if has_way_round else None
     inputs = [t for t in (x, around) if t is not None]
-    y = swin_unetr3d.Normalised.apply(x.clone(), around, slope)
+    y = swin_unetr3d.NormAddReLU.apply(x.clone(), around, slope)
     expected = F.instance_norm(x)
     expected = F.leaky_relu(expected + around if has_way_round else expected, slope)
     close(y, expected, 1e-12)
@@ -193,7 +193,7 @@ def test_a_norm_of_many_voxels_is_exact(dtype, limit):
     x = torch.randn(1, 12, 64, 64, 64, generator=torch.Generator().manual_seed(0)).add_(1).to(dtype)
     expected = F.instance_norm(x.double())
     x = x.contiguous(memory_format=torch.channels_last_3d)
-    close(swin_unetr3d.Normalised.apply(x, None, 1.0).double(), expected, limit)
+    close(swin_unetr3d.NormAddReLU.apply(x, None, 1.0).double(), expected, limit)
 
 
 @torch.no_grad()
@@ -204,7 +204,7 @@ def test_a_norm_of_few_grey_levels_is_exact():
     x = x * torch.randn(1, 12, 1, 1, 1, generator=draw)
     expected = F.instance_norm(x.double())
     x = x.contiguous(memory_format=torch.channels_last_3d)
-    close(swin_unetr3d.Normalised.apply(x, None, 1.0).double(), expected, 1e-5)
+    close(swin_unetr3d.NormAddReLU.apply(x, None, 1.0).double(), expected, 1e-5)
 
 
 def test_what_other_devices_compute_fits_together():
@@ -215,8 +215,8 @@ def test_what_other_devices_compute_fits_together():
         logits.sum().backward()
     assert logits.shape == (2, 3, 64, 32, 32)
     x = torch.randn(2, 3, 4, 5, 6)
-    found = swin_unetr3d.moments(x)
-    elsewhere = swin_unetr3d.moments(x.to("meta"))
+    found = swin_unetr3d.mean_and_variance(x)
+    elsewhere = swin_unetr3d.mean_and_variance(x.to("meta"))
     assert [t.shape for t in found] == [t.shape for t in elsewhere]
     var, mean = torch.var_mean(x.double(), (2, 3, 4), correction=0, keepdim=True)
     close(found[0], mean, 1e-6)
@@ -230,11 +230,11 @@ class Elsewhere(torch.Tensor):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_moments_of_half_precision_are_not_of_half_precision(dtype):
+def test_statistics_of_half_precision_are_not_of_half_precision(dtype):
     x = (400 * torch.randn(2, 3, 5, 6, 7) + 1000).to(
         dtype
     )  # a variance that float16 has no room for
-    mean, var = swin_unetr3d.moments(x.as_subclass(Elsewhere))
+    mean, var = swin_unetr3d.mean_and_variance(x.as_subclass(Elsewhere))
     whole = torch.var_mean(x.double(), (2, 3, 4), correction=0, keepdim=True)
     for found, expected in zip((var, mean), whole, strict=True):
         assert (found.as_subclass(torch.Tensor).double() / expected - 1).abs().max() < 1e-5
@@ -304,7 +304,7 @@ def test_half_precision_of_training_programs(mini):
 
 @pytest.mark.parametrize("dtype, limit", [(torch.float64, 1e-12), (torch.bfloat16, 0.02)])
 def test_attention_and_its_gradients_equal_the_formula(dtype, limit):
-    """Window by window, without slabs, in float64. Half precision keeps float32 biases."""
+    """Window by window, without groups, in float64. Half precision keeps float32 biases."""
     generator = torch.Generator().manual_seed(0)
     window, shifts, (h, d) = (7, 2, 7), (3, 0, 3), (3, 4)
     masks = swin_unetr3d.shift_masks()
@@ -367,7 +367,7 @@ def test_what_tells_the_merging(mini, merging, tmp_path, capsys):
     assert f"merging {merging}, as config.json says" in capsys.readouterr().out
     (tmp_path / "config.json").unlink()
     assert SwinUNETR.from_pretrained(source).config.merging == "legacy"
-    assert "merging legacy, as no name tells" in capsys.readouterr().out
+    assert "merging legacy, the default for unknown names" in capsys.readouterr().out
     folder = tmp_path / "run"
     write_run(folder, SwinUNETR, mini.state_dict(), replace(MINI, merging=merging))
     assert SwinUNETR.from_pretrained(folder).config.merging == merging
@@ -483,7 +483,7 @@ def test_an_encoder_excuses_no_hole_and_nothing_more(mini, tmp_path):
 def test_other_files_are_refused(mini, tmp_path):
     state = official_state(mini)
     state["swin_vit.patch_embed.proj.bias"] = state["swinViT.patch_embed.proj.bias"]
-    with pytest.raises(ValueError, match="swinViT.patch_embed.proj.bias is there twice"):
+    with pytest.raises(ValueError, match="swinViT.patch_embed.proj.bias is in the file twice"):
         SwinUNETR.from_pretrained(release(state, tmp_path))
     run_folder(official_state(mini), tmp_path, **{"class": "BEiT"})
     with pytest.raises(ValueError, match="holds BEiT in format 1, not SwinUNETR in 1"):

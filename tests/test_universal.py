@@ -218,7 +218,7 @@ def test_a_further_class_leaves_the_others_as_they_are(codes, volume, tmp_path):
     write_run(tmp_path / "run", UniversalSwinUNETR, model.state_dict(), model.config)
     loaded = UniversalSwinUNETR.from_pretrained(tmp_path / "run")
     assert loaded.config == model.config and torch.equal(loaded(volume), every)
-    with pytest.raises(ValueError, match="class 'kidney' is there already"):
+    with pytest.raises(ValueError, match="class 'kidney' exists already"):
         model.add_class("kidney")
 
 
@@ -249,7 +249,9 @@ def test_a_backbone_gets_a_new_head(plain, file, codes, tmp_path, capsys):
     path, state = tmp_path / "model.pt", plain if file == "Swin UNETR" else encoder_alone(plain)
     torch.save({"state_dict": state}, path)
     embedding = torch.randn(2, 512) if codes == "text" else None
-    with pytest.raises(ValueError, match="no codes; give names of classes and, of texts, em"):
+    with pytest.raises(
+        ValueError, match="has no codes of classes; give classes and, for texts, em"
+    ):
         UniversalSwinUNETR.from_pretrained(path, embedding=embedding, codes=codes)
     model = UniversalSwinUNETR.from_pretrained(path, ["liver", "lung"], embedding, codes=codes)
     assert model.config == replace(
@@ -273,15 +275,15 @@ def test_a_backbone_gets_a_new_head(plain, file, codes, tmp_path, capsys):
 
 def test_a_backbone_needs_the_texts_of_its_classes(plain, tmp_path):
     torch.save({"state_dict": plain}, tmp_path / "model.pt")
-    with pytest.raises(ValueError, match="no codes; give names of classes and, of texts, em"):
+    with pytest.raises(
+        ValueError, match="has no codes of classes; give classes and, for texts, em"
+    ):
         UniversalSwinUNETR.from_pretrained(tmp_path, ["liver"])
-    said = r"codes 'random' and embedding \(1, 512\): of text, random, one-hot text alone has one"
+    said = r"codes 'random' and embedding \(1, 512\): of text, random, one-hot only text has one"
     with pytest.raises(ValueError, match=said):
         UniversalSwinUNETR.from_pretrained(tmp_path, ["liver"], torch.ones(1, 512), codes="random")
     for shape in (2, 512), (1, 768), (512,):
-        with pytest.raises(
-            ValueError, match=re.escape(f"{shape}: what classes there are take (1, 512)")
-        ):
+        with pytest.raises(ValueError, match=re.escape(f"{shape}: these classes need (1, 512)")):
             UniversalSwinUNETR.from_pretrained(tmp_path, ["liver"], torch.ones(shape))
 
 
@@ -318,9 +320,7 @@ def test_a_further_class_needs_the_code_of_its_kind():
         model_of("text").add_class("kidney")
     with pytest.raises(ValueError, match=r"codes 'random' and embedding \(512,\)"):
         model_of("random").add_class("kidney", torch.ones(512))
-    with pytest.raises(
-        ValueError, match=r"embedding \(1, 512\): what classes there are take \(512,\)"
-    ):
+    with pytest.raises(ValueError, match=r"embedding \(1, 512\): these classes need \(512,\)"):
         model_of("text").add_class("kidney", torch.ones(1, 512))
 
 
