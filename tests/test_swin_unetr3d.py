@@ -44,8 +44,9 @@ def mini():
 
 # --- the same numbers as MONAI -------------------------------------------------------------------
 
+MERGING = replace(MINI, merging="merging")
 LIVE = [  # stages of 32, 16, 8, 4 tokens a side and less: windows of 7, padded, shifted, and of 4
-    (replace(MINI, merging="merging"), (64, 32, 32)),
+    (MERGING, (64, 32, 32)),
     (replace(MINI, merging="merging", v2=True), (32, 64, 32)),
     (replace(MINI, merging="mergingv2", in_channels=4, num_classes=1), (96, 32, 32)),
     (replace(MINI, merging="legacy", feature_size=24), (32, 32, 64)),
@@ -58,8 +59,9 @@ CASES = [
 ]
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize("config, size", CASES)
-def test_outputs_and_all_gradients_equal_monai(config, size):
+def test_outputs_and_all_gradients_equal_monai(config, size, parity):
     """In float64. Without gradients the decoder goes another way, which is compared too."""
     ours, official = randomised(SwinUNETR(config)).double(), theirs(config).double()
     official.load_state_dict(swin_unetr3d.to_official(ours.state_dict()))
@@ -85,6 +87,10 @@ def test_outputs_and_all_gradients_equal_monai(config, size):
     print(f"logits {max(errors):.1e} of {scale:.1f}, gradients {max(worst.values()):.1e}")
     assert max(errors) <= 1e-6, first_difference(ours, official, volume)
     assert max(worst.values()) <= 1e-6, max(worst, key=worst.get)
+    if config == MERGING:
+        parity("swin_unetr3d", "mini, logits", "MONAI 1.6.1", float64=max(errors))
+        gradient = max(worst.values())
+        parity("swin_unetr3d", "mini, all gradients", "MONAI 1.6.1", float64=gradient)
 
 
 @torch.no_grad()
@@ -115,9 +121,10 @@ PARTS["swinViT.2"] += (slice(0, None, 2),)
 PARTS["logits"] = (slice(1, None, 4), slice(2, None, 4), slice(3, None, 4))
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize("variant", ["legacy", "merging", "mergingv2", "legacy_v2", "merging_v2"])
 @torch.no_grad()
-def test_golden_outputs_through_the_loader(variant, tmp_path, capsys):
+def test_golden_outputs_through_the_loader(variant, tmp_path, capsys, parity):
     """MONAI 1.3.2 and 1.6.1; the file is named as the released one, whose merging is legacy."""
     golden = np.load(GOLDEN)
     meta, v2 = json.loads(str(golden["meta"])), variant.endswith("_v2")
@@ -144,6 +151,10 @@ def test_golden_outputs_through_the_loader(variant, tmp_path, capsys):
         limit = 4 * meta["float32_vs_float64_max_abs"][f"{variant}/{name}"]
         print(f"{variant} {name} differs by {error:.1e} of {expected.abs().max():.1f}")
         assert error <= limit, f"{name} differs by {error:.1e}, more than {limit:.1e}"
+    if variant in ("legacy", "legacy_v2"):
+        kind = "small" if variant == "legacy" else "small-v2"
+        deviation = error / expected.abs().max().item()
+        parity("swin_unetr3d", f"{kind}, logits", "MONAI 1.3.2", float32=deviation)
     total = torch.from_numpy(golden[f"out/{variant}/logits_sum"])
     # The means, of all voxels: a last bit that is everywhere the same adds up in a sum. The norms'
     # means and deviations are each rounded once for all voxels: some 1e-7 a layer.
@@ -238,6 +249,25 @@ def test_statistics_of_half_precision_are_not_of_half_precision(dtype):
     whole = torch.var_mean(x.double(), (2, 3, 4), correction=0, keepdim=True)
     for found, expected in zip((var, mean), whole, strict=True):
         assert (found.as_subclass(torch.Tensor).double() / expected - 1).abs().max() < 1e-5
+
+
+def test_pointwise_and_transposed_convolutions_equal_torch_s():
+    x = torch.randn(2, 5, 3, 4, 6).double()
+    weight, bias = torch.randn(7, 5, 1, 1, 1).double(), torch.randn(7).double()
+    close(swin_unetr3d.pointwise(x, weight, bias), F.conv3d(x, weight, bias), 1e-12)
+    weight = torch.randn(5, 7, 2, 2, 2).double()
+    close(swin_unetr3d.upsampled(x, weight), F.conv_transpose3d(x, weight, stride=2), 1e-12)
+
+
+@pytest.mark.parametrize("with_gradients", [True, False])
+def test_an_up_block_equals_the_plain_lines(with_gradients):
+    torch.manual_seed(0)
+    block = swin_unetr3d.UpBlock(6, 4).double()
+    x, skip = torch.randn(2, 6, 4, 3, 5).double(), torch.randn(2, 4, 8, 6, 10).double()
+    with torch.set_grad_enabled(with_gradients):
+        y = block(x, skip)
+        expected = block.conv_block(torch.cat((block.transp_conv(x), skip), 1))
+    close(y, expected, 1e-12)
 
 
 @pytest.mark.parametrize("size", [(2, 3, 4), (1, 1, 2)])

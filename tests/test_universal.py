@@ -51,8 +51,9 @@ EVERY = {  # what of an output is in the golden file
 }
 
 
+@pytest.mark.parity
 @torch.no_grad()
-def test_golden_outputs_through_the_released_form(tmp_path, capsys):
+def test_golden_outputs_through_the_released_form(tmp_path, capsys, parity):
     golden = np.load(GOLDEN)
     meta, keys = json.loads(str(golden["meta"])), json.loads(str(golden["keys"]))
     state = {n: torch.from_numpy(fill(n, tuple(s), meta["seed"])) for n, s, _ in keys}
@@ -80,6 +81,9 @@ def test_golden_outputs_through_the_released_form(tmp_path, capsys):
         limit = 4 * meta["float32_vs_float64_max_abs"][name]
         print(f"{name} differs by {error:.1e} of {expected.abs().max():.1f}, limit {limit:.1e}")
         assert error <= limit, f"{name} differs by {error:.1e}, more than {limit:.1e}"
+    official = "CLIP-Driven-Universal-Model 43c1239"
+    deviation = error / expected.abs().max().item()
+    parity("universal", "universal, logits", official, float32=deviation)
     means = torch.from_numpy(golden["out/logits_abs_mean"][:1])
     close(logits.double().abs().mean((2, 3, 4)), means, 4e-6)
 
