@@ -6,19 +6,20 @@ BY-NC-SA 4.0), for `TextSwinUNETR` BTCV/models/model.py (no licence of its own; 
 Project-MONAI/research-contributions, has Apache 2.0). No weights were released.
 
     AttentionUniversal: codes of the classes (B,K,256), and the volume's GAP (B,256) for each
-      CrossModalTransformer: self-attention of both, text to image, image to the new text
-      controller of both -> (B,K,153), and on as in the Universal Model
+      CrossModalTransformer: both attend to themselves, the text to the image, the image to the text
+      controller of both -> (B,K,153); the rest as in the Universal Model
 
-    TextSwinUNETR: a text (B,512) that names all organs, the lowest feature map (B,16f,3,3,3)
-      contrast: text_fc_contrast -> (B,16f*27), whose cosine to the map is to grow
-      attention: text_fc_attention -> (B,16f,27); CrossModalTransformer of it and the map, whose
-        tokens are the channels; its image replaces the map
-      concat: behind the map comes the text of the attention, or text_fc_concat -> (B,16f,3,3,3)
-      decoder5 of the result, and on as in Swin UNETR
+    TextSwinUNETR: one text (B,512) that lists organs, and the lowest feature map (B,16f,3,3,3)
+      contrast: text_fc_contrast -> (B,16f*27); a loss raises its cosine similarity to the map
+      attention: text_fc_attention -> (B,16f,27); CrossModalTransformer of it and the map, with the
+        channels as tokens; its image stream replaces the map
+      concat: the text stream of the attention, or text_fc_concat -> (B,16f,3,3,3), is concatenated
+        to the map
+      decoder5 of the result; the rest as in Swin UNETR
 
-The study's mistakes are settings where they gave numbers: `attend`, `shared`, `repeat`. Where its
-code crashed, on windows that were not four to a text, ours works. To use it in another project copy
-this file, universal.py and swin_unetr3d.py, and what the last one names.
+The study's mistakes are options where its code ran: `attend`, `shared`, `repeat`. Where it crashed,
+on other numbers of windows than four to a text, this file works. To use it in another project copy
+this file, universal.py, swin_unetr3d.py, and what the last one names.
 """
 
 import math
@@ -40,25 +41,25 @@ class AttentionConfig(UniversalConfig):
 
 
 ATTEND = {
-    # The study put the classes where its layers have the batch. Over a single token attention has
-    # nothing to choose: it is a linear layer, and all of it an MLP of one class and the image.
+    # The study put the classes on the batch axis, so each sequence is a single token. Attention to
+    # one token is a linear layer, and the whole transformer an MLP of one class and the image.
     "token": "each class by itself, with the image",
-    # quirk: the study's code on several volumes. Volume i, from 0, starts from the results of the
-    # volume before, and takes that one's image of class i for its own: it does not see itself.
-    "chain": "as token, and each volume continues from the one before",
-    # What was meant: the K classes are the tokens, next to the image, which is one token, as K
-    # equal ones would be. The classes attend to each other and the image to them; a class that
-    # attends to the image still has no choice. The parameters are the same.
-    "classes": "each class to all, whichever are asked for; a further class changes the others",
+    # quirk: the study's code on several volumes. Volume i, counted from 0, starts from the results
+    # of the volume before it, and uses that one's image feature of class i instead of its own.
+    "chain": "as token, but each volume continues from the one before",
+    # The study's intention: the K classes are the tokens of the text, the image is one token. The
+    # classes attend to each other, and the image to all of them; attention to the image remains a
+    # linear layer. The parameters are the same.
+    "classes": "all classes attend to each other; a new class changes the others",
 }
 
 
 @dataclass(frozen=True)
 class TextConfig(Config):
-    attention: bool = False
-    concat: bool = False
-    contrast: bool = False
-    # quirk: with contrast, attention takes the text of text_fc_contrast; text_fc_attention is idle
+    attention: bool = False  # cross-attention between the text and the lowest map
+    concat: bool = False  # concatenate the text to the lowest map
+    contrast: bool = False  # a loss that makes the text and the lowest map similar
+    # quirk: with contrast, attention uses the text of text_fc_contrast, not of text_fc_attention
     shared: bool = True
 
 
@@ -79,17 +80,17 @@ TEXT_VARIANTS = {  # without a text option these are Swin UNETR: 62,187,296 and 
     "mini-all": replace(MINI, attention=True, concat=True, contrast=True),  # 6,695,469
 }
 
-# Names of the study's layers: attention, norm, MLP, norm.
+# The layers of each step, by the study's names: attention, norm, MLP, norm.
 STEPS = {
     "text": ("text_self_attention", "text_norm1", "text_feedforward", "text_norm2"),
     "image": ("img_self_attention", "img_norm1", "img_feedforward", "img_norm2"),
-    "text of image": (
+    "text to image": (
         "cross_modal_attention_text",
         "cross_modal_norm1_text",
         "cross_modal_feedforward_text",
         "cross_modal_norm2_text",
     ),
-    "image of text": (
+    "image to text": (
         "cross_modal_attention_image",
         "cross_modal_norm1_image",
         "cross_modal_feedforward_image",
@@ -98,20 +99,21 @@ STEPS = {
 }
 
 
+# model/CrossAttention.py, class CrossModalTransformer
 class CrossModalTransformer(nn.Module):
-    """Two streams of tokens that attend to themselves and then to each other."""
+    """A text and an image stream; each attends to itself, then to the other."""
 
     def __init__(self, dim: int, heads: int):
         super().__init__()
         for attention, norm1, mlp, norm2 in STEPS.values():
             self.add_module(attention, nn.MultiheadAttention(dim, heads, batch_first=True))
             self.add_module(norm1, nn.LayerNorm(dim))
-            layers = nn.Linear(dim, 4 * dim), nn.ReLU(), nn.Linear(4 * dim, dim)
+            layers = [nn.Linear(dim, 4 * dim), nn.ReLU(), nn.Linear(4 * dim, dim)]
             self.add_module(mlp, nn.Sequential(*layers))
             self.add_module(norm2, nn.LayerNorm(dim))
 
     def step(self, name: str, x: Tensor, y: Tensor) -> Tensor:
-        """Return x (B,N,C) after attending to y (B,M,C), and after an MLP: (B,N,C)."""
+        """Return x (B,N,C) after attention to y (B,M,C) and an MLP, both post-norm: (B,N,C)."""
         attention, norm1, mlp, norm2 = map(self.get_submodule, STEPS[name])
         attended, _ = attention(x, y, y, need_weights=False)  # (B,N,C)
         x = norm1(x + attended)
@@ -121,35 +123,36 @@ class CrossModalTransformer(nn.Module):
         """text (B,N,C), image (B,M,C) -> the same shapes."""
         text = self.step("text", text, text)
         image = self.step("image", image, image)
-        text = self.step("text of image", text, image)
-        image = self.step("image of text", image, text)
+        text = self.step("text to image", text, image)
+        image = self.step("image to text", image, text)
         return text, image
 
 
+# model/Universal_model.py, class Universal_model with attention
 class AttentionUniversal(UniversalSwinUNETR):
-    """The Universal Model whose controller sees code and image after a CrossModalTransformer."""
+    """The Universal Model with a CrossModalTransformer before its controller."""
 
     CONFIG = AttentionConfig
 
     def __init__(self, config: AttentionConfig, embedding: Tensor | None = None):
-        """embedding (K,512): the codes of the classes if they are texts, else None."""
+        """embedding (K,512): the codes of the classes if they are texts; None for other kinds."""
         super().__init__(config, embedding)
         if config.attend not in ATTEND:
             raise ValueError(f"attend {config.attend!r} is none of {', '.join(ATTEND)}")
         self.cross_attention = CrossModalTransformer(CODE, 4)
 
     def head_numbers(self, lowest: Tensor, classes: list[int] | None = None) -> Tensor:
-        """Return the weights and biases of each class's network (B,k,153).
+        """Return the weights and biases of each class's network: (B,k,153).
 
         lowest (B,16f,d,h,w): the lowest feature map.
         """
         if self.config.attend == "token" or classes is None:
             return super().head_numbers(lowest, classes)
-        every = super().head_numbers(lowest)  # (B,K,153), as each depends on other classes
-        return every[:, classes]
+        numbers = super().head_numbers(lowest)  # (B,K,153): each depends on other classes
+        return numbers[:, classes]
 
     def control(self, image: Tensor, codes: Tensor) -> Tensor:
-        """image and codes (B,k,256) -> (B,k,153)."""
+        """Apply attention and the controller: image and codes (B,k,256) -> (B,k,153)."""
         if self.config.attend == "classes":
             text, image = self.cross_attention(codes, image[:, :1])  # (B,k,256), (B,1,256)
             return super().control(image.expand_as(text), text)
@@ -159,14 +162,18 @@ class AttentionUniversal(UniversalSwinUNETR):
         return self.control_in_a_chain(image, codes)
 
     def class_by_class(self, image: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
-        """Return image and codes (B,k,256) after attention within each pair of tokens."""
-        text = codes.reshape(-1, 1, CODE)  # (B*k,1,256)
-        pixels = image.reshape(-1, 1, CODE)  # (B*k,1,256)
-        text, pixels = self.cross_attention(text, pixels)
-        return pixels.view(codes.shape), text.view(codes.shape)
+        """Return image and codes (B,k,256) after attention within each pair of them."""
+        shape = codes.shape
+        codes = codes.reshape(-1, 1, CODE)  # (B*k,1,256)
+        image = image.reshape(-1, 1, CODE)  # (B*k,1,256)
+        codes, image = self.cross_attention(codes, image)
+        return image.view(shape), codes.view(shape)
 
     def control_in_a_chain(self, image: Tensor, codes: Tensor) -> Tensor:
-        """image and codes (B,k,256) -> (B,k,153), as the study's code computed it: see ATTEND."""
+        """Apply attention and the controller as the study's code does on several volumes.
+
+        image and codes (B,k,256) -> (B,k,153); see "chain" of ATTEND.
+        """
         B, k, _ = codes.shape
         if k < B:
             raise ValueError(f"attend 'chain' takes {k} volumes at a time, a class each, not {B}")
@@ -182,17 +189,18 @@ class AttentionUniversal(UniversalSwinUNETR):
         return torch.cat(numbers)
 
 
+# BTCV/models/model.py, class SwinUNETR
 class TextSwinUNETR(Backbone):
-    """Swin UNETR that reads one text, which says which organs are wanted."""
+    """Swin UNETR that reads one text, a list of the wanted organs."""
 
     def __init__(self, config: TextConfig, text: Tensor | None = None):
-        """text (512,): that of all organs, which `forward` reads if it is given none."""
+        """text (512,): the text of all organs, the default of `forward`."""
         super().__init__(config)
         f = config.feature_size
         n = math.prod(side // 32 for side in config.image_size)  # voxels of the lowest map, 27
         if config.attention and n % 3:
             raise ValueError(
-                f"image_size {config.image_size}: {n} voxels at the bottom, not a multiple of 3"
+                f"image_size {config.image_size}: {n} voxels in the lowest map, not a multiple of 3"
             )
 
         if config.contrast:
@@ -212,12 +220,12 @@ class TextSwinUNETR(Backbone):
             self.register_buffer("organ_text", text.float())
 
     def forward(self, volume: Tensor, text: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Return logits (B,K,D,H,W) and, with contrast, its loss, else None.
+        """Return logits (B,K,D,H,W) and the contrastive loss, None without contrast.
 
-        volume (B,C,D,H,W) as `preprocess` makes it; text (B,512), or (512,) for all volumes, or
-        None for that of all organs. The study adds a tenth of the contrast to its loss. With
-        attention or contrast the sides must be those of the config's image_size. Raises ValueError,
-        one line, for other shapes, and without a text.
+        volume (B,C,D,H,W) of `preprocess`; text (B,512), or (512,) for all volumes, or None for
+        that of all organs. The study weights the contrastive loss by 0.1. With attention or
+        contrast the sides must be those of the config's image_size. Raises ValueError, one line,
+        for other shapes, and without a text.
         """
         B = len(volume)
         if text is None:
@@ -225,8 +233,9 @@ class TextSwinUNETR(Backbone):
                 raise ValueError(f"no text: give one, ({TEXT},) or ({B},{TEXT})")
             text = self.organ_text
         if text.shape not in ((TEXT,), (1, TEXT), (B, TEXT)):
-            expected = f"({TEXT},) or ({B},{TEXT})"
-            raise ValueError(f"text is {tuple(text.shape)}, of this volume {expected}")
+            raise ValueError(
+                f"text is {tuple(text.shape)}, expected ({TEXT},) or ({B},{TEXT}) for {B} volumes"
+            )
         text = text.expand(B, TEXT)
         contrast = None
 
@@ -240,9 +249,10 @@ class TextSwinUNETR(Backbone):
         return logits.contiguous(), contrast
 
     def fuse(self, lowest: Tensor, text: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return what decoder5 takes, (B,16f,d,h,w), with concat (B,32f,d,h,w), and the contrast.
+        """Return the input of decoder5 and the contrastive loss, None without contrast.
 
-        lowest (B,16f,d,h,w): the lowest feature map, text (B,512).
+        lowest (B,16f,d,h,w): the lowest feature map, text (B,512) -> (B,16f,d,h,w), with concat
+        (B,32f,d,h,w)
         """
         config = self.config
         B, channels, d, h, w = lowest.shape
@@ -253,22 +263,24 @@ class TextSwinUNETR(Backbone):
             )
 
         image = lowest.flatten(2)  # (B,16f,n)
-        features = None  # of the text
+        text_features = None
         contrast = None
         if config.contrast:
-            features = F.leaky_relu(self.text_fc_contrast(text), SLOPE)  # (B,16f*n)
-            are_alike = text.new_ones(B)
-            contrast = F.cosine_embedding_loss(features, image.flatten(1), are_alike)
+            text_features = F.leaky_relu(self.text_fc_contrast(text), SLOPE)  # (B,16f*n)
+            same = text.new_ones(B)  # 1: the pairs are to become similar
+            contrast = F.cosine_embedding_loss(text_features, image.flatten(1), same)
+
         if config.attention:
             if not (config.contrast and config.shared):
-                features = F.leaky_relu(self.text_fc_attention(text), SLOPE)  # (B,16f*n)
-            features, image = self.cross_attention(features.view(image.shape), image)  # (B,16f,n)
+                text_features = F.leaky_relu(self.text_fc_attention(text), SLOPE)  # (B,16f*n)
+            text_features = text_features.view(image.shape)  # (B,16f,n)
+            text_features, image = self.cross_attention(text_features, image)  # (B,16f,n) each
         elif config.concat:
-            features = F.leaky_relu(self.text_fc_concat(text), SLOPE)  # (B,16f)
-            features = features[:, :, None].expand_as(image)  # (B,16f,n)
+            text_features = F.leaky_relu(self.text_fc_concat(text), SLOPE)  # (B,16f)
+            text_features = text_features[:, :, None].expand_as(image)  # (B,16f,n)
 
         if config.concat:
-            image = torch.cat((image, features), 1)  # (B,32f,n)
+            image = torch.cat((image, text_features), 1)  # (B,32f,n)
         return image.view(B, -1, d, h, w), contrast
 
     @classmethod
@@ -282,12 +294,12 @@ class TextSwinUNETR(Backbone):
     ) -> "TextSwinUNETR":
         """Load a file, a folder, a run folder or a hub id, in evaluation mode.
 
-        Weights of Swin UNETR, or of its encoder alone, get the layers of the text options that
-        `overrides`, fields of TextConfig, switch on; what is new is printed. With concat,
-        decoder5's weights for the text are 0 at first, so that the model begins as the plain one;
-        repeat: those for the image once more, as in the study. text (512,): that of all organs, in
-        place of the one in the weights. Raises ValueError or FileNotFoundError, one line, for a
-        file that does not fit.
+        Weights of Swin UNETR, or of its encoder, get the layers of the text options that are True
+        in `overrides`, fields of TextConfig; new layers are printed. With concat, decoder5's
+        weights for the text start at 0, so that the model starts as Swin UNETR; repeat: they are a
+        copy of those for the image, as in the study. text (512,): the text of all organs, which
+        replaces that of the weights. Raises ValueError or FileNotFoundError, one line, for a file
+        that does not fit.
         """
         weights, settings = swin_unetr3d.read_checkpoint(source, swin_unetr3d.FILES)
         weights = swin_unetr3d.convert(weights)
@@ -316,13 +328,13 @@ class TextSwinUNETR(Backbone):
 
 
 class WithText(nn.Module):
-    """A TextSwinUNETR that always reads the same text: volumes in, logits out.
+    """A TextSwinUNETR with a fixed text, to be used like a Swin UNETR: volumes in, logits out.
 
-    So it fits what takes a Swin UNETR, such as `volumes.segment(WithText(model), "ct.nii.gz")`.
+    For example `volumes.segment(WithText(model), "ct.nii.gz")`.
     """
 
     def __init__(self, model: TextSwinUNETR, text: Tensor | None = None):
-        """text (512,), None for that of all organs."""
+        """text (512,); None for the text of all organs."""
         super().__init__()
         self.model = model
         self.text = text
@@ -331,16 +343,17 @@ class WithText(nn.Module):
         self.postprocess = model.postprocess
 
     def forward(self, volume: Tensor) -> Tensor:
-        """volume (B,C,D,H,W) as `preprocess` makes it -> logits (B,K,D,H,W)."""
+        """volume (B,C,D,H,W) of `preprocess` -> logits (B,K,D,H,W)."""
         logits, _ = self.model(volume, self.text)
         return logits
 
 
 # --------------------------------------------------------------------------------------------------
-# Nothing under this line is needed to understand the models.
+# Nothing under this line is needed to understand the models: loading of weights, pre- and
+# postprocessing.
 # --------------------------------------------------------------------------------------------------
 
-PARTS = {  # layer -> the option that has it
+PARTS = {  # layer -> the text option that needs it
     "cross_attention": "attention",
     "text_fc_attention": "attention",
     "text_fc_concat": "concat",
@@ -349,7 +362,7 @@ PARTS = {  # layer -> the option that has it
 
 
 def widen_for_text(weights: dict[str, Tensor], repeat: bool, source) -> None:
-    """Give decoder5, if it is in the weights, inputs for the text behind those for the image."""
+    """Add inputs for the text after those for the image to decoder5, if the weights have it."""
     name = "decoder5.transp_conv.weight"
     if name not in weights:
         return

@@ -1,4 +1,4 @@
-"""Swin UNETR: a class for every voxel of a volume, by attention within windows and a U-Net.
+"""Swin UNETR: segment a volume with a Swin Transformer as the encoder of a U-Net.
 
 Papers: Hatamizadeh et al., BrainLes 2021, arXiv 2201.01266; Tang et al., CVPR 2022, arXiv
 2111.14791 (self-supervised); He et al., MICCAI 2023 (v2). Code: github.com/Project-MONAI/MONAI
@@ -10,19 +10,19 @@ swin_unetr.*_pretrained.pt (BTCV), the folds of BraTS21, and model_swinvit.pt, t
     volume                                                        (B,1,96,96,96), variant base
     swinViT.patch_embed: 2x2x2 convolution with stride 2       -> x0 (B,48,48,48,48)
     swinViT.layers, four stages: attention within windows of   -> x1 (B,96,24,24,24)
-      7x7x7 tokens; the same, shifted by 3; then 2x2x2            x2 (B,192,12,12,12)
-      neighbours merge into one token of twice the channels       x3 (B,384,6,6,6)
+      7x7x7 tokens, attention within windows shifted by 3,        x2 (B,192,12,12,12)
+      then 2x2x2 neighbours merge into one token                  x3 (B,384,6,6,6)
     encoder10(x4)                                                 x4 (B,768,3,3,3)
-    decoder5: upsampled, x3                                    -> (B,384,6,6,6)
-    decoder4: upsampled, encoder4(x2)                          -> (B,192,12,12,12)
-    decoder3: upsampled, encoder3(x1)                          -> (B,96,24,24,24)
-    decoder2: upsampled, encoder2(x0)                          -> (B,48,48,48,48)
-    decoder1: upsampled, encoder1(volume)                      -> (B,48,96,96,96)
+    decoder5: upsample, concatenate x3, residual block         -> (B,384,6,6,6)
+    decoder4: the same with encoder4(x2)                       -> (B,192,12,12,12)
+    decoder3: the same with encoder3(x1)                       -> (B,96,24,24,24)
+    decoder2: the same with encoder2(x0)                       -> (B,48,48,48,48)
+    decoder1: the same with encoder1(volume)                   -> (B,48,96,96,96)
     out: 1x1x1 convolution                                     -> logits (B,14,96,96,96)
 
-Sides are multiples of 32, and one is at least 64. Left out: two dimensions, dropout (0 in all
-released files), the heads of the self-supervised task. To use it in another project copy this file
-and, for volumes in files, the folder `imaging/` (needs numpy, nibabel and tqdm):
+Sides must be multiples of 32, and one at least 64. Left out: 2-D images, dropout (0 in all released
+files), the heads of self-supervised pre-training. To use it in another project copy this file and,
+for volumes in files, the folder `imaging/` (needs numpy, nibabel and tqdm):
 
     from imaging import volumes
     probabilities, labels, affine = volumes.segment(SwinUNETR.from_pretrained(…), "ct.nii.gz")
@@ -49,15 +49,15 @@ from torch.utils.checkpoint import checkpoint
 @dataclass(frozen=True)
 class Config:
     feature_size: int = 48  # channels of x0, a multiple of 12
-    in_channels: int = 1  # of the volume
-    num_classes: int = 14  # with the background, unless they overlap
-    v2: bool = False  # a residual block of convolutions before each stage
-    merging: str = "legacy"  # order in which neighbours merge, a key of OCTANTS
-    image_size: tuple[int, ...] = (96, 96, 96)  # of the windows that a volume is cut into
+    in_channels: int = 1  # channels of the volume
+    num_classes: int = 14  # with the background, unless classes overlap
+    v2: bool = False  # Swin UNETR V2: a residual block before each stage
+    merging: str = "legacy"  # order of the neighbours that merge, a key of OCTANTS
+    image_size: tuple[int, ...] = (96, 96, 96)  # of the windows that slide over a volume
     spacing: tuple[float, ...] = (1.5, 1.5, 2.0)  # mm
     intensity: tuple[float, ...] | None = (-175.0, 250.0)  # HU that become 0 and 1; None: z-scores
-    overlapping: bool = False  # a voxel may have several classes: a sigmoid each, no softmax
-    threshold: float = 0.5  # for a single class or overlapping ones
+    overlapping: bool = False  # a voxel may have several classes: sigmoids instead of a softmax
+    threshold: float = 0.5  # of the probability, for a single class or overlapping classes
     classes: tuple[str, ...] = ()  # names, the background's first; (): unknown
 
 
@@ -101,17 +101,17 @@ VARIANTS = {  # parameters
 
 WINDOW = 7  # tokens along a side
 SHIFT = 3
-# Attention scores held at a time in the backward pass: 17 MB, and 268 MB on a GPU, which would wait
-# for small pieces longer than it computes them.
+# Attention scores that the backward pass computes at a time: 17 MB of float32; 268 MB on a GPU,
+# where starting a small kernel takes longer than running it.
 CHUNK = 2**22
 CHUNK_ON_GPU = 2**26
 
 
 def pair_tables(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return a table of two positions on one axis as tables of two positions in a window.
+    """Return three views of a table (7,7) of query and key positions along one axis.
 
-    x (7,7): query position, key position. The three results stand for the axes D, H and W and
-    broadcast to (7,7,7,7,7,7): query d, h, w, key d, h, w.
+    The views are for the axes D, H and W and broadcast to (7,7,7,7,7,7): query d, h, w, key d, h,
+    w.
     """
     along_d = x[:, None, None, :, None, None]  # (7,1,1,7,1,1)
     along_h = x[None, :, None, None, :, None]  # (1,7,1,1,7,1)
@@ -119,6 +119,7 @@ def pair_tables(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return along_d, along_h, along_w
 
 
+# swin_unetr.py, class WindowAttention
 def position_index() -> Tensor:
     """Return the row of the bias table for each query and key of a window: int64 (343,343)."""
     positions = torch.arange(WINDOW)
@@ -129,12 +130,13 @@ def position_index() -> Tensor:
     return rows.reshape(WINDOW**3, WINDOW**3)
 
 
+# swin_unetr.py, compute_mask
 def shift_masks() -> Tensor:
     """Return the additive masks of shifted windows: (2,2,2,7,7,7,7,7,7).
 
-    The first three indices say whether the window is the last along D, H and W (0 or 1), the rest
-    are query d, h, w and key d, h, w. In a last window the two ends of the volume meet, and tokens
-    of one end must not attend to tokens of the other.
+    The first three indices are 1 where a window is the last one along D, H and W; the others are
+    query d, h, w and key d, h, w. The last window holds the end and, as the shift is cyclic, the
+    beginning of the volume; tokens of one must not attend to tokens of the other.
     """
     is_other_end = torch.arange(WINDOW) >= WINDOW - SHIFT
     are_apart = is_other_end[:, None] != is_other_end  # (7,7)
@@ -145,11 +147,12 @@ def shift_masks() -> Tensor:
     return masked * -100.0  # quirk: not -inf
 
 
-def windows(x: Tensor, window: tuple[int, ...], parts: int, heads: int) -> Tensor:
+# swin_unetr.py, window_partition
+def view_windows(x: Tensor, window: tuple[int, ...], parts: int, heads: int) -> Tensor:
     """Return a view of x by windows and heads.
 
-    x (B,D,H,W,parts*h*d), window: its sides, which divide D, H and W; parts: 3 for queries, keys
-    and values side by side, else 1 -> (parts,B,D/7,H/7,W/7,h,7,7,7,d) for windows of 7.
+    x (B,D,H,W,parts*h*d). window: its sides, which divide D, H and W. parts: 3 if x holds queries,
+    keys and values side by side, else 1. With windows of 7: -> (parts,B,D/7,H/7,W/7,h,7,7,7,d)
     """
     B, D, H, W, _ = x.shape
     d, h, w = window
@@ -157,37 +160,38 @@ def windows(x: Tensor, window: tuple[int, ...], parts: int, heads: int) -> Tenso
     return x.permute(7, 0, 1, 3, 5, 8, 2, 4, 6, 9)  # (parts,B,D/7,H/7,W/7,h,7,7,7,d)
 
 
-def slabs(window: tuple[int, ...], shifts: tuple[int, ...]) -> Iterator[tuple[tuple, tuple]]:
+def windows_by_mask(
+    window: tuple[int, ...], shifts: tuple[int, ...]
+) -> Iterator[tuple[tuple, tuple]]:
     """Yield the groups of windows that share a mask, at most eight.
 
-    Along a shifted axis the last window has a mask of its own. Each group is an index into the
-    result of `windows`, and an index into `shift_masks()`.
+    Only the last windows along a shifted axis have a mask of their own, so each shifted axis is
+    divided into all but its last windows, and these. A group is an index into the result of
+    `view_windows` (its windows) and an index into the result of `shift_masks` (their mask).
     """
-    tokens = [slice(side) for side in window]
-    choices = [(0, 1) if shift else (0,) for shift in shifts]
+    choices = []  # of each axis: windows, index of the mask
+    for shift in shifts:
+        if shift:
+            choices.append([(slice(-1), 0), (slice(-1, None), 1)])
+        else:
+            choices.append([(slice(None), 0)])
+    tokens = [slice(side) for side in window]  # a smaller window has the corner of the full mask
 
-    for is_last in product(*choices):
-        index = [slice(None), slice(None)]  # parts, batch
-        for last, shift in zip(is_last, shifts, strict=True):
-            if last:
-                index.append(slice(-1, None))
-            elif shift:
-                index.append(slice(-1))
-            else:
-                index.append(slice(None))
-        yield tuple(index), (*is_last, *tokens, *tokens)
+    for (d, mask_d), (h, mask_h), (w, mask_w) in product(*choices):
+        group = (slice(None), slice(None), d, h, w)  # parts, batch, windows along D, H, W
+        yield group, (mask_d, mask_h, mask_w, *tokens, *tokens)
 
 
 def attention_gradients(
     q: Tensor, k: Tensor, v: Tensor, dy: Tensor, score_bias: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of q, k, v and of the scores' bias, given dy of the attended values.
+    """Return the gradients of q, k, v (n,h,N,d each) and score_bias (h,N,N).
 
-    q, k, v, dy (n,h,N,d), score_bias (h,N,N) -> (n,h,N,d) three times, (h,N,N).
+    dy (n,h,N,d) is the gradient of softmax(q @ k.mT / sqrt(d) + score_bias) @ v.
     """
     scale = q.shape[3] ** -0.5
     scores = torch.add(score_bias, q @ k.mT, alpha=scale)  # (n,h,N,N)
-    p = scores.softmax(3)  # (n,h,N,N), float32 where q is of half precision, as the bias is
+    p = scores.softmax(3)  # (n,h,N,N), float32 even if q is in half precision, as the bias is
 
     dp = (dy @ v.mT).to(p.dtype)  # (n,h,N,N)
     d_scores = torch._softmax_backward_data(dp, p, 3, p.dtype)  # (n,h,N,N)
@@ -202,16 +206,16 @@ def attention_gradients(
 
 
 class WindowedAttention(torch.autograd.Function):
-    """Attention of the tokens of each window to each other, with a bias and a mask.
+    """Attention within each window, with a bias and a mask.
 
     Equals, for q, k and v (n,h,N,d) of n windows, in a fraction of the memory,
 
         scores = q @ k.mT / sqrt(d) + bias + mask
         return scores.softmax(3) @ v
 
-    MONAI keeps the scores of all windows for the gradients: 484 MB in one block of base at
-    96x96x96. Here windows that share a mask (`slabs`) go through the fused kernel together, and the
-    backward pass computes the scores again, a few windows at a time.
+    MONAI keeps the scores of all windows for the backward pass: 484 MB in one block of base at
+    96x96x96. Here, windows that share a mask go through the fused kernel together, and the backward
+    pass computes the scores again, a few windows at a time.
     """
 
     @staticmethod
@@ -223,16 +227,17 @@ class WindowedAttention(torch.autograd.Function):
         """
         heads, N = bias.shape[:2]
         B, D, H, W, channels = qkv.shape
+        d = channels // (3 * heads)
         y = qkv.new_empty(B, D, H, W, channels // 3)
-        inputs = windows(qkv, window, 3, heads)  # (3,B,D/7,H/7,W/7,h,7,7,7,d)
-        outputs = windows(y, window, 1, heads)  # (1,B,D/7,H/7,W/7,h,7,7,7,d)
+        qkv_windows = view_windows(qkv, window, 3, heads)  # (3,B,D/7,H/7,W/7,h,7,7,7,d)
+        y_windows = view_windows(y, window, 1, heads)  # (1,B,D/7,H/7,W/7,h,7,7,7,d)
 
-        for index, mask_index in slabs(window, shifts):
-            q, k, v = inputs[index].reshape(3, -1, heads, N, inputs.shape[-1])  # (n,h,N,d) each
+        for group, mask_index in windows_by_mask(window, shifts):
+            q, k, v = qkv_windows[group].reshape(3, -1, heads, N, d)  # (n,h,N,d) each
             mask = masks[mask_index].reshape(N, N)
             score_bias = (bias + mask).to(q.dtype)  # (h,N,N)
             attended = F.scaled_dot_product_attention(q, k, v, attn_mask=score_bias[None])
-            outputs[index] = attended.view(outputs[index].shape)  # (n,h,N,d) into y
+            y_windows[group] = attended.view(y_windows[group].shape)  # writes (n,h,N,d) into y
 
         ctx.save_for_backward(qkv, bias, masks)
         ctx.window = window
@@ -242,34 +247,36 @@ class WindowedAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor):
+        """dy (B,D,H,W,C) -> the gradients of qkv (B,D,H,W,3C) and bias (h,N,N)."""
         qkv, bias, masks = ctx.saved_tensors
         heads, N = bias.shape[:2]
         d_qkv = torch.empty_like(qkv)
         d_bias = torch.zeros_like(bias)
-        inputs = windows(qkv, ctx.window, 3, heads)  # (3,B,D/7,H/7,W/7,h,7,7,7,d)
-        d_outputs = windows(dy.contiguous(), ctx.window, 1, heads)  # (1,B,D/7,H/7,W/7,h,7,7,7,d)
-        d_inputs = windows(d_qkv, ctx.window, 3, heads)  # (3,B,D/7,H/7,W/7,h,7,7,7,d)
+        qkv_windows = view_windows(qkv, ctx.window, 3, heads)  # (3,B,D/7,H/7,W/7,h,7,7,7,d)
+        dy_windows = view_windows(dy.contiguous(), ctx.window, 1, heads)  # (1,B,…,7,7,7,d)
+        d_qkv_windows = view_windows(d_qkv, ctx.window, 3, heads)  # (3,B,D/7,H/7,W/7,h,7,7,7,d)
 
         scores_at_a_time = CHUNK if dy.device.type == "cpu" else CHUNK_ON_GPU
         windows_at_a_time = max(1, scores_at_a_time // bias.numel())
 
-        for index, mask_index in slabs(ctx.window, ctx.shifts):
+        for group, mask_index in windows_by_mask(ctx.window, ctx.shifts):
             score_bias = bias + masks[mask_index].reshape(N, N)  # (h,N,N)
-            slab = torch.cat((inputs[index].flatten(1, 4), d_outputs[index].flatten(1, 4)))
-            slab = slab.flatten(3, 5)  # (4,n,h,N,d)
-            for part in slab.split(windows_at_a_time, 1):
+            stacked = torch.cat((qkv_windows[group].flatten(1, 4), dy_windows[group].flatten(1, 4)))
+            stacked = stacked.flatten(3, 5)  # (4,n,h,N,d): q, k, v, dy
+            for part in stacked.split(windows_at_a_time, 1):
                 q, k, v, d_attended = part  # (m,h,N,d) each
                 dq, dk, dv, d_scores = attention_gradients(q, k, v, d_attended, score_bias)
                 d_bias += d_scores
-                q.copy_(dq)  # into the slab
+                q.copy_(dq)  # overwrite q, k and v in `stacked` by their gradients
                 k.copy_(dk)
                 v.copy_(dv)
-            d_inputs[index] = slab[:3].view(d_inputs[index].shape)
+            d_qkv_windows[group] = stacked[:3].view(d_qkv_windows[group].shape)
         return d_qkv, d_bias, None, None, None
 
 
+# swin_unetr.py, class WindowAttention; padding and shift: SwinTransformerBlock.forward_part1
 class Attention(nn.Module):
-    """Multi-head attention within windows, with a learned bias for each offset of two tokens."""
+    """Multi-head attention within windows, with a learned bias for each relative position."""
 
     def __init__(self, dim: int, heads: int):
         super().__init__()
@@ -285,12 +292,12 @@ class Attention(nn.Module):
         window = tuple(min(side, WINDOW) for side in (D, H, W))
         shifts = tuple(SHIFT if shifted and side > WINDOW else 0 for side in (D, H, W))
 
-        # quirk: the padding gets the bias of qkv, so it is not zero, and it is attended to
+        # quirk: padded tokens are not masked; their keys and values are the biases of qkv
         pad_d, pad_h, pad_w = (-side % n for side, n in zip((D, H, W), window, strict=True))
         x = F.pad(x, (0, 0, 0, pad_w, 0, pad_h, 0, pad_d))  # whole windows
         x = x.roll([-shift for shift in shifts], (1, 2, 3))
 
-        # quirk: a smaller window has the offsets of the first N tokens of a full one, not its own
+        # quirk: a smaller window takes the biases of a full window's first N tokens, not its own
         N = math.prod(window)
         bias = F.embedding(index[:N, :N], self.relative_position_bias_table)  # (N,N,h)
         bias = bias.permute(2, 0, 1).contiguous()  # (h,N,N)
@@ -300,7 +307,10 @@ class Attention(nn.Module):
         return self.proj(y)
 
 
+# blocks/mlp.py, class MLPBlock
 class MLP(nn.Module):
+    """Two linear layers with a GELU between them."""
+
     def __init__(self, dim: int):
         super().__init__()
         self.linear1 = nn.Linear(dim, 4 * dim)
@@ -310,8 +320,9 @@ class MLP(nn.Module):
         return self.linear2(F.gelu(self.linear1(x)))
 
 
+# swin_unetr.py, class SwinTransformerBlock
 class Block(nn.Module):
-    """A transformer block: attention and an MLP, each behind a norm and with a residual."""
+    """A transformer block with pre-norm attention and MLP, each with a residual connection."""
 
     def __init__(self, dim: int, heads: int, shifted: bool):
         super().__init__()
@@ -328,17 +339,18 @@ class Block(nn.Module):
 
 # --- merging of neighbours ------------------------------------------------------------------------
 
-# The octants (d, h, w) of a cell of 2x2x2 tokens in the order in which they are concatenated. MONAI
-# 1.5.0 changed the order under the same name and with the same shapes. All released files are older
-# and need "legacy", files of later versions "merging".
+# Octants (d, h, w) of a cell of 2x2x2 tokens in the order in which they are concatenated. MONAI
+# 1.5.0 changed the order under the same option name and with the same shapes. All released files
+# are older and need "legacy"; files trained with later versions need "merging".
 OCTANTS = {
-    # quirk: two octants appear twice and two never (swin_unetr.py of MONAI 0.9.0 to 1.4.0)
+    # quirk: 010 and 001 appear twice, 110 and 011 never (swin_unetr.py of MONAI 0.9.0 to 1.4.0)
     "legacy": "000 100 010 001 101 010 001 111",
     "merging": "000 100 010 001 110 101 011 111",  # since 1.5.0
     "mergingv2": "000 001 010 011 100 101 110 111",  # since 1.0.0
 }
 
 
+# swin_unetr.py, classes PatchMerging and PatchMergingV2
 class Merging(nn.Module):
     """Merge each cell of 2x2x2 tokens into one token of twice the channels."""
 
@@ -372,11 +384,11 @@ def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return y.movedim(4, 1)  # (B,O,D,H,W)
 
 
-def moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the mean and the variance of each channel of each volume.
+def mean_and_variance(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean and the variance of each channel of each volume: (B,C,1,1,1) each.
 
-    x (B,C,D,H,W) -> (B,C,1,1,1) each, at least float32. Equals, without the rounding errors of
-    float32 and several times faster on a CPU,
+    x (B,C,D,H,W). Equals, in float32 or better, on a CPU several times faster and without the
+    rounding errors of long sums,
 
         var, mean = torch.var_mean(x, (2, 3, 4), correction=0, keepdim=True)
     """
@@ -385,9 +397,10 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
         mean = x.mean((2, 3, 4), True)
         return mean, x.var((2, 3, 4), correction=0, keepdim=True)
 
-    # With channels last in memory, statistics of a batch norm are fast. But they add up one value
-    # after another, and where there are few grey levels, all roundings go the same way. So each
-    # column of W is one channel, and its rows are split into up to 16 parts.
+    # With channels last in memory, the statistics of a batch norm are the fastest, but they add up
+    # the values of a channel one by one, and over millions of voxels rounding errors grow. So keep
+    # the sums short: each position along W is a channel of its own, and the rows are split into up
+    # to 16 parts.
     B, C, D, H, W = x.shape
     parts = math.gcd(D * H, 16)
     rows = x.movedim(1, 4).reshape(B * parts, -1, W * C)  # (B*parts,D*H/parts,W*C)
@@ -400,27 +413,27 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     means = torch.stack(means).double().view(B, parts * W, C, 1, 1, 1)
     variances = torch.stack(variances).double().view(B, parts * W, C, 1, 1, 1)
 
-    # The variance within the parts, and that of their means.
+    # The total variance is the mean of the parts' variances plus the variance of their means.
     var = variances.mean(1) + means.var(1, correction=0)  # (B,C,1,1,1)
     return means.mean(1), var
 
 
-class Normalised(torch.autograd.Function):
-    """Instance norm, residual and leaky ReLU in the memory of the input.
+class NormAddReLU(torch.autograd.Function):
+    """Instance norm, addition of a residual and leaky ReLU, in the memory of the input.
 
     Equals
 
         y = F.instance_norm(x, eps=EPS)
         return F.leaky_relu(y if residual is None else y + residual, slope)
 
-    The backward pass needs the result alone, as all three steps can be undone: a block keeps two
-    feature maps less.
+    The backward pass needs only the output and the residual, since all three steps can be inverted;
+    so a block keeps two feature maps less.
     """
 
     @staticmethod
     def forward(ctx, x: Tensor, residual: Tensor | None, slope: float) -> Tensor:
-        """x (B,C,D,H,W), overwritten; residual of the same shape; slope below 0 -> x."""
-        mean, var = moments(x)  # (B,C,1,1,1) each
+        """x (B,C,D,H,W), overwritten; residual of the same shape; slope of the leaky ReLU -> x."""
+        mean, var = mean_and_variance(x)  # (B,C,1,1,1) each
         scale = (var + EPS).rsqrt()
         shift = -scale * mean
         dtype = torch.promote_types(x.dtype, torch.float32)
@@ -440,14 +453,16 @@ class Normalised(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor):
+        """dy (B,C,D,H,W) -> the gradients of x and residual, (B,C,D,H,W) each."""
         y, residual, scale = ctx.saved_tensors
         d_sum = torch.ops.aten.leaky_relu_backward(dy, y, ctx.slope, True)  # of norm + residual
 
+        # Undo the leaky ReLU and the addition.
         normalised = F.leaky_relu(y, 1 / ctx.slope)  # (B,C,D,H,W)
         if residual is not None:
             normalised -= residual
 
-        # scale * (d_sum - its mean - normalised * the mean of d_sum * normalised)
+        # dx = scale * (d_sum - mean(d_sum) - normalised * mean(d_sum * normalised))
         mean_product = (d_sum * normalised).mean((2, 3, 4), True, dtype=scale.dtype)  # (B,C,1,1,1)
         mean_d = d_sum.mean((2, 3, 4), True, dtype=scale.dtype)  # (B,C,1,1,1)
         dx = normalised
@@ -458,8 +473,9 @@ class Normalised(torch.autograd.Function):
         return dx, d_residual, None
 
 
+# blocks/dynunet_block.py, class UnetResBlock
 class ResBlock(nn.Module):
-    """Two 3x3x3 convolutions with instance norms, and a shortcut around both."""
+    """A residual block of two 3x3x3 convolutions with instance norms."""
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__()
@@ -470,19 +486,19 @@ class ResBlock(nn.Module):
             self.conv3 = nn.Conv3d(inputs, outputs, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B,inputs,D,H,W) -> (B,outputs,D,H,W)."""
+        """x (B,inputs,D,H,W) -> (B,outputs,D,H,W), channels last in memory."""
         shortcut = x
         if self.conv3 is not None:
             shortcut = pointwise(x, self.conv3.weight)
-        y = self.conv1(x).contiguous(memory_format=torch.channels_last_3d)  # as all that follows
-        return self.rest(y, shortcut)
+        y = self.conv1(x).contiguous(memory_format=torch.channels_last_3d)
+        return self.after_conv1(y, shortcut)
 
-    def rest(self, y: Tensor, shortcut: Tensor) -> Tensor:
-        """Return what follows the first convolution of each branch. All (B,outputs,D,H,W)."""
-        y = Normalised.apply(y, None, SLOPE)
+    def after_conv1(self, y: Tensor, shortcut: Tensor) -> Tensor:
+        """Return the output of the block, given conv1's and conv3's: all (B,outputs,D,H,W)."""
+        y = NormAddReLU.apply(y, None, SLOPE)
         if self.conv3 is not None:
-            shortcut = Normalised.apply(shortcut, None, 1.0)
-        return Normalised.apply(self.conv2(y), shortcut, SLOPE)
+            shortcut = NormAddReLU.apply(shortcut, None, 1.0)
+        return NormAddReLU.apply(self.conv2(y), shortcut, SLOPE)
 
 
 # --- the encoder ----------------------------------------------------------------------------------
@@ -490,8 +506,12 @@ class ResBlock(nn.Module):
 HEADS = (3, 6, 12, 24)  # of the four stages
 
 
+# swin_unetr.py, class BasicLayer
 class Stage(nn.Module):
-    """Two transformer blocks, the second one shifted, then merging; v2: a ResBlock before them."""
+    """Two transformer blocks, the second with shifted windows, then merging.
+
+    Swin UNETR V2 has a residual block before them.
+    """
 
     def __init__(self, dim: int, heads: int, v2: bool, octants: str):
         super().__init__()
@@ -508,8 +528,9 @@ class Stage(nn.Module):
         return self.downsample(x)
 
 
+# swin_unetr.py, class SwinTransformer
 class SwinTransformer(nn.Module):
-    """The encoder. Channels come last in its stages, so that no layer copies its input."""
+    """The encoder. Its stages have channels last, so that no layer copies its input."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -518,14 +539,14 @@ class SwinTransformer(nn.Module):
         self.layers = nn.ModuleList()
         for i, heads in enumerate(HEADS):
             self.layers.append(Stage(f * 2**i, heads, config.v2, OCTANTS[config.merging]))
-        # Shared by all windows of all inputs; smaller windows take their part.
+        # All blocks share these; smaller windows take a corner of them.
         self.register_buffer("index", position_index(), persistent=False)
         self.register_buffer("masks", shift_masks(), persistent=False)
 
     def forward(self, volume: Tensor, run: Callable) -> list[Tensor]:
         """Return five feature maps: (B,f,D/2,H/2,W/2), (B,2f,D/4,H/4,W/4) … (B,16f,D/32,H/32,W/32).
 
-        volume (B,C,D,H,W); run: calls a stage, as `Backbone.run` does.
+        volume (B,C,D,H,W); run: a function that calls a stage, `Backbone.run`.
         """
         x = self.patch_embed["proj"](volume).permute(0, 2, 3, 4, 1)  # (B,D/2,H/2,W/2,f)
         maps = [x]
@@ -533,10 +554,11 @@ class SwinTransformer(nn.Module):
             x = run(stage, x, self.index, self.masks)
             maps.append(x)
 
+        # The decoder gets the maps normalised, without weights; the next stage did not.
         normalised = []
-        for x in maps:  # by a norm without weights, which the next stage does not see
+        for x in maps:
             x = F.layer_norm(x, x.shape[4:])
-            normalised.append(x.permute(0, 4, 1, 2, 3))
+            normalised.append(x.permute(0, 4, 1, 2, 3))  # (B,C,D,H,W)
         return normalised
 
 
@@ -559,28 +581,30 @@ def upsampled(x: Tensor, weight: Tensor) -> Tensor:
 def add_upsampled_conv(y: Tensor, x: Tensor, up: Tensor, weight: Tensor) -> None:
     """Add to y a 3x3x3 convolution of the upsampled x, without upsampling x.
 
-    Equals, with 64 products for each number where there were 216 and more,
+    Equals, in a fraction of the multiplications,
 
         y += F.conv3d(F.conv_transpose3d(x, up, stride=2), weight, padding=1)
 
-    Both together are a transposed 4x4x4 convolution with stride 2. Outputs at even or odd positions
-    along each axis see 2x2x2 inputs: eight convolutions at the low resolution.
+    Both convolutions together are a transposed 4x4x4 convolution with stride 2. Its outputs at even
+    or odd positions along each axis see 2x2x2 inputs, so it is eight convolutions at the low
+    resolution.
 
     y (B,O,2d,2h,2w), x (B,C,d,h,w), up (C,O,2,2,2), weight (O,O,3,3,3)
     """
     composed = F.conv3d(up, weight, padding=2)  # (C,O,4,4,4)
     composed = composed.flip(2, 3, 4).transpose(0, 1)  # (O,C,4,4,4)
     d, h, w = x.shape[2:]
-    for i, j, k in product((0, 1), repeat=3):
+    for i, j, k in product((0, 1), repeat=3):  # parity of the outputs along D, H and W
         kernel = composed[:, :, i::2, j::2, k::2].contiguous()  # (O,C,2,2,2)
         part = F.conv3d(x, kernel, padding=1)  # (B,O,d+1,h+1,w+1)
         y[:, :, i::2, j::2, k::2] += part[:, :, i : i + d, j : j + h, k : k + w]
 
 
+# blocks/unetr_block.py, class UnetrUpBlock
 class UpBlock(nn.Module):
-    """Upsample, concatenate with the skip connection, and apply a residual block.
+    """Upsampling, concatenation with the skip connection, and a residual block.
 
-    Equals, without ever making the concatenation,
+    Equals, without computing the concatenation,
 
         x = self.transp_conv(x)
         return self.conv_block(torch.cat((x, skip), 1))
@@ -602,7 +626,7 @@ class UpBlock(nn.Module):
         conv3_up, conv3_skip = block.conv3.weight.split(C, 1)  # (C,C,1,1,1) each
 
         y = F.conv3d(skip, conv1_skip, padding=1)  # (B,C,D,H,W)
-        # Composed weights need no gradients, and on small maps cost more than they save.
+        # With gradients, or on small maps, composing the weights costs more than it saves.
         if torch.is_grad_enabled() or x[0, 0].numel() < 8 * C:
             x = upsampled(x, up)  # (B,C,D,H,W)
             y += F.conv3d(x, conv1_up, padding=1)
@@ -612,7 +636,7 @@ class UpBlock(nn.Module):
             composed = torch.einsum("ic...,oc->io...", up, conv3_up.flatten(1))  # (inputs,C,2,2,2)
             shortcut = upsampled(x, composed)  # (B,C,D,H,W)
         shortcut += pointwise(skip, conv3_skip)
-        return block.rest(y, shortcut)
+        return block.after_conv1(y, shortcut)
 
 
 # --- the model ------------------------------------------------------------------------------------
@@ -624,24 +648,29 @@ def check_size(volume: Tensor, channels: int) -> None:
         expected = f"(B,{channels},D,H,W)"
         raise ValueError(f"volume is {tuple(volume.shape)}, the model takes {expected}")
     sides = tuple(volume.shape[2:])
-    if any(side % 32 for side in sides) or max(sides) < 64:  # a single voxel has no variance
-        rule = "must be multiples of 32, one of them 64 or more"
-        raise ValueError(f"volume's sides are {sides}, {rule}; pad or cut it")
+    if any(side % 32 for side in sides) or max(sides) < 64:  # one voxel in x4 has no variance
+        raise ValueError(
+            f"volume's sides are {sides}, must be multiples of 32, one of them 64 or more; pad or "
+            "cut it"
+        )
 
 
+# swin_unetr.py, class SwinUNETR
 class Backbone(nn.Module):
-    """Swin UNETR without its last convolution, on which several models put a head.
+    """Swin UNETR without its last convolution; several models add a head to it.
 
-    With `checkpointing = True`, training keeps the inputs of the blocks alone and computes the rest
-    again for the gradients: less memory, more time.
+    With `checkpointing = True`, training keeps only the inputs of the blocks and computes their
+    activations again in the backward pass: less memory, more time.
     """
 
     def __init__(self, config: Config):
         super().__init__()
         f = config.feature_size
         if f % 12 or config.merging not in OCTANTS:
-            given = f"feature_size {f} and merging {config.merging!r}"
-            raise ValueError(f"{given}: must be a multiple of 12 and one of {', '.join(OCTANTS)}")
+            raise ValueError(
+                f"feature_size {f} and merging {config.merging!r}: must be a multiple of 12 and "
+                f"one of {', '.join(OCTANTS)}"
+            )
 
         self.config = config
         self.checkpointing = False
@@ -658,7 +687,7 @@ class Backbone(nn.Module):
         self.decoder1 = UpBlock(f, f)
 
     def run(self, block: nn.Module, *inputs) -> Tensor:
-        """Return block(*inputs), with `checkpointing` without keeping its activations."""
+        """Return block(*inputs); with `checkpointing`, its activations are not kept."""
         if self.checkpointing and torch.is_grad_enabled():
             return checkpoint(block, *inputs, use_reentrant=False)
         return block(*inputs)
@@ -666,8 +695,8 @@ class Backbone(nn.Module):
     def features(self, volume: Tensor, fuse: Callable | None = None) -> tuple[Tensor, Tensor]:
         """Return the lowest feature map (B,16f,D/32,H/32,W/32) and the last one (B,f,D,H,W).
 
-        volume (B,C,D,H,W) as `preprocess` makes it; fuse: changes the lowest map on its way into
-        the decoder.
+        volume (B,C,D,H,W) of `preprocess`; fuse: a function that changes the lowest map before the
+        decoder.
         """
         check_size(volume, self.config.in_channels)
         x0, x1, x2, x3, x4 = self.swinViT(volume, self.run)
@@ -686,21 +715,23 @@ class Backbone(nn.Module):
         return lowest, x
 
     def preprocess(self, volume: Tensor) -> Tensor:
-        """volume (C,D,H,W) at the config's spacing -> the same shape: see `preprocess`."""
+        """Scale the intensities of a volume (C,D,H,W); see `preprocess` below."""
         return preprocess(volume, self.config)
 
     def postprocess(self, logits: Tensor, size: tuple[int, int, int]) -> Tensor:
-        """logits (K,d,h,w) -> probabilities (K,*size): see `postprocess`."""
+        """Return probabilities (K,*size) of logits (K,d,h,w); see `postprocess` below."""
         return postprocess(logits, size, self.config)
 
 
 class SwinUNETR(Backbone):
+    """Swin UNETR: logits of each class for each voxel."""
+
     def __init__(self, config: Config):
         super().__init__(config)
         self.out = nn.Conv3d(config.feature_size, config.num_classes, 1)
 
     def forward(self, volume: Tensor) -> Tensor:
-        """volume (B,C,D,H,W) as `preprocess` makes it -> logits (B,K,D,H,W)."""
+        """volume (B,C,D,H,W) of `preprocess` -> logits (B,K,D,H,W)."""
         _, x = self.features(volume)  # (B,f,D,H,W)
         return pointwise(x, self.out.weight, self.out.bias).contiguous()  # (B,K,D,H,W)
 
@@ -708,8 +739,8 @@ class SwinUNETR(Backbone):
     def from_pretrained(cls, source: str | Path, num_classes=None, **overrides) -> "SwinUNETR":
         """Load a file, a folder, a run folder or a hub id, in evaluation mode.
 
-        num_classes: None for as many as the file has; another number makes a new `out`. A file of
-        the encoder alone needs it, and gets a new decoder. What is new is printed. overrides:
+        num_classes: None for as many as the file has; another number makes a new `out`. A file with
+        only the encoder needs a number, and gets a new decoder. New parts are printed. overrides:
         fields of Config. Raises ValueError or FileNotFoundError, one line, for a file that does not
         fit.
         """
@@ -727,7 +758,8 @@ class SwinUNETR(Backbone):
 
 
 # --------------------------------------------------------------------------------------------------
-# Nothing under this line is needed to understand the model.
+# Nothing under this line is needed to understand the model: loading of weights, pre- and
+# postprocessing.
 # --------------------------------------------------------------------------------------------------
 
 FILES = (
@@ -738,8 +770,8 @@ FILES = (
     "models/model.pt",
     "model_swinvit.pt",
 )
-# Released files, by the name of the file, its folder or its repository: fields of Config that no
-# tensor tells. The merging of all of them is "legacy".
+# Released files, by the name of the file, its folder or its repository, and the fields of Config
+# that do not follow from their tensors. All of them have the merging "legacy".
 RELEASED = {
     "MONAI/swin_unetr_btcv_segmentation": BTCV,
     "darragh/swinunetr-btcv-tiny": BTCV,
@@ -758,24 +790,28 @@ RELEASED = {
     "ssl_pretrained_weights.pth": {},
 }
 IGNORED = {
-    r".*\.relative_position_index": "`position_index`",
-    r"(swinViT\.)?norm\.(weight|bias)": "of the encoder alone, which nothing uses",
-    r"(rotation_head|contrastive_head|convTrans3d|conv)\..*": "heads of the self-supervised task",
+    r".*\.relative_position_index": "computed by `position_index`",
+    r"(swinViT\.)?norm\.(weight|bias)": "last norm of the bare encoder, which Swin UNETR lacks",
+    r"(rotation_head|contrastive_head|convTrans3d|conv)\..*": "heads of self-supervised training",
 }
-# Any naming -> ours: first other names of the encoder become MONAI's, then MONAI's become ours.
-RENAMES = (
-    (r"^backbone\.", ""),
-    (r"^swin_vit\.", "swinViT."),
-    (r"^(encoder\.)?(patch_embed\.|layers\d)", r"swinViT.\2"),
-    (r"(layers\d\.0)\.0\.", r"\1."),
-    (r"\.fc([12])\.", r".linear\1."),
+# Names of other programs -> MONAI's.
+TO_MONAI = (
+    (r"^backbone\.", ""),  # Universal Model
+    (r"^swin_vit\.", "swinViT."),  # older self-supervised training
+    (r"^(encoder\.)?(patch_embed\.|layers\d)", r"swinViT.\2"),  # bare encoder; autoencoder
+    (r"(layers\d\.0)\.0\.", r"\1."),  # Disruptive Autoencoders
+    (r"\.fc([12])\.", r".linear\1."),  # model_swinvit.pt
+)
+# MONAI's names -> ours.
+FROM_MONAI = (
     (r"\.layers(\d)\.0\.", lambda match: f".layers.{int(match[1]) - 1}."),
     (r"\.layers(\d)c\.0\.layer\.", lambda match: f".layers.{int(match[1]) - 1}.conv."),
     (r"^(encoder\d+)\.layer\.", r"\1."),
     (r"^out\.conv\.conv\.", "out."),
     (r"(conv\d?)\.conv\.weight$", r"\1.weight"),
 )
-OFFICIAL = (  # ours -> MONAI's
+# Our names -> MONAI's.
+TO_OFFICIAL = (
     (r"\.layers\.(\d)\.conv\.", lambda match: f".layers{int(match[1]) + 1}c.0.layer."),
     (r"\.layers\.(\d)\.", lambda match: f".layers{int(match[1]) + 1}.0."),
     (r"^(encoder\d+)\.", r"\1.layer."),
@@ -784,8 +820,8 @@ OFFICIAL = (  # ours -> MONAI's
 )
 # Parameters that may be new.
 FRESH = {
-    "classes": r"out\..*",  # the number of classes differs
-    "encoder alone": r"(encoder|decoder|out).*",  # the file has no decoder
+    "classes": r"out\..*",  # if the number of classes differs
+    "encoder alone": r"(encoder|decoder|out).*",  # if the file has only the encoder
 }
 
 
@@ -794,8 +830,8 @@ def convert(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
 
     Raises ValueError if a tensor appears under two names.
     """
+    # Disruptive Autoencoders have another decoder. MONAI, too, takes only their encoder.
     if "encoder.patch_embed.proj.weight" in state_dict:
-        # Disruptive Autoencoders: their decoder is another one. MONAI, too, takes the encoder.
         is_encoder = re.compile(r"encoder\.(patch_embed|layers)").match
         state_dict = {name: t for name, t in state_dict.items() if is_encoder(name)}
 
@@ -804,10 +840,10 @@ def convert(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         if any(re.fullmatch(pattern, official) for pattern in IGNORED):
             continue
         name = official
-        for pattern, replacement in RENAMES:
+        for pattern, replacement in (*TO_MONAI, *FROM_MONAI):
             name = re.sub(pattern, replacement, name)
         if name in weights:
-            raise ValueError(f"{name} is there twice, under two names")
+            raise ValueError(f"{name} is in the file twice, under two names")
         weights[name] = tensor
     return weights
 
@@ -817,10 +853,10 @@ def to_official(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     weights = {}
     for ours, tensor in state_dict.items():
         name = ours
-        for pattern, replacement in OFFICIAL:
+        for pattern, replacement in TO_OFFICIAL:
             name = re.sub(pattern, replacement, name)
         weights[name] = tensor
-        if name.endswith("relative_position_bias_table"):  # MONAI keeps an index with each
+        if name.endswith("relative_position_bias_table"):  # MONAI stores an index with each table
             index_name = name.replace("bias_table", "index")
             weights[index_name] = position_index().to(tensor.device)
     return weights
@@ -833,10 +869,11 @@ def load(
     source,
     official: Callable = to_official,
 ) -> Backbone:
-    """Fill a model and return it in evaluation mode.
+    """Fill a model with weights and return it in evaluation mode.
 
-    Parameters whose names match the pattern `fresh` may be missing; they are printed. official:
-    names the tensors in messages. Raises ValueError, one line, if anything else does not fit.
+    fresh: a pattern of the parameters that may be missing; those that are get printed. official: a
+    function to the official names, which messages use. Raises ValueError, one line, if anything
+    else does not fit.
     """
     expected = model.state_dict()
     new = {}
@@ -852,7 +889,7 @@ def load(
 
 
 def config_from_shapes(weights: dict[str, Tensor]) -> dict:
-    """Return the fields of Config that names and shapes of tensors tell."""
+    """Return the fields of Config that follow from the names and shapes of the tensors."""
     values = {"v2": any(".layers.0.conv." in name for name in weights)}
     patches = weights.get("swinViT.patch_embed.proj.weight")  # (f,C,2,2,2)
     if patches is not None:
@@ -862,10 +899,10 @@ def config_from_shapes(weights: dict[str, Tensor]) -> dict:
 
 
 def config_from_name(source, settings: dict, quiet: bool, released: dict = RELEASED) -> dict:
-    """Return the fields of Config that no tensor tells.
+    """Return the fields of Config that do not follow from the tensors.
 
     They come from `settings`, a config.json, else from `released`, by the name of the file, its
-    folder or its repository, else from the default. Unless `quiet`, a line says where merging does.
+    folder or its repository, else from the default. Unless `quiet`, a printed line says which.
     """
     parts = Path(str(source).split("@")[0]).parts
     known = None
@@ -876,7 +913,7 @@ def config_from_name(source, settings: dict, quiet: bool, released: dict = RELEA
     if "merging" in settings:
         reason = "as config.json says"
     elif known is None:
-        reason = "as no name tells; MONAI has merging since 1.5.0"
+        reason = "the default for unknown names; MONAI has merging since 1.5.0"
     else:
         reason = "by its name"
     merging = settings.get("merging", "legacy")
@@ -888,12 +925,12 @@ def config_from_name(source, settings: dict, quiet: bool, released: dict = RELEA
 def new_classes(
     weights: dict[str, Tensor], num_classes: int | None, config: Config, source
 ) -> tuple[dict[str, Tensor], Config, str]:
-    """Fit the weights of a file and their config to another number of classes.
+    """Fit the weights of a file and their config to a number of classes.
 
     num_classes: None for as many as the file has. Returns the weights, without an `out` of another
-    number of classes; the config, whose names of classes are dropped if their number differs; and a
-    pattern of the parameters that may be new. Raises ValueError, one line, if the file holds the
-    encoder alone and no number is given.
+    number of classes; the config, without the names of classes if their number differs; and a
+    pattern of the parameters that may be new. Raises ValueError, one line, if the file has only the
+    encoder and no number is given.
     """
     out = weights.get("out.weight")  # (K,f,1,1,1)
     fresh = ""
@@ -918,10 +955,10 @@ def new_classes(
 def preprocess(volume: Tensor, config: Config) -> Tensor:
     """Scale the intensities of a volume: (C,D,H,W) -> (C,D,H,W) float32.
 
-    volume: at the config's spacing, axes to right, front and top. Hounsfield units of a range
-    become 0..1; or in each channel the voxels that are not 0 get mean 0 and standard deviation 1.
-    Voxels that are NaN or infinite do not count and become 0. Raises TypeError for an array or a
-    path, ValueError for another number of axes.
+    volume: at the config's spacing, axes to the right, front and top. The Hounsfield units of
+    `config.intensity` become 0..1, clamped; with None, the voxels of each channel that are not 0
+    get mean 0 and standard deviation 1. NaN and infinite voxels do not count and become 0. Raises
+    TypeError for an array or a path, ValueError for another number of axes.
     """
     if not isinstance(volume, Tensor):
         raise TypeError(
@@ -950,9 +987,9 @@ def preprocess(volume: Tensor, config: Config) -> Tensor:
 
 
 def postprocess(logits: Tensor, size: tuple[int, int, int], config: Config) -> Tensor:
-    """Return probabilities (K,D,H,W) float32, 0..1, at the given size, of logits (K,d,h,w).
+    """Return probabilities (K,D,H,W) float32, 0..1, of logits (K,d,h,w) resized to `size`.
 
-    They are a softmax over the classes; for a single class or overlapping ones, a sigmoid each.
+    They are a softmax over the classes, or sigmoids of a single class or overlapping classes.
     """
     x = logits.float()
     if logits.shape[1:] != tuple(size):

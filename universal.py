@@ -1,21 +1,21 @@
-"""The CLIP-Driven Universal Model: a mask for each class asked for, by a head on Swin UNETR.
+"""The CLIP-Driven Universal Model: a mask for each wanted class, by a head on Swin UNETR.
 
 Paper: Liu et al., ICCV 2023, arXiv 2301.00785. Code: github.com/ljwztc/CLIP-Driven-Universal-Model
 at 43c1239, model/Universal_model.py (CC BY-NC-ND 4.0). Weights: on the hub
 ljwztc/CLIP-Driven-Universal-Model (licence not checked). Left out: its other backbones.
 
-    volume (B,1,96,96,96)                  codes of k classes (k,512), texts encoded by CLIP
+    volume (B,1,96,96,96)                  names of k classes, encoded by CLIP: codes (k,512)
     Swin UNETR without `out`                 text_to_vision, ReLU        -> (k,256)
     -> lowest map (B,768,3,3,3)
        GAP: group norm, ReLU, mean, 1x1x1 convolution                    -> (B,256)
-       both side by side (B,k,512), controller                           -> (B,k,153)
+       concatenation with the codes (B,k,512), controller                -> (B,k,153)
     -> last map (B,48,96,96,96)
        precls_conv: group norm, ReLU, 1x1x1 convolution                  -> (B,8,96,96,96)
-       of each class three 1x1x1 convolutions 8 -> 8 -> 8 -> 1, whose
-       weights and biases are the 153 numbers                            -> logits (B,k,96,96,96)
+       dynamic_head: three 1x1x1 convolutions 8 -> 8 -> 8 -> 1 for
+       each class, whose 153 weights and biases the controller gave      -> logits (B,k,96,96,96)
 
-A code is a text, or a parameter (256,), or a row of the unit matrix: see `CODES`. To use it in
-another project copy this file and swin_unetr3d.py, and what that file names.
+The code of a class is a text, a parameter (256,) or a row of the unit matrix: see `CODES`. To use
+it in another project copy this file, swin_unetr3d.py, and what that file names.
 """
 
 import math
@@ -72,49 +72,53 @@ class UniversalConfig(Config):
     spacing: tuple[float, ...] = (1.5, 1.5, 1.5)
     overlapping: bool = True
     classes: tuple[str, ...] = ORGANS
-    codes: str = "text"  # what stands for a class, one of CODES
+    codes: str = "text"  # kind of the classes' codes, one of CODES
 
 
 UNIVERSAL_VARIANTS = {
     "universal": UniversalConfig(),  # 62,595,315
     "mini": UniversalConfig(12, codes="random", image_size=(64, 64, 64)),  # for tests and demos
 }
-# text: by CLIP (512,); random: a parameter (256,); one-hot: like a text, but a row of (K,K)
+# text: CLIP's embedding of a text (512,); random: a parameter (256,); one-hot: a row of the unit
+# matrix (K,K), which the model treats like a text
 CODES = ("text", "random", "one-hot")
-CODE = 256  # numbers of a class's code in the model
-TEXT = 512  # numbers of CLIP's code of a text
+CODE = 256  # width of a code in the model
+TEXT = 512  # width of CLIP's embedding of a text
 
 
 def check_codes(codes: str, embedding: Tensor | None, *shape: int) -> None:
-    """Raise ValueError, one line, unless codes are a kind of CODES and its embedding fits.
+    """Raise ValueError, one line, unless codes are one of CODES and the embedding fits them.
 
-    Texts need an embedding of the given shape, the other kinds none.
+    Texts need an embedding of the given shape, the other kinds have none.
     """
-    given = "no embedding" if embedding is None else f"embedding {tuple(embedding.shape)}"
+    text = "no embedding" if embedding is None else f"embedding {tuple(embedding.shape)}"
     has_embedding = embedding is not None
     if codes not in CODES or has_embedding != (codes == "text"):
-        raise ValueError(f"codes {codes!r} and {given}: of {', '.join(CODES)} text alone has one")
+        raise ValueError(f"codes {codes!r} and {text}: of {', '.join(CODES)} only text has one")
     if has_embedding and embedding.shape != shape:
-        raise ValueError(f"{given}: what classes there are take {shape}")
+        raise ValueError(f"{text}: these classes need {shape}")
 
 
 LAYERS = (64, 64, 8, 8, 8, 1)  # of the 153 numbers: weights of three layers, then their biases
-# Voxels computed at a time: their channels stay in the cache of a processor, or keep a GPU busy.
+# Voxels computed at a time: few enough for the cache of a CPU, or enough to keep a GPU busy.
 PART = 4096
 PART_ON_GPU = 2**17
 
 
+# Universal_model.py, heads_forward and parse_dynamic_params
 def dynamic_head(x: Tensor, numbers: Tensor) -> Tensor:
-    """Run the network of each class: three 1x1x1 convolutions with ReLUs between them.
+    """Run the small network of each class: three 1x1x1 convolutions with ReLUs between them.
 
-    x (B,8,D,H,W), numbers (B,k,153) -> logits (B,k,D,H,W). Equals, for each volume and class,
+    Equals, for each volume and class,
 
         y = F.conv3d(x, w1, b1).relu()
         y = F.conv3d(y, w2, b2).relu()
         return F.conv3d(y, w3, b3)
 
-    The official code repeats x for each class and convolves in groups. Here the first layers of all
-    classes are a single matrix product.
+    The official code repeats x for each class and uses grouped convolutions. Here the first layers
+    of all classes are one matrix product.
+
+    x (B,8,D,H,W), numbers (B,k,153) -> logits (B,k,D,H,W)
     """
     B, k, _ = numbers.shape
     w1, w2, w3, b1, b2, b3 = numbers.split(LAYERS, 2)
@@ -132,17 +136,18 @@ def dynamic_head(x: Tensor, numbers: Tensor) -> Tensor:
         y = y.view(B * k, 8, -1)  # (B*k,8,n)
         y = torch.baddbmm(b2, w2, y).relu_()  # (B*k,8,n)
         y = torch.baddbmm(b3, w3, y)  # (B*k,1,n)
-        logits.append(y.view(B, k, -1))
+        logits.append(y.view(B, k, -1))  # (B,k,n)
     return torch.cat(logits, 2).view(B, k, *x.shape[2:])  # (B,k,D,H,W)
 
 
+# Universal_model.py, class Universal_model
 class UniversalSwinUNETR(Backbone):
-    """Segment the classes asked for, each by a small network that is made of its code."""
+    """Swin UNETR with a head that makes a small network for each class from its code."""
 
     CONFIG = UniversalConfig
 
     def __init__(self, config: UniversalConfig, embedding: Tensor | None = None):
-        """embedding (K,512): the codes of the classes if they are texts, else None."""
+        """embedding (K,512): the codes of the classes if they are texts; None for other kinds."""
         super().__init__(config)
         f = config.feature_size
         K = config.num_classes
@@ -169,19 +174,19 @@ class UniversalSwinUNETR(Backbone):
         self.controller = nn.Conv3d(2 * CODE, sum(LAYERS), 1)
 
     def forward(self, volume: Tensor, classes: list[int] | None = None) -> Tensor:
-        """Return logits (B,k,D,H,W) of the classes asked for, or of all K.
+        """Return logits (B,k,D,H,W) of some classes, or of all K.
 
-        volume (B,C,D,H,W) as `preprocess` makes it; classes: their numbers, counted from 0 without
-        the background.
+        volume (B,C,D,H,W) of `preprocess`; classes: their indices, counted from 0 without the
+        background.
         """
         lowest, last = self.features(volume)  # (B,16f,D/32,H/32,W/32), (B,f,D,H,W)
         numbers = self.head_numbers(lowest, classes)  # (B,k,153)
-        # With channels last in memory, group norms on a CPU are a hundred times less exact.
+        # On a CPU, group norms are a hundred times less exact with channels last in memory.
         x = self.precls_conv(last.contiguous())  # (B,8,D,H,W)
         return dynamic_head(x, numbers)
 
     def head_numbers(self, lowest: Tensor, classes: list[int] | None = None) -> Tensor:
-        """Return the weights and biases of each class's network (B,k,153).
+        """Return the weights and biases of each class's network: (B,k,153).
 
         lowest (B,16f,d,h,w): the lowest feature map.
         """
@@ -199,21 +204,22 @@ class UniversalSwinUNETR(Backbone):
         return self.text_to_vision(self.organ_embedding).relu()
 
     def control(self, image: Tensor, codes: Tensor) -> Tensor:
-        """image and codes (B,k,256) -> (B,k,153)."""
+        """Apply the controller: image and codes (B,k,256) -> (B,k,153)."""
         x = torch.cat((image, codes), 2)  # (B,k,512)
         return F.linear(x, self.controller.weight.flatten(1), self.controller.bias)
 
     @torch.no_grad()
     def add_class(self, name: str, embedding: Tensor | None = None) -> None:
-        """Add a class behind the others, whose logits stay the same.
+        """Add a class after the others, whose logits stay the same.
 
-        embedding (512,): its code if codes are texts, else None. Optimisers do not know of the new
-        parameters. Raises ValueError, one line, if the class exists or the code does not fit.
+        embedding (512,): its code if codes are texts, else None. An optimiser made before does not
+        train the new parameters. Raises ValueError, one line, if the class exists or the code does
+        not fit.
         """
         config = self.config
         codes = self.organ_embedding
         if name in config.classes:
-            raise ValueError(f"class {name!r} is there already")
+            raise ValueError(f"class {name!r} exists already")
         check_codes(config.codes, embedding, TEXT)
 
         if config.codes == "random":
@@ -221,7 +227,7 @@ class UniversalSwinUNETR(Backbone):
             self.organ_embedding = nn.Embedding.from_pretrained(rows, freeze=False)
         elif config.codes == "text":
             self.organ_embedding = torch.cat((codes, embedding.to(codes)[None]))
-        else:  # a row, and a column in which the other classes have 0
+        else:  # one-hot: a new row, and a new column in which the other classes have 0
             self.organ_embedding = torch.block_diag(codes, codes.new_ones(1, 1))
             old = self.text_to_vision
             new = nn.Linear(codes.shape[1] + 1, CODE).to(codes.device)
@@ -238,10 +244,10 @@ class UniversalSwinUNETR(Backbone):
     ) -> "UniversalSwinUNETR":
         """Load a file, a folder, a run folder or a hub id, in evaluation mode.
 
-        A file of Swin UNETR, or of its encoder alone, needs the names of the `classes` and, if
-        codes are texts, their `embedding` (K,512); the head is then new, which is printed.
-        overrides: fields of the Config. Raises ValueError or FileNotFoundError, one line, for a
-        file that does not fit.
+        A file of Swin UNETR, or of its encoder, gets a new head, which is printed: it needs the
+        names of the `classes` and, if codes are texts, their `embedding` (K,512). overrides: fields
+        of the Config. Raises ValueError or FileNotFoundError, one line, for a file that does not
+        fit.
         """
         weights, settings = swin_unetr3d.read_checkpoint(source, UNIVERSAL_FILES)
         weights = swin_unetr3d.convert(weights)
@@ -254,8 +260,9 @@ class UniversalSwinUNETR(Backbone):
         else:
             codes = overrides.get("codes", "text")
             if not classes or (embedding is None and codes == "text"):
-                hint = "give names of classes and, of texts, embedding"
-                raise ValueError(f"{source}: no codes; {hint}")
+                raise ValueError(
+                    f"{source}: has no codes of classes; give classes and, for texts, embedding"
+                )
             weights, _, fresh = swin_unetr3d.new_classes(weights, 0, config, source)
             fresh = f"{HEAD}|{fresh}" if fresh else HEAD
             names = ("background", *classes)
@@ -274,14 +281,16 @@ class UniversalSwinUNETR(Backbone):
             values["overlapping"] = True
             return cls.CONFIG(**values)
 
-        # Of what the name tells only the merging: classes and spacing are another model's.
+        # Only the merging follows from the name: classes and spacing are those of another model.
         released = swin_unetr3d.RELEASED | UNIVERSAL_RELEASED
-        told = swin_unetr3d.config_from_name(source, settings, quiet, released)
-        return cls.CONFIG(**swin_unetr3d.config_from_shapes(weights), merging=told["merging"])
+        by_name = swin_unetr3d.config_from_name(source, settings, quiet, released)
+        by_shape = swin_unetr3d.config_from_shapes(weights)
+        return cls.CONFIG(**by_shape, merging=by_name["merging"])
 
 
 # --------------------------------------------------------------------------------------------------
-# Nothing under this line is needed to understand the model.
+# Nothing under this line is needed to understand the model: loading of weights, pre- and
+# postprocessing.
 # --------------------------------------------------------------------------------------------------
 
 UNIVERSAL_FILES = (
@@ -289,7 +298,7 @@ UNIVERSAL_FILES = (
     "clip_driven_universal_swin_unetr.pth",
     *swin_unetr3d.FILES,
 )
-UNIVERSAL_RELEASED = {  # as RELEASED of swin_unetr3d.py
+UNIVERSAL_RELEASED = {  # like RELEASED of swin_unetr3d.py
     "CLIP-Driven-Universal-Model": {},
     "clip_driven_universal_swin_unetr.pth": {},
 }
@@ -298,7 +307,7 @@ HEAD = r"(organ_embedding|text_to_vision|cross_attention|precls_conv|GAP|control
 
 
 def to_official(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return a state dict under the names of the official class; its released file has others."""
+    """Return a state dict under the official class's names; the released file has other names."""
     weights = {}
     for name, tensor in swin_unetr3d.to_official(state_dict).items():
         is_backbone = name.startswith(("swinViT", "encoder", "decoder"))
@@ -313,11 +322,11 @@ def with_codes(
     codes: str | None,
     source,
 ) -> tuple[UniversalConfig, Tensor | None]:
-    """Return the config with the kind, number and names of the classes in a file, and the texts.
+    """Return the config with the classes and codes of a file, and the embedding of its texts.
 
-    codes: the kind that is expected, None for any; the texts are None for the other kinds. Names
-    are those of the config if their number fits, else `classes`. Raises ValueError, one line, if
-    the file has another kind.
+    codes: the expected kind, None for any. Names are those of the config if their number fits, else
+    `classes`. The embedding (K,512) is None for other kinds. Raises ValueError, one line, if the
+    file has another kind than expected.
     """
     name = next(name for name in weights if name.startswith("organ_embedding"))
     embedding = weights[name]  # (K,512), (K,256) or (K,K)

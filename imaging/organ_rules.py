@@ -1,22 +1,24 @@
-"""Anatomy's rules for organs that were found one by one: what cannot be is taken away.
+"""Anatomical rules for organs that a model predicts one by one: remove what cannot be.
 
-The Universal Model's way after its predictions: `organ_post_process` of utils/utils.py,
-github.com/ljwztc/CLIP-Driven-Universal-Model at 43c1239. Neighbours are 26.
+They follow `organ_post_process` of the Universal Model, utils/utils.py of
+github.com/ljwztc/CLIP-Driven-Universal-Model at 43c1239. Components have 26 neighbours.
 
-    an organ            one piece, the largest
-    the lungs           the two largest pieces of both together; the left one lies further left
-    portal and splenic  nothing below the lowest slice of the pancreas
-    tumours             of liver and kidneys only in the organ grown by 3 mm: the liver in one
-                        piece, both kidneys together in two
-    all else            as it is
+    organs                    keep the largest component
+    lungs                     keep the two largest components of both together; the one that lies
+                              further left is the left lung
+    portal and splenic veins  keep nothing below the lowest slice of the pancreas
+    tumors of liver, kidneys  keep what lies in the organ dilated by 3 mm: the largest component of
+                              the liver, the two largest of both kidneys together
+    all other classes         stay as they are
 
-What differs from the official code, where it is plainly wrong or knows no other grid than its own:
-- One piece of lungs, as where both touch: there both become empty. A large piece and a speck: there
-  the speck becomes a lung. Here each lung keeps of the pieces what it was found to be.
-- The left lung without the right one: empty there. No pancreas: there an error.
-- The veins depend on the order of the classes there.
-- Two voxels of 1.5 mm are millimetres here. There organs are closed before they are grown by the
-  same box, which changes nothing but that what touches the volume's border may be lost.
+Differences from the official code, where that is plainly wrong or assumes its own grid:
+- If both lungs touch and are one component, both become empty there; if one of the two components
+  is a speck, the speck becomes a lung. Here each lung keeps its own part of the two components.
+- The left lung without the right lung becomes empty there; veins without the pancreas are an error.
+- The result for the veins depends on the order of the classes there.
+- Dilation there is two voxels of 1.5 mm, here 3 mm on any grid. There, organs are closed with the
+  same box before they are dilated, which changes nothing, except that voxels at the border of the
+  volume may be lost.
 """
 
 import numpy as np
@@ -25,87 +27,133 @@ from imaging.layouts import plain_name
 from imaging.volumes import labelled_components, largest_components
 
 ONE_PIECE = (
-    "spleen", "right kidney", "left kidney", "gall bladder", "esophagus", "liver", "stomach",
-    "aorta", "postcava", "pancreas", "right adrenal gland", "left adrenal gland", "duodenum",
-    "colon", "intestine", "rectum", "bladder", "prostate", "left head of femur",
-    "right head of femur", "celiac trunk",
-)  # fmt: skip
-LUNGS = "right lung", "left lung"
-VEINS, PANCREAS = "portal vein and splenic vein", "pancreas"
+    "spleen",
+    "right kidney",
+    "left kidney",
+    "gall bladder",
+    "esophagus",
+    "liver",
+    "stomach",
+    "aorta",
+    "postcava",
+    "pancreas",
+    "right adrenal gland",
+    "left adrenal gland",
+    "duodenum",
+    "colon",
+    "intestine",
+    "rectum",
+    "bladder",
+    "prostate",
+    "left head of femur",
+    "right head of femur",
+    "celiac trunk",
+)
+LUNGS = ("right lung", "left lung")
+VEINS = "portal vein and splenic vein"
+PANCREAS = "pancreas"
 INSIDE = {"liver tumor": ("liver",), "kidney tumor": ("right kidney", "left kidney")}
-REACH = 3.0  # mm, by which an organ is grown: two voxels of 1.5 mm there
-ALIKE = 4  # how many times larger one lung may be; of the official code's checks that are disabled
+NEEDED = INSIDE | {VEINS: (PANCREAS,)}  # class -> the classes without which its rule is not applied
+MARGIN = 3.0  # mm around an organ: two voxels of 1.5 mm in the official code
+MOST_UNEQUAL = 4  # largest ratio of the lungs' sizes; from a check that is disabled there
 
 
 def organ_rules(masks: dict[str, np.ndarray], spacing=(1.5, 1.5, 1.5)) -> dict[str, np.ndarray]:
-    """{class: bool (X,Y,Z)} -> the same classes by the rules above; arrays are not written to.
+    """Return the masks of all classes after the rules above; the given arrays are not changed.
 
-    Axes grow to the right, front and top; spacing in mm. Names are those of the Universal Model,
-    capitals and _ do not matter. A rule of several classes needs all of them.
+    masks: class -> bool (X,Y,Z), axes to the right, front and top; spacing in mm. Names are those
+    of the Universal Model, in capitals or with _, too. A rule that involves several classes is
+    applied if all of them are given.
     """
-    names = {plain_name(name): name for name in masks}
-    given, found = {plain: masks[name] for plain, name in names.items()}, {}
-    for name, mask in given.items():
-        found[name] = largest_components(mask, 1) if name in (*ONE_PIECE, *LUNGS) else mask
-    if given.keys() >= {VEINS, PANCREAS}:
-        found[VEINS] = not_below(given[VEINS], found[PANCREAS])
-    if given.keys() >= {*LUNGS}:
-        found |= zip(LUNGS, lungs(*(given[name] for name in LUNGS)), strict=True)
+    names = {}
+    before = {}
+    for name, mask in masks.items():
+        names[plain_name(name)] = name
+        before[plain_name(name)] = mask
+
+    after = {}
+    for name, mask in before.items():
+        is_one_piece = name in ONE_PIECE or name in LUNGS
+        after[name] = largest_components(mask, 1) if is_one_piece else mask
+    if before.keys() >= {VEINS, PANCREAS}:
+        after[VEINS] = remove_below(before[VEINS], after[PANCREAS])
+    if before.keys() >= {*LUNGS}:
+        lungs = separate_lungs(*[before[name] for name in LUNGS])
+        after |= zip(LUNGS, lungs, strict=True)
     for tumor, organs in INSIDE.items():
-        if given.keys() >= {tumor, *organs}:
-            whole = np.logical_or.reduce([given[name] for name in organs])
-            found[tumor] = given[tumor] & grown(largest_components(whole, len(organs)), spacing)
-    return {names[plain]: mask for plain, mask in found.items()}
+        if before.keys() >= {tumor, *organs}:
+            organ = np.logical_or.reduce([before[name] for name in organs])
+            organ = largest_components(organ, len(organs))
+            after[tumor] = before[tumor] & dilate(organ, spacing)
+    return {names[name]: mask for name, mask in after.items()}
 
 
 def ruled(names) -> set[str]:
-    """Which of these classes the rules are about."""
-    about = {*ONE_PIECE, *LUNGS, VEINS, *INSIDE}
-    return {name for name in names if plain_name(name) in about}
+    """Return the classes that a rule concerns."""
+    concerned = {*ONE_PIECE, *LUNGS, VEINS, *INSIDE}
+    return {name for name in names if plain_name(name) in concerned}
 
 
 def unruled(names) -> dict[str, list[str]]:
-    """Classes whose rule is not applied -> the classes that it needs and that are not there."""
-    plain = {*map(plain_name, names)}
-    needs = INSIDE | {VEINS: (PANCREAS,)}
-    lost = {name: [need for need in needs[name] if need not in plain] for name in needs}
-    return {name: lost[name] for name in lost if name in plain and lost[name]}
-
-
-def not_below(mask: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Bool (X,Y,Z) -> without what lies below the lowest voxel of another mask, if it has one."""
-    result, there = mask.copy(), other.any((0, 1))  # (Z,)
-    result[:, :, : there.argmax()] = False
+    """Return the classes whose rule cannot be applied, each with the missing classes it needs."""
+    present = {plain_name(name) for name in names}
+    result = {}
+    for name, needed in NEEDED.items():
+        missing = [other for other in needed if other not in present]
+        if name in present and missing:
+            result[name] = missing
     return result
 
 
-def lungs(right: np.ndarray, left: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Bool (X,Y,Z) each -> the same."""
+def remove_below(mask: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Return a bool mask (X,Y,Z) without the slices below the lowest voxel of another mask."""
+    is_occupied = other.any((0, 1))  # (Z,)
+    lowest = is_occupied.argmax()  # 0 if the other mask is empty
+    result = mask.copy()
+    result[:, :, :lowest] = False
+    return result
+
+
+def separate_lungs(right: np.ndarray, left: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the masks of the right and the left lung, bool (X,Y,Z) each, after their rule."""
     both = right | left
-    if (found := labelled_components(both)) is None:
+    components = labelled_components(both)
+    if components is None:
         return right, left
-    box, parts, sizes = found
+    box, numbers, sizes = components
     kept = np.zeros_like(both)
-    kept[box] = np.isin(parts, sizes[:2, 0])
-    if len(sizes) == 1 or sizes[0, 1] > ALIKE * sizes[1, 1]:
+    kept[box] = np.isin(numbers, sizes[:2, 0])
+
+    # One component, or a lung and a speck, does not show which voxels belong to which lung.
+    if len(sizes) == 1 or sizes[0, 1] > MOST_UNEQUAL * sizes[1, 1]:
         return right & kept, left & kept
-    columns = [(parts == number).sum((1, 2)) for number in sizes[:2, 0]]  # voxels at each x
-    at = [np.average(np.arange(len(counts)), weights=counts) for counts in columns]
+
+    mean_x = []
+    for number in sizes[:2, 0]:
+        counts = (numbers == number).sum((1, 2))  # voxels at each x
+        mean_x.append(np.average(np.arange(len(counts)), weights=counts))
     leftmost = np.zeros_like(both)
-    leftmost[box] = parts == sizes[np.argmin(at), 0]
+    leftmost[box] = numbers == sizes[np.argmin(mean_x), 0]
     return kept & ~leftmost, leftmost
 
 
-def grown(mask: np.ndarray, spacing) -> np.ndarray:
-    """Bool (X,Y,Z) -> grown by REACH to all sides, as far as the volume goes."""
+def dilate(mask: np.ndarray, spacing) -> np.ndarray:
+    """Return a bool mask (X,Y,Z) dilated by a box that reaches MARGIN mm to each side."""
     from scipy import ndimage
 
     if not mask.any():
         return mask
+
+    # Only the box that the result can reach is computed.
     (box,) = ndimage.find_objects(mask.view(np.uint8))
-    reach = [round(REACH / mm) for mm in spacing]
-    sides = zip(box, reach, mask.shape, strict=True)
-    box = tuple(slice(max(at.start - n, 0), min(at.stop + n, end)) for at, n, end in sides)
-    result, size = np.zeros_like(mask), [2 * n + 1 for n in reach]
+    sides = []
+    size = []
+    for side, mm, length in zip(box, spacing, mask.shape, strict=True):
+        reach = round(MARGIN / mm)
+        sides.append(slice(max(side.start - reach, 0), min(side.stop + reach, length)))
+        size.append(2 * reach + 1)
+    box = tuple(sides)
+
+    result = np.zeros_like(mask)
     result[box] = ndimage.maximum_filter(mask[box].view(np.uint8), size, mode="constant")
     return result

@@ -7,12 +7,13 @@ from imaging import atomic_files, layouts
 from preparation.decathlon import deal_cases, split_cases
 from preparation.volume_sets import LINKED, link, relabelled, write_data_set
 
-# synapse.org, syn3193805, "Multi-Atlas Labeling Beyond the Cranial Vault": abdominal CT,
-# RawData.zip with Training/ (30 volumes, 0001 to 0010, 0021 to 0040) and Testing/ (20, no labels).
+# synapse.org, syn3193805, "Multi-Atlas Labeling Beyond the Cranial Vault": abdominal CT.
+# RawData.zip has Training/ (30 volumes, 0001 to 0010 and 0021 to 0040) and Testing/ (20 volumes, no
+# labels).
 
-# dataset_0.json of Swin UNETR, and of UNETR: github.com/Project-MONAI/tutorials,
-# 3d_segmentation/swin_unetr_btcv_segmentation_3d.ipynb prints it; research-contributions has it as
-# SwinMM/Pretrain/jsons/dataset00_BTCV.json.
+# The split of Swin UNETR and UNETR, dataset_0.json: printed by 3d_segmentation/
+# swin_unetr_btcv_segmentation_3d.ipynb of github.com/Project-MONAI/tutorials;
+# research-contributions has it as SwinMM/Pretrain/jsons/dataset00_BTCV.json.
 SWIN_UNETR = {"train": [*range(1, 11), *range(21, 35)], "val": [*range(35, 41)]}
 BTCV_ABOUT = {
     "name": "BTCV",
@@ -27,54 +28,78 @@ BTCV_FOLDERS = {"imagesTr": "Training/img", "labelsTr": "Training/label", "image
 
 
 def find_btcv(raw):
-    """{image: label} and images without labels, by the data set's names: imagesTr/img0001.nii.gz
+    """Return {image: label} and the images without labels, named "imagesTr/img0001.nii.gz".
 
-    FileNotFoundError, one line: no such folder, or an image without its label, or the reverse.
+    Raises FileNotFoundError, one line, if the folder is another one, or if an image or a label
+    lacks its counterpart.
     """
     files = {}
-    for folder, place in BTCV_FOLDERS.items():
-        paths = (raw / place).glob(f"{place.split('/')[1]}[0-9][0-9][0-9][0-9].nii.gz")
+    for folder, source in BTCV_FOLDERS.items():
+        prefix = source.split("/")[1]
+        paths = (raw / source).glob(f"{prefix}[0-9][0-9][0-9][0-9].nii.gz")
         files[folder] = sorted(f"{folder}/{path.name}" for path in paths)
-    if not files["imagesTr"]:
-        hint = "RAW is the folder RawData of RawData.zip"
-        raise FileNotFoundError(f"{raw}: no Training/img/img0001.nii.gz and so on; {hint}")
-    labels = [name.replace("imagesTr/img", "labelsTr/label") for name in files["imagesTr"]]
-    if odd := sorted(set(labels) ^ set(files["labelsTr"])):
-        number = odd[0][-11:-7]
-        hint = "image or label is missing; unpack the download again"
-        raise FileNotFoundError(f"{raw}/Training: case {number} is not whole, {hint}")
-    return dict(zip(files["imagesTr"], labels, strict=True)), files["imagesTs"]
+
+    images = files["imagesTr"]
+    if not images:
+        raise FileNotFoundError(
+            f"{raw}: no Training/img/img0001.nii.gz and so on; RAW is the folder RawData of "
+            "RawData.zip"
+        )
+    labels = [name.replace("imagesTr/img", "labelsTr/label") for name in images]
+    unpaired = sorted(set(labels) ^ set(files["labelsTr"]))
+    if unpaired:
+        number = unpaired[0].removesuffix(".nii.gz")[-4:]
+        raise FileNotFoundError(
+            f"{raw}/Training: case {number} is not whole, image or label is missing; unpack the "
+            "download again"
+        )
+    return dict(zip(images, labels, strict=True)), files["imagesTs"]
 
 
 def swin_unetr_cases(pairs, where):
-    """{image: split} of Swin UNETR's 30 volumes. ValueError if it is not these that are there."""
-    dealt = {f"imagesTr/img{k:04}.nii.gz": s for s in SWIN_UNETR for k in SWIN_UNETR[s]}
-    if odd := sorted(dealt.keys() ^ pairs):
-        said = f"{odd[0].split('/')[1]} is " + ("missing" if odd[0] in dealt else "none of these")
-        hint = "unpack RawData.zip again, or choose --split case"
-        raise ValueError(f"{where}/Training: Swin UNETR has 30 volumes, {said}; {hint}")
-    return dealt
+    """Return the split of each image as Swin UNETR has it.
+
+    Raises ValueError, one line, unless its 30 volumes, and no others, are given.
+    """
+    split_of = {}
+    for split, numbers in SWIN_UNETR.items():
+        for number in numbers:
+            split_of[f"imagesTr/img{number:04}.nii.gz"] = split
+
+    different = sorted(split_of.keys() ^ pairs)
+    if different:
+        file = different[0].split("/")[1]
+        fault = "missing" if different[0] in split_of else "none of these"
+        raise ValueError(
+            f"{where}/Training: Swin UNETR has 30 volumes, {file} is {fault}; unpack RawData.zip "
+            "again, or choose --split case"
+        )
+    return split_of
 
 
 def btcv(args):
-    """Lays out BTCV's abdominal CT, 13 organs, as the Decathlon does, with a split.
+    """Lay out BTCV's abdominal CT, 13 organs, as the Decathlon does, with a split.
 
     RAW is the folder RawData. --split swin-unetr: 24 volumes to train (0001-0010, 0021-0034) and 6
-    to validate (0035-0040), as for the released Swin UNETR. The Dice that its authors give is of
-    these six, which chose the epoch as well: there is no test split, compare with --test OUT:val.
-    --split case deals the volumes at random, 70 % train, 15 % val, 15 % test. The images of
-    Testing/ have no labels. Files get a second name (a hard link), or a copy where there is none.
-    With --labels universal_labels.json the names are the Universal Model's.
+    to validate (0035-0040), as for the released Swin UNETR. Its authors report the Dice of these
+    six volumes, which also chose their epoch: there is no test split; compare with --test OUT:val.
+    --split case splits the volumes at random: 70 % train, 15 % val, 15 % test. The images of
+    Testing/ have no labels. Files get a second name (a hard link), or are copied where that is
+    impossible. With --labels universal_labels.json the classes have the Universal Model's names.
     """
     atomic_files.refuse_existing(args.out)
     about = relabelled(BTCV_ABOUT, args.labels)
-    pairs, bare = find_btcv(args.raw)
+    pairs, unlabelled_images = find_btcv(args.raw)
     if args.split == "case":
-        dealt, title = deal_cases(pairs, args.seed, args.raw), [f"BTCV by case, seed {args.seed}"]
+        split_of = deal_cases(pairs, args.seed, args.raw)
+        title = [f"BTCV by case, seed {args.seed}"]
     else:
-        dealt, title = swin_unetr_cases(pairs, args.raw), ["BTCV, split of Swin UNETR"]
-        title += ["its authors' Dice is of val, which chose the epoch as well: no test split"]
-    splits, origin = split_cases(pairs, dealt, bare)
+        split_of = swin_unetr_cases(pairs, args.raw)
+        title = [
+            "BTCV, split of Swin UNETR",
+            "its authors' Dice is of val, which chose the epoch as well: no test split",
+        ]
+    splits, origin = split_cases(pairs, split_of, unlabelled_images)
 
     def put(part, *names):
         for name in filter(None, names):
@@ -89,7 +114,8 @@ def options(command):
     add = command(btcv, "lay out BTCV's abdominal CT with a split")
     add("raw", type=Path, metavar="RAW", help="folder RawData, with Training/ and Testing/ in it")
     add("--out", type=Path, default="data/btcv", help="folder to make (%(default)s)")
-    add("--split", choices=("swin-unetr", "case"), default="swin-unetr", help="(%(default)s)")
-    add("--seed", type=SEED, default=0, metavar="N", help="of --split case (%(default)s)")
-    help = "of classes, say universal_labels.json"
+    help = "Swin UNETR's 24 and 6 volumes, or a random split (%(default)s)"
+    add("--split", choices=("swin-unetr", "case"), default="swin-unetr", help=help)
+    add("--seed", type=SEED, default=0, metavar="N", help="seed of --split case (%(default)s)")
+    help = "classes made of the labels, e.g. universal_labels.json"
     add("--labels", type=Path, metavar="FILE", help=help)

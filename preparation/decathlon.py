@@ -1,4 +1,4 @@
-"""Divide a task of the Medical Segmentation Decathlon."""
+"""Split a task of the Medical Segmentation Decathlon."""
 
 import re
 import shutil
@@ -22,8 +22,8 @@ from preparation.volume_sets import (
     write_data_set,
 )
 
-# medicaldecathlon.com: ten tasks, each a .tar of the layout above, a list of labelled volumes and
-# one of volumes whose labels are kept back for the challenge.
+# medicaldecathlon.com: ten tasks, each a .tar in the layout of volume_sets.py, with a list of
+# labelled volumes, and a list of volumes whose labels are withheld for the challenge.
 
 FILE = re.compile(r"(images|labels)T[rs]/[^/]+\.(?i:nii(\.gz)?)")
 
@@ -33,53 +33,71 @@ class Folder:
 
     def __init__(self, root):
         self.root = root
-        self.names = {path.name for path in root.iterdir()}
+        names = [path.name for path in root.iterdir()]
         for folder in DECATHLON_FOLDERS:
             if (root / folder).is_dir():
-                self.names |= {f"{folder}/{path.name}" for path in (root / folder).iterdir()}
-        self.names = {layouts.composed(name) for name in self.names}
+                names += [f"{folder}/{path.name}" for path in (root / folder).iterdir()]
+        self.names = {layouts.composed(name) for name in names}
 
     def read(self, name):
+        """Return the content of a file."""
         return (self.root / name).read_bytes()
 
     def put(self, name, target):
+        """Write a file to another path: as a hard link if possible."""
         link(layouts.find_file(self.root, name), target)
 
 
 class Archive:
-    """The files of a task in its open .tar, whose one folder is passed over."""
+    """The files of a task in its open .tar, named without the archive's only folder."""
 
     def __init__(self, tar):
         self.tar = tar
-        files = [item for item in tar if item.isfile()]
-        found = {layouts.composed(item.name).removeprefix("./"): item for item in files}
-        tops = [name[:-12] for name in found if re.fullmatch(r"([^/]+/)?dataset\.json", name)]
-        top = tops[0] if len(tops) == 1 else ""
-        self.items = {n.removeprefix(top): item for n, item in found.items() if n.startswith(top)}
-        self.names = set(self.items)
+        members = {}
+        for member in tar:
+            if member.isfile():
+                members[layouts.composed(member.name).removeprefix("./")] = member
+
+        lists = [name for name in members if re.fullmatch(r"([^/]+/)?dataset\.json", name)]
+        folder = lists[0].removesuffix("dataset.json") if len(lists) == 1 else ""
+        self.members = {}
+        for name, member in members.items():
+            if name.startswith(folder):
+                self.members[name.removeprefix(folder)] = member
+        self.names = set(self.members)
 
     def read(self, name):
-        return self.tar.extractfile(self.items[name]).read()
+        """Return the content of a file."""
+        return self.tar.extractfile(self.members[name]).read()
 
     def put(self, name, target):
+        """Unpack a file to another path."""
         with open(target, "wb") as file:
-            shutil.copyfileobj(self.tar.extractfile(self.items[name]), file)
+            shutil.copyfileobj(self.tar.extractfile(self.members[name]), file)
 
 
 @contextmanager
 def opened(raw):
-    """Yields the Folder or the Archive. FileNotFoundError, ValueError: one line."""
+    """Yield the Folder or Archive of a path.
+
+    Raises FileNotFoundError or ValueError, one line, if the path does not exist or is no .tar.
+    """
     if raw.is_dir():
         yield Folder(raw)
-    elif not raw.exists():
+        return
+    if not raw.exists():
         raise FileNotFoundError(f"{raw}: no such folder or .tar")
-    else:
-        try:
-            with tarfile.open(raw, "r:") as tar:  # not a .tar.gz: each file would be searched for
-                yield Archive(tar)
-        except tarfile.TarError as error:
-            hint = "download it again, or give the unpacked folder"
-            raise ValueError(f"{raw}: not a whole .tar file ({error}); {hint}") from None
+    try:
+        with tarfile.open(raw, "r:") as tar:  # not .tar.gz: every file would need a search
+            yield Archive(tar)
+    except tarfile.TarError as error:
+        raise ValueError(
+            f"{raw}: not a whole .tar file ({error}); download it again, or give the unpacked "
+            "folder"
+        ) from None
+
+
+# --- dataset.json ---------------------------------------------------------------------------------
 
 
 def inside(name):
@@ -94,9 +112,9 @@ def inside(name):
 
 
 def unlabelled(case):
-    """Return the image of a test case, {"image": name} or the name itself, as `inside` does.
+    """Return the image of a test case, which is {"image": name} or the name itself.
 
-    Raises ValueError if it has a label: then the task has splits already.
+    Raises ValueError if the case has a label: then the task is split already.
     """
     if not isinstance(case, dict):
         return inside(case)
@@ -105,110 +123,153 @@ def unlabelled(case):
     return inside(case["image"])
 
 
-def read_dataset_json(source, where):
-    """A task's dataset.json -> all of it, {image: label} and the images without labels.
+def parse_cases(about):
+    """Return {image: label} and the images without labels, as a task's dataset.json lists them.
 
-    Images without labels that are not there are left out, which is printed.
-    FileNotFoundError, ValueError: one line, also if a labelled image or its label is not there.
+    Raises ValueError, KeyError, TypeError or AttributeError if the lists or labels are not valid.
+    """
+    pairs = {}
+    for case in about["training"]:
+        image = inside(case["image"])
+        if image in pairs:
+            raise ValueError("an image is listed twice")
+        pairs[image] = inside(case["label"])
+    images = [unlabelled(case) for case in about.get("test") or []]
+    if len(set(images)) < len(images):
+        raise ValueError("an image is listed twice")
+
+    labels = about["labels"]
+    if {*labels} != {str(number) for number in range(len(labels))}:
+        raise ValueError("the labels are not 0, 1, 2, … without a gap")
+    if not all(isinstance(name, str) for name in labels.values()):
+        raise ValueError("a label is no name")
+    return pairs, images
+
+
+def read_dataset_json(source, where):
+    """Return a task's dataset.json, {image: label}, and the images without labels.
+
+    Images without labels whose file is missing are left out, which is printed. Raises
+    FileNotFoundError or ValueError, one line, if the list is not valid, or if a labelled image or
+    its label is missing.
     """
     if "dataset.json" not in source.names:
-        hint = "RAW is one task, Task09_Spleen.tar or what it unpacks to"
-        raise FileNotFoundError(f"{where}: no dataset.json in it; {hint}")
-    place = f"{where}, dataset.json"
-    about = parse_json(decode_text(source.read("dataset.json"), place), place)
+        raise FileNotFoundError(
+            f"{where}: no dataset.json in it; RAW is one task, Task09_Spleen.tar or what it "
+            "unpacks to"
+        )
+    list_name = f"{where}, dataset.json"
+    about = parse_json(decode_text(source.read("dataset.json"), list_name), list_name)
     try:
-        cases = [(inside(case["image"]), inside(case["label"])) for case in about["training"]]
-        pairs = dict(cases)
-        bare = [unlabelled(case) for case in about.get("test") or []]
-        if {*about["labels"]} != {str(number) for number in range(len(about["labels"]))}:
-            raise ValueError("the labels are not 0, 1, 2, … without a gap")
-        if not all(isinstance(name, str) for name in about["labels"].values()):
-            raise ValueError("a label is no name")
-        if len(pairs) + len(set(bare)) < len(cases) + len(bare):
-            raise ValueError("an image is listed twice")
+        pairs, images = parse_cases(about)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        need = 'expected "labels": {"0": name, …}, "training": [{"image", "label"}, …], "test"'
-        why = f"has no {error}" if isinstance(error, KeyError) else error
-        raise ValueError(f"{place}: {why}; {need}") from None
+        reason = f"has no {error}" if isinstance(error, KeyError) else error
+        form = '"labels": {"0": name, …}, "training": [{"image", "label"}, …], "test"'
+        raise ValueError(f"{list_name}: {reason}; expected {form}") from None
     if about.get("validation"):
-        raise ValueError(f"{place}: lists a validation split; train on it as it is")
-    missing = [name for name in (*pairs, *pairs.values()) if name not in source.names]
+        raise ValueError(f"{list_name}: lists a validation split; train on it as it is")
+
+    check_files_present((*pairs, *pairs.values()), source, where)
+    missing = [name for name in images if name not in source.names]
+    if missing:
+        count = f"{len(missing)} of {len(images)} images without labels"
+        examples = ", ".join(missing[:3])
+        print(f"{where}: {count} are missing and are left out, {examples} among them")
+    return about, pairs, [name for name in images if name in source.names]
+
+
+def check_files_present(names, source, where):
+    """Raise FileNotFoundError, one line, if one of these files is missing."""
+    missing = [name for name in names if name not in source.names]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        hint = "which dataset.json lists; unpack or download it again"
-        raise FileNotFoundError(f"{where}: no {missing[0]}{more}, {hint}")
-    present = [name for name in bare if name in source.names]
-    if len(present) < len(bare):
-        missing = [name for name in bare if name not in source.names]
-        count = f"{len(missing)} of {len(bare)} images without labels"
-        names = ", ".join(missing[:3])
-        print(f"{where}: {count} are not there and are left out, {names} among them")
-    return about, pairs, present
+        raise FileNotFoundError(
+            f"{where}: no {missing[0]}{more}, which dataset.json lists; unpack or download it again"
+        )
+
+
+# --- splits ---------------------------------------------------------------------------------------
 
 
 def in_test(name):
-    """The test split's name of a file: "imagesTr/a.nii.gz" -> "imagesTs/a.nii.gz"."""
+    """Return the name of a file in the test split: "imagesTr/a.nii.gz" -> "imagesTs/a.nii.gz"."""
     return name.replace("Tr/", "Ts/", 1)
 
 
-def split_cases(pairs, dealt, bare):
-    """{image: label}, {image: split} and images without labels -> the splits, and where from.
+def split_cases(pairs, split_of, unlabelled_images):
+    """Return the splits, {split: [(image, label)]}, and the name of each file in the download.
 
-    The former is {split: [(image, label), ...]}, the latter {name: name in the download}. The test
-    split moves to imagesTs and labelsTs: whoever reads the Tr folders whole, as nnU-Net does,
-    shall not train on it. ValueError if names meet there.
+    pairs: {image: label}; split_of: {image: split}. The test split moves to imagesTs and labelsTs:
+    programs that read the Tr folders whole, as nnU-Net does, must not train on it. Raises
+    ValueError if two files would get the same name there.
     """
-    splits, origin = {split: [] for split in LISTS}, {name: name for name in bare}
+    splits = {split: [] for split in LISTS}
+    origin = {name: name for name in unlabelled_images}
     for image in sorted(pairs):
-        case = image, pairs[image]
-        names = tuple(map(in_test, case)) if dealt[image] == "test" else case
-        if taken := origin.keys() & names:
+        label = pairs[image]
+        split = split_of[image]
+        is_test = split == "test"
+        new_image = in_test(image) if is_test else image
+        new_label = in_test(label) if is_test else label
+        taken = origin.keys() & {new_image, new_label}
+        if taken:
             raise ValueError(f"{min(taken)}: two volumes of this name; rename one")
-        splits[dealt[image]].append(names)
-        origin |= zip(names, case, strict=True)
-    splits["test"] += [(image, None) for image in sorted(bare)]
+        splits[split].append((new_image, new_label))
+        origin[new_image] = image
+        origin[new_label] = label
+
+    splits["test"] += [(image, None) for image in sorted(unlabelled_images)]
     return splits, origin
 
 
 def deal_cases(pairs, seed, where):
-    """{image: split} of the labelled volumes, at random. ValueError if there are less than four."""
-    dealt = deal(sorted(pairs), CASES, np.random.default_rng(seed))
-    if lost := [split for split in LISTS if split not in dealt.values()]:
-        raise ValueError(f"{where}: {len(pairs)} labelled volumes, {lost[0]} would be empty")
-    return dealt
+    """Return the split of each labelled image, drawn at random.
+
+    Raises ValueError if a split would be empty: there must be four volumes.
+    """
+    split_of = deal(sorted(pairs), CASES, np.random.default_rng(seed))
+    empty = [split for split in LISTS if split not in split_of.values()]
+    if empty:
+        raise ValueError(f"{where}: {len(pairs)} labelled volumes, {empty[0]} would be empty")
+    return split_of
+
+
+# --- the command ----------------------------------------------------------------------------------
 
 
 def msd(args):
-    """Divides a task of the Medical Segmentation Decathlon: 70 % train, 15 % val, 15 % test.
+    """Split a task of the Medical Segmentation Decathlon: 70 % train, 15 % val, 15 % test.
 
-    RAW is one task, Task09_Spleen.tar or what it unpacks to. The labels of its test images are kept
-    back, so the test split is dealt at random from the labelled volumes, like the others; the
-    images without labels are listed beside, for predict.py OUT/imagesTs. No volume is changed or
-    encoded anew: of a folder the files get a second name (a hard link), or a copy where that is
-    impossible. With --labels a file such as universal_labels.json says, by the task's name, what
-    classes are made of its numbers: those of the Universal Model, whose organs have their tumours
-    in them.
+    RAW is one task, Task09_Spleen.tar or what it unpacks to. The labels of its test images are
+    withheld, so the test split is drawn at random from the labelled volumes, like the others; the
+    images without labels are listed, too, for predict.py OUT/imagesTs. No volume is changed or
+    encoded again: files of a folder get a second name (a hard link), or are copied where that is
+    impossible. --labels names a file such as universal_labels.json, which says for each task what
+    classes its numbers make: those of the Universal Model, whose organs include their tumors.
     """
     atomic_files.refuse_existing(args.out)
     with opened(args.raw) as source:
-        about, pairs, bare = read_dataset_json(source, args.raw)
+        about, pairs, images = read_dataset_json(source, args.raw)
         about = relabelled(about, args.labels)
-        splits, origin = split_cases(pairs, deal_cases(pairs, args.seed, args.raw), bare)
+        split_of = deal_cases(pairs, args.seed, args.raw)
+        splits, origin = split_cases(pairs, split_of, images)
 
         def put(part, *names):
             for name in filter(None, names):
                 source.put(origin[name], part / name)
 
-        title = f"{about.get('name', args.raw.stem)}, Medical Segmentation Decathlon"
-        title = [f"{title}, seed {args.seed}", *[LINKED] * args.raw.is_dir()]
+        task = about.get("name", args.raw.stem)
+        title = [f"{task}, Medical Segmentation Decathlon, seed {args.seed}"]
+        if args.raw.is_dir():
+            title.append(LINKED)
         return write_data_set(args.out, about, splits, put, title)
 
 
 def options(command):
     """Describe `prepare.py msd`."""
-    add = command(msd, "divide a task of the Medical Segmentation Decathlon")
+    add = command(msd, "split a task of the Medical Segmentation Decathlon")
     add("raw", type=Path, metavar="RAW", help="Task09_Spleen.tar, or the folder it unpacks to")
     add("--out", type=Path, required=True, help="folder to make")
-    add("--seed", type=SEED, default=0, metavar="N", help="of the split (%(default)s)")
-    help = "of classes, say universal_labels.json"
+    add("--seed", type=SEED, default=0, metavar="N", help="seed of the split (%(default)s)")
+    help = "classes made of the labels, e.g. universal_labels.json"
     add("--labels", type=Path, metavar="FILE", help=help)

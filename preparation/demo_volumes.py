@@ -10,15 +10,25 @@ from engine.ranges import SEED, Number
 from imaging import atomic_files
 from preparation.volume_sets import write_data_set
 
-# Abdomens of a child's size. A class is more than its grey values: liver and spleen, both kidneys,
-# the aorta and the vein beside it look alike, and stomach, vein and bowel have no number at all.
+# Abdomens of a child's size. Grey values alone do not identify a class: liver and spleen, both
+# kidneys, the aorta and the vein beside it look alike, and stomach, vein and bowel are background.
 
 DEMO_ORGANS = ("spleen", "right kidney", "left kidney", "liver", "aorta")  # class 1, 2, ...
 TISSUES = {  # Hounsfield units: mean, and standard deviation over patients
-    "air": (-1000, 0), "lung": (-830, 25), "fat": (-100, 6), "bowel": (35, 10), "muscle": (60, 5),
-    "stomach": (25, 10), "liver": (108, 10), "spleen": (118, 10), "kidney": (165, 14),
-    "aorta": (160, 14), "disc": (85, 8), "marrow": (190, 25), "bone": (430, 40),
-}  # fmt: skip
+    "air": (-1000, 0),
+    "lung": (-830, 25),
+    "fat": (-100, 6),
+    "bowel": (35, 10),
+    "muscle": (60, 5),
+    "stomach": (25, 10),
+    "liver": (108, 10),
+    "spleen": (118, 10),
+    "kidney": (165, 14),
+    "aorta": (160, 14),
+    "disc": (85, 8),
+    "marrow": (190, 25),
+    "bone": (430, 40),
+}
 STORED = ("RAS", "LPS", "LAS")  # where the stored axes point to, in turn
 DEMO_ABOUT = {
     "name": "demo_volumes",
@@ -32,101 +42,139 @@ DEMO_ABOUT = {
 
 
 def smooth_noise_3d(rng, shape, cells):
-    """(X,Y,Z) float32, normal with a deviation of 0.5, with features of 1/cells of the volume."""
+    """Return smooth normal noise float32 (X,Y,Z), standard deviation 0.5.
+
+    Its features are as large as 1/cells of a side.
+    """
     noise = rng.normal(0, 0.5, [cells + 1] * 3).astype(np.float32)
-    for n in shape:  # an axis is spread out and goes to the end
-        apart = np.linspace(0, cells, n, dtype=np.float32)[:, None] - np.arange(cells + 1)
-        weights = np.exp(-(apart**2)).astype(np.float32)  # (n, cells + 1)
-        weights /= np.linalg.norm(weights, axis=1, keepdims=True)  # so that the deviation stays
+    for n in shape:  # each turn interpolates the first axis and moves it to the end
+        distance = np.linspace(0, cells, n, dtype=np.float32)[:, None] - np.arange(cells + 1)
+        weights = np.exp(-(distance**2)).astype(np.float32)  # (n,cells+1)
+        weights /= np.linalg.norm(weights, axis=1, keepdims=True)  # preserves the deviation
         noise = np.einsum("abc,xa->bcx", noise, weights)
     return noise
 
 
-def ball(grid, centre, axes):
-    """Where an ellipsoid is; grid, centre and half axes in mm, to the right, front and head."""
-    return (
-        sum(((x - c) / r) ** 2 for x, c, r in zip(grid, centre, axes, strict=True)) < 1
-    )  # (X,Y,Z) bool
+def ellipsoid(grid, centre, half_axes):
+    """Return the voxels of an ellipsoid, bool (X,Y,Z).
+
+    grid: x, y and z of each voxel; all in mm, to the right, front and head.
+    """
+    squares = [((x - c) / r) ** 2 for x, c, r in zip(grid, centre, half_axes, strict=True)]
+    return sum(squares) < 1
+
+
+def paint(image, level, layers):
+    """Set the voxels of each layer (mask, tissue) to the tissue's level, in order."""
+    for mask, tissue in layers:
+        image[mask] = level[tissue]
 
 
 def draw_torso(rng, grid, a, b, level):
-    """What is around the organs, Hounsfield units (X,Y,Z), and the cavity for them, bool (X,Y,Z).
+    """Return all that surrounds the organs, float32 (X,Y,Z), and their cavity, bool (X,Y,Z).
 
-    a, b: half width and half depth of the body in mm; level: Hounsfield units of TISSUES.
+    a, b: half width and half depth of the body in mm; level: Hounsfield units of each tissue.
     """
     x, y, z = grid
     depth = np.hypot(x / a, y / b) + (z / 150) ** 4  # 0 in the middle, 1 on the skin
     image = np.full(depth.shape, level["air"], np.float32)
     cavity = depth < 0.76
+
     bowel = smooth_noise_3d(rng, depth.shape, 11) > 0.1
     ribs = (depth < 0.87) & (np.sin(z / 4 + y / 16) > 0.6) & (z > -30 + y / 2)
-    for where, tissue in (
-        (depth < 1, "fat"), (depth < 0.9, "muscle"), (ribs & (depth > 0.8), "bone"),
-        (cavity, "fat"), (cavity & bowel, "bowel"),
-        (cavity & (z > 75 - (x / 9) ** 2 / 9 - (y / 9) ** 2 / 6), "lung"),
-    ):  # fmt: skip
-        image[where] = level[tissue]
-    back, phase = -0.62 * b, rng.uniform(0, 6)
+    lung = z > 75 - (x / 9) ** 2 / 9 - (y / 9) ** 2 / 6
+    layers = [
+        (depth < 1, "fat"),
+        (depth < 0.9, "muscle"),
+        (ribs & (depth > 0.8), "bone"),
+        (cavity, "fat"),
+        (cavity & bowel, "bowel"),
+        (cavity & lung, "lung"),
+    ]
+    paint(image, level, layers)
+
+    # The spine: vertebrae and discs, the canal behind them, and spinous processes.
+    back = -0.62 * b
+    phase = rng.uniform(0, 6)
     canal = np.hypot(x, y - back + 20)
-    body = np.hypot(x / 17, (y - back) / 14)
+    vertebra = np.hypot(x / 17, (y - back) / 14)
     disc = np.cos(z / 4 + phase) > 0.8  # every 25 mm
-    process = (abs(x) < 3) & (y < back - 26) & (y > back - 40) & (np.cos(z / 4 + phase) < 0)
-    for where, tissue in (
-        (body < 1, "bone"), (body < 0.85, "marrow"), ((body < 1) & disc, "disc"),
-        ((canal < 12) | process, "bone"), (canal < 8, "muscle"),
-    ):  # fmt: skip
-        image[where] = level[tissue]
-    return image, cavity & (body > 1)
+    is_behind = (y < back - 26) & (y > back - 40)
+    process = (abs(x) < 3) & is_behind & (np.cos(z / 4 + phase) < 0)
+    layers = [
+        (vertebra < 1, "bone"),
+        (vertebra < 0.85, "marrow"),
+        ((vertebra < 1) & disc, "disc"),
+        ((canal < 12) | process, "bone"),
+        (canal < 8, "muscle"),
+    ]
+    paint(image, level, layers)
+    return image, cavity & (vertebra > 1)
 
 
 def draw_organs(rng, grid, a, b):
-    """Yields tissue, class number (0: none) and place, bool (X,Y,Z); a later one lies on top."""
+    """Yield tissue, class index (0: background) and mask, bool (X,Y,Z); later ones lie on top.
+
+    a, b: half width and half depth of the body in mm.
+    """
     x, y, z = grid
 
-    def organ(x0, y0, z0, *axes):  # shares of a and b, z in mm
-        at = np.array([x0 * a, y0 * b, z0]) + rng.normal(0, 2.5, 3)
-        return ball(grid, at, axes * np.array([a, b, 1]) * rng.uniform(0.9, 1.1))
+    def organ(x0, y0, z0, *half_axes):  # x and y as shares of a and b, z in mm
+        centre = np.array([x0 * a, y0 * b, z0]) + rng.normal(0, 2.5, 3)
+        return ellipsoid(grid, centre, half_axes * np.array([a, b, 1]) * rng.uniform(0.9, 1.1))
 
-    vessels = np.hypot(x + 9 - 3 * np.sin(z / 40), y + 0.22 * b), np.hypot(x - 13, y + 0.2 * b)
+    from_aorta = np.hypot(x + 9 - 3 * np.sin(z / 40), y + 0.22 * b)  # mm
+    from_vein = np.hypot(x - 13, y + 0.2 * b)
+
     stomach = organ(-0.4, 0.3, 40, 0.27, 0.32, 32)
     yield "stomach", 0, stomach
-    yield "air", 0, stomach & (y > rng.uniform(0.38, 0.5) * b)  # rises, the patient lies
-    yield "aorta", 0, vessels[1] < rng.uniform(8, 10)  # the vein
-    yield "liver", 4, organ(0.4, 0.08, 30, 0.38, 0.62, 52) | organ(0.02, 0.4, 42, 0.4, 0.26, 24)
+    yield "air", 0, stomach & (y > rng.uniform(0.38, 0.5) * b)  # rises, as the patient lies
+    yield "aorta", 0, from_vein < rng.uniform(8, 10)
+
+    right_lobe = organ(0.4, 0.08, 30, 0.38, 0.62, 52)
+    left_lobe = organ(0.02, 0.4, 42, 0.4, 0.26, 24)
+    yield "liver", 4, right_lobe | left_lobe
     yield "spleen", 1, organ(-0.55, -0.15, 40, 0.17, 0.4, 34)
-    for number, side in (2, 1), (3, -1):
+    for number, side in ((2, 1), (3, -1)):
         yield "kidney", number, organ(0.38 * side, -0.38, -22, 0.155, 0.26, 38)
-        yield "fat", 0, organ(0.27 * side, -0.33, -22, 0.1, 0.12, 15)  # the sinus
-    yield "aorta", 5, vessels[0] < rng.uniform(8, 10)
+        yield "fat", 0, organ(0.27 * side, -0.33, -22, 0.1, 0.12, 15)  # the renal sinus
+    yield "aorta", 5, from_aorta < rng.uniform(8, 10)
 
 
 def draw_volume(rng):
-    """Hounsfield units int16 (X,Y,Z), class numbers uint8 (X,Y,Z), affine (4,4) in RAS."""
+    """Return Hounsfield units int16 (X,Y,Z), labels uint8 (X,Y,Z) and the affine (4,4) in RAS."""
     shape = rng.integers((68, 60, 52), (77, 69, 61))
     spacing = np.round(rng.uniform((2.8, 2.8, 3.7), (3.2, 3.2, 4.3)), 3)  # mm
-    first = -(shape - 1) / 2 * spacing + rng.normal(0, (3, 3, 8))  # of the first voxel's centre
+    first = -(shape - 1) / 2 * spacing + rng.normal(0, (3, 3, 8))  # centre of the first voxel
     axes = [x0 + mm * np.arange(n) for x0, mm, n in zip(first, spacing, shape, strict=True)]
-    grid = [x.astype(np.float32) for x in np.meshgrid(*axes, indexing="ij")]
-    grid = [x + 4 * smooth_noise_3d(rng, shape, 5) for x in grid]  # everything is bent a little
+
+    # Positions of the voxels in mm, slightly bent.
+    grid = []
+    for x in np.meshgrid(*axes, indexing="ij"):
+        grid.append(x.astype(np.float32))
+    grid = [x + 4 * smooth_noise_3d(rng, shape, 5) for x in grid]
+
     a, b = rng.uniform((84, 64), (96, 76))
-    level = {tissue: rng.normal(*known) for tissue, known in TISSUES.items()}
+    level = {tissue: rng.normal(*moments) for tissue, moments in TISSUES.items()}
     image, cavity = draw_torso(rng, grid, a, b, level)
-    mask = np.zeros(shape, np.uint8)
-    lost = rng.integers(1, 4) if rng.random() < 0.2 else None  # taken out: spleen or a kidney
-    for tissue, number, where in draw_organs(rng, grid, a, b):
-        where &= cavity
-        if number != lost:
-            image[where], mask[where] = level[tissue], number
+    labels = np.zeros(shape, np.uint8)
+    removed = rng.integers(1, 4) if rng.random() < 0.2 else None  # spleen or a kidney
+    for tissue, number, mask in draw_organs(rng, grid, a, b):
+        mask &= cavity
+        if number != removed:
+            image[mask] = level[tissue]
+            labels[mask] = number
+
     image += 10 * smooth_noise_3d(rng, shape, 4) + 8 * smooth_noise_3d(rng, shape, 16)
     image += rng.normal(0, 25, shape).astype(np.float32)
-    image = ndimage.gaussian_filter(image, 0.5)  # voxels on a border hold a little of both sides
+    image = ndimage.gaussian_filter(image, 0.5)  # voxels on a border mix both sides
     affine = np.diag([*spacing, 1])
     affine[:3, 3] = first
-    return image.clip(-1024, 3071).round().astype(np.int16), mask, affine
+    return image.clip(-1024, 3071).round().astype(np.int16), labels, affine
 
 
 def demo_volumes(args):
-    """Writes a small synthetic data set of abdominal CT: whole, or not at all.
+    """Write a small synthetic data set of abdominal CT: whole, or not at all.
 
     Two thirds of the volumes train, a sixth validates, a sixth tests. The same seed gives the same
     bytes.
@@ -134,21 +182,25 @@ def demo_volumes(args):
     import nibabel
 
     atomic_files.refuse_existing(args.out)
-    sixth = max(1, round(args.volumes / 6))
     names = [f"ct_{k:03}.nii.gz" for k in range(1, args.volumes + 1)]
+    sixth = max(1, round(args.volumes / 6))
     ends = {"train": args.volumes - 2 * sixth, "val": args.volumes - sixth, "test": args.volumes}
-    splits, start = {}, 0
+    splits = {}
+    start = 0
     for split, end in ends.items():
         kind = "Ts" if split == "test" else "Tr"
-        splits[split] = [(f"images{kind}/{n}", f"labels{kind}/{n}") for n in names[start:end]]
+        splits[split] = []
+        for name in names[start:end]:
+            splits[split].append((f"images{kind}/{name}", f"labels{kind}/{name}"))
         start = end
 
     def put(part, image, label):
         number = names.index(Path(image).name)
-        pixels, mask, affine = draw_volume(np.random.default_rng([args.seed, number]))
-        wanted = nibabel.orientations.axcodes2ornt(STORED[number % len(STORED)])
-        for name, array in (image, pixels), (label, mask):
-            volume = nibabel.Nifti1Image(array, affine).as_reoriented(wanted)
+        rng = np.random.default_rng([args.seed, number])
+        voxels, labels, affine = draw_volume(rng)
+        orientation = nibabel.orientations.axcodes2ornt(STORED[number % len(STORED)])
+        for name, array in ((image, voxels), (label, labels)):
+            volume = nibabel.Nifti1Image(array, affine).as_reoriented(orientation)
             (part / name).write_bytes(gzip.compress(volume.to_bytes(), 6, mtime=0))
 
     title = f"synthetic abdominal CT, seed {args.seed}"
@@ -159,6 +211,6 @@ def options(command):
     """Describe `prepare.py demo-volumes`."""
     add = command(demo_volumes, "write a small synthetic data set of CT volumes")
     add("--out", type=Path, default="data/demo_volumes", help="folder to make (%(default)s)")
-    help = "volumes in all (%(default)s)"
+    help = "number of volumes (%(default)s)"
     add("--volumes", type=Number(True, 3), default=24, metavar="N", help=help)
     add("--seed", type=SEED, default=0, metavar="N", help="same seed, same bytes (%(default)s)")

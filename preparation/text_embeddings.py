@@ -1,4 +1,4 @@
-"""Names of classes -> their codes by the text tower of CLIP, for the Universal Model.
+"""Encode class names with CLIP's text tower: the text codes of the Universal Model.
 
     name          "liver"
       template    "A computerized tomography of a liver"
@@ -6,12 +6,12 @@
       text tower, projection: not normalised, as in the released codes
     code          float32 (512,)
 
-A file of codes is safetensors: {name: code}, names in small letters, and as metadata `template` and
-`weights`. With --subsets, for text_swin_unetr, it holds texts of all subsets of the names instead,
-as the few-shot study wrote them: "liver , spleen", and "none". The models are in universal.py and
-fewshot3d.py. Official: pretrained_weights/clip_embedding.py of
-github.com/ljwztc/CLIP-Driven-Universal-Model at 43c1239, with OpenAI's ViT-B/32 (MIT). The tower is
-that of clipseg.py.
+A file of codes is safetensors: {name: code}, names in lower case, with the metadata `template` and
+`weights`. With --subsets, for text_swin_unetr, it holds a text for each subset of the names
+instead, as the few-shot study wrote them: "liver , spleen", and "none". The models are in
+universal.py and fewshot3d.py. Official code: pretrained_weights/clip_embedding.py of
+github.com/ljwztc/CLIP-Driven-Universal-Model at 43c1239, with OpenAI's ViT-B/32 (MIT). The text
+tower is that of clipseg.py.
 """
 
 import re
@@ -30,19 +30,22 @@ from universal import ORGANS, TEXT
 
 WEIGHTS = "openai/clip-vit-base-patch32"
 TEMPLATE = "A computerized tomography of a {}"
-# quirk: the released codes, and so the released weights, are of these two names with typos
+# quirk: the released codes, and so the released weights, have these typos in two names
 SPELLINGS = {"aorta": "arota", "celiac trunk": "celiac truck"}
 CLIP_FILES = ("model.safetensors", "pytorch_model.bin", "ViT-B-32.pt")
 LENGTH = 77  # tokens
-MOST = 13  # names of which all subsets are encoded: 8,192
+MOST_CLASSES = 13  # of which all subsets are encoded: 8,192
 IGNORED_OF_CLIP = {
-    r"(vision_model|visual)\..*|visual_projection\.weight": "CLIP's half that sees",
-    r"logit_scale": "temperature of its training on pairs",
+    r"(vision_model|visual)\..*|visual_projection\.weight": "CLIP's vision tower",
+    r"logit_scale": "temperature of the contrastive pre-training",
 }
 
 
+# --- the text tower -------------------------------------------------------------------------------
+
+
 class TextTower(nn.Module):
-    """The half of CLIP that reads."""
+    """CLIP's text encoder and projection."""
 
     def __init__(self, dim: int, layers: int, embed_dim: int):
         super().__init__()
@@ -55,56 +58,87 @@ class TextTower(nn.Module):
 
     @classmethod
     def from_pretrained(cls, source: str | Path) -> "TextTower":
-        """From a file, a folder or a hub id of a whole CLIP or its text half, under the names of
-        transformers or OpenAI. In evaluation mode, float32."""
+        """Load the text half of a file, a folder or a hub id, in evaluation mode, float32.
+
+        The file holds a whole CLIP or its text half, under the names of transformers or OpenAI.
+        Raises ValueError or FileNotFoundError, one line, for a file that does not fit.
+        """
         weights, settings = clipseg.read_checkpoint(source, CLIP_FILES)
         activation = settings.get("text_config", settings).get("hidden_act", "quick_gelu")
-        if activation != "quick_gelu":  # as LAION's CLIPs have it, in the same shapes
+        if activation != "quick_gelu":  # LAION's CLIPs have GELU and the same shapes
             raise ValueError(f"{source}: has {activation}, OpenAI's CLIP has quick_gelu: take that")
-        text = {
-            n: t for n, t in weights.items() if not any(re.fullmatch(p, n) for p in IGNORED_OF_CLIP)
-        }
-        hub = any(name.startswith("text_model.") for name in text)
-        prefix = "clip." if hub else "clip_model."  # which clipseg.py knows them by
-        text = clipseg.to_official({prefix + n: t for n, t in text.items()})
-        if (projection := text.get("clip.text_projection.weight")) is None:
+
+        # Under the names of clipseg.py, the numbers of layers and channels can be read.
+        text = official_text_weights(weights)
+        projection = text.get("clip.text_projection.weight")  # (embed_dim,dim)
+        if projection is None:
             raise ValueError(f"{source}: no text tower of CLIP; take {WEIGHTS}")
-        layers = {m[1] for n in text if (m := re.match(r"clip\.text_model\.\D+(\d+)\.", n))}
+        layers = set()
+        for name in text:
+            match = re.match(r"clip\.text_model\.\D+(\d+)\.", name)
+            if match:
+                layers.add(match[1])
         embed_dim, dim = projection.shape
         tower = cls(dim, len(layers), embed_dim)
-        ours = {f"clip.{n}": t for n, t in tower.state_dict().items()}
-        clipseg.check_complete(text, clipseg.to_official(ours), source)
-        text = clipseg.convert(text)
-        tower.load_state_dict({n.removeprefix("clip."): t for n, t in text.items()})
+
+        expected = {f"clip.{name}": tensor for name, tensor in tower.state_dict().items()}
+        clipseg.check_complete(text, clipseg.to_official(expected), source)
+        state = {}
+        for name, tensor in clipseg.convert(text).items():
+            state[name.removeprefix("clip.")] = tensor
+        tower.load_state_dict(state)
         return tower.eval()
+
+
+def official_text_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the text half of CLIP's weights under the names of transformers' CLIPSeg."""
+    text = {}
+    for name, tensor in weights.items():
+        if not any(re.fullmatch(pattern, name) for pattern in IGNORED_OF_CLIP):
+            text[name] = tensor
+
+    is_transformers = any(name.startswith("text_model.") for name in text)
+    prefix = "clip." if is_transformers else "clip_model."  # as clipseg.py expects them
+    return clipseg.to_official({prefix + name: tensor for name, tensor in text.items()})
 
 
 @torch.no_grad()
 def encode(tower: TextTower, texts: list[str], batch: int = 64) -> Tensor:
-    """n texts -> (n,512), not normalised. ValueError, one line: a text is too long for CLIP."""
-    tokens = CLIPTokenizer(LENGTH + 1)(texts)
+    """Return the codes (n,512) of n texts, not normalised.
+
+    Raises ValueError, one line, if a text is too long for CLIP.
+    """
+    tokens = CLIPTokenizer(LENGTH + 1)(texts)  # (n,78)
     for text, row in zip(texts, tokens, strict=True):
         if row[LENGTH]:
             raise ValueError(f"{text!r} has more than {LENGTH} tokens; shorten it")
+
     parts = tokens[:, :LENGTH].split(batch)
     hidden = None if len(parts) > 1 else True
     codes = []
     for part in tqdm(parts, "texts", disable=hidden, leave=False):
-        codes.append(tower(part))
+        codes.append(tower(part))  # (batch,512)
     return torch.cat(codes)
 
 
-def subsets_of(names: list[str]) -> list[str]:
-    """Return the texts of all subsets of some names, "none" first, the text of all last.
+# --- names and texts ------------------------------------------------------------------------------
 
-    Raises ValueError, one line, if there are more than MOST names, or one has a comma in it.
+
+def subsets_of(names: list[str]) -> list[str]:
+    """Return the texts of all subsets of some names: "none" first, the text of all names last.
+
+    Raises ValueError, one line, if there are more than MOST_CLASSES names, or if one is "none" or
+    has a comma in it.
     """
-    if len(names) > MOST:
-        told = f"{len(names)} classes have {2 ** len(names):,} subsets"
-        raise ValueError(f"--subsets: {told}; give {MOST} classes at most")
+    if len(names) > MOST_CLASSES:
+        raise ValueError(
+            f"--subsets: {len(names)} classes have {2 ** len(names):,} subsets; give "
+            f"{MOST_CLASSES} classes at most"
+        )
     for name in names:
         if "," in name or name == "none":
-            raise ValueError(f"--subsets: class {name!r} cannot be told from a list; rename it")
+            raise ValueError(f"--subsets: class {name!r} looks like a list of classes; rename it")
+
     texts = ["none"]
     for count in range(1, len(names) + 1):
         for subset in combinations(names, count):
@@ -113,7 +147,10 @@ def subsets_of(names: list[str]) -> list[str]:
 
 
 def classes_of_data(root: Path) -> tuple[str, ...]:
-    """Names of a data set's classes, without the background's. ValueError: nothing names them."""
+    """Return the names of a data set's classes, without the background.
+
+    Raises ValueError, one line, if the data set does not name them.
+    """
     split = next(iter(layouts.splits(root)), "train")
     entries = layouts.annotations(root, split)
     if not entries or not entries[0].numbers:
@@ -121,76 +158,101 @@ def classes_of_data(root: Path) -> tuple[str, ...]:
     return layouts.foreground(entries[0].classes)
 
 
+def class_names(args) -> list[str]:
+    """Return the names of the classes that --classes, --data or --study give, each once."""
+    if args.study:
+        return list(ORGANS[1:])
+    names = list(args.classes or [])
+    for root in args.data or []:
+        names += classes_of_data(root)
+    return list(dict.fromkeys(layouts.plain_name(name) for name in names))
+
+
+def check_arguments(args, template: str) -> None:
+    """Raise ValueError, one line, for options that do not fit each other."""
+    if args.out.suffix != ".safetensors":
+        raise ValueError(f"--out {args.out}: codes are kept in a .safetensors file")
+    sources = [source for source in (args.classes, args.data, args.study) if source]
+    if len(sources) != 1:
+        raise ValueError("give one of --classes, --data and --study")
+    if args.subsets and args.study:
+        raise ValueError("--subsets: the 32 of --study have too many; give --classes or --data")
+    if template.count("{}") != 1:
+        raise ValueError(f"--template {template!r}: {{}} must be in it once, for the name")
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
 def describe_codes(codes: dict[str, Tensor]) -> str:
-    """How far apart codes are, in a line."""
-    names, n = list(codes), len(codes)
-    x = F.normalize(torch.stack(list(codes.values())), dim=1)
-    cosines = (x @ x.T).fill_diagonal_(-1)
+    """Return how similar the codes are, in one line: the mean and the largest cosine."""
+    names = list(codes)
+    n = len(names)
     if n == 1:
         return f"1 code, of {names[0]}"
+
+    x = F.normalize(torch.stack(list(codes.values())), dim=1)  # (n,512)
+    cosines = (x @ x.T).fill_diagonal_(-1)  # (n,n)
     mean = cosines.triu(1).sum() / (n * (n - 1) / 2)
-    one, other = divmod(int(cosines.argmax()), n)
-    closest = f"{names[one]} and {names[other]} {cosines.max():.3f}"
+    first, second = divmod(int(cosines.argmax()), n)
+    closest = f"{names[first]} and {names[second]} {cosines.max():.3f}"
     return f"{n} codes; cosine between two: mean {mean:.3f}, closest {closest}"
 
 
 def text_codes(args):
-    """Writes the codes of classes, the texts of the Universal Model, and tells how close they are.
+    """Write the text codes of classes for the Universal Model, and print how similar they are.
 
-    Which classes: their names, those of data sets, or the 32 of --study universal, two of which
-    then have the typos of the released codes in the text. Released codes and weights are of the
-    default template; '{}' alone is the bare name, of which the few-shot study made others. With
-    --subsets a text for each subset of the classes, and the default template is the bare list.
+    The classes are given by name, are those of data sets, or are the 32 of --study universal, two
+    of which have the typos of the released codes in their text. The released codes and weights use
+    the default template. The template '{}' is the bare name, which the few-shot study used for some
+    codes. With --subsets, each subset of the classes gets a text, and the default template is the
+    bare list.
     """
     atomic_files.refuse_existing(args.out)
-    if args.out.suffix != ".safetensors":
-        raise ValueError(f"--out {args.out}: codes are kept in a .safetensors")
-    if sum(map(bool, (args.classes, args.data, args.study))) != 1:
-        raise ValueError("give one of --classes, --data and --study")
-    if args.subsets and args.study:
-        raise ValueError("--subsets: the 32 of --study have too many; give --classes or --data")
     template = args.template or ("{}" if args.subsets else TEMPLATE)
-    if template.count("{}") != 1:
-        raise ValueError(f"--template {template!r}: {{}} must be in it once, for the name")
-    names = args.classes or [name for root in args.data or () for name in classes_of_data(root)]
-    names = ORGANS[1:] if args.study else map(layouts.plain_name, names)
-    names, spellings = list(dict.fromkeys(names)), SPELLINGS if args.study else {}
-    count = len(names)
-    if args.subsets:
-        names = subsets_of(names)
-    tower = TextTower.from_pretrained(args.weights)
-    if tower.text_projection.out_features != TEXT:
-        told = f"codes of {tower.text_projection.out_features} numbers, the model takes {TEXT}"
-        raise ValueError(f"{args.weights}: {told}; take {WEIGHTS}")
+    check_arguments(args, template)
+    classes = class_names(args)
+    names = subsets_of(classes) if args.subsets else classes
+    spellings = SPELLINGS if args.study else {}
     texts = [template.replace("{}", spellings.get(name, name)) for name in names]
+
+    tower = TextTower.from_pretrained(args.weights)
+    width = tower.text_projection.out_features
+    if width != TEXT:
+        raise ValueError(
+            f"{args.weights}: codes of {width} numbers, the model takes {TEXT}; take {WEIGHTS}"
+        )
     codes = dict(zip(names, encode(tower, texts), strict=True))
     write_codes(args.out, codes, {"template": template, "weights": args.weights})
+
     if args.subsets:
-        print(f"{args.out}: {len(codes):,} texts of the subsets of {count} classes")
+        description = f"{len(codes):,} texts of the subsets of {len(classes)} classes"
     else:
-        print(f"{args.out}: {describe_codes(codes)}")
+        description = describe_codes(codes)
+    print(f"{args.out}: {description}")
     return 0
 
 
-def write_codes(path: Path, codes: dict[str, Tensor], about: dict[str, str]) -> None:
-    """{name: (512,)} and metadata -> a file of codes."""
+def write_codes(path: Path, codes: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a file of codes: {name: (512,)}, and its metadata."""
     from safetensors.torch import save_file
 
     with atomic_files.whole_file(path) as part:
-        save_file({name: code.clone() for name, code in codes.items()}, part, about)
+        save_file({name: code.clone() for name, code in codes.items()}, part, metadata)
 
 
 def options(command):
-    """The command of `prepare.py` that makes codes."""
+    """Describe `prepare.py text-codes`."""
     add = command(text_codes, "make text codes of classes for the Universal Model")
     add("--classes", nargs="+", metavar="NAME", help="names of classes")
-    add("--data", type=Path, nargs="+", metavar="DATA", help="data sets whose classes they are")
-    add("--study", choices=("universal",), help="the 32 of the Universal Model")
-    help = f"with {{}} for the name ({TEMPLATE}; with --subsets {{}})"
+    add("--data", type=Path, nargs="+", metavar="DATA", help="take the classes of these data sets")
+    help = "take the 32 classes of the Universal Model"
+    add("--study", choices=("universal",), help=help)
+    help = f"text, with {{}} for the name ({TEMPLATE}; with --subsets {{}})"
     add("--template", metavar="TEXT", help=help)
-    help = "a text for each subset of the classes, for text_swin_unetr"
+    help = "make a text for each subset of the classes, for text_swin_unetr"
     add("--subsets", action="store_true", help=help)
     help = "CLIP ViT-B/32: hub id, file or folder (%(default)s)"
     add("--weights", default=WEIGHTS, help=help)
     out = Path("text_codes.safetensors")
-    add("--out", type=Path, default=out, metavar="FILE", help="to write (%(default)s)")
+    add("--out", type=Path, default=out, metavar="FILE", help="file to write (%(default)s)")

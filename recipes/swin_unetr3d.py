@@ -26,47 +26,90 @@ from recipes.base import (
     parameter_groups,
 )
 
+# Keys of a sample that scoring and pictures need.
 FOR_VOLUME_SCORES = (
-    "name", "prompt", "size", "group", "dataset", "spacing", "classes", "regions", "place",
-)  # fmt: skip
+    "name",
+    "prompt",
+    "size",
+    "group",
+    "dataset",
+    "spacing",
+    "classes",
+    "regions",
+    "place",
+)
+
+
+# --- crops and losses -----------------------------------------------------------------------------
 
 
 def volume_inputs(sample, train, rng, config, settings) -> dict:
-    """Of training random crops, image (n,C,D,H,W), mask (n,1,D,H,W) of class numbers, or where
-    classes overlap (n,K,D,H,W) of 0 and 1; else the prepared volume and what scoring needs."""
+    """Return the item of a sample: random crops in training, else the whole prepared volume.
+
+    In training: image (n,C,D,H,W) and mask (n,1,D,H,W) of class indices, or (n,K,D,H,W) of 0 and 1
+    where classes overlap; 255 does not count. Else: image (C,x,y,z) and `truth` (1,X,Y,Z), with the
+    keys that scoring needs.
+    """
     if not train:
         item = {"image": sample["image"], "truth": sample["truth"][None]}
         return item | {key: sample[key] for key in FOR_VOLUME_SCORES}
-    where = (sample[key] for key in ("image", "mask", "voxels"))
-    how = {"n": settings.crops_per_volume, "size": config.image_size, "rng": rng}
-    crops = zip(*volumes.random_crops(*where, **how, ratios=settings.crop_ratio), strict=True)
-    images, masks = zip(
-        *(volumes.augment(*crop, rng, **settings.augment) for crop in crops), strict=True
+
+    crops, crop_masks = volumes.random_crops(
+        sample["image"],
+        sample["mask"],
+        sample["voxels"],
+        settings.crops_per_volume,
+        config.image_size,
+        rng,
+        settings.crop_ratio,
     )
-    image, mask = torch.stack(images), torch.stack(masks)[:, None]
+    images = []
+    masks = []
+    for crop, crop_mask in zip(crops, crop_masks, strict=True):
+        image, mask = volumes.augment(crop, crop_mask, rng, **settings.augment)
+        images.append(image)
+        masks.append(mask)
+
+    mask = torch.stack(masks)[:, None]  # (n,1,D,H,W)
     if sample["regions"]:
-        each = [torch.isin(mask, torch.tensor(numbers)) for numbers in sample["regions"]]
-        mask = torch.cat(each, 1).byte().masked_fill(mask == 255, 255)  # (n,K,D,H,W)
-    return {"image": image, "mask": mask}
+        mask = masks_of_regions(mask, sample["regions"])  # (n,K,D,H,W)
+    return {"image": torch.stack(images), "mask": mask}
+
+
+def masks_of_regions(labels: Tensor, regions: tuple[tuple[int, ...], ...]) -> Tensor:
+    """Return a mask of each region: labels uint8 (n,1,D,H,W) -> uint8 (n,K,D,H,W) of 0, 1 and 255.
+
+    regions: the labels that belong to each of the K overlapping classes.
+    """
+    masks = []
+    for numbers in regions:
+        masks.append(torch.isin(labels, torch.tensor(numbers)))  # (n,1,D,H,W)
+    return torch.cat(masks, 1).byte().masked_fill(labels == 255, 255)  # (n,K,D,H,W)
 
 
 def collate_crops(items: list[dict]) -> dict:
-    """Crops of several volumes -> one batch."""
+    """Return the crops of several volumes as one batch."""
     return {key: torch.cat([item[key] for item in items]) for key in items[0]}
 
 
-def volume_loss(logits: Tensor, batch: dict, of_several: Callable = dice_ce) -> tuple[Tensor, dict]:
-    """Dice + cross entropy; of one class, or classes that overlap, Dice + BCE of each."""
-    logits, mask = logits.float(), batch["mask"]
+def volume_loss(
+    logits: Tensor, batch: dict, loss_of_classes: Callable = dice_ce
+) -> tuple[Tensor, dict]:
+    """Return Dice + BCE for a single class or overlapping classes, else `loss_of_classes`.
+
+    logits (B,K,D,H,W). Returns a scalar, and its parts by name.
+    """
+    logits = logits.float()
+    mask = batch["mask"]
     if mask.shape[1] == logits.shape[1]:
         return dice_bce(logits, mask)
-    return of_several(logits, mask[:, 0].long())
+    return loss_of_classes(logits, mask[:, 0].long())
 
 
 def volume_predict(model: nn.Module, item: dict, settings) -> tuple[Tensor, None]:
-    """Probabilities (K,X,Y,Z) on the file's own grid, axes to right, front and top.
+    """Return probabilities (K,X,Y,Z) on the file's own grid, axes to the right, front and top.
 
-    Of a Universal Model of the classes item["asked"] alone, if that is there.
+    item["asked"], if given, lists the classes that a Universal Model computes; None: all.
     """
     probabilities = volumes.window_probabilities(
         model,
@@ -81,32 +124,40 @@ def volume_predict(model: nn.Module, item: dict, settings) -> tuple[Tensor, None
 
 
 def prepared(dataset: volumes.VolumeSet, model: nn.Module, cache) -> volumes.VolumeSet:
-    """Return volumes on the grid that a model sees, kept in the folder `cache`."""
+    """Return volumes on the grid that a model sees; their files are in the folder `cache`."""
     c = model.config
-    ready = dataset.prepared(c.spacing, model.preprocess, c.in_channels, cache)
+    result = dataset.prepared(c.spacing, model.preprocess, c.in_channels, cache)
     if c.intensity:
-        ready.check_hu()
-    return ready
+        result.check_hu()
+    return result
 
 
 def volume_recipe(model: swin_unetr3d.SwinUNETR, settings: Protocol) -> Recipe:
     """Return the recipe of a Swin UNETR, or of a model on its backbone."""
     return Recipe(
-        partial(volume_inputs, config=model.config, settings=settings),
-        class_forward,
-        settings.loss,
-        partial(volume_predict, settings=settings),
-        parameter_groups,
+        inputs=partial(volume_inputs, config=model.config, settings=settings),
+        forward=class_forward,
+        loss=settings.loss,
+        predict=partial(volume_predict, settings=settings),
+        groups=parameter_groups,
         collate=collate_crops,
     )
 
 
+# --- loading --------------------------------------------------------------------------------------
+
+
 def check_modality(model: nn.Module, train_set) -> None:
-    """ValueError, one line: HU expected of volumes that are no CT."""
-    for entry in train_set.entries if train_set else ():
-        if model.config.intensity and "CT" not in (entry.modality or "CT").upper():
-            told = f"holds {entry.modality}, the model takes HU of {model.config.intensity}"
-            raise ValueError(f"{entry.root} {told}; --intensity zscore")
+    """Raise ValueError, one line, if a model takes Hounsfield units and a volume is not CT."""
+    window = model.config.intensity
+    if window is None or not train_set:
+        return
+    for entry in train_set.entries:
+        if "CT" not in (entry.modality or "CT").upper():
+            raise ValueError(
+                f"{entry.root} holds {entry.modality}, the model takes HU of {window}; use "
+                "--intensity zscore"
+            )
 
 
 def volume_overrides(train_set, weights, overrides: dict) -> dict:
@@ -121,20 +172,21 @@ def volume_overrides(train_set, weights, overrides: dict) -> dict:
 
 
 def name_classes(model: nn.Module, train_set, weights) -> None:
-    """Give a model the names of the training set's classes; say which of its own they replace."""
+    """Give a model the training set's class names; print which of its own names they replace."""
     classes = train_set.entries[0].classes
-    had = model.config.classes
-    if weights != "none" and moved(classes, had):
-        print(f"the head of {', '.join(had)} learns {', '.join(classes)}")
+    known = model.config.classes
+    if weights != "none" and moved(classes, known):
+        print(f"the head of {', '.join(known)} learns {', '.join(classes)}")
     model.config = replace(model.config, classes=classes)
 
 
 def load_volumes(weights, variant, settings: Protocol, overrides: dict, train_set):
-    """A Swin UNETR with the classes of the training set; else with those of its file."""
+    """Return a Swin UNETR with the classes of the training set, if any, else those of its file."""
     if train_set is not None:
         overrides = volume_overrides(train_set, weights, overrides)
-    kind, variants = swin_unetr3d.SwinUNETR, swin_unetr3d.VARIANTS
-    model = load_variant(kind, variants, weights, variant, settings, overrides)
+    model = load_variant(
+        swin_unetr3d.SwinUNETR, swin_unetr3d.VARIANTS, weights, variant, settings, overrides
+    )
     if train_set is not None:
         name_classes(model, train_set, weights)
     check_modality(model, train_set)
@@ -142,8 +194,11 @@ def load_volumes(weights, variant, settings: Protocol, overrides: dict, train_se
 
 
 def swin_encoder(name: str) -> bool:
+    """Return True for the name of a parameter of the encoder."""
     return name.startswith("swinViT.")
 
+
+# --- settings -------------------------------------------------------------------------------------
 
 SWIN = {
     "default": Protocol(
@@ -153,7 +208,7 @@ SWIN = {
             "tiny": "darragh/swinunetr-btcv-tiny",
         },
         prompt="",
-        # No flips: where an organ lies tells much of what it is, and all volumes lie alike.
+        # No flips: all volumes have one orientation, and the position of an organ identifies it.
         augment={"rotate": (15.0, 0.2), "scale": (0.1, 0.5), "shift": (0.1, 0.5)},
         crops_per_volume=4,
         crop_ratio=(1.0, 1.0),
@@ -169,17 +224,19 @@ SWIN = {
         epochs=300,
     ),
 }
-# BTCV fine-tuning of Project-MONAI/research-contributions at 21ed8e5, SwinUNETR/BTCV, on one GPU;
-# it starts from the self-supervised encoder: --weights model_swinvit.pt. Quirks: flips from left
-# to right with classes that have a side; class 0 has a Dice term, and so has what a crop lacks.
-# Its rate changes by epoch and is 0 in the first, ours by step and is above 0; its validation
-# blends windows by the mean, its test by a Gaussian, as ours do.
+# BTCV fine-tuning of Project-MONAI/research-contributions at 21ed8e5, SwinUNETR/BTCV, on one GPU.
+# It starts from the self-supervised encoder: --weights model_swinvit.pt.
+# Quirks: it flips left and right although classes have a side; class 0 and classes that a crop
+# lacks have a Dice term.
+# Differences: its learning rate changes by epoch and is 0 in the first epoch, ours changes by step
+# and is above 0. Its validation blends windows by the mean and its test by a Gaussian; ours always
+# use a Gaussian.
 SWIN["origin"] = replace(
     SWIN["default"],
     hub_ids={},
     config={"image_size": (96, 96, 96), "spacing": (1.5, 1.5, 2.0), "intensity": (-175.0, 250.0)},
     augment={"flip": (0.2, 0.2, 0.2), "rotate90": 0.2, "scale": (0.1, 0.1), "shift": (0.1, 0.1)},
-    loss=partial(volume_loss, of_several=partial(gi_tract_dice_ce, smooth=1e-5)),
+    loss=partial(volume_loss, loss_of_classes=partial(gi_tract_dice_ce, smooth=1e-5)),
     decay_all=True,
     epochs=5000,
     eval_every=100,
@@ -190,48 +247,58 @@ SWIN["origin"] = replace(
 
 
 def hu_window(texts: list[str]) -> tuple[float, float] | None:
-    """Return the two HU of --intensity that become 0 and 1; None: z-scores.
+    """Return the two HU of --intensity that become 0 and 1; None for z-scores.
 
-    Raises ValueError, one line, if it is neither.
+    Raises ValueError, one line, for anything else.
     """
     if texts == ["zscore"]:
         return None
     try:
         low, high = map(float, texts)
     except ValueError:
-        low = high = 0
-    if not low < high:  # or one is nan
-        raise ValueError(f"--intensity {' '.join(texts)}: two HU, the lower first, or zscore")
+        low = high = math.nan
+    if not low < high:
+        given = " ".join(texts)
+        raise ValueError(f"--intensity {given}: give two HU, the lower first, or zscore")
     return low, high
 
 
 @dataclass(frozen=True)
 class VolumeFamily(Family):
-    """A model that divides volumes into classes, window by window."""
+    """A model that segments volumes, window by window."""
 
     takes: ClassVar[str] = "volumes"
     options: ClassVar[tuple] = (VOLUME_OPTIONS,)
 
     def check_options(self, options) -> None:
-        """As for images, but a volume has one side or three."""
+        """Raise ValueError, one line, for values of options that models of volumes do not take."""
         if options.score_size == "network":
-            raise ValueError("--score-size network: volumes are scored on their own grid, drop it")
-        sides = options.size or [64]
-        if len(sides) not in (1, 3):
-            shown = " ".join(map(str, sides))
-            raise ValueError(f"--size {shown}: one number, of volumes three")
-        if any(side % 32 or side < 32 for side in sides) or max(sides) < 64:
-            raise ValueError("--size: sides of volumes are multiples of 32, one of them 64 or more")
+            raise ValueError(
+                "--score-size network: volumes are scored on their own grid; remove the option"
+            )
         if options.schedule == "plateau":
             raise ValueError(
-                "--schedule plateau: goes by a validation loss, which volumes have not"
+                "--schedule plateau: needs a validation loss, which volumes do not have"
             )
+        if options.size:
+            self.check_sides(options.size)
         if options.intensity:
             hu_window(options.intensity)
         ratio = options.crop_ratio
         if ratio and (len(ratio) < 2 or not 0 < sum(ratio) < math.inf):
-            message = "two numbers or one a class, from 0 up and not all 0"
-            raise ValueError(f"--crop-ratio: {message}")
+            raise ValueError(
+                "--crop-ratio: give two numbers, or one for each class, from 0 up and not all 0"
+            )
+
+    def check_sides(self, sides: list[int]) -> None:
+        """Raise ValueError, one line, unless --size fits the model."""
+        if len(sides) not in (1, 3):
+            given = " ".join(map(str, sides))
+            raise ValueError(f"--size {given}: give one number, or of volumes three")
+        if any(side % 32 or side < 32 for side in sides) or max(sides) < 64:
+            raise ValueError(
+                "--size: sides of volumes must be multiples of 32, one of them 64 or more"
+            )
 
     def config_of(self, settings: Settings) -> dict:
         """Return the fields of Config that the command line sets: sides, spacing and intensity."""
@@ -247,7 +314,7 @@ class VolumeFamily(Family):
     def make_ready(
         self, model: nn.Module, recipe: Recipe, data_sets: DataSets, settings: Settings
     ) -> Recipe:
-        """Bring all volumes to the grid that the model sees, in files, and look them over."""
+        """Prepare all volumes for the model, and check their labels."""
         for sets in (data_sets.parts, data_sets.tests):
             for name, dataset in sets.items():
                 sets[name] = prepared(dataset, model, settings.cache)

@@ -39,13 +39,17 @@ def state_of(arrays, meta, names) -> dict[str, torch.Tensor]:
     return state | {n: torch.from_numpy(arrays[f"buffers/{n}"]) for n in stored}
 
 
-def compare(found: dict, arrays, limits: dict, part=slice(None), prefix="out/"):
-    """Of each output what the golden file has of it; the first that differs is told."""
+STUDY = "Few-Shot-3D-Medical-Segmentation 0973c44"
+
+
+def compare(found: dict, arrays, limits: dict, part=slice(None), prefix="out/") -> float:
+    """Compare each output with what the golden file has of it; return the last one's deviation."""
     for name, (x, every) in found.items():
         expected = torch.from_numpy(arrays[prefix + name])[part]
         error = (x[(..., *every)] - expected).abs().max().item()
         print(f"{prefix}{name} differs by {error:.1e} of {expected.abs().max():.1f}")
         assert error <= 4 * limits[name], f"{name}: {error:.1e}, more than 4 * {limits[name]:.1e}"
+    return error / expected.abs().max().item()
 
 
 # --- attention in the Universal Model ------------------------------------------------------------
@@ -53,8 +57,9 @@ def compare(found: dict, arrays, limits: dict, part=slice(None), prefix="out/"):
 EVERY = slice(1, None, 4), slice(2, None, 4), slice(3, None, 4)
 
 
+@pytest.mark.parity
 @torch.no_grad()
-def test_golden_outputs_of_the_universal_model(tmp_path, capsys):
+def test_golden_outputs_of_the_universal_model(tmp_path, capsys, parity):
     """The second volume is what the study's mistake makes of it: `chain`. Alone it is a first."""
     arrays, meta, names = golden("fewshot3d_universal_attention")
     path, image = tmp_path / "epoch_2.pth", torch.from_numpy(arrays["in/image"])
@@ -75,7 +80,8 @@ def test_golden_outputs_of_the_universal_model(tmp_path, capsys):
     logits, limits = model(image), meta["float32_vs_float64_max_abs"]
     bottom, top = kept.values()
     found = {"dec4": (bottom, ()), "params": (model.head_numbers(bottom), ())}
-    compare(found | {"logits": (logits, EVERY)}, arrays, limits)
+    deviation = compare(found | {"logits": (logits, EVERY)}, arrays, limits)
+    parity("fewshot3d", "universal-attention, logits", STUDY, float32=deviation)
 
     model.config = replace(model.config, attend="token")
     params = model.head_numbers(bottom)
@@ -269,9 +275,10 @@ def test_other_models_are_refused(universal, tmp_path):
 # --- a text beside the volume --------------------------------------------------------------------
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize("variant", ["plain", "attention", "concat", "attention_contrast_concat"])
 @torch.no_grad()
-def test_golden_outputs_of_the_text_options(variant, tmp_path, capsys):
+def test_golden_outputs_of_the_text_options(variant, tmp_path, capsys, parity):
     arrays, meta, every = golden("fewshot3d_btcv")
     state = state_of(arrays, meta, official_names(meta, every, variant))
     torch.save({"epoch": 9, "best_acc": 0.5, "state_dict": state}, tmp_path / "model_final.pt")
@@ -287,7 +294,9 @@ def test_golden_outputs_of_the_text_options(variant, tmp_path, capsys):
     # Told of the variant that has all.
     limits = meta["float32_vs_float64_max_abs"]
     limits = {name: limits[f"attention_contrast_concat/{name}"] for name in found}
-    compare(found, arrays, limits, part, f"out/{variant}/")
+    deviation = compare(found, arrays, limits, part, f"out/{variant}/")
+    if variant == "attention_contrast_concat":
+        parity("fewshot3d", "text, all options, logits", STUDY, float32=deviation)
     assert (contrast is None) != model.config.contrast
     if contrast is not None:  # cosines of hundreds of numbers, which round by sqrt(n) * 6e-8
         close(contrast, torch.from_numpy(arrays[f"out/{variant}/contrast_loss"]), 5e-6)
@@ -439,11 +448,13 @@ def test_own_checkpoints_keep_their_options(every, tmp_path, capsys):
 def test_what_does_not_fit_is_told(every):
     volume, text = torch.zeros(2, 1, *SIDES), torch.zeros(512)
     for wrong in (torch.zeros(4, 512), torch.zeros(27), torch.zeros(2, 1, 512)):
-        with pytest.raises(ValueError, match=r"text is \(.*\), of this volume \(512,\) or \(2,512"):
+        with pytest.raises(ValueError, match=r"text is \(.*\), expected \(512,\) or \(2,512"):
             every(volume, wrong)
     with pytest.raises(ValueError) as caught:
         every(volume.transpose(2, 3), text)
     told = "volume's sides are (32, 96, 32), the text options take (96, 32, 32)"
     assert str(caught.value) == told
-    with pytest.raises(ValueError, match=r"image_size \(64, 64, 64\): 8 voxels at the bottom, not"):
+    with pytest.raises(
+        ValueError, match=r"image_size \(64, 64, 64\): 8 voxels in the lowest map, not"
+    ):
         TextSwinUNETR(replace(TEXT, attention=True, image_size=(64, 64, 64)))

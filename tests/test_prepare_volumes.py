@@ -596,7 +596,7 @@ def test_images_without_labels_that_are_not_there_are_left_out(tmp_path, capsys)
     lose(root, "imagesTs/spleen_1.nii.gz")
     capsys.readouterr()
     run("msd", root, "--out", tmp_path / "out")
-    line = f"{root}: 1 of 3 images without labels are not there and are left out, imagesTs/spleen_1"
+    line = f"{root}: 1 of 3 images without labels are missing and are left out, imagesTs/spleen_1"
     assert line in capsys.readouterr().out
 
 

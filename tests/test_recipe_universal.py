@@ -96,7 +96,7 @@ def test_a_set_of_volumes_with_other_classes_each(tmp_path):
         for k, x in enumerate((KIDNEY, tumour, {"0": "background", "1": "tumour", "2": "LIVER"}))
     ]
     entries = [layouts.annotations(root, "train")[0] for root in roots]
-    part = volumes.VolumeSet([*map(layouts.as_regions, entries)], partial=True)
+    part = volumes.VolumeSet([*map(layouts.as_regions, entries)], has_partial_labels=True)
     assert part.classes == ("background", "left kidney", "liver", "liver tumor", "tumour")
     assert [e.classes[1:] for e in part.entries] == [
         ("left kidney",),
@@ -117,7 +117,7 @@ def batch_of(tmp_path, config):
     tumour = {"background": 0, "whole": [1, 2], "liver": [2]}
     roots = data_set(tmp_path / "a", KIDNEY), data_set(tmp_path / "b", tumour)
     entries = [layouts.as_regions(layouts.annotations(r, "train")[0]) for r in roots]
-    part = volumes.VolumeSet(entries, partial=True)
+    part = volumes.VolumeSet(entries, has_partial_labels=True)
     part = part.prepared(config.spacing, lambda x: x, 1, tmp_path / "cache")
     settings = replace(universal.UNIVERSAL["default"], augment={}, crops_per_volume=2)
     how = {"config": config, "settings": settings}

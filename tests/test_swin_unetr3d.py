@@ -44,8 +44,9 @@ def mini():
 
 # --- the same numbers as MONAI -------------------------------------------------------------------
 
+MERGING = replace(MINI, merging="merging")
 LIVE = [  # stages of 32, 16, 8, 4 tokens a side and less: windows of 7, padded, shifted, and of 4
-    (replace(MINI, merging="merging"), (64, 32, 32)),
+    (MERGING, (64, 32, 32)),
     (replace(MINI, merging="merging", v2=True), (32, 64, 32)),
     (replace(MINI, merging="mergingv2", in_channels=4, num_classes=1), (96, 32, 32)),
     (replace(MINI, merging="legacy", feature_size=24), (32, 32, 64)),
@@ -58,8 +59,9 @@ CASES = [
 ]
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize("config, size", CASES)
-def test_outputs_and_all_gradients_equal_monai(config, size):
+def test_outputs_and_all_gradients_equal_monai(config, size, parity):
     """In float64. Without gradients the decoder goes another way, which is compared too."""
     ours, official = randomised(SwinUNETR(config)).double(), theirs(config).double()
     official.load_state_dict(swin_unetr3d.to_official(ours.state_dict()))
@@ -85,6 +87,10 @@ def test_outputs_and_all_gradients_equal_monai(config, size):
     print(f"logits {max(errors):.1e} of {scale:.1f}, gradients {max(worst.values()):.1e}")
     assert max(errors) <= 1e-6, first_difference(ours, official, volume)
     assert max(worst.values()) <= 1e-6, max(worst, key=worst.get)
+    if config == MERGING:
+        parity("swin_unetr3d", "mini, logits", "MONAI 1.6.1", float64=max(errors))
+        gradient = max(worst.values())
+        parity("swin_unetr3d", "mini, all gradients", "MONAI 1.6.1", float64=gradient)
 
 
 @torch.no_grad()
@@ -115,9 +121,10 @@ PARTS["swinViT.2"] += (slice(0, None, 2),)
 PARTS["logits"] = (slice(1, None, 4), slice(2, None, 4), slice(3, None, 4))
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize("variant", ["legacy", "merging", "mergingv2", "legacy_v2", "merging_v2"])
 @torch.no_grad()
-def test_golden_outputs_through_the_loader(variant, tmp_path, capsys):
+def test_golden_outputs_through_the_loader(variant, tmp_path, capsys, parity):
     """MONAI 1.3.2 and 1.6.1; the file is named as the released one, whose merging is legacy."""
     golden = np.load(GOLDEN)
     meta, v2 = json.loads(str(golden["meta"])), variant.endswith("_v2")
@@ -144,6 +151,10 @@ def test_golden_outputs_through_the_loader(variant, tmp_path, capsys):
         limit = 4 * meta["float32_vs_float64_max_abs"][f"{variant}/{name}"]
         print(f"{variant} {name} differs by {error:.1e} of {expected.abs().max():.1f}")
         assert error <= limit, f"{name} differs by {error:.1e}, more than {limit:.1e}"
+    if variant in ("legacy", "legacy_v2"):
+        kind = "small" if variant == "legacy" else "small-v2"
+        deviation = error / expected.abs().max().item()
+        parity("swin_unetr3d", f"{kind}, logits", "MONAI 1.3.2", float32=deviation)
     total = torch.from_numpy(golden[f"out/{variant}/logits_sum"])
     # The means, of all voxels: a last bit that is everywhere the same adds up in a sum. The norms'
     # means and deviations are each rounded once for all voxels: some 1e-7 a layer.
@@ -161,7 +172,7 @@ def test_indices_and_masks_are_monai_s():
         expected = official_file.compute_mask(sides, window, shifts, "cpu")
         N = expected.shape[1]
         ours = torch.ones(1, 1, *grid, N, N)
-        for part, mask in swin_unetr3d.slabs(window, shifts):
+        for part, mask in swin_unetr3d.windows_by_mask(window, shifts):
             ours[part] *= masks[mask].reshape(N, N)
         assert torch.equal(ours.view(-1, N, N), expected)
 
@@ -175,7 +186,7 @@ def test_a_norm_and_its_gradients_equal_torch_s(has_way_round, format, slope):
     x = (3 * x + 5).contiguous(memory_format=format).requires_grad_()
     around = around.requires_grad_() if has_way_round else None
     inputs = [t for t in (x, around) if t is not None]
-    y = swin_unetr3d.Normalised.apply(x.clone(), around, slope)
+    y = swin_unetr3d.NormAddReLU.apply(x.clone(), around, slope)
     expected = F.instance_norm(x)
     expected = F.leaky_relu(expected + around if has_way_round else expected, slope)
     close(y, expected, 1e-12)
@@ -193,7 +204,7 @@ def test_a_norm_of_many_voxels_is_exact(dtype, limit):
     x = torch.randn(1, 12, 64, 64, 64, generator=torch.Generator().manual_seed(0)).add_(1).to(dtype)
     expected = F.instance_norm(x.double())
     x = x.contiguous(memory_format=torch.channels_last_3d)
-    close(swin_unetr3d.Normalised.apply(x, None, 1.0).double(), expected, limit)
+    close(swin_unetr3d.NormAddReLU.apply(x, None, 1.0).double(), expected, limit)
 
 
 @torch.no_grad()
@@ -204,7 +215,7 @@ def test_a_norm_of_few_grey_levels_is_exact():
     x = x * torch.randn(1, 12, 1, 1, 1, generator=draw)
     expected = F.instance_norm(x.double())
     x = x.contiguous(memory_format=torch.channels_last_3d)
-    close(swin_unetr3d.Normalised.apply(x, None, 1.0).double(), expected, 1e-5)
+    close(swin_unetr3d.NormAddReLU.apply(x, None, 1.0).double(), expected, 1e-5)
 
 
 def test_what_other_devices_compute_fits_together():
@@ -215,8 +226,8 @@ def test_what_other_devices_compute_fits_together():
         logits.sum().backward()
     assert logits.shape == (2, 3, 64, 32, 32)
     x = torch.randn(2, 3, 4, 5, 6)
-    found = swin_unetr3d.moments(x)
-    elsewhere = swin_unetr3d.moments(x.to("meta"))
+    found = swin_unetr3d.mean_and_variance(x)
+    elsewhere = swin_unetr3d.mean_and_variance(x.to("meta"))
     assert [t.shape for t in found] == [t.shape for t in elsewhere]
     var, mean = torch.var_mean(x.double(), (2, 3, 4), correction=0, keepdim=True)
     close(found[0], mean, 1e-6)
@@ -230,14 +241,33 @@ class Elsewhere(torch.Tensor):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_moments_of_half_precision_are_not_of_half_precision(dtype):
+def test_statistics_of_half_precision_are_not_of_half_precision(dtype):
     x = (400 * torch.randn(2, 3, 5, 6, 7) + 1000).to(
         dtype
     )  # a variance that float16 has no room for
-    mean, var = swin_unetr3d.moments(x.as_subclass(Elsewhere))
+    mean, var = swin_unetr3d.mean_and_variance(x.as_subclass(Elsewhere))
     whole = torch.var_mean(x.double(), (2, 3, 4), correction=0, keepdim=True)
     for found, expected in zip((var, mean), whole, strict=True):
         assert (found.as_subclass(torch.Tensor).double() / expected - 1).abs().max() < 1e-5
+
+
+def test_pointwise_and_transposed_convolutions_equal_torch_s():
+    x = torch.randn(2, 5, 3, 4, 6).double()
+    weight, bias = torch.randn(7, 5, 1, 1, 1).double(), torch.randn(7).double()
+    close(swin_unetr3d.pointwise(x, weight, bias), F.conv3d(x, weight, bias), 1e-12)
+    weight = torch.randn(5, 7, 2, 2, 2).double()
+    close(swin_unetr3d.upsampled(x, weight), F.conv_transpose3d(x, weight, stride=2), 1e-12)
+
+
+@pytest.mark.parametrize("with_gradients", [True, False])
+def test_an_up_block_equals_the_plain_lines(with_gradients):
+    torch.manual_seed(0)
+    block = swin_unetr3d.UpBlock(6, 4).double()
+    x, skip = torch.randn(2, 6, 4, 3, 5).double(), torch.randn(2, 4, 8, 6, 10).double()
+    with torch.set_grad_enabled(with_gradients):
+        y = block(x, skip)
+        expected = block.conv_block(torch.cat((block.transp_conv(x), skip), 1))
+    close(y, expected, 1e-12)
 
 
 @pytest.mark.parametrize("size", [(2, 3, 4), (1, 1, 2)])
@@ -304,7 +334,7 @@ def test_half_precision_of_training_programs(mini):
 
 @pytest.mark.parametrize("dtype, limit", [(torch.float64, 1e-12), (torch.bfloat16, 0.02)])
 def test_attention_and_its_gradients_equal_the_formula(dtype, limit):
-    """Window by window, without slabs, in float64. Half precision keeps float32 biases."""
+    """Window by window, without groups, in float64. Half precision keeps float32 biases."""
     generator = torch.Generator().manual_seed(0)
     window, shifts, (h, d) = (7, 2, 7), (3, 0, 3), (3, 4)
     masks = swin_unetr3d.shift_masks()
@@ -367,7 +397,7 @@ def test_what_tells_the_merging(mini, merging, tmp_path, capsys):
     assert f"merging {merging}, as config.json says" in capsys.readouterr().out
     (tmp_path / "config.json").unlink()
     assert SwinUNETR.from_pretrained(source).config.merging == "legacy"
-    assert "merging legacy, as no name tells" in capsys.readouterr().out
+    assert "merging legacy, the default for unknown names" in capsys.readouterr().out
     folder = tmp_path / "run"
     write_run(folder, SwinUNETR, mini.state_dict(), replace(MINI, merging=merging))
     assert SwinUNETR.from_pretrained(folder).config.merging == merging
@@ -483,7 +513,7 @@ def test_an_encoder_excuses_no_hole_and_nothing_more(mini, tmp_path):
 def test_other_files_are_refused(mini, tmp_path):
     state = official_state(mini)
     state["swin_vit.patch_embed.proj.bias"] = state["swinViT.patch_embed.proj.bias"]
-    with pytest.raises(ValueError, match="swinViT.patch_embed.proj.bias is there twice"):
+    with pytest.raises(ValueError, match="swinViT.patch_embed.proj.bias is in the file twice"):
         SwinUNETR.from_pretrained(release(state, tmp_path))
     run_folder(official_state(mini), tmp_path, **{"class": "BEiT"})
     with pytest.raises(ValueError, match="holds BEiT in format 1, not SwinUNETR in 1"):

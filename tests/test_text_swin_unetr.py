@@ -70,8 +70,8 @@ def test_texts_that_cannot_be_made_are_refused(made, tmp_path, monkeypatch, caps
     many = [f"organ{k}" for k in range(14)]
     cases = {
         "--subsets: 14 classes have 16,384 subsets; give 13 classes at most": many,
-        "--subsets: class 'a,b' cannot be told from a list; rename it": ["liver", "a,b"],
-        "--subsets: class 'none' cannot be told from a list; rename it": ["none"],
+        "--subsets: class 'a,b' looks like a list of classes; rename it": ["liver", "a,b"],
+        "--subsets: class 'none' looks like a list of classes; rename it": ["none"],
     }
     for told, names in cases.items():
         code, _, error = command(monkeypatch, capsys, prepare, *how, "--classes", *names)
@@ -283,12 +283,12 @@ def test_misuse_is_told_in_a_line(made, run, tmp_path, monkeypatch, capsys):
             *new, *data, "--text-codes", few,
         ],
         "--size 64 32 32: attention has three heads": [*new, *data, *texts, "--size", 64, 32, 32],
-        f"--variant: leave it out, {run} says itself what it is": [
+        f"--variant: remove the option, {run} has its own variant": [
             "--variant", "mini", "--weights", run, *data, *texts,
         ],
         "--variant huge: text_swin_unetr has attention, concat": ["--variant", "huge", *data],
         "--codes: text_swin_unetr has no codes of classes": [*new, *data, "--codes", "text"],
-        "--text-codes: does nothing here, only training reads it": [
+        "--text-codes: has no effect without training": [
             "--weights", run, "--eval", "--test", made.data, *texts,
         ],
         "no run of text_swin_unetr, has no texts": [

@@ -79,9 +79,9 @@ def official(variant: str) -> tuple[dict, ...]:
 PLAIN = swin_unetr3d.Config(12, num_classes=3)  # the tensors of MINI and no settings
 FORMS = (
     Form(release, PLAIN, says=("merging legacy, by its name",)),
-    Form(bundle, PLAIN, says=("merging legacy, as no name tells",)),
-    Form(hub, PLAIN, says=("merging legacy, as no name tells",)),
-    Form(training_program, PLAIN, says=("merging legacy, as no name tells",)),
+    Form(bundle, PLAIN, says=("merging legacy, the default for unknown names",)),
+    Form(hub, PLAIN, says=("merging legacy, the default for unknown names",)),
+    Form(training_program, PLAIN, says=("merging legacy, the default for unknown names",)),
     Form(run_folder, MINI),
 )
 RELEASE, BUNDLE, HUB, TRAINING, RUN = FORMS
