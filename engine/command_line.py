@@ -18,12 +18,26 @@ from engine import startup
 from imaging.atomic_files import is_full_disk
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse with whole option names only, whose complaints are one line."""
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Formats --help so that most options fit on one line with their explanation."""
 
-    def __init__(self, description: str, **more):
-        raw = argparse.RawDescriptionHelpFormatter
-        super().__init__(description=description, formatter_class=raw, allow_abbrev=False, **more)
+    def __init__(self, prog: str, **details):
+        super().__init__(prog, max_help_position=29, **details)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        """Return an option and its value as --help shows them; a switch without its --no- form."""
+        if isinstance(action, argparse.BooleanOptionalAction):
+            return action.option_strings[0]
+        return super()._format_action_invocation(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that takes only whole option names and reports a mistake in one line."""
+
+    def __init__(self, description: str, **details):
+        super().__init__(
+            description=description, formatter_class=HelpFormatter, allow_abbrev=False, **details
+        )
 
     def error(self, message: str):
         value = re.fullmatch(r"argument (\S+): (.+: must be .+)", message)

@@ -500,7 +500,7 @@ def test_what_is_refused(asked, maps, tmp_path, monkeypatch, capsys):
         ["--feature-dtype", "float32", "--train", "lora"],
         ["--prompts-per-image", "3", "--sam-prompts", "image"], ["--views", "original", "--eval"],
     ):  # fmt: skip
-        assert f"{idle[0]}: does nothing here" in told(*idle)
+        assert f"{idle[0]}: has no effect with these options" in told(*idle)
     assert not (tmp_path / "r").exists()
     for option in ("--jitter", "--min-area", "--prompts-per-image"):
         assert f"{option}: segformer takes no boxes" in told(

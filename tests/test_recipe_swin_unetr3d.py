@@ -397,7 +397,7 @@ def test_only_the_largest_component_of_each_class_is_left(run, tmp_path, monkeyp
 @pytest.mark.parametrize("idle", ["--crops-per-volume", "--eval-every"])
 def test_a_test_does_not_take_what_is_of_training(run, tmp_path, idle, monkeypatch, capsys):
     arguments = ["--weights", run.out, "--eval", "--test", run.root, "--out", tmp_path / "e"]
-    assert "does nothing here" in refused(monkeypatch, capsys, train, *arguments, idle, 2)
+    assert "has no effect with these options" in refused(monkeypatch, capsys, train, *arguments, idle, 2)
 
 
 def test_a_test_of_a_run_slides_windows_as_the_run_did(run, tmp_path, monkeypatch, capsys):

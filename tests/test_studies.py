@@ -457,7 +457,7 @@ def test_other_volumes_or_codes_are_refused(study, root, tmp_path):
     path.write_text(json.dumps(about))
     save_file({name: torch.randn(512) for name in NAMES}, codes)
     code, _, error, done = study(*given, text=False)
-    assert code == 2 and not done and "begun with other options (--text-codes" in error
+    assert code == 2 and not done and "started with different options (--text-codes" in error
 
 
 def test_cases_are_the_same_whatever_a_set_calls_them(study, root, tmp_path):
