@@ -246,7 +246,10 @@ REFUSED = {
         lambda o, d: replace(o, epochs=-1),
         "--epochs -1: must be a whole number of at least 0",
     ),
-    "a test of nothing": (lambda o, d: replace(o, epochs=0), "--weights none: untrained weights are not tested"),
+    "a test of nothing": (
+        lambda o, d: replace(o, epochs=0),
+        "--weights none: untrained weights",
+    ),
     "a test of CLIP": (
         lambda o, d: replace(o, epochs=0, weights=None, variant=None),
         "--weights is missing: CLIP alone",
@@ -256,7 +259,10 @@ REFUSED = {
         lambda o, d: replace(o, schedule="plateau", warmup=0.2),
         "--warmup: has no effect with these options",
     ),
-    "rank of nothing": (lambda o, d: replace(o, lora_rank=4), "--lora-rank: has no effect with these options"),
+    "rank of nothing": (
+        lambda o, d: replace(o, lora_rank=4),
+        "--lora-rank: has no effect with",
+    ),
     "width of nothing": (
         lambda o, d: replace(o, adapter_dim=4),
         "--adapter-dim: has no effect with these options",
@@ -1050,7 +1056,7 @@ def test_a_test_split_without_masks_is_left_out(layout, tmp_path, capsys):
     _, tests = open_sets(opening(tmp_path, root))
     assert tests == {}
     (line,) = [x for x in capsys.readouterr().out.splitlines() if "test1.png" in x]
-    assert line.startswith("test set is left out, training goes on without it: ")
+    assert line.startswith("test set is left out, training continues without it: ")
 
     with pytest.raises((ValueError, FileNotFoundError), match="test1.png"):
         open_sets(opening(tmp_path, root, eval=True, weights="x.safetensors"))
@@ -1066,7 +1072,7 @@ def test_a_test_split_without_entries_is_left_out(tmp_path, capsys):
     for path in [*root.glob("test/*/*")]:
         path.unlink()
     _, tests = open_sets(opening(tmp_path, root))
-    line = f"test set is left out, training goes on without it: {root}: its split test is empty"
+    line = f"test set is left out, training continues without it: {root}: its split test is empty"
     assert tests == {} and line in capsys.readouterr().out
     with pytest.raises(ValueError, match=f"{root}: its split test is empty"):
         open_sets(opening(tmp_path, root, eval=True, weights="x.safetensors"))
