@@ -156,7 +156,7 @@ def main() -> int:
     """Run the command line. Return the exit status."""
     args = parse()
     advice = f"the files in {args.out} are whole; the same command with --skip-existing continues"
-    with atomic_files.claim(Path(args.out)), command_line.way_on(lambda: advice):
+    with atomic_files.claim(Path(args.out)), command_line.recovery_advice(lambda: advice):
         return predict_inputs(args)
 
 
@@ -907,8 +907,10 @@ class VolumePredictor:
         if config.intensity:
             volumes.say_if_not_hu(paths[0], volumes.hu_facts(image))
 
-        prepared, place = volumes.prepare_image(image, grid, config.spacing, self.model.preprocess)
-        item = {"image": prepared, "place": place}
+        prepared, placement = volumes.prepare_image(
+            image, grid, config.spacing, self.model.preprocess
+        )
+        item = {"image": prepared, "place": placement}
         if self.chosen is not None:
             item["asked"] = self.chosen
         with torch.no_grad():

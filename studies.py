@@ -818,7 +818,7 @@ def few_shot(args: argparse.Namespace, train_options: dict) -> None:
     own = {name: value for name, value in vars(args).items() if name != "command"}
     study = FewShot(**own, train_options=train_options)
     advice = "finished runs are kept, others continue where they were saved: give the same command"
-    with atomic_files.claim(study.out), command_line.way_on(lambda: advice, override=True):
+    with atomic_files.claim(study.out), command_line.recovery_advice(lambda: advice, override=True):
         few_shot_in_folder(study)
 
 

@@ -715,7 +715,7 @@ def run(options: Options) -> dict:
 def run_in_folder(settings: Settings) -> dict:
     """Train and test in a folder that no other process writes to. Return the test's summary."""
     out = Path(settings.out)
-    with command_line.way_on(partial(describe_folder, out)), removed_if_unsaved(out):
+    with command_line.recovery_advice(partial(describe_folder, out)), removed_if_unsaved(out):
         device = runs.pick_device(settings.device)
         resume = can_resume(settings)
         with open(out / "log.txt", "a", 1, encoding="utf-8") as file:
@@ -812,7 +812,7 @@ def fit(settings: Settings, model, recipe, parts: dict, resume: bool) -> dict:
         write_config(settings, recipe, model, train_set, val_set)
         for name, path in recipe.files.items():
             shutil.copyfile(path, run.out / name)
-    with command_line.way_on(run.describe_saved):
+    with command_line.recovery_advice(run.describe_saved):
         run.fit()
 
     merge_lora(model)

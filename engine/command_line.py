@@ -86,7 +86,7 @@ def leave(status: int | None) -> None:
 
 
 @contextmanager
-def way_on(describe: Callable[[], str], override: bool = False):
+def recovery_advice(describe: Callable[[], str], override: bool = False):
     """End the line about an interruption, a full disk or memory with what `describe` returns.
 
     It should say what was saved and how to continue. Of nested blocks the innermost decides, unless
@@ -95,8 +95,8 @@ def way_on(describe: Callable[[], str], override: bool = False):
     try:
         yield
     except (KeyboardInterrupt, MemoryError, RuntimeError, OSError) as error:
-        if override or not hasattr(error, "way_on"):
-            error.way_on = describe()
+        if override or not hasattr(error, "recovery_advice"):
+            error.recovery_advice = describe()
         raise
 
 
@@ -136,8 +136,8 @@ def describe_error(error: BaseException) -> str | None:
     """Return the line for the user about an error, None if it is a bug."""
     advice = "nothing is left half written; run the same command again"
     for cause in chain(error):
-        if getattr(cause, "way_on", ""):
-            advice = cause.way_on
+        if getattr(cause, "recovery_advice", ""):
+            advice = cause.recovery_advice
             break
 
     number = interruption(error)

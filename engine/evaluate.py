@@ -19,8 +19,8 @@ from imaging import layouts, pictures
 def predictions(model, recipe, dataset, settings, title: str):
     """Yield the item, the probabilities (K,*size) and the loss (or None) of every entry.
 
-    Entries with `nothing_asked` are left out. One image is predicted at a time and nothing is kept,
-    so that memory does not grow with the data set.
+    Entries with `has_no_prompts` are left out. One image is predicted at a time, and nothing is
+    kept, so that memory does not grow with the data set.
     """
     device = next(model.parameters()).device
     items = data.Items(dataset, settings.prompt, recipe.inputs, train=False, seed=settings.seed)
@@ -30,7 +30,7 @@ def predictions(model, recipe, dataset, settings, title: str):
     model.eval()
 
     for item in tqdm(loader, title, len(dataset), unit="image", disable=None, leave=False):
-        if nothing_asked(item):
+        if has_no_prompts(item):
             continue
         if settings.score_size == "network":
             item |= {"size": item["mask"].shape[-2:], "truth": item["mask"].round()}
@@ -47,7 +47,7 @@ def predictions(model, recipe, dataset, settings, title: str):
         del item, probabilities
 
 
-def nothing_asked(item: dict) -> bool:
+def has_no_prompts(item: dict) -> bool:
     """Return True if the ground truth contains no object to prompt for.
 
     Such an image is not scored: prompts made from the ground truth cannot find what is not there.
@@ -194,11 +194,11 @@ def evaluate(model, recipe, dataset, settings, all_scores: bool, title: str) -> 
             rows.append(row | {"loss": loss})
         # Free the memory before the next volume is predicted.
         del item, probabilities, masks, scored_probabilities
-    return check_asked(rows, dataset, settings)
+    return check_not_empty(rows, dataset, settings)
 
 
-def check_asked(rows: list[dict], dataset, settings) -> list[dict]:
-    """Return the rows. Raise ValueError, one line, if `nothing_asked` left out all images."""
+def check_not_empty(rows: list[dict], dataset, settings) -> list[dict]:
+    """Return the rows. Raise ValueError, one line, if `has_no_prompts` left out all images."""
     if not rows:
         raise ValueError(
             f"{dataset.entries[0].root}: no image has a component of {settings.min_area} pixels or "
@@ -281,7 +281,7 @@ def search_threshold(model, recipe, dataset, settings, title: str) -> tuple[dict
 
     Returns the scores of `validate` at the threshold with the highest mean Dice, and the mean Dice
     of each threshold. Of equal thresholds the lowest is taken; 0.5 if no case has foreground.
-    Memory grows by three numbers per image and threshold. Raises ValueError as `check_asked`.
+    Memory grows by three numbers per image and threshold. Raises ValueError as `check_not_empty`.
     """
     cases = []  # one row per image: the columns that do not depend on the threshold
     scores = []  # for each image and threshold: Dice, IoU, is anything predicted
@@ -294,7 +294,7 @@ def search_threshold(model, recipe, dataset, settings, title: str) -> tuple[dict
         scores.append([(row["dice"], row["iou"], row["in_pred"]) for row in rows])
         if loss is not None:
             losses.append(loss)
-    check_asked(cases, dataset, settings)
+    check_not_empty(cases, dataset, settings)
 
     # Mean over patients where they are known, else over images, as in metrics.summarise.
     dice, iou, is_predicted = np.array(scores, float).transpose(2, 1, 0)  # (thresholds,n) each
@@ -385,7 +385,7 @@ def prompted_test(model, recipe, dataset, settings, name: str) -> tuple[list, di
     """
     main = settings.sam_prompts
     by_source, components = study(model, recipe, dataset, settings, f"test {name}", main)
-    rows = check_asked(by_source[main], dataset, settings)
+    rows = check_not_empty(by_source[main], dataset, settings)
     summary = summarise_rows(rows, dataset, settings)
     print(f"test {name}, prompted by {main}:\n{score_table(summary)}")
     say_if_empty(rows, model, dataset, settings, f"test {name}")
@@ -489,7 +489,7 @@ def study(model, recipe, dataset, settings, title: str, main=None) -> tuple[dict
         with torch.no_grad():
             encoded = recipe.encode(model, items[sources[0]])
             for source, item in items.items():
-                if nothing_asked(item):
+                if has_no_prompts(item):
                     continue
                 output_probabilities, output = recipe.predict(model, item | encoded)
                 probabilities = output_probabilities.cpu().numpy()  # (K,*size)

@@ -80,8 +80,8 @@ def test_what_interrupts_a_program_is_one_line_with_the_way_on(kind, monkeypatch
 
     def main():
         with (
-            command_line.way_on(lambda: "all is safe"),
-            command_line.way_on(lambda: "inner is safe"),
+            command_line.recovery_advice(lambda: "all is safe"),
+            command_line.recovery_advice(lambda: "inner is safe"),
         ):
             if isinstance(error, Exception | KeyboardInterrupt):
                 raise error
@@ -96,8 +96,8 @@ def test_what_interrupts_a_program_is_one_line_with_the_way_on(kind, monkeypatch
 def test_a_study_says_for_its_runs_how_to_go_on(monkeypatch, capsys):
     def main():
         with (
-            command_line.way_on(lambda: "the study", override=True),
-            command_line.way_on(lambda: "the run"),
+            command_line.recovery_advice(lambda: "the study", override=True),
+            command_line.recovery_advice(lambda: "the run"),
         ):
             raise KeyboardInterrupt
 

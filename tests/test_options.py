@@ -636,3 +636,23 @@ def test_the_readme_s_commands_run_in_the_given_order(tmp_path, monkeypatch):
         made[out] = program, words
         if program == "prepare.py":
             assert not any(Path(word.split(":")[0]) == out for word in used), words
+
+
+PAGES = ["docs/training.md", "docs/scores.md", "docs/tasks/text_prompts.md"]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_commands_of_a_page_have_options_that_go_together(page, tmp_path, monkeypatch):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    for block in re.findall(r"^```sh\n(.*?)^```", text, re.M | re.S):
+        for line in block.splitlines():
+            _, program, *words = shlex.split(line, comments=True)
+            monkeypatch.setattr("sys.argv", [program, *words])
+            if program == "predict.py":
+                predict.parse()
+                continue
+            assert program == "train.py", line
+            typed = options.parse("", words)
+            if not typed.get("resume"):
+                resolve(Options(**typed))

@@ -397,7 +397,7 @@ def test_channels_in_several_files_and_some_classes(volume_run, tmp_path):
         parts = [store(tmp_path / f"{c}.nii", array[..., c], "RAS") for c in range(2)]
         assert np.array_equal(volumes.segment(model, parts)[0], whole)
     if not hasattr(model, "add_class"):
-        with pytest.raises(ValueError, match="classes: this model predicts all of its classes at"):
+        with pytest.raises(ValueError, match="classes: this model finds all of its classes at"):
             volumes.segment(model, tmp_path / "a.nii", classes=["liver"])
         return
     some, labels, _ = volumes.segment(model, tmp_path / "a.nii", classes=["spleen"])
