@@ -1,10 +1,10 @@
-"""The command line of train.py: every option, and what a run makes of those that are left out."""
+"""The command line of train.py: all options, and how they become the settings of a run."""
 
 import argparse
 import hashlib
 import os
 import re
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import get_args
 
@@ -20,24 +20,44 @@ from recipes.base import Protocol, Settings
 from recipes.sam import TOPOLOGY
 from universal import CODES
 
+# --- all options ---------------------------------------------------------------------------------
+
+# The groups of --help, in this order; within a group, options are listed as in Options.
+GROUPS = (
+    "common",
+    "data",
+    "model",
+    "training",
+    "prompts",
+    "volumes",
+    "evaluation",
+    "run",
+)
 LIMITS = ("at_least", "above", "at_most", "below", "word", "note")
 
 
-def option(default, help: str, **more):
-    """A field of Options, with what argparse needs to know of it.
+def option(group: str, default, help: str, unset: str = "", **details):
+    """Return a field of Options with what --help and argparse need.
 
-    more: LIMITS of a number (ranges.Number), and arguments of argparse.
+    group: one of GROUPS. unset: what --help shows as the default of an option that is None.
+    details: LIMITS of a number (see ranges.Number), and arguments of argparse.
     """
-    limits = {key: more.pop(key) for key in LIMITS if key in more}
-    metadata = {"help": help, "limits": limits, "argparse": more}
+    limits = {}
+    for key in LIMITS:
+        if key in details:
+            limits[key] = details.pop(key)
     if isinstance(default, list):
-        more.setdefault("nargs", "+")
+        details.setdefault("nargs", "+")
+
+    metadata = {"group": group, "help": help, "unset": unset}
+    metadata |= {"limits": limits, "argparse": details}
+    if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
 def flag(name: str) -> str:
-    """The option of this name as it is written on the command line."""
+    """Return an option as it is written on the command line: "batch_size" is --batch-size."""
     return "--" + name.replace("_", "-")
 
 
@@ -49,163 +69,281 @@ SCORE_SIZES = ["image", "network"]
 
 @dataclass
 class Options:
-    """The command line. None: the recipe's value or, where a recipe has no such setting, off."""
+    """The command line. None stands for the recipe's value, or for off if recipes have none."""
 
-    model: str = option("cris", "which model", choices=sorted(FAMILIES))
-    variant: str | None = option(None, "which size of it, a key of the model's VARIANTS")
-    weights: str | None = option(None, "hub id (id@revision), file, run folder; none: from scratch")
-    clip: str | None = option(
-        None, "CLIP ViT-B/16 beside the original release's --weights rd64-uni-refined.pth (clipseg)"
+    # The options that most people need.
+    model: str = option("common", "cris", ", ".join(sorted(FAMILIES)), choices=sorted(FAMILIES))
+    data: list[str] = option(
+        "common", [], "folders to train and validate on; several are pooled", metavar="DIR"
     )
-    decoder: str | None = option(
-        None, "CLIPSeg whose decoder biomedclipseg starts from; else the recipe's"
-    )
-    recipe: str | None = option(None, "default, or a published protocol: see recipes/")
-    data: list[str] = option([], "data sets to train and validate on; several are pooled")
-    test: list[str] = option([], "data sets to test on, PATH[:split]; else --data's test splits")
-    prompt: str | None = option(None, 'prompt types (p6; p6,p3; random), or a literal "text"')
-    train: str | None = option(None, "all, or some parts: see recipes/base.py", choices=TRAINED)
-    lora_rank: int | None = option(
-        None, "of the updates that --train lora puts on linear layers", at_least=1
-    )
-    adapter_dim: int | None = option(None, "width of the adapters of --train adapters", at_least=1)
-    keep_features: bool | None = option(None, "of a frozen encoder, on files; on where one is")
-    feature_dtype: str | None = option(None, "of these files", choices=["float16", "float32"])
-    views: list[str] | None = option(
-        None, "all the augmentation there is; kept features: made of each", nargs="+", choices=VIEWS
-    )
-    mask_orientation: str | None = option(
+    weights: str | None = option(
+        "common",
         None,
-        "how masks without an EXIF tag lie where the size cannot tell: stored like the image, "
-        "or upright",
-        choices=ORIENTATIONS,
+        "weights to start from: hub id, file, run folder, or none",
+        unset="recipe",
+        metavar="SOURCE",
+    )
+    out: str | None = option(
+        "common",
+        None,
+        "folder of the run",
+        unset="runs/MODEL-DATA-OPTIONS",
+        metavar="DIR",
+    )
+    epochs: int | None = option(
+        "common", None, "passes over the training set; 0: only test, like --eval", at_least=0
+    )
+    batch_size: int | None = option(
+        "common", None, "images or volumes in a training batch", at_least=1
+    )
+    lr: float | None = option("common", None, "learning rate of the new layers", above=0)
+    size: list[int] | None = option(
+        "common",
+        None,
+        "side of the input in pixels; volumes: 1 or 3 sides in voxels",
+        unset="weights",
+        nargs="+",
+        at_least=1,
+    )
+    prompt: str | None = option(
+        "common", None, 'text prompt: p6, or p6,p3, or random, or "a text"', metavar="TYPE"
+    )
+    resume: bool = option("common", False, "continue the run in --out where it stopped")
+
+    fold: str | None = option(
+        "data", None, "k/n: validate on fold k (from 0) of n of train and val", metavar="K/N"
+    )
+    group_regex: str | None = option(
+        "data", None, "regular expression for the patient in an image's name", metavar="REGEX"
+    )
+    overfit: int | None = option(
+        "data", None, "train, validate and test on the first N cases alone", at_least=1
     )
     mask_threshold: int | None = option(
+        "data",
         None,
-        "of binary masks: values above it, 0 to 255, are foreground; else decided by their values",
+        "binary masks: foreground is above this value, 0 to 255",
+        unset="by counting",
         at_least=0,
         at_most=255,
     )
-    pseudocolor: str | None = option(None, "a colour map of matplotlib for grey images: bone, jet")
-    sam_prompts: str | None = option(None, "what SAM is asked by, of the truth", choices=SOURCES)
-    jitter: int | None = option(
-        None, "pixels by which a side of a box moves at most in training", at_least=0
-    )
-    min_area: int | None = option(None, "pixels that a component needs to be asked for", at_least=1)
-    prompts_per_image: int | None = option(
-        None, "in a training step, by lot; 0: all there are", at_least=0
-    )
-    boxes: str | None = option(None, "CSV or JSON of boxes to test SAM with, beside the truth's")
-    points: str | None = option(None, "CSV or JSON of points to test SAM with, or with --boxes")
-    topology: str | None = option(None, "a loss beside the others: see losses.py", choices=TOPOLOGY)
-    topology_weight: float | None = option(None, "its factor", at_least=0)
-    crops_per_volume: int | None = option(
-        None, "random windows of a volume in a training step", at_least=1
-    )
-    crop_ratio: list[float] | None = option(
+    mask_orientation: str | None = option(
+        "data",
         None,
-        "of crops around background and foreground, or around each class",
+        "how masks of EXIF-rotated images lie: stored, upright",
+        choices=ORIENTATIONS,
+        unset="by size",
+    )
+    pseudocolor: str | None = option(
+        "data", None, "matplotlib colour map for grey images, such as bone", metavar="MAP"
+    )
+    views: list[str] | None = option(
+        "data",
+        None,
+        f"the only augmentation: {' '.join(VIEWS)}",
         nargs="+",
-        at_least=0,
+        choices=VIEWS,
+        metavar="VIEW",
     )
-    spacing: list[float] | None = option(
-        None, "mm of a volume's voxels for the model", nargs=3, above=0
+
+    variant: str | None = option(
+        "model", None, "model size, a key of VARIANTS in the model's file", unset="the first"
     )
-    intensity: list[str] | None = option(
-        None, "of volumes: the two HU that become 0 and 1; zscore", nargs="+"
+    recipe: str | None = option(
+        "model", None, "default, or a published protocol such as origin", unset="default"
     )
-    overlap: float | None = option(
-        None, "of neighbouring windows of a volume, as a share", at_least=0, below=1
+    train: str | None = option(
+        "model", None, f"parts that are trained: {', '.join(TRAINED)}", choices=TRAINED
     )
-    window_batch: int | None = option(
-        None, "windows of a volume at a time, in evaluation", at_least=1
+    lora_rank: int | None = option("model", None, "LoRA rank (with --train lora)", at_least=1)
+    adapter_dim: int | None = option(
+        "model", None, "width of the adapters (with --train adapters)", at_least=1
     )
-    checkpointing: bool = option(False, "less memory, more time in training on volumes")
-    codes: str | None = option(None, "what stands for a class: see universal.py", choices=CODES)
-    text_codes: str | None = option(None, "file of them, which `prepare.py text-codes` writes")
-    overfit: int | None = option(
-        None, "train, validate and test on the first so many cases", at_least=1
-    )
-    negatives: float | None = option(
-        None, "share of samples that ask for another image's target", at_least=0, at_most=1
-    )
-    prompt_study: bool = option(False, "test every prompt type, in one table")
-    out: str | None = option(
-        None, "run folder; else runs/MODEL-DATA, followed by other options that were given"
-    )
-    resume: bool = option(False, "go on where the run in --out stopped")
-    eval: bool = option(False, "no training: test --weights")
-    epochs: int | None = option(None, "0 is the same as --eval", at_least=0)
-    max_steps: int | None = option(None, "stop after so many optimiser steps", at_least=1)
-    batch_size: int | None = option(None, "images a step", at_least=1)
-    grad_accum_steps: int = option(1, "batches whose gradients make one step", at_least=1)
-    lr: float | None = option(None, "learning rate of the new parts", above=0)
-    backbone_lr: float | None = option(
-        None, "of the pretrained ones; with --weights none: --lr", at_least=0
-    )
-    weight_decay: float | None = option(None, "of the optimiser", at_least=0)
-    schedule: str | None = option(None, "learning rate over time", choices=SCHEDULES)
-    warmup: float | None = option(
-        None, "share of all steps in which the rate rises from 0", at_least=0, at_most=1
-    )
-    eval_every: int | None = option(None, "epochs between validations", at_least=1)
-    clip_grad: float | None = option(None, "largest gradient norm; 0: not clipped", at_least=0)
-    ema: float | None = option(
+    keep_features: bool | None = option(
+        "model",
         None,
-        "decay of an average of the weights, to be tested and kept; 0: none",
+        "cache a frozen encoder's features; --no-keep-features: off",
+        unset="if frozen",
+    )
+    feature_dtype: str | None = option(
+        "model", None, "precision of cached features: float16, float32",
+        choices=["float16", "float32"],
+    )  # fmt: skip
+    clip: str | None = option(
+        "model", None, "CLIP ViT-B/16 for CLIPSeg's --weights rd64-uni-refined.pth", metavar="FILE"
+    )
+    decoder: str | None = option(
+        "model",
+        None,
+        "CLIPSeg that biomedclipseg takes its decoder from",
+        unset="recipe",
+        metavar="SOURCE",
+    )
+
+    backbone_lr: float | None = option(
+        "training", None, "learning rate of the pretrained layers", at_least=0
+    )
+    weight_decay: float | None = option(
+        "training", None, "weight decay of the optimizer", at_least=0
+    )
+    schedule: str | None = option(
+        "training", None, f"rate schedule: {', '.join(SCHEDULES)}", choices=SCHEDULES
+    )
+    warmup: float | None = option(
+        "training", None, "share of all steps in which the rate rises from 0", at_least=0, at_most=1
+    )
+    clip_grad: float | None = option(
+        "training", None, "largest gradient norm; 0: no clipping", at_least=0
+    )
+    grad_accum_steps: int = option(
+        "training", 1, "batches whose gradients are averaged for one step", at_least=1
+    )
+    max_steps: int | None = option("training", None, "stop after N optimizer steps", at_least=1)
+    eval_every: int | None = option("training", None, "epochs between validations", at_least=1)
+    patience: int | None = option(
+        "training", None, "stop after N epochs without a better Dice; 0: never", at_least=0
+    )
+    ema: float | None = option(
+        "training",
+        None,
+        "decay of the averaged weights that are validated; 0: off",
+        unset="0",
         at_least=0,
         below=1,
     )
-    patience: int | None = option(
-        None, "epochs without a better validation Dice before it stops; 0: never", at_least=0
+    topology: str | None = option(
+        "training", None, f"SAM: topological loss term: {', '.join(TOPOLOGY)}", choices=TOPOLOGY
     )
-    size: list[int] | None = option(
-        None, "side of the model's input in pixels; of volumes one or three", nargs="+", at_least=1
+    topology_weight: float | None = option(
+        "training", None, "SAM: factor of the topological loss", at_least=0
     )
-    threshold: float | str | None = option(
+
+    negatives: float | None = option(
+        "prompts",
         None,
-        "probability above which a pixel is foreground; auto: each validation finds the best, and "
-        "its Dice chooses the epoch",
+        "share of images with another image's text and an empty mask",
+        at_least=0,
+        at_most=1,
+    )
+    prompt_study: bool = option("prompts", False, "test every text prompt type, in one table")
+    sam_prompts: str | None = option(
+        "prompts",
+        None,
+        f"SAM: prompts from the ground truth: {', '.join(SOURCES)}",
+        choices=SOURCES,
+    )
+    jitter: int | None = option(
+        "prompts", None, "SAM: largest shift of a box's sides in training, in pixels", at_least=0
+    )
+    min_area: int | None = option(
+        "prompts", None, "SAM: smallest component that gets a prompt, in pixels", at_least=1
+    )
+    prompts_per_image: int | None = option(
+        "prompts", None, "SAM: random prompts per image in a training step; 0: all", at_least=0
+    )
+    boxes: str | None = option(
+        "prompts", None, "SAM: CSV or JSON file of boxes for an additional test", metavar="FILE"
+    )
+    points: str | None = option(
+        "prompts", None, "SAM: CSV or JSON file of points for an additional test", metavar="FILE"
+    )
+
+    spacing: list[float] | None = option(
+        "volumes", None, "voxel size in mm that volumes are resampled to", unset="weights",
+        nargs=3, above=0,
+    )  # fmt: skip
+    intensity: list[str] | None = option(
+        "volumes",
+        None,
+        "the two HU that become 0 and 1, or zscore (all but CT)",
+        unset="weights",
+        nargs="+",
+        metavar="V",
+    )
+    crops_per_volume: int | None = option(
+        "volumes", None, "random windows per volume in a training step", at_least=1
+    )
+    crop_ratio: list[float] | None = option(
+        "volumes",
+        None,
+        "share of crops on background and foreground, or on each class",
+        nargs="+",
+        at_least=0,
+    )
+    overlap: float | None = option(
+        "volumes",
+        None,
+        "overlap of neighbouring windows in predictions, as a share",
+        at_least=0,
+        below=1,
+    )
+    window_batch: int | None = option(
+        "volumes", None, "windows that are predicted at once in validation and tests", at_least=1
+    )
+    checkpointing: bool = option(
+        "volumes", False, "recompute activations: less memory, slower training"
+    )
+    codes: str | None = option(
+        "volumes", None, f"universal: embeddings of classes: {', '.join(CODES)}", choices=CODES
+    )
+    text_codes: str | None = option(
+        "volumes", None, "file of text embeddings from `prepare.py text-codes`", metavar="FILE"
+    )
+
+    test: list[str] = option(
+        "evaluation",
+        [],
+        "data sets to test on, DIR or DIR:SPLIT",
+        unset="tests in --data",
+        metavar="DIR",
+    )
+    eval: bool = option("evaluation", False, "test --weights without training")
+    threshold: float | str | None = option(
+        "evaluation",
+        None,
+        "foreground is above this probability; auto: validation's best",
+        unset="weights",
         above=0,
         below=1,
         word="auto",
     )
-    dtype: str | None = option(None, "of training on a GPU; all else is float32", choices=DTYPES)
-    compile: bool = option(False, "torch.compile")
-    device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
-    workers: int = option(2, "data-loading processes", at_least=0)
-    seed: int = option(
-        0, "of the order, the augmentation, and new weights", at_least=0, at_most=2**63 - 1
+    score_size: str = option(
+        "evaluation", "image", "size at which masks are scored: image, network", choices=SCORE_SIZES
     )
-    deterministic: bool = option(False, "only deterministic operations, slower on a GPU")
-    cache: str = option(".cache", "folder of the decoded images")
-    fold: str | None = option(None, "k/n: validate on fold k (from 0) of n of train and val")
-    group_regex: str | None = option(None, "what in an image's name names the patient")
-    score_size: str = option("image", "score at its own or the network's size", choices=SCORE_SIZES)
-    val_distances: bool = option(False, "HD95, ASSD and NSD also in validation, not only in tests")
+    val_distances: bool = option("evaluation", False, "also HD95, ASSD and NSD in validations")
     nsd_tolerance: float | None = option(
+        "evaluation",
         None,
-        "distance within which NSD counts a boundary as hit: mm (volumes) or pixels; else 1",
+        "NSD: tolerated distance in mm (volumes) or pixels",
+        unset="1",
         above=0,
         note="(mm of volumes, pixels of images)",
     )
-    overlays: int = option(3, "how many of the worst, median and best cases to draw", at_least=0)
+    overlays: int = option(
+        "evaluation", 3, "worst, median and best cases to draw, N of each", at_least=0
+    )
+
+    device: str = option("run", "auto", "auto, cpu, cuda, cuda:1, mps")
+    workers: int = option("run", 2, "processes that load data", at_least=0)
+    dtype: str | None = option(
+        "run", None, f"precision of training on a GPU: {', '.join(DTYPES)}", choices=DTYPES
+    )
+    compile: bool = option("run", False, "use torch.compile")
+    seed: int = option(
+        "run",
+        0,
+        "seed of new weights, order and augmentation",
+        at_least=0,
+        at_most=2**63 - 1,
+    )
+    deterministic: bool = option("run", False, "deterministic operations only, slower on a GPU")
+    cache: str = option("run", ".cache", "folder of decoded images and features", metavar="DIR")
     save_every: float = option(
-        10.0, "minutes between saved states within an epoch; 0: after every step", at_least=0
+        "run", 10.0, "minutes between saved states in an epoch; 0: each step", at_least=0
     )
 
 
-# What may differ between a run and its resumption without changing its numbers.
-FREE = {"resume", "out", "workers", "device", "cache", "save_every", "overlays", "checkpointing"}
-
-
-def check_same(place: Path, theirs: dict, mine: dict) -> None:
-    """ValueError, one line, if what a folder was begun with is not what it is to go on with."""
-    keys = [k for k in theirs | mine if k not in FREE and theirs.get(k) != mine.get(k)]
-    if keys:
-        words = [f"{flag(key)} {theirs.get(key)} -> {mine.get(key)}" for key in keys]
-        hint = "keep those, or choose another --out"
-        raise ValueError(f"{place} was begun with other options ({', '.join(words)}); {hint}")
+# --- reading the command line --------------------------------------------------------------------
 
 
 def values_of(spec) -> Values:
@@ -213,8 +351,9 @@ def values_of(spec) -> Values:
     choices = spec.metadata["argparse"].get("choices")
     if choices:
         return Choice(tuple(choices))
+
     kind = spec.type
-    while get_args(kind):  # of `int | None`, `list[str] | None` the first
+    while get_args(kind):  # the first type of `int | None` and of `list[str] | None`
         kind = get_args(kind)[0]
     if kind is bool:
         return Flag()
@@ -223,36 +362,73 @@ def values_of(spec) -> Values:
     return Number(whole=kind is int, **spec.metadata["limits"])
 
 
-def parse(description: str, arguments: list[str] | None = None) -> dict:
-    """The options that were given, by name."""
-    parser = command_line.Parser(description)
+RECIPE_FIELDS = {spec.name for spec in fields(Protocol)}
+
+
+def default_words(spec) -> str:
+    """Return what --help shows as the default of an option, "" if it is simply off."""
+    if spec.metadata["unset"]:
+        return spec.metadata["unset"]
+    if spec.name in RECIPE_FIELDS:
+        return "recipe"
+    is_off = spec.default is None or spec.default is False
+    if is_off or spec.default is MISSING:  # MISSING: the default is an empty list
+        return ""
+    return f"{spec.default:g}" if isinstance(spec.default, float) else str(spec.default)
+
+
+def help_line(spec) -> str:
+    """Return the line of --help about an option, with its default."""
+    default = default_words(spec)
+    suffix = f" [{default}]" if default else ""
+    return spec.metadata["help"] + suffix
+
+
+def metavar(values: Values) -> str:
+    """Return what stands for a value in --help."""
+    if isinstance(values, Number):
+        return "N" if values.whole else "X"
+    return "NAME"
+
+
+def parse(description: str, arguments: list[str] | None = None, usage: str | None = None) -> dict:
+    """Return the options on the command line by name: only those that were typed."""
+    parser = command_line.Parser(description, usage=usage, add_help=False)
+    groups = {name: parser.add_argument_group(f"{name} options") for name in GROUPS}
     for spec in fields(Options):
         values = values_of(spec)
-        how = {"type": values}
         if isinstance(values, Flag):
-            how = {"action": argparse.BooleanOptionalAction}
-        how |= {"help": spec.metadata["help"], **spec.metadata["argparse"]}
-        parser.add_argument(flag(spec.name), default=argparse.SUPPRESS, **how)
-    given = vars(parser.parse_args(arguments))
-    if given.get("prompt"):  # here too: --resume compares it with the run's
-        given["prompt"] = prompt_option(given["prompt"])
-    return given
+            details = {"action": argparse.BooleanOptionalAction}
+        else:
+            details = {"type": values, "metavar": metavar(values)}
+        details |= spec.metadata["argparse"]
+        groups[spec.metadata["group"]].add_argument(
+            flag(spec.name), default=argparse.SUPPRESS, help=help_line(spec), **details
+        )
+    groups["run"].add_argument("-h", "--help", action="help", help="show this help and exit")
+
+    typed = vars(parser.parse_args(arguments))
+    if typed.get("prompt"):  # --resume compares it with the run's
+        typed["prompt"] = prompt_option(typed["prompt"])
+    return typed
 
 
-def checked_value(spec, given):
-    """Return the value of an option as the command line gives it. spec: its field of Options.
+def checked_value(spec, value):
+    """Return the value of an option in the form that the command line gives it.
 
-    Raises ValueError, one line, if the option does not take what is given.
+    spec: the option's field of Options. Raises ValueError, one line, if the option does not take
+    the value.
     """
-    if given is None and spec.default is None:
+    if value is None and spec.default is None:
         return None
     values = values_of(spec)
     count = spec.metadata["argparse"].get("nargs")
-    several = list(given) if isinstance(given, list | tuple) else [given]
+
     try:
         if count is None:
-            return values.check(given)
-        several = [values.check(one) for one in several]
+            return values.check(value)
+        several = list(value) if isinstance(value, list | tuple) else [value]
+        several = [values.check(item) for item in several]
     except ValueError as error:
         raise ValueError(f"{flag(spec.name)} {error}") from None
     if isinstance(count, int) and len(several) != count:
@@ -261,84 +437,164 @@ def checked_value(spec, given):
 
 
 def checked(options: Options) -> Options:
-    """Return options with all values as the command line gives them.
+    """Return options with all values in the form that the command line gives them.
 
-    A single value of an option that takes several is a list of one. Raises ValueError, one line, if
-    an option does not take its value. What a recipe itself sets is not checked: fewshot3d's origin
-    has a warm-up that is longer than the training, which its runs hand on when they are resumed.
+    An option that takes several values may hold a single one; it becomes a list. A recipe's own
+    values are not checked: fewshot3d's origin has a warm-up longer than its training, and its runs
+    hand that on when they are resumed. Raises ValueError, one line, if an option does not take its
+    value.
     """
     specs = {spec.name: spec for spec in fields(Options)}
     model = checked_value(specs["model"], options.model)
     recipe = checked_value(specs["recipe"], options.recipe) or "default"
-    own = FAMILIES[model].protocols.get(recipe)
+    protocol = FAMILIES[model].protocols.get(recipe)
+
     values = {}
     for name, spec in specs.items():
-        given = getattr(options, name)
-        is_own = name == "warmup" and given is not None and given == getattr(own, name, None)
-        values[name] = given if is_own else checked_value(spec, given)
+        value = getattr(options, name)
+        is_recipes_own = name == "warmup" and value is not None
+        is_recipes_own = is_recipes_own and value == getattr(protocol, name, None)
+        values[name] = value if is_recipes_own else checked_value(spec, value)
     return Options(**values)
 
 
-def with_views(protocol: Protocol, options: Options, family) -> Protocol:
-    """Return a protocol with what `keep_features`, `views` and `augment` then are.
+# --- from options to settings --------------------------------------------------------------------
 
-    Raises ValueError, one line, if features are to be kept that cannot be.
+
+def resolve(options: Options) -> Settings:
+    """Return the settings of a run: options first, then the tested run, then the recipe.
+
+    Raises ValueError, one line, for values that are wrong or do not go together.
     """
-    keeps = protocol.keep_features
-    can = protocol.train == "decoder" and family.keeps
-    if keeps is None:  # wherever nothing of the encoder learns
-        keeps = can and not options.eval
-    if keeps and not can:
-        message = "needs --train decoder and a model that encodes images apart"
-        raise ValueError(f"--keep-features {message}; --no-keep-features")
-    if not keeps and not options.views:
-        return replace(protocol, keep_features=keeps, views=("original",))
-    if "original" not in protocol.views:
-        raise ValueError("--views: original must be among them")
-    return replace(protocol, keep_features=keeps, augment=None)
+    options = checked(options)
+    if options.prompt and not options.resume:  # a run's own prompt stays as it was trained
+        options = replace(options, prompt=prompt_option(options.prompt))
+
+    typed = options
+    options = as_tested(options)
+    family = FAMILIES[options.model]
+    recipe = options.recipe or "default"
+    check_together(options, family, recipe)
+    if options.out is None:
+        options = replace(options, out=run_folder(typed, options.model))
+
+    protocol = protocol_of(options, family, recipe)
+    if not options.resume:  # a resumed run repeats all of its options, used or not
+        check_used(options, protocol, family)
+
+    values = {name: getattr(protocol, name) for name in RECIPE_FIELDS}
+    for name, value in vars(options).items():
+        if name not in RECIPE_FIELDS:
+            values[name] = value
+    return Settings(**values)
+
+
+def as_options(settings: Settings) -> dict:
+    """Return settings as the options in config.json, with which a run is resumed."""
+    options = {spec.name: getattr(settings, spec.name) for spec in fields(Options)}
+    if settings.augment is not None:  # the views were not chosen, so a resumed run must not see any
+        options["views"] = None
+    return options
+
+
+# The options that a test takes over from the run that it tests, unless they are typed.
+KEPT_IN_TESTS = (
+    "prompt", "pseudocolor", "sam_prompts", "min_area", "jitter", "overlap", "fold",
+    "nsd_tolerance", "mask_orientation",
+)  # fmt: skip
 
 
 def as_tested(options: Options) -> Options:
-    """Without training: what --weights, if they are a run folder, say of themselves."""
+    """Return the options of a test with those of the run in --weights; of a training as they are.
+
+    Raises ValueError, one line, if this version has no such model.
+    """
     if not options.eval and options.epochs != 0:
         return options
-    options, tested = replace(options, eval=True, epochs=0), read_run(options.weights)
-    if not tested:
+    options = replace(options, eval=True, epochs=0)
+    run = read_run(options.weights)
+    if not run:
         return options
-    if tested.get("model") not in FAMILIES:
+    if run.get("model") not in FAMILIES:
         raise ValueError(f"{options.weights}: config.json names no model that this version has")
-    keys = ("prompt", "pseudocolor", "sam_prompts", "min_area", "jitter", "overlap", "fold")
-    if not options.prompt_study:  # which computes no distances
-        keys += ("nsd_tolerance",)
-    keys = (*keys, "mask_orientation")
-    known = tested.get("options", {})
-    same = {k: known.get(k) for k in keys if getattr(options, k) is None}
-    same["seed"] = options.seed or known.get("seed", 0)  # which also divides data sets
+
+    trained_with = run.get("options", {})
+    kept = {}
+    for name in KEPT_IN_TESTS:
+        if name == "nsd_tolerance" and options.prompt_study:  # which computes no distances
+            continue
+        if getattr(options, name) is None:
+            kept[name] = trained_with.get(name)
+    kept["seed"] = options.seed or trained_with.get("seed", 0)  # it also splits data sets
     if options.group_regex is None:
-        same["group_regex"] = patients_of(tested, options.data + options.test)
-    return replace(options, model=tested["model"], **same)
+        kept["group_regex"] = patients_of(run, options.data + options.test)
+    return replace(options, model=run["model"], **kept)
 
 
-def check_together(options: Options, family, name: str) -> None:
-    """Raise ValueError, one line, for options that do not go together. name: of the recipe."""
+def protocol_of(options: Options, family, recipe: str) -> Protocol:
+    """Return a recipe of a family, its values replaced by those on the command line."""
+    protocol = family.protocols[recipe]
+    replaced = {}
+    for name, value in vars(options).items():
+        if name in RECIPE_FIELDS and value is not None:
+            replaced[name] = value
+    if options.weights == "none" and options.backbone_lr is None:  # nothing is pretrained
+        replaced["backbone_lr"] = replaced.get("lr", protocol.lr)
+    return with_views(replace(protocol, **replaced), options, family)
+
+
+def with_views(protocol: Protocol, options: Options, family) -> Protocol:
+    """Return a protocol with its final `keep_features`, `views` and `augment`.
+
+    Cached features allow no augmentation but the views that were cached. Raises ValueError, one
+    line, if features are to be cached that cannot be, or if the views lack the image itself.
+    """
+    caches = protocol.keep_features
+    can_cache = protocol.train == "decoder" and family.keeps
+    if caches is None:  # wherever no layer of the encoder is trained
+        caches = can_cache and not options.eval
+    if caches and not can_cache:
+        raise ValueError(
+            "--keep-features needs --train decoder and a model that encodes images apart; "
+            "--no-keep-features"
+        )
+
+    if not caches and not options.views:
+        return replace(protocol, keep_features=caches, views=("original",))
+    if "original" not in protocol.views:
+        raise ValueError("--views: original must be among them")
+    return replace(protocol, keep_features=caches, augment=None)
+
+
+# --- options that do not go together -------------------------------------------------------------
+
+
+def check_together(options: Options, family, recipe: str) -> None:
+    """Raise ValueError, one line, for options that do not go together."""
     model = options.model
-    if name not in family.protocols:
-        raise ValueError(f"--recipe {name}: {model} has {', '.join(family.protocols)}")
+    if recipe not in family.protocols:
+        raise ValueError(f"--recipe {recipe}: {model} has {', '.join(family.protocols)}")
     if options.variant is not None and options.variant not in family.variants:
-        have = ", ".join(family.variants)
-        raise ValueError(f"--variant {options.variant}: {model} has {have}")
+        names = ", ".join(family.variants)
+        raise ValueError(f"--variant {options.variant}: {model} has {names}")
+
     has_weights = options.weights not in (None, "none")
     if options.variant is not None and has_weights and not family.variant_with_weights:
-        raise ValueError("--variant: leave it out, --weights say themselves what they are")
+        raise ValueError("--variant: remove it; --weights say themselves what they are")
     second = second_file(model, options.clip, options.decoder)
     if second and options.weights == "none":
-        raise ValueError(f"--{[*second][0]}: with --weights none nothing is loaded; remove it")
+        name = next(iter(second))
+        raise ValueError(f"--{name}: with --weights none nothing is loaded; remove it")
     if options.clip and options.weights is None:
-        raise ValueError("--clip: the default weights have CLIP in them; remove it")
-    if not options.data and (not options.test or not options.eval or options.threshold == "auto"):
+        raise ValueError("--clip: the default weights contain CLIP already; remove it")
+
+    needs_data = not options.test or not options.eval or options.threshold == "auto"
+    if not options.data and needs_data:
         raise ValueError("--data is missing: which data set?")
     if options.overfit and (options.test or options.eval or options.fold):
-        raise ValueError("--overfit: trains and tests on --data alone; drop --test, --eval, --fold")
+        raise ValueError(
+            "--overfit: trains and tests on --data alone; remove --test, --eval, --fold"
+        )
     family.check_given(vars(options), model)
     family.check_options(options)
     if options.pseudocolor is not None:
@@ -346,13 +602,14 @@ def check_together(options: Options, family, name: str) -> None:
 
 
 def check_used(options: Options, settings: Protocol, family) -> None:
-    """Raise ValueError, one line, for options that have no effect beside the others."""
-    keeps = settings.keep_features
-    topology = settings.topology not in (None, "none")
-    idle = {
-        "compile": keeps or not family.compiles,
-        "feature_dtype": not keeps,
-        "topology_weight": not topology,
+    """Raise ValueError, one line, for options that have no effect together with the others."""
+    has_cache = settings.keep_features
+    has_topology = settings.topology not in (None, "none")
+    computes_no_distances = options.prompt_study and (options.eval or not options.val_distances)
+    has_no_effect = {
+        "compile": has_cache or not family.compiles,
+        "feature_dtype": not has_cache,
+        "topology_weight": not has_topology,
         "prompts_per_image": settings.sam_prompts == "image",
         "views": options.eval,
         "keep_features": options.eval,
@@ -363,138 +620,137 @@ def check_used(options: Options, settings: Protocol, family) -> None:
         "lora_rank": settings.train != "lora",
         "adapter_dim": settings.train != "adapters",
         "warmup": settings.schedule == "plateau",
-        "nsd_tolerance": options.prompt_study and (options.eval or not options.val_distances),
+        "nsd_tolerance": computes_no_distances,
     }
-    for key, nothing in idle.items():
-        if nothing and getattr(options, key):
-            raise ValueError(f"{flag(key)}: does nothing here, drop it")
+    for name, is_idle in has_no_effect.items():
+        if is_idle and getattr(options, name):
+            raise ValueError(f"{flag(name)}: has no effect with these options; remove it")
+
     if options.eval and options.weights == "none":
-        raise ValueError("--weights none: nothing was trained; give those of a run or a file")
+        raise ValueError(
+            "--weights none: untrained weights are not tested; name a run, a file or a hub id"
+        )
     if settings.schedule == "multistep" and not settings.milestones:
-        raise ValueError("--schedule multistep: this recipe has no milestones; take another")
+        raise ValueError("--schedule multistep: this recipe has no milestones; choose another")
     if options.negatives and not is_prompt_type(settings.prompt):
-        raise ValueError("--negatives: of prompt types; a text for all images is absent in none")
+        raise ValueError(
+            "--negatives: needs a prompt type such as p6; a text that is the same for all images "
+            "is absent in none"
+        )
 
 
-# What the name of a run folder leaves out: what it has elsewhere, what says how long to train (a
-# resumed run may be given more epochs), and how a data set is divided.
-UNNAMED = FREE | {"model", "data", "test", "recipe", "eval", "epochs", "group_regex", "clip"}
-ALONE = ("variant", "prompt", "train", "sam_prompts", "topology")  # the value says enough
-PATHS = {"weights": "from", "decoder": "decoder", "boxes": "boxes", "points": "points"}
-PATHS["text_codes"] = "codes"
+# Options that may differ between a run and its continuation without changing any number.
+FREE = {"resume", "out", "workers", "device", "cache", "save_every", "overlays", "checkpointing"}
 
 
-def shortened(name: str, longest: int, meaning: str) -> str:
-    """Return a name, of one with more bytes than `longest` the start and a hash of its meaning."""
-    content = name.encode()
-    if len(content) <= longest:
-        return name
-    start = content[: longest - 9].decode(errors="ignore")
-    return f"{start}-{hashlib.sha256(meaning.encode()).hexdigest()[:8]}"
+def check_same(folder: Path, old: dict, new: dict) -> None:
+    """Raise ValueError, one line, if a folder was started with other options than the new ones."""
+    changes = []
+    for name in old | new:
+        if name not in FREE and old.get(name) != new.get(name):
+            changes.append(f"{flag(name)} {old.get(name)} -> {new.get(name)}")
+    if changes:
+        raise ValueError(
+            f"{folder} was started with different options ({', '.join(changes)}); use the same "
+            "ones, or choose another --out"
+        )
 
 
-def file_name(text: str) -> str:
-    """Return a text of at most 40 bytes with only characters that are safe in a file name."""
-    safe = re.sub(r"[^\w.+-]+", "_", text)
-    return shortened(safe.strip("_."), 40, text)
+# --- the name of a run folder --------------------------------------------------------------------
+
+# The options that a run folder is named after, in the order of their words. The model and the data
+# sets come before them. The length of the training is not among them, since a resumed run may get
+# more epochs, nor is how data sets are split.
+NAMED = (
+    "variant", "weights", "decoder", "prompt", "train", "lora_rank", "adapter_dim",
+    "keep_features", "feature_dtype", "views", "mask_orientation", "mask_threshold", "pseudocolor",
+    "sam_prompts", "jitter", "min_area", "prompts_per_image", "boxes", "points", "topology",
+    "topology_weight", "crops_per_volume", "crop_ratio", "spacing", "intensity", "overlap",
+    "window_batch", "codes", "text_codes", "overfit", "negatives", "prompt_study", "max_steps",
+    "batch_size", "grad_accum_steps", "lr", "backbone_lr", "weight_decay", "schedule", "warmup",
+    "eval_every", "clip_grad", "ema", "patience", "size", "threshold", "dtype", "compile", "seed",
+    "deterministic", "fold", "score_size", "val_distances", "nsd_tolerance",
+)  # fmt: skip
+VALUE_ALONE = ("variant", "prompt", "train", "sam_prompts", "topology")  # the value says enough
+PATH_WORDS = {  # options that are paths, and the word before the name of the file
+    "weights": "from",
+    "decoder": "decoder",
+    "boxes": "boxes",
+    "points": "points",
+    "text_codes": "codes",
+}
 
 
-def path_name(place: str) -> str:
-    """Return the name of a file without its ending, of a folder or hub id.
+def run_folder(typed: Options, model: str) -> str:
+    """Return the folder of a run without --out: runs/MODEL-DATA, then the other typed options.
 
-    A file of a run folder has the name of the run.
+    typed: the options before a tested run and the recipe complete them. Two command lines that
+    differ in one of NAMED get two folders.
     """
-    path = Path(place)
+    sets = [data_set_name(folder) for folder in typed.data or typed.test]
+    words = [model, "+".join(sets)]
+    if typed.recipe:
+        words.append(typed.recipe)
+    if typed.eval or typed.epochs == 0:
+        words.append("eval")
+    if typed.data and typed.test:
+        words.append("test-" + "+".join(data_set_name(folder) for folder in typed.test))
+
+    defaults = Options()
+    for name in NAMED:
+        value = getattr(typed, name)
+        if value != getattr(defaults, name):
+            words.append(option_word(name, value))
+
+    folder = "-".join(words)
+    return str(Path("runs") / shortened(folder, 120, folder))
+
+
+def data_set_name(data_set: str) -> str:
+    """Return the name of a data set; of PATH:SPLIT it includes the split."""
+    path, split = path_and_split(data_set)
+    name = Path(os.path.abspath(path)).name
+    return name if split == "test" else f"{name}_{split}"
+
+
+def option_word(name: str, value) -> str:
+    """Return the part of a run folder's name that stands for an option."""
+    if name in PATH_WORDS:
+        return f"{PATH_WORDS[name]}-{path_name(value)}"
+    if isinstance(value, bool):
+        return name if value else f"no-{name}"
+
+    values = value if isinstance(value, list) else [value]
+    texts = [f"{item:g}" if isinstance(item, float) else str(item) for item in values]
+    if name in VALUE_ALONE:
+        return file_name("+".join(texts))
+    if isinstance(values[0], str):
+        return f"{name}-{file_name('+'.join(texts))}"
+    return name + "x".join(texts)
+
+
+def path_name(source: str) -> str:
+    """Return the name of a file without its ending, of a folder or of a hub id.
+
+    A file in a run folder has the name of the run.
+    """
+    path = Path(source)
     if path.is_file() and read_run(path):  # RUN/best.safetensors is the same as RUN
         path = path.parent
     name = Path(os.path.abspath(path)).name
     return file_name(re.sub(r"\.(pth|pt|bin|safetensors|csv|json)$", "", name))
 
 
-def option_word(key: str, value) -> str:
-    """Return what the name of a run folder says of an option that was given."""
-    if key in PATHS:
-        return f"{PATHS[key]}-{path_name(value)}"
-    if isinstance(value, bool):
-        return key if value else f"no-{key}"
-
-    values = value if isinstance(value, list) else [value]
-    texts = [f"{one:g}" if isinstance(one, float) else str(one) for one in values]
-    if key in ALONE:
-        return file_name("+".join(texts))
-    if isinstance(values[0], str):
-        return f"{key}-{file_name('+'.join(texts))}"
-    return key + "x".join(texts)
+def file_name(text: str) -> str:
+    """Return at most 40 bytes of a text, with only characters that are safe in a file name."""
+    safe = re.sub(r"[^\w.+-]+", "_", text)
+    return shortened(safe.strip("_."), 40, text)
 
 
-def named_set(place: str) -> str:
-    """Return the name of a data set, of PATH:SPLIT with the split."""
-    path, split = path_and_split(place)
-    name = Path(os.path.abspath(path)).name
-    return name if split == "test" else f"{name}_{split}"
-
-
-def run_folder(given: Options, model: str) -> str:
-    """Return the run folder of options without --out: runs/MODEL-DATA, and what else was given.
-
-    given: the options before a tested run and the recipe fill them. Two calls that differ in more
-    than UNNAMED get two folders.
-    """
-    sets = [named_set(place) for place in given.data or given.test]
-    words = [model, "+".join(sets)]
-    words += [given.recipe] if given.recipe else []
-    words += ["eval"] if given.eval or given.epochs == 0 else []
-    if given.data and given.test:
-        words.append("test-" + "+".join(named_set(place) for place in given.test))
-
-    plain = Options()
-    for spec in fields(Options):
-        key = spec.name
-        value = getattr(given, key)
-        if key not in UNNAMED and value != getattr(plain, key):
-            words.append(option_word(key, value))
-
-    name = "-".join(words)
-    return str(Path("runs") / shortened(name, 120, name))
-
-
-def resolve(options: Options) -> Settings:
-    """Return all that a run goes by: the options, the tested run, and the recipe for the rest.
-
-    Raises ValueError, one line, for options that make no sense, or not together.
-    """
-    options = checked(options)
-    if options.prompt and not options.resume:  # a run's own prompt stays as it was trained
-        options = replace(options, prompt=prompt_option(options.prompt))
-    typed = options
-    options = as_tested(options)
-    family = FAMILIES[options.model]
-    name = options.recipe or "default"
-    check_together(options, family, name)
-    if options.out is None:
-        options = replace(options, out=run_folder(typed, options.model))
-
-    protocol = protocol_of(options, family, name)
-    if not options.resume:  # which brings all options of the run, used or not
-        check_used(options, protocol, family)
-    numbers = {spec.name: getattr(protocol, spec.name) for spec in fields(Protocol)}
-    of_the_run = {key: value for key, value in vars(options).items() if key not in numbers}
-    return Settings(**numbers, **of_the_run)
-
-
-def protocol_of(options: Options, family, name: str) -> Protocol:
-    """Return a recipe of a family, with the values that the command line gives in its place."""
-    protocol = family.protocols[name]
-    numbers = {spec.name for spec in fields(Protocol)} & {spec.name for spec in fields(Options)}
-    given = {key: getattr(options, key) for key in numbers if getattr(options, key) is not None}
-    if options.weights == "none" and options.backbone_lr is None:  # nothing is pretrained
-        given["backbone_lr"] = given.get("lr", protocol.lr)
-    return with_views(replace(protocol, **given), options, family)
-
-
-def as_options(settings: Settings) -> dict:
-    """Return settings as the options of config.json, with which a run is resumed."""
-    options = {spec.name: getattr(settings, spec.name) for spec in fields(Options)}
-    if settings.augment is not None:  # the views then are no choice, which a resumed run would see
-        options["views"] = None
-    return options
+def shortened(name: str, longest: int, meaning: str) -> str:
+    """Return a name; if it has more than `longest` bytes, its start and a hash of its meaning."""
+    content = name.encode()
+    if len(content) <= longest:
+        return name
+    start = content[: longest - 9].decode(errors="ignore")
+    return f"{start}-{hashlib.sha256(meaning.encode()).hexdigest()[:8]}"

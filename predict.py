@@ -1,26 +1,16 @@
-"""Masks for new images from a fine-tuned run or from official weights.
+"""Predict masks for new images or volumes, with a fine-tuned run or with official weights.
 
     python predict.py --weights runs/cris-kvasir_polyp --prompt "one pink polyp" --out masks a.jpg
     python predict.py --weights runs/cris-kvasir_polyp --out masks --split test data/kvasir_polyp
     python predict.py --weights runs/segformer-uw_madison --out masks folder/
     python predict.py --weights MONAI/swin_unetr_btcv_segmentation --out organs ct.nii.gz
-    python predict.py ct.nii.gz --weights runs/universal-msd --classes liver spleen --out organs
+    python predict.py --weights runs/universal-msd --classes liver spleen --out organs ct.nii.gz
 
-Images, folders of images and data sets become PNG masks (0 and 255, or class numbers in a palette
-with legend.png and classes.json) at each image's own size, named like the image (of a data set:
-like the mask). Sub-folders are read too, and have their like in --out; hidden files are passed
-over. SAM is asked by the boxes of a CSV or JSON file (image,class,x0,y0,x1,y1), by points
-(image,class,x,y,label; 1 inside, 0 outside), or by both (boxes_and_points.py), whose images are
-file names or, where these repeat, paths relative to the folder of images; without either by the box
-around each image.
-Volumes (NIfTI; a case's channels one 4-D file or, in one folder, CASE_0000, CASE_0001, …) become
-label maps on their own grid, the numbers' names in classes.json; where classes overlap a file for
-each. A Universal Model can be asked for some of its --classes alone, which takes less memory. Of
-such organs --organ-rules keep what anatomy allows: one piece, tumours within their organs
-(imaging/organ_rules.py).
-Existing files are never overwritten. An input that cannot be read does not end the call: the others
-are predicted, such inputs are listed at the end, and the exit status is 1 (2 if none was good). The
-same call with --skip-existing continues where an earlier one ended.
+Images become PNG masks at their own size: 0 and 255, or class indices in a palette with legend.png
+and classes.json. Volumes become NIfTI label maps on their own grid with classes.json; overlapping
+classes get one file each. Existing files are never overwritten. Inputs that cannot be read are
+listed at the end (exit status 1; 2 if none could be predicted). docs/training.md has the details.
+Defaults are in brackets: [run] is the value of the run in --weights.
 """
 
 if __name__ == "__main__":
@@ -56,197 +46,274 @@ from recipes import FAMILIES, second_file
 from recipes.base import BOX_OPTIONS, IMAGE_OPTIONS, TEXT_OPTIONS, VOLUME_OPTIONS
 from recipes.images import describe_cuts
 
+# --- the program ---------------------------------------------------------------------------------
+
+USAGE = "python predict.py --weights SOURCE --out DIR [options] INPUT [INPUT ...]"
+
 
 def parse() -> argparse.Namespace:
-    parser = command_line.Parser(__doc__)
-    parser.add_argument("inputs", nargs="+", help="images, folders of images, data sets")
-    parser.add_argument("--weights", required=True, help="run folder, file, or hub id")
-    help = "clipseg: CLIP ViT-B/16 for --weights that are the original release's decoder alone"
-    parser.add_argument("--clip", help=help)
-    help = "biomedclipseg: a CLIPSeg whose decoder is used, for --weights that are BiomedCLIP alone"
-    parser.add_argument("--decoder", help=help)
-    parser.add_argument(
-        "--model", choices=sorted(FAMILIES), help="which model; a run folder says it itself"
-    )
-    parser.add_argument(
-        "--prompt", help="the text; for a data set also p0…p9, else what the run was trained on"
-    )
-    help = "CSV or JSON of boxes that SAM is asked by; without boxes or points: the whole image"
-    parser.add_argument("--boxes", metavar="FILE", help=help)
-    help = "CSV or JSON of points that SAM is asked by, alone or together with --boxes"
-    parser.add_argument("--points", metavar="FILE", help=help)
-    help = "which split of a data set: test, train, val, …; default: test, or all images of a data "
-    help += "set that is images/ and masks/ alone"
-    parser.add_argument("--split", help=help)
-    parser.add_argument("--out", required=True, help="folder for the masks")
-    help = "continue an earlier call with this --out: predict only what it has no files of yet"
-    parser.add_argument("--skip-existing", action="store_true", help=help)
-    parser.add_argument(
-        "--threshold",
-        type=Number(above=0, below=1),
-        help="probability above which a pixel is foreground",
-    )
-    parser.add_argument(
-        "--probabilities",
-        action="store_true",
-        help="also NAME_probability.png, 16 bit, / 65535 (of volumes .nii.gz, float32); of several "
-        "classes the largest but the background's",
-    )
-    parser.add_argument(
-        "--overlays",
-        action="store_true",
-        help="also NAME_overlay.png; of a data set with the outline of the ground truth, of SAM "
-        "with its boxes and points",
-    )
-    parser.add_argument(
-        "--mask-threshold",
-        type=GREY_LEVEL,
-        help="in --overlays of a data set: values of its binary masks above it, 0 to 255, are "
-        "foreground; else as in the run",
-    )
-    volume_options(parser.add_argument)
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    """Return the command line."""
+    parser = command_line.Parser(__doc__, usage=USAGE, add_help=False)
+    add_common_options(parser.add_argument_group("common options").add_argument)
+    add_model_options(parser.add_argument_group("model options").add_argument)
+    add_file_options(parser.add_argument_group("file options").add_argument)
+    add_volume_options(parser.add_argument_group("volume options").add_argument)
+
     args = parser.parse_args()
     if args.prompt is not None:
         args.prompt = layouts.prompt_option(args.prompt)
     return args
 
 
-def volume_options(add) -> None:
-    """Add those that only models of volumes take."""
-    help = "of a volume: keep of each class only its largest connected component"
-    add("--largest-component", action="store_true", help=help)
-    help = "keep of organs their largest piece, of tumours what is in the organ; see organ_rules.py"
-    add("--organ-rules", action="store_true", help=help)
-    add("--classes", nargs="+", metavar="NAME", help="of a Universal Model: these alone")
-    share = Number(at_least=0, below=1)
-    add("--overlap", type=share, help="of windows of a volume, 0 to below 1")
-    add("--window-batch", type=POSITIVE, help="windows of a volume at a time")
+def add_common_options(add: Callable) -> None:
+    """Add the options that most people need."""
+    add("inputs", metavar="INPUT", nargs="+", help="images, volumes, folders of them, data sets")
+    add("--weights", metavar="SOURCE", required=True, help="run folder, file, or hub id")
+    add("--out", metavar="DIR", required=True, help="folder for the masks")
+    add(
+        "--prompt",
+        metavar="TEXT",
+        help="what to find, for models that read text; data sets: also p0 to p9 [run]",
+    )
+    add(
+        "--threshold",
+        metavar="X",
+        type=Number(above=0, below=1),
+        help="foreground is above this probability [weights]",
+    )
+    add(
+        "--split", metavar="NAME", help="split of a data set [test; all images if it has no splits]"
+    )
+    add("--overlays", action="store_true", help="also draw the masks: NAME_overlay.png")
+    add("--skip-existing", action="store_true", help="continue an earlier call with this --out")
+    add("-h", "--help", action="help", help="show this help and exit")
 
 
-# --- inputs and outputs --------------------------------------------------------------------------
+def add_model_options(add: Callable) -> None:
+    """Add the options of the model and its prompts."""
+    add(
+        "--model",
+        metavar="NAME",
+        choices=sorted(FAMILIES),
+        help=f"{', '.join(sorted(FAMILIES))} [run]",
+    )
+    add("--boxes", metavar="FILE", help="SAM: CSV or JSON file of boxes [a box around each image]")
+    add("--points", metavar="FILE", help="SAM: CSV or JSON file of points, alone or with --boxes")
+    add("--clip", metavar="FILE", help="CLIP ViT-B/16 for CLIPSeg's --weights rd64-uni-refined.pth")
+    add(
+        "--decoder",
+        metavar="SOURCE",
+        help="CLIPSeg with the decoder, if --weights are BiomedCLIP alone (biomedclipseg)",
+    )
+    add("--device", metavar="NAME", default="auto", help="auto, cpu, cuda, cuda:1, mps [auto]")
 
 
-def list_cases(args, run: dict, reads: bool) -> list[tuple[str, Path, str]]:
+def add_file_options(add: Callable) -> None:
+    """Add the options of the files that are written."""
+    add(
+        "--probabilities",
+        action="store_true",
+        help="also NAME_probability: 16-bit PNG (value / 65535), or float32 NIfTI; of several "
+        "classes the highest, without the background",
+    )
+    add(
+        "--mask-threshold",
+        metavar="N",
+        type=GREY_LEVEL,
+        help="overlays of a data set: foreground of its masks is above this value [run]",
+    )
+
+
+def add_volume_options(add: Callable) -> None:
+    """Add the options that only models of volumes take."""
+    add(
+        "--largest-component",
+        action="store_true",
+        help="keep only the largest connected component of each class",
+    )
+    add(
+        "--organ-rules",
+        action="store_true",
+        help="keep what anatomy allows: one piece per organ, tumours within organs (overlapping "
+        "classes)",
+    )
+    add("--classes", metavar="NAME", nargs="+", help="Universal Model: predict only these classes")
+    add(
+        "--overlap",
+        metavar="X",
+        type=Number(at_least=0, below=1),
+        help="overlap of neighbouring windows, as a share [run]",
+    )
+    add(
+        "--window-batch",
+        metavar="N",
+        type=POSITIVE,
+        help="windows that are predicted at once; fewer need less memory [recipe]",
+    )
+
+
+def main() -> int:
+    """Run the command line. Return the exit status."""
+    args = parse()
+    advice = f"the files in {args.out} are whole; the same command with --skip-existing continues"
+    with atomic_files.claim(Path(args.out)), command_line.recovery_advice(lambda: advice):
+        return predict_inputs(args)
+
+
+# Errors about options that are for other models; the groups are those of recipes/base.py.
+REFUSED_HERE = {
+    TEXT_OPTIONS: "--prompt: this model reads no text",
+    BOX_OPTIONS: "--boxes, --points: this model takes no boxes or points, only SAM does",
+    IMAGE_OPTIONS: "{flag}: is for images; this model takes volumes",
+    VOLUME_OPTIONS: "{flag}: is for volumes; this model takes images",
+}
+
+
+def predict_inputs(args) -> int:
+    """Predict all inputs into --out, which no other process writes to. Return the exit status."""
+    run = read_run(args.weights)
+    name = args.model or run.get("model") or model_for_volumes(args)
+    if name not in FAMILIES:
+        raise ValueError(f"{args.weights}: is a run of {name}, no model that this version has")
+    family = FAMILIES[name]
+    second = second_file(name, args.clip, args.decoder)
+    check_split(args)
+    family.check_given(vars(args), "this model", REFUSED_HERE)
+
+    predict = predict_volumes if family.takes == "volumes" else predict_images
+    with nifti.notices.together():
+        return predict(family, run, second, args)
+
+
+def model_for_volumes(args) -> str:
+    """Return the first model for volumes, if all inputs are NIfTI files.
+
+    Raises ValueError, one line, for other inputs: they do not decide the model.
+    """
+    paths = [Path(path) for path in args.inputs]
+    for path in paths:
+        foreign = nifti.other_volume_format(path)
+        if foreign and path.suffix.lower() not in layouts.ENDINGS:
+            raise ValueError(foreign)
+    if not all(layouts.is_volume(path) for path in paths):
+        raise ValueError(f"--model is missing: {args.weights} is not a run folder that names it")
+    return next(name for name, family in FAMILIES.items() if family.takes == "volumes")
+
+
+def check_split(args) -> None:
+    """Raise ValueError, one line, if --split is used and no input is a data set."""
+    if args.split is None:
+        return
+    if not any(layouts.splits(Path(path)) for path in args.inputs):
+        raise ValueError("--split: none of the inputs is a data set; remove it")
+
+
+# --- inputs --------------------------------------------------------------------------------------
+
+
+def list_cases(args, run: dict, reads_text: bool) -> list[tuple[str, Path, str]]:
     """Return (name, image file, text) of all images, and print how many each folder has.
 
-    reads: the model takes a text. Raises FileNotFoundError or ValueError, one line, for inputs that
-    do not exist or options that do not fit.
+    Raises FileNotFoundError or ValueError, one line, for inputs that do not exist or options that
+    do not fit.
     """
     cases = []
-    for place in map(Path, args.inputs):
-        if layouts.splits(place):
-            cases += cases_of_data_set(place, args, run, reads)
+    for path in map(Path, args.inputs):
+        if layouts.splits(path):
+            cases += cases_of_data_set(path, args, run, reads_text)
             continue
-        if reads and (args.prompt is None or layouts.is_prompt_type(args.prompt)):
-            check_exists(place, "image")
+        if reads_text and (args.prompt is None or layouts.is_prompt_type(args.prompt)):
+            check_exists(path, "image")
             raise ValueError(
-                f'{place}: images need --prompt "a text"; prompt types belong to data sets'
+                f'{path}: images need --prompt "a text"; prompt types belong to data sets'
             )
-        for file, folder in input_files(place, "image", args):
+        for file, folder in input_files(path, "image", args):
             name = file.relative_to(folder).with_suffix("")
             cases.append((name.as_posix(), file, args.prompt or ""))
     return cases
 
 
-def cases_of_data_set(place: Path, args, run: dict, reads: bool) -> list[tuple[str, Path, str]]:
+def cases_of_data_set(path: Path, args, run: dict, reads_text: bool) -> list[tuple[str, Path, str]]:
     """Return (name, image file, text) of the images of a data set; arguments of `list_cases`."""
-    kind = args.prompt
-    if kind is None:
-        kind = run.get("options", {}).get("prompt") if reads else ""
-    if kind is None:
-        raise ValueError(f"{place}: --prompt is missing: a prompt type (p0…p9) or a text")
-    entries = entries_of(place, args, run)
-    return [(entry.name, entry.image, entry.text(kind)) for entry in entries]
+    prompt = args.prompt
+    if prompt is None:
+        prompt = run.get("options", {}).get("prompt") if reads_text else ""
+    if prompt is None:
+        raise ValueError(f"{path}: --prompt is missing: a prompt type (p0…p9) or a text")
+    entries = entries_of(path, args, run)
+    return [(entry.name, entry.image, entry.text(prompt)) for entry in entries]
 
 
-def entries_of(place: Path, args, run: dict) -> list[layouts.Entry]:
+def entries_of(path: Path, args, run: dict) -> list[layouts.Entry]:
     """Return the entries of a data set that are to be predicted, and print which these are.
 
-    Without --split the test split, or all images where nothing divides them. Raises as
-    `layouts.annotations` does.
+    Without --split they are those of the test split, or all images if the data set has no splits.
+    Raises as `layouts.annotations` does.
     """
-    if args.split is None and layouts.is_undivided(place):
-        entries = layouts.every_image(place)
-        print(f"{place}: all {len(entries)} images; --split test takes those of its test split")
+    if args.split is None and layouts.is_undivided(path):
+        entries = layouts.every_image(path)
+        print(f"{path}: all {len(entries)} images; --split test takes those of its test split")
         return entries
+
     split = args.split or "test"
-    folder = layouts.split_folder(place, split)
+    folder = layouts.split_folder(path, split)
     if folder is not None:  # its masks are not needed, and may not exist
-        entries = layouts.every_image(place, folder)
+        entries = layouts.every_image(path, folder)
     else:
-        entries = layouts.annotations(place, split, patients_of(run, args.inputs))
-    print(f"{place}: {len(entries)} cases of its split {split}")
+        entries = layouts.annotations(path, split, patients_of(run, args.inputs))
+    print(f"{path}: {len(entries)} cases of its split {split}")
     return entries
 
 
-def check_exists(place: Path, noun: str) -> None:
+def check_exists(path: Path, noun: str) -> None:
     """Raise FileNotFoundError or ValueError, one line, unless an input is a file or a folder."""
-    if not place.exists():
-        raise FileNotFoundError(f"{place}: no such {noun} or folder")
-    if not place.is_file() and not place.is_dir():
-        raise ValueError(f"{place}: is neither a file nor a folder")
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such {noun} or folder")
+    if not path.is_file() and not path.is_dir():
+        raise ValueError(f"{path}: is neither a file nor a folder")
 
 
-def input_files(place: Path, noun: str, args) -> list[tuple[Path, Path]]:
+def input_files(path: Path, noun: str, args) -> list[tuple[Path, Path]]:
     """Return (file, folder that its name is relative to) of an input, a file or a folder.
 
-    noun: "image" or "volume". Of a folder the images or volumes in it and in its sub-folders, but
-    --out, and their number is printed. Raises FileNotFoundError or ValueError, one line.
+    noun: "image" or "volume". For a folder these are the images or volumes in it and its
+    sub-folders, without --out, and their number is printed. Raises FileNotFoundError or ValueError,
+    one line.
     """
-    check_exists(place, noun)
-    if place.is_file():
-        return [(place, place.parent)]
+    check_exists(path, noun)
+    if path.is_file():
+        return [(path, path.parent)]
+
     out = Path(args.out)
-    if out.resolve() == place.resolve():
-        raise ValueError(f"{place}: is an input and --out; choose another --out")
-    listed = layouts.list_files(place, noun, without=out)
-    print(f"{place}: {len(listed)} {noun} files")
-    return [(file, place) for file in listed]
+    if out.resolve() == path.resolve():
+        raise ValueError(f"{path}: is an input and --out; choose another --out")
+    listed = layouts.list_files(path, noun, without=out)
+    print(f"{path}: {len(listed)} {noun} files")
+    return [(file, path) for file in listed]
 
 
-def check_split(args) -> None:
-    """Raise ValueError, one line, if --split is given and no input is a data set."""
-    if args.split is not None and not any(layouts.splits(Path(place)) for place in args.inputs):
-        raise ValueError("--split: none of the inputs is a data set; remove it")
-
-
-def outputs(name: str, args) -> dict[str, Path]:
-    """Return the files that one case becomes, by kind. The mask is written last."""
-    kinds = {"probability": "_probability", "overlay": "_overlay", "mask": ""}
-    wanted = {"mask": True, "probability": args.probabilities, "overlay": args.overlays}
-    return {
-        kind: Path(args.out) / f"{name}{end}.png" for kind, end in kinds.items() if wanted[kind]
-    }
-
-
-def case_outputs(cases, args) -> list[Path]:
-    """Return the files of all cases."""
-    files = []
-    for name, _, _ in cases:
-        files += outputs(name, args).values()
-    return files
+# --- outputs -------------------------------------------------------------------------------------
 
 
 LONGEST_NAME = 245  # bytes of an output's name: temporary names have 10 more, and 255 is the limit
 
 
 def check_outputs(paths: list[Path], out: Path, may_exist: bool = False) -> None:
-    """Raise ValueError unless all files are new, different and inside the folder `out`.
+    """Raise ValueError, one line, unless all files are new, different and inside the folder `out`.
 
     Links are followed, as writing would do. may_exist: files may exist already (--skip-existing).
     Called before anything is written.
     """
     folder = out.resolve()
-    targets = {}  # where a file really goes -> the file
+    targets = {}  # the file behind all links -> path
     for path in paths:
         target = path.resolve()
         if not target.is_relative_to(folder):
             raise ValueError(f"{path}: lies outside --out {out} (at {target}); nothing was written")
         if os.path.lexists(path) and not (may_exist and path.is_file()):
-            hint = "" if may_exist else ", or continue an earlier call with --skip-existing"
+            advice = "" if may_exist else ", or continue an earlier call with --skip-existing"
             raise ValueError(
-                f"{path} exists already and is not overwritten; choose another --out{hint}"
+                f"{path} exists already and is not overwritten; choose another --out{advice}"
             )
         if target in targets:
             raise ValueError(
@@ -257,18 +324,28 @@ def check_outputs(paths: list[Path], out: Path, may_exist: bool = False) -> None
         if len(os.fsencode(path.name)) > LONGEST_NAME:
             raise ValueError(f"{path}: the name is too long for a file; rename the input")
 
-    for parent in {path.parent for path in paths}:
-        place = next(place for place in (parent, *parent.parents) if os.path.lexists(place))
-        if not place.is_dir():
-            raise ValueError(f"{place}: is no folder, so nothing can be written below it")
+    check_parents(targets)
+
+
+def check_parents(targets: dict[Path, Path]) -> None:
+    """Raise ValueError, one line, if a file is in the way of the folder of another file.
+
+    targets: file behind all links -> path.
+    """
+    for folder in {path.parent for path in targets.values()}:
+        ancestors = (folder, *folder.parents)
+        nearest = next(path for path in ancestors if os.path.lexists(path))
+        if not nearest.is_dir():
+            raise ValueError(f"{nearest}: is no folder, so nothing can be written below it")
+
     for target, path in targets.items():
-        blocking = next((parent for parent in target.parents if parent in targets), None)
-        if blocking is not None:
-            raise ValueError(f"{path}: {targets[blocking]} would be a file and a folder")
+        for parent in target.parents:
+            if parent in targets:
+                raise ValueError(f"{path}: {targets[parent]} would be a file and a folder")
 
 
 def save_shared(path: Path, content: dict | Image.Image) -> None:
-    """Write a file that belongs to all cases of a call: names of classes, or the legend."""
+    """Write a file that belongs to all cases of a call: the names of classes, or the legend."""
     if isinstance(content, dict):
         tables.write_json(path, content)
     else:
@@ -286,42 +363,46 @@ def has_content(path: Path, content: dict | Image.Image) -> bool:
 
 
 def one_line(error: Exception, name: str) -> str:
-    """Return an error about a case as a line in which its name occurs."""
+    """Return an error about a case as one line that contains the case's name."""
     line = " ".join(str(error).split())
     return line if Path(name).name in line else f"{name}: {line}"
 
 
 class Batch:
-    """The files of one call: what exists already, what is written, which inputs are bad.
+    """The files of one call: those that exist, those to write, and the inputs that failed.
 
-    A bad input does not end the call. It is noted, and all of them are listed at the end.
+    An input that fails does not end the call; all of them are listed at the end.
     """
 
-    LISTED = 20  # bad inputs that are named at the end
+    LISTED = 20  # failed inputs that are listed at the end
 
     def __init__(self, args, unit: str, cases: dict[str, dict[str, Path]], shared: dict):
-        """unit: "image" or "volume". cases: name -> the case's files by kind, in the order in which
-        they are written. shared: file -> content of what belongs to all cases.
+        """Check all files before anything is written.
 
-        Raises ValueError, one line, if a file cannot be written, before anything is.
+        unit: "image" or "volume". cases: name -> the case's files by kind, in the order in which
+        they are written. shared: file -> content, for files that belong to all cases. Raises
+        ValueError, one line, if a file cannot be written.
         """
         self.out = Path(args.out)
         self.unit = unit
         self.cases = cases
         self.shared = shared
-        self.bad = []  # a line for each input that could not be predicted
+        self.failed = []  # a line for each input that could not be predicted
         self.written = 0
 
         if not cases:
             raise ValueError(f"the inputs hold no {unit}s, so there is nothing to predict")
-        case_files = [path for paths in cases.values() for path in paths.values()]
-        check_outputs([*shared, *case_files], self.out, args.skip_existing)
+        paths = [*shared]
+        for case_files in cases.values():
+            paths += case_files.values()
+        check_outputs(paths, self.out, args.skip_existing)
         for path, content in shared.items():
             if path.exists() and not has_content(path, content):
                 raise ValueError(f"{path}: is of other classes; choose another --out")
-        self.finished = set()  # names of cases that an earlier call has predicted
-        for name, paths in cases.items():
-            if all(path.exists() for path in paths.values()):
+
+        self.finished = set()  # names of the cases that an earlier call has predicted
+        for name, case_files in cases.items():
+            if all(path.exists() for path in case_files.values()):
                 self.finished.add(name)
         if self.finished:
             count = f"{len(self.finished)} of {len(cases)} {unit}s"
@@ -330,26 +411,27 @@ class Batch:
     def run(self, predict_case: Callable) -> int:
         """Predict all cases that are not finished and write their files. Return the exit status.
 
-        predict_case: name of a case -> {kind: function that writes the file of this name}; what it
-        raises about an input is noted. Raises OSError, one line, if a file cannot be written, and
-        ValueError, one line, if no input could be predicted.
+        predict_case: name of a case -> {kind: function that writes the file of this kind}; its
+        errors about an input are collected. Raises OSError, one line, if a file cannot be written,
+        and ValueError, one line, if no input could be predicted.
         """
-        todo = [name for name in self.cases if name not in self.finished]
-        for name in tqdm(todo, desc="predict", unit=self.unit, disable=None):
+        remaining = [name for name in self.cases if name not in self.finished]
+        for name in tqdm(remaining, desc="predict", unit=self.unit, disable=None):
             try:
                 writers = predict_case(name)
             except (ValueError, OSError) as error:
-                self.bad.append(one_line(error, name))
+                self.failed.append(one_line(error, name))
                 continue
             except (MemoryError, RuntimeError) as error:
                 if not command_line.is_out_of_memory(error):
                     raise
-                self.bad.append(f"{name}: does not fit into memory")
+                self.failed.append(f"{name}: does not fit into memory")
                 continue
+
             self.write_shared()
             for kind, path in self.cases[name].items():
                 self.write(path, writers[kind])
-            del writers  # of volumes gigabytes
+            del writers  # gigabytes for volumes
             self.written += 1
         return self.conclude()
 
@@ -359,7 +441,7 @@ class Batch:
             self.write(path, partial(save_shared, content=content))
 
     def write(self, path: Path, save: Callable) -> None:
-        """Write a file with save(path), unless a call that was killed has written it."""
+        """Write a file with save(path), unless an earlier call has written it."""
         if path.exists():
             return
         try:
@@ -369,134 +451,128 @@ class Batch:
         except OSError as error:
             if error.errno == errno.ENOSPC:  # the line about a full disk names the file
                 raise OSError(error.errno, error.strerror, str(path)) from None
-            reason = error.strerror or error
-            hint = "the finished files are whole; mend this, then continue with --skip-existing"
-            raise OSError(f"{path}: cannot be written ({reason}); {hint}") from None
+            raise OSError(
+                f"{path}: cannot be written ({error.strerror or error}); the finished files are "
+                "whole; correct this, then continue with --skip-existing"
+            ) from None
 
     def conclude(self) -> int:
-        """Say what was written, list the bad inputs, and return the exit status."""
-        if len(self.bad) == len(self.cases):
-            first = self.bad[0]
-            if len(self.bad) == 1:
+        """Print what was written, list the failed inputs, and return the exit status."""
+        if len(self.failed) == len(self.cases):
+            first = self.failed[0]
+            if len(self.failed) == 1:
                 raise ValueError(first)
-            raise ValueError(f"none of {len(self.bad)} {self.unit}s could be predicted; {first}")
+            raise ValueError(f"none of {len(self.failed)} {self.unit}s could be predicted; {first}")
+
         self.write_shared()
         masks = {"image": "masks", "volume": "volumes"}[self.unit]
         print(f"{self.written} {masks} in {self.out}", flush=True)
-        if not self.bad:
+        if not self.failed:
             return 0
 
-        count = f"{len(self.bad)} of {len(self.cases)} {self.unit}s"
-        hint = "correct or remove them, then continue with --skip-existing"
-        print(f"error: {count} could not be predicted; {hint}", file=sys.stderr)
-        for line in self.bad[: self.LISTED]:
+        print(
+            f"error: {len(self.failed)} of {len(self.cases)} {self.unit}s could not be predicted; "
+            "correct or remove them, then continue with --skip-existing",
+            file=sys.stderr,
+        )
+        for line in self.failed[: self.LISTED]:
             print(f"  {line}", file=sys.stderr)
-        if len(self.bad) > self.LISTED:
-            print(f"  and {len(self.bad) - self.LISTED} more", file=sys.stderr)
+        if len(self.failed) > self.LISTED:
+            print(f"  and {len(self.failed) - self.LISTED} more", file=sys.stderr)
         return 1
-
-
-# What an error says of options that are for other models; groups as in recipes/base.py.
-REFUSED_HERE = {
-    TEXT_OPTIONS: "--prompt: this model reads no text",
-    BOX_OPTIONS: "--boxes, --points: this model takes no boxes or points, only SAM does",
-    IMAGE_OPTIONS: "{flag}: of images; this model takes volumes",
-    VOLUME_OPTIONS: "{flag}: of volumes; this model takes images",
-}
 
 
 # --- images --------------------------------------------------------------------------------------
 
 
-def model_of(args) -> str:
-    """The model that NIfTI files alone tell, the first of volumes. ValueError: others tell none."""
-    for place in map(Path, args.inputs):
-        foreign = nifti.other_volume_format(place)
-        if foreign and place.suffix.lower() not in layouts.ENDINGS:
-            raise ValueError(foreign)
-    if not all(layouts.is_volume(Path(place)) for place in args.inputs):
-        raise ValueError(f"--model is missing: {args.weights} is not a run folder that says it")
-    return next(name for name, family in FAMILIES.items() if family.takes == "volumes")
-
-
-def main() -> int:
-    args = parse()
-    safe = f"the files in {args.out} are whole; the same command with --skip-existing goes on"
-    with atomic_files.claim(Path(args.out)), command_line.way_on(lambda: safe):
-        return predict_inputs(args)
-
-
-def predict_inputs(args) -> int:
-    """Predict all inputs into --out, which no other process writes to. Return the exit status."""
-    run = read_run(args.weights)
-    name = args.model or run.get("model") or model_of(args)
-    if name not in FAMILIES:
-        raise ValueError(f"{args.weights}: is a run of {name}, no model that this version has")
-    family = FAMILIES[name]
-    second = second_file(name, args.clip, args.decoder)
-    check_split(args)
-    family.check_given(vars(args), "this model", REFUSED_HERE)
-    predict = {"images": predict_images, "volumes": predict_volumes}[family.takes]
-    with nifti.notices.together():
-        return predict(family, run, second, args)
-
-
 def predict_images(family, run: dict, second: dict, args) -> int:
-    """Write the files of all images; of several classes also their names and colours.
+    """Predict all images. Return the exit status.
 
-    second: the argument of from_pretrained that --clip or --decoder is.
+    With several classes their names and colours are written, too. second: the argument of
+    from_pretrained that --clip or --decoder is.
     """
-    reads = family.reads_text()
-    cases = list_cases(args, run, reads)
-    check_outputs(case_outputs(cases, args), Path(args.out), args.skip_existing)
+    cases = list_cases(args, run, family.reads_text())
+    outputs = {}
+    paths = []
+    for name, _, _ in cases:
+        outputs[name] = image_outputs(name, args)
+        paths += outputs[name].values()
+    check_outputs(paths, Path(args.out), args.skip_existing)  # before the model is loaded
     truths = ground_truths(args, run)
     predictor = ImagePredictor(cases, family, run, second, args, truths)
 
     shared = {}
     if len(predictor.classes) > 1:
-        legend = pictures.legend(predictor.classes[1:])
-        names = dict(enumerate(predictor.classes))
-        shared = {Path(args.out) / "legend.png": legend, Path(args.out) / "classes.json": names}
-    batch = Batch(args, "image", {name: outputs(name, args) for name, _, _ in cases}, shared)
-    cuts = describe_cuts({prompt for _, _, prompt in cases}, predictor.recipe.tokenizer)
-    if cuts:
-        print(f"prompts: {cuts}")
+        shared[Path(args.out) / "legend.png"] = pictures.legend(predictor.classes[1:])
+        shared[Path(args.out) / "classes.json"] = dict(enumerate(predictor.classes))
+    batch = Batch(args, "image", outputs, shared)
+    prompts = {prompt for _, _, prompt in cases}
+    cut_prompts = describe_cuts(prompts, predictor.recipe.tokenizer)
+    if cut_prompts:
+        print(f"prompts: {cut_prompts}")
+
     status = batch.run(predictor.predict)
     predictor.say_how_images_were_read()
     return status
 
 
-def ground_truths(args, run: dict) -> dict[str, tuple]:
-    """Return {name of a case: (entry, threshold of its mask)} for overlays of data sets.
+def image_outputs(name: str, args) -> dict[str, Path]:
+    """Return the files of one image by kind. The mask is written last."""
+    endings = {}
+    if args.probabilities:
+        endings["probability"] = "_probability.png"
+    if args.overlays:
+        endings["overlay"] = "_overlay.png"
+    endings["mask"] = ".png"
+    return {kind: Path(args.out) / f"{name}{ending}" for kind, ending in endings.items()}
 
-    Only of masks that exist. They are read as in the run; one that cannot be read has no say in
-    how, and fails when it is drawn. Raises ValueError, one line, if the masks do not fit together,
-    or if --mask-threshold has no effect.
+
+def ground_truths(args, run: dict) -> dict[str, tuple]:
+    """Return {name of a case: (entry, threshold of its mask)} for the overlays of data sets.
+
+    Only masks that exist are included. They are read as in the run. A mask that cannot be read does
+    not influence how the others are read, and fails when it is drawn. Raises ValueError, one line,
+    if the masks do not fit together, or if --mask-threshold has no effect.
     """
     truths = {}
     reading = data.MaskReading(args.mask_threshold, run.get("masks", {}))
     orientation = run.get("options", {}).get("mask_orientation")
-    for place in map(Path, args.inputs):
-        if not args.overlays or not layouts.splits(place):
+    for path in map(Path, args.inputs):
+        if not args.overlays or not layouts.splits(path):
             continue
-        with redirect_stdout(io.StringIO()):  # what it prints was printed by list_cases
-            entries = entries_of(place, args, run)
+        with redirect_stdout(io.StringIO()):  # its notes were printed by list_cases
+            entries = entries_of(path, args, run)
         entries = [entry for entry in entries if entry.mask.is_file()]
         entries = data.with_mask_orientation(entries, orientation)
-        truths |= {entry.name: (entry, 0) for entry in entries}
-        with ThreadPoolExecutor() as pool:
-            counts = [*pool.map(count_mask, entries)]
-        entries = [entry for entry, count in zip(entries, counts, strict=True) if count is not None]
-        if entries:
-            counts = np.concatenate([count for count in counts if count is not None])  # (n,3,256)
-            (rule,) = data.decide_rules(entries, counts, reading).values()
-            thresholds = data.mask_thresholds(entries, counts[:, 0], rule)
-            pairs = zip(entries, thresholds.tolist(), strict=True)
-            truths |= {entry.name: (entry, threshold) for entry, threshold in pairs}
+        truths |= with_thresholds(entries, reading)
 
     if args.mask_threshold is not None and not truths:
-        need = "--overlays and a data set with masks"
-        raise ValueError(f"--mask-threshold has no effect without {need}; remove it")
+        raise ValueError(
+            "--mask-threshold has no effect without --overlays and a data set with masks; remove it"
+        )
+    return truths
+
+
+def with_thresholds(entries: list, reading: data.MaskReading) -> dict[str, tuple]:
+    """Return {name: (entry, threshold of its mask)} of the entries of a data set."""
+    truths = {entry.name: (entry, 0) for entry in entries}
+    with ThreadPoolExecutor() as pool:
+        all_counts = [*pool.map(count_mask, entries)]
+
+    readable = []
+    counts = []
+    for entry, count in zip(entries, all_counts, strict=True):
+        if count is not None:
+            readable.append(entry)
+            counts.append(count)
+    if not readable:
+        return truths
+
+    counts = np.concatenate(counts)  # (n,3,256)
+    (rule,) = data.decide_rules(readable, counts, reading).values()
+    thresholds = data.mask_thresholds(readable, counts[:, 0], rule)
+    for entry, threshold in zip(readable, thresholds.tolist(), strict=True):
+        truths[entry.name] = (entry, threshold)
     return truths
 
 
@@ -511,44 +587,53 @@ def count_mask(entry) -> np.ndarray | None:
 def truth_of(truth: tuple | None, n: int) -> np.ndarray | None:
     """Return the ground truth, bool (n,H,W), of an item of `ground_truths`.
 
-    None without one, or if it has another number of classes than the n of the prediction.
+    None if there is none, or if it has another number of classes than the n of the prediction.
     """
     if truth is None or len(layouts.foreground(truth[0].classes)) != n:
         return None
-    return each_is(data.read_truth(*truth), range(1, n + 1))
+    return each_is(data.read_truth(*truth), range(1, n + 1))  # (n,H,W)
 
 
 def draw_pictures(probabilities, config, image, args, truth=None, prompts=()) -> dict:
-    """Return the pictures of an image that are wanted, by the names in `outputs`.
+    """Return the pictures of an image by the kinds of `image_outputs`.
 
-    probabilities: float32 (K,H,W), of several classes the background first. image: uint8 (H,W,3).
-    For the overlay: truth, an item of `ground_truths`; prompts, as for `pictures.draw_prompts`.
+    probabilities: float32 (K,H,W), background first if there are several classes. image: uint8
+    (H,W,3). For the overlay: truth, an item of `ground_truths`; prompts, as for
+    `pictures.draw_prompts`.
     """
     masks = to_masks(probabilities, config)  # (K,H,W)
-    k = len(probabilities)
-    if k == 1:
-        made = {"mask": Image.fromarray(masks[0].astype(np.uint8) * 255)}
+    K = len(probabilities)
+    drawn = {}
+    if K == 1:
+        drawn["mask"] = Image.fromarray(masks[0].astype(np.uint8) * 255)
     else:
-        made = {"mask": pictures.class_map(masks.argmax(0).astype(np.uint8), k)}
+        drawn["mask"] = pictures.class_map(masks.argmax(0).astype(np.uint8), K)
+
+    first = 1 if K > 1 else 0  # without the background
     if args.probabilities:
-        highest = probabilities[1 if k > 1 else 0 :].max(0)  # (H,W)
+        highest = probabilities[first:].max(0)  # (H,W)
         sixteen_bits = (highest * 65535).round().astype(np.uint16)
-        made["probability"] = Image.fromarray(sixteen_bits)
+        drawn["probability"] = Image.fromarray(sixteen_bits)
     if args.overlays:
-        shown = masks[-max(1, k - 1) :]
-        made["overlay"] = pictures.overlay(image, truth_of(truth, len(shown)), shown)
-        pictures.draw_prompts(made["overlay"], prompts)
-    return made
+        foreground = masks[first:]
+        drawn["overlay"] = pictures.overlay(image, truth_of(truth, len(foreground)), foreground)
+        pictures.draw_prompts(drawn["overlay"], prompts)
+    return drawn
 
 
 class ImagePredictor:
-    """A model with all that predicts the images of one call."""
+    """A model with everything needed to predict the images of one call."""
 
     def __init__(self, cases: list, family, run: dict, second: dict, args, truths: dict):
-        """cases: of `list_cases`. second: as for `predict_images`. truths: of `ground_truths`."""
+        """Load the model.
+
+        cases: of `list_cases`. second: as for `predict_images`. truths: of `ground_truths`.
+        """
         device = pick_device(args.device)
         protocol = family.protocols["default"]
-        overrides = second if args.threshold is None else second | {"threshold": args.threshold}
+        overrides = dict(second)
+        if args.threshold is not None:
+            overrides["threshold"] = args.threshold
         model = family.load_model(args.weights, None, protocol, overrides)
         self.model = model.eval().to(device)
         self.recipe = family.recipe(self.model, protocol)
@@ -560,32 +645,41 @@ class ImagePredictor:
         self.damaged_exif = []  # files
 
         count = num_classes(self.model)
-        self.ask, classes = family.ask_in_prediction(self.recipe, cases, run.get("classes"), args)
-        self.classes = tuple(classes or [f"class {number}" for number in range(count)])
+        self.make_prompts, classes = family.ask_in_prediction(
+            self.recipe, cases, run.get("classes"), args
+        )
+        self.classes = tuple(classes or [f"class {index}" for index in range(count)])
         check_threshold(count, args.threshold)
         n = len(layouts.foreground(self.classes))
         if any(len(layouts.foreground(entry.classes)) != n for entry, _ in truths.values()):
-            print("--overlays: a ground truth of other classes than the model's is not drawn")
+            print("--overlays: the ground truth has other classes than the model and is not drawn")
 
     def predict(self, name: str) -> dict[str, Callable]:
-        """Return functions that write the files of a case, by the kinds of `outputs`.
+        """Return functions that write the files of a case, by the kinds of `image_outputs`.
 
-        Raises OSError or ValueError, one line, for an input that is not readable.
+        Raises OSError or ValueError, one line, for an input that cannot be read.
         """
         file, prompt = self.cases[name]
         image, has_non_finite = image_files.load_image(file)  # (H,W,3)
-        pixels = image_files.pseudocolor(image, self.colours).transpose(2, 0, 1).copy()
-        sample = {"image": torch.from_numpy(pixels), "prompt": prompt, "name": name}
-        sample |= {"file": file, "size": image.shape[:2], "classes": self.classes}
-        sample |= {"group": None, "dataset": ""}
+        pixels = image_files.pseudocolor(image, self.colours).transpose(2, 0, 1).copy()  # (3,H,W)
+        sample = {
+            "image": torch.from_numpy(pixels),
+            "prompt": prompt,
+            "name": name,
+            "file": file,
+            "size": image.shape[:2],
+            "classes": self.classes,
+            "group": None,
+            "dataset": "",
+        }
         item = self.recipe.inputs(sample, train=False, rng=None)
-        item |= self.ask(sample)
+        item |= self.make_prompts(sample)
         with torch.no_grad():
             probabilities = self.recipe.predict(self.model, item)[0].cpu().numpy()  # (K,H,W)
-        drawn = draw_pictures(
-            probabilities, self.model.config, image, self.args, self.truths.get(name),
-            item.get("shown", ()),
-        )  # fmt: skip
+
+        truth = self.truths.get(name)
+        prompts = item.get("shown", ())
+        drawn = draw_pictures(probabilities, self.model.config, image, self.args, truth, prompts)
         if has_non_finite:
             self.non_finite.append(file)
         if image_files.has_damaged_exif(file):
@@ -593,7 +687,7 @@ class ImagePredictor:
         return {kind: partial(pictures.save_picture, picture=drawn[kind]) for kind in drawn}
 
     def say_how_images_were_read(self) -> None:
-        """Print which images hold NaN or infinite pixels, and which damaged EXIF data."""
+        """Print which images hold NaN or infinite pixels, and which have damaged EXIF data."""
         if self.non_finite:
             print(data.non_finite_line(self.non_finite))
         if self.damaged_exif:
@@ -603,65 +697,99 @@ class ImagePredictor:
 # --- volumes -------------------------------------------------------------------------------------
 
 
+def predict_volumes(family, run: dict, second: dict, args) -> int:
+    """Predict all volumes. Return the exit status.
+
+    second: {}, as models of volumes have one file of weights.
+    """
+    predictor = VolumePredictor(family, run, args)
+    config = predictor.config
+    cases = list_volumes(args, run, config.in_channels)
+
+    endings = class_endings(predictor.classes[1:]) if config.overlapping else [""]
+    shared = {}
+    if not config.overlapping:
+        names = dict(zip(predictor.labels, predictor.classes, strict=True))
+        shared[Path(args.out) / "classes.json"] = names
+    if args.overlays:
+        legend = pictures.legend(tuple(predictor.classes[1:]))
+        shared[Path(args.out) / "legend.png"] = legend
+    outputs = {name: volume_outputs(name, endings, args) for name in cases}
+    batch = Batch(args, "volume", outputs, shared)
+    return batch.run(lambda name: predictor.predict(cases[name]))
+
+
 def list_volumes(args, run: dict, channels: int) -> dict[str, list[Path]]:
     """Return {name: files of its channels} of all cases. A case's files lie in one folder.
 
     Raises FileNotFoundError or ValueError, one line.
     """
     cases = []
-    single = []  # files that are inputs themselves
-    for place in map(Path, sorted(args.inputs)):
-        place = unlabelled_test(place, args)
-        if layouts.splits(place):
-            entries = entries_of(place, args, run)
-            cases += [(entry.name, [entry.image, *entry.more]) for entry in entries]
-        elif place.is_file():
-            single.append(place)
+    single_files = []
+    for path in map(Path, sorted(args.inputs)):
+        path = unlabelled_test(path, args)
+        if layouts.splits(path):
+            for entry in entries_of(path, args, run):
+                cases.append((entry.name, [entry.image, *entry.more]))
+        elif path.is_file():
+            single_files.append(path)
         else:
-            folders = {}
-            for file, _ in input_files(place, "volume", args):
-                folders.setdefault(file.parent, []).append(file)
-            for folder, paths in folders.items():
-                path = folder.relative_to(place)
-                for name, channel_files in group_channels(paths, channels):
-                    cases.append(((path / name).as_posix(), channel_files))
-    cases += group_channels(single, channels)
+            cases += volumes_in_folder(path, args, channels)
+    cases += group_channels(single_files, channels)
 
-    names = [name for name, _ in cases]
-    if len({*names}) < len(names):
-        repeated = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{repeated}: two inputs have this name; predict them to two folders")
-    return dict(cases)
+    by_name = {}
+    for name, case_files in cases:
+        if name in by_name:
+            raise ValueError(f"{name}: two inputs have this name; predict them to two folders")
+        by_name[name] = case_files
+    return by_name
 
 
-def unlabelled_test(place: Path, args) -> Path:
-    """Return imagesTs/ of a data set whose test has no labels; any other input as it is."""
-    images = place / "imagesTs"
-    splits = layouts.splits(place)
-    is_test = args.split in (None, "test")
-    return images if is_test and splits and "test" not in splits and images.is_dir() else place
+def volumes_in_folder(root: Path, args, channels: int) -> list[tuple[str, list[Path]]]:
+    """Return (name, files of its channels) of the cases in a folder and its sub-folders."""
+    files_by_folder = {}
+    for file, _ in input_files(root, "volume", args):
+        files_by_folder.setdefault(file.parent, []).append(file)
+
+    cases = []
+    for folder, folder_files in files_by_folder.items():
+        for name, case_files in group_channels(folder_files, channels):
+            cases.append(((folder.relative_to(root) / name).as_posix(), case_files))
+    return cases
+
+
+def unlabelled_test(path: Path, args) -> Path:
+    """Return imagesTs/ of a data set whose test split has no labels; any other input as it is."""
+    images = path / "imagesTs"
+    splits = layouts.splits(path)
+    wants_test = args.split in (None, "test")
+    has_unlabelled_test = bool(splits) and "test" not in splits and images.is_dir()
+    return images if wants_test and has_unlabelled_test else path
 
 
 def group_channels(listed: list[Path], channels: int) -> list[tuple[str, list[Path]]]:
     """Return (name, files of its channels) of the cases among the files of a folder.
 
-    channels: the model's. Raises ValueError, one line, if two cases have one name.
+    channels: the model's. Raises ValueError, one line, if two cases have the same name.
     """
-    whole = []
+    complete = []  # files with all channels
     for file in listed:
         count = channels_in(file)
         if count == channels or (count is None and channels == 1):
-            whole.append(file)
-    # patient_0001, patient_0002 are no channels; _0000 of all is nnU-Net's ending
-    stems = [layouts.without_ending(file) for file in whole]
-    end = "_0000" if all(stem.endswith("_0000") for stem in stems) else ""
-    cases = [(stem.removesuffix(end), [file]) for stem, file in zip(stems, whole, strict=True)]
-    parts = sorted({*listed} - {*whole})
-    return cases + [*layouts.channels_of(parts).items()]
+            complete.append(file)
+
+    # patient_0001 and patient_0002 are two cases. _0000 is nnU-Net's ending if all files have it.
+    stems = [layouts.without_ending(file) for file in complete]
+    ending = "_0000" if all(stem.endswith("_0000") for stem in stems) else ""
+    cases = []
+    for stem, file in zip(stems, complete, strict=True):
+        cases.append((stem.removesuffix(ending), [file]))
+    single_channels = sorted({*listed} - {*complete})
+    return cases + [*layouts.channels_of(single_channels).items()]
 
 
 def channels_in(file: Path) -> int | None:
-    """Return how many channels a file has; None if it cannot be read, as predicting it will say."""
+    """Return how many channels a file has; None if it cannot be read, which fails later."""
     try:
         return nifti.read_grid(file).channels
     except (ValueError, OSError):
@@ -669,160 +797,167 @@ def channels_in(file: Path) -> int | None:
 
 
 def class_endings(classes: list[str]) -> list[str]:
-    """Return what the names of the classes' files end in, "_right_kidney" for "right kidney".
+    """Return the endings of the classes' file names, "_right_kidney" for "right kidney".
 
-    Signs stay, such as those of ER+ and ER-, but for those that a file system may refuse. Names
-    that would be the same, or differ by letter case alone, get the class's number, and that is
-    printed.
+    Characters that a file system may refuse become "_"; others, such as those of ER+ and ER-, stay.
+    If an ending equals an earlier one, or differs only in case, the index of the class is added,
+    and that is printed.
     """
+    refused = r'[\s/\\<>:"|?*_\x00-\x1f\x7f-\x9f]+'
     endings = []
-    for number, name in enumerate(classes, 1):
-        refused = r'[\s/\\<>:"|?*_\x00-\x1f\x7f-\x9f]+'
+    folded = set()
+    for index, name in enumerate(classes, 1):
         ending = re.sub(refused, "_", f"_{name}")
-        while ending.casefold() in {other.casefold() for other in endings}:
-            ending += f"_{number}"
+        while ending.casefold() in folded:
+            ending += f"_{index}"
             print(f"class {name}: its files are named NAME{ending}, as another class has its name")
         endings.append(ending)
+        folded.add(ending.casefold())
     return endings
 
 
-def volume_outputs(name: str, parts: list[str], args) -> dict[str, Path]:
-    """Return the files that one volume becomes, by kind. Its masks are written last.
-
-    parts: what the names of the masks end in.
-    """
-    kinds = {}
+def volume_outputs(name: str, class_endings: list[str], args) -> dict[str, Path]:
+    """Return the files of one volume by kind. Its masks are written last."""
+    endings = {}
     if args.probabilities:
-        kinds["probability"] = "_probability.nii.gz"
+        endings["probability"] = "_probability.nii.gz"
     if args.overlays:
-        kinds["overlay"] = "_overlay.png"
-    for n, part in enumerate(parts):
-        kinds[f"mask{n}"] = f"{part}.nii.gz"
-    return {kind: Path(args.out) / f"{name}{end}" for kind, end in kinds.items()}
-
-
-def volume_model(family, run: dict, args):
-    """The model and its recipe, as the run and the command line have them."""
-    trained = run.get("options", {}).get("overlap")
-    given = {"overlap": trained if args.overlap is None else args.overlap}
-    given |= {"window_batch": args.window_batch}
-    given = {key: value for key, value in given.items() if value is not None}
-    protocol = replace(family.protocols["default"], **given)
-    overrides = {} if args.threshold is None else {"threshold": args.threshold}
-    device = pick_device(args.device)
-    model = family.load_model(args.weights, None, protocol, overrides).eval().to(device)
-    return model, family.recipe(model, protocol)
-
-
-def predict_volumes(family, run: dict, second: dict, args) -> int:
-    """Write the label maps of all volumes, and the names of their numbers. Return the status.
-
-    second: {}, as models of volumes have one file of weights.
-    """
-    model, recipe = volume_model(family, run, args)
-    c = model.config
-    classes, numbers = class_names(c, run)
-    chosen = family.numbers_asked(model, classes, args.classes)
-    if chosen is not None:
-        classes = [classes[0], *(classes[k + 1] for k in chosen)]
-    if args.organ_rules:
-        check_rules(c, classes if c.classes or run.get("classes") else [], args)
-    check_threshold(1 if c.overlapping else c.num_classes, args.threshold)
-
-    cases = list_volumes(args, run, c.in_channels)
-    parts = class_endings(classes[1:]) if c.overlapping else [""]
-    shared = {}
-    if not c.overlapping:
-        shared[Path(args.out) / "classes.json"] = dict(zip(numbers, classes, strict=True))
-    if args.overlays:
-        shared[Path(args.out) / "legend.png"] = pictures.legend(tuple(classes[1:]))
-    outputs = {name: volume_outputs(name, parts, args) for name in cases}
-    batch = Batch(args, "volume", outputs, shared)
-
-    item = {} if chosen is None else {"asked": chosen}
-
-    def predict_case(name: str) -> dict[str, Callable]:
-        return predict_volume(model, recipe, cases[name], item, classes, numbers, args)
-
-    return batch.run(predict_case)
+        endings["overlay"] = "_overlay.png"
+    for i, class_ending in enumerate(class_endings):
+        endings[f"mask{i}"] = f"{class_ending}.nii.gz"
+    return {kind: Path(args.out) / f"{name}{ending}" for kind, ending in endings.items()}
 
 
 def class_names(config, run: dict) -> tuple[list[str], list[int]]:
-    """Names of a model's classes, background first, and their numbers in label maps."""
+    """Return the names of a model's classes, background first, and their values in label maps."""
     names = list(config.classes) or [f"class {k}" for k in range(config.num_classes)]
     names = run.get("classes") or names
     names = names if len(names) > 1 else ["background", *names]
-    numbers = None if config.overlapping else run.get("labels")
-    if numbers and max(numbers) > 255:  # label maps are of bytes
-        print(f"numbers of the training data go up to {max(numbers)}; written are 0, 1, 2, …")
-        numbers = None
-    return names, numbers or list(range(len(names)))
+
+    labels = None if config.overlapping else run.get("labels")
+    if labels and max(labels) > 255:  # label maps are uint8
+        print(f"numbers of the training data go up to {max(labels)}; written are 0, 1, 2, …")
+        labels = None
+    return names, labels or list(range(len(names)))
 
 
 def check_rules(config, classes: list[str], args) -> None:
-    """ValueError, one line, if no rule fits; what a rule needs and is not there is printed."""
+    """Raise ValueError, one line, if --organ-rules has no rule for a model's classes.
+
+    Classes that stay unchanged, since a rule needs an organ that is not predicted, are printed.
+    """
     if not config.overlapping:
-        told = "of classes that are found one by one; this model tells them apart"
-        raise ValueError(f"--organ-rules: {told}, take --largest-component")
+        raise ValueError(
+            "--organ-rules: needs a model with overlapping classes, which this one has not; "
+            "use --largest-component"
+        )
     if args.largest_component:
-        raise ValueError("--organ-rules knows what is one piece; drop --largest-component")
+        raise ValueError("--organ-rules decides what is one piece; remove --largest-component")
     if not organ_rules.ruled(classes[1:]):
-        told = ", ".join(classes[1:]) or "nothing names the model's classes"
-        raise ValueError(f"--organ-rules: none for these classes ({told}); drop it")
+        names = ", ".join(classes[1:]) or "nothing names the model's classes"
+        raise ValueError(f"--organ-rules: none for these classes ({names}); remove it")
     for name, needs in organ_rules.unruled(classes).items():
         print(f"--organ-rules: {name} stays as it is without {', '.join(needs)}")
 
 
-def predict_volume(model, recipe, paths, item: dict, classes, numbers, args) -> dict[str, Callable]:
-    """Return functions that write the files of one volume, by the kinds of `volume_outputs`.
+class VolumePredictor:
+    """A model with everything needed to predict the volumes of one call."""
 
-    paths: the files of its channels. item: what the recipe takes besides it. Raises OSError or
-    ValueError, one line, for an input that cannot be read or has other channels than the model.
-    """
-    c = model.config
-    channels = sum(nifti.read_grid(path).channels for path in paths)
-    nifti.check_channels(paths[0], channels, c.in_channels)
-    fill = volumes.fill_value(model.preprocess, c.in_channels)
-    image, grid = nifti.read_volume(paths, fill)  # (C,X,Y,Z)
-    if c.intensity:
-        volumes.say_if_not_hu(paths[0], volumes.hu_facts(image))
-    prepared, place = volumes.prepare_image(image, grid, c.spacing, model.preprocess)
-    with torch.no_grad():
-        item = item | {"image": prepared, "place": place}
-        probabilities = recipe.predict(model, item)[0]  # (K,X,Y,Z)
-    maps = label_maps(probabilities, c, classes, numbers, grid, args)  # (n,X,Y,Z)
+    def __init__(self, family, run: dict, args):
+        """Load the model, with the overlap and the classes of the command line or the run.
 
-    writers = {}
-    for n, labels in enumerate(maps):
-        writers[f"mask{n}"] = partial(nifti.write, volume=labels, grid=grid)
-    if args.probabilities:
-        first = 1 if len(probabilities) > 1 and not c.overlapping else 0  # without the background
-        highest = probabilities[first:].amax(0).numpy()
-        writers["probability"] = partial(nifti.write, volume=highest, grid=grid)
-    if args.overlays:
-        shown = maps > 0 if c.overlapping else each_is(maps[0], numbers[1:])
-        grey = volumes.grey(image, model.preprocess)
-        picture = pictures.volume_overlay(grey, None, shown, grid.spacing)
-        writers["overlay"] = partial(pictures.save_picture, picture=picture)
-    return writers
+        Raises ValueError, one line, for options that the model does not take.
+        """
+        trained_overlap = run.get("options", {}).get("overlap")
+        overlap = trained_overlap if args.overlap is None else args.overlap
+        protocol = family.protocols["default"]
+        if overlap is not None:
+            protocol = replace(protocol, overlap=overlap)
+        if args.window_batch is not None:
+            protocol = replace(protocol, window_batch=args.window_batch)
+        overrides = {} if args.threshold is None else {"threshold": args.threshold}
+        device = pick_device(args.device)
+        model = family.load_model(args.weights, None, protocol, overrides)
+        self.model = model.eval().to(device)
+        self.recipe = family.recipe(self.model, protocol)
+        self.config = self.model.config
+        self.args = args
 
+        self.classes, self.labels = class_names(self.config, run)
+        self.chosen = family.numbers_asked(self.model, self.classes, args.classes)
+        if self.chosen is not None:
+            self.classes = [self.classes[0], *(self.classes[k + 1] for k in self.chosen)]
+        if args.organ_rules:
+            are_named = self.config.classes or run.get("classes")
+            check_rules(self.config, self.classes if are_named else [], args)
+        outputs = 1 if self.config.overlapping else self.config.num_classes
+        check_threshold(outputs, args.threshold)
 
-def label_maps(probabilities, config, classes, numbers, grid, args) -> np.ndarray:
-    """Return what is written of probabilities (K,X,Y,Z): uint8 (n,X,Y,Z).
+    def predict(self, paths: list[Path]) -> dict[str, Callable]:
+        """Return functions that write the files of one volume, by the kinds of `volume_outputs`.
 
-    n is K where classes overlap, whose maps hold 0 and 1; else one map holds the `numbers`.
-    """
-    if config.overlapping or config.num_classes == 1:
-        inside = 1 if config.overlapping else numbers[1]
-        maps = np.where((probabilities > config.threshold).numpy(), np.uint8(inside), np.uint8(0))
-    else:
-        maps = np.array(numbers, np.uint8)[probabilities.argmax(0).numpy()][None]
-    if args.largest_component:
-        maps = np.stack([volumes.largest_component(labels) for labels in maps])
-    if args.organ_rules:
-        masks = dict(zip(classes[1:], maps.view(bool), strict=True))
-        maps = np.stack([*organ_rules.organ_rules(masks, grid.spacing).values()]).view(np.uint8)
-    return maps
+        paths: the files of its channels. Raises OSError or ValueError, one line, for an input that
+        cannot be read or has other channels than the model.
+        """
+        config = self.config
+        channels = sum(nifti.read_grid(path).channels for path in paths)
+        nifti.check_channels(paths[0], channels, config.in_channels)
+        fill = volumes.fill_value(self.model.preprocess, config.in_channels)
+        image, grid = nifti.read_volume(paths, fill)  # (C,X,Y,Z)
+        if config.intensity:
+            volumes.say_if_not_hu(paths[0], volumes.hu_facts(image))
+
+        prepared, placement = volumes.prepare_image(
+            image, grid, config.spacing, self.model.preprocess
+        )
+        item = {"image": prepared, "place": placement}
+        if self.chosen is not None:
+            item["asked"] = self.chosen
+        with torch.no_grad():
+            probabilities = self.recipe.predict(self.model, item)[0]  # (K,X,Y,Z)
+        return self.writers(probabilities, image, grid)
+
+    def writers(self, probabilities, image: np.ndarray, grid) -> dict[str, Callable]:
+        """Return the functions of `predict`. probabilities (K,X,Y,Z), image (C,X,Y,Z)."""
+        is_overlapping = self.config.overlapping
+        maps = self.label_maps(probabilities, grid)  # (n,X,Y,Z)
+        writers = {}
+        for i, label_map in enumerate(maps):
+            writers[f"mask{i}"] = partial(nifti.write, volume=label_map, grid=grid)
+
+        if self.args.probabilities:
+            has_background = len(probabilities) > 1 and not is_overlapping
+            first = 1 if has_background else 0
+            highest = probabilities[first:].amax(0).numpy()  # (X,Y,Z)
+            writers["probability"] = partial(nifti.write, volume=highest, grid=grid)
+        if self.args.overlays:
+            masks = maps > 0 if is_overlapping else each_is(maps[0], self.labels[1:])  # (n,X,Y,Z)
+            grey = volumes.grey(image, self.model.preprocess)
+            picture = pictures.volume_overlay(grey, None, masks, grid.spacing)
+            writers["overlay"] = partial(pictures.save_picture, picture=picture)
+        return writers
+
+    def label_maps(self, probabilities, grid) -> np.ndarray:
+        """Return the label maps of probabilities (K,X,Y,Z): uint8 (n,X,Y,Z).
+
+        Overlapping classes have n = K maps of 0 and 1; else one map holds the values in `labels`.
+        """
+        config = self.config
+        if config.overlapping or config.num_classes == 1:
+            label = 1 if config.overlapping else self.labels[1]
+            is_inside = (probabilities > config.threshold).numpy()
+            maps = np.where(is_inside, np.uint8(label), np.uint8(0))  # (K,X,Y,Z)
+        else:
+            indices = probabilities.argmax(0).numpy()  # (X,Y,Z)
+            maps = np.array(self.labels, np.uint8)[indices][None]  # (1,X,Y,Z)
+
+        if self.args.largest_component:
+            maps = np.stack([volumes.largest_component(label_map) for label_map in maps])
+        if self.args.organ_rules:
+            masks = dict(zip(self.classes[1:], maps.view(bool), strict=True))
+            ruled = organ_rules.organ_rules(masks, grid.spacing)
+            maps = np.stack([*ruled.values()]).view(np.uint8)  # (K,X,Y,Z)
+        return maps
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Model, recipe and data set -> scores of every image, and the test folder of a run."""
+"""Score a model on data sets: validation, tests, and the test folder of a run."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,57 +13,258 @@ from engine.runs import num_classes
 from engine.tables import ABSENT, INTERVALS, score_table, study_table, write_csv, write_json
 from imaging import layouts, pictures
 
+# --- predictions ---------------------------------------------------------------------------------
+
 
 def predictions(model, recipe, dataset, settings, title: str):
-    """Yields for every entry its item, its probabilities (K,*size), and its loss (or None); not for
-    those of which `nothing_asked` is true.
+    """Yield the item, the probabilities (K,*size) and the loss (or None) of every entry.
 
-    One image at a time, nothing is kept: memory does not grow with the data set.
+    Entries with `has_no_prompts` are left out. One image is predicted at a time, and nothing is
+    kept, so that memory does not grow with the data set.
     """
     device = next(model.parameters()).device
     items = data.Items(dataset, settings.prompt, recipe.inputs, train=False, seed=settings.seed)
     workers = 0 if dataset.is_mapped else settings.workers
-    loader = data.loader(items, [[(0, i)] for i in range(len(dataset))], workers, device)
+    order = [[(0, i)] for i in range(len(dataset))]
+    loader = data.loader(items, order, workers, device)
     model.eval()
+
     for item in tqdm(loader, title, len(dataset), unit="image", disable=None, leave=False):
-        if nothing_asked(item):
+        if has_no_prompts(item):
             continue
         if settings.score_size == "network":
             item |= {"size": item["mask"].shape[-2:], "truth": item["mask"].round()}
+
+        loss = None
         with torch.no_grad():
-            probabilities, output = recipe.predict(model, item)
-            loss = None
+            output_probabilities, output = recipe.predict(model, item)
             if output is not None:
-                loss = float(recipe.loss(output, {"mask": item["mask"][None].to(device)})[0])
-        found = probabilities.cpu().numpy()
-        del probabilities, output  # of volumes gigabytes
-        yield item, found, loss
-        del item, found
+                target = {"mask": item["mask"][None].to(device)}
+                loss = float(recipe.loss(output, target)[0])
+        probabilities = output_probabilities.cpu().numpy()
+        del output_probabilities, output  # gigabytes for volumes
+        yield item, probabilities, loss
+        del item, probabilities
 
 
-def each_is(numbers: np.ndarray, classes) -> np.ndarray:
-    """Class numbers (*size) -> bool (n,*size): where they are each of n."""
-    return np.equal.outer(np.asarray(classes), numbers)
+def has_no_prompts(item: dict) -> bool:
+    """Return True if the ground truth contains no object to prompt for.
+
+    Such an image is not scored: prompts made from the ground truth cannot find what is not there.
+    """
+    is_from_a_file = item["prompt"].startswith("given")
+    return not is_from_a_file and "boxes" in item and not len(item["boxes"])
+
+
+def each_is(indices: np.ndarray, classes) -> np.ndarray:
+    """Return where class indices (*size) equal each of n classes: bool (n,*size)."""
+    return np.equal.outer(np.asarray(classes), indices)  # (n,*size)
 
 
 def to_masks(probabilities: np.ndarray, config) -> np.ndarray:
-    """(K,*size) -> bool (K,*size): above the threshold if K is 1, else where a class is the
-    largest. Of classes that overlap those above the threshold, and first where none is: (1+K,*size)
+    """Return the masks of probabilities (K,*size).
+
+    One class: bool (1,*size), above the threshold. Several: bool (K,*size), where each is the most
+    probable. Overlapping classes: bool (1+K,*size), above the threshold, preceded by the background
+    where none is.
     """
     if len(probabilities) == 1:
         return probabilities > config.threshold
     if getattr(config, "overlapping", False):
         masks = probabilities > config.threshold
-        return np.concatenate([~masks.any(0, keepdims=True), masks])
-    return each_is(probabilities.argmax(0), range(len(probabilities)))
+        background = ~masks.any(0, keepdims=True)
+        return np.concatenate([background, masks])  # (1+K,*size)
+    return each_is(probabilities.argmax(0), range(len(probabilities)))  # (K,*size)
 
 
 def truth_masks(item: dict, n: int) -> np.ndarray:
-    """bool (n,*size): where an entry's truth is 1, ..., n, or is in each region."""
-    truth = item["truth"].numpy()[0]
+    """Return the ground truth of classes 1 to n, or of the regions of an entry: bool (n,*size)."""
+    truth = item["truth"].numpy()[0]  # (*size)
     if item.get("regions"):
-        return np.stack([np.isin(truth, numbers) for numbers in item["regions"]])
-    return each_is(truth, range(1, n + 1))
+        return np.stack([np.isin(truth, indices) for indices in item["regions"]])  # (n,*size)
+    return each_is(truth, range(1, n + 1))  # (n,*size)
+
+
+# --- scores of one entry -------------------------------------------------------------------------
+
+
+def case_columns(item: dict) -> dict:
+    """Return the columns that identify a row of scores."""
+    return {key: item[key] for key in ("dataset", "name", "group", "prompt")}
+
+
+def score(item: dict, masks: np.ndarray, classes, probabilities=None, tolerance=1.0) -> list[dict]:
+    """Return the scores of one entry, a row for each class.
+
+    With several classes, a last row holds the pixel counts of the background. masks: bool
+    (K,*size). probabilities: (K,*size); with them also HD95, ASSD and NSD at `tolerance`, and for
+    images average precision and Betti errors.
+    """
+    classes = item.get("classes", classes)  # a volume names the classes that are annotated in it
+    names = layouts.foreground(classes)
+    n = len(names)
+    truth = item["truth"].numpy()[0]  # (*size)
+    valid = valid_pixels(truth)
+    foreground = None if probabilities is None else probabilities[-n:]  # without the background
+    scores = score_masks(
+        masks[-n:], truth_masks(item, n), valid, foreground, item.get("spacing"), tolerance
+    )
+
+    rows = []
+    for name, class_scores in zip(names, scores, strict=True):
+        rows.append(case_columns(item) | {"class": name} | class_scores)
+    if n > 1:
+        counts = metrics.overlap(masks[0], truth == 0, valid)
+        row = case_columns(item) | {"class": classes[0]}
+        rows.append(row | {key: counts[key] for key in ("tp", "fp", "fn")})
+    return rows
+
+
+def valid_pixels(truth: np.ndarray) -> np.ndarray | None:
+    """Return where a ground truth (*size) is not 255, None if that is everywhere."""
+    valid = truth != 255
+    return None if valid.all() else valid
+
+
+def score_masks(
+    masks: np.ndarray,
+    truths: np.ndarray,
+    valid: np.ndarray | None,
+    probabilities=None,
+    spacing=None,
+    tolerance=1.0,
+) -> list[dict]:
+    """Return `metrics.score_image` of n masks; with their probabilities (n,*size) all other scores.
+
+    For volumes, which have a spacing in mm, the other scores are the distances alone. tolerance: of
+    the NSD, in mm if there is a spacing, else in pixels.
+    """
+    has_distances = probabilities is not None
+    rows = metrics.score_image(masks, truths, valid, spacing, tolerance, has_distances)
+    if probabilities is None or spacing is not None:
+        return rows
+
+    inside = True if valid is None else valid
+    masks = masks & inside
+    truths = truths & inside
+    for k, row in enumerate(rows):
+        row["ap"] = metrics.average_precision(probabilities[k], truths[k], valid)
+        row |= metrics.betti_error(masks[k], truths[k])
+    return rows
+
+
+def score_parts(
+    item: dict, probabilities: np.ndarray, iou, threshold: float, tolerance: float = 1.0
+) -> list[dict]:
+    """Return the scores of the mask of each prompt against the component it was made from.
+
+    probabilities: (Q,H,W). iou: the model's estimate for each mask, Q values.
+    """
+    classes = item["classes"]
+    components = item["parts"].numpy()  # (Q,H,W)
+    valid = valid_pixels(components[0])
+    scores = score_masks(
+        probabilities > threshold, components == 1, valid, probabilities, tolerance=tolerance
+    )
+    estimates = iou.flatten()  # (Q,)
+
+    rows = []
+    for k, class_index in enumerate(item["numbers"].tolist()):
+        name = classes[class_index] if len(classes) > 1 else classes[0]
+        row = case_columns(item) | {"class": name, "component": k} | scores[k]
+        row["iou_estimate"] = float(estimates[k])
+        rows.append(row)
+    return rows
+
+
+# --- scores of a data set ------------------------------------------------------------------------
+
+
+def evaluate(model, recipe, dataset, settings, all_scores: bool, title: str) -> list[dict]:
+    """Return the scores of every entry and class, a row each.
+
+    all_scores: also the slow ones, see `score`.
+    """
+    rows = []
+    for item, probabilities, loss in predictions(model, recipe, dataset, settings, title):
+        masks = to_masks(probabilities, model.config)
+        scored_probabilities = probabilities if all_scores else None
+        scores = score(item, masks, dataset.classes, scored_probabilities, settings.tolerance)
+        for row in scores:
+            rows.append(row | {"loss": loss})
+        # Free the memory before the next volume is predicted.
+        del item, probabilities, masks, scored_probabilities
+    return check_not_empty(rows, dataset, settings)
+
+
+def check_not_empty(rows: list[dict], dataset, settings) -> list[dict]:
+    """Return the rows. Raise ValueError, one line, if `has_no_prompts` left out all images."""
+    if not rows:
+        raise ValueError(
+            f"{dataset.entries[0].root}: no image has a component of {settings.min_area} pixels or "
+            "more to prompt for; lower --min-area"
+        )
+    return rows
+
+
+def summarise_rows(rows: list[dict], dataset, settings) -> dict:
+    """Return `metrics.summarise` of a data set's rows, with the unit of distances if it has any.
+
+    The unit is mm for volumes and px for images: pixels of the masks that were compared.
+    """
+    summary = metrics.summarise(rows, layouts.foreground(dataset.classes))
+    if "nsd" in summary:
+        summary["nsd_tolerance"] = settings.tolerance
+        summary["distance_unit"] = dataset.unit
+    return summary
+
+
+def say_if_empty(rows: list[dict], model, dataset, settings, title: str) -> None:
+    """Print a line if all predictions are empty although the ground truth is not."""
+    scored = [row for row in rows if "in_pred" in row]
+    if any(row["in_pred"] for row in scored) or not any(row["in_truth"] for row in scored):
+        return
+
+    message = f"{title}: all predictions are empty"
+    if takes_threshold(model, dataset):
+        message += f", nothing is above the threshold {model.config.threshold:g}"
+        if settings.threshold != "auto":
+            message += "; --threshold auto chooses the threshold and the epoch in validation"
+    print(message)
+
+
+# --- validation ----------------------------------------------------------------------------------
+
+
+def validate(model, recipe, dataset, settings) -> dict[str, float]:
+    """Return val_loss, val_dice, val_iou and with --val-distances HD95, ASSD and NSD.
+
+    The means are those of a test. With --threshold auto, these are the scores at the best
+    threshold, val_threshold; distances then take a second pass, at that threshold.
+    """
+    scores = {}
+    config = model.config
+    if settings.threshold == "auto":
+        scores, _ = search_threshold(model, recipe, dataset, settings, "validate")
+        if not settings.val_distances:
+            return scores
+        model.config = replace(config, threshold=scores["val_threshold"])
+
+    rows = evaluate(model, recipe, dataset, settings, settings.val_distances, "validate")
+    model.config = config
+    if settings.threshold != "auto":  # else search_threshold has printed it
+        say_if_empty(rows, model, dataset, settings, "validate")
+
+    losses = [row["loss"] for row in rows if row["loss"] is not None]  # volumes have none
+    if losses:
+        scores["val_loss"] = float(np.mean(losses))
+    summary = metrics.summarise(rows, layouts.foreground(dataset.classes))
+    names = ["dice", "iou"]
+    if settings.val_distances:
+        names += ["hd95", "assd", "nsd"]
+    for name in names:
+        scores[f"val_{name}"] = summary[name]["mean"]
+    return scores
 
 
 THRESHOLDS = [k / 20 for k in range(1, 20)]  # 0.05, 0.10, …, 0.95
@@ -71,53 +272,52 @@ THRESHOLDS = [k / 20 for k in range(1, 20)]  # 0.05, 0.10, …, 0.95
 
 def takes_threshold(model, dataset) -> bool:
     """Return True if one threshold decides what is foreground, so that --threshold auto works."""
-    is_single = num_classes(model) == 1 and len(dataset.classes) == 1
-    return is_single and not getattr(model.config, "overlapping", False)
+    has_one_class = num_classes(model) == 1 and len(dataset.classes) == 1
+    return has_one_class and not getattr(model.config, "overlapping", False)
 
 
 def search_threshold(model, recipe, dataset, settings, title: str) -> tuple[dict, dict]:
-    """Score a validation set at every one of THRESHOLDS, in one pass.
+    """Score a validation set at each of THRESHOLDS, in one pass.
 
-    Returns the scores of `validate` at the threshold with the highest mean Dice (the lowest such
-    one, 0.5 if no case has foreground) with that threshold as val_threshold, and the mean Dice of
-    each threshold. Memory grows by three numbers an image and threshold. Raises ValueError as
-    `check_asked`.
+    Returns the scores of `validate` at the threshold with the highest mean Dice, and the mean Dice
+    of each threshold. Of equal thresholds the lowest is taken; 0.5 if no case has foreground.
+    Memory grows by three numbers per image and threshold. Raises ValueError as `check_not_empty`.
     """
-    cases = []  # a row an image, all but what depends on the threshold
-    scores = []  # of each image and threshold: Dice, IoU, whether anything is predicted
+    cases = []  # one row per image: the columns that do not depend on the threshold
+    scores = []  # for each image and threshold: Dice, IoU, is anything predicted
     losses = []
     for item, probabilities, loss in predictions(model, recipe, dataset, settings, title):
         rows = []
         for threshold in THRESHOLDS:
-            rows += score(item, probabilities > threshold, dataset.classes)  # one: a single class
+            rows += score(item, probabilities > threshold, dataset.classes)  # one row: one class
         cases.append(rows[0])
         scores.append([(row["dice"], row["iou"], row["in_pred"]) for row in rows])
         if loss is not None:
             losses.append(loss)
-    check_asked(cases, dataset, settings)
+    check_not_empty(cases, dataset, settings)
 
-    # Means as in `metrics.summarise`: of patients where they are known, else of images.
+    # Mean over patients where they are known, else over images, as in metrics.summarise.
     dice, iou, is_predicted = np.array(scores, float).transpose(2, 1, 0)  # (thresholds,n) each
     groups = []
     for row in cases:
         groups.append((row["dataset"], row["name"] if row["group"] is None else row["group"]))
     means = [metrics.mean_ci(values, groups)["mean"] for values in dice]
 
-    has_foreground = any(row["in_truth"] for row in cases)
     best = int(np.argmax(means))
-    if not has_foreground:  # the Dice of empty cases asks for the highest threshold, and no mask
+    has_foreground = any(row["in_truth"] for row in cases)
+    if not has_foreground:  # the best Dice of empty masks would need the highest threshold
         best = THRESHOLDS.index(0.5)
         print(f"{title}: no case has foreground to choose a threshold by; it stays 0.5")
-    threshold = THRESHOLDS[best]
+    elif not is_predicted.any():
+        low, high = THRESHOLDS[0], THRESHOLDS[-1]
+        print(f"{title}: all predictions are empty at every threshold from {low:g} to {high:g}")
+    elif not is_predicted[best].any():
+        print(f"{title}: all predictions are empty at the best threshold, {THRESHOLDS[best]:g}")
+
     result = {"val_loss": float(np.mean(losses))} if losses else {}
     result["val_dice"] = means[best]
     result["val_iou"] = metrics.mean_ci(iou[best], groups)["mean"]
-    result["val_threshold"] = threshold
-    if not is_predicted[best].any() and has_foreground:
-        where = f"the best threshold, {threshold:g}"
-        if not is_predicted.any():
-            where = f"every threshold from {THRESHOLDS[0]:g} to {THRESHOLDS[-1]:g}"
-        print(f"{title}: all predictions are empty at {where}")
+    result["val_threshold"] = THRESHOLDS[best]
     return result, dict(zip(THRESHOLDS, means, strict=True))
 
 
@@ -129,223 +329,45 @@ def best_threshold(model, recipe, dataset, settings) -> float:
     return best
 
 
-def say_if_empty(rows: list[dict], model, dataset, settings, title: str) -> None:
-    """Print a line if no prediction has any foreground although the ground truth has some."""
-    scored = [row for row in rows if "in_pred" in row]
-    if any(row["in_pred"] for row in scored) or not any(row["in_truth"] for row in scored):
-        return
-    message = f"{title}: all predictions are empty"
-    if takes_threshold(model, dataset):
-        message += f", nothing is above the threshold {model.config.threshold:g}"
-        if settings.threshold != "auto":
-            message += "; --threshold auto chooses the threshold and the epoch in validation"
-    print(message)
-
-
-def evaluate(model, recipe, dataset, settings, whole: bool, title: str) -> list[dict]:
-    """Scores of every entry and class, a dict each; `whole`: also those that take time, `score`."""
-    rows = []
-    for item, probabilities, loss in predictions(model, recipe, dataset, settings, title):
-        masks = to_masks(probabilities, model.config)
-        more = probabilities if whole else None
-        scores = score(item, masks, dataset.classes, more, settings.tolerance)
-        rows += [row | {"loss": loss} for row in scores]
-        del item, probabilities, masks, more  # before those of the next are made
-    return check_asked(rows, dataset, settings)
-
-
-def check_asked(rows: list[dict], dataset, settings) -> list[dict]:
-    """The rows; ValueError if there are none, as `nothing_asked` left out all images."""
-    if not rows:
-        told = f"no image with a component of {settings.min_area} pixels or more"
-        raise ValueError(f"{dataset.entries[0].root}: {told}; lower --min-area")
-    return rows
-
-
-def nothing_asked(item: dict) -> bool:
-    """Whether the truth, of which an item's prompts are made, left nothing to ask for.
-
-    Such an image is not scored: a prompt made of the truth cannot find what is not there.
-    """
-    is_given = item["prompt"].startswith("given")
-    return not is_given and "boxes" in item and not len(item["boxes"])
-
-
-def whose(item: dict) -> dict:
-    """What tells of which entry scores are."""
-    return {key: item[key] for key in ("dataset", "name", "group", "prompt")}
-
-
-def score_masks(
-    found: np.ndarray, there: np.ndarray, valid, probabilities=None, spacing=None, tolerance=1.0
-) -> list[dict]:
-    """metrics.score_image, and with the probabilities of the masks all other scores, too.
-
-    Of volumes, which have a spacing in mm, these are the distances alone. tolerance: of the NSD, in
-    mm where there is a spacing, else in pixels.
-    """
-    distances = probabilities is not None
-    rows = metrics.score_image(found, there, valid, spacing, tolerance, distances)
-    if probabilities is None or spacing is not None:
-        return rows
-    inside = True if valid is None else valid
-    for row, mask, truth, p in zip(
-        rows, found & inside, there & inside, probabilities, strict=True
-    ):
-        row["ap"] = metrics.average_precision(p, truth, valid)
-        row |= metrics.betti_error(mask, truth)
-    return rows
-
-
-def score(item: dict, masks: np.ndarray, classes, probabilities=None, tolerance=1.0) -> list[dict]:
-    """Scores of one entry, a dict a class, with what tells whose they are; of the background, last,
-    only its counts. masks: bool (K,*size); with probabilities (K,*size) also HD95, ASSD, NSD at
-    `tolerance`, and of images average precision and Betti errors."""
-    classes = item.get("classes", classes)  # a volume knows which are annotated in it
-    truth, names = item["truth"].numpy(), layouts.foreground(classes)  # (1,*size)
-    valid, n = None if (truth != 255).all() else truth[0] != 255, len(names)
-    more = None if probabilities is None else probabilities[-n:]  # without the background
-    scores = score_masks(
-        masks[-n:], truth_masks(item, n), valid, more, item.get("spacing"), tolerance
-    )
-    rows = [whose(item) | {"class": k} | row for k, row in zip(names, scores, strict=True)]
-    if len(names) > 1:
-        counts = metrics.overlap(masks[0], truth[0] == 0, valid)
-        counts = {key: counts[key] for key in ("tp", "fp", "fn")}
-        rows.append(whose(item) | {"class": classes[0]} | counts)
-    return rows
-
-
-def score_parts(
-    item: dict, probabilities: np.ndarray, iou, threshold: float, tolerance: float = 1.0
-) -> list[dict]:
-    """Scores of the mask of each prompt, (Q,H,W), against that prompt's own truth: a dict each."""
-    parts, classes = item["parts"].numpy(), item["classes"]  # (Q,H,W)
-    valid = None if (parts[0] != 255).all() else parts[0] != 255
-    rows = score_masks(
-        probabilities > threshold, parts == 1, valid, probabilities, tolerance=tolerance
-    )
-    for k, (row, number) in enumerate(zip(rows, item["numbers"].tolist(), strict=True)):
-        name = classes[number] if len(classes) > 1 else classes[0]
-        rows[k] = whose(item) | {"class": name, "component": k} | row
-        rows[k]["iou_estimate"] = float(iou.flatten()[k])
-    return rows
-
-
-def summarise_rows(rows: list[dict], dataset, settings) -> dict:
-    """Return metrics.summarise of a data set's rows; beside distances nsd_tolerance, distance_unit.
-
-    The unit is mm for volumes, else px: pixels of the masks that were compared.
-    """
-    summary = metrics.summarise(rows, layouts.foreground(dataset.classes))
-    if "nsd" in summary:
-        summary |= {"nsd_tolerance": settings.tolerance, "distance_unit": dataset.unit}
-    return summary
-
-
-def validate(model, recipe, dataset, settings) -> dict[str, float]:
-    """Return val_loss, val_dice, val_iou and, if asked for, distances: means as those of a test.
-
-    With --threshold auto these are the scores at the best threshold, val_threshold. Distances then
-    take a second pass, at that threshold.
-    """
-    scores = {}
-    config = model.config
-    if settings.threshold == "auto":
-        scores, _ = search_threshold(model, recipe, dataset, settings, "validate")
-        if not settings.val_distances:
-            return scores
-        model.config = replace(config, threshold=scores["val_threshold"])
-
-    distances = settings.val_distances
-    rows = evaluate(model, recipe, dataset, settings, distances, "validate")
-    model.config = config
-    if settings.threshold != "auto":  # else it has been said
-        say_if_empty(rows, model, dataset, settings, "validate")
-
-    summary = metrics.summarise(rows, layouts.foreground(dataset.classes))
-    names = ["dice", "iou"] + ["hd95", "assd", "nsd"] * distances
-    losses = [row["loss"] for row in rows if row["loss"] is not None]  # volumes have none
-    loss = {"val_loss": float(np.mean(losses))} if losses else {}
-    return scores | loss | {f"val_{name}": summary[name]["mean"] for name in names}
-
-
-def dice_by_entry(rows: list[dict], dataset) -> np.ndarray:
-    """(n,): the mean over those classes that count for an entry; 1 if none does; nan if it has no
-    scores."""
-    dice, scored = {entry.name: [] for entry in dataset.entries}, {row["name"] for row in rows}
-    for row in rows:
-        if "dice" in row and (len(dataset.classes) == 1 or row["in_truth"] or row["in_pred"]):
-            dice[row["name"]].append(row["dice"])
-    empty = {name: 1.0 if name in scored else np.nan for name in dice}
-    return np.array([np.mean(some) if some else empty[name] for name, some in dice.items()])
-
-
-def spread(masks: np.ndarray, names, among) -> np.ndarray:
-    """bool (n,*size), of n names -> (m,*size) of the m `among` which they are, empty for others."""
-    whole = np.zeros((len(among), *masks.shape[1:]), bool)
-    whole[[among.index(name) for name in names]] = masks
-    return whole
-
-
-def draw(model, recipe, dataset, rows: list[dict], settings, folder: Path) -> None:
-    """Overlays of the worst, median and best cases by Dice, and one sheet of them all."""
-    dice, names = dice_by_entry(rows, dataset), layouts.foreground(dataset.classes)
-    order = np.argsort(dice, kind="stable")[: np.isfinite(dice).sum()]  # nan comes last
-    n = min(settings.overlays, len(order))
-    if n == 0:
-        return
-    middle = (len(order) - n) // 2
-    chosen = {"worst": order[:n], "median": order[middle : middle + n], "best": order[::-1][:n]}
-    cases = [
-        (f"{kind}{k + 1}", i) for kind, indices in chosen.items() for k, i in enumerate(indices)
-    ]
-    part, cards = dataset.subset([i for _, i in cases]), []
-    for k, (item, probabilities, _) in enumerate(
-        predictions(model, recipe, part, settings, "draw")
-    ):
-        case, i = cases[k]
-        own = layouts.foreground(item.get("classes", dataset.classes))  # of these
-        truth = spread(truth_masks(item, len(own)), own, names)
-        masks = spread(to_masks(probabilities, model.config)[-len(own) :], own, names)
-        picture = part.overlay(k, truth, masks, model.preprocess)
-        pictures.draw_prompts(picture, item.get("shown", []))
-        pictures.save_picture(folder / f"{case}_{Path(item['name']).name}.png", picture)
-        caption = f"{case}: Dice {dice[i]:.3f}  {recipe.caption(item)}"
-        cards.append(pictures.captioned(picture, caption))
-    page = pictures.sheet(cards, n)
-    if len(names) > 1:
-        page = pictures.sheet([page, pictures.legend(names)], 1)
-    pictures.save_picture(folder / "sheet.png", page)
+# --- tests ---------------------------------------------------------------------------------------
 
 
 def test(model, recipe, tests: dict, settings) -> dict:
-    """Scores of every test set, printed and written to `test/` of the run; returns the summary.
+    """Score every test set; print the scores and write the folder test/. Return the summary.
 
-    Pictures come last: one that cannot be drawn loses no score.
+    Pictures come last, so that one that cannot be drawn loses no score.
     """
-    folder, summaries, tables = Path(settings.out) / "test", {}, {"image": []}
-    scored = {}
+    folder = Path(settings.out) / "test"
+    summaries = {}  # test set -> summary
+    tables = {"image": []}  # name of a table -> rows
+    scored = {}  # test set -> rows
     for name, dataset in tests.items():
-        rows, summaries[name], more = recipe.test(model, recipe, dataset, settings, name)
-        for table, some in ({"image": rows} | more).items():
-            tables.setdefault(table, []).extend({"test": name} | row for row in some)
+        rows, summaries[name], further_tables = recipe.test(model, recipe, dataset, settings, name)
+        for table, table_rows in ({"image": rows} | further_tables).items():
+            columns = tables.setdefault(table, [])
+            columns.extend({"test": name} | row for row in table_rows)
         write_tables(folder, tables)  # the next test may fail
         scored[name] = rows
     summary = write_summary(folder, model, settings, summaries, tables)
 
     for name, dataset in tests.items():
-        where = folder / "overlays" / (name.replace(":", "-") if len(tests) > 1 else "")
-        draw(model, recipe, dataset, scored[name], settings, where)
+        pictures_folder = folder / "overlays"
+        if len(tests) > 1:
+            pictures_folder /= name.replace(":", "-")
+        draw(model, recipe, dataset, scored[name], settings, pictures_folder)
         if settings.overlays:
-            one, several = "green: truth, magenta: prediction", "truth outlined, prediction filled"
-            what = one if len(dataset.classes) == 1 else several
-            print(f"overlays ({what}): {where / 'sheet.png'}")
+            colours = "green: truth, magenta: prediction"
+            if len(dataset.classes) > 1:
+                colours = "truth outlined, prediction filled"
+            print(f"overlays ({colours}): {pictures_folder / 'sheet.png'}")
     return summary
 
 
 def plain_test(model, recipe, dataset, settings, name: str) -> tuple[list, dict, dict]:
-    """Return the rows and the summary of one test set, and {}. Prints a table."""
+    """Test models without prompts, or with one text per image: print a table of scores.
+
+    Returns the rows, the summary, and no further tables.
+    """
     title = f"test {name}"
     rows = evaluate(model, recipe, dataset, settings, True, title)
     summary = summarise_rows(rows, dataset, settings)
@@ -356,101 +378,209 @@ def plain_test(model, recipe, dataset, settings, name: str) -> tuple[list, dict,
 
 
 def prompted_test(model, recipe, dataset, settings, name: str) -> tuple[list, dict, dict]:
-    """Scores of what prompts give: those that the run asks by, whole, and of each component; and
-    beside them what others give. Printed; returns rows, summary, further tables."""
+    """Test SAM: print the scores of images and components, and compare the kinds of prompts.
+
+    Returns the rows and the summary for the run's own --sam-prompts, and further tables:
+    "component", a row per component, and "prompt", a row per kind of prompt and image.
+    """
     main = settings.sam_prompts
-    by_source, parts = study(model, recipe, dataset, settings, f"test {name}", main)
-    rows = check_asked(by_source[main], dataset, settings)
+    by_source, components = study(model, recipe, dataset, settings, f"test {name}", main)
+    rows = check_not_empty(by_source[main], dataset, settings)
     summary = summarise_rows(rows, dataset, settings)
-    print(f"test {name}, asked by {main}:\n{score_table(summary)}")
+    print(f"test {name}, prompted by {main}:\n{score_table(summary)}")
     say_if_empty(rows, model, dataset, settings, f"test {name}")
-    if parts:
-        summary["components"] = summarise_rows(parts, dataset, settings)
+
+    if components:
+        summary["components"] = summarise_rows(components, dataset, settings)
         print(f"  each component:\n{score_table(summary['components'])}")
-    if without := len(dataset) - len({row["name"] for row in rows}):
-        print(f"  {without} images have nothing to ask for and are not scored")
-    every = {
-        kind: summarise_rows(some, dataset, settings) for kind, some in by_source.items() if some
-    }
-    summary["prompts"] = every
-    print(f"  by what is asked, of an image's classes:\n{study_table(every)}")
-    return rows, summary, {"component": parts, "prompt": sum(by_source.values(), [])}
+    unscored = len(dataset) - len({row["name"] for row in rows})
+    if unscored:
+        print(f"  {unscored} images contain no object to prompt for and are not scored")
+
+    summary["prompts"] = {}
+    every_row = []
+    for source, source_rows in by_source.items():
+        every_row += source_rows
+        if source_rows:
+            summary["prompts"][source] = summarise_rows(source_rows, dataset, settings)
+    print(f"  by kind of prompt, all classes of an image:\n{study_table(summary['prompts'])}")
+    return rows, summary, {"component": components, "prompt": every_row}
+
+
+def prompt_study(model, recipe, tests: dict, settings) -> dict:
+    """Score every test set with every type of text prompt, and print a table. Return the summary.
+
+    Raises ValueError, one line, if there is no prompt type that all entries of a set have.
+    """
+    summaries = {}
+    table = []
+    for name, dataset in tests.items():
+        if not recipe.sources(dataset, settings):
+            raise ValueError(f"--prompt-study: {name} has no type of prompt that all entries have")
+        by_type, _ = study(model, recipe, dataset, settings, f"study {name}")
+
+        summaries[name] = {}
+        examples = {}
+        every_row = []
+        for kind, rows in by_type.items():
+            summaries[name][kind] = metrics.summarise(rows, dataset.classes)
+            examples[kind] = rows[0]["prompt"]
+            every_row += rows
+            table += [{"test": name, "type": kind} | row for row in rows]
+
+        print(f"test {name}, every type of prompt:")
+        print(study_table(summaries[name], examples))
+        say_if_empty(every_row, model, dataset, settings, f"test {name}")
+    folder = Path(settings.out) / "test"
+    return write_summary(folder, model, settings, summaries, {"image": table})
 
 
 def write_tables(folder: Path, tables: dict) -> None:
+    """Write per_NAME.csv for each table that has rows."""
     for name, rows in tables.items():
         if rows:
             write_csv(folder / f"per_{name}.csv", rows)
 
 
 def write_summary(folder: Path, model, settings, summaries: dict, tables: dict) -> dict:
-    """summary.json and per_image.csv, of SAM also per_component.csv and per_prompt.csv; returns
-    what is in the first."""
-    kept = ("model", "weights", "recipe", "prompt", "sam_prompts", "score_size")
-    summary = {key: getattr(settings, key) for key in kept}
+    """Write summary.json and the tables (of SAM three of them). Return the summary."""
+    names = ("model", "weights", "recipe", "prompt", "sam_prompts", "score_size")
+    summary = {name: getattr(settings, name) for name in names}
     summary |= {"threshold": model.config.threshold, "tests": summaries}
     summary |= {"intervals": INTERVALS}
     print(f"{INTERVALS}; {ABSENT}")
     write_tables(folder, tables)
-    write_json(folder / "summary.json", summary)  # the last: studies take it as a sign
+    write_json(folder / "summary.json", summary)  # the last file: it marks a finished test
     return summary
+
+
+# --- one image, many prompts ---------------------------------------------------------------------
 
 
 @dataclass
 class EveryPrompt(torch.utils.data.Dataset):
-    """What a worker makes of entry i: its inputs, asked by every source."""
+    """The entries of a data set, each as one item for every kind of prompt."""
 
     dataset: data.Dataset
     recipe: object
-    kinds: list[str]
+    sources: list[str]
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, i: int) -> dict[str, dict]:
-        return self.recipe.ask_each(self.recipe, self.dataset, i, self.kinds)
+        return self.recipe.ask_each(self.recipe, self.dataset, i, self.sources)
 
 
 def study(model, recipe, dataset, settings, title: str, main=None) -> tuple[dict, list]:
-    """Rows of scores by what is asked; of `main` all scores, and those of its components.
+    """Return the rows of scores for each kind of prompt, and for `main` those of its components.
 
-    What `Recipe.encode` gives for an image is made once for all prompts.
+    `main` gets all scores, the other kinds only those that count pixels. `Recipe.encode` runs once
+    per image, for all prompts.
     """
-    kinds = recipe.sources(dataset, settings)
-    rows, parts, threshold = {kind: [] for kind in kinds}, [], model.config.threshold
-    every = EveryPrompt(dataset, recipe, kinds)
+    sources = recipe.sources(dataset, settings)
+    every = EveryPrompt(dataset, recipe, sources)
     loader = torch.utils.data.DataLoader(every, None, num_workers=settings.workers)
+    rows = {source: [] for source in sources}
+    components = []
     model.eval()
+
     for items in tqdm(loader, title, unit="image", disable=None, leave=False):
         with torch.no_grad():
-            kept = recipe.encode(model, items[kinds[0]])
-            for kind, item in items.items():
-                if nothing_asked(item):
+            encoded = recipe.encode(model, items[sources[0]])
+            for source, item in items.items():
+                if has_no_prompts(item):
                     continue
-                probabilities, output = recipe.predict(model, item | kept)
-                p = probabilities.cpu().numpy()
-                whole = p if kind == main else None
-                masks = to_masks(p, model.config)
-                rows[kind] += score(item, masks, dataset.classes, whole, settings.tolerance)
-                if kind == main and output is not None:
-                    each = recipe.each(model, item, output).cpu().numpy()  # (Q,H,W)
-                    parts += score_parts(item, each, output[1], threshold, settings.tolerance)
-    return rows, parts
+                output_probabilities, output = recipe.predict(model, item | encoded)
+                probabilities = output_probabilities.cpu().numpy()  # (K,*size)
+                masks = to_masks(probabilities, model.config)
+                is_main = source == main
+                rows[source] += score(
+                    item,
+                    masks,
+                    dataset.classes,
+                    probabilities if is_main else None,
+                    settings.tolerance,
+                )
+                if is_main and output is not None:
+                    per_prompt = recipe.each(model, item, output).cpu().numpy()  # (Q,H,W)
+                    components += score_parts(
+                        item, per_prompt, output[1], model.config.threshold, settings.tolerance
+                    )
+    return rows, components
 
 
-def prompt_study(model, recipe, tests: dict, settings) -> dict:
-    """Scores of every test set with every prompt type, in one table; returns the summary.
-    ValueError, one line: there is no type that all entries of a set have."""
-    summaries, every = {}, []
-    for name, dataset in tests.items():
-        if not recipe.sources(dataset, settings):
-            raise ValueError(f"--prompt-study: {name} has no type of prompt that all entries have")
-        rows, _ = study(model, recipe, dataset, settings, f"study {name}")
-        summaries[name] = {k: metrics.summarise(r, dataset.classes) for k, r in rows.items()}
-        every += [{"test": name, "type": kind} | row for kind in rows for row in rows[kind]]
-        examples = {kind: cases[0]["prompt"] for kind, cases in rows.items()}
-        print(f"test {name}, every type of prompt:")
-        print(study_table(summaries[name], examples))
-        every_row = sum(rows.values(), [])
-        say_if_empty(every_row, model, dataset, settings, f"test {name}")
-    return write_summary(Path(settings.out) / "test", model, settings, summaries, {"image": every})
+# --- pictures ------------------------------------------------------------------------------------
+
+
+def dice_by_entry(rows: list[dict], dataset) -> np.ndarray:
+    """Return the mean Dice (n,) of each entry over its classes.
+
+    A class counts if the ground truth or the prediction has it; an entry without any has Dice 1.
+    Entries without scores are NaN.
+    """
+    has_one_class = len(dataset.classes) == 1
+    dice = {entry.name: [] for entry in dataset.entries}
+    scored = set()
+    for row in rows:
+        scored.add(row["name"])
+        if "dice" in row and (has_one_class or row["in_truth"] or row["in_pred"]):
+            dice[row["name"]].append(row["dice"])
+
+    means = []
+    for name, values in dice.items():
+        if values:
+            means.append(np.mean(values))
+        else:
+            means.append(1.0 if name in scored else np.nan)
+    return np.array(means)
+
+
+def expand_to(masks: np.ndarray, names, all_names) -> np.ndarray:
+    """Put n masks (n,*size) at their positions among all m classes: (m,*size), the rest empty."""
+    expanded = np.zeros((len(all_names), *masks.shape[1:]), bool)
+    expanded[[all_names.index(name) for name in names]] = masks
+    return expanded
+
+
+def extreme_cases(dice: np.ndarray, count: int) -> dict[str, int]:
+    """Return {"worst1": index of the entry, …}: `count` worst, median and best entries by Dice."""
+    order = np.argsort(dice, kind="stable")[: np.isfinite(dice).sum()]  # NaN comes last
+    n = min(count, len(order))
+    middle = (len(order) - n) // 2
+    chosen = {"worst": order[:n], "median": order[middle : middle + n], "best": order[::-1][:n]}
+
+    cases = {}
+    for kind, indices in chosen.items():
+        for k, i in enumerate(indices, 1):
+            cases[f"{kind}{k}"] = i
+    return cases
+
+
+def draw(model, recipe, dataset, rows: list[dict], settings, folder: Path) -> None:
+    """Write overlays of the worst, median and best cases by Dice, and a sheet of them all."""
+    dice = dice_by_entry(rows, dataset)
+    cases = extreme_cases(dice, settings.overlays)
+    if not cases:
+        return
+    all_names = layouts.foreground(dataset.classes)
+    subset = dataset.subset([*cases.values()])
+    drawn = predictions(model, recipe, subset, settings, "draw")
+
+    cards = []
+    for k, (case, (item, probabilities, _)) in enumerate(zip(cases, drawn, strict=True)):
+        names = layouts.foreground(item.get("classes", dataset.classes))
+        n = len(names)
+        truth = expand_to(truth_masks(item, n), names, all_names)
+        masks = expand_to(to_masks(probabilities, model.config)[-n:], names, all_names)
+        picture = subset.overlay(k, truth, masks, model.preprocess)
+        pictures.draw_prompts(picture, item.get("shown", []))
+        pictures.save_picture(folder / f"{case}_{Path(item['name']).name}.png", picture)
+
+        caption = f"{case}: Dice {dice[cases[case]]:.3f}  {recipe.caption(item)}"
+        cards.append(pictures.captioned(picture, caption))
+
+    page = pictures.sheet(cards, len(cases) // 3)
+    if len(all_names) > 1:
+        page = pictures.sheet([page, pictures.legend(all_names)], 1)
+    pictures.save_picture(folder / "sheet.png", page)

@@ -1,4 +1,4 @@
-"""Values that options take: one check and one wording for the command line and for Python.
+"""The values that options take, checked in one way for the command line and for Python.
 
 parser.add_argument("--lr", type=Number(above=0))    # error: --lr -1: must be a number above 0
 lr = Number(above=0).check(lr)                       # ValueError: -1: must be a number above 0
@@ -10,21 +10,22 @@ import sys
 from dataclasses import dataclass
 from numbers import Integral, Real
 
-LARGEST = 10**9  # of whole numbers that have no upper limit of their own
+LARGEST = 10**9  # the limit of whole numbers without an upper limit of their own
 
 
 class Values:
-    """What an option takes; str() says it. Each kind has `check`."""
+    """The values that an option takes. str() describes them, and each kind has `check`."""
 
     def read(self, text: str):
-        """Return what a word of the command line is in Python."""
+        """Return the Python value of a word of the command line."""
         return text
 
-    def refuse(self, given):
-        """Raise ValueError, one line: what is given, and what must be."""
-        text = given if isinstance(given, str) else repr(given)
-        if isinstance(given, Real):
-            text = str(given).removesuffix(".0")
+    def refuse(self, value):
+        """Raise ValueError, one line: the value, and what it must be."""
+        text = value if isinstance(value, str) else repr(value)
+        if isinstance(value, Real):
+            text = str(value).removesuffix(".0")  # 2 rather than 2.0
+
         if not text.strip() or not text.isprintable():
             text = repr(text)
         text = text if len(text) <= 60 else f"{text[:60]}…"
@@ -42,8 +43,8 @@ class Values:
 class Number(Values):
     """Numbers within limits, never NaN or infinity.
 
-    whole: whole numbers only. word: what may stand in place of a number. note: what a message says
-    beside the limits.
+    whole: whole numbers only. word: a word that is allowed instead of a number. note: an addition
+    to the limits in messages.
     """
 
     whole: bool = False
@@ -56,6 +57,7 @@ class Number(Values):
 
     def __str__(self) -> str:
         words = ["a whole number" if self.whole else "a number"]
+
         if self.at_least is not None and self.at_most is not None:
             words.append(f"from {self.at_least} to {self.at_most}")
         elif self.at_least is not None:
@@ -66,64 +68,66 @@ class Number(Values):
             words.append(f"and below {self.below}")
         if self.note:
             words.append(self.note)
+
         text = " ".join(words)
         return f"{text}, or {self.word}" if self.word else text
 
     def read(self, text: str):
-        """Return the number that a text is, the text itself if it is none."""
+        """Return the number in a text, or the text itself if it is no number."""
         try:
             return int(text) if self.whole else float(text)
         except ValueError:
             return text
 
-    def check(self, given) -> int | float | str:
-        """Return what is given as Python's own number. Raises ValueError, one line."""
-        if self.word is not None and isinstance(given, str) and given == self.word:
-            return given
-        if isinstance(given, str) and self.read(given) != given:
-            self.refuse(repr(given))  # Python's "1": the quotes are what is wrong
-        if isinstance(given, bool) or not isinstance(given, Integral if self.whole else Real):
-            self.refuse(given)
+    def check(self, value) -> int | float | str:
+        """Return the value as an int or float of Python. Raises ValueError, one line."""
+        if self.word is not None and isinstance(value, str) and value == self.word:
+            return value
+        if isinstance(value, str) and self.read(value) != value:
+            self.refuse(repr(value))  # "1" in Python: the quotes are the mistake
+        kind = Integral if self.whole else Real
+        if isinstance(value, bool) or not isinstance(value, kind):
+            self.refuse(value)
 
-        is_low = self.at_least is not None and given < self.at_least
-        is_low |= self.above is not None and given <= self.above
-        is_high = self.at_most is not None and given > self.at_most
-        is_high |= self.below is not None and given >= self.below
-        is_finite = abs(given) <= sys.float_info.max  # false of NaN
+        is_low = self.at_least is not None and value < self.at_least
+        is_low |= self.above is not None and value <= self.above
+        is_high = self.at_most is not None and value > self.at_most
+        is_high |= self.below is not None and value >= self.below
+        is_finite = abs(value) <= sys.float_info.max  # False for NaN
         if is_low or is_high or not is_finite:
-            self.refuse(given)
-        if self.whole and self.at_most is None and given > LARGEST:
-            raise ValueError(f"{given}: must be a whole number of at most {LARGEST}")
-        return int(given) if self.whole else float(given)
+            self.refuse(value)
+        if self.whole and self.at_most is None and value > LARGEST:
+            raise ValueError(f"{value}: must be a whole number of at most {LARGEST}")
+        return int(value) if self.whole else float(value)
 
 
 @dataclass(frozen=True)
 class Choice(Values):
-    """One of some words."""
+    """One of several words."""
 
     choices: tuple[str, ...]
 
     def __str__(self) -> str:
         return f"one of {', '.join(self.choices)}"
 
-    def check(self, given) -> str:
-        """Return a word that is one of the choices. Raises ValueError, one line."""
-        if not isinstance(given, str) or given not in self.choices:
-            self.refuse(given)
-        return given
+    def check(self, value) -> str:
+        """Return the value if it is one of the choices. Raises ValueError, one line."""
+        if not isinstance(value, str) or value not in self.choices:
+            self.refuse(value)
+        return value
 
 
 class Text(Values):
-    """A text, or a path."""
+    """A text or a path."""
 
     def __str__(self) -> str:
         return "a text"
 
-    def check(self, given) -> str:
-        """Return a text, or a path as text. Raises ValueError, one line."""
-        text = os.fspath(given) if isinstance(given, os.PathLike) else given
+    def check(self, value) -> str:
+        """Return the value as text. Raises ValueError, one line."""
+        text = os.fspath(value) if isinstance(value, os.PathLike) else value
         if not isinstance(text, str):
-            self.refuse(given)
+            self.refuse(value)
         return text
 
 
@@ -133,11 +137,11 @@ class Flag(Values):
     def __str__(self) -> str:
         return "True or False"
 
-    def check(self, given) -> bool:
-        """Return True or False. Raises ValueError, one line."""
-        if not isinstance(given, bool):
-            self.refuse(given)
-        return given
+    def check(self, value) -> bool:
+        """Return the value if it is True or False. Raises ValueError, one line."""
+        if not isinstance(value, bool):
+            self.refuse(value)
+        return value
 
 
 POSITIVE = Number(whole=True, at_least=1)

@@ -1,4 +1,4 @@
-"""Devices, the files of run folders, and the data sets that a run opens."""
+"""Choose a device, read the config.json of run folders, and open the data sets of a run."""
 
 import io
 import math
@@ -17,31 +17,37 @@ from imaging import boxes_and_points, files, image_files, layouts, nifti, volume
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is the GPU if there is one. A device that is named and missing: ValueError."""
-    have = {
+    """Return a device; "auto" is the GPU if there is one.
+
+    Raises ValueError, one line, if the device is unknown or not on this machine.
+    """
+    counts = {
         "cuda": torch.cuda.device_count(),
         "mps": int(torch.backends.mps.is_available()),
         "cpu": 1,
     }
     if name == "auto":
-        return torch.device(next(kind for kind, count in have.items() if count))
+        return torch.device(next(kind for kind, count in counts.items() if count))
+
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"--device {name}: unknown; take auto, cpu, cuda, cuda:1 or mps") from None
-    if (device.index or 0) >= have.get(device.type, 0):
-        raise ValueError(f"--device {name}: not on this machine; take --device auto")
+        raise ValueError(f"--device {name}: unknown; use auto, cpu, cuda, cuda:1 or mps") from None
+    if (device.index or 0) >= counts.get(device.type, 0):
+        raise ValueError(f"--device {name}: not on this machine; use --device auto")
     return device
 
 
-# The keys of a run's config.json. Older runs may lack all but the first; those lists that are empty
-# say nothing.
+# --- config.json of a run ------------------------------------------------------------------------
+
+# The keys of a run's config.json and their types. Older runs may lack all but the first; an empty
+# list means that nothing is known.
 RUN_KEYS = {
     "format": int, "model": str, "class": str, "config": dict, "classes": list[str],
     "labels": list[int] | None, "recipe": str, "options": dict, "data": dict,
     "masks": dict[str, str], "versions": dict, "decoder": str | None,
 }  # fmt: skip
-# The options that tests and predictions take from a run; train.py checks all of them.
+# The options that tests and predictions take over from a run; train.py checks all options.
 RUN_OPTIONS = {
     "data": list[str], "prompt": str | None, "pseudocolor": str | None, "sam_prompts": str | None,
     "min_area": int | None, "jitter": int | None, "overlap": float | None, "fold": str | None,
@@ -52,18 +58,20 @@ EDITED = "restore the file as train.py wrote it, or use the weights of another r
 
 
 def read_run(weights: str | Path | None) -> dict:
-    """Return the config.json of the training run that weights come from, {} if none is known.
+    """Return the config.json of the run that weights come from, {} if they come from none.
 
-    weights: a run folder, or a file in one (RUN/best.safetensors): both are the same run. All
-    programs ask here. A config.json without "format" is not ours (the hub's). Raises ValueError,
-    one line, if the file is damaged, was edited to make no sense, or is of a newer version.
+    weights: a run folder, or a file in it (RUN/best.safetensors). A config.json without "format" is
+    not of a run: the hub's models have such files. Raises ValueError, one line, if the file is
+    damaged, was edited wrongly, or was written by a newer version.
     """
     if weights is None:
         return {}
-    place = Path(weights)
-    path = (place.parent if place.is_file() else place) / "config.json"
+    source = Path(weights)
+    folder = source.parent if source.is_file() else source
+    path = folder / "config.json"
     if not path.is_file():
         return {}
+
     config = files.read_json(path)
     if not isinstance(config, dict) or "format" not in config:
         return {}
@@ -72,33 +80,41 @@ def read_run(weights: str | Path | None) -> dict:
 
 
 def check_run(path: Path, run: dict) -> None:
-    """Raise ValueError, one line, if the content of a run's config.json is not what we write."""
+    """Raise ValueError, one line, if the content of config.json is not what train.py writes."""
     if isinstance(run["format"], int) and run["format"] > 1:
         raise newer(path, f"it has format {run['format']}")
     if run["format"] != 1:
         raise ValueError(f"{path}: format is {run['format']!r:.50}, expected 1; {EDITED}")
     check_keys(path, run, RUN_KEYS)
+
     options = run.get("options", {})
-    known = {key: options[key] for key in RUN_OPTIONS if key in options}
+    known = {name: options[name] for name in RUN_OPTIONS if name in options}
     check_keys(path, known, RUN_OPTIONS)
     check_option_values(path, known)
+    check_run_classes(path, run)
 
+
+def check_run_classes(path: Path, run: dict) -> None:
+    """Raise ValueError, one line, if classes, labels and the model's size do not fit together."""
     classes = run.get("classes", [])
-    numbers = run.get("labels") or []
-    count = run.get("config", {}).get("num_classes")
-    background = bool(run.get("config", {}).get("overlapping"))
-    if not background and len(numbers) not in (0, max(2, len(classes))):  # a single class and 0
+    labels = run.get("labels") or []  # the class indices in label maps
+    config = run.get("config", {})
+    is_overlapping = bool(config.get("overlapping"))
+    expected_labels = max(2, len(classes))  # a single class and the background are two
+    if not is_overlapping and len(labels) not in (0, expected_labels):
         raise ValueError(f"{path}: labels do not number the {len(classes)} classes; {EDITED}")
-    if any(not 0 <= number < 2**16 for number in numbers):
-        raise wrong_value(path, "labels", numbers, "numbers from 0 to 65535")
-    if classes and isinstance(count, int) and len(classes) != count + background:
-        raise ValueError(
-            f"{path}: {len(classes)} classes for a model of {count + background}; {EDITED}"
-        )
+    if any(not 0 <= label < 2**16 for label in labels):
+        raise wrong_value(path, "labels", labels, "numbers from 0 to 65535")
+
+    outputs = config.get("num_classes")
+    if classes and isinstance(outputs, int):
+        expected = outputs + is_overlapping  # overlapping classes have no output for the background
+        if len(classes) != expected:
+            raise ValueError(f"{path}: {len(classes)} classes for a model of {expected}; {EDITED}")
 
 
 def check_option_values(path: Path, options: dict) -> None:
-    """Raise ValueError, one line, if options of RUN_OPTIONS have values that are refused."""
+    """Raise ValueError, one line, if options of RUN_OPTIONS have values out of range."""
     choices = {
         "sam_prompts": boxes_and_points.SOURCES,
         "mask_orientation": image_files.ORIENTATIONS,
@@ -106,11 +122,13 @@ def check_option_values(path: Path, options: dict) -> None:
     for key, allowed in choices.items():
         if options.get(key) not in (None, *allowed):
             raise wrong_value(path, key, options[key], f"one of {', '.join(allowed)}")
+
     if not 0 <= (options.get("overlap") or 0) < 1:
         raise wrong_value(path, "overlap", options["overlap"], "a share below 1")
     for key in ("min_area", "jitter", "seed", "nsd_tolerance"):
         if (options.get(key) or 0) < 0:
             raise wrong_value(path, key, options[key], "0 or more")
+
     try:
         re.compile(options.get("group_regex") or "")
     except re.error as error:
@@ -128,30 +146,31 @@ def check_keys(path: Path, content: dict, kinds: dict) -> None:
             raise wrong_value(path, key, value, name)
 
 
-def newer(path: Path, what: str) -> ValueError:
-    """Return the error of a file of a run that this version does not know."""
-    return ValueError(f"{path}: was written by a newer version ({what}); use that version for it")
+def newer(path: Path, reason: str) -> ValueError:
+    """Return the error about a file of a run that a newer version wrote."""
+    return ValueError(f"{path}: was written by a newer version ({reason}); use that version for it")
 
 
 def wrong_value(path: Path, key: str, value, expected: str) -> ValueError:
-    """Return the error of a value in a file of a run."""
+    """Return the error about a wrong value in a file of a run."""
     return ValueError(f"{path}: {key} is {value!r:.50}, expected {expected}; {EDITED}")
 
 
 def fits(value, kind) -> bool:
-    """Return True if a value of a JSON file is of a type, written as annotations write it.
+    """Return True if a value of a JSON file has a type such as `int | None` or `list[str]`.
 
-    Whole numbers are floats as well, and no number is infinite or NaN. Lists are tuples as well.
+    Whole numbers are floats, too, but NaN and infinity are not. Lists and tuples are the same.
     """
     arguments = get_args(kind)
     origin = get_origin(kind) or kind
     if isinstance(kind, UnionType):
-        return any(fits(value, each) for each in arguments)
+        return any(fits(value, member) for member in arguments)
     if origin in (list, tuple):
-        items = isinstance(value, list | tuple)
-        return items and all(fits(item, arguments[0]) for item in value)
+        is_list = isinstance(value, list | tuple)
+        return is_list and all(fits(item, arguments[0]) for item in value)
     if origin is dict and arguments:
         return isinstance(value, dict) and all(fits(v, arguments[1]) for v in value.values())
+
     if isinstance(value, bool) or origin is bool:
         return isinstance(value, bool) and origin is bool
     if origin is float:
@@ -159,57 +178,97 @@ def fits(value, kind) -> bool:
     return isinstance(value, origin)
 
 
-def patients_of(run: dict, places: list) -> str | None:
-    """--group-regex of a run, if a data set of one of its names is among places: one that lists no
-    splits is then divided as it was for the training."""
-    asked = run.get("options", {})
-    names = {Path(root).name for root in asked.get("data", ())}
-    there = {Path(layouts.path_and_split(place)[0]).name for place in places}
-    return asked.get("group_regex") if names & there else None
+def patients_of(run: dict, paths: list) -> str | None:
+    """Return the --group-regex of a run if a data set of its training is among `paths`, else None.
+
+    With it, a data set without listed splits is split as it was for the training. Data sets are
+    compared by the names of their folders.
+    """
+    options = run.get("options", {})
+    trained = {Path(root).name for root in options.get("data", ())}
+    names = {Path(layouts.path_and_split(path)[0]).name for path in paths}
+    return options.get("group_regex") if names & trained else None
+
+
+# --- classes -------------------------------------------------------------------------------------
 
 
 def num_classes(model) -> int:
-    """1 of a model that finds what a prompt asks for."""
+    """Return the number of a model's classes; 1 for models with prompts."""
     return getattr(model.config, "num_classes", 1)
 
 
-def check_threshold(k: int, threshold) -> None:
-    if k > 1 and threshold is not None:
-        raise ValueError("--threshold: the most probable of several classes counts, drop it")
+def check_threshold(count: int, threshold) -> None:
+    """Raise ValueError, one line, if there is a threshold but more than one class."""
+    if count > 1 and threshold is not None:
+        raise ValueError(
+            "--threshold: has no effect with several classes, as the most probable one is taken; "
+            "remove it"
+        )
 
 
 def check_classes(model, datasets, settings) -> None:
-    """Raise ValueError, one line, if a data set has other classes than a model that has its own."""
+    """Raise ValueError, one line, if a data set has other classes than the model."""
     count = num_classes(model)
-    overlapping = getattr(model.config, "overlapping", False)
-    names = read_run(settings.weights).get("classes")
-    released = () if names else getattr(model.config, "classes", ())
-    if overlapping and settings.threshold == "auto":
-        raise ValueError("--threshold auto: of one class alone; drop it")
+    is_overlapping = getattr(model.config, "overlapping", False)
+    if is_overlapping and settings.threshold == "auto":
+        raise ValueError("--threshold auto: works for one class alone; remove it")
 
     for dataset in datasets:
-        root = dataset.entries[0].root
+        check_class_count(model, dataset)
+        if settings.eval:
+            check_class_names(model, dataset, settings)
+        check_threshold(1 if is_overlapping else count, settings.threshold)
+
+
+def check_class_count(model, dataset) -> None:
+    """Raise ValueError, one line, if a data set and a model differ in kind or number of classes."""
+    kind = type(model).__name__
+    root = dataset.entries[0].root
+    is_overlapping = getattr(model.config, "overlapping", False)
+    has_regions = dataset.entries[0].regions is not None
+    if is_overlapping and not has_regions:
+        raise ValueError(
+            f"{kind} has overlapping classes, but {root} has none; regions are lists of numbers in "
+            "dataset.json"
+        )
+    if has_regions and not is_overlapping:
+        raise ValueError(
+            f"{kind} has exclusive classes, but those of {root} may overlap: they are regions, "
+            "lists of numbers in dataset.json"
+        )
+
+    count = num_classes(model)
+    if len(dataset.classes) != count + is_overlapping:
         classes = ", ".join(dataset.classes)
-        kind = type(model).__name__
-        if overlapping != (dataset.entries[0].regions is not None):
-            told = "takes its classes to overlap" if overlapping else "tells classes apart"
-            hint = "regions are lists of numbers in dataset.json"
-            raise ValueError(f"{kind} {told}, those of {root} are not so; {hint}")
-        if len(dataset.classes) != count + overlapping:
-            told = f"{root} has {len(dataset.classes)} ({classes})"
-            hint = "label its entries for a model that reads, or take another --model"
-            raise ValueError(f"{kind} tells {count} classes apart, {told}; {hint}")
-        if settings.eval and count > 1 and names and list(dataset.classes) != names:
-            raise ValueError(f"{root}: {classes}, but trained were {', '.join(names)}")
-        if settings.eval and layouts.moved(dataset.classes, released):
-            told = f"{root}: {classes}, the model's: {', '.join(released)}"
-            raise ValueError(f"{told}; scores would be of other classes")
-        check_threshold(1 if overlapping else count, settings.threshold)
+        raise ValueError(
+            f"{kind} has {count} classes, but {root} has {len(dataset.classes)} ({classes}); add "
+            "prompts to its entries for a model that reads text, or choose another --model"
+        )
+
+
+def check_class_names(model, dataset, settings) -> None:
+    """Raise ValueError, one line, if a test set names its classes differently than the model."""
+    root = dataset.entries[0].root
+    classes = ", ".join(dataset.classes)
+    names = read_run(settings.weights).get("classes")
+    if num_classes(model) > 1 and names and list(dataset.classes) != names:
+        raise ValueError(f"{root}: has {classes}, but the run was trained on {', '.join(names)}")
+
+    released = () if names else getattr(model.config, "classes", ())
+    if layouts.moved(dataset.classes, released):
+        raise ValueError(
+            f"{root}: has {classes}, but the model has {', '.join(released)}; scores would compare "
+            "different classes"
+        )
+
+
+# --- data sets -----------------------------------------------------------------------------------
 
 
 @dataclass
 class DataSets:
-    """What a run trains on and tests: opened data sets, fewer if fewer are used."""
+    """The opened data sets of a run; a test alone has no parts."""
 
     parts: dict  # {"train": data set, "val": data set}
     tests: dict  # {name: data set}
@@ -223,31 +282,31 @@ class DataSets:
 def open_data(settings, family) -> DataSets:
     """Open all data sets of a run, and print a line about each.
 
-    family: of recipes.FAMILIES. With --overfit the first cases of --data are all of them. Raises
-    FileNotFoundError or ValueError, one line.
+    family: the model's in recipes.FAMILIES. Raises FileNotFoundError or ValueError, one line.
     """
     data_sets = _open_overfit(settings, family) if settings.overfit else _open(settings, family)
     for dataset in data_sets.all:
         if dataset.holds != family.takes:
-            root = dataset.entries[0].root
-            told = f"{root} holds {dataset.holds}, {settings.model} takes {family.takes}"
-            raise ValueError(f"{told}; take another --model")
+            raise ValueError(
+                f"{dataset.entries[0].root} holds {dataset.holds}, but {settings.model} takes "
+                f"{family.takes}; choose another --model"
+            )
     return data_sets
 
 
 def _open_overfit(settings, family) -> DataSets:
-    """Return the first cases of --data as the sets to train, validate and test on."""
+    """Return the first cases of --data as training, validation and test set."""
     entries = []
     for root in settings.data:
         entries += layouts.annotations(root, "train", settings.group_regex)
     name = "--overfit: train, val and test are the same"
     one = open_together({name: entries[: settings.overfit]}, settings, family)[name]
-    print("  scores then tell that the parts fit together, and nothing of new cases")
+    print("  such scores show that the code works; they say nothing about new cases")
     return DataSets({"train": one, "val": one}, {"overfit": one})
 
 
 def _open(settings, family) -> DataSets:
-    """Return the training, validation and test sets that the settings name."""
+    """Return the training, validation and test sets of --data and --test."""
     tests = list_tests(settings)
     lists = {f"test {name}": entries for name, entries in tests.items()}
     if not settings.eval or settings.threshold == "auto":
@@ -263,18 +322,19 @@ def _open(settings, family) -> DataSets:
 def list_tests(settings) -> dict[str, list]:
     """Return the entries of the test sets by name: of --test, else of the test splits of --data.
 
-    A test set that is empty or lacks files is left out of a training, which is printed; with --eval
-    it is an error. Raises FileNotFoundError or ValueError, one line.
+    A test set that is empty or lacks files is an error with --eval. A training leaves it out and
+    prints that. Raises FileNotFoundError or ValueError, one line.
     """
     tests = {}
-    for place in settings.test or settings.data:
-        path, split = layouts.path_and_split(place)
+    for data_set in settings.test or settings.data:
+        path, split = layouts.path_and_split(data_set)
         if not settings.test and not settings.eval and "test" not in layouts.splits(path):
             print(f"{path}: no test split, so it is not tested on; name another with --test")
             continue
         name = Path(path).resolve().name + ("" if split == "test" else f":{split}")
         if name in tests:
             raise ValueError(f"two test sets are called {name}; rename a folder")
+
         try:
             entries = layouts.annotations(path, split, settings.group_regex)
             if not entries:
@@ -283,7 +343,7 @@ def list_tests(settings) -> dict[str, list]:
         except (layouts.Unpaired, layouts.MissingFiles, layouts.EmptySplit) as error:
             if settings.eval:
                 raise
-            print(f"test {name} is left out, training goes on without it: {error}")
+            print(f"test {name} is left out, training continues without it: {error}")
             continue
         tests[name] = entries
     return tests
@@ -297,9 +357,10 @@ def earlier_run(settings) -> dict:
 
 
 def open_together(lists: dict[str, list], settings, family) -> dict:
-    """Open lists of entries together: of images, or where the files are NIfTI of volumes.
+    """Open lists of entries as data sets of images or, if their files are NIfTI, of volumes.
 
-    Prints a line about each. Raises as `data.open_datasets` does.
+    Images are opened together, since the values of all their masks decide how these are read.
+    Prints a line about each set. Raises as `data.open_datasets` does.
     """
     sets = {}
     for name, entries in lists.items():
@@ -315,7 +376,8 @@ def open_together(lists: dict[str, list], settings, family) -> dict:
         reading = mask_reading(images, settings)
         scored = [name for name in images if is_scored_only(name)]
         sets |= data.open_datasets(images, settings.cache, settings.pseudocolor, reading, scored)
-    sets = {name: sets[name] for name in lists}
+
+    sets = {name: sets[name] for name in lists}  # in the order of the lists
     for name, dataset in sets.items():
         print(f"{name}: {dataset.describe()}")
         if name in images and is_scored_only(name):
@@ -324,45 +386,47 @@ def open_together(lists: dict[str, list], settings, family) -> dict:
 
 
 def is_of_volumes(entry) -> bool:
-    """Return True if an entry is of a data set of volumes."""
+    """Return True if an entry belongs to a data set of volumes."""
     return layouts.is_volume(entry.image) or layouts.has_volumes(entry.root)
 
 
 def is_scored_only(name: str) -> bool:
-    """Return True for the name of a list of entries that nothing is trained on."""
+    """Return True if a list of entries of this name is scored, and not trained on."""
     return name == "val" or name.startswith("test ")
 
 
 def say_empty(name: str, dataset) -> None:
-    """Print a line for each data set of a split that has no foreground at all."""
+    """Print a line for each data set whose ground truth has no foreground in this split."""
     for root, entries in dataset.empty_data_sets().items():
         cases = f"all {len(entries)} cases" if len(entries) > 1 else "its only case"
-        message = f"{root}: the ground truth of {name} is empty in {cases}, "
-        message += f"{entries[0].mask} for one; Dice is 1 where nothing is predicted, else 0"
+        message = (
+            f"{root}: the ground truth of {name} is empty in {cases}, {entries[0].mask} for one; "
+            "Dice is 1 where nothing is predicted, else 0"
+        )
         if name == "val":
             message += ", so that the best epoch is the one with the fewest false alarms"
         print(message)
 
 
 def mask_reading(lists: dict[str, list], settings) -> data.MaskReading:
-    """Return what else decides how masks are read.
+    """Return the facts that decide how masks are read, besides the masks in `lists`.
 
-    A run that is resumed or tested knows rules. A training counts the values of train, val and test
-    of its data sets, also of those that it does not open.
+    A run that is resumed or tested has its rules in config.json. A training counts the mask values
+    of the splits train, val and test of its data sets, including those that it does not open.
     """
     known = earlier_run(settings).get("masks", {})
     reading = data.MaskReading(settings.mask_threshold, known)
-    if settings.eval or not (settings.test or settings.overfit):  # then all three are opened
+    opens_all_splits = not settings.test and not settings.overfit
+    if settings.eval or opens_all_splits:
         return reading
 
-    opened = {entry.mask for entries in lists.values() for entry in entries}
+    opened = set()
+    for entries in lists.values():
+        opened |= {entry.mask for entry in entries}
     for root in settings.data:
         for split in sorted({"train", "val", "test"} & layouts.splits(root).keys()):
             try:
-                with redirect_stdout(io.StringIO()):  # entries listed twice were said, or no matter
-                    entries = layouts.annotations(root, split, settings.group_regex)
-                entries = [entry for entry in entries if entry.mask not in opened]
-                entries = [entry for entry in entries if not layouts.missing_files([entry])]
+                entries = unopened_entries(root, split, settings.group_regex, opened)
                 counts = data.mask_counts(entries, Path(settings.cache))
             except layouts.Unpaired:
                 continue
@@ -374,55 +438,85 @@ def mask_reading(lists: dict[str, list], settings) -> data.MaskReading:
     return reading
 
 
-def check_prepared(data_sets: DataSets, settings) -> None:
-    """Look over all prepared volumes of a run, and print what was noticed so far.
+def unopened_entries(root: str, split: str, group_regex: str | None, opened: set[Path]) -> list:
+    """Return the entries of a split that have all their files, without those of `opened` masks."""
+    with redirect_stdout(io.StringIO()):  # its notes were printed when the set was opened
+        entries = layouts.annotations(root, split, group_regex)
+    unopened = []
+    for entry in entries:
+        if entry.mask not in opened and not layouts.missing_files([entry]):
+            unopened.append(entry)
+    return unopened
 
-    ValueError, one line: label maps of 0 and 255 where 255 is rather a class than a mark, and
-    nothing to train on.
+
+def check_prepared(data_sets: DataSets, settings) -> None:
+    """Check all prepared volumes of a run, and print the notes about them.
+
+    Raises ValueError, one line, if label maps hold 0 and 255 where 255 seems to be a class rather
+    than ignored voxels, or if the training split has no foreground.
     """
-    sets = data_sets.parts
-    tests = data_sets.tests
+    parts = data_sets.parts
     volumes.check_255(data_sets.all)
-    if "train" in sets:
-        sets["train"].check_foreground()
-    named = {"val": sets["val"]} if "val" in sets else {}
-    named |= {f"test {name}": dataset for name, dataset in tests.items()}
-    for name, dataset in named.items():
-        say_empty(name, dataset)
-    if not settings.overfit:  # whose splits are the same on purpose
-        say_shared(sets, tests)
+    if "train" in parts:
+        parts["train"].check_foreground()
+    if "val" in parts:
+        say_empty("val", parts["val"])
+    for name, dataset in data_sets.tests.items():
+        say_empty(f"test {name}", dataset)
+    if not settings.overfit:  # its splits are the same on purpose
+        say_shared(parts, data_sets.tests)
     nifti.notices.print()
 
 
-def say_shared(sets: dict, tests: dict) -> None:
-    """Print a line if volumes are in two of train, val and test.
+def say_shared(parts: dict, tests: dict) -> None:
+    """Print a line if volumes are in two of the splits train, val and test."""
+    shared = shared_volumes(separate_splits(parts, tests))
+    if not shared:
+        return
+    names = ", ".join(shared[:3])
+    if len(shared) > 3:
+        names += f" and {len(shared) - 3} more"
+    count = f"{len(shared)} volumes are" if len(shared) > 1 else "1 volume is"
+    print(
+        f"{count} in two splits: {names}; scores on them do not show how the model does on new "
+        "patients"
+    )
 
-    By name within a data set, or by their voxels, whatever the files are called. A test on another
-    split of the training's own data sets (--test PATH:val) is one on purpose.
+
+def separate_splits(parts: dict, tests: dict) -> list[tuple[str, object]]:
+    """Return (split, data set) of all sets that must not share volumes.
+
+    A test on another split of the training's own data sets (--test PATH:val) may share them.
     """
-    trained = {entry.root for dataset in sets.values() for entry in dataset.entries}
-    splits = [*sets.items()]
-    for name, dataset in tests.items():
-        on_purpose = ":" in name and all(entry.root in trained for entry in dataset.entries)
-        if not on_purpose:
-            splits.append(("test", dataset))
+    trained = set()
+    for dataset in parts.values():
+        trained |= {entry.root for entry in dataset.entries}
 
-    first = {}  # name or voxels -> split, entry's name
-    shared = {}  # (split, entry) -> text
+    splits = [*parts.items()]
+    for name, dataset in tests.items():
+        is_on_purpose = ":" in name and all(entry.root in trained for entry in dataset.entries)
+        if not is_on_purpose:
+            splits.append(("test", dataset))
+    return splits
+
+
+def shared_volumes(splits: list[tuple[str, object]]) -> list[str]:
+    """Return a few words on each volume that is in two splits.
+
+    Volumes are compared by name within a data set, and by their voxels regardless of the name.
+    """
+    first_seen = {}  # (kind of key, key) -> split, name
+    shared = {}  # (split, root, name) -> words
     for split, dataset in splits:
         for i, entry in enumerate(dataset.entries):
             keys = {"voxels": dataset.digest(i), "name": (entry.root, entry.name)}
-            for how, key in keys.items():
-                other, name = first.setdefault((how, key), (split, entry.name))
-                if other != split:
-                    by = ", by name alone" if how == "name" else ""
-                    same = f"{name} ({other} and {split}{by})"
-                    differs = f"{name} ({other}) is {entry.name} ({split})"
-                    text = same if name == entry.name else differs
-                    shared.setdefault((split, entry.root, entry.name), text)
-    if shared:
-        names = ", ".join(list(shared.values())[:3])
-        more = f" and {len(shared) - 3} more" if len(shared) > 3 else ""
-        told = "volumes are" if len(shared) > 1 else "volume is"
-        end = "scores on them do not show how the model does on new patients"
-        print(f"{len(shared)} {told} in two splits: {names}{more}; {end}")
+            for kind, key in keys.items():
+                first_split, name = first_seen.setdefault((kind, key), (split, entry.name))
+                if first_split == split:
+                    continue
+                words = f"{name} ({first_split}) is {entry.name} ({split})"
+                if name == entry.name:
+                    suffix = ", by name alone" if kind == "name" else ""
+                    words = f"{name} ({first_split} and {split}{suffix})"
+                shared.setdefault((split, entry.root, entry.name), words)
+    return [*shared.values()]

@@ -1,7 +1,7 @@
-"""The first seconds of a program, and the signals that end it.
+"""Signals that end a program, from its first second on.
 
-A program calls `guard_imports` before it imports torch, which takes seconds.
-Then `command_line.command` calls `catch_signals`: Ctrl-C, SIGTERM and SIGHUP end it with one line.
+A program calls `guard_imports` before it imports torch, which takes seconds. Later,
+`command_line.command` calls `catch_signals`. Ctrl-C, SIGTERM and SIGHUP then end it with one line.
 """
 
 import os
@@ -9,15 +9,14 @@ import signal
 import sys
 import warnings
 
-# Ctrl-C, what `kill` and cluster schedulers send, and the end of a terminal session.
-SIGNAL_NAMES = ("SIGINT", "SIGTERM", "SIGHUP")
-SIGNALS = [
-    getattr(signal, name) for name in SIGNAL_NAMES if hasattr(signal, name)
-]  # fewer on Windows
+# Ctrl-C, the signal of `kill` and cluster schedulers, and the end of a terminal session.
+SIGNALS = [signal.SIGINT, signal.SIGTERM]
+if hasattr(signal, "SIGHUP"):  # not on Windows
+    SIGNALS.append(signal.SIGHUP)
 
 
 class Interrupted(KeyboardInterrupt):
-    """Raised where a signal of SIGNALS reached the program; `number` is the signal's."""
+    """Raised when one of SIGNALS reaches the program; `number` is that of the signal."""
 
     def __init__(self, number: int):
         super().__init__(signal.Signals(number).name)
@@ -25,20 +24,20 @@ class Interrupted(KeyboardInterrupt):
 
 
 def set_handlers(handler) -> None:
-    """Set the handler of all SIGNALS but those that are ignored, as nohup wants it for SIGHUP."""
+    """Set the handler of all SIGNALS, except those that are ignored (nohup ignores SIGHUP)."""
     for number in SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, handler)
 
 
 def guard_imports() -> None:
-    """Let a signal end the process with one line until `catch_signals`, and hide warnings."""
+    """Hide warnings, and until `catch_signals` let a signal end the process with one line."""
     set_handlers(end_at_once)
     hide_warnings()
 
 
 def end_at_once(number: int, frame) -> None:
-    """Handle a signal during the imports of a program: nothing was begun yet."""
+    """Handle a signal during the imports of a program, before any work was started."""
     os.write(2, b"stopped: nothing was done yet; the same command starts again\n")
     os._exit(128 + number)
 
@@ -55,9 +54,10 @@ def interrupt(number: int, frame) -> None:
 
 
 def ignore_signals() -> None:
-    """Ignore further signals: the program is ending, and its last line is to be whole.
+    """Ignore further signals, so that the program can print its last line.
 
-    Data-loading processes end as well; torch would raise an error about each at any place.
+    Data-loading processes end at the same time. torch would raise an error about each of them, at
+    an arbitrary line, so the signal about ended children gets its default again.
     """
     set_handlers(signal.SIG_IGN)
     if hasattr(signal, "SIGCHLD"):
@@ -65,16 +65,16 @@ def ignore_signals() -> None:
 
 
 def begin_child() -> None:
-    """Prepare a process that does runs of a study: its parent says what ends them."""
+    """Prepare a process for the runs of a study; only its parent handles Ctrl-C."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     hide_warnings()
 
 
 def reset_in_child() -> None:
-    """End silently at a signal, as data-loading processes do: the parent prints the line."""
+    """Let data-loading processes end silently at a signal: their parent prints the line."""
     for number in SIGNALS:
         if signal.getsignal(number) == interrupt:
-            # Ctrl-C reaches the children of a program as well.
+            # The terminal sends Ctrl-C to the children of a program, too.
             is_ctrl_c = number == signal.SIGINT
             signal.signal(number, signal.SIG_IGN if is_ctrl_c else signal.SIG_DFL)
 
@@ -84,9 +84,9 @@ if hasattr(os, "register_at_fork"):
 
 
 def hide_warnings() -> None:
-    """Hide the warnings of libraries, which are no lines for users; `python -W default` shows them.
+    """Hide the warnings of libraries; `python -W default` shows them.
 
-    What matters in one is printed in our words where it arises.
+    Warnings that matter to users are printed in our own words where they arise.
     """
     if not sys.warnoptions:
         warnings.simplefilter("ignore")

@@ -1,4 +1,4 @@
-"""What a run leaves in numbers: JSON, CSV, and tables of scores."""
+"""Write JSON and CSV files, and format tables of scores."""
 
 import csv
 import json
@@ -12,17 +12,19 @@ from imaging.atomic_files import whole_file
 
 
 def write_json(path: Path, content) -> None:
-    """NaN and infinities, which JSON does not know, become null."""
+    """Write a JSON file. NaN and infinity, which JSON does not have, become null."""
     content = json.loads(json.dumps(content, default=str), parse_constant=lambda _: None)
     with whole_file(path) as part:
         part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def write_csv(path: Path, rows: list[dict]) -> None:
-    """One column for every key that occurs, in the order of first occurrence."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
+    """Write a CSV file with a column for every key that occurs, in order of first occurrence."""
+    columns = {}  # a dict keeps the order
+    for row in rows:
+        columns |= dict.fromkeys(row)
     with whole_file(path) as part, open(part, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns)
+        writer = csv.DictWriter(file, [*columns])
         writer.writeheader()
         writer.writerows(rows)
 
@@ -30,22 +32,21 @@ def write_csv(path: Path, rows: list[dict]) -> None:
 # --- tables of scores -----------------------------------------------------------------------------
 
 
-# Said once a test: what the intervals are, and what no interval of this kind can hold.
+# Printed once per test: how the intervals are computed, and what they cannot contain.
 INTERVALS = "95 % intervals: expanded percentile bootstrap"
 ABSENT = "failures that the test cases do not contain are in no interval"
 
 
 def show_interval(score: dict) -> str:
-    """Return "[low, high]  n=cases" of a mean; one case has no interval."""
-    ends = "[no interval]   "
+    """Return "[low, high]  n=cases" of a mean; a single case has no interval."""
+    interval = "[no interval]   "
     if not np.isnan(score["low"]):
-        ends = f"[{score['low']:.4f}, {score['high']:.4f}]"
-    return f"{ends}  n={score['n']}"
+        interval = f"[{score['low']:.4f}, {score['high']:.4f}]"
+    return f"{interval}  n={score['n']}"
 
 
 def score_label(name: str, summary: dict) -> str:
-    """Return the name of a score as a table shows it: distances with their unit, NSD with its
-    tolerance, where the summary has them."""
+    """Return the name of a score in a table: distances with their unit, NSD with its tolerance."""
     unit = summary.get("distance_unit")
     if unit is None or name not in ("hd95", "assd", "nsd"):
         return name
@@ -55,44 +56,64 @@ def score_label(name: str, summary: dict) -> str:
 
 
 def score_table(summary: dict) -> str:
-    """A summary of scores (metrics.summarise) as lines of text: mean [95 % interval]."""
-    scores = {
-        name: score
-        for name, score in summary.items()
-        if isinstance(score, dict) and "mean" in score
-    }
+    """Return a summary of scores (metrics.summarise) as lines: mean, 95 % interval, failures."""
     lines = []
-    for name, score in scores.items():
-        label = score_label(name, summary)
-        lines.append(f"  {label:12} {score['mean']:8.4f}  {show_interval(score)}")
-    classes = summary.get("classes", {})
-    width = max([12, *map(len, classes)])
-    for name, of in classes.items():
-        unit = summary.get("distance_unit", "")
-        more = f"  HD95 {of['hd95']['mean']:.2f} {unit}".rstrip() if "hd95" in of else ""
-        dice = f"Dice {of['dice']['mean']:.4f}  {show_interval(of['dice'])}"
-        lines.append(f"  {name:{width}} {dice}  IoU {of['iou']['mean']:.4f}{more}")
+    for name, score in summary.items():
+        if isinstance(score, dict) and "mean" in score:
+            label = score_label(name, summary)
+            lines.append(f"  {label:12} {score['mean']:8.4f}  {show_interval(score)}")
+    lines += class_lines(summary)
+
     if "macro_f1_pooled" in summary:
         lines.append(f"  macro F1 of all pixels, with background: {summary['macro_f1_pooled']:.4f}")
-    cases = sum(of["images"] for of in classes.values()) if classes else summary["images"]
-    what = "classes in images" if classes else "images"
-    lines.append(f"  misses and false alarms: {summary['misses']} of {cases} {what}")
-    if "image_specificity" in summary:
-        alarms = summary["false_alarms"]
-        images = f"{summary['empty_images']} images without foreground"
-        specificity = f"specificity of images {summary['image_specificity']:.4f}"
-        lines.append(f"  false alarms: {alarms} of {images}, {specificity}")
+    lines += failure_lines(summary)
     if "warning" in summary:
-        for warning in summary["warning"].split("; "):
-            lines.append(f"  {warning}")
+        lines += [f"  {warning}" for warning in summary["warning"].split("; ")]
     return "\n".join(lines)
 
 
+def class_lines(summary: dict) -> list[str]:
+    """Return a line for each class of a summary: Dice with its interval, IoU, HD95."""
+    classes = summary.get("classes", {})
+    width = max([12, *map(len, classes)])
+    unit = summary.get("distance_unit", "")
+    lines = []
+    for name, scores in classes.items():
+        line = f"  {name:{width}} Dice {scores['dice']['mean']:.4f}"
+        line += f"  {show_interval(scores['dice'])}  IoU {scores['iou']['mean']:.4f}"
+        if "hd95" in scores:
+            line += f"  HD95 {scores['hd95']['mean']:.2f} {unit}".rstrip()
+        lines.append(line)
+    return lines
+
+
+def failure_lines(summary: dict) -> list[str]:
+    """Return the lines that count misses, and false alarms on images without foreground."""
+    classes = summary.get("classes", {})
+    cases = summary["images"]
+    unit = "images"
+    if classes:
+        cases = sum(scores["images"] for scores in classes.values())
+        unit = "classes in images"
+    lines = [f"  misses and false alarms: {summary['misses']} of {cases} {unit}"]
+
+    if "image_specificity" in summary:
+        lines.append(
+            f"  false alarms: {summary['false_alarms']} of {summary['empty_images']} images "
+            f"without foreground, specificity of images {summary['image_specificity']:.4f}"
+        )
+    return lines
+
+
 def study_table(summaries: dict[str, dict], examples: dict[str, str] | None = None) -> str:
-    """Dice and IoU by what was asked, as lines of text, perhaps with an example."""
-    lines, width = [], max(4, *map(len, summaries))
+    """Return Dice and IoU for each kind of prompt as lines, with an example of each if given."""
+    width = max([4, *map(len, summaries)])
+    lines = []
     for kind, summary in summaries.items():
-        dice, iou = summary["dice"], summary["iou"]
-        score = f"Dice {dice['mean']:.4f} {show_interval(dice)}  IoU {iou['mean']:.4f}"
-        lines.append(f"  {kind:{width}} {score}" + (f"  “{examples[kind]}”" if examples else ""))
+        dice = summary["dice"]
+        line = f"  {kind:{width}} Dice {dice['mean']:.4f} {show_interval(dice)}"
+        line += f"  IoU {summary['iou']['mean']:.4f}"
+        if examples:
+            line += f"  “{examples[kind]}”"
+        lines.append(line)
     return "\n".join(lines)

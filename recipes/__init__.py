@@ -1,20 +1,20 @@
-"""What each --model of train.py means: FAMILIES, one row a model.
+"""The meaning of each --model of train.py: FAMILIES, one row per model.
 
-A file beside this one connects one model, or several alike, to the training loop. It has
+Each file here connects a model, or several similar ones, to the training loop. It contains
 
-    Protocol   the numbers of each --recipe: `default` is what we recommend, `origin` the study that
-               the model comes from to the letter, quirks named. Options of the command line
-               replace numbers of the same name.
+    Protocol   the numbers of each --recipe: `default` is what we recommend, `origin` the study
+               that the model comes from to the letter, with its quirks named. Options of the
+               command line replace the numbers of the same name.
     a loader   weights -> model
-    Recipe     the functions that the loop calls: inputs, forward, loss, predict, groups, and those
-               that only some models need
-    Family     all of it, and what else differs between models: which options there are, how
-               volumes are opened, which classes fit, what a prediction is asked
+    Recipe     the functions that the loop calls: inputs, forward, loss, predict, groups, and some
+               that only a few models need
+    Family     all of these, and what else differs between models: their options, how volumes are
+               opened, which classes fit, how a prediction is prompted
 
-base.py describes these three and their defaults. images.py has what models of images share,
-kept_features.py computes what frozen encoders give once, loading.py reads runs that were stopped.
-The loop itself (train.py, engine/) asks no model what it is. To add a model, write its file and
-its row here.
+base.py describes these three with their defaults. images.py has what models of images share,
+kept_features.py caches the features of frozen encoders, and loading.py reads runs that were
+stopped. The loop itself (train.py, engine/) never asks which model it trains. To add a model, write
+its file and add its row here.
 """
 
 from recipes import class_maps, clipseg, cris, sam, swin_unetr3d, text_swin_unetr, universal
@@ -36,13 +36,19 @@ FAMILIES = {
 
 
 def second_file(name: str, clip: str | None, decoder: str | None) -> dict:
-    """Return the argument of from_pretrained that --clip or --decoder is, {} without them.
+    """Return --clip or --decoder as an argument of from_pretrained, {} without them.
 
     Raises ValueError, one line, if the model `name` has no use for it.
     """
-    given = {key: value for key, value in (("clip", clip), ("decoder", decoder)) if value}
-    for key in given:
-        if FAMILIES[name].second_file != key:
-            users = [other for other, family in FAMILIES.items() if family.second_file == key]
-            raise ValueError(f"--{key}: {name} has no use for it, only {users[0]} has; remove it")
-    return given
+    arguments = {}
+    if clip:
+        arguments["clip"] = clip
+    if decoder:
+        arguments["decoder"] = decoder
+    for option in arguments:
+        if FAMILIES[name].second_file != option:
+            users = [model for model, family in FAMILIES.items() if family.second_file == option]
+            raise ValueError(
+                f"--{option}: {name} has no use for it, only {users[0]} has; remove it"
+            )
+    return arguments

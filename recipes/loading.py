@@ -1,4 +1,4 @@
-"""Load a model for a run: released weights, a run folder, or one that never validated."""
+"""Load the model of a run from released weights, a run folder, or a run without a validation."""
 
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,24 +15,28 @@ from engine.runs import EDITED, read_run
 
 
 def load_model(family, weights, variant, settings, overrides: dict, train_set):
-    """Return `family.load` of these arguments; the last weights of a run that never validated.
+    """Return the model that `family.load` makes of these arguments.
 
-    Such a run folder has last.pt, but no best.safetensors yet. That they are used is printed.
-    Raises ValueError, one line, for a run folder without either, or with a config.json that does
-    not describe a model.
+    A run that was stopped before its first validation has last.pt, but no best.safetensors. Its
+    last weights are used then, and that is printed. Raises ValueError, one line, for a run folder
+    without either file, or with a config.json that does not describe a model.
     """
     if not weights or not read_run(weights):
         return family.load(weights, variant, settings, overrides, train_set)
+
     run = Path(weights)
     if not run.is_dir() or (run / "best.safetensors").exists():
         folder = run if run.is_dir() else run.parent
         with model_described_by(folder / "config.json"):
             return family.load(weights, variant, settings, overrides, train_set)
     if not (run / "last.pt").is_file():
-        hint = f"train.py --resume --out {run} starts it again"
-        raise ValueError(f"{run}: this run was stopped before it saved any weights; {hint}")
+        raise ValueError(
+            f"{run}: this run was stopped before it saved any weights; "
+            f"train.py --resume --out {run} starts it again"
+        )
 
-    with TemporaryDirectory() as folder:  # a run folder with the last weights as its best
+    # Make a temporary run folder with the last weights in place of the best ones.
+    with TemporaryDirectory() as folder:
         for name in ("config.json", "vocab.txt"):
             if (run / name).is_file():
                 (Path(folder) / name).symlink_to((run / name).resolve())
@@ -46,16 +50,16 @@ def load_model(family, weights, variant, settings, overrides: dict, train_set):
 
 @contextmanager
 def model_described_by(config: Path):
-    """Raise ValueError, one line that names the config.json of a run, if it describes no model.
+    """Raise ValueError, one line that names config.json, if the block fails because of its values.
 
-    It does not if a constructor fails, or anything in a way that our own lines do not explain. A
-    lack of memory and files that cannot be read stay what they are.
+    That is assumed if a constructor fails, and for any error that is not one of our own one-line
+    messages. Missing memory and files that cannot be read keep their errors.
     """
     try:
         yield
     except Exception as error:
-        steps = [step.name for step in extract_tb(error.__traceback__)]
-        is_explained = isinstance(error, ValueError) and "__init__" not in steps
+        functions = [frame.name for frame in extract_tb(error.__traceback__)]
+        is_explained = isinstance(error, ValueError) and "__init__" not in functions
         if is_explained or isinstance(error, OSError) or is_out_of_memory(error):
             raise
         reason = " ".join(str(error).split()) or repr(error)
@@ -63,24 +67,34 @@ def model_described_by(config: Path):
 
 
 def last_weights(run: Path, family) -> dict[str, Tensor]:
-    """Return the state dict of a run's model as it was saved last, with --ema the average.
+    """Return the last saved state dict of a run's model, with --ema that of the average.
 
-    What it is, is printed. Raises ValueError, one line, if last.pt cannot be read.
+    Prints a line about it. Raises ValueError, one line, if last.pt cannot be read.
     """
     path = run / "last.pt"
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         state = saved["model"]
         kind = "weights"
-        if "ema" in saved:  # of torch.optim.swa_utils.AveragedModel
+        if "ema" in saved:
             kind = "averaged weights"
-            names = [name for name in saved["ema"] if name.startswith("module.")]
-            state = {name.removeprefix("module."): saved["ema"][name] for name in names}
+            state = averaged_weights(saved["ema"])
         merged = merge_state_dict(state, family.lora.get("thirds", ()))
         step = saved["step"]
-    except Exception as error:  # cut off, or something else
+    except Exception as error:  # truncated, or not a file of train.py
         reason = " ".join(repr(error).split())
-        hint = "resume the run or start it again"
-        raise ValueError(f"{path}: cannot be read ({reason:.150}); {hint}") from None
+        raise ValueError(
+            f"{path}: cannot be read ({reason:.150}); resume the run or start it again"
+        ) from None
     print(f"{run}: stopped before its first validation; its last {kind} are used (step {step})")
     return {name: tensor.contiguous() for name, tensor in merged.items()}
+
+
+def averaged_weights(ema: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the state dict of the model in that of an AveragedModel (torch.optim.swa_utils)."""
+    prefix = "module."
+    state = {}
+    for name, tensor in ema.items():
+        if name.startswith(prefix):
+            state[name.removeprefix(prefix)] = tensor
+    return state

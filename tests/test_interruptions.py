@@ -80,8 +80,8 @@ def test_what_interrupts_a_program_is_one_line_with_the_way_on(kind, monkeypatch
 
     def main():
         with (
-            command_line.way_on(lambda: "all is safe"),
-            command_line.way_on(lambda: "inner is safe"),
+            command_line.recovery_advice(lambda: "all is safe"),
+            command_line.recovery_advice(lambda: "inner is safe"),
         ):
             if isinstance(error, Exception | KeyboardInterrupt):
                 raise error
@@ -96,8 +96,8 @@ def test_what_interrupts_a_program_is_one_line_with_the_way_on(kind, monkeypatch
 def test_a_study_says_for_its_runs_how_to_go_on(monkeypatch, capsys):
     def main():
         with (
-            command_line.way_on(lambda: "the study", override=True),
-            command_line.way_on(lambda: "the run"),
+            command_line.recovery_advice(lambda: "the study", override=True),
+            command_line.recovery_advice(lambda: "the run"),
         ):
             raise KeyboardInterrupt
 
@@ -319,7 +319,7 @@ def test_a_failure_leaves_the_files_of_a_folder_as_they_were(options, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(train.runs, "open_data", stopped)
         code, text, _ = command(monkeypatch, capsys, train, *arguments(options))
-    assert code == 130 and "holds a test that was stopped" in text
+    assert code == 130 and "contains a test that was stopped" in text
     (out / "test/overlays").rmdir(), (out / "test").rmdir()
     with monkeypatch.context() as patch:
         patch.setattr(train, "starting_model", full_memory)
@@ -343,7 +343,7 @@ def test_a_run_killed_in_its_first_epoch_starts_again(resume, options, capsys, m
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(train.Run, "train_epoch", stopped)
         train.run(quick)
-    line = "holds nothing to go on from" if resume else "stopped before anything was saved"
+    line = "contains no saved state" if resume else "stopped before it saved anything"
     assert line in capsys.readouterr().out
 
 
@@ -368,7 +368,7 @@ def test_files_of_a_run_are_not_written_over(name, options, monkeypatch, capsys)
     file.parent.mkdir(parents=True)
     file.write_text("mine")
     code, _, err = command(monkeypatch, capsys, train, *arguments(options))
-    assert code == 2 and err.count("\n") == 1 and "holds a run already" in err
+    assert code == 2 and err.count("\n") == 1 and "already contains a run" in err
     assert contents(Path(options.out)) == {name: b"mine"}
 
 
@@ -529,7 +529,7 @@ def test_a_signal_to_a_training_and_its_data_loaders_is_one_line(number, options
     _, err = process.communicate()
     assert process.returncode == 128 + number and err.count("\n") == 1, err
     assert f"{options.out}/last.pt is safe (" in err
-    assert err.endswith(f"go on with python train.py --resume --out {options.out}\n")
+    assert err.endswith(f"continue with python train.py --resume --out {options.out}\n")
     assert not hidden(Path(options.out))
 
 
@@ -546,4 +546,4 @@ def test_a_killed_data_loader_is_one_line(options):
     _, err = process.communicate()
     assert process.returncode == 2 and err.count("\n") == 1, err
     assert err.startswith("error: a data-loading process was killed")
-    assert err.endswith(f"go on with python train.py --resume --out {options.out}\n")
+    assert err.endswith(f"continue with python train.py --resume --out {options.out}\n")

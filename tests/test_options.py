@@ -170,6 +170,39 @@ def test_no_program_takes_a_bare_number():
         assert not re.search(r"type=(int|float)\b", path.read_text(encoding="utf-8")), path.name
 
 
+# --- help ----------------------------------------------------------------------------------------
+
+
+def test_help_is_two_screens_in_groups_and_shows_defaults(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "100")
+    code, text, _ = command(monkeypatch, capsys, train, "--help")
+    assert code == 0
+    assert text.count("\n") <= 105 and max(map(len, text.splitlines())) <= 100
+    titles = re.findall(r"^(\w+) options:$", text, re.M)
+    assert tuple(titles) == options.GROUPS
+    common = text.partition("common options:")[2].partition("data options:")[0]
+    assert re.findall(r"^  (--[\w-]+)", common, re.M) == [
+        "--model", "--data", "--weights", "--out", "--epochs", "--batch-size", "--lr", "--size",
+        "--prompt", "--resume",
+    ]  # fmt: skip
+    for line in ("LoRA rank (with --train lora) [recipe]", "processes that load data [2]"):
+        assert line in text
+
+
+@pytest.mark.parametrize(
+    "name, default",
+    [("lr", "recipe"), ("seed", "0"), ("save_every", "10"), ("out", "runs/MODEL-DATA-OPTIONS"),
+     ("eval", ""), ("data", ""), ("max_steps", ""), ("size", "weights"), ("ema", "0")],
+)  # fmt: skip
+def test_the_default_that_help_shows(name, default):
+    assert options.default_words(SPECS[name]) == default
+
+
+def test_every_option_is_in_the_name_of_a_run_folder_or_left_out_on_purpose():
+    left_out = {"model", "data", "test", "recipe", "eval", "epochs", "group_regex", "clip"}
+    assert {*options.NAMED} == SPECS.keys() - left_out - options.FREE
+
+
 # --- options in Python ---------------------------------------------------------------------------
 
 
@@ -603,3 +636,23 @@ def test_the_readme_s_commands_run_in_the_given_order(tmp_path, monkeypatch):
         made[out] = program, words
         if program == "prepare.py":
             assert not any(Path(word.split(":")[0]) == out for word in used), words
+
+
+PAGES = ["docs/training.md", "docs/scores.md", "docs/tasks/text_prompts.md"]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_commands_of_a_page_have_options_that_go_together(page, tmp_path, monkeypatch):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    for block in re.findall(r"^```sh\n(.*?)^```", text, re.M | re.S):
+        for line in block.splitlines():
+            _, program, *words = shlex.split(line, comments=True)
+            monkeypatch.setattr("sys.argv", [program, *words])
+            if program == "predict.py":
+                predict.parse()
+                continue
+            assert program == "train.py", line
+            typed = options.parse("", words)
+            if not typed.get("resume"):
+                resolve(Options(**typed))

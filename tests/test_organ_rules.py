@@ -311,7 +311,7 @@ def test_some_classes_alone(run, tmp_path, monkeypatch, capsys):
     "arguments, message",
     [
         (["--classes", "kidney"], "the model has no kidney, only spleen, liver"),
-        (["--organ-rules", "--largest-component"], "drop --largest-component"),
+        (["--organ-rules", "--largest-component"], "remove --largest-component"),
     ],
 )
 def test_what_is_refused(run, tmp_path, arguments, message, monkeypatch, capsys):
@@ -324,8 +324,8 @@ def test_what_is_refused(run, tmp_path, arguments, message, monkeypatch, capsys)
 @pytest.mark.parametrize(
     "more, option, message",
     [
-        ({}, "--organ-rules", "take --largest-component"),
-        ({}, "--classes", "finds all of its classes at once"),
+        ({}, "--organ-rules", "use --largest-component"),
+        ({}, "--classes", "predicts all of its classes at once"),
         ({"overlapping": True}, "--organ-rules", "nothing names the model's classes"),
         (
             {"overlapping": True, "classes": ("background", "core", "whole", "rim")},

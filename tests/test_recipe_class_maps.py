@@ -176,7 +176,7 @@ def test_a_prompted_set_is_one_class(demo, options):
         (["--negatives", "0.2"], "segformer reads no text"),
         (["--threshold", "0.4"], "most probable"),
         (["--threshold", "auto"], "most probable"),
-        (["--model", "clipseg", "--size", "64"], "tells 1 classes apart"),
+        (["--model", "clipseg", "--size", "64"], "has 1 classes"),
         (["--fold", "5/5"], "--fold 5/5"),
         (["--train", "adapters"], "has no place"),
         (["--keep-features", "--train", "decoder"], "--keep-features"),
@@ -199,7 +199,7 @@ def test_other_classes_than_trained_are_refused(trained, maps, tmp_path):
         weights=options.out, eval=True, test=[str(other)], out=str(tmp_path / "out"),
         cache=options.cache, workers=0,
     )  # fmt: skip
-    with pytest.raises(ValueError, match="but trained were background, disc, box"):
+    with pytest.raises(ValueError, match="but the run was trained on background, disc, box"):
         train.run(again)
 
 

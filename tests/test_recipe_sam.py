@@ -374,7 +374,7 @@ def test_an_image_without_an_object_is_neither_asked_for_nor_scored(tmp_path, as
     masks = {f"a{i}": (layers(i) == 1) * 1 for i in range(2)} | {"e": np.zeros((48, 64), int)}
     root = write_set(tmp_path / "binary", masks)
     summary = train.run(replace(asked, data=[str(root)], overlays=3))["tests"]["binary"]
-    assert "1 images have nothing to ask for and are not scored" in capsys.readouterr().out
+    assert "1 images contain no object to prompt for and are not scored" in capsys.readouterr().out
     assert {kind: scores["images"] for kind, scores in summary["prompts"].items()} == {
         "boxes": 2, "jittered boxes": 2, "points": 2, "both": 2, "image": 3,
     }  # fmt: skip
@@ -383,7 +383,7 @@ def test_an_image_without_an_object_is_neither_asked_for_nor_scored(tmp_path, as
     found = [row["name"] for row in rows(folder / "per_prompt.csv") if row["prompt"] == "image"]
     assert found == ["a0", "a1", "e"]
     assert not list((folder / "overlays").glob("*_e.png"))
-    with pytest.raises(ValueError, match="no image with a component of 9999 pixels or more"):
+    with pytest.raises(ValueError, match="no image has a component of 9999 pixels or more"):
         train.run(replace(asked, data=[str(root)], out=asked.out + "-2", min_area=9999))
 
 
@@ -500,7 +500,7 @@ def test_what_is_refused(asked, maps, tmp_path, monkeypatch, capsys):
         ["--feature-dtype", "float32", "--train", "lora"],
         ["--prompts-per-image", "3", "--sam-prompts", "image"], ["--views", "original", "--eval"],
     ):  # fmt: skip
-        assert f"{idle[0]}: does nothing here" in told(*idle)
+        assert f"{idle[0]}: has no effect with these options" in told(*idle)
     assert not (tmp_path / "r").exists()
     for option in ("--jitter", "--min-area", "--prompts-per-image"):
         assert f"{option}: segformer takes no boxes" in told(

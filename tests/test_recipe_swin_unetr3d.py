@@ -397,7 +397,8 @@ def test_only_the_largest_component_of_each_class_is_left(run, tmp_path, monkeyp
 @pytest.mark.parametrize("idle", ["--crops-per-volume", "--eval-every"])
 def test_a_test_does_not_take_what_is_of_training(run, tmp_path, idle, monkeypatch, capsys):
     arguments = ["--weights", run.out, "--eval", "--test", run.root, "--out", tmp_path / "e"]
-    assert "does nothing here" in refused(monkeypatch, capsys, train, *arguments, idle, 2)
+    error = refused(monkeypatch, capsys, train, *arguments, idle, 2)
+    assert "has no effect with these options" in error
 
 
 def test_a_test_of_a_run_slides_windows_as_the_run_did(run, tmp_path, monkeypatch, capsys):
@@ -503,7 +504,7 @@ def test_classes_in_another_order_than_a_released_file_s(tmp_path, monkeypatch, 
 def test_images_for_a_model_of_volumes_and_the_reverse(run, tmp_path, monkeypatch, capsys):
     arguments = ["--model", "segformer", "--weights", "none", "--data", run.root]
     arguments += ["--out", tmp_path / "r"]
-    assert "holds volumes, segformer takes images" in refused(
+    assert "holds volumes, but segformer takes images" in refused(
         monkeypatch, capsys, train, *arguments
     )
 
@@ -755,7 +756,7 @@ def test_healthy_patients_validate_and_a_test_without_labels_is_left_out(
     code, text, error = command(monkeypatch, capsys, train, *arguments)
     assert code == 0, error
     (line,) = lines_of(text, "missing")
-    assert line.startswith("test set is left out, training goes on without it: ")
+    assert line.startswith("test set is left out, training continues without it: ")
     assert "1 file is missing: " in line and text.index(line) < text.index("train: ")
     assert not (tmp_path / "again/test").exists()
     arguments = ["--weights", tmp_path / "again", "--eval", "--test", root, "--out", tmp_path / "e"]

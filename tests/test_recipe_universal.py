@@ -293,7 +293,12 @@ def test_refusals(pooled, tmp_path, monkeypatch, capsys):
             tmp_path / "short.safetensors",
         ],
         "model.pth: net is no tensor": [*text, "--text-codes", tmp_path / "model.pth"],
-        "--weights none: nothing was trained": [*bare, "--eval", "--test", root / "kidney"],
+        "--weights none: untrained weights": [
+            *bare,
+            "--eval",
+            "--test",
+            root / "kidney",
+        ],
         "is no class of the model (left kidney); nothing trains it": [
             *MODEL,
             *sets,

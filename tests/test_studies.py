@@ -302,7 +302,7 @@ def test_several_volumes_of_a_patient_are_one_case():
          "dice": dice[case, patient][d - 1]}
         for d in (1, 2) for case, patient in dice
     ]  # fmt: skip
-    x = studies.values(study, made, "text", 2, ["liver"])
+    x = studies.dice_array(study, made, "text", 2, ["liver"])
     np.testing.assert_allclose(x[..., 0], [[0.4, 0.5], [0.6, 0.7]])
 
 
@@ -457,7 +457,7 @@ def test_other_volumes_or_codes_are_refused(study, root, tmp_path):
     path.write_text(json.dumps(about))
     save_file({name: torch.randn(512) for name in NAMES}, codes)
     code, _, error, done = study(*given, text=False)
-    assert code == 2 and not done and "begun with other options (--text-codes" in error
+    assert code == 2 and not done and "started with different options (--text-codes" in error
 
 
 def test_cases_are_the_same_whatever_a_set_calls_them(study, root, tmp_path):
@@ -503,7 +503,7 @@ def test_a_study_that_lists_absolute_paths_goes_on(study, root, tmp_path):
 
 
 def test_a_process_that_is_killed_is_one_line(study, monkeypatch):
-    class Killed(studies.Here):
+    class Killed(studies.InThisProcess):
         def submit(self, function, *arguments):
             future = studies.Future()
             future.set_exception(BrokenProcessPool("terminated abruptly"))
@@ -512,8 +512,8 @@ def test_a_process_that_is_killed_is_one_line(study, monkeypatch):
     monkeypatch.setattr(studies, "ProcessPoolExecutor", lambda *_: Killed())
     code, _, error, _ = study("--k", 1, "--draws", 1, "--methods", "plain", "--jobs", 2)
     assert code == 2 and error.endswith(
-        "error: the process of a run was killed, for want of memory? "
-        "Fewer --jobs take less; what is done is kept\n"
+        "error: the process of a run was killed, perhaps because memory ran out: use fewer --jobs; "
+        "finished runs are kept\n"
     )
 
 
@@ -581,7 +581,7 @@ def test_text_methods_need_their_codes(study, tmp_path):
     code, _, error, done = study(text=False)
     assert code == 2 and not done and error.count("\n") == 1
     assert (
-        "text and text+mlp need it; prepare.py text-codes makes it; or --methods random plain"
+        "text and text+mlp need it; prepare.py text-codes makes it; or use --methods random plain"
         in error
     )
     save_file({"liver": torch.randn(512), "spleen": torch.randn(512)}, tmp_path / "few.safetensors")
@@ -634,17 +634,19 @@ def test_two_at_a_time_and_none_before_its_base(monkeypatch, tmp_path):
     monkeypatch.setattr(studies, "ProcessPoolExecutor", pool)
     threads = {}
 
-    def do_one(made, n):
+    def run_one(made, n):
         threads[Path(made.options.out).name] = n
         run(made.options)
 
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
-    monkeypatch.setattr(studies, "do_one", do_one)
-    studies.do(runs, 2)
+    monkeypatch.setattr(studies, "run_one", run_one)
+    studies.run_all(runs, 2)
     assert sorted(order) == sorted(run.options.out for run in runs)
     assert max(most) == 2 and {*order[:2]} == {base, str(tmp_path / "other")}
     assert {*threads.values()} == {2}
-    studies.do([made("alone"), *(made(f"then{k}", str(tmp_path / "alone")) for k in (1, 2))], 2)
+    studies.run_all(
+        [made("alone"), *(made(f"then{k}", str(tmp_path / "alone")) for k in (1, 2))], 2
+    )
     assert [threads[name] for name in ("alone", "then1", "then2")] == [4, 2, 2]
 
 

@@ -206,7 +206,7 @@ def test_resuming_refuses_other_options_and_other_runs_are_not_written_over(
         path: path.read_bytes() for path in train.Path(options.out).rglob("*") if path.is_file()
     }
     code, _, err = command(monkeypatch, capsys, train, *arguments(options))
-    assert code == 2 and "holds a run already" in err and err.count("\n") == 1
+    assert code == 2 and "already contains a run" in err and err.count("\n") == 1
     code, _, err = command(
         monkeypatch, capsys, train, *arguments(replace(options, resume=True, lr=1e-4, epochs=3))
     )
@@ -246,7 +246,10 @@ REFUSED = {
         lambda o, d: replace(o, epochs=-1),
         "--epochs -1: must be a whole number of at least 0",
     ),
-    "a test of nothing": (lambda o, d: replace(o, epochs=0), "--weights none: nothing was trained"),
+    "a test of nothing": (
+        lambda o, d: replace(o, epochs=0),
+        "--weights none: untrained weights",
+    ),
     "a test of CLIP": (
         lambda o, d: replace(o, epochs=0, weights=None, variant=None),
         "--weights is missing: CLIP alone",
@@ -254,16 +257,19 @@ REFUSED = {
     "no milestones": (lambda o, d: replace(o, schedule="multistep"), "has no milestones"),
     "warm-up of a plateau": (
         lambda o, d: replace(o, schedule="plateau", warmup=0.2),
-        "--warmup: does nothing here",
+        "--warmup: has no effect with these options",
     ),
-    "rank of nothing": (lambda o, d: replace(o, lora_rank=4), "--lora-rank: does nothing here"),
+    "rank of nothing": (
+        lambda o, d: replace(o, lora_rank=4),
+        "--lora-rank: has no effect with",
+    ),
     "width of nothing": (
         lambda o, d: replace(o, adapter_dim=4),
-        "--adapter-dim: does nothing here",
+        "--adapter-dim: has no effect with these options",
     ),
     "a text that is absent in none": (
         lambda o, d: replace(o, prompt="a polyp", negatives=0.2),
-        "--negatives: of prompt types",
+        "--negatives: needs a prompt type",
     ),
     "a study at another size": (
         lambda o, d: replace(o, prompt_study=True, score_size="network"),
@@ -717,7 +723,7 @@ def test_the_threshold_of_each_validation_chooses_the_epoch(
 
     halves = replace(auto, out=str(tmp_path / "halves"))
     with monkeypatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(train.Run, "patience_lost", lambda run: stop() if run.epoch else False)
+        patch.setattr(train.Run, "should_stop_early", lambda run: stop() if run.epoch else False)
         train.run(halves)
     train.run(replace(halves, resume=True))
     same_run(tmp_path / "whole", tmp_path / "halves")
@@ -1050,7 +1056,7 @@ def test_a_test_split_without_masks_is_left_out(layout, tmp_path, capsys):
     _, tests = open_sets(opening(tmp_path, root))
     assert tests == {}
     (line,) = [x for x in capsys.readouterr().out.splitlines() if "test1.png" in x]
-    assert line.startswith("test set is left out, training goes on without it: ")
+    assert line.startswith("test set is left out, training continues without it: ")
 
     with pytest.raises((ValueError, FileNotFoundError), match="test1.png"):
         open_sets(opening(tmp_path, root, eval=True, weights="x.safetensors"))
@@ -1066,7 +1072,7 @@ def test_a_test_split_without_entries_is_left_out(tmp_path, capsys):
     for path in [*root.glob("test/*/*")]:
         path.unlink()
     _, tests = open_sets(opening(tmp_path, root))
-    line = f"test set is left out, training goes on without it: {root}: its split test is empty"
+    line = f"test set is left out, training continues without it: {root}: its split test is empty"
     assert tests == {} and line in capsys.readouterr().out
     with pytest.raises(ValueError, match=f"{root}: its split test is empty"):
         open_sets(opening(tmp_path, root, eval=True, weights="x.safetensors"))
