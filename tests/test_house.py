@@ -142,8 +142,9 @@ def test_shared_blocks_are_the_same_code_everywhere():
 
 
 # Files that read from top to bottom; methods that load or pass on may use what is further down.
-CHAPTERS = ("swin_unetr3d", "universal", "fewshot3d")
+CHAPTERS = ("swin_unetr3d", "universal", "fewshot3d", "clipseg", "biomedclipseg")
 LOOK_AHEAD = {"from_pretrained", "config_of", "preprocess", "postprocess"}
+LOOK_AHEAD |= {"segment", "visual_prompt"}
 
 
 def names_used_ahead(text: str) -> dict[str, int]:
