@@ -1,27 +1,28 @@
-"""BiomedCLIPSeg: CLIPSeg's decoder on BiomedCLIP's towers; an image and a phrase in, its mask out.
+"""BiomedCLIPSeg: CLIPSeg's decoder on BiomedCLIP's towers; segment an image by a phrase.
 
 Papers: Poudel et al., MIDL 2024, arXiv 2308.07706; Zhang et al. 2023, 2303.00915 (BiomedCLIP);
 Lüddecke & Ecker, CVPR 2022, 2112.10003 (CLIPSeg). Official code (MIT), whose names are kept:
 github.com/naamiinepal/medvlsm at dc36a3a, src/models/biomedclipseg.py, on open_clip, timm and
 transformers. Weights on the hub: microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224 (MIT) for
-the towers; the decoder starts untrained or, as BiomedCLIPSeg-D, from CIDAS/clipseg-rd64-refined
+the towers. The decoder starts untrained or, as BiomedCLIPSeg-D, from CIDAS/clipseg-rd64-refined
 (Apache 2.0 by its card). Both must be trained before they segment anything; none were released.
 
     image (B,3,224,224)                tokens (B,T): [CLS] ... [SEP] and padding
       ViT-B/16                           PubMedBERT, at [CLS] (B,768)
-    blocks 4, 7, 10: (B,3,197,768)       MLP
-      |                                condition (B,512)
-    decoder, from the deepest:           |
-      768 -> 64, plus the one before     |
-      times and plus the condition  <----'
-      attention, MLP
-      (B,197,64) -> (B,64,14,14)
-    3x3, 4x up, 4x up
+      tokens after blocks 4, 7, 10       MLP
+    features (B,3,1+14,14,768)         condition (B,512)
+      |                                  |
+    decoder, with 64 channels:           |
+      block 10, scaled and shifted by <--'
+      transformer layer
+      + block 7, transformer layer
+      + block 4, transformer layer
+      (B,64,14,14), 3x3 convolution, two transposed convolutions
     logits (B,1,224,224)
 
 Texts need `tokenizer.py` beside this file (copy it), the package `tokenizers`, and the vocab.txt of
-the weights: the one beside them, else of the hub id in `Config.vocabulary`. Or use any BERT
-tokenizer with it. Left out: the data and loss of the study.
+the weights: the one in their folder, else of the hub id in `Config.vocabulary`. Any BERT tokenizer
+with this vocabulary works, too. Left out: the data and loss of the study.
 
     model = BiomedCLIPSeg.from_pretrained("runs/biomedclipseg-polyps")  # a folder of your own
     probabilities, mask = model.segment("photo.jpg", "a polyp")  # or a PIL image
@@ -36,7 +37,6 @@ import sys
 import zipfile
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -46,25 +46,25 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Config:
-    dim: int = 768  # of both towers, in heads of 64
+    dim: int = 768  # width of both towers; their heads are 64 wide
     layers: int = 12  # of the image tower
     text_layers: int = 12
     vocab_size: int = 30522
-    embed_dim: int = 512  # of the space that texts and images share
-    # Blocks that the decoder sees, counted from 0. quirk: the study meant CLIPSeg's (3, 6, 9), but
-    # its list of them began without the embeddings (src/models/biomedclipseg.py).
+    embed_dim: int = 512  # width of the space that texts and images share
+    # Image blocks that feed the decoder, counted from 0. quirk: the study meant CLIPSeg's
+    # (3, 6, 9), but adds 1 to index a list that lacks the embeddings (biomedclipseg.py:149).
     taps: tuple[int, ...] = (4, 7, 10)
-    reduce_dim: int = 64  # channels of the decoder
-    ffn_dim: int = 2048  # in the decoder's MLPs
-    image_size: int = 224  # side of the square that `preprocess` makes
-    mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)  # RGB in 0..1, CLIP's
+    reduce_dim: int = 64  # channels in the decoder
+    ffn_dim: int = 2048  # hidden width of the decoder's MLPs
+    image_size: int = 224  # side of the square that `preprocess` returns
+    mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)  # CLIP's; RGB in 0..1
     std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
     vocabulary: str = "microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224"  # has a vocab.txt
-    text_length: int = 256  # tokens that a phrase is cut or padded to, 512 at most
-    pad_token: int = 0  # masked, hence trimmed at no loss
-    adapter_dim: int = 0  # width of adapters in both towers, to train alone; VLSM-Adapter: 64
+    text_length: int = 256  # tokens to which a text is cut or padded, 512 at most
+    pad_token: int = 0  # masked, so that padding has no effect
+    adapter_dim: int = 0  # width of adapters in both towers, 0: none; VLSM-Adapter: 64
     threshold: float = 0.5
-    dropout: float = 0.0  # in the text tower, while training; the study left BERT's 0.1 on
+    dropout: float = 0.0  # in the text tower while training; the study left BERT's 0.1 active
 
 
 VARIANTS = {
@@ -76,286 +76,468 @@ VARIANTS = {
 }  # fmt: skip
 
 
+# timm, timm/models/vision_transformer.py, class Block
 class ImageBlock(nn.Module):
-    """A layer of timm's ViT: norms before the attention and before the MLP."""
+    """A layer of timm's ViT, with LayerNorm before the attention and before the MLP."""
 
     def __init__(self, dim: int):
         super().__init__()
-        self.norm1, self.norm2 = (nn.LayerNorm(dim, eps=1e-6) for _ in range(2))
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = nn.ModuleDict({"qkv": nn.Linear(dim, 3 * dim), "proj": nn.Linear(dim, dim)})
         self.mlp = nn.ModuleDict({"fc1": nn.Linear(dim, 4 * dim), "fc2": nn.Linear(4 * dim, dim)})
-        self.adapters = nn.ModuleList([nn.Identity(), nn.Identity()])  # empty places
+        # After the attention and after the MLP; `add_adapters` replaces them.
+        self.adapters = nn.ModuleList([nn.Identity(), nn.Identity()])
 
     def forward(self, x: Tensor) -> Tensor:
-        qkv = self.attn["qkv"](self.norm1(x)).unflatten(2, (3, -1, 64))  # (B,N,3,h,d)
+        """x (B,N,C) -> (B,N,C)."""
+        qkv = self.attn["qkv"](self.norm1(x))  # (B,N,3C)
+        qkv = qkv.unflatten(2, (3, -1, 64))  # (B,N,3,h,d)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B,h,N,d) each
-        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # (B,N,C)
+        y = F.scaled_dot_product_attention(q, k, v)  # (B,h,N,d)
+        y = y.transpose(1, 2).flatten(2)  # (B,N,C)
         x = x + self.adapters[0](self.attn["proj"](y))
-        return x + self.adapters[1](self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x)))))
+
+        y = F.gelu(self.mlp["fc1"](self.norm2(x)))  # (B,N,4C)
+        y = self.mlp["fc2"](y)  # (B,N,C)
+        return x + self.adapters[1](y)
 
 
+# timm, timm/models/vision_transformer.py, class VisionTransformer
 class ViT(nn.Module):
+    """timm's ViT-B/16. Its last LayerNorm is applied in `BiomedCLIPSeg.encode_visual_prompt`."""
+
     def __init__(self, dim: int, layers: int):
         super().__init__()
         self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, dim))
-        # BiomedCLIP saw 224 px: a row for the class token, then 14x14 patches.
+        # BiomedCLIP was trained at 224 px: the class token's position, then 14x14 patches.
         self.pos_embed = nn.Parameter(0.02 * torch.randn(1, 1 + 14 * 14, dim))
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, dim, 16, stride=16)})
-        self.blocks = nn.ModuleList(ImageBlock(dim) for _ in range(layers))
+        self.blocks = nn.ModuleList([ImageBlock(dim) for _ in range(layers)])
         self.norm = nn.LayerNorm(dim, eps=1e-6)
 
     def forward(self, image: Tensor, taps: tuple[int, ...]) -> list[Tensor]:
-        """image (B,3,H,W) -> what the blocks in `taps` give, (B,1+H/16*W/16,C) each.
+        """Return the outputs of the blocks in `taps`, (B,N,C) each. Later blocks do not run.
 
-        No block after the last of them runs.
+        image (B,3,H,W); N = 1 + H/16*W/16, the class token first.
         """
-        x = self.patch_embed["proj"](image)  # (B,C,H/16,W/16)
-        table = self.pos_embed[:, 1:].transpose(1, 2).unflatten(2, (14, 14))  # (1,C,14,14)
-        # Other sizes than 224 are timm's way, with antialiasing; the study had none.
-        table = F.interpolate(table, x.shape[2:], mode="bicubic", antialias=True)
-        x = (x + table).flatten(2).transpose(1, 2)  # (B,N-1,C)
-        first = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)  # (B,1,C)
-        x, outputs = torch.cat([first, x], 1), []  # (B,N,C)
+        x = self.embed(image)  # (B,N,C)
+        outputs = []
         for i, block in enumerate(self.blocks[: max(taps) + 1]):
             x = block(x)
             if i in taps:
                 outputs.append(x)
         return outputs
 
+    def embed(self, image: Tensor) -> Tensor:
+        """image (B,3,H,W) -> tokens (B,N,C) with positions, the class token first."""
+        class_position = self.pos_embed[:, :1]  # (1,1,C)
+        grid_positions = self.pos_embed[:, 1:]  # (1,14*14,C)
 
+        # Positions of other image sizes are interpolated with antialiasing, as timm does it. The
+        # study had 224 px only.
+        grid_positions = grid_positions.transpose(1, 2).unflatten(2, (14, 14))  # (1,C,14,14)
+        patches = self.patch_embed["proj"](image)  # (B,C,H/16,W/16)
+        patches = patches + F.interpolate(
+            grid_positions, patches.shape[2:], mode="bicubic", antialias=True
+        )
+        patches = patches.flatten(2).transpose(1, 2)  # (B,N-1,C)
+
+        class_token = self.cls_token + class_position  # (1,1,C)
+        class_token = class_token.expand(len(image), -1, -1)  # (B,1,C)
+        return torch.cat([class_token, patches], 1)  # (B,N,C)
+
+
+def split_heads(x: Tensor) -> Tensor:
+    """Split channels into heads of 64: x (B,T,C) -> (B,h,T,64)."""
+    return x.unflatten(2, (-1, 64)).transpose(1, 2)
+
+
+# transformers, models/bert/modeling_bert.py, class BertLayer
 class TextBlock(nn.Module):
-    """A layer of BERT: norms after the attention and after the MLP, over what they are added to."""
+    """A layer of BERT, with LayerNorm after each residual connection."""
 
     def __init__(self, dim: int, dropout: float):
         super().__init__()
-        qkv = {name: nn.Linear(dim, dim) for name in ("query", "key", "value")}
-        norm1, norm2 = (nn.LayerNorm(dim, eps=1e-12) for _ in range(2))
-        out = nn.ModuleDict({"dense": nn.Linear(dim, dim), "LayerNorm": norm1})
-        self.attention = nn.ModuleDict({"self": nn.ModuleDict(qkv), "output": out})
+        projections = nn.ModuleDict(
+            {
+                "query": nn.Linear(dim, dim),
+                "key": nn.Linear(dim, dim),
+                "value": nn.Linear(dim, dim),
+            }
+        )
+        output = nn.ModuleDict(
+            {"dense": nn.Linear(dim, dim), "LayerNorm": nn.LayerNorm(dim, eps=1e-12)}
+        )
+        self.attention = nn.ModuleDict({"self": projections, "output": output})
+
         self.intermediate = nn.ModuleDict({"dense": nn.Linear(dim, 4 * dim)})
-        self.output = nn.ModuleDict({"dense": nn.Linear(4 * dim, dim), "LayerNorm": norm2})
-        self.adapters = nn.ModuleList([nn.Identity(), nn.Identity()])  # empty places
+        self.output = nn.ModuleDict(
+            {"dense": nn.Linear(4 * dim, dim), "LayerNorm": nn.LayerNorm(dim, eps=1e-12)}
+        )
+        # After the attention and after the MLP; `add_adapters` replaces them.
+        self.adapters = nn.ModuleList([nn.Identity(), nn.Identity()])
         self.dropout = dropout
 
-    def forward(self, x: Tensor, seen: Tensor) -> Tensor:
-        """x (B,T,C), seen (B,1,1,T) True where attended to -> (B,T,C)."""
-        p, out = self.dropout if self.training else 0.0, self.attention["output"]
-        qkv = (f(x).unflatten(2, (-1, 64)) for f in self.attention["self"].values())  # (B,T,h,d)
-        q, k, v = (y.transpose(1, 2) for y in qkv)  # (B,h,T,d)
-        y = F.scaled_dot_product_attention(q, k, v, seen, p).transpose(1, 2).flatten(2)  # (B,T,C)
-        x = out["LayerNorm"](x + F.dropout(self.adapters[0](out["dense"](y)), p))
-        y = self.output["dense"](F.gelu(self.intermediate["dense"](x)))
-        return self.output["LayerNorm"](x + F.dropout(self.adapters[1](y), p))
+    def forward(self, x: Tensor, is_text: Tensor) -> Tensor:
+        """x (B,T,C), is_text (B,1,1,T) False at padding, which is not attended to -> (B,T,C)."""
+        dropout = self.dropout if self.training else 0.0
+        projections = self.attention["self"]
+        q = split_heads(projections["query"](x))  # (B,h,T,d)
+        k = split_heads(projections["key"](x))  # (B,h,T,d)
+        v = split_heads(projections["value"](x))  # (B,h,T,d)
+        y = F.scaled_dot_product_attention(q, k, v, is_text, dropout)  # (B,h,T,d)
+        y = y.transpose(1, 2).flatten(2)  # (B,T,C)
+        y = self.adapters[0](self.attention["output"]["dense"](y))
+        x = self.attention["output"]["LayerNorm"](x + F.dropout(y, dropout))
+
+        y = F.gelu(self.intermediate["dense"](x))  # (B,T,4C)
+        y = self.adapters[1](self.output["dense"](y))  # (B,T,C)
+        return self.output["LayerNorm"](x + F.dropout(y, dropout))
 
 
+# transformers, models/bert/modeling_bert.py, class BertModel
 class BERT(nn.Module):
+    """BERT without its pooler."""
+
     def __init__(self, dim: int, layers: int, vocab_size: int, dropout: float):
         super().__init__()
-        sizes = {"word": vocab_size, "position": 512, "token_type": 2}
-        tables = {f"{name}_embeddings": nn.Embedding(n, dim) for name, n in sizes.items()}
+        tables = {
+            "word_embeddings": nn.Embedding(vocab_size, dim),
+            "position_embeddings": nn.Embedding(512, dim),
+            "token_type_embeddings": nn.Embedding(2, dim),
+        }
         for table in tables.values():
             nn.init.normal_(table.weight, std=0.02)
-        self.embeddings = nn.ModuleDict(tables | {"LayerNorm": nn.LayerNorm(dim, eps=1e-12)})
-        blocks = nn.ModuleList(TextBlock(dim, dropout) for _ in range(layers))
-        self.encoder, self.dropout = nn.ModuleDict({"layer": blocks}), dropout
 
-    def forward(self, tokens: Tensor, seen: Tensor) -> Tensor:
-        """tokens (B,T), seen (B,1,1,T) True where no padding is -> (B,T,C)."""
-        words, positions, kinds, norm = self.embeddings.values()
-        x = words(tokens) + positions.weight[: tokens.shape[1]] + kinds.weight[0]  # (B,T,C)
-        x = F.dropout(norm(x), self.dropout, self.training)
+        norm = nn.LayerNorm(dim, eps=1e-12)
+        self.embeddings = nn.ModuleDict({**tables, "LayerNorm": norm})
+        blocks = [TextBlock(dim, dropout) for _ in range(layers)]
+        self.encoder = nn.ModuleDict({"layer": nn.ModuleList(blocks)})
+        self.dropout = dropout
+
+    def forward(self, tokens: Tensor, is_text: Tensor) -> Tensor:
+        """tokens (B,T), is_text (B,1,1,T) False at padding -> last hidden states (B,T,C)."""
+        T = tokens.shape[1]
+        positions = self.embeddings["position_embeddings"].weight[:T]  # (T,C)
+        first_type = self.embeddings["token_type_embeddings"].weight[0]  # (C,)
+        x = self.embeddings["word_embeddings"](tokens) + positions + first_type  # (B,T,C)
+        x = self.embeddings["LayerNorm"](x)
+        x = F.dropout(x, self.dropout, self.training)
+
         for block in self.encoder["layer"]:
-            x = block(x, seen)
+            x = block(x, is_text)  # (B,T,C)
         return x
 
 
+# open_clip, src/open_clip/model.py, class CustomTextCLIP
 class BiomedCLIP(nn.Module):
-    """Both towers, under open_clip's names."""
+    """BiomedCLIP's two towers and their projections into the shared space, with open_clip's names.
 
-    def __init__(self, c: Config):
+    Modules are created in the order on which seeded weights depend.
+    """
+
+    def __init__(self, config: Config):
         super().__init__()
-        # CLIP's temperature: unused, kept so that a file can be written back whole.
+        dim = config.dim
+        embed_dim = config.embed_dim
+        # CLIP's temperature: unused, kept so that a checkpoint can be written back whole.
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)), requires_grad=False)
-        head = nn.ModuleDict({"proj": nn.Linear(c.dim, c.embed_dim, bias=False)})
-        self.visual = nn.ModuleDict({"trunk": ViT(c.dim, c.layers), "head": head})
-        hidden, linear = (c.dim + c.embed_dim) // 2, partial(nn.Linear, bias=False)
-        proj = nn.Sequential(linear(c.dim, hidden), nn.GELU(), linear(hidden, c.embed_dim))
-        bert = BERT(c.dim, c.text_layers, c.vocab_size, c.dropout)
+
+        head = nn.ModuleDict({"proj": nn.Linear(dim, embed_dim, bias=False)})
+        trunk = ViT(dim, config.layers)
+        self.visual = nn.ModuleDict({"trunk": trunk, "head": head})
+
+        hidden = (dim + embed_dim) // 2
+        proj = nn.Sequential(
+            nn.Linear(dim, hidden, bias=False),
+            nn.GELU(),
+            nn.Linear(hidden, embed_dim, bias=False),
+        )
+        bert = BERT(dim, config.text_layers, config.vocab_size, config.dropout)
         self.text = nn.ModuleDict({"transformer": bert, "proj": proj})
 
 
 # shared: adapter
 class Adapter(nn.Module):
-    """A small MLP behind a frozen layer: the dense ones of VLSM-Adapter, arXiv 2405.06196."""
+    """A small MLP after a frozen layer: the dense adapter of VLSM-Adapter, arXiv 2405.06196."""
 
     def __init__(self, dim: int, width: int):
         super().__init__()
-        self.fc1, self.fc2 = nn.Linear(dim, width), nn.Linear(width, dim)
+        self.fc1 = nn.Linear(dim, width)
+        self.fc2 = nn.Linear(width, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + F.relu(self.fc2(F.relu(self.fc1(x))))
-
-
-def without_fresh(expected: dict[str, Tensor], found: dict[str, Tensor], source) -> dict:
-    """What must be in a file: adapters only if one is there; that they stay untrained is said."""
-    base = {name: t for name, t in expected.items() if "adapter" not in name}
-    if len(base) == len(expected) or any("adapter" in name for name in found):
-        return expected
-    print(f"{source}: without adapters; they are untrained")
-    return base
+        y = F.relu(self.fc1(x))
+        return x + F.relu(self.fc2(y))
 
 
 # end shared
 
 
-# shared: clipseg_decoder
+# shared: token_grid
+def tokens_to_grid(tokens: Tensor, H: int, W: int) -> Tensor:
+    """Lay tokens out as a grid, so that their shape says how many rows and columns there are.
+
+    tokens (B,taps,1+H*W,C) -> (B,taps,1+H,W,C). The class token becomes the last one of an
+    additional first row, which is filled up with zeros.
+    """
+    padded = F.pad(tokens, (0, 0, W - 1, 0))  # (B,taps,W+H*W,C)
+    return padded.unflatten(2, (1 + H, W))  # (B,taps,1+H,W,C)
+
+
+def grid_to_tokens(grid: Tensor) -> Tensor:
+    """Undo `tokens_to_grid`: (B,taps,1+H,W,C) -> (B,taps,1+H*W,C), the class token first."""
+    W = grid.shape[3]
+    padded = grid.flatten(2, 3)  # (B,taps,W+H*W,C)
+    return padded[:, :, W - 1 :]  # (B,taps,1+H*W,C)
+
+
+# end shared
+
+
+# shared: decoder_layer
+# timojl/clipseg, nn.TransformerEncoderLayer in class CLIPDensePredT; transformers,
+# CLIPSegDecoderLayer
 class DecoderLayer(nn.Module):
-    """All tokens of an image attend to each other, then an MLP; each is normalised behind it."""
+    """A transformer layer with LayerNorm after each residual connection."""
 
     def __init__(self, dim: int, heads: int, ffn_dim: int):
         super().__init__()
         self.heads = heads
-        projections = ("k_proj", "v_proj", "q_proj", "out_proj")
-        self.self_attn = nn.ModuleDict({name: nn.Linear(dim, dim) for name in projections})
+        self.self_attn = nn.ModuleDict(
+            {
+                "k_proj": nn.Linear(dim, dim),
+                "v_proj": nn.Linear(dim, dim),
+                "q_proj": nn.Linear(dim, dim),
+                "out_proj": nn.Linear(dim, dim),
+            }
+        )
         self.layer_norm1 = nn.LayerNorm(dim)
         self.mlp = nn.ModuleDict({"fc1": nn.Linear(dim, ffn_dim), "fc2": nn.Linear(ffn_dim, dim)})
         self.layer_norm2 = nn.LayerNorm(dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B,N,D) -> (B,N,D)."""
-        attn = self.self_attn
-        projections = attn["q_proj"], attn["k_proj"], attn["v_proj"]
-        q, k, v = (f(x).unflatten(2, (self.heads, -1)).transpose(1, 2) for f in projections)
-        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # (B,N,D)
-        x = self.layer_norm1(x + attn["out_proj"](y))
-        # quirk: ReLU; transformers' config says quick_gelu, its decoder does not read that
-        return self.layer_norm2(x + self.mlp["fc2"](F.relu(self.mlp["fc1"](x))))
+        q = self.split_heads(self.self_attn["q_proj"](x))  # (B,h,N,d)
+        k = self.split_heads(self.self_attn["k_proj"](x))  # (B,h,N,d)
+        v = self.split_heads(self.self_attn["v_proj"](x))  # (B,h,N,d)
+        y = F.scaled_dot_product_attention(q, k, v)  # (B,h,N,d)
+        y = y.transpose(1, 2).flatten(2)  # (B,N,D)
+        x = self.layer_norm1(x + self.self_attn["out_proj"](y))
 
+        # quirk: ReLU; config.json on the hub says quick_gelu, but transformers ignores it here
+        y = F.relu(self.mlp["fc1"](x))  # (B,N,ffn_dim)
+        return self.layer_norm2(x + self.mlp["fc2"](y))
 
-class Decoder(nn.Module):
-    """From the deepest tap to the shallowest, the prompt scaling and shifting what the first saw.
-
-    dim: channels of the taps; condition_dim: of the prompt's embedding; reduce_dim (D): inside.
-    refined: a head of three convolutions; else one, which paints squares of 16 pixels.
-    """
-
-    def __init__(
-        self, dim: int, condition_dim: int, reduce_dim: int, heads: int, ffn_dim: int,
-        taps: int, refined: bool,
-    ):  # fmt: skip
-        super().__init__()
-        D, up = reduce_dim, nn.ConvTranspose2d
-        self.film_mul, self.film_add = nn.Linear(condition_dim, D), nn.Linear(condition_dim, D)
-        self.reduces = nn.ModuleList(nn.Linear(dim, D) for _ in range(taps))
-        self.layers = nn.ModuleList(DecoderLayer(D, heads, ffn_dim) for _ in range(taps))
-        if refined:
-            mix, up4, up16 = nn.Conv2d(D, D, 3, padding=1), up(D, D // 2, 4, 4), up(D // 2, 1, 4, 4)
-            self.transposed_convolution = nn.Sequential(mix, nn.ReLU(), up4, nn.ReLU(), up16)
-        else:
-            self.transposed_convolution = up(D, 1, 16, 16)
-
-    def forward(self, features: Tensor, condition: Tensor) -> Tensor:
-        """features (B,taps,1+H,W,C) as from `with_grid`, condition (B,C') -> logits (B,1,16H,16W).
-
-        One image and B prompts, or B images and one prompt, are welcome too.
-        """
-        H, W = features.shape[2] - 1, features.shape[3]
-        taps = features.flatten(2, 3)[:, :, W - 1 :].unbind(1)[::-1]  # (B,1+HW,C) each
-        mul, add = self.film_mul(condition)[:, None], self.film_add(condition)[:, None]  # (B,1,D)
-        x = self.layers[0](mul * self.reduces[0](taps[0]) + add)  # (B,1+HW,D)
-        for reduce, layer, tap in zip(self.reduces[1:], self.layers[1:], taps[1:], strict=True):
-            x = layer(reduce(tap) + x)
-        x = x[:, 1:].transpose(1, 2).unflatten(2, (H, W))  # (B,D,H,W), without the class token
-        return self.transposed_convolution(x)
-
-
-def with_grid(tokens: Tensor, H: int, W: int) -> Tensor:
-    """tokens (B,taps,1+HW,C) -> (B,taps,1+H,W,C): one tensor whose shape tells the grid.
-
-    The class token ends a row of its own before the grid, zeros fill the rest of that row.
-    """
-    return F.pad(tokens, (0, 0, W - 1, 0)).unflatten(2, (1 + H, W))
+    def split_heads(self, x: Tensor) -> Tensor:
+        """x (B,N,D) -> (B,h,N,d)."""
+        return x.unflatten(2, (self.heads, -1)).transpose(1, 2)
 
 
 # end shared
 
 
+# shared: clipseg_decoder
+# timojl/clipseg, models/clipseg.py, CLIPDensePredT.forward; transformers, CLIPSegDecoder
+class Decoder(nn.Module):
+    """CLIPSeg's decoder: from the deepest tap to the shallowest, then up to the image's size.
+
+    dim: channels of the taps. condition_dim: width of the prompt's embedding. reduce_dim (D):
+    channels inside. refined: a head of three convolutions, else one with a stride of 16 pixels.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        condition_dim: int,
+        reduce_dim: int,
+        heads: int,
+        ffn_dim: int,
+        taps: int,
+        refined: bool,
+    ):
+        super().__init__()
+        D = reduce_dim
+        self.film_mul = nn.Linear(condition_dim, D)
+        self.film_add = nn.Linear(condition_dim, D)
+        self.reduces = nn.ModuleList([nn.Linear(dim, D) for _ in range(taps)])
+        self.layers = nn.ModuleList([DecoderLayer(D, heads, ffn_dim) for _ in range(taps)])
+
+        if refined:
+            self.transposed_convolution = nn.Sequential(
+                nn.Conv2d(D, D, 3, padding=1),
+                nn.ReLU(),
+                nn.ConvTranspose2d(D, D // 2, 4, stride=4),
+                nn.ReLU(),
+                nn.ConvTranspose2d(D // 2, 1, 4, stride=4),
+            )
+        else:
+            self.transposed_convolution = nn.ConvTranspose2d(D, 1, 16, stride=16)
+
+    def forward(self, features: Tensor, condition: Tensor) -> Tensor:
+        """features (B,taps,1+H,W,C), condition (B,condition_dim) -> logits (B,1,16H,16W).
+
+        Features are laid out by `tokens_to_grid`. Either batch size may be 1: one image with B
+        prompts, or B images with one prompt.
+        """
+        H = features.shape[2] - 1
+        W = features.shape[3]
+        taps = grid_to_tokens(features).unbind(1)  # (B,1+H*W,C) each, the shallowest first
+        scale = self.film_mul(condition)[:, None]  # (B,1,D)
+        shift = self.film_add(condition)[:, None]  # (B,1,D)
+
+        # quirk: the prompt acts on the deepest tap only, on its class token, too
+        x = scale * self.reduces[0](taps[-1]) + shift  # (B,1+H*W,D)
+        x = self.layers[0](x)  # (B,1+H*W,D)
+        for i in range(1, len(taps)):
+            x = self.reduces[i](taps[-1 - i]) + x  # (B,1+H*W,D)
+            x = self.layers[i](x)  # (B,1+H*W,D)
+
+        patches = x[:, 1:].transpose(1, 2)  # (B,D,H*W), without the class token
+        patches = patches.unflatten(2, (H, W))  # (B,D,H,W)
+        return self.transposed_convolution(patches)  # (B,1,16H,16W)
+
+
+# end shared
+
+
+# naamiinepal/medvlsm, src/models/biomedclipseg.py, class BiomedCLIPSeg
 class BiomedCLIPSeg(nn.Module):
+    """BiomedCLIP's towers and CLIPSeg's decoder, which turns tokens and a text into a mask."""
+
     def __init__(self, config: Config):
         super().__init__()
-        self.config, c = config, config
-        if not 0 <= min(c.taps) <= max(c.taps) < c.layers or sorted({*c.taps}) != list(c.taps):
-            raise ValueError(f"taps={c.taps}: name blocks of 0 to {c.layers - 1}, rising")
-        self.preprocess = partial(preprocess, config=config)  # image -> (3,S,S)
-        self.postprocess = partial(postprocess, config=config)  # logits, size -> (1,H,W)
-        self.biomedclip = BiomedCLIP(c)
+        taps = config.taps
+        are_blocks = 0 <= min(taps) <= max(taps) < config.layers
+        if not are_blocks or sorted(set(taps)) != list(taps):
+            raise ValueError(
+                f"taps={taps}: must be blocks of 0 to {config.layers - 1} in ascending order"
+            )
+
+        self.config = config
+        self.biomedclip = BiomedCLIP(config)
         self.decoder_source = None  # the file that the decoder was loaded from
-        self.decoder = Decoder(c.dim, c.embed_dim, c.reduce_dim, 4, c.ffn_dim, len(c.taps), True)
+        self.decoder = Decoder(
+            dim=config.dim,
+            condition_dim=config.embed_dim,
+            reduce_dim=config.reduce_dim,
+            heads=4,
+            ffn_dim=config.ffn_dim,
+            taps=len(taps),
+            refined=True,
+        )
         self.init_decoder()
-        trunk, head = self.biomedclip.visual.values()
-        # Of use to pictures as prompts only. What is left always gets a gradient.
-        for module in (*trunk.blocks[max(c.taps) + 1 :], trunk.norm, head):
-            module.requires_grad_(False)
+        self.freeze_image_prompts()
+
         self.adapter = nn.Identity()
-        if c.adapter_dim:
-            self.adapter = Adapter(c.embed_dim, 4 * c.adapter_dim)  # of the condition
-            layers = self.biomedclip.text["transformer"].encoder["layer"]
-            for block in (*trunk.blocks[: max(c.taps)], *layers[: max(c.taps)]):
-                block.adapters = nn.ModuleList(Adapter(c.dim, c.adapter_dim) for _ in range(2))
+        if config.adapter_dim:
+            self.add_adapters(config.adapter_dim)
 
     def init_decoder(self) -> None:
-        """As transformers 4.35, the study's; from version 5 on it draws far larger numbers."""
-        D, layers = self.config.reduce_dim, self.config.layers
-        inner = (2 * layers * D) ** -0.5  # quirk: layers of the image tower, not of the decoder
-        stds = {"q_proj": inner, "k_proj": inner, "v_proj": inner, "out_proj": D**-0.5}
-        stds |= {"fc1": (2 * D) ** -0.5, "fc2": inner}
-        for name, module in self.decoder.named_modules():
+        """Draw the decoder's weights as transformers 4.35, the study's version, does.
+
+        Version 5 draws far larger ones (`_init_weights` of CLIPSegPreTrainedModel).
+        """
+        D = self.config.reduce_dim
+        # quirk: the number of layers is that of the image tower, not of the decoder
+        narrow = (2 * self.config.layers * D) ** -0.5
+        stds = {
+            "q_proj": narrow,
+            "k_proj": narrow,
+            "v_proj": narrow,
+            "out_proj": D**-0.5,
+            "fc1": (2 * D) ** -0.5,
+            "fc2": narrow,
+        }
+
+        for path, module in self.decoder.named_modules():
+            name = path.split(".")[-1]
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
-                if std := stds.get(name.split(".")[-1]):
-                    nn.init.normal_(module.weight, std=std)
+                if name in stds:
+                    nn.init.normal_(module.weight, std=stds[name])
+
+    def freeze_image_prompts(self) -> None:
+        """Freeze what only image prompts pass, so that all that trains always gets a gradient."""
+        trunk = self.biomedclip.visual["trunk"]
+        trunk.blocks[max(self.config.taps) + 1 :].requires_grad_(False)
+        trunk.norm.requires_grad_(False)
+        self.biomedclip.visual["head"].requires_grad_(False)
+
+    def add_adapters(self, width: int) -> None:
+        """Add adapters to the condition and to the blocks before the last tap, in both towers."""
+        self.adapter = Adapter(self.config.embed_dim, 4 * width)
+        depth = max(self.config.taps)
+        image_blocks = self.biomedclip.visual["trunk"].blocks[:depth]
+        text_blocks = self.biomedclip.text["transformer"].encoder["layer"][:depth]
+        for block in (*image_blocks, *text_blocks):
+            adapters = [Adapter(self.config.dim, width) for _ in range(2)]
+            block.adapters = nn.ModuleList(adapters)
 
     def forward(self, image: Tensor, tokens=None, condition=None) -> Tensor:
-        """image (B,3,H,W) normalised, H and W in 16s, tokens (B,T) -> logits (B,1,H,W).
+        """image (B,3,H,W) normalised, H and W multiples of 16, and a prompt -> logits (B,1,H,W).
 
-        Or, in place of tokens, condition (B,E): from `encode_text` or `encode_visual_prompt`.
-        Where B of the image or of the prompt is 1, it serves all of the other.
+        The prompt is either tokens (B,T) or condition (B,embed_dim), which comes from
+        `encode_text` or `encode_visual_prompt`. One image may have B prompts, and B images one
+        prompt.
         """
         return self.decode(self.encode_image(image), tokens, condition)
 
     def encode_image(self, image: Tensor) -> Tensor:
-        """image (B,3,H,W) -> features (B,taps,1+H/16,W/16,C), to keep; see `with_grid`."""
-        if any(side % 16 for side in image.shape[2:]):
+        """image (B,3,H,W) -> features (B,taps,1+H/16,W/16,C), see `tokens_to_grid`.
+
+        Raise ValueError if a side is no multiple of 16.
+        """
+        H, W = image.shape[2:]
+        if H % 16 or W % 16:
             raise ValueError(f"image sides must be multiples of 16, not {tuple(image.shape[2:])}")
-        taps = self.biomedclip.visual["trunk"](image, self.config.taps)
-        return with_grid(torch.stack(taps, 1), *(side // 16 for side in image.shape[2:]))
+        outputs = self.biomedclip.visual["trunk"](image, self.config.taps)
+        tokens = torch.stack(outputs, 1)  # (B,taps,1+H/16*W/16,C)
+        return tokens_to_grid(tokens, H // 16, W // 16)  # (B,taps,1+H/16,W/16,C)
 
     def decode(self, features: Tensor, tokens=None, condition=None) -> Tensor:
-        """features from `encode_image`, the rest as for `forward` -> logits (B,1,H,W)."""
+        """features from `encode_image` and a prompt as for `forward` -> logits (B,1,H,W)."""
         if (tokens is None) == (condition is None):
             raise ValueError("a prompt is either tokens or condition: give one of the two")
-        condition = self.encode_text(tokens) if condition is None else condition
+        if condition is None:
+            condition = self.encode_text(tokens)
         return self.decoder(features, self.adapter(condition))
 
     def encode_text(self, tokens: Tensor) -> Tensor:
-        """tokens (B,T), T at most 512 -> condition (B,E), not normalised."""
-        seen = tokens != self.config.pad_token  # (B,T)
-        if not torch.compiler.is_compiling():  # which wants shapes that depend on no value
-            # Columns of padding at the end change nothing: nobody attends to them.
-            T = int(seen.any(0).nonzero().max()) + 1
-            tokens, seen = tokens[:, :T], seen[:, :T]
-        text = self.biomedclip.text
-        states = text["transformer"](tokens, seen[:, None, None])  # (B,T,C)
-        return text["proj"](states[:, 0])
+        """tokens (B,T), T at most 512 -> condition (B,embed_dim), not normalised.
+
+        Columns that hold nothing but padding are dropped. This changes nothing, because padding is
+        not attended to.
+        """
+        is_text = tokens != self.config.pad_token  # (B,T)
+        if not torch.compiler.is_compiling():  # compiled shapes must not depend on values
+            longest = int(is_text.any(0).nonzero().max()) + 1
+            tokens = tokens[:, :longest]  # (B,T)
+            is_text = is_text[:, :longest]  # (B,T)
+
+        states = self.biomedclip.text["transformer"](tokens, is_text[:, None, None])  # (B,T,C)
+        class_token = states[:, 0]  # (B,C), at [CLS]
+        return self.biomedclip.text["proj"](class_token)
 
     def encode_visual_prompt(self, image: Tensor) -> Tensor:
-        """image (B,3,H,W) -> condition (B,E), not normalised: a picture as the prompt.
+        """Encode an image as the prompt: (B,3,H,W) -> condition (B,embed_dim), not normalised.
 
-        The study had texts only. A decoder must be trained with these, as CLIPSeg's was.
+        The study had texts only. A decoder must be trained with image prompts to understand them.
         """
-        trunk, head = self.biomedclip.visual.values()
-        last = trunk(image, (len(trunk.blocks) - 1,))[0]  # (B,N,C)
-        return head["proj"](trunk.norm(last[:, 0]))
+        trunk = self.biomedclip.visual["trunk"]
+        last = len(trunk.blocks) - 1
+        tokens = trunk(image, (last,))[0]  # (B,N,C)
+        class_token = trunk.norm(tokens[:, 0])  # (B,C)
+        return self.biomedclip.visual["head"]["proj"](class_token)
+
+    def preprocess(self, image) -> Tensor:
+        """PIL image -> (3,S,S); see `preprocess`."""
+        return preprocess(image, self.config)
+
+    def postprocess(self, logits: Tensor, size: tuple[int, int]) -> Tensor:
+        """logits (1,h,w) -> probabilities (1,H,W) of this size; see `postprocess`."""
+        return postprocess(logits, size, self.config)
 
     def segment(self, image, prompt: str) -> tuple:
         """Segment an image or its file -> probabilities (1,H,W), mask (H,W); see `segment`."""
@@ -365,60 +547,71 @@ class BiomedCLIPSeg(nn.Module):
     def from_pretrained(
         cls, source: str | Path, decoder=None, default_decoder=None, **overrides
     ) -> "BiomedCLIPSeg":
-        """From a file, a folder, a run folder or a hub id; `overrides` are fields of Config.
+        """Load a model in evaluation mode.
 
-        source: BiomedCLIP or BiomedCLIPSeg whole. decoder: a CLIPSeg, from the hub or the original
-        release, whose decoder replaces that of `source`; default_decoder: one for a `source`
-        without. With none of them FRESH is untrained. `decoder_source` of the model says which
-        file it came from, None if untrained. In evaluation mode.
+        source: a file, a folder, a run folder or a hub id of BiomedCLIP or a whole BiomedCLIPSeg.
+        decoder: a CLIPSeg, from the hub or the original release, to take the decoder from.
+        default_decoder: the same, but only used if `source` has no decoder.
+        overrides: fields of Config that replace those of the file.
+        `decoder_source` of the model becomes the file that the decoder comes from, or None if there
+        is none and it stays untrained, which is printed. Raise ValueError or FileNotFoundError, one
+        line, if a tensor does not fit.
         """
         weights, settings = read_checkpoint(source, FILES)
         check_kind(weights, source)
         weights = convert(weights)
-        if "format" in settings:  # a run folder of ours
-            config = Config(**run_config(settings, "BiomedCLIPSeg", source, Config))
-        else:
-            config = closest_variant(weights)
-            if "taps" not in overrides:
-                print(f"{source}: no tensor tells taps; took {config.taps}, the study's")
-        path = Path(source)
-        beside = (path if path.is_dir() else path.parent) / "vocab.txt"
-        if path.exists() and beside.exists():
-            config = replace(config, vocabulary=str(beside.resolve()))
-        model = cls(replace(config, **overrides))
-        expected = without_fresh(model.state_dict(), weights, source)
-        (towers, head), (our_towers, our_head) = split(weights), split(expected)
-        check_complete(towers, our_towers, source)
+        model = cls(config_of(weights, settings, source, overrides))
+        expected = required_tensors(model.state_dict(), weights, source)
+        expected_towers, expected_decoder = split_decoder(expected)
+        towers, decoder_weights = split_decoder(weights)
+        check_complete(towers, expected_towers, source)
 
-        if decoder is None and not head and default_decoder is not None:
+        if decoder is None and not decoder_weights and default_decoder is not None:
             print(f"{source}: BiomedCLIP alone; the decoder comes from {default_decoder}")
             decoder = default_decoder
         if decoder is not None:
-            head = read_decoder(decoder)
-        if head or decoder is not None:
-            model.decoder_source = str(source if decoder is None else decoder)
-            check_complete(head, our_head, model.decoder_source)
+            decoder_weights = read_decoder(decoder)
+            model.decoder_source = str(decoder)
+        elif decoder_weights:
+            model.decoder_source = str(source)
+
+        if model.decoder_source is None:
+            print(f"{source}: BiomedCLIP alone; the decoder is untrained")
         else:
-            print(f"{source}: BiomedCLIP alone; untrained is {FRESH[:-1]}")
-        model.load_state_dict(model.state_dict() | towers | head)
+            check_complete(decoder_weights, expected_decoder, model.decoder_source)
+        model.load_state_dict(model.state_dict() | towers | decoder_weights)
         return model.eval()
 
 
+# --------------------------------------------------------------------------------------------------
+# Nothing under this line is needed to understand the model: loading of weights, pre- and
+# postprocessing.
+# --------------------------------------------------------------------------------------------------
+
 FILES = ("best.safetensors", "open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 CLIPSEG_FILES = ("best.safetensors", "model.safetensors", "pytorch_model.bin")
-FRESH = "decoder."  # in no file of BiomedCLIP
-# A table of 0, 1, 2, ... that transformers saved until 4.30.
+# Tensors that are not used: a table of 0, 1, 2, ... that transformers saved until 4.30.
 IGNORED = ("biomedclip.text.transformer.embeddings.position_ids",)
 
 
 def convert(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Names of the study stay, those of BiomedCLIP alone go below `biomedclip.`."""
-    prefix = "" if any(name.startswith("biomedclip.") for name in state_dict) else "biomedclip."
-    return {prefix + name: t for name, t in state_dict.items() if prefix + name not in IGNORED}
+    """Rename a state dict to ours: the study's names stay, BiomedCLIP's get a prefix."""
+    prefix = "biomedclip."
+    if any(name.startswith(prefix) for name in state_dict):
+        prefix = ""
+
+    weights = {}
+    for name, tensor in state_dict.items():
+        if prefix + name not in IGNORED:
+            weights[prefix + name] = tensor
+    return weights
 
 
 def to_official(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """For the study's class; without "biomedclip." and the decoder also for open_clip's."""
+    """Return a state dict for the study's class.
+
+    Its tensors below `biomedclip.` also fit open_clip's class.
+    """
     return dict(state_dict)
 
 
@@ -426,8 +619,10 @@ def check_kind(weights: dict[str, Tensor], source) -> None:
     """Raise ValueError, one line, if the weights are known to be those of another model."""
     kind = recognise(weights)
     if "CLIPSeg" in kind:
-        told = "take BiomedCLIP as weights and this file as decoder= (--decoder)"
-        raise ValueError(f"{source}: is {kind}, not BiomedCLIPSeg; {told}")
+        raise ValueError(
+            f"{source}: is {kind}, not BiomedCLIPSeg; use BiomedCLIP as weights and this file as "
+            "decoder= (--decoder)"
+        )
     if kind not in ("", "BiomedCLIP"):
         raise ValueError(f"{source}: seems to be {kind}, neither BiomedCLIP nor BiomedCLIPSeg")
 
@@ -441,69 +636,140 @@ def read_decoder(source) -> dict[str, Tensor]:
     kind = recognise(weights)
     if kind and not any(name.startswith("decoder.film_") for name in weights):
         raise ValueError(f"{source}: seems to be {kind}, which has no decoder of CLIPSeg")
-    return split(weights)[1]
+    return split_decoder(weights)[1]
+
+
+def split_decoder(state_dict: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Split a state dict into the towers' tensors and the decoder's."""
+    towers = {}
+    decoder = {}
+    for name, tensor in state_dict.items():
+        if name.startswith("decoder."):
+            decoder[name] = tensor
+        else:
+            towers[name] = tensor
+    return towers, decoder
+
+
+# shared: adapter_tensors
+def required_tensors(expected: dict[str, Tensor], weights: dict[str, Tensor], source) -> dict:
+    """Return the expected tensors that a file must hold: without adapters if it holds none.
+
+    That the adapters of the model then are untrained is printed.
+    """
+    without_adapters = {}
+    for name, tensor in expected.items():
+        if "adapter" not in name:
+            without_adapters[name] = tensor
+    if len(without_adapters) == len(expected) or any("adapter" in name for name in weights):
+        return expected
+    print(f"{source}: contains no adapters; those of the model are untrained")
+    return without_adapters
+
+
+# end shared
 
 
 # shared: original_decoder
-# Names of CLIPSeg's original release (rd64-uni-refined.pth) -> the hub's, in this order.
-ORIGINAL_DECODER = (
-    (r"^trans_conv\.", "decoder.transposed_convolution."),
-    (r"^blocks\.", "decoder.layers."),
-    (r"^(film_|reduces\.)", r"decoder.\1"),
-    (r"\.norm([12])\.", r".layer_norm\1."),
-    (r"\.linear([12])\.", r".mlp.fc\1."),
-)
+# Names in CLIPSeg's original release, such as rd64-uni-refined.pth -> the hub's: beginnings of
+# names, then parts of the names in a layer.
+ORIGINAL_DECODER = {
+    "film_mul.": "decoder.film_mul.",
+    "film_add.": "decoder.film_add.",
+    "reduces.": "decoder.reduces.",
+    "blocks.": "decoder.layers.",
+    "trans_conv.": "decoder.transposed_convolution.",
+}
+ORIGINAL_LAYER = {
+    ".norm1.": ".layer_norm1.",
+    ".norm2.": ".layer_norm2.",
+    ".linear1.": ".mlp.fc1.",
+    ".linear2.": ".mlp.fc2.",
+}
 
 
 def hub_decoder(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename CLIPSeg's decoder from its original release's names to the hub's.
+    """Rename the decoder of CLIPSeg's original release to the hub's names, with q, k and v apart.
 
-    Queries, keys and values become separate tensors. All other tensors stay as they are.
+    All other tensors are returned as they are.
     """
     weights = {}
-    for name, t in state_dict.items():
-        if re.match(r"(blocks|film_mul|film_add|reduces|trans_conv)\.", name):
-            for pattern, new in ORIGINAL_DECODER:
-                name = re.sub(pattern, new, name)
-            weights |= unpack(name, t)
-        else:
-            weights[name] = t
+    for name, tensor in state_dict.items():
+        hub_name = replace_beginning(name, ORIGINAL_DECODER)
+        if hub_name == name:
+            weights[name] = tensor
+            continue
+        for original, hub in ORIGINAL_LAYER.items():
+            hub_name = hub_name.replace(original, hub)
+        weights |= unpack(hub_name, tensor)
     return weights
 
 
-def unpack(name: str, t: Tensor) -> dict[str, Tensor]:
-    """Return a tensor by its name; a packed projection as those of queries, keys and values."""
-    start, packed, kind = name.partition("in_proj_")
-    if not packed or t.ndim == 0:
-        return {name: t}
+def replace_beginning(name: str, table: dict[str, str]) -> str:
+    """Return a name with its beginning replaced as in a table, or as it is."""
+    for old, new in table.items():
+        if name.startswith(old):
+            return new + name.removeprefix(old)
+    return name
+
+
+def unpack(name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """Return {name: tensor}, with a packed projection split into those of q, k and v."""
+    start, in_proj, leaf = name.partition("in_proj_")
+    if not in_proj or tensor.ndim == 0:
+        return {name: tensor}
 
     weights = {}
-    for x, part in zip("qkv", t.chunk(3), strict=False):  # `check_complete` tells a wrong shape
-        weights[f"{start}{x}_proj.{kind}"] = part.clone()
+    parts = tensor.chunk(3)  # of a wrong shape fewer, which `check_complete` reports
+    for x, part in zip("qkv", parts, strict=False):
+        weights[f"{start}{x}_proj.{leaf}"] = part.clone()
     return weights
 
 
 # end shared
 
 
-def split(state_dict: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """-> the towers' tensors, the decoder's."""
-    head = {name: t for name, t in state_dict.items() if name.startswith(FRESH)}
-    return {name: t for name, t in state_dict.items() if name not in head}, head
+def config_of(weights: dict[str, Tensor], settings: dict, source, overrides: dict) -> Config:
+    """Return the config of weights with these settings in config.json, and with the overrides.
+
+    Taps that neither names are the study's, which is printed. A vocab.txt in the folder of the
+    weights becomes the vocabulary.
+    """
+    if "format" in settings:  # a run folder of ours
+        config = Config(**run_config(settings, "BiomedCLIPSeg", source, Config))
+    else:
+        config = variant_of_width(weights)
+        if "taps" not in overrides:
+            print(f"{source}: weights do not say the taps; using {config.taps}, the study's")
+
+    path = Path(source)
+    folder = path if path.is_dir() else path.parent
+    vocabulary = folder / "vocab.txt"
+    if path.exists() and vocabulary.exists():
+        config = replace(config, vocabulary=str(vocabulary.resolve()))
+    return replace(config, **overrides)
 
 
-def closest_variant(weights: dict[str, Tensor]) -> Config:
-    """The one that is as wide; `check_complete` tells what else does not fit."""
+def variant_of_width(weights: dict[str, Tensor]) -> Config:
+    """Return the variant whose towers are as wide as these, or the full size if there is none."""
     width = len(weights.get("biomedclip.visual.trunk.norm.weight", ()))
-    return next((config for config in VARIANTS.values() if config.dim == width), Config())
+    for config in VARIANTS.values():
+        if config.dim == width:
+            return config
+    return Config()
 
 
 def find_vocabulary(source: str | Path) -> Path:
-    """The vocab.txt of a folder or a hub id, for `tokenizer.WordPieceTokenizer`; or such a file."""
+    """Return the path of a vocab.txt, for `tokenizer.WordPieceTokenizer`.
+
+    source: such a file, a folder that holds one, or a hub id.
+    """
     path = Path(source)
     if path.is_dir():
         path = path / "vocab.txt"
-    return path if path.exists() else download(str(source), ("vocab.txt",))
+    if path.exists():
+        return path
+    return download(str(source), ("vocab.txt",))
 
 
 # shared: to_rgb
@@ -535,33 +801,40 @@ def to_rgb(image):
 
 # shared: stretch
 def preprocess(image, config: Config) -> Tensor:
-    """PIL image -> (3,S,S) float32, stretched and normalised. Raise errors as `to_rgb` does."""
+    """Resize a PIL image to a square and normalise it -> (3,S,S) float32.
+
+    The aspect ratio is not kept. Raise errors as `to_rgb` does.
+    """
     import numpy as np
     from PIL import Image
 
     size = (config.image_size, config.image_size)
-    image = to_rgb(image).resize(size, Image.Resampling.BILINEAR)
-    mean, std = (torch.tensor(x)[:, None, None] for x in (config.mean, config.std))  # (3,1,1)
-    return (torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255 - mean) / std  # (3,S,S)
+    resized = to_rgb(image).resize(size, Image.Resampling.BILINEAR)
+    pixels = torch.from_numpy(np.array(resized)).permute(2, 0, 1) / 255  # (3,S,S)
+
+    mean = torch.tensor(config.mean)[:, None, None]  # (3,1,1)
+    std = torch.tensor(config.std)[:, None, None]  # (3,1,1)
+    return (pixels - mean) / std
 
 
 def preprocess_mask(mask: Tensor, config: Config) -> Tensor:
-    """mask (H,W) in 0..1 -> (1,S,S) float32 in the geometry of `preprocess`, to train with.
+    """Resize a mask for training like `preprocess` does images: (H,W) in 0..1 -> (1,S,S) float32.
 
-    Nearest neighbour. Where a position falls exactly between two source pixels, the result may
-    differ by one source pixel from that of PIL or OpenCV.
+    The nearest pixel is used, as in PIL. Where a position is exactly between two pixels, PIL and
+    OpenCV may choose the other one.
     """
     size = (config.image_size, config.image_size)
-    return F.interpolate(mask[None, None].float(), size, mode="nearest-exact")[0]  # PIL's nearest
+    return F.interpolate(mask[None, None].float(), size, mode="nearest-exact")[0]  # (1,S,S)
 
 
 def postprocess(logits: Tensor, size: tuple[int, int], config: Config) -> Tensor:
-    """logits (1,h,w) -> probabilities (1,H,W) float32, 0..1, at the image's own `size` (H,W).
+    """logits (1,h,w) -> probabilities (1,H,W) float32 in 0..1 at `size` (H,W), the image's own.
 
-    The same for any `config`.
+    config is not used.
     """
-    logits = logits[None].float()
-    return F.interpolate(logits, size, mode="bilinear", align_corners=False)[0].sigmoid()
+    logits = logits[None].float()  # (1,1,h,w)
+    resized = F.interpolate(logits, size, mode="bilinear", align_corners=False)  # (1,1,H,W)
+    return resized[0].sigmoid()
 
 
 # end shared

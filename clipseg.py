@@ -1,27 +1,27 @@
-"""CLIPSeg: an image and a prompt in, the mask of it out. A prompt is a phrase or another image.
+"""CLIPSeg: segment an image by a phrase, or by another image with its mask.
 
-Paper: Lueddecke & Ecker, CVPR 2022, arXiv 2112.10003. Code: github.com/timojl/clipseg at 77c4e2d,
-models/clipseg.py (MIT); its port to transformers 5.23, modeling_clipseg.py, whose names are kept.
+Paper: Lüddecke & Ecker, CVPR 2022, arXiv 2112.10003. Code: github.com/timojl/clipseg at 77c4e2d,
+models/clipseg.py (MIT). Tensors are named as in its port, modeling_clipseg.py of transformers 5.23.
 Weights on the hub: CIDAS/clipseg-rd64-refined, clipseg-rd64, clipseg-rd16. Their cards say Apache
-2.0, the original README says that its MIT licence does not cover them. The original release is
-rd64-uni-refined.pth, rd64-uni.pth, rd16-uni.pth, without CLIP: add OpenAI's ViT-B-16.pt (MIT).
+2.0, the original README excludes the weights from its MIT licence. The original release
+(rd64-uni-refined.pth, rd64-uni.pth, rd16-uni.pth) lacks CLIP: add OpenAI's ViT-B-16.pt (MIT).
 
-    image (B,3,352,352)                 tokens (B,T)       or an image with its mask,
-      CLIP's ViT-B/16                     CLIP's text        made one by `visual_prompt`
-      tokens (B,1+22*22,768)              transformer        (B,3,352,352)
-      blocks 0..9, and kept of them         |                the same ViT-B/16, 12 blocks
-      3, 6, 9: features                   condition (B,512), <---'
-      (B,3,1+22,22,768)                     |
-    decoder: 9 in 64 channels, scaled and shifted by the condition, a transformer layer,
-      + 6, a layer, + 3, a layer: (B,64,22,22)
-      transposed convolutions
+    image (B,3,352,352)               tokens (B,T)           or a prompt image (B,3,352,352),
+      CLIP's ViT-B/16, blocks 0..9      CLIP's text            see `visual_prompt`
+      tokens after blocks 3, 6, 9       transformer            the same ViT, all 12 blocks
+    features (B,3,1+22,22,768)        condition (B,512) <------'
+      |                                 |
+    decoder, with 64 channels:          |
+      block 9, scaled and shifted by <--'
+      transformer layer
+      + block 6, transformer layer
+      + block 3, transformer layer
+      (B,64,22,22), transposed convolutions
     logits (B,1,352,352)
 
-Any sides in 16s will do. Frozen is only what text prompts do not pass: the last vision blocks.
-Left out: masks within CLIP's attention and ViT-B/32, for which no weights were released.
-
-Texts need `tokenizer.py` and `clip_merges.txt.xz` beside this file (copy both), and the package
-`tokenizers`. Tokens of any CLIP tokenizer do as well, padded with anything behind 49407.
+Image sides may be any multiples of 16. Left out: attention masks within CLIP, and ViT-B/32 (no
+weights were released). Texts need `tokenizer.py` and `clip_merges.txt.xz` beside this file (copy
+both) and the package `tokenizers`; tokens of any other CLIP tokenizer work, too.
 
     model = CLIPSeg.from_pretrained("CIDAS/clipseg-rd64-refined")
     probabilities, mask = model.segment("photo.jpg", "a polyp")  # or a PIL image
@@ -35,7 +35,6 @@ import sys
 import zipfile
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -45,23 +44,23 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Config:
-    taps: tuple[int, ...] = (3, 6, 9)  # vision blocks that the decoder sees, counted from 0
-    reduce_dim: int = 64  # channels of the decoder
-    refined: bool = True  # its head: three convolutions, or one that paints squares of 16 pixels
-    heads: int = 4  # of the decoder; the heads of CLIP are 64 wide
-    ffn_dim: int = 2048  # of the decoder
+    taps: tuple[int, ...] = (3, 6, 9)  # vision blocks that feed the decoder, counted from 0
+    reduce_dim: int = 64  # channels in the decoder
+    refined: bool = True  # head of three convolutions, else one with a stride of 16 pixels
+    heads: int = 4  # attention heads in the decoder; CLIP's heads are 64 wide
+    ffn_dim: int = 2048  # hidden width of the decoder's MLPs
     vision_dim: int = 768
-    vision_layers: int = 12  # those behind the last tap serve prompt images only
+    vision_layers: int = 12  # blocks after the last tap serve image prompts only
     text_dim: int = 512
     text_layers: int = 12
-    embed_dim: int = 512  # in which phrases and prompt images meet
-    image_size: int = 352  # side of the square that `preprocess` makes
-    mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # RGB in 0..1, ImageNet's, not CLIP's
+    embed_dim: int = 512  # width of the space that texts and image prompts share
+    image_size: int = 352  # side of the square that `preprocess` returns
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # quirk: ImageNet's, not CLIP's; RGB in 0..1
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
-    text_length: int = 77  # tokens that a phrase is cut or padded to
-    pad_token: int = 49407  # transformers'; changes nothing, the end is the first 49407
-    adapter_dim: int = 0  # width of adapters in both towers, to train alone; VLSM-Adapter: 64
-    threshold: float = 0.5  # zero-shot, the authors took 0.3 and 0.5, for Pascal 0.24 to 0.28
+    text_length: int = 77  # tokens to which a text is cut or padded
+    pad_token: int = 49407  # as in transformers; has no effect, a text ends at its first 49407
+    adapter_dim: int = 0  # width of adapters in both towers, 0: none; VLSM-Adapter: 64
+    threshold: float = 0.5  # the authors used 0.3 and 0.5 zero-shot, 0.24 to 0.28 for Pascal
 
 
 VARIANTS = {
@@ -111,51 +110,81 @@ class TextBlock(nn.Module):
 # end shared
 
 
+# openai/CLIP, clip/model.py, class VisionTransformer; transformers, CLIPSegVisionEmbeddings
 class VisionEmbeddings(nn.Module):
+    """Embeddings of 16x16 patches and of the class token, plus positions."""
+
     def __init__(self, dim: int):
         super().__init__()
         self.class_embedding = nn.Parameter(torch.randn(dim) / dim**0.5)
         self.patch_embedding = nn.Conv2d(3, dim, 16, stride=16, bias=False)
-        self.position_embedding = nn.Embedding(1 + 14 * 14, dim)  # CLIP saw 224 px
+        self.position_embedding = nn.Embedding(1 + 14 * 14, dim)  # CLIP was trained at 224 px
         nn.init.normal_(self.position_embedding.weight, std=dim**-0.5)
 
     def forward(self, image: Tensor) -> Tensor:
         """image (B,3,H,W) -> tokens (B,1+H/16*W/16,C), the class token first."""
-        x = self.patch_embedding(image)  # (B,C,H/16,W/16)
-        first, table = self.position_embedding.weight.split((1, 14 * 14))
-        table = table.T.unflatten(1, (14, 14))[None]  # (1,C,14,14)
-        x = x + F.interpolate(table, x.shape[2:], mode="bicubic", align_corners=False)
-        first = (first + self.class_embedding).expand(len(x), -1, -1)  # (B,1,C)
-        return torch.cat([first, x.flatten(2).transpose(1, 2)], 1)  # (B,N,C)
+        class_position, grid_positions = self.position_embedding.weight.split((1, 14 * 14))
+
+        # Positions of other image sizes are interpolated, without antialiasing.
+        grid_positions = grid_positions.T.unflatten(1, (14, 14))[None]  # (1,C,14,14)
+        patches = self.patch_embedding(image)  # (B,C,H/16,W/16)
+        patches = patches + F.interpolate(
+            grid_positions, patches.shape[2:], mode="bicubic", align_corners=False
+        )
+        patches = patches.flatten(2).transpose(1, 2)  # (B,N-1,C)
+
+        class_token = class_position + self.class_embedding  # (1,C)
+        class_token = class_token.expand(len(image), -1, -1)  # (B,1,C)
+        return torch.cat([class_token, patches], 1)  # (B,N,C)
 
 
+# openai/CLIP, clip/model.py, class ResidualAttentionBlock; transformers, CLIPSegEncoderLayer
 class VisionBlock(TextBlock):
-    """The same in the vision transformer, where all tokens attend to each other."""
+    """A layer of CLIP's vision transformer: like `TextBlock`, but all tokens attend to each other.
+
+    The attention equals, without changing the layout of its input to (N,B,C) and back,
+
+        y = self.attn(y, y, y, need_weights=False)[0]
+    """
 
     def forward(self, x: Tensor) -> Tensor:
-        attn = self.attn
-        qkv = F.linear(self.ln_1(x), attn.in_proj_weight, attn.in_proj_bias)  # (B,N,3C)
-        q, k, v = qkv.unflatten(2, (3, -1, 64)).permute(2, 0, 3, 1, 4)  # (B,h,N,64) each
-        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # (B,N,C)
-        x = x + self.adapters[0](attn.out_proj(y))
+        """x (B,N,C) -> (B,N,C)."""
+        y = self.ln_1(x)
+        qkv = F.linear(y, self.attn.in_proj_weight, self.attn.in_proj_bias)  # (B,N,3C)
+        qkv = qkv.unflatten(2, (3, -1, 64))  # (B,N,3,h,d)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B,h,N,d) each
+        y = F.scaled_dot_product_attention(q, k, v)  # (B,h,N,d)
+        y = y.transpose(1, 2).flatten(2)  # (B,N,C)
+        x = x + self.adapters[0](self.attn.out_proj(y))
+
         y = self.mlp["c_fc"](self.ln_2(x))  # (B,N,4C)
-        return x + self.adapters[1](self.mlp["c_proj"](y * torch.sigmoid(1.702 * y)))
+        y = y * torch.sigmoid(1.702 * y)  # quirk: CLIP's QuickGELU
+        y = self.mlp["c_proj"](y)  # (B,N,C)
+        return x + self.adapters[1](y)
 
 
+# openai/CLIP, clip/model.py, class VisionTransformer; transformers, CLIPSegVisionModel
 class VisionModel(nn.Module):
+    """CLIP's ViT-B/16. Its last LayerNorm is applied in `CLIPSeg.encode_visual_prompt`."""
+
     def __init__(self, dim: int, layers: int):
         super().__init__()
         self.embeddings = VisionEmbeddings(dim)
-        self.pre_layrnorm = nn.LayerNorm(dim)  # the hub's spelling
-        blocks = (VisionBlock(dim, dim // 64) for _ in range(layers))
+        self.pre_layrnorm = nn.LayerNorm(dim)  # quirk: spelled so on the hub
+        blocks = [VisionBlock(dim, dim // 64) for _ in range(layers)]
         self.encoder = nn.ModuleDict({"layers": nn.ModuleList(blocks)})
         self.post_layernorm = nn.LayerNorm(dim)
 
     def forward(self, image: Tensor, taps: tuple[int, ...]) -> list[Tensor]:
-        """image (B,3,H,W) -> what the blocks in `taps` give, (B,N,C) each; no later one runs."""
+        """Return the outputs of the blocks in `taps`, (B,N,C) each. Later blocks do not run.
+
+        image (B,3,H,W). Raise ValueError if a side is no multiple of 16.
+        """
         if any(side % 16 for side in image.shape[2:]):
             raise ValueError(f"image sides must be multiples of 16, not {tuple(image.shape[2:])}")
-        x, outputs = self.pre_layrnorm(self.embeddings(image)), []  # (B,N,C)
+
+        x = self.pre_layrnorm(self.embeddings(image))  # (B,N,C)
+        outputs = []
         for i, block in enumerate(self.encoder["layers"][: max(taps) + 1]):
             x = block(x)
             if i in taps:
@@ -163,32 +192,50 @@ class VisionModel(nn.Module):
         return outputs
 
 
+# openai/CLIP, clip/model.py, CLIP.encode_text; transformers, CLIPSegTextModel
 class TextModel(nn.Module):
+    """CLIP's text transformer."""
+
     def __init__(self, dim: int, layers: int):
         super().__init__()
-        tables = {"token_embedding": nn.Embedding(49408, dim)}
-        tables["position_embedding"] = nn.Embedding(77, dim)
-        for table in tables.values():
+        self.embeddings = nn.ModuleDict(
+            {
+                "token_embedding": nn.Embedding(49408, dim),
+                "position_embedding": nn.Embedding(77, dim),
+            }
+        )
+        for table in self.embeddings.values():
             nn.init.normal_(table.weight, std=0.02)
-        self.embeddings = nn.ModuleDict(tables)
-        blocks = nn.Sequential(*(TextBlock(dim, dim // 64) for _ in range(layers)))
-        self.encoder = nn.ModuleDict({"layers": blocks})
+
+        blocks = [TextBlock(dim, dim // 64) for _ in range(layers)]
+        self.encoder = nn.ModuleDict({"layers": nn.Sequential(*blocks)})
         self.final_layer_norm = nn.LayerNorm(dim)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """tokens (B,T) -> (B,C), the state at the end of each phrase."""
-        end = tokens.argmax(1)  # the first 49407, the largest of all tokens
-        if not torch.compiler.is_compiling():  # which wants shapes that depend on no value
-            tokens = tokens[:, : int(end.max()) + 1]  # no token looks at those behind it
-        position = self.embeddings["position_embedding"].weight[: tokens.shape[1]]  # (T,C)
-        x = self.encoder["layers"](self.embeddings["token_embedding"](tokens) + position)  # (B,T,C)
-        return self.final_layer_norm(x[torch.arange(len(x), device=x.device), end])  # (B,C)
+        """Return the state at the end of each text: tokens (B,T) -> (B,C).
+
+        Tokens behind the end of the longest text are dropped. This changes nothing, because causal
+        attention never reads them.
+        """
+        end = tokens.argmax(1)  # (B,) position of the first 49407, the largest token id
+        if not torch.compiler.is_compiling():  # compiled shapes must not depend on values
+            longest = int(end.max()) + 1
+            tokens = tokens[:, :longest]  # (B,T)
+
+        positions = self.embeddings["position_embedding"].weight[: tokens.shape[1]]  # (T,C)
+        x = self.embeddings["token_embedding"](tokens) + positions  # (B,T,C)
+        x = self.encoder["layers"](x)  # (B,T,C)
+        rows = torch.arange(len(x), device=x.device)
+        return self.final_layer_norm(x[rows, end])  # (B,C)
 
 
+# transformers, CLIPSegModel
 class CLIP(nn.Module):
+    """CLIP's two towers and their projections into the shared space."""
+
     def __init__(self, config: Config):
         super().__init__()
-        # CLIP's temperature: unused, kept so that a file can be written back whole.
+        # CLIP's temperature: unused, kept so that a checkpoint can be written back whole.
         self.logit_scale = nn.Parameter(torch.tensor(2.6592), requires_grad=False)
         self.text_model = TextModel(config.text_dim, config.text_layers)
         self.vision_model = VisionModel(config.vision_dim, config.vision_layers)
@@ -198,145 +245,214 @@ class CLIP(nn.Module):
 
 # shared: adapter
 class Adapter(nn.Module):
-    """A small MLP behind a frozen layer: the dense ones of VLSM-Adapter, arXiv 2405.06196."""
+    """A small MLP after a frozen layer: the dense adapter of VLSM-Adapter, arXiv 2405.06196."""
 
     def __init__(self, dim: int, width: int):
         super().__init__()
-        self.fc1, self.fc2 = nn.Linear(dim, width), nn.Linear(width, dim)
+        self.fc1 = nn.Linear(dim, width)
+        self.fc2 = nn.Linear(width, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + F.relu(self.fc2(F.relu(self.fc1(x))))
-
-
-def without_fresh(expected: dict[str, Tensor], found: dict[str, Tensor], source) -> dict:
-    """What must be in a file: adapters only if one is there; that they stay untrained is said."""
-    base = {name: t for name, t in expected.items() if "adapter" not in name}
-    if len(base) == len(expected) or any("adapter" in name for name in found):
-        return expected
-    print(f"{source}: without adapters; they are untrained")
-    return base
+        y = F.relu(self.fc1(x))
+        return x + F.relu(self.fc2(y))
 
 
 # end shared
 
 
-# shared: clipseg_decoder
+# shared: token_grid
+def tokens_to_grid(tokens: Tensor, H: int, W: int) -> Tensor:
+    """Lay tokens out as a grid, so that their shape says how many rows and columns there are.
+
+    tokens (B,taps,1+H*W,C) -> (B,taps,1+H,W,C). The class token becomes the last one of an
+    additional first row, which is filled up with zeros.
+    """
+    padded = F.pad(tokens, (0, 0, W - 1, 0))  # (B,taps,W+H*W,C)
+    return padded.unflatten(2, (1 + H, W))  # (B,taps,1+H,W,C)
+
+
+def grid_to_tokens(grid: Tensor) -> Tensor:
+    """Undo `tokens_to_grid`: (B,taps,1+H,W,C) -> (B,taps,1+H*W,C), the class token first."""
+    W = grid.shape[3]
+    padded = grid.flatten(2, 3)  # (B,taps,W+H*W,C)
+    return padded[:, :, W - 1 :]  # (B,taps,1+H*W,C)
+
+
+# end shared
+
+
+# shared: decoder_layer
+# timojl/clipseg, nn.TransformerEncoderLayer in class CLIPDensePredT; transformers,
+# CLIPSegDecoderLayer
 class DecoderLayer(nn.Module):
-    """All tokens of an image attend to each other, then an MLP; each is normalised behind it."""
+    """A transformer layer with LayerNorm after each residual connection."""
 
     def __init__(self, dim: int, heads: int, ffn_dim: int):
         super().__init__()
         self.heads = heads
-        projections = ("k_proj", "v_proj", "q_proj", "out_proj")
-        self.self_attn = nn.ModuleDict({name: nn.Linear(dim, dim) for name in projections})
+        self.self_attn = nn.ModuleDict(
+            {
+                "k_proj": nn.Linear(dim, dim),
+                "v_proj": nn.Linear(dim, dim),
+                "q_proj": nn.Linear(dim, dim),
+                "out_proj": nn.Linear(dim, dim),
+            }
+        )
         self.layer_norm1 = nn.LayerNorm(dim)
         self.mlp = nn.ModuleDict({"fc1": nn.Linear(dim, ffn_dim), "fc2": nn.Linear(ffn_dim, dim)})
         self.layer_norm2 = nn.LayerNorm(dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B,N,D) -> (B,N,D)."""
-        attn = self.self_attn
-        projections = attn["q_proj"], attn["k_proj"], attn["v_proj"]
-        q, k, v = (f(x).unflatten(2, (self.heads, -1)).transpose(1, 2) for f in projections)
-        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # (B,N,D)
-        x = self.layer_norm1(x + attn["out_proj"](y))
-        # quirk: ReLU; transformers' config says quick_gelu, its decoder does not read that
-        return self.layer_norm2(x + self.mlp["fc2"](F.relu(self.mlp["fc1"](x))))
+        q = self.split_heads(self.self_attn["q_proj"](x))  # (B,h,N,d)
+        k = self.split_heads(self.self_attn["k_proj"](x))  # (B,h,N,d)
+        v = self.split_heads(self.self_attn["v_proj"](x))  # (B,h,N,d)
+        y = F.scaled_dot_product_attention(q, k, v)  # (B,h,N,d)
+        y = y.transpose(1, 2).flatten(2)  # (B,N,D)
+        x = self.layer_norm1(x + self.self_attn["out_proj"](y))
 
+        # quirk: ReLU; config.json on the hub says quick_gelu, but transformers ignores it here
+        y = F.relu(self.mlp["fc1"](x))  # (B,N,ffn_dim)
+        return self.layer_norm2(x + self.mlp["fc2"](y))
 
-class Decoder(nn.Module):
-    """From the deepest tap to the shallowest, the prompt scaling and shifting what the first saw.
-
-    dim: channels of the taps; condition_dim: of the prompt's embedding; reduce_dim (D): inside.
-    refined: a head of three convolutions; else one, which paints squares of 16 pixels.
-    """
-
-    def __init__(
-        self, dim: int, condition_dim: int, reduce_dim: int, heads: int, ffn_dim: int,
-        taps: int, refined: bool,
-    ):  # fmt: skip
-        super().__init__()
-        D, up = reduce_dim, nn.ConvTranspose2d
-        self.film_mul, self.film_add = nn.Linear(condition_dim, D), nn.Linear(condition_dim, D)
-        self.reduces = nn.ModuleList(nn.Linear(dim, D) for _ in range(taps))
-        self.layers = nn.ModuleList(DecoderLayer(D, heads, ffn_dim) for _ in range(taps))
-        if refined:
-            mix, up4, up16 = nn.Conv2d(D, D, 3, padding=1), up(D, D // 2, 4, 4), up(D // 2, 1, 4, 4)
-            self.transposed_convolution = nn.Sequential(mix, nn.ReLU(), up4, nn.ReLU(), up16)
-        else:
-            self.transposed_convolution = up(D, 1, 16, 16)
-
-    def forward(self, features: Tensor, condition: Tensor) -> Tensor:
-        """features (B,taps,1+H,W,C) as from `with_grid`, condition (B,C') -> logits (B,1,16H,16W).
-
-        One image and B prompts, or B images and one prompt, are welcome too.
-        """
-        H, W = features.shape[2] - 1, features.shape[3]
-        taps = features.flatten(2, 3)[:, :, W - 1 :].unbind(1)[::-1]  # (B,1+HW,C) each
-        mul, add = self.film_mul(condition)[:, None], self.film_add(condition)[:, None]  # (B,1,D)
-        x = self.layers[0](mul * self.reduces[0](taps[0]) + add)  # (B,1+HW,D)
-        for reduce, layer, tap in zip(self.reduces[1:], self.layers[1:], taps[1:], strict=True):
-            x = layer(reduce(tap) + x)
-        x = x[:, 1:].transpose(1, 2).unflatten(2, (H, W))  # (B,D,H,W), without the class token
-        return self.transposed_convolution(x)
-
-
-def with_grid(tokens: Tensor, H: int, W: int) -> Tensor:
-    """tokens (B,taps,1+HW,C) -> (B,taps,1+H,W,C): one tensor whose shape tells the grid.
-
-    The class token ends a row of its own before the grid, zeros fill the rest of that row.
-    """
-    return F.pad(tokens, (0, 0, W - 1, 0)).unflatten(2, (1 + H, W))
+    def split_heads(self, x: Tensor) -> Tensor:
+        """x (B,N,D) -> (B,h,N,d)."""
+        return x.unflatten(2, (self.heads, -1)).transpose(1, 2)
 
 
 # end shared
 
 
+# shared: clipseg_decoder
+# timojl/clipseg, models/clipseg.py, CLIPDensePredT.forward; transformers, CLIPSegDecoder
+class Decoder(nn.Module):
+    """CLIPSeg's decoder: from the deepest tap to the shallowest, then up to the image's size.
+
+    dim: channels of the taps. condition_dim: width of the prompt's embedding. reduce_dim (D):
+    channels inside. refined: a head of three convolutions, else one with a stride of 16 pixels.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        condition_dim: int,
+        reduce_dim: int,
+        heads: int,
+        ffn_dim: int,
+        taps: int,
+        refined: bool,
+    ):
+        super().__init__()
+        D = reduce_dim
+        self.film_mul = nn.Linear(condition_dim, D)
+        self.film_add = nn.Linear(condition_dim, D)
+        self.reduces = nn.ModuleList([nn.Linear(dim, D) for _ in range(taps)])
+        self.layers = nn.ModuleList([DecoderLayer(D, heads, ffn_dim) for _ in range(taps)])
+
+        if refined:
+            self.transposed_convolution = nn.Sequential(
+                nn.Conv2d(D, D, 3, padding=1),
+                nn.ReLU(),
+                nn.ConvTranspose2d(D, D // 2, 4, stride=4),
+                nn.ReLU(),
+                nn.ConvTranspose2d(D // 2, 1, 4, stride=4),
+            )
+        else:
+            self.transposed_convolution = nn.ConvTranspose2d(D, 1, 16, stride=16)
+
+    def forward(self, features: Tensor, condition: Tensor) -> Tensor:
+        """features (B,taps,1+H,W,C), condition (B,condition_dim) -> logits (B,1,16H,16W).
+
+        Features are laid out by `tokens_to_grid`. Either batch size may be 1: one image with B
+        prompts, or B images with one prompt.
+        """
+        H = features.shape[2] - 1
+        W = features.shape[3]
+        taps = grid_to_tokens(features).unbind(1)  # (B,1+H*W,C) each, the shallowest first
+        scale = self.film_mul(condition)[:, None]  # (B,1,D)
+        shift = self.film_add(condition)[:, None]  # (B,1,D)
+
+        # quirk: the prompt acts on the deepest tap only, on its class token, too
+        x = scale * self.reduces[0](taps[-1]) + shift  # (B,1+H*W,D)
+        x = self.layers[0](x)  # (B,1+H*W,D)
+        for i in range(1, len(taps)):
+            x = self.reduces[i](taps[-1 - i]) + x  # (B,1+H*W,D)
+            x = self.layers[i](x)  # (B,1+H*W,D)
+
+        patches = x[:, 1:].transpose(1, 2)  # (B,D,H*W), without the class token
+        patches = patches.unflatten(2, (H, W))  # (B,D,H,W)
+        return self.transposed_convolution(patches)  # (B,1,16H,16W)
+
+
+# end shared
+
+
+# models/clipseg.py, class CLIPDensePredT; transformers, CLIPSegForImageSegmentation
 class CLIPSeg(nn.Module):
+    """CLIP's towers and the decoder that turns vision tokens and a prompt into a mask."""
+
     def __init__(self, config: Config):
         super().__init__()
         if config.heads < 1 or config.reduce_dim % config.heads:
             raise ValueError(f"heads={config.heads}: must divide reduce_dim={config.reduce_dim}")
-        self.config, c = config, config
-        self.preprocess = partial(preprocess, config=config)  # image -> (3,S,S)
-        self.visual_prompt = partial(visual_prompt, config=config)  # image and mask -> (3,S,S)
-        self.postprocess = partial(postprocess, config=config)  # logits, size -> (1,H,W)
-        self.clip = CLIP(c)
+
+        self.config = config
+        self.clip = CLIP(config)
         self.decoder = Decoder(
-            c.vision_dim, c.embed_dim, c.reduce_dim, c.heads, c.ffn_dim, len(c.taps), c.refined
+            dim=config.vision_dim,
+            condition_dim=config.embed_dim,
+            reduce_dim=config.reduce_dim,
+            heads=config.heads,
+            ffn_dim=config.ffn_dim,
+            taps=len(config.taps),
+            refined=config.refined,
         )
-        vision, text = self.clip.vision_model, self.clip.text_model
-        # Only pictures as prompts pass here. What may train always gets a gradient.
-        late = vision.encoder["layers"][max(c.taps) + 1 :]
-        for module in (late, vision.post_layernorm, self.clip.visual_projection):
-            module.requires_grad_(False)
+        self.freeze_image_prompts()
+
         self.adapter = nn.Identity()
-        if c.adapter_dim:
-            self.adapter = Adapter(c.embed_dim, 4 * c.adapter_dim)  # of the condition
-            for tower, dim in ((vision, c.vision_dim), (text, c.text_dim)):
-                for block in tower.encoder["layers"][: max(c.taps)]:
-                    block.adapters = nn.ModuleList(Adapter(dim, c.adapter_dim) for _ in range(2))
+        if config.adapter_dim:
+            self.add_adapters(config.adapter_dim)
+
+    def freeze_image_prompts(self) -> None:
+        """Freeze what only image prompts pass, so that all that trains always gets a gradient."""
+        vision = self.clip.vision_model
+        vision.encoder["layers"][max(self.config.taps) + 1 :].requires_grad_(False)
+        vision.post_layernorm.requires_grad_(False)
+        self.clip.visual_projection.requires_grad_(False)
+
+    def add_adapters(self, width: int) -> None:
+        """Add adapters to the condition and to the blocks before the last tap, in both towers."""
+        self.adapter = Adapter(self.config.embed_dim, 4 * width)
+        depth = max(self.config.taps)
+        for block in self.clip.vision_model.encoder["layers"][:depth]:
+            adapters = [Adapter(self.config.vision_dim, width) for _ in range(2)]
+            block.adapters = nn.ModuleList(adapters)
+        for block in self.clip.text_model.encoder["layers"][:depth]:
+            adapters = [Adapter(self.config.text_dim, width) for _ in range(2)]
+            block.adapters = nn.ModuleList(adapters)
 
     def forward(self, image: Tensor, tokens=None, condition=None) -> Tensor:
-        """image (B,3,H,W) normalised, H and W in 16s, tokens (B,T) -> logits (B,1,H,W).
+        """image (B,3,H,W) normalised, H and W multiples of 16, and a prompt -> logits (B,1,H,W).
 
-        Or, in place of tokens, condition (B,embed_dim): from `encode_text`, from
-        `encode_visual_prompt`, or a mixture w * text + (1 - w) * picture, as in its training.
-        Where B of the image or of the prompt is 1, it serves all of the other.
+        The prompt is either tokens (B,T) or condition (B,embed_dim), which comes from
+        `encode_text`, from `encode_visual_prompt`, or mixes both, w * text + (1 - w) * image, as
+        in the authors' training. One image may have B prompts, and B images one prompt.
         """
         return self.decode(self.encode_image(image), tokens, condition)
 
     def encode_image(self, image: Tensor) -> Tensor:
-        """image (B,3,H,W) -> features (B,taps,1+H/16,W/16,C), to keep; see `with_grid`."""
-        H, W = (side // 16 for side in image.shape[2:])
+        """image (B,3,H,W) -> features (B,taps,1+H/16,W/16,C), see `tokens_to_grid`."""
+        H, W = image.shape[2:]
         outputs = self.clip.vision_model(image, self.config.taps)
-        return with_grid(torch.stack(outputs, 1), H, W)
+        tokens = torch.stack(outputs, 1)  # (B,taps,1+H/16*W/16,C)
+        return tokens_to_grid(tokens, H // 16, W // 16)  # (B,taps,1+H/16,W/16,C)
 
     def decode(self, features: Tensor, tokens=None, condition=None) -> Tensor:
-        """features from `encode_image`, the rest as for `forward` -> logits (B,1,H,W)."""
+        """features from `encode_image` and a prompt as for `forward` -> logits (B,1,H,W)."""
         if (tokens is None) == (condition is None):
             raise ValueError("a prompt is either tokens or condition: give one of the two")
-        condition = self.encode_text(tokens) if condition is None else condition
+        if condition is None:
+            condition = self.encode_text(tokens)
         return self.decoder(features, self.adapter(condition))
 
     def encode_text(self, tokens: Tensor) -> Tensor:
@@ -344,9 +460,23 @@ class CLIPSeg(nn.Module):
         return self.clip.text_projection(self.clip.text_model(tokens))
 
     def encode_visual_prompt(self, image: Tensor) -> Tensor:
-        """image (B,3,H,W), as `visual_prompt` makes it -> condition (B,embed_dim)."""
-        (x,) = self.clip.vision_model(image, (self.config.vision_layers - 1,))  # (B,N,C)
-        return self.clip.visual_projection(self.clip.vision_model.post_layernorm(x[:, 0]))
+        """image (B,3,H,W), as `visual_prompt` returns it -> condition (B,embed_dim)."""
+        last = self.config.vision_layers - 1
+        tokens = self.clip.vision_model(image, (last,))[0]  # (B,N,C)
+        class_token = self.clip.vision_model.post_layernorm(tokens[:, 0])  # (B,C)
+        return self.clip.visual_projection(class_token)
+
+    def preprocess(self, image) -> Tensor:
+        """PIL image -> (3,S,S); see `preprocess`."""
+        return preprocess(image, self.config)
+
+    def visual_prompt(self, image: Tensor, mask: Tensor) -> Tensor:
+        """image (3,H,W) and mask (1,H,W) -> prompt image (3,S,S); see `visual_prompt`."""
+        return visual_prompt(image, mask, self.config)
+
+    def postprocess(self, logits: Tensor, size: tuple[int, int]) -> Tensor:
+        """logits (1,h,w) -> probabilities (1,H,W) of this size; see `postprocess`."""
+        return postprocess(logits, size, self.config)
 
     def segment(self, image, prompt: str) -> tuple:
         """Segment an image or its file -> probabilities (1,H,W), mask (H,W); see `segment`."""
@@ -354,71 +484,84 @@ class CLIPSeg(nn.Module):
 
     @classmethod
     def from_pretrained(cls, source: str | Path, clip=None, **overrides) -> "CLIPSeg":
-        """From a file, a folder, a run folder or a hub id; `overrides` are fields of Config.
+        """Load a model in evaluation mode.
 
-        clip: a second file or hub id, CLIP ViT-B/16 under OpenAI's or transformers' names, where
-        `source` is of the original release and holds the decoder alone. In evaluation mode.
+        source: a file, a folder, a run folder or a hub id.
+        clip: file or hub id of CLIP ViT-B/16, under OpenAI's or transformers' names, if `source`
+        holds the decoder alone, as the original release does.
+        overrides: fields of Config that replace those of the file.
+        Raise ValueError or FileNotFoundError, one line, if a tensor does not fit.
         """
         weights, settings = read_checkpoint(source, FILES)
         check_kind(weights, source)
-        if clip is not None and recognise(weights) == "CLIPSeg":
-            raise ValueError(f"{source}: CLIP is there twice, remove clip= (--clip)")
         if clip is not None:
+            if recognise(weights) == "CLIPSeg":
+                raise ValueError(f"{source}: contains CLIP already; remove clip= (--clip)")
             weights |= read_clip(clip)
         weights = to_official(weights)
         if not any(name.startswith("clip.") for name in weights):
-            told = "no tensor of CLIP; add it: clip='ViT-B-16.pt' (--clip ViT-B-16.pt), OpenAI's"
-            raise ValueError(f"{source}: {told}")
-        if "format" in settings:  # a run folder of ours
-            config, told = Config(), run_config(settings, "CLIPSeg", source, Config)
-        else:
-            config = closest_variant(weights, cls, to_official)
-            told = {ours: settings[hub] for hub, ours in SETTINGS.items() if hub in settings}
-            if "taps" not in told:  # quirk: (3, 7, 9) in experiments/*.yaml, all else has (3, 6, 9)
-                print(f"{source}: no config.json tells taps; took {config.taps}, of the demo")
-        told = {k: tuple(v) if isinstance(v, list) else v for k, v in told.items()}
-        model = cls(replace(config, **told | overrides))
-        expected = without_fresh(to_official(model.state_dict()), weights, source)
-        both = source if clip is None else f"{source} with {clip}"
-        check_complete(weights, expected, both)  # in the hub's names
+            raise ValueError(
+                f"{source}: contains no CLIP; add OpenAI's with clip='ViT-B-16.pt' "
+                "(--clip ViT-B-16.pt)"
+            )
+
+        config = config_of(weights, settings, source)
+        model = cls(replace(config, **overrides))
+        expected = required_tensors(to_official(model.state_dict()), weights, source)
+        files = source if clip is None else f"{source} with {clip}"
+        check_complete(weights, expected, files)  # under the hub's names
         model.load_state_dict(model.state_dict() | convert(weights))
         return model.eval()
 
 
+# --------------------------------------------------------------------------------------------------
+# Nothing under this line is needed to understand the model: loading of weights, pre- and
+# postprocessing.
+# --------------------------------------------------------------------------------------------------
+
 FILES = ("best.safetensors", "model.safetensors", "pytorch_model.bin")
-SETTINGS = {"extract_layers": "taps", "decoder_num_attention_heads": "heads"}  # in its config.json
-CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
-CLIP_FILES += ("model.safetensors", "pytorch_model.bin")  # of openai/clip-vit-base-patch16
+CLIP_FILES = (
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.bin",
+    "model.safetensors",  # of openai/clip-vit-base-patch16
+    "pytorch_model.bin",
+)
+# Keys of the hub's config.json -> fields of Config. Tensor shapes say all the rest.
+SETTINGS = {"extract_layers": "taps", "decoder_num_attention_heads": "heads"}
+# Tensors that are not used: pattern -> reason.
 IGNORED = {
     r"clip\.(text|vision)_model\.embeddings\.position_ids": "0, 1, 2, ... of old transformers",
-    r"clip_model\.(input_resolution|context_length|vocab_size)": "OpenAI's; the tables tell them",
-    r"model\.(class_|positional_|proj|conv1|ln_p|transformer).*": "the original's visual, again",
-    r"reduce\.(weight|bias)": "of the original, which does not use it",
+    r"clip_model\.(input_resolution|context_length|vocab_size)": "sizes in OpenAI's archive",
+    r"model\.(class_|positional_|proj|conv1|ln_p|transformer).*": "copy of clip_model.visual",
+    r"reduce\.(weight|bias)": "unused in the original code",
 }
-# OpenAI's and our names of CLIP -> the hub's, in this order.
-RENAMES = (
-    (r"^clip_model\.(logit_scale)", r"clip.\1"),
-    (r"^clip_model\.visual\.proj$", "clip.visual_projection.weight"),
-    (r"^clip_model\.text_projection$", "clip.text_projection.weight"),
-    (r"^clip_model\.visual\.", "clip.vision_model."),
-    (r"^clip_model\.", "clip.text_model."),
-    (r"_model\.(token_embedding|class_embedding)", r"_model.embeddings.\1"),
-    (r"_model\.positional_embedding", "_model.embeddings.position_embedding.weight"),
-    (r"_model\.conv1", "_model.embeddings.patch_embedding"),
-    (r"ln_pre", "pre_layrnorm"),
-    (r"ln_post", "post_layernorm"),
-    (r"ln_final", "final_layer_norm"),
-    (r"transformer\.resblocks", "encoder.layers"),
-    (r"\.attn\.", ".self_attn."),
-    (r"\.ln_([12])\.", r".layer_norm\1."),
-    (r"\.mlp\.c_fc\.", ".mlp.fc1."),
-    (r"\.mlp\.c_proj\.", ".mlp.fc2."),
-)
-# The hub's names within a layer of CLIP -> ours, those of the shared block and OpenAI.
-LAYER = (
-    ("self_attn", "attn"), ("q_proj.", "in_proj_"), ("layer_norm", "ln_"), ("fc1", "c_fc"),
-    ("fc2", "c_proj"),
-)  # fmt: skip
+# Beginnings of names in OpenAI's CLIP, which is `clip_model` in the original code -> the hub's.
+OPENAI_CLIP = {
+    "clip_model.logit_scale": "clip.logit_scale",
+    "clip_model.text_projection": "clip.text_projection.weight",  # transposed
+    "clip_model.token_embedding.": "clip.text_model.embeddings.token_embedding.",
+    "clip_model.positional_embedding": "clip.text_model.embeddings.position_embedding.weight",
+    "clip_model.transformer.resblocks.": "clip.text_model.encoder.layers.",
+    "clip_model.ln_final.": "clip.text_model.final_layer_norm.",
+    "clip_model.visual.proj": "clip.visual_projection.weight",  # transposed
+    "clip_model.visual.class_embedding": "clip.vision_model.embeddings.class_embedding",
+    "clip_model.visual.positional_embedding": (
+        "clip.vision_model.embeddings.position_embedding.weight"
+    ),
+    "clip_model.visual.conv1.": "clip.vision_model.embeddings.patch_embedding.",
+    "clip_model.visual.ln_pre.": "clip.vision_model.pre_layrnorm.",
+    "clip_model.visual.transformer.resblocks.": "clip.vision_model.encoder.layers.",
+    "clip_model.visual.ln_post.": "clip.vision_model.post_layernorm.",
+}
+TRANSPOSED = ("clip_model.text_projection", "clip_model.visual.proj")  # (in,out) at OpenAI
+# Beginnings of names within a layer of CLIP: OpenAI's and ours -> the hub's.
+CLIP_LAYER = {
+    "attn.": "self_attn.",
+    "ln_1.": "layer_norm1.",
+    "ln_2.": "layer_norm2.",
+    "mlp.c_fc.": "mlp.fc1.",
+    "mlp.c_proj.": "mlp.fc2.",
+}
 
 
 def check_kind(weights: dict[str, Tensor], source) -> None:
@@ -426,7 +569,7 @@ def check_kind(weights: dict[str, Tensor], source) -> None:
     kind = recognise(weights)
     if kind.startswith("CLIP ("):
         raise ValueError(
-            f"{source}: is {kind} without a decoder, not CLIPSeg; take CIDAS/clipseg-rd64-refined, "
+            f"{source}: is {kind} without a decoder, not CLIPSeg; use CIDAS/clipseg-rd64-refined, "
             "or rd64-uni-refined.pth as weights and this file as clip= (--clip)"
         )
     if kind and "CLIPSeg" not in kind:
@@ -436,72 +579,148 @@ def check_kind(weights: dict[str, Tensor], source) -> None:
 def read_clip(source) -> dict[str, Tensor]:
     """Read CLIP ViT-B/16, named as within a CLIPSeg. Raise ValueError if it is another model."""
     weights = read_checkpoint(source, CLIP_FILES)[0]
-    kind = recognise(weights) or "no file that is known"
-    patches = {"visual.conv1.weight", "vision_model.embeddings.patch_embedding.weight"}
-    sizes = [tuple(weights[name].shape[2:]) for name in patches & weights.keys()]
-    if kind.startswith("CLIP (") and sizes != [(16, 16)]:
-        kind += " with another image encoder"
-    if not kind.startswith("CLIP (") or sizes != [(16, 16)]:
+    kind = recognise(weights) or "an unknown file"
+    if not kind.startswith("CLIP ("):
         raise ValueError(f"{source}: is {kind}; clip= (--clip) takes OpenAI's CLIP ViT-B/16")
 
-    prefix = "clip_model." if "visual.conv1.weight" in weights else "clip."
-    return {prefix + name: t for name, t in weights.items()}
+    patches = "visual.conv1.weight"  # OpenAI's name
+    prefix = "clip_model."
+    if patches not in weights:
+        patches = "vision_model.embeddings.patch_embedding.weight"  # transformers' name
+        prefix = "clip."
+    if patches not in weights or weights[patches].shape[2:] != (16, 16):
+        raise ValueError(
+            f"{source}: is {kind} with another image encoder; clip= (--clip) takes OpenAI's "
+            "CLIP ViT-B/16"
+        )
+    return {prefix + name: tensor for name, tensor in weights.items()}
+
+
+def config_of(weights: dict[str, Tensor], settings: dict, source) -> Config:
+    """Return the config of weights, under the hub's names, with these settings in config.json.
+
+    Without taps in config.json those of the demo are used, which is printed.
+    """
+    if "format" in settings:  # a run folder of ours
+        return Config(**run_config(settings, "CLIPSeg", source, Config))
+
+    config = closest_variant(weights, CLIPSeg, to_official)
+    fields = {}
+    for key, name in SETTINGS.items():
+        if key in settings:
+            value = settings[key]
+            fields[name] = tuple(value) if isinstance(value, list) else value
+    if "taps" not in fields:
+        # quirk: experiments/*.yaml have (3, 7, 9); the code's default, the demo, transformers and
+        # the hub have (3, 6, 9)
+        print(f"{source}: no config.json names the taps; using {config.taps}, as the demo does")
+    return replace(config, **fields)
+
+
+# shared: adapter_tensors
+def required_tensors(expected: dict[str, Tensor], weights: dict[str, Tensor], source) -> dict:
+    """Return the expected tensors that a file must hold: without adapters if it holds none.
+
+    That the adapters of the model then are untrained is printed.
+    """
+    without_adapters = {}
+    for name, tensor in expected.items():
+        if "adapter" not in name:
+            without_adapters[name] = tensor
+    if len(without_adapters) == len(expected) or any("adapter" in name for name in weights):
+        return expected
+    print(f"{source}: contains no adapters; those of the model are untrained")
+    return without_adapters
+
+
+# end shared
 
 
 def to_official(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Any naming -> the hub's, for `load_state_dict` of transformers' class; q, k and v apart."""
+    """Rename a state dict from any known naming to the hub's, with q, k and v apart.
+
+    It then fits transformers' CLIPSegForImageSegmentation. Raise ValueError if two tensors get one
+    name.
+    """
+    bare = {name.removeprefix("clipseg."): tensor for name, tensor in state_dict.items()}  # medvlsm
     weights = {}
-    bare = {name.removeprefix("clipseg."): t for name, t in state_dict.items()}  # medvlsm's
-    for old, t in hub_decoder(bare).items():
-        if any(re.fullmatch(pattern, old) for pattern in IGNORED):
+    for name, tensor in hub_decoder(bare).items():
+        if any(re.fullmatch(pattern, name) for pattern in IGNORED):
             continue
-        name = old
-        for pattern, new in RENAMES:
-            name = re.sub(pattern, new, name)
-        if old in ("clip_model.visual.proj", "clip_model.text_projection"):
-            t = t.T.contiguous()  # (in,out) there, (out,in) in a linear layer
-        if name in weights:
-            raise ValueError(f"{name} is there twice, under two names; of CLIP give one file only")
-        weights |= unpack(name, t)
+        if name in TRANSPOSED:
+            tensor = tensor.T.contiguous()  # (out,in)
+        name = replace_beginning(name, OPENAI_CLIP)
+        layer, inner = split_layer(name)
+        name = layer + replace_beginning(inner, CLIP_LAYER)
+
+        for part_name, part in unpack(name, tensor).items():
+            if part_name in weights:
+                raise ValueError(f"{part_name} occurs under two names; give CLIP in one file only")
+            weights[part_name] = part
     return weights
+
+
+def split_layer(name: str) -> tuple[str, str]:
+    """Split the name of a tensor in a layer of CLIP into layer and rest; "" and name of others."""
+    match = re.fullmatch(r"(clip\.(?:text|vision)_model\.encoder\.layers\.\d+\.)(.*)", name)
+    if match is None:
+        return "", name
+    return match[1], match[2]
 
 
 # shared: original_decoder
-# Names of CLIPSeg's original release (rd64-uni-refined.pth) -> the hub's, in this order.
-ORIGINAL_DECODER = (
-    (r"^trans_conv\.", "decoder.transposed_convolution."),
-    (r"^blocks\.", "decoder.layers."),
-    (r"^(film_|reduces\.)", r"decoder.\1"),
-    (r"\.norm([12])\.", r".layer_norm\1."),
-    (r"\.linear([12])\.", r".mlp.fc\1."),
-)
+# Names in CLIPSeg's original release, such as rd64-uni-refined.pth -> the hub's: beginnings of
+# names, then parts of the names in a layer.
+ORIGINAL_DECODER = {
+    "film_mul.": "decoder.film_mul.",
+    "film_add.": "decoder.film_add.",
+    "reduces.": "decoder.reduces.",
+    "blocks.": "decoder.layers.",
+    "trans_conv.": "decoder.transposed_convolution.",
+}
+ORIGINAL_LAYER = {
+    ".norm1.": ".layer_norm1.",
+    ".norm2.": ".layer_norm2.",
+    ".linear1.": ".mlp.fc1.",
+    ".linear2.": ".mlp.fc2.",
+}
 
 
 def hub_decoder(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename CLIPSeg's decoder from its original release's names to the hub's.
+    """Rename the decoder of CLIPSeg's original release to the hub's names, with q, k and v apart.
 
-    Queries, keys and values become separate tensors. All other tensors stay as they are.
+    All other tensors are returned as they are.
     """
     weights = {}
-    for name, t in state_dict.items():
-        if re.match(r"(blocks|film_mul|film_add|reduces|trans_conv)\.", name):
-            for pattern, new in ORIGINAL_DECODER:
-                name = re.sub(pattern, new, name)
-            weights |= unpack(name, t)
-        else:
-            weights[name] = t
+    for name, tensor in state_dict.items():
+        hub_name = replace_beginning(name, ORIGINAL_DECODER)
+        if hub_name == name:
+            weights[name] = tensor
+            continue
+        for original, hub in ORIGINAL_LAYER.items():
+            hub_name = hub_name.replace(original, hub)
+        weights |= unpack(hub_name, tensor)
     return weights
 
 
-def unpack(name: str, t: Tensor) -> dict[str, Tensor]:
-    """Return a tensor by its name; a packed projection as those of queries, keys and values."""
-    start, packed, kind = name.partition("in_proj_")
-    if not packed or t.ndim == 0:
-        return {name: t}
+def replace_beginning(name: str, table: dict[str, str]) -> str:
+    """Return a name with its beginning replaced as in a table, or as it is."""
+    for old, new in table.items():
+        if name.startswith(old):
+            return new + name.removeprefix(old)
+    return name
+
+
+def unpack(name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """Return {name: tensor}, with a packed projection split into those of q, k and v."""
+    start, in_proj, leaf = name.partition("in_proj_")
+    if not in_proj or tensor.ndim == 0:
+        return {name: tensor}
 
     weights = {}
-    for x, part in zip("qkv", t.chunk(3), strict=False):  # `check_complete` tells a wrong shape
-        weights[f"{start}{x}_proj.{kind}"] = part.clone()
+    parts = tensor.chunk(3)  # of a wrong shape fewer, which `check_complete` reports
+    for x, part in zip("qkv", parts, strict=False):
+        weights[f"{start}{x}_proj.{leaf}"] = part.clone()
     return weights
 
 
@@ -509,18 +728,26 @@ def unpack(name: str, t: Tensor) -> dict[str, Tensor]:
 
 
 def convert(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Any naming -> ours: the hub's but for the layers of CLIP, where q, k and v are one matrix."""
-    official, weights = to_official(state_dict), {}
-    for name, t in official.items():
-        is_layer = name.startswith("clip.") and ".encoder.layers." in name
-        if is_layer and ".adapters." not in name:  # whose names are ours
-            if ".k_proj." in name or ".v_proj." in name:
-                continue  # come with q
-            if ".q_proj." in name:
-                t = torch.cat([official[name.replace("q_proj", f"{x}_proj")] for x in "qkv"])
-            for hub, ours in LAYER:
-                name = name.replace(hub, ours)
-        weights[name] = t
+    """Rename a state dict from any known naming to ours.
+
+    Ours is the hub's except in the layers of CLIP: they have OpenAI's names, with q, k and v in
+    one matrix.
+    """
+    ours = {hub: our for our, hub in CLIP_LAYER.items()}
+    official = to_official(state_dict)
+
+    weights = {}
+    for name, tensor in official.items():
+        layer, inner = split_layer(name)
+        projection, _, leaf = inner.partition("_proj.")
+        if projection in ("self_attn.k", "self_attn.v"):
+            continue  # packed with q
+
+        if projection == "self_attn.q":
+            parts = [official[f"{layer}self_attn.{x}_proj.{leaf}"] for x in "qkv"]
+            weights[f"{layer}attn.in_proj_{leaf}"] = torch.cat(parts)  # (3C,C) or (3C,)
+        else:
+            weights[layer + replace_beginning(inner, ours)] = tensor
     return weights
 
 
@@ -577,63 +804,88 @@ def to_rgb(image):
 
 # shared: stretch
 def preprocess(image, config: Config) -> Tensor:
-    """PIL image -> (3,S,S) float32, stretched and normalised. Raise errors as `to_rgb` does."""
+    """Resize a PIL image to a square and normalise it -> (3,S,S) float32.
+
+    The aspect ratio is not kept. Raise errors as `to_rgb` does.
+    """
     import numpy as np
     from PIL import Image
 
     size = (config.image_size, config.image_size)
-    image = to_rgb(image).resize(size, Image.Resampling.BILINEAR)
-    mean, std = (torch.tensor(x)[:, None, None] for x in (config.mean, config.std))  # (3,1,1)
-    return (torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255 - mean) / std  # (3,S,S)
+    resized = to_rgb(image).resize(size, Image.Resampling.BILINEAR)
+    pixels = torch.from_numpy(np.array(resized)).permute(2, 0, 1) / 255  # (3,S,S)
+
+    mean = torch.tensor(config.mean)[:, None, None]  # (3,1,1)
+    std = torch.tensor(config.std)[:, None, None]  # (3,1,1)
+    return (pixels - mean) / std
 
 
 def preprocess_mask(mask: Tensor, config: Config) -> Tensor:
-    """mask (H,W) in 0..1 -> (1,S,S) float32 in the geometry of `preprocess`, to train with.
+    """Resize a mask for training like `preprocess` does images: (H,W) in 0..1 -> (1,S,S) float32.
 
-    Nearest neighbour. Where a position falls exactly between two source pixels, the result may
-    differ by one source pixel from that of PIL or OpenCV.
+    The nearest pixel is used, as in PIL. Where a position is exactly between two pixels, PIL and
+    OpenCV may choose the other one.
     """
     size = (config.image_size, config.image_size)
-    return F.interpolate(mask[None, None].float(), size, mode="nearest-exact")[0]  # PIL's nearest
+    return F.interpolate(mask[None, None].float(), size, mode="nearest-exact")[0]  # (1,S,S)
 
 
 def postprocess(logits: Tensor, size: tuple[int, int], config: Config) -> Tensor:
-    """logits (1,h,w) -> probabilities (1,H,W) float32, 0..1, at the image's own `size` (H,W).
+    """logits (1,h,w) -> probabilities (1,H,W) float32 in 0..1 at `size` (H,W), the image's own.
 
-    The same for any `config`.
+    config is not used.
     """
-    logits = logits[None].float()
-    return F.interpolate(logits, size, mode="bilinear", align_corners=False)[0].sigmoid()
+    logits = logits[None].float()  # (1,1,h,w)
+    resized = F.interpolate(logits, size, mode="bilinear", align_corners=False)  # (1,1,H,W)
+    return resized[0].sigmoid()
 
 
 # end shared
 
 
 def visual_prompt(image: Tensor, mask: Tensor, config: Config) -> Tensor:
-    """image (3,H,W) normalised, mask (1,H,W) of 0 and 1 -> (3,S,S) for `encode_visual_prompt`.
+    """Return an image and its mask as a prompt image for `encode_visual_prompt`.
 
-    All but the masked is blurred and darkened to a tenth, then cropped a tenth of the mask's size
-    around it: the authors' best way (crop_blur_highlight352 in their datasets/utils.py).
+    image (3,H,W) normalised, mask (1,H,W) of 0 and 1 -> (3,S,S). The background is blurred and
+    darkened, then the image is cropped to the mask's box with a margin, padded to a square and
+    resized. This is the authors' best variant, crop_blur_highlight352 of datasets/utils.py.
+    Raise ValueError if the mask is empty.
     """
     mask = mask[0] > 0.5  # (H,W)
     if not mask.any():
-        raise ValueError("the mask of a prompt image is empty: mark there what is to be found")
-    x = torch.arange(-7, 8, device=image.device, dtype=image.dtype)
-    kernel = torch.softmax(-(x**2) / (2 * 3.0**2), 0)  # (15,), Gaussian of 3 pixels
-    blurred = F.pad(image, (7, 7, 7, 7), mode="reflect")[:, None]  # (3,1,H+14,W+14)
-    blurred = F.conv2d(F.conv2d(blurred, kernel.view(1, 1, 15, 1)), kernel.view(1, 1, 1, 15))
-    image = torch.where(mask, image, 0.1 * blurred[:, 0])  # (3,H,W)
-    for axis, side in enumerate(mask.shape, 1):
-        inside = mask.any(2 - axis).nonzero()
-        first, end = int(inside[0]), int(inside[-1]) + 1
-        margin = 0.1 * (end - first)
-        first, end = int(max(0, first - margin)), int(min(side, end + margin))
-        image = image.narrow(axis, first, end - first)  # (3,h,w) in the end
+        raise ValueError("the mask of a prompt image is empty: mark the object to find")
+    image = torch.where(mask, image, 0.1 * blur(image))  # (3,H,W)
+
+    top, bottom = range_with_margin(mask.any(1))
+    left, right = range_with_margin(mask.any(0))
+    image = image[:, top:bottom, left:right]  # (3,h,w)
+
     h, w = image.shape[1:]
-    rows, columns = max(w - h, 0), max(h - w, 0)  # of zeros that make it a square
-    sides = columns // 2, columns - columns // 2, rows // 2, rows - rows // 2
-    size = (config.image_size, config.image_size)
-    return F.interpolate(F.pad(image, sides)[None], size)[0]  # (3,S,S), nearest
+    rows = max(w - h, 0)  # of zeros, to make it a square
+    columns = max(h - w, 0)
+    sides = (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2)
+    square = F.pad(image, sides)  # (3,max(h,w),max(h,w))
+    return F.interpolate(square[None], (config.image_size, config.image_size))[0]  # (3,S,S)
+
+
+def blur(image: Tensor) -> Tensor:
+    """Blur (3,H,W) with a Gaussian of 15 pixels and a standard deviation of 3 -> (3,H,W)."""
+    x = torch.arange(-7, 8, device=image.device, dtype=image.dtype)
+    kernel = torch.softmax(-(x**2) / (2 * 3.0**2), 0)  # (15,)
+
+    padded = F.pad(image, (7, 7, 7, 7), mode="reflect")[:, None]  # (3,1,H+14,W+14)
+    blurred = F.conv2d(padded, kernel.view(1, 1, 15, 1))  # (3,1,H,W+14)
+    blurred = F.conv2d(blurred, kernel.view(1, 1, 1, 15))  # (3,1,H,W)
+    return blurred[:, 0]  # (3,H,W)
+
+
+def range_with_margin(is_inside: Tensor) -> tuple[int, int]:
+    """Return start and end of the range of True values, widened by a tenth of it on both sides."""
+    inside = is_inside.nonzero()
+    start = int(inside[0])
+    end = int(inside[-1]) + 1
+    margin = 0.1 * (end - start)
+    return int(max(0, start - margin)), int(min(len(is_inside), end + margin))
 
 
 # shared: clip_tokens
