@@ -3,9 +3,9 @@
 Papers: Xiao et al., ECCV 2018, arXiv 1807.10221 (the head); Liu et al., CVPR 2022, arXiv 2201.03545
 (ConvNeXt). Code: github.com/open-mmlab/mmsegmentation at 46fd215, mmseg/models/decode_heads/
 uper_head.py and configs/convnext (Apache 2.0); its port to transformers 5.23, modeling_upernet.py
-and modeling_convnext.py, whose names we keep. Weights (MIT), trained on ADE20K: on the hub
-openmmlab/upernet-convnext-{tiny,small,base,large,xlarge}; mmsegmentation's .pth files of the same;
-the encoder alone, trained on ImageNet: facebook/convnext-*.
+and modeling_convnext.py. Names of tensors are those of the port. Weights, trained on ADE20K: on the
+hub openmmlab/upernet-convnext-{tiny,small,base,large,xlarge} (MIT); mmsegmentation's .pth files of
+the same. The encoder alone, trained on ImageNet: facebook/convnext-*.
 
     image                                                     (B,3,512,512), variant small
     backbone.embeddings: 4x4 convolution with stride 4        (B,96,128,128)

@@ -1,8 +1,8 @@
 """Read whole data sets and report what is wrong with them.
 
-How a file is read is decided in data.py and imaging/; this file counts what comes out. What is
-wrong goes into `findings`: kind of finding -> lines, each of which begins with the file or folder
-that it is about.
+data.py and imaging/ decide how a file is read; this file counts what they return. Functions add
+what is wrong to `findings`: kind of finding -> lines. A line begins with the file or folder that it
+is about.
 """
 
 import hashlib
@@ -295,7 +295,7 @@ def check_sizes(splits, images, masks, findings):
 
 
 def check_pixels(images, masks, findings):
-    """Add findings for images with non-finite pixels and for masks whose orientation is a guess."""
+    """Add findings for images with NaN or damaged EXIF data, and for masks turned on a guess."""
     for path, facts in images.items():
         if facts.has_non_finite:
             line = f"{path}: holds NaN or infinite pixels, read as 0"
@@ -545,10 +545,11 @@ def check_near(seen, reported, findings):
 
 
 def near_pairs(details, later, earlier):
-    """Yield (i, j) for each image i of `later` whose most similar image j of `earlier` is a copy.
+    """Yield (i, j) for each image i of `later` that is nearly the image j of `earlier`.
 
-    details (n,256) of all images, later and earlier: indices into them. All pairs are compared by
-    matrix products: 10,000 against 10,000 images take a second.
+    details (n,256): `thumbnail_details` of all images; later, earlier: indices into them. j is the
+    most similar one. All pairs are compared by matrix products: 10,000 against 10,000 images take a
+    second.
     """
     if len(earlier) == 0:
         return
@@ -585,8 +586,8 @@ def wide(size):
 
 def some(names):
     """Return how many names there are and the first five of them, "7 (a, b, c, d, e, ...)"."""
-    more = ", ..." if len(names) > 5 else ""
-    return f"{len(names)} ({', '.join(names[:5])}{more})"
+    ending = ", ..." if len(names) > 5 else ""
+    return f"{len(names)} ({', '.join(names[:5])}{ending})"
 
 
 def modes(facts):
