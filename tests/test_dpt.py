@@ -298,6 +298,22 @@ def test_a_checkpoint_for_depth_gets_a_new_head(form, tmp_path, capsys):
     close(seen[1], seen[0])
 
 
+def test_new_parameters_are_drawn_in_the_order_of_the_state_dict(tmp_path, monkeypatch):
+    """So that a seed decides them; the order of a set differs from process to process."""
+    drawn = []
+    initial_value = dpt.initial_value
+
+    def record(name, tensor):
+        drawn.append(name)
+        return initial_value(name, tensor)
+
+    monkeypatch.setattr(dpt, "initial_value", record)
+    source = hub_2022(filled(theirs(LARGE, DEPTH)), LARGE, tmp_path)
+    model = DPT.from_pretrained(source, num_classes=3)
+    names = list(dpt.to_official(model.state_dict()))
+    assert drawn == [name for name in names if name.startswith("head.")]
+
+
 @pytest.mark.parametrize("form", FORMS, ids=name_of)
 def test_other_classes_get_a_new_classifier(form, tmp_path, capsys):
     state = filled(theirs(MINI))
