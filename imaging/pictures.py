@@ -108,8 +108,8 @@ def volume_overlay(
 
     voxel = []
     for axis in range(3):
-        others = tuple(1 + other for other in range(3) if other != axis)
-        areas = masks.sum(others)  # (K,side)
+        other_axes = tuple(1 + other for other in range(3) if other != axis)
+        areas = masks.sum(other_axes)  # (K,side)
         shares = areas / np.maximum(1, areas.sum(1, keepdims=True))  # (K,side), rows add up to 1
         voxel.append(int(shares.sum(0).argmax()))
 

@@ -283,15 +283,15 @@ def annotation(image: str, mask: str, blob: Blob) -> dict:
 
 
 def wrong_prompts(entries: list[dict], rng: np.random.Generator) -> list[dict]:
-    """Return the entries with prompts of others whose target has another colour: all are wrong."""
+    """Return the entries, each with the prompts of a target of another colour: all are wrong."""
     colours = [entry["prompts"]["p3"].split()[0] for entry in entries]
     swapped = []
     for entry, colour in zip(entries, colours, strict=True):
-        others = []
+        candidates = []
         for other, other_colour in zip(entries, colours, strict=True):
             if other_colour != colour:
-                others.append(other)
-        other = others[rng.integers(len(others))]
+                candidates.append(other)
+        other = candidates[rng.integers(len(candidates))]
         swapped.append({**entry, "prompts": other["prompts"]})
     return swapped
 

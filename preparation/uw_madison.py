@@ -201,7 +201,7 @@ def describe_slices(slices: list[Slice], overlaps: int, args):
         yield describe_split(split, [s for s in slices if s.split == split])
     if args.split == "slice":
         yield "LEAK: train and val hold neighbouring slices of the same patients, so that scores"
-        yield "on val say nothing about new patients; report those of --split case beside them"
+        yield "on val say nothing about new patients; report those of --split case as well"
 
     num_empty = sum(not any(s.runs.values()) for s in slices)
     yield f"slices without organs: {num_empty:,}, {'kept' if args.keep_empty else 'left out'}"
