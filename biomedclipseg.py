@@ -150,7 +150,7 @@ class ViT(nn.Module):
 
 def split_heads(x: Tensor) -> Tensor:
     """Split channels into heads of 64: x (B,T,C) -> (B,h,T,64)."""
-    return x.unflatten(2, (-1, 64)).transpose(1, 2)
+    return x.unflatten(2, (-1, 64)).transpose(1, 2)  # (B,h,T,64)
 
 
 # transformers, models/bert/modeling_bert.py, class BertLayer
@@ -332,7 +332,7 @@ class DecoderLayer(nn.Module):
 
     def split_heads(self, x: Tensor) -> Tensor:
         """x (B,N,D) -> (B,h,N,d)."""
-        return x.unflatten(2, (self.heads, -1)).transpose(1, 2)
+        return x.unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B,h,N,d)
 
 
 # end shared
@@ -459,7 +459,10 @@ class BiomedCLIPSeg(nn.Module):
                     nn.init.normal_(module.weight, std=stds[name])
 
     def freeze_image_prompts(self) -> None:
-        """Freeze what only image prompts pass, so that all that trains always gets a gradient."""
+        """Freeze the modules that only image prompts use.
+
+        Thus every parameter that trains gets a gradient from every batch of texts.
+        """
         trunk = self.biomedclip.visual["trunk"]
         trunk.blocks[max(self.config.taps) + 1 :].requires_grad_(False)
         trunk.norm.requires_grad_(False)
@@ -653,9 +656,9 @@ def split_decoder(state_dict: dict[str, Tensor]) -> tuple[dict[str, Tensor], dic
 
 # shared: adapter_tensors
 def required_tensors(expected: dict[str, Tensor], weights: dict[str, Tensor], source) -> dict:
-    """Return the expected tensors that a file must hold: without adapters if it holds none.
+    """Return the expected tensors that a file must contain.
 
-    That the adapters of the model then are untrained is printed.
+    A file without any adapters need not contain them. They then stay untrained, which is printed.
     """
     without_adapters = {}
     for name, tensor in expected.items():
@@ -732,8 +735,8 @@ def unpack(name: str, tensor: Tensor) -> dict[str, Tensor]:
 def config_of(weights: dict[str, Tensor], settings: dict, source, overrides: dict) -> Config:
     """Return the config of weights with these settings in config.json, and with the overrides.
 
-    Taps that neither names are the study's, which is printed. A vocab.txt in the folder of the
-    weights becomes the vocabulary.
+    If neither names the taps, the study's are used, which is printed. A vocab.txt in the folder of
+    the weights becomes the vocabulary.
     """
     if "format" in settings:  # a run folder of ours
         config = Config(**run_config(settings, "BiomedCLIPSeg", source, Config))

@@ -317,7 +317,7 @@ class DecoderLayer(nn.Module):
 
     def split_heads(self, x: Tensor) -> Tensor:
         """x (B,N,D) -> (B,h,N,d)."""
-        return x.unflatten(2, (self.heads, -1)).transpose(1, 2)
+        return x.unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B,h,N,d)
 
 
 # end shared
@@ -414,7 +414,10 @@ class CLIPSeg(nn.Module):
             self.add_adapters(config.adapter_dim)
 
     def freeze_image_prompts(self) -> None:
-        """Freeze what only image prompts pass, so that all that trains always gets a gradient."""
+        """Freeze the modules that only image prompts use.
+
+        Thus every parameter that trains gets a gradient from every batch of texts.
+        """
         vision = self.clip.vision_model
         vision.encoder["layers"][max(self.config.taps) + 1 :].requires_grad_(False)
         vision.post_layernorm.requires_grad_(False)
@@ -599,7 +602,7 @@ def read_clip(source) -> dict[str, Tensor]:
 def config_of(weights: dict[str, Tensor], settings: dict, source) -> Config:
     """Return the config of weights, under the hub's names, with these settings in config.json.
 
-    Without taps in config.json those of the demo are used, which is printed.
+    If config.json does not name the taps, those of the demo are used, which is printed.
     """
     if "format" in settings:  # a run folder of ours
         return Config(**run_config(settings, "CLIPSeg", source, Config))
@@ -619,9 +622,9 @@ def config_of(weights: dict[str, Tensor], settings: dict, source) -> Config:
 
 # shared: adapter_tensors
 def required_tensors(expected: dict[str, Tensor], weights: dict[str, Tensor], source) -> dict:
-    """Return the expected tensors that a file must hold: without adapters if it holds none.
+    """Return the expected tensors that a file must contain.
 
-    That the adapters of the model then are untrained is printed.
+    A file without any adapters need not contain them. They then stay untrained, which is printed.
     """
     without_adapters = {}
     for name, tensor in expected.items():
@@ -661,7 +664,10 @@ def to_official(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def split_layer(name: str) -> tuple[str, str]:
-    """Split the name of a tensor in a layer of CLIP into layer and rest; "" and name of others."""
+    """Split the hub's name of a tensor in a layer of CLIP into the layer and the rest.
+
+    Other names are returned as the rest, with "" as the layer.
+    """
     match = re.fullmatch(r"(clip\.(?:text|vision)_model\.encoder\.layers\.\d+\.)(.*)", name)
     if match is None:
         return "", name

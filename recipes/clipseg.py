@@ -1,4 +1,4 @@
-"""CLIPSeg and BiomedCLIPSeg: their recipes and how they are loaded."""
+"""The recipes of CLIPSeg and BiomedCLIPSeg, and how the two models are loaded for them."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -21,13 +21,18 @@ BIOMEDCLIP = "microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224"
 
 
 def clipseg_towers(name: str) -> bool:
+    """Return True if a parameter of this name belongs to the pretrained towers."""
     return not name.startswith("decoder.")
 
 
 CLIPSEG = {
-    # What we recommend: gradients through both towers, the decoder at a hundred times their rate.
+    # What we recommend: train everything, the towers at a hundredth of the decoder's learning rate.
     "default": Protocol(
-        hub_ids={f"rd{name}": f"CIDAS/clipseg-rd{name}" for name in ("64-refined", "64", "16")},
+        hub_ids={
+            "rd64-refined": RD64,
+            "rd64": "CIDAS/clipseg-rd64",
+            "rd16": "CIDAS/clipseg-rd16",
+        },
         config={"threshold": 0.5},
         augment=Augment(),
         loss=dice_bce_at_mask_size,
@@ -36,9 +41,11 @@ CLIPSEG = {
         backbone=clipseg_towers,
     ),
 }
-# medvlsm (arXiv 2308.07706; github.com/naamiinepal/medvlsm, scripts/default_configs.py). Quirks:
-# "freeze_encoder: false" changed nothing, both towers ran without gradients; the loss was
-# soft Dice alone. Left out: as for CRIS; the yaml files alone say 2e-4 and batch 16.
+# medvlsm (arXiv 2308.07706; github.com/naamiinepal/medvlsm, scripts/default_configs.py).
+# quirk: "freeze_encoder: false" had no effect, because transformers runs both towers without
+# gradients. quirk: the loss was soft Dice alone, see `medvlsm_dice`.
+# Left out: the same as for CRIS. The study's yaml files have a learning rate of 2e-4 and batches of
+# 16, which its script replaced.
 CLIPSEG["origin"] = replace(
     CLIPSEG["default"],
     augment=None,
@@ -52,7 +59,8 @@ BIOMEDCLIPSEG = {
     "default": replace(
         CLIPSEG["default"], hub_ids={"biomedclipseg": BIOMEDCLIP}, default_decoder=RD64
     ),
-    # As CLIPSeg's. Left out: BERT's dropout, active in the frozen text tower, moved the embeddings.
+    # Like CLIPSeg's. Left out: BERT's dropout, which the study left active in the frozen text
+    # tower, so that the embedding of a text varied.
     "origin": replace(CLIPSEG["origin"], hub_ids={"biomedclipseg": BIOMEDCLIP}),
     "origin-d": replace(
         CLIPSEG["origin"], hub_ids={"biomedclipseg": BIOMEDCLIP}, default_decoder=RD64
@@ -60,45 +68,57 @@ BIOMEDCLIPSEG = {
 }
 
 
-def with_adapters(settings: Protocol) -> dict:
-    """Fields of Config."""
-    return {"adapter_dim": settings.adapter_dim} if settings.train == "adapters" else {}
+def adapter_fields(settings: Protocol) -> dict:
+    """Return the fields of Config that --train adapters sets."""
+    if settings.train != "adapters":
+        return {}
+    return {"adapter_dim": settings.adapter_dim}
 
 
 def load_clipseg(weights, variant, settings: Protocol, overrides: dict, train_set):
-    overrides = with_adapters(settings) | overrides
+    """Return the CLIPSeg of `weights`: from scratch if "none", the recipe's if None."""
+    overrides = adapter_fields(settings) | overrides
     return load_variant(clipseg.CLIPSeg, clipseg.VARIANTS, weights, variant, settings, overrides)
 
 
 def load_biomedclipseg(weights, variant, settings: Protocol, overrides: dict, train_set):
-    """Load BiomedCLIPSeg from `weights`; from scratch if "none", from the recipe's if None.
+    """Return the BiomedCLIPSeg of `weights`: from scratch if "none", the recipe's if None.
 
-    Weights that are BiomedCLIP alone get the recipe's decoder, or a new one if it has none.
-    Raises ValueError if that would be tested without training.
+    If they are BiomedCLIP alone, the decoder is that of the recipe, or untrained if it has none.
+    Raise ValueError if an untrained decoder would be tested without training.
     """
     variant = variant or "biomedclipseg"
-    overrides = with_adapters(settings) | overrides
+    overrides = adapter_fields(settings) | overrides
     if weights == "none":
-        return biomedclipseg.BiomedCLIPSeg(replace(biomedclipseg.VARIANTS[variant], **overrides))
+        config = replace(biomedclipseg.VARIANTS[variant], **overrides)
+        return biomedclipseg.BiomedCLIPSeg(config)
+
+    will_train = train_set is not None
     if weights is None:
-        if train_set is None and not (settings.default_decoder or overrides.get("decoder")):
+        has_decoder = settings.default_decoder or overrides.get("decoder")
+        if not will_train and not has_decoder:
             raise ValueError("--weights is missing: BiomedCLIP, the default, has no decoder")
         weights = hub_id(settings, variant)
-
-    kind = biomedclipseg.BiomedCLIPSeg
-    model = kind.from_pretrained(weights, default_decoder=settings.default_decoder, **overrides)
-    if model.decoder_source is None and train_set is None:
-        raise ValueError(f"{weights}: BiomedCLIP alone has no decoder to test; --decoder names one")
+    model = biomedclipseg.BiomedCLIPSeg.from_pretrained(
+        weights, default_decoder=settings.default_decoder, **overrides
+    )
+    if model.decoder_source is None and not will_train:
+        raise ValueError(
+            f"{weights}: BiomedCLIP alone has no decoder to test; add one with --decoder"
+        )
     return model
 
 
 def clipseg_recipe(model: clipseg.CLIPSeg, settings: Protocol) -> Recipe:
+    """Return the recipe of a CLIPSeg."""
     return prompted_recipe(clipseg, model, settings, clip_tokenizer(model.config))
 
 
 def bert_vocabulary(config) -> Path | list[str]:
-    """Return the vocab.txt that a config names, or the characters of a model without one."""
-    return biomedclipseg.find_vocabulary(config.vocabulary) if config.vocabulary else CHARACTERS
+    """Return the vocab.txt that a config names, or single characters if it names none."""
+    if not config.vocabulary:
+        return CHARACTERS
+    return biomedclipseg.find_vocabulary(config.vocabulary)
 
 
 def bert_tokenizer(config) -> WordPieceTokenizer:
@@ -107,31 +127,33 @@ def bert_tokenizer(config) -> WordPieceTokenizer:
 
 
 def biomedclipseg_recipe(model: biomedclipseg.BiomedCLIPSeg, settings: Protocol) -> Recipe:
-    c = model.config
-    tokenizer = bert_tokenizer(c)
-    files = {"vocab.txt": bert_vocabulary(c)} if c.vocabulary else {}
+    """Return the recipe of a BiomedCLIPSeg. Its runs keep the vocabulary and name the decoder."""
+    config = model.config
+    recipe = prompted_recipe(biomedclipseg, model, settings, bert_tokenizer(config))
+    files = {}
+    if config.vocabulary:
+        files["vocab.txt"] = bert_vocabulary(config)
     about = {"decoder": model.decoder_source}  # None: it started untrained
-    recipe = prompted_recipe(biomedclipseg, model, settings, tokenizer)
     return replace(recipe, files=files, about=about)
 
 
 FAMILY = PromptedFamily(
-    CLIPSEG,
-    clipseg.VARIANTS,
-    load_clipseg,
-    clipseg_recipe,
-    clipseg_towers,
+    protocols=CLIPSEG,
+    variants=clipseg.VARIANTS,
+    load=load_clipseg,
+    recipe=clipseg_recipe,
+    backbone=clipseg_towers,
     sides=(16, 16),
     keeps=True,
     tokenizer=clip_tokenizer,
     second_file="clip",
 )
 BIOMED_FAMILY = PromptedFamily(
-    BIOMEDCLIPSEG,
-    biomedclipseg.VARIANTS,
-    load_biomedclipseg,
-    biomedclipseg_recipe,
-    clipseg_towers,
+    protocols=BIOMEDCLIPSEG,
+    variants=biomedclipseg.VARIANTS,
+    load=load_biomedclipseg,
+    recipe=biomedclipseg_recipe,
+    backbone=clipseg_towers,
     sides=(16, 16),
     keeps=True,
     tokenizer=bert_tokenizer,

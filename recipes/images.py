@@ -1,4 +1,4 @@
-"""What the recipes of images share: inputs, forward pass, prediction, and prompts in words."""
+"""Helpers of the recipes for images: inputs, forward pass, prediction, and prompts in words."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -32,54 +32,93 @@ from tokenizer import CLIPTokenizer
 
 
 def pixels(sample, config, preprocess) -> dict:
-    """image (3,S,S) float32."""
-    return {"image": preprocess(Image.fromarray(sample["image"].permute(1, 2, 0).numpy()), config)}
+    """Return {"image": (3,S,S) float32}, a sample's image preprocessed for the model."""
+    image = Image.fromarray(sample["image"].permute(1, 2, 0).numpy())
+    return {"image": preprocess(image, config)}
 
 
-def tokens(prompt: str, tokenizer) -> dict:
-    """tokens (T,) int64."""
+def prompt_tokens(prompt: str, tokenizer) -> dict:
+    """Return {"tokens": (T,) int64}, the token ids of a prompt."""
     return {"tokens": tokenizer(prompt)[0]}
 
 
 def one_view(sample, views, rng) -> dict:
-    """One of the views of a sample, by lot."""
-    return view(sample, views[rng.integers(len(views))]) if len(views) > 1 else sample
+    """Return a random view of a sample."""
+    if len(views) <= 1:
+        return sample
+    name = views[rng.integers(len(views))]
+    return view(sample, name)
 
 
 def for_scores(sample) -> dict:
-    """What scoring needs of a sample: truth (1,H,W) int64 if there is one, size, whose it is."""
-    item = {key: sample[key] for key in ("name", "prompt", "size", "group", "dataset")}
-    return item | ({"truth": sample["mask"][None]} if "mask" in sample else {})
+    """Return what scoring needs of a sample, including "truth" (1,H,W) int64 if it has a mask."""
+    keys = ("name", "prompt", "size", "group", "dataset")
+    item = {key: sample[key] for key in keys}
+    if "mask" in sample:
+        item["truth"] = sample["mask"][None]  # (1,H,W)
+    return item
 
 
 def image_inputs(sample, train, rng, config, look, read, augment, views, preprocess_mask) -> dict:
-    """What `look` makes of the image and `read` of the prompt; mask (1,S,S) float32 of 0 and 1, or
-    of class numbers (255: does not count).
+    """Return the item of a sample: inputs of the model, target and what scoring needs.
 
-    In evaluation also that of `for_scores`; a sample without a mask gives an item without one.
+    It holds what `look` makes of the image, what `read` makes of the prompt, and, if the sample has
+    a mask, "mask" (1,S,S) float32: 0 and 1, or class indices; 255 is ignored. In evaluation it also
+    holds the result of `for_scores`.
     """
-    classes = sample["classes"]
     if train:
-        views = [v for v in views if v not in MIRRORS or not sided(classes, MIRRORS[v])]
-        sample = one_view(sample, views, rng)
-    prompt, mask = sample["prompt"], sample.get("mask")
+        sample = one_view(sample, views_of_classes(views, sample["classes"]), rng)
+
     if train and augment is not None:
-        how = prompt, config.image_size, rng, classes
-        image, mask, prompt = augment(sample["image"], mask, *how)
-        mean, std = (torch.tensor(x)[:, None, None] for x in (config.mean, config.std))  # (3,1,1)
-        item = {"image": (image / 255 - mean) / std, "mask": mask[None].float()}  # (3,S,S), (1,S,S)
+        item, prompt = augmented_inputs(sample, rng, config, augment)
     else:
         item = look(sample)
-        if mask is not None:
-            item["mask"] = preprocess_mask(mask, config)
-    item |= read(prompt) if read else {}
-    return item if train else item | for_scores(sample)
+        prompt = sample["prompt"]
+        if sample.get("mask") is not None:
+            item["mask"] = preprocess_mask(sample["mask"], config)  # (1,S,S)
+
+    if read:
+        item |= read(prompt)
+    if not train:
+        item |= for_scores(sample)
+    return item
+
+
+def views_of_classes(views, classes) -> list[str]:
+    """Return the views that do not mirror a class such as "left lung" to the wrong side."""
+    allowed = []
+    for name in views:
+        if name not in MIRRORS or not sided(classes, MIRRORS[name]):
+            allowed.append(name)
+    return allowed
+
+
+def augmented_inputs(sample, rng, config, augment) -> tuple[dict, str]:
+    """Return {"image": (3,S,S), "mask": (1,S,S)}, float32, and the prompt, augmented together."""
+    image, mask, prompt = augment(
+        sample["image"],
+        sample.get("mask"),
+        sample["prompt"],
+        config.image_size,
+        rng,
+        sample["classes"],
+    )
+
+    mean = torch.tensor(config.mean)[:, None, None]  # (3,1,1)
+    std = torch.tensor(config.std)[:, None, None]  # (3,1,1)
+    image = (image / 255 - mean) / std  # (3,S,S)
+    return {"image": image, "mask": mask[None].float()}, prompt
 
 
 def prompted_forward(model: nn.Module, batch: dict) -> Tensor:
-    """Logits (B,1,h,w) of a batch: of pixels or kept features, of tokens or kept embeddings."""
+    """Return the logits (B,1,h,w) of a batch.
+
+    The batch holds either images and tokens, or cached features of images with tokens or cached
+    embeddings of texts.
+    """
     if "features" not in batch:
         return model(batch["image"], batch["tokens"])
+
     condition = batch.get("condition")
     if condition is None:
         condition = model.encode_text(batch["tokens"])
@@ -87,42 +126,51 @@ def prompted_forward(model: nn.Module, batch: dict) -> Tensor:
 
 
 def image_predict(model: nn.Module, item: dict, forward: Callable) -> tuple[Tensor, Tensor]:
-    """Probabilities (K,H,W) at the image's own size, and the logits (1,K,h,w)."""
+    """Return probabilities (K,H,W) at the image's own size, and the logits (1,K,h,w)."""
     device = next(model.parameters()).device
-    names = ("image", "features", "tokens", "condition")
-    batch = {name: item[name][None].to(device) for name in names if name in item}
-    logits = forward(model, batch)
+    batch = {}
+    for name in ("image", "features", "tokens", "condition"):
+        if name in item:
+            batch[name] = item[name][None].to(device)
+
+    logits = forward(model, batch)  # (1,K,h,w)
     return model.postprocess(logits[0], item["size"]), logits
 
 
 def at_mask_size(logits: Tensor, batch: dict) -> Tensor:
-    """Logits brought bilinearly to the size of the target."""
+    """Resize logits (B,K,h,w) bilinearly to the size of the target -> (B,K,S,S) float32."""
     size = batch["mask"].shape[-2:]
     return F.interpolate(logits.float(), size, mode="bilinear", align_corners=False)
 
 
 def dice_bce_at_mask_size(logits: Tensor, batch: dict) -> tuple[Tensor, dict]:
+    """Return Dice + BCE of the logits at the size of the target, and both as {name: part}."""
     return dice_bce(at_mask_size(logits, batch), batch["mask"])
 
 
 def texts_per_batch(dataset: Dataset, kind: str, batch_size: int) -> float:
     """Return the mean number of prompts in a training batch that differ to the model.
 
-    Prompts are compared by `Dataset.prompt_key`.
+    Prompts are compared by `Dataset.prompt_key`. kind: prompt types, or a literal text.
     """
-    share = {}  # key of a prompt -> its share of all draws
+    probabilities = {}  # key of a prompt -> probability that a draw gives it
     for entry in dataset.entries:
-        kinds = entry.types(kind) if is_prompt_type(kind) else [kind]
-        for k in kinds:
-            texts = entry.prompts.get(k, [kind])  # a literal text stands for itself
+        types = entry.types(kind) if is_prompt_type(kind) else [kind]
+        for prompt_type in types:
+            texts = entry.prompts.get(prompt_type, [kind])  # a literal text stands for itself
             for text in texts:
                 key = dataset.prompt_key(text)
-                share[key] = share.get(key, 0) + 1 / (len(dataset) * len(kinds) * len(texts))
-    return sum(1 - (1 - p) ** batch_size for p in share.values())
+                probability = 1 / (len(dataset) * len(types) * len(texts))
+                probabilities[key] = probabilities.get(key, 0) + probability
+    return sum(1 - (1 - p) ** batch_size for p in probabilities.values())
 
 
 def image_recipe(file, model, settings: Protocol, forward: Callable, read=None) -> Recipe:
-    """For the model of `file`, which has preprocess and preprocess_mask."""
+    """Return the recipe of a model for images.
+
+    file: the model's module, with `preprocess` and `preprocess_mask`. forward: (model, batch) ->
+    logits. read: prompt -> tensors, for models that read texts.
+    """
     look = partial(pixels, config=model.config, preprocess=file.preprocess)
     inputs = partial(
         image_inputs,
@@ -133,39 +181,52 @@ def image_recipe(file, model, settings: Protocol, forward: Callable, read=None) 
         views=settings.views,
         preprocess_mask=file.preprocess_mask,
     )
-    predict = partial(image_predict, forward=forward)
-    return Recipe(inputs, forward, settings.loss, predict, parameter_groups, look, read)
+
+    return Recipe(
+        inputs=inputs,
+        forward=forward,
+        loss=settings.loss,
+        predict=partial(image_predict, forward=forward),
+        groups=parameter_groups,
+        look=look,
+        read=read,
+    )
 
 
 def prompted_recipe(file, model: nn.Module, settings: Protocol, tokenizer) -> Recipe:
-    """Return the recipe of the model of `file`, which reads a text."""
-    read = partial(tokens, tokenizer=tokenizer)
+    """Return the recipe of a model that segments images by texts. file: the model's module."""
+    read = partial(prompt_tokens, tokenizer=tokenizer)
     recipe = image_recipe(file, model, settings, prompted_forward, read)
     return replace(
         recipe,
         tokenizer=tokenizer,
         caption=quoted_prompt,
         sources=common_prompt_types,
-        ask_each=ask_every_type,
+        ask_each=items_of_types,
         encode=encode_image,
     )
 
 
 def quoted_prompt(item: dict) -> str:
-    """Return the prompt of an item as a caption."""
-    return f"“{item['prompt']}”" if item["prompt"] else "no text"
+    """Return the prompt of an item, in quotes, as the caption of a picture."""
+    if not item["prompt"]:
+        return "no text"
+    return f"“{item['prompt']}”"
 
 
 def common_prompt_types(dataset: Dataset, settings) -> list[str]:
-    """Return the types of prompts that all entries of a data set have."""
-    entries = dataset.entries
-    return [kind for kind in entries[0].prompts if all(kind in e.prompts for e in entries)]
+    """Return the prompt types that all entries of a data set have."""
+    common = list(dataset.entries[0].prompts)
+    for entry in dataset.entries:
+        common = [kind for kind in common if kind in entry.prompts]
+    return common
 
 
-def ask_every_type(recipe: Recipe, dataset: Dataset, i: int, kinds: list[str]) -> dict[str, dict]:
-    """Return {type of prompt: item} of entry i."""
+def items_of_types(recipe: Recipe, dataset: Dataset, i: int, kinds: list[str]) -> dict[str, dict]:
+    """Return {prompt type: item} of entry i. The image is loaded once."""
     entry = dataset.entries[i]
     item = recipe.inputs(dataset.sample(i, kinds[0]), train=False, rng=None)
+
     items = {}
     for kind in kinds:
         text = entry.text(kind)
@@ -174,48 +235,56 @@ def ask_every_type(recipe: Recipe, dataset: Dataset, i: int, kinds: list[str]) -
 
 
 def encode_image(model: nn.Module, item: dict) -> dict:
-    """Return the features of an item's image, for models that encode images apart from texts."""
+    """Return {"features": those of an item's image}, or {} for models without `encode_image`."""
     if not hasattr(model, "encode_image"):
         return {}
     device = next(model.parameters()).device
-    return {"features": model.encode_image(item["image"][None].to(device))[0]}
+    image = item["image"][None].to(device)  # (1,3,S,S)
+    return {"features": model.encode_image(image)[0]}
 
 
 @dataclass(frozen=True)
 class PromptedFamily(Family):
-    """A model that reads a text and finds in an image what it asks for."""
+    """A model that segments what a text names in an image."""
 
     tokenizer: Callable | None = None  # (Config) -> tokenizer
-    text_config: dict = field(default_factory=dict)  # Config fields that training starts with
+    # Fields of Config about texts that training sets where a protocol does not.
+    text_config: dict = field(default_factory=dict)
 
     options: ClassVar[tuple] = (IMAGE_OPTIONS, TEXT_OPTIONS, STUDY_OPTIONS)
 
     def tokenizers(self) -> dict[str, Callable]:
-        """Return {names of recipes: tokenizer} for each text length at which training starts.
+        """Return {names of recipes: tokenizer} for each text length in the recipes.
 
-        Needs no weights, but BiomedCLIPSeg needs its vocabulary.
+        Weights are not needed, except for the vocabulary of BiomedCLIPSeg.
         """
         variant = next(iter(self.variants.values()))
-        configs = {}
-        recipes = {}
+        configs = {}  # text length -> Config
+        recipes = {}  # text length -> names of recipes
         for name, protocol in self.protocols.items():
             config = replace(variant, **self.text_config | protocol.config)
             configs.setdefault(config.text_length, config)
             recipes.setdefault(config.text_length, []).append(name)
-        return {", ".join(recipes[n]): self.tokenizer(config) for n, config in configs.items()}
+
+        tokenizers = {}
+        for length, config in configs.items():
+            tokenizers[", ".join(recipes[length])] = self.tokenizer(config)
+        return tokenizers
 
     def check_options(self, options) -> None:
+        """Raise ValueError, one line, for values of options that this model does not take."""
         super().check_options(options)
         if options.prompt_study and options.score_size == "network":
-            message = "--prompt-study scores at the image's size, drop it"
-            raise ValueError(f"--score-size network: {message}")
+            raise ValueError(
+                "--score-size network: --prompt-study scores at the image's size; remove it"
+            )
 
     def make_ready(
         self, model: nn.Module, recipe: Recipe, data_sets: DataSets, settings: Settings
     ) -> Recipe:
-        """Hand the tokenizer to the data sets, which compare prompts by it; say what is cut.
+        """Let the data sets compare prompts by their tokens, and print which prompts are cut.
 
-        Raises ValueError if --negatives cannot find a prompt of another image that differs.
+        Raise ValueError if --negatives finds no other image's prompt that differs to the model.
         """
         texts = set()
         for dataset in data_sets.all:
@@ -227,26 +296,29 @@ class PromptedFamily(Family):
 
         cuts = describe_cuts(texts, recipe.tokenizer)
         if cuts:
-            is_study = settings.prompt_study
-            title = "prompts of all types" if is_study else f"prompt {settings.prompt}"
+            title = f"prompt {settings.prompt}"
+            if settings.prompt_study:
+                title = "prompts of all types"
             print(f"{title}: {cuts}")
+
         if settings.negatives and not settings.eval:
             data_sets.parts["train"].check_negatives(settings.prompt)
         return recipe
 
     def reads_text(self) -> bool:
+        """Return True: every image of a prediction needs a text."""
         return True
 
 
 def cut_texts(texts, tokenizer) -> list[str]:
-    """Return the texts that have more tokens than the model takes, and so lose their end."""
+    """Return the texts that are too long for the model, so that their end is cut off."""
     return [text for text in texts if tokenizer.count(text) > tokenizer.length]
 
 
 def describe_cuts(texts, tokenizer) -> str:
     """Return a phrase about the texts that the model cuts, with the longest one as an example.
 
-    Returns "" if there are none, or if the model has no tokenizer.
+    The phrase is "" if no text is cut or if there is no tokenizer.
     """
     cut = cut_texts(texts, tokenizer) if tokenizer else []
     if not cut:
@@ -264,24 +336,26 @@ def describe_cuts(texts, tokenizer) -> str:
     )
 
 
-# --- the medvlsm study, whose protocols CRIS and both CLIPSegs have -------------------------------
+# --- the medvlsm study: common parts of the recipe "origin" of CRIS and both CLIPSegs -------------
 
 
 def medvlsm_dice(logits: Tensor, batch: dict) -> tuple[Tensor, dict]:
-    """What the study's loss computed.
+    """Return the loss that the study's code computed, and {name: part of it}.
 
-    quirk: it asked for Dice + 0.2 cross entropy (monai 1.1.0 DiceCELoss on sigmoid outputs), but
-    the log softmax over a single channel is 0, so that only soft Dice with smooth 1e-5 remained.
+    quirk: the study chose Dice + 0.2 cross entropy (monai 1.1.0, DiceCELoss on sigmoid outputs),
+    but the log softmax over a single channel is 0: only soft Dice with smooth 1e-5 remained.
     """
-    logits = F.interpolate(
-        logits.float(), batch["mask"].shape[-2:], mode="bicubic", align_corners=True
-    )
-    keep = (batch["mask"] != 255).to(logits.dtype)  # the study's masks have no 255
+    size = batch["mask"].shape[-2:]
+    logits = logits.float()
+    logits = F.interpolate(logits, size, mode="bicubic", align_corners=True)  # (B,1,S,S)
+
+    is_annotated = batch["mask"] != 255  # everywhere in the study
+    keep = is_annotated.to(logits.dtype)
     loss = dice_loss(logits.sigmoid(), batch["mask"], smooth=1e-5, keep=keep).mean()
     return loss, {"dice_loss": loss}
 
 
-# What medvlsm's recipes have in common.
+# Fields of Protocol that all of medvlsm's recipes share.
 MEDVLSM = dict(
     loss=medvlsm_dice,
     weight_decay=1e-3,

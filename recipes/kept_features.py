@@ -1,12 +1,13 @@
-"""Compute what frozen towers give for images and texts once, and train on that."""
+"""Cached features: run frozen towers once on all images and texts, and train on their outputs."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
 from data import Dataset, Items, loader
 from engine.feature_cache import Rows, fingerprint, keep
@@ -15,80 +16,136 @@ from recipes.base import Recipe
 
 
 @dataclass
-class Kept:
-    """What frozen towers gave for images and texts, in files of engine/feature_cache.py."""
+class CachedFeatures:
+    """Features of images and embeddings of texts, in files of engine/feature_cache.py."""
 
-    images: dict[tuple[Path, str], tuple[Rows, int]]  # image file and view -> where
-    texts: dict[str, tuple[Rows, int]]
+    images: dict[tuple[Path, str], tuple[Rows, int]]  # (image file, view) -> file and row in it
+    texts: dict[str, tuple[Rows, int]]  # text -> file and row in it
 
-    def look(self, sample) -> dict:
+    def load_image(self, sample: dict) -> dict:
+        """Return {"features": those of a sample's image} instead of its pixels."""
         rows, i = self.images[sample["file"], sample.get("view", "original")]
         return {"features": rows[i]}
 
-    def read(self, prompt: str) -> dict:
+    def load_text(self, prompt: str) -> dict:
+        """Return {"condition": the embedding of a text} instead of its tokens."""
         rows, i = self.texts[prompt]
         return {"condition": rows[i]}
 
 
-def look_at_view(sample, train, rng, look, name) -> dict:
-    """What `look` makes of one view of an image, whatever is asked of it."""
-    return look(view(sample | {"prompt": ""}, name))
+class FeatureEncoder:
+    """Run the frozen towers of a model on whatever no cache file contains yet.
+
+    model: has `encode_image` and, if it reads texts, `encode_text`. frozen: tells by the name of a
+    tensor if it belongs to the towers. options: settings of a run.
+    """
+
+    def __init__(self, model: nn.Module, frozen: Callable[[str], bool], options):
+        towers = {name: tensor for name, tensor in model.state_dict().items() if frozen(name)}
+        config = replace(model.config, threshold=0.5)  # no feature depends on the threshold
+        self.model = model
+        self.options = options
+        self.device = next(model.parameters()).device
+        self.model_key = fingerprint(towers, config)
+
+    @torch.no_grad()
+    def rows(self, title: str, count: int, content: list, compute: Callable) -> Rows:
+        """Return the rows of a cache file, computing those that are missing.
+
+        title: what the rows are. content: all that they depend on except the model and the title.
+        compute: first row -> iterator of the rows from there on.
+        """
+        dtype = self.options.feature_dtype
+        key = fingerprint({}, self.model_key, title, content, dtype)
+        path = Path(self.options.cache) / f"{key}.npy"
+        keep(path, count, compute, f"{count} {title}", dtype)
+        return Rows(path)
+
+    def encode_images(self, dataset: Dataset, views: list[str], load_image: Callable) -> dict:
+        """Return {(image file, view): (file, row)} for each image of a data set and each view."""
+        indices = first_entries(dataset)
+        content = [dataset.colours]
+        for i in indices:
+            pixels, _ = dataset.pixels(i)
+            content.append(hashlib.sha256(pixels.tobytes()).hexdigest())
+
+        places = {}
+        for name in views:
+            inputs = partial(image_of_view, load_image=load_image, name=name)
+            items = Items(dataset, self.options.prompt, inputs, train=False, seed=0)
+            compute = partial(self.image_features, items, indices)
+            rows = self.rows(f"image features, {name}", len(indices), content, compute)
+            for row, i in enumerate(indices):
+                places[dataset.entries[i].image, name] = (rows, row)
+        return places
+
+    def image_features(self, items: Items, indices: list[int], start: int) -> Iterator[Tensor]:
+        """Yield the features of the images of these entries, from number `start` on."""
+        batches = [[(0, i)] for i in indices[start:]]  # of one image in epoch 0
+        for item in loader(items, batches, self.options.workers, self.device):
+            image = item["image"][None].to(self.device)  # (1,3,S,S)
+            yield self.model.encode_image(image)[0]
+
+    def encode_texts(self, texts: list[str], tokenize: Callable) -> dict:
+        """Return {text: (file, row)}. tokenize: text -> {"tokens": (T,)}."""
+        compute = partial(self.text_embeddings, texts, tokenize)
+        rows = self.rows("text embeddings", len(texts), texts, compute)
+        return {text: (rows, row) for row, text in enumerate(texts)}
+
+    def text_embeddings(self, texts: list[str], tokenize: Callable, start: int) -> Iterator[Tensor]:
+        """Yield the embeddings of texts, from number `start` on."""
+        for text in texts[start:]:
+            tokens = tokenize(text)["tokens"][None].to(self.device)  # (1,T)
+            yield self.model.encode_text(tokens)[0]
 
 
-def texts_of(sets: list[Dataset], kind: str, views) -> list[str]:
-    """Every text that the loop may ask for."""
-    texts = {text for dataset in sets for entry in dataset.entries for text in entry.texts(kind)}
-    for name in MIRRORS.keys() & set(views):
-        texts |= {mirror_prompt(text, MIRRORS[name]) for text in texts} - {None}
+def first_entries(dataset: Dataset) -> list[int]:
+    """Return the index of the first entry of each image file, in ascending order."""
+    images = set()
+    indices = []
+    for i, entry in enumerate(dataset.entries):
+        if entry.image not in images:
+            images.add(entry.image)
+            indices.append(i)
+    return indices
+
+
+def image_of_view(sample: dict, train: bool, rng, load_image: Callable, name: str) -> dict:
+    """Return what `load_image` makes of one view of a sample's image, whatever its prompt is."""
+    return load_image(view(sample | {"prompt": ""}, name))
+
+
+def texts_of(sets: list[Dataset], kind: str, views: list[str]) -> list[str]:
+    """Return all texts of a prompt type, and those of mirrored images, sorted."""
+    texts = set()
+    for dataset in sets:
+        for entry in dataset.entries:
+            texts.update(entry.texts(kind))
+
+    for name, axis in MIRRORS.items():
+        if name in views:
+            mirrored = {mirror_prompt(text, axis) for text in texts}
+            texts |= mirrored - {None}
     return sorted(texts)
 
 
-def image_features(model, dataset: Dataset, views, look, rows: Callable, options) -> dict:
-    """Image file and name of a view -> where the features are, of every image and view."""
-    first = {entry.image: i for i, entry in reversed(list(enumerate(dataset.entries)))}
-    order, device, places = sorted(first.values()), next(model.parameters()).device, {}
-    pixels = [hashlib.sha256(dataset.pixels(i)[0].tobytes()).hexdigest() for i in order]
-    for name in views:
-        inputs = partial(look_at_view, look=look, name=name)
-        items = Items(dataset, options.prompt, inputs, train=False, seed=0)
-
-        def encode(start, items=items):
-            for item in loader(items, [[(0, i)] for i in order[start:]], options.workers, device):
-                yield model.encode_image(item["image"][None].to(device))[0]
-
-        content = [dataset.colours, *pixels]
-        found = rows(f"image features, {name}", len(order), content, encode)
-        places |= {(dataset.entries[i].image, name): (found, row) for row, i in enumerate(order)}
-    return places
-
-
 def keep_features(recipe: Recipe, model, frozen: Callable, sets: list[Dataset], options) -> Recipe:
-    """The recipe of a model with `encode_image` on kept features; computes what no file holds yet,
-    of the first of `sets`, which trains, for all views. frozen: tells by name which weights make
-    them."""
-    weights = {name: t for name, t in model.state_dict().items() if frozen(name)}
-    made_by = fingerprint(weights, replace(model.config, threshold=0.5))  # which comes after them
+    """Return a recipe with cached features instead of images and texts; compute missing ones.
 
-    @torch.no_grad()
-    def rows(what: str, n: int, content: list, compute: Callable) -> Rows:
-        key = fingerprint({}, made_by, what, content, options.feature_dtype)
-        path = Path(options.cache) / f"{key}.npy"
-        keep(path, n, compute, f"{n} {what}", options.feature_dtype)
-        return Rows(path)
-
-    kept = Kept({}, {})
+    model: has `encode_image` and, if it reads texts, `encode_text`. frozen: tells by the name of a
+    tensor if it belongs to the frozen towers. sets: the first one trains, so that its images are
+    encoded in all of `options.views`; the others in their original view.
+    """
     model.eval()
+    encoder = FeatureEncoder(model, frozen, options)
+    features = CachedFeatures({}, {})
     for dataset in sets:
         views = options.views if dataset is sets[0] else ["original"]
-        kept.images |= image_features(model, dataset, views, recipe.look, rows, options)
+        features.images |= encoder.encode_images(dataset, views, recipe.look)
     if recipe.read is None:
-        return replace(recipe, inputs=partial(recipe.inputs, look=kept.look))
-    texts, device = texts_of(sets, options.prompt, options.views), next(model.parameters()).device
+        return replace(recipe, inputs=partial(recipe.inputs, look=features.load_image))
 
-    def embeddings(start):
-        for text in texts[start:]:
-            yield model.encode_text(recipe.read(text)["tokens"][None].to(device))[0]
-
-    found = rows("text embeddings", len(texts), texts, embeddings)
-    kept.texts |= {text: (found, i) for i, text in enumerate(texts)}
-    return replace(recipe, inputs=partial(recipe.inputs, look=kept.look, read=kept.read))
+    texts = texts_of(sets, options.prompt, options.views)
+    features.texts |= encoder.encode_texts(texts, recipe.read)
+    inputs = partial(recipe.inputs, look=features.load_image, read=features.load_text)
+    return replace(recipe, inputs=inputs)
