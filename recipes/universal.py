@@ -138,7 +138,7 @@ def load_universal(
     the weights have another kind of codes.
     """
     texts = read_codes(settings.text_codes)
-    names = list(train_set.classes[1:]) if train_set else list(texts)
+    names = list(texts) if train_set is None else list(train_set.classes[1:])
     variant = variant or next(iter(variants))
     if weights == "none":
         if train_set is None:
