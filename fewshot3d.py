@@ -37,6 +37,8 @@ from universal import CODE, TEXT, UniversalConfig, UniversalSwinUNETR
 
 @dataclass(frozen=True)
 class AttentionConfig(UniversalConfig):
+    """A UniversalConfig with a kind of attention."""
+
     attend: str = "token"  # one of ATTEND
 
 
@@ -56,6 +58,8 @@ ATTEND = {
 
 @dataclass(frozen=True)
 class TextConfig(Config):
+    """A Config with the text options of the study."""
+
     attention: bool = False  # cross-attention between the text and the lowest map
     concat: bool = False  # concatenate the text to the lowest map
     contrast: bool = False  # a loss that makes the text and the lowest map similar
@@ -239,7 +243,7 @@ class TextSwinUNETR(Backbone):
         text = text.expand(B, TEXT)
         contrast = None
 
-        def fuse(lowest: Tensor) -> Tensor:
+        def fuse(lowest: Tensor) -> Tensor:  # keeps the contrastive loss for the result
             nonlocal contrast
             fused, contrast = self.fuse(lowest, text)
             return fused

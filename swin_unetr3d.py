@@ -48,6 +48,8 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclass(frozen=True)
 class Config:
+    """The architecture, the input and the classes of a model."""
+
     feature_size: int = 48  # channels of x0, a multiple of 12
     in_channels: int = 1  # channels of the volume
     num_classes: int = 14  # with the background, unless classes overlap
@@ -317,6 +319,7 @@ class MLP(nn.Module):
         self.linear2 = nn.Linear(4 * dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (...,C) -> (...,C)."""
         return self.linear2(F.gelu(self.linear1(x)))
 
 
@@ -333,6 +336,7 @@ class Block(nn.Module):
         self.mlp = MLP(dim)
 
     def forward(self, x: Tensor, index: Tensor, masks: Tensor) -> Tensor:
+        """x (B,D,H,W,C), `position_index` and `shift_masks` -> (B,D,H,W,C)."""
         x = x + self.attn(self.norm1(x), self.shifted, index, masks)  # (B,D,H,W,C)
         return x + self.mlp(self.norm2(x))
 

@@ -68,6 +68,8 @@ ORGANS = (  # classes of the released weights, in their order
 
 @dataclass(frozen=True)
 class UniversalConfig(Config):
+    """A Config with another spacing, overlapping classes, and their codes."""
+
     num_classes: int = 32  # without the background, which has no code
     spacing: tuple[float, ...] = (1.5, 1.5, 1.5)
     overlapping: bool = True

@@ -78,7 +78,7 @@ def organ_rules(masks: dict[str, np.ndarray], spacing=(1.5, 1.5, 1.5)) -> dict[s
     if before.keys() >= {VEINS, PANCREAS}:
         after[VEINS] = remove_below(before[VEINS], after[PANCREAS])
     if before.keys() >= {*LUNGS}:
-        lungs = separate_lungs(*[before[name] for name in LUNGS])
+        lungs = separate_lungs(before["right lung"], before["left lung"])
         after |= zip(LUNGS, lungs, strict=True)
     for tumor, organs in INSIDE.items():
         if before.keys() >= {tumor, *organs}:

@@ -135,7 +135,7 @@ def resample(x: Tensor, size, ratio, nearest: bool = False) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Place:
+class Placement:
     """The position of a prepared image in the volume of its file."""
 
     size: tuple[int, ...]  # of the file's volume in RAS, (X,Y,Z)
@@ -169,11 +169,11 @@ def _bounding_box(mask: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 def prepare_image(
     image: np.ndarray, grid: Grid, spacing, preprocess: Callable
-) -> tuple[Tensor, Place]:
+) -> tuple[Tensor, Placement]:
     """Resample and preprocess an image, and cut it to the box of the voxels that are not 0.
 
-    image float32 (C,X,Y,Z) in RAS -> float32 (C,x,y,z) at `spacing` in mm, and its place in the
-    file. A voxel outside the box is 0 in all channels; if all voxels are 0, nothing is cut off.
+    image float32 (C,X,Y,Z) in RAS -> float32 (C,x,y,z) at `spacing` in mm, and its placement in
+    the file. A voxel outside the box is 0 in all channels; if all voxels are 0, nothing is cut off.
     """
     is_near = np.abs(np.subtract(spacing, grid.spacing)) < 1e-3  # mm; MONAI does not resample these
     spacing = np.where(is_near, grid.spacing, spacing).tolist()
@@ -182,25 +182,25 @@ def prepare_image(
     x = preprocess(resample(torch.from_numpy(image), full, ratio)).float()
 
     start, stop = _bounding_box((x != 0).any(0))
-    place = Place(grid.size, ratio, full, start, stop)
-    return x[(..., *place.box)], place
+    placement = Placement(grid.size, ratio, full, start, stop)
+    return x[(..., *placement.box)], placement
 
 
-def _covered_positions(place: Place, axis: int, length: int) -> tuple[int, Tensor]:
+def _covered_positions(placement: Placement, axis: int, length: int) -> tuple[int, Tensor]:
     """Return the voxels of the file that a prepared image covers along an axis.
 
     length: of the prepared image. Returns the index of the first one, and the float64 position of
     each in the prepared image, up to half a voxel beyond its ends.
     """
-    position = torch.arange(place.size[axis], dtype=torch.float64) / place.ratio[axis]
-    position = position.clamp(max=place.full[axis] - 1) - place.start[axis]
+    position = torch.arange(placement.size[axis], dtype=torch.float64) / placement.ratio[axis]
+    position = position.clamp(max=placement.full[axis] - 1) - placement.start[axis]
     is_covered = (position >= -0.5) & (position <= length - 0.5)
     covered = is_covered.nonzero().flatten()
     first = covered[0].item() if len(covered) else 0
     return first, position[covered]
 
 
-def restore(logits: Tensor, place: Place, activation: Callable, background=None) -> Tensor:
+def restore(logits: Tensor, placement: Placement, activation: Callable, background=None) -> Tensor:
     """Return the probabilities (K,X,Y,Z) on the grid of the file, in RAS.
 
     logits (K,x,y,z): of a prepared image. They are interpolated, then `activation` maps (K,n,Y,Z)
@@ -210,14 +210,14 @@ def restore(logits: Tensor, place: Place, activation: Callable, background=None)
     K = len(logits)
     if background is None:
         background = K > 1
-    result = logits.new_zeros(K, *place.size)  # (K,X,Y,Z)
+    result = logits.new_zeros(K, *placement.size)  # (K,X,Y,Z)
     if background:
         result[0] = 1
 
     firsts = []
     positions = []
     for axis in range(3):
-        first, covered = _covered_positions(place, axis, logits.shape[axis + 1])
+        first, covered = _covered_positions(placement, axis, logits.shape[axis + 1])
         if not len(covered):  # a box so thin that it lies between the file's voxels
             return result
         firsts.append(first)
@@ -270,9 +270,14 @@ def _settings(spacing, preprocess: Callable, channels: int) -> bytes:
     return repr((rules, [float(mm) for mm in spacing])).encode() + outputs.numpy().tobytes()
 
 
+def _prepared_files(stem: Path) -> list[Path]:
+    """Return the files of a prepared volume, without STEM.crc."""
+    return [Path(f"{stem}{end}") for end in PREPARED]
+
+
 def _is_prepared(stem: Path) -> bool:
     """Return True if all files of a prepared volume are whole; print a line if one is damaged."""
-    files = [Path(f"{stem}{end}") for end in PREPARED]
+    files = _prepared_files(stem)
     if not all(path.is_file() for path in files):
         return False
     is_whole = is_intact(files, Path(f"{stem}.crc"))
@@ -283,9 +288,8 @@ def _is_prepared(stem: Path) -> bool:
 
 def _write_checksums(stem: Path) -> None:
     """Write STEM.crc, which marks a prepared volume as complete."""
-    files = [Path(f"{stem}{end}") for end in PREPARED]
     with whole_file(Path(f"{stem}.crc")) as part:
-        part.write_bytes(checksums(files))
+        part.write_bytes(checksums(_prepared_files(stem)))
 
 
 def _map(path: Path) -> Tensor:
@@ -435,8 +439,10 @@ class VolumeSet:
         self.classes = entries[0].classes
 
         if has_partial_labels:
-            names = dict.fromkeys(name for entry in entries for name in entry.classes[1:])
-            self.classes = ("background", *names)
+            names = {"background": None}  # a dict, to keep each name once and in order
+            for entry in entries:
+                names |= dict.fromkeys(entry.classes[1:])
+            self.classes = tuple(names)
         else:
             self._check_same_classes()
         self.grids = grids or [read_grid(entry.image) for entry in entries]
@@ -560,9 +566,11 @@ class VolumeSet:
             "ignored": np.count_nonzero(truth == 255),
         }
 
-        image, place = prepare_image(image, grid, spacing, preprocess)  # (C,x,y,z)
-        mask = resample(torch.from_numpy(truth[None]), place.full, place.ratio, nearest=True)
-        mask = np.ascontiguousarray(mask[0][place.box])  # (x,y,z)
+        image, placement = prepare_image(image, grid, spacing, preprocess)  # (C,x,y,z)
+        mask = resample(
+            torch.from_numpy(truth[None]), placement.full, placement.ratio, nearest=True
+        )
+        mask = np.ascontiguousarray(mask[0][placement.box])  # (x,y,z)
 
         # Flat indices of all labelled voxels, sorted by class; class c has those from
         # offsets[c - 1] to offsets[c].
@@ -577,7 +585,7 @@ class VolumeSet:
             with whole_file(Path(f"{stem}.{name}.npy")) as part, open(part, "wb") as file:
                 np.save(file, np.ascontiguousarray(x))
         with whole_file(Path(f"{stem}.npz")) as part, open(part, "wb") as file:
-            np.savez(file, offsets=offsets, **vars(place), **facts)
+            np.savez(file, offsets=offsets, **vars(placement), **facts)
 
     # --- prepared sets ---
 
@@ -596,13 +604,13 @@ class VolumeSet:
         grid = self.grids[i]
         stem = self.stems[i]
         index = self._index(i)
-        place = {field.name: tuple(index[field.name].tolist()) for field in fields(Place)}
+        placement = {field.name: tuple(index[field.name].tolist()) for field in fields(Placement)}
         return {
             "image": _map(Path(f"{stem}.image.npy")),
             "mask": _map(Path(f"{stem}.mask.npy")),
             "truth": _map(Path(f"{stem}.truth.npy")),
             "voxels": (_map(Path(f"{stem}.voxels.npy")), index["offsets"]),
-            "place": Place(**place),
+            "place": Placement(**placement),
             "size": grid.size,
             "spacing": grid.spacing,
             "affine": grid.ras_affine,
@@ -915,14 +923,14 @@ def sliding_window(
 
 
 def window_probabilities(
-    model: nn.Module, image: Tensor, place: Place, overlap: float = 0.5, batch: int = 4,
+    model: nn.Module, image: Tensor, placement: Placement, overlap: float = 0.5, batch: int = 4,
     classes: Sequence[int] | None = None, progress: bool = False,
 ) -> Tensor:  # fmt: skip
     """Return probabilities float32 (K,X,Y,Z) on the grid of the image's file, in RAS, on the CPU.
 
-    image (C,x,y,z), place: of `prepare_image`. overlap, batch: as for `sliding_window`. classes: of
-    a Universal Model, the indices of the wanted classes, counted from 0 without the background;
-    None for all. progress: show a bar.
+    image (C,x,y,z), placement: of `prepare_image`. overlap, batch: as for `sliding_window`.
+    classes: of a Universal Model, the indices of the wanted classes, counted from 0 without the
+    background; None for all. progress: show a bar.
     """
     c = model.config
     device = next(model.parameters()).device
@@ -950,7 +958,7 @@ def window_probabilities(
         return model.postprocess(slab, slab.shape[1:])
 
     has_background = c.num_classes > 1 and not c.overlapping
-    return restore(logits, place, activation, has_background)
+    return restore(logits, placement, activation, has_background)
 
 
 # shared: evaluating
@@ -990,7 +998,7 @@ def segment(
     """
     c = model.config
     files = [files] if isinstance(files, str | Path) else files
-    files = [Path(file) for file in files]
+    files = list(map(Path, files))
     wanted = None if classes is None else class_numbers(model, classes)
     image, grid = read_volume(files, fill_value(model.preprocess, c.in_channels))  # (C,X,Y,Z)
     check_channels(files[0], len(image), c.in_channels)
@@ -998,8 +1006,8 @@ def segment(
         say_if_not_hu(files[0], hu_facts(image))
 
     with evaluating(model):
-        prepared, place = prepare_image(image, grid, c.spacing, model.preprocess)
-        probabilities = window_probabilities(model, prepared, place, overlap, batch, wanted)
+        prepared, placement = prepare_image(image, grid, c.spacing, model.preprocess)
+        probabilities = window_probabilities(model, prepared, placement, overlap, batch, wanted)
 
     if c.overlapping:
         labels = probabilities > c.threshold
@@ -1019,10 +1027,12 @@ def class_numbers(model: nn.Module, names: Sequence[str]) -> list[int]:
     if not hasattr(model, "add_class"):
         raise ValueError("classes: this model finds all of its classes at once; remove it")
     known = model.config.classes[1:]
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        raise ValueError(f"classes: the model has no {unknown[0]}, only {', '.join(known)}")
-    return [known.index(name) for name in names]
+    indices = []
+    for name in names:
+        if name not in known:
+            raise ValueError(f"classes: the model has no {name}, only {', '.join(known)}")
+        indices.append(known.index(name))
+    return indices
 
 
 def _stored(x: np.ndarray, grid: Grid) -> np.ndarray:

@@ -101,7 +101,7 @@ def btcv(args):
         ]
     splits, origin = split_cases(pairs, split_of, unlabelled_images)
 
-    def put(part, *names):
+    def put(part, *names):  # image and label; a label may be None
         for name in filter(None, names):
             folder, file = origin[name].split("/")
             link(args.raw / BTCV_FOLDERS[folder] / file, part / name)

@@ -33,11 +33,11 @@ class Folder:
 
     def __init__(self, root):
         self.root = root
-        names = [path.name for path in root.iterdir()]
+        self.names = {layouts.composed(path.name) for path in root.iterdir()}
         for folder in DECATHLON_FOLDERS:
             if (root / folder).is_dir():
-                names += [f"{folder}/{path.name}" for path in (root / folder).iterdir()]
-        self.names = {layouts.composed(name) for name in names}
+                for path in (root / folder).iterdir():
+                    self.names.add(layouts.composed(f"{folder}/{path.name}"))
 
     def read(self, name):
         """Return the content of a file."""
@@ -170,21 +170,27 @@ def read_dataset_json(source, where):
         raise ValueError(f"{list_name}: lists a validation split; train on it as it is")
 
     check_files_present((*pairs, *pairs.values()), source, where)
-    missing = [name for name in images if name not in source.names]
+    present = []
+    missing = []
+    for name in images:
+        if name in source.names:
+            present.append(name)
+        else:
+            missing.append(name)
     if missing:
         count = f"{len(missing)} of {len(images)} images without labels"
         examples = ", ".join(missing[:3])
         print(f"{where}: {count} are missing and are left out, {examples} among them")
-    return about, pairs, [name for name in images if name in source.names]
+    return about, pairs, present
 
 
 def check_files_present(names, source, where):
     """Raise FileNotFoundError, one line, if one of these files is missing."""
     missing = [name for name in names if name not in source.names]
     if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        rest = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise FileNotFoundError(
-            f"{where}: no {missing[0]}{more}, which dataset.json lists; unpack or download it again"
+            f"{where}: no {missing[0]}{rest}, which dataset.json lists; unpack or download it again"
         )
 
 
@@ -254,7 +260,7 @@ def msd(args):
         split_of = deal_cases(pairs, args.seed, args.raw)
         splits, origin = split_cases(pairs, split_of, images)
 
-        def put(part, *names):
+        def put(part, *names):  # image and label; a label may be None
             for name in filter(None, names):
                 source.put(origin[name], part / name)
 

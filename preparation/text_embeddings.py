@@ -172,8 +172,7 @@ def check_arguments(args, template: str) -> None:
     """Raise ValueError, one line, for options that do not fit each other."""
     if args.out.suffix != ".safetensors":
         raise ValueError(f"--out {args.out}: codes are kept in a .safetensors file")
-    sources = [source for source in (args.classes, args.data, args.study) if source]
-    if len(sources) != 1:
+    if sum(map(bool, (args.classes, args.data, args.study))) != 1:
         raise ValueError("give one of --classes, --data and --study")
     if args.subsets and args.study:
         raise ValueError("--subsets: the 32 of --study have too many; give --classes or --data")

@@ -258,8 +258,8 @@ def hu_window(texts: list[str]) -> tuple[float, float] | None:
     except ValueError:
         low = high = math.nan
     if not low < high:
-        given = " ".join(texts)
-        raise ValueError(f"--intensity {given}: give two HU, the lower first, or zscore")
+        words = " ".join(texts)
+        raise ValueError(f"--intensity {words}: give two HU, the lower first, or zscore")
     return low, high
 
 
@@ -293,8 +293,8 @@ class VolumeFamily(Family):
     def check_sides(self, sides: list[int]) -> None:
         """Raise ValueError, one line, unless --size fits the model."""
         if len(sides) not in (1, 3):
-            given = " ".join(map(str, sides))
-            raise ValueError(f"--size {given}: give one number, or of volumes three")
+            words = " ".join(map(str, sides))
+            raise ValueError(f"--size {words}: give one number, or of volumes three")
         if any(side % 32 or side < 32 for side in sides) or max(sides) < 64:
             raise ValueError(
                 "--size: sides of volumes must be multiples of 32, one of them 64 or more"

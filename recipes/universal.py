@@ -138,7 +138,7 @@ def load_universal(
     the weights have another kind of codes.
     """
     texts = read_codes(settings.text_codes)
-    names = list(train_set.classes[1:]) if train_set else list(texts)
+    names = list(texts) if train_set is None else list(train_set.classes[1:])
     variant = variant or next(iter(variants))
     if weights == "none":
         if train_set is None:
@@ -280,12 +280,13 @@ class UniversalFamily(VolumeFamily):
         """
         if names is None:
             return None
-        indices = {plain_name(name): k for k, name in enumerate(classes[1:])}
-        wanted = dict.fromkeys(plain_name(name) for name in names)
-        for name in wanted:
-            if name not in indices:
-                raise ValueError(f"--classes: the model has no {name}, only {', '.join(indices)}")
-        return [indices[name] for name in wanted]
+        index_of = {plain_name(name): k for k, name in enumerate(classes[1:])}
+        indices = {}  # a dict, to keep each class once and in order
+        for name in map(plain_name, names):
+            if name not in index_of:
+                raise ValueError(f"--classes: the model has no {name}, only {', '.join(index_of)}")
+            indices[name] = index_of[name]
+        return list(indices.values())
 
 
 def universal_family(protocols: dict[str, Protocol], kind, variants: dict) -> UniversalFamily:

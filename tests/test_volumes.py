@@ -654,7 +654,7 @@ def test_restore_is_interpolation_at_the_files_voxels():
     """Against scipy, on a box that does not begin at 0, in slabs or not."""
     size, full, start, stop = (31, 17, 26), (24, 29, 26), (4, 5, 2), (20, 25, 19)
     ratio = (30 / 23, 16 / 28, 1.0)
-    place = volumes.Place(size, ratio, full, start, stop)
+    place = volumes.Placement(size, ratio, full, start, stop)
     logits = torch.randn(3, 16, 20, 17, generator=torch.Generator().manual_seed(1))
     at = [np.arange(n) / r for n, r in zip(size, ratio, strict=True)]
     at = [np.minimum(a, m - 1) - s for a, m, s in zip(at, full, start, strict=True)]
@@ -676,7 +676,7 @@ def test_restore_is_interpolation_at_the_files_voxels():
 
 def test_restore_makes_one_result_and_small_slabs(monkeypatch):
     seen = []
-    place = volumes.Place((64, 128, 128), (0.8,) * 3, (80, 160, 160), (0,) * 3, (80, 160, 160))
+    place = volumes.Placement((64, 128, 128), (0.8,) * 3, (80, 160, 160), (0,) * 3, (80, 160, 160))
 
     def activation(slab):
         seen.append(slab.shape[1])
@@ -1205,7 +1205,7 @@ class Universal(torch.nn.Linear):  # of 200 classes
 
 def peak(side, classes):
     size = (side, side, side)
-    place = volumes.Place(size, (1.0, 1.0, 1.0), size, (0, 0, 0), size)
+    place = volumes.Placement(size, (1.0, 1.0, 1.0), size, (0, 0, 0), size)
     model = Universal(1, 1)
     volumes.window_probabilities(model, torch.rand(1, *size), place, 0, classes=classes)
     status = open("/proc/self/status").read().split("VmHWM:")[1]
