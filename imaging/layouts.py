@@ -981,8 +981,8 @@ def _read_btcv(root: Path) -> tuple[dict, dict[str, list[tuple[Path, Path]]]]:
 
     Image and label map of a case have the same number: img0001.nii.gz and label0001.nii.gz.
     """
-    images = {re.sub(r"\D", "", without_ending(file)): file for file in volumes_in(root / "img")}
-    labels = {re.sub(r"\D", "", without_ending(file)): file for file in volumes_in(root / "label")}
+    images = _volumes_by_number(root / "img")
+    labels = _volumes_by_number(root / "label")
     unpaired = sorted(images.keys() ^ labels.keys())
     if unpaired:
         path = images.get(unpaired[0]) or labels[unpaired[0]]
@@ -994,6 +994,11 @@ def _read_btcv(root: Path) -> tuple[dict, dict[str, list[tuple[Path, Path]]]]:
     fields = {"classes": BTCV_CLASSES, "labels": numbers, "modality": "CT"}
     cases = [(images[number], labels[number]) for number in images]
     return fields, {"train": cases}
+
+
+def _volumes_by_number(folder: Path) -> dict[str, Path]:
+    """Return {digits of its name: volume} of a folder."""
+    return {re.sub(r"\D", "", without_ending(file)): file for file in volumes_in(folder)}
 
 
 def has_volumes(root: Path) -> bool:

@@ -666,13 +666,16 @@ def _volume_shape(path: Path, shape: tuple[int, ...]) -> tuple[int, int, int, in
 
     Raises ValueError for any other shape.
     """
-    need = "it needs X,Y,Z or X,Y,Z,channels"
+    if len(shape) == 2:
+        raise ValueError(
+            f"{path}: has 2 axes, {shape}: an image rather than a volume; it needs X,Y,Z or "
+            "X,Y,Z,channels"
+        )
     channel_axes = [n for n in shape[3:] if n != 1]  # time, channels and so on
-    if len(shape) < 3:
-        is_image = "an image rather than a volume; " if len(shape) == 2 else ""
-        raise ValueError(f"{path}: has {len(shape)} axes, {shape}: {is_image}{need}")
-    if len(channel_axes) > 1:
-        raise ValueError(f"{path}: has {len(shape)} axes, {shape}; {need}")
+    if len(shape) < 3 or len(channel_axes) > 1:
+        raise ValueError(
+            f"{path}: has {len(shape)} axes, {shape}; it needs X,Y,Z or X,Y,Z,channels"
+        )
     if min(shape) < 1:
         raise ValueError(f"{path}: its header says {shape} voxels; replace the file")
 
