@@ -742,7 +742,7 @@ class SAM(nn.Module):
 # --------------------------------------------------------------------------------------------------
 
 FILES = ("best.safetensors", "model.safetensors", "pytorch_model.bin")
-RELEASED = {  # file or hub id: whose preprocessing it needs
+RELEASED = {  # file or hub id -> the preprocessing that it needs
     "facebook/sam-vit-base": "SAM",
     "facebook/sam-vit-large": "SAM",
     "facebook/sam-vit-huge": "SAM",
@@ -1103,7 +1103,7 @@ def evaluating(model: nn.Module):
 def segment(model: SAM, image, boxes=None, points=None, labels=None) -> tuple:
     """Return a mask for each of Q prompts of one image, as numpy arrays of the image's size.
 
-    image: a file (str or Path), see `open_upright`, or a PIL image, whose EXIF data is ignored.
+    image: a file (str or Path), see `open_upright`, or a PIL image (its EXIF data is ignored).
     Prompts are arrays, lists or tensors in pixels of the upright image:
     boxes (Q,4), x1, y1, x2, y2, or (4,) for one object; points (Q,P,2), x, y, or (P,2) or (2,) for
     one object; labels (Q,P) or (P,), 1 inside of the object (the default), 0 outside, -1 no point.

@@ -146,7 +146,7 @@ def component_boxes(entries, args) -> Iterator[tuple]:
 
 
 def instance_boxes(entries, args) -> Iterator[tuple]:
-    """Yield (image, "", box float32 (4,)) of each object in masks whose values number the objects.
+    """Yield (image, "", box float32 (4,)) of each object; each value of a mask is one object.
 
     0 is the background. Raises ValueError, one line, for values that are negative or not whole, and
     for masks of another size than their image.

@@ -182,7 +182,7 @@ def collate_prompts(items: list[dict]) -> dict:
 
 
 def count_points(labels: Tensor) -> Tensor:
-    """Return (N,) int64: the points of each prompt, up to the last whose label (N,P) is not -1."""
+    """Return (N,) int64: the points of each prompt, up to the last label (N,P) that is not -1."""
     is_point = labels >= 0
     if labels.shape[1] == 0:
         return is_point.sum(1)
