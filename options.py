@@ -586,7 +586,7 @@ def check_together(options: Options, family, recipe: str) -> None:
         name = next(iter(second))
         raise ValueError(f"--{name}: with --weights none nothing is loaded; remove it")
     if options.clip and options.weights is None:
-        raise ValueError("--clip: the default weights contain CLIP already; remove it")
+        raise ValueError("--clip: the default weights have CLIP in them; remove it")
 
     needs_data = not options.test or not options.eval or options.threshold == "auto"
     if not options.data and needs_data:

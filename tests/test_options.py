@@ -189,6 +189,13 @@ def test_help_is_two_screens_in_groups_and_shows_defaults(monkeypatch, capsys):
         assert line in text
 
 
+def test_help_of_predictions_comes_in_groups(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "100")
+    code, text, _ = command(monkeypatch, capsys, predict, "--help")
+    assert code == 0 and text.count("\n") <= 55
+    assert re.findall(r"^(\w+) options:$", text, re.M) == ["common", "model", "file", "volume"]
+
+
 @pytest.mark.parametrize(
     "name, default",
     [("lr", "recipe"), ("seed", "0"), ("save_every", "10"), ("out", "runs/MODEL-DATA-OPTIONS"),

@@ -209,7 +209,9 @@ def test_overfit_says_so_and_needs_one_case(run, tmp_path, monkeypatch, capsys):
     arguments = trained(run.root, tmp_path / "o", "--overfit", 1, "--epochs", 1)
     code, text, error = command(monkeypatch, capsys, train, *arguments)
     assert code == 0, error
-    assert "train, val and test are the same: 1 volume" in text and "nothing of new cases" in text
+    assert (
+        "train, val and test are the same: 1 volume" in text and "nothing about new cases" in text
+    )
     val = float(rows(tmp_path / "o/metrics.csv")[-1]["val_dice"])
     summary = json.loads((tmp_path / "o/test/summary.json").read_text())
     assert summary["tests"]["overfit"]["dice"]["mean"] == pytest.approx(val, abs=1e-12)
@@ -470,7 +472,7 @@ def test_another_number_of_channels(run, tmp_path, monkeypatch, capsys):
 def test_other_classes_than_trained(run, tmp_path, monkeypatch, capsys):
     root = data_set(tmp_path / "set", ORGANS | {"2": "spleen"})
     arguments = ["--weights", run.out, "--eval", "--test", root, "--out", tmp_path / "e"]
-    assert "trained were background, left kidney" in refused(monkeypatch, capsys, train, *arguments)
+    assert "trained on background, left kidney" in refused(monkeypatch, capsys, train, *arguments)
 
 
 def test_classes_in_another_order_than_a_released_file_s(tmp_path, monkeypatch, capsys):
@@ -491,7 +493,9 @@ def test_classes_in_another_order_than_a_released_file_s(tmp_path, monkeypatch, 
         how = SimpleNamespace(weights=file, eval=True, threshold=None)
         check = model.check_classes
         if name == "flare":
-            with pytest.raises(ValueError, match="flare: background, liver, .* of other classes"):
+            with pytest.raises(
+                ValueError, match="flare: has background, liver, .* different classes"
+            ):
                 check(loaded, [some], how)
         else:
             check(loaded, [some], how)
