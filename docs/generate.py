@@ -14,7 +14,7 @@ import json
 import re
 import sys
 import tokenize
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
@@ -34,7 +34,7 @@ import segformer
 import swin_unetr3d
 import universal
 import upernet
-from options import Options, flag
+from options import Options, default_words, flag
 from recipes import FAMILIES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,22 +46,20 @@ GENERATED = re.compile(
 )
 LOADING = "# Nothing under this line is needed to understand the"
 
-# Model file -> its classes with the variants of each.
+# Model -> its class and variants.
 MODELS = {
-    "cris": [(cris.CRIS, cris.VARIANTS)],
-    "clipseg": [(clipseg.CLIPSeg, clipseg.VARIANTS)],
-    "biomedclipseg": [(biomedclipseg.BiomedCLIPSeg, biomedclipseg.VARIANTS)],
-    "segformer": [(segformer.SegFormer, segformer.VARIANTS)],
-    "upernet": [(upernet.UPerNet, upernet.VARIANTS)],
-    "dpt": [(dpt.DPT, dpt.VARIANTS)],
-    "beit": [(beit.BEiT, beit.VARIANTS)],
-    "sam_decoder": [(sam_decoder.SAM, sam_decoder.VARIANTS)],
-    "swin_unetr3d": [(swin_unetr3d.SwinUNETR, swin_unetr3d.VARIANTS)],
-    "universal": [(universal.UniversalSwinUNETR, universal.UNIVERSAL_VARIANTS)],
-    "fewshot3d": [
-        (fewshot3d.AttentionUniversal, fewshot3d.VARIANTS),
-        (fewshot3d.TextSwinUNETR, fewshot3d.TEXT_VARIANTS),
-    ],
+    "cris": (cris.CRIS, cris.VARIANTS),
+    "clipseg": (clipseg.CLIPSeg, clipseg.VARIANTS),
+    "biomedclipseg": (biomedclipseg.BiomedCLIPSeg, biomedclipseg.VARIANTS),
+    "segformer": (segformer.SegFormer, segformer.VARIANTS),
+    "upernet": (upernet.UPerNet, upernet.VARIANTS),
+    "dpt": (dpt.DPT, dpt.VARIANTS),
+    "beit": (beit.BEiT, beit.VARIANTS),
+    "sam_decoder": (sam_decoder.SAM, sam_decoder.VARIANTS),
+    "swin_unetr3d": (swin_unetr3d.SwinUNETR, swin_unetr3d.VARIANTS),
+    "universal": (universal.UniversalSwinUNETR, universal.UNIVERSAL_VARIANTS),
+    "fewshot3d": (fewshot3d.AttentionUniversal, fewshot3d.VARIANTS),
+    "text_swin_unetr": (fewshot3d.TextSwinUNETR, fewshot3d.TEXT_VARIANTS),
 }
 
 # Model file -> what it maps to what, and the weights that it loads, for the table of the README.
@@ -113,14 +111,14 @@ def changed_fields(config, default) -> str:
 
 
 def variants_table(name: str) -> str:
-    """Return the variants of a model file with their parameter counts."""
+    """Return the variants of a model with their parameter counts."""
+    model_class, variants = MODELS[name]
+    first = next(iter(variants.values()))
     rows = []
-    for model_class, variants in MODELS[name]:
-        first = next(iter(variants.values()))
-        for variant, config in variants.items():
-            count = parameter_count(model_class, config)
-            changes = changed_fields(config, first)
-            rows.append([f"`{variant}`", f"{count:,}", changes])
+    for variant, config in variants.items():
+        count = parameter_count(model_class, config)
+        changes = changed_fields(config, first)
+        rows.append([f"`{variant}`", f"{count:,}", changes])
     return markdown_table(["`--variant`", "parameters", "differs from the first by"], rows)
 
 
@@ -199,20 +197,11 @@ def recipes_table(name: str) -> str:
 # --- options ---
 
 
-def option_default(spec) -> str:
-    """Return what an option of train.py is if it is not given."""
-    if spec.default is MISSING or spec.default is None:
-        return ""
-    if isinstance(spec.default, bool):
-        return "on" if spec.default else "off"
-    return f"`{spec.default}`"
-
-
 def options_table(name: str) -> str:
     """Return the options of train.py with their defaults, a section for each group."""
     groups = {}
     for spec in fields(Options):
-        row = [f"`{flag(spec.name)}`", option_default(spec), spec.metadata["help"]]
+        row = [f"`{flag(spec.name)}`", default_words(spec), spec.metadata["help"]]
         groups.setdefault(spec.metadata["group"], []).append(row)
 
     sections = []
