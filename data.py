@@ -29,7 +29,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from imaging import layouts, pictures
-from imaging.atomic_files import checksums, is_intact, remove_leftovers, whole_file
+from imaging.atomic_files import atomic_write, checksums, is_intact, remove_leftovers
 from imaging.image_files import (
     has_damaged_exif,
     load_image,
@@ -418,7 +418,7 @@ def read_foreground(entry, mask: np.ndarray, threshold: int) -> np.ndarray:
     return np.asarray(mask, np.uint8)
 
 
-def named(rules: dict[Path, str]) -> dict[str, str]:
+def rules_by_name(rules: dict[Path, str]) -> dict[str, str]:
     """Return the rules by folder name of the data sets, without names that stand for two rules."""
     by_name = {}
     for root, rule in rules.items():
@@ -599,11 +599,11 @@ def _cache(entries: list, folder: Path) -> tuple[Path, np.ndarray, np.ndarray]:
 
     folder.mkdir(parents=True, exist_ok=True)
     _announce_decoding(entries, pixels)
-    with whole_file(pixels) as part, open(part, "wb") as file:
+    with atomic_write(pixels) as part, open(part, "wb") as file:
         positions, counts = _decode(entries, file)
-    with whole_file(index) as part, open(part, "wb") as file:
+    with atomic_write(index) as part, open(part, "wb") as file:
         np.savez_compressed(file, places=positions, counts=counts)
-    with whole_file(listed) as part:
+    with atomic_write(listed) as part:
         part.write_bytes(checksums([pixels, index]))
     return pixels, positions, counts
 
@@ -640,9 +640,9 @@ def mask_counts(entries: list, folder: Path) -> np.ndarray:
 
     counts = count_masks(entries)
     folder.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as part, open(part, "wb") as file:
+    with atomic_write(path) as part, open(part, "wb") as file:
         np.savez_compressed(file, counts=counts)
-    with whole_file(listed) as part:
+    with atomic_write(listed) as part:
         part.write_bytes(checksums([path]))
     return counts
 
@@ -1018,7 +1018,7 @@ def train_batches(n: int, size: int, epochs: int, seed: int, start: int):
         yield [(epoch, int(i)) for i in order[k * size : (k + 1) * size]]
 
 
-def loader(items: Items, batches, workers: int, device: torch.device, collate=None):
+def make_loader(items: Items, batches, workers: int, device: torch.device, collate=None):
     """Return a DataLoader over batches of (epoch, i).
 
     In training items are stacked, or joined by `collate`; in evaluation it yields single items.

@@ -156,7 +156,7 @@ def main() -> int:
     """Run the command line. Return the exit status."""
     args = parse()
     advice = f"the files in {args.out} are whole; the same command with --skip-existing continues"
-    with atomic_files.claim(Path(args.out)), command_line.recovery_advice(lambda: advice):
+    with atomic_files.claim_folder(Path(args.out)), command_line.recovery_advice(lambda: advice):
         return predict_inputs(args)
 
 
@@ -204,7 +204,7 @@ def check_split(args) -> None:
     """Raise ValueError, one line, if --split is used and no input is a data set."""
     if args.split is None:
         return
-    if not any(layouts.splits(Path(path)) for path in args.inputs):
+    if not any(layouts.find_splits(Path(path)) for path in args.inputs):
         raise ValueError("--split: none of the inputs is a data set; remove it")
 
 
@@ -219,7 +219,7 @@ def list_cases(args, run: dict, reads_text: bool) -> list[tuple[str, Path, str]]
     """
     cases = []
     for path in map(Path, args.inputs):
-        if layouts.splits(path):
+        if layouts.find_splits(path):
             cases += cases_of_data_set(path, args, run, reads_text)
             continue
         if reads_text and (args.prompt is None or layouts.is_prompt_type(args.prompt)):
@@ -251,16 +251,16 @@ def entries_of(path: Path, args, run: dict) -> list[layouts.Entry]:
     Raises as `layouts.annotations` does.
     """
     if args.split is None and layouts.is_undivided(path):
-        entries = layouts.every_image(path)
+        entries = layouts.list_all_images(path)
         print(f"{path}: all {len(entries)} images; --split test takes those of its test split")
         return entries
 
     split = args.split or "test"
     folder = layouts.split_folder(path, split)
     if folder is not None:  # its masks are not needed, and may not exist
-        entries = layouts.every_image(path, folder)
+        entries = layouts.list_all_images(path, folder)
     else:
-        entries = layouts.annotations(path, split, patients_of(run, args.inputs))
+        entries = layouts.read_entries(path, split, patients_of(run, args.inputs))
     print(f"{path}: {len(entries)} cases of its split {split}")
     return entries
 
@@ -538,7 +538,7 @@ def ground_truths(args, run: dict) -> dict[str, tuple]:
     reading = data.MaskReading(args.mask_threshold, run.get("masks", {}))
     orientation = run.get("options", {}).get("mask_orientation")
     for path in map(Path, args.inputs):
-        if not args.overlays or not layouts.splits(path):
+        if not args.overlays or not layouts.find_splits(path):
             continue
         with redirect_stdout(io.StringIO()):  # its notes were printed by list_cases
             entries = entries_of(path, args, run)
@@ -728,7 +728,7 @@ def list_volumes(args, run: dict, channels: int) -> dict[str, list[Path]]:
     single_files = []
     for path in map(Path, sorted(args.inputs)):
         path = unlabelled_test(path, args)
-        if layouts.splits(path):
+        if layouts.find_splits(path):
             for entry in entries_of(path, args, run):
                 cases.append((entry.name, [entry.image, *entry.more]))
         elif path.is_file():
@@ -761,7 +761,7 @@ def volumes_in_folder(root: Path, args, channels: int) -> list[tuple[str, list[P
 def unlabelled_test(path: Path, args) -> Path:
     """Return imagesTs/ of a data set whose test split has no labels; any other input as it is."""
     images = path / "imagesTs"
-    splits = layouts.splits(path)
+    splits = layouts.find_splits(path)
     wants_test = args.split in (None, "test")
     has_unlabelled_test = bool(splits) and "test" not in splits and images.is_dir()
     return images if wants_test and has_unlabelled_test else path
@@ -853,10 +853,10 @@ def check_rules(config, classes: list[str], args) -> None:
         )
     if args.largest_component:
         raise ValueError("--organ-rules decides what is one piece; remove --largest-component")
-    if not organ_rules.ruled(classes[1:]):
+    if not organ_rules.classes_with_rules(classes[1:]):
         names = ", ".join(classes[1:]) or "nothing names the model's classes"
         raise ValueError(f"--organ-rules: none for these classes ({names}); remove it")
-    for name, needs in organ_rules.unruled(classes).items():
+    for name, needs in organ_rules.classes_missing_for_rules(classes).items():
         print(f"--organ-rules: {name} stays as it is without {', '.join(needs)}")
 
 
@@ -905,7 +905,7 @@ class VolumePredictor:
         fill = volumes.fill_value(self.model.preprocess, config.in_channels)
         image, grid = nifti.read_volume(paths, fill)  # (C,X,Y,Z)
         if config.intensity:
-            volumes.say_if_not_hu(paths[0], volumes.hu_facts(image))
+            volumes.notice_if_not_hu(paths[0], volumes.hu_facts(image))
 
         prepared, placement = volumes.prepare_image(
             image, grid, config.spacing, self.model.preprocess

@@ -797,7 +797,7 @@ def plot(path: Path, study: FewShot, summary: dict) -> None:
         axes.grid(alpha=0.3)
     left.set_ylim(0, 1)
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=5)
-    with atomic_files.whole_file(path) as part:
+    with atomic_files.atomic_write(path) as part:
         figure.savefig(part, format="png", dpi=110)
     plt.close(figure)
 
@@ -818,7 +818,10 @@ def few_shot(args: argparse.Namespace, train_options: dict) -> None:
     own = {name: value for name, value in vars(args).items() if name != "command"}
     study = FewShot(**own, train_options=train_options)
     advice = "finished runs are kept, others continue where they were saved: give the same command"
-    with atomic_files.claim(study.out), command_line.recovery_advice(lambda: advice, override=True):
+    with (
+        atomic_files.claim_folder(study.out),
+        command_line.recovery_advice(lambda: advice, override=True),
+    ):
         few_shot_in_folder(study)
 
 
@@ -837,7 +840,7 @@ def few_shot_in_folder(study: FewShot) -> None:
     summary = summarise_study(study, rows)
     cases = {row["patient"] or row["case"] for row in rows}
     text = result_tables(study, summary, len(cases))
-    with atomic_files.whole_file(study.out / "table.md") as part:
+    with atomic_files.atomic_write(study.out / "table.md") as part:
         part.write_text(text + "\n", encoding="utf-8")
     plot(study.out / "few_shot.png", study, summary)
     print(f"\n{text}\n\n{study.out}: results.csv, table.md, few_shot.png")

@@ -45,7 +45,7 @@ from imaging import atomic_files, nifti, pictures
 from options import Options, as_options, check_same, checked, flag, parse, resolve
 from recipes import FAMILIES, second_file
 from recipes.base import Settings, allow_single_values, choose_trained, lr_factor
-from recipes.kept_features import keep_features
+from recipes.kept_features import cache_features
 
 USAGE = "python train.py --model NAME --data DIR [DIR ...] [options]"
 
@@ -130,7 +130,7 @@ class Run:
         order = data.train_batches(
             len(self.train_set), settings.batch_size, settings.epochs, settings.seed, start
         )
-        loader = data.loader(items, order, settings.workers, self.device, self.recipe.collate)
+        loader = data.make_loader(items, order, settings.workers, self.device, self.recipe.collate)
         batches = iter(loader)
 
         while not self.is_finished() and not self.should_stop_early():
@@ -310,10 +310,10 @@ class Run:
         model: the one that was validated; with --ema the average.
         """
         if self.settings.train != "all":  # the small file
-            with atomic_files.whole_file(self.out / "adapter.safetensors") as part:
+            with atomic_files.atomic_write(self.out / "adapter.safetensors") as part:
                 save_adapter(model, part)
         state = {name: tensor.contiguous() for name, tensor in merged_state_dict(model).items()}
-        with atomic_files.whole_file(self.out / "best.safetensors") as part:
+        with atomic_files.atomic_write(self.out / "best.safetensors") as part:
             save_file(state, part)
 
         threshold = row.get("val_threshold")
@@ -349,7 +349,7 @@ class Run:
         is_on_gpu = self.device.type == "cuda"
         state["random_cuda"] = torch.cuda.get_rng_state_all() if is_on_gpu else []
 
-        with atomic_files.whole_file(self.out / "last.pt") as part:
+        with atomic_files.atomic_write(self.out / "last.pt") as part:
             torch.save(state, part)
         self.saved_at = self.progress()
 
@@ -682,7 +682,9 @@ def write_config(settings: Settings, recipe, model, train_set, val_set) -> None:
         "recipe": settings.recipe or "default",
         "options": as_options(settings),
         "data": {"train": train_set.describe(), "val": val_set.describe()},
-        "masks": data.named(getattr(train_set, "rules", {})),  # data set -> how masks are read
+        "masks": data.rules_by_name(
+            getattr(train_set, "rules", {})
+        ),  # data set -> how masks are read
         "versions": {"torch": torch.__version__, "torchvision": torchvision.__version__},
     }
     tables.write_json(Path(settings.out) / "config.json", content | recipe.about)
@@ -699,7 +701,7 @@ def main() -> int:
         return 0
 
     out = Path(typed["out"])
-    with atomic_files.claim(out):
+    with atomic_files.claim_folder(out):
         saved = saved_options(out) or {}
         run_in_folder(resolve(Options(**saved | typed)))
     return 0
@@ -708,7 +710,7 @@ def main() -> int:
 def run(options: Options) -> dict:
     """Train and test. Return the summary of the test, {} without one."""
     settings = resolve(options)
-    with atomic_files.claim(Path(settings.out)):
+    with atomic_files.claim_folder(Path(settings.out)):
         return run_in_folder(settings)
 
 
@@ -802,7 +804,7 @@ def fit(settings: Settings, model, recipe, parts: dict, resume: bool) -> dict:
     if settings.augment is None:
         print(f"augmentation: {', '.join(settings.views)} of each image, nothing else")
     if settings.keep_features:
-        recipe = keep_features(recipe, model, family.backbone, (train_set, val_set), settings)
+        recipe = cache_features(recipe, model, family.backbone, (train_set, val_set), settings)
 
     run = Run(settings, model, recipe, train_set, val_set)
     if resume:

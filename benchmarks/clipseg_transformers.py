@@ -123,18 +123,18 @@ def epochs(models: dict, kinds: dict, args) -> dict:
         views=["original"],
         feature_dtype="float16",  # fmt: skip
     )
-    entries = layouts.annotations(args.data, "train")[: args.images]
+    entries = layouts.read_entries(args.data, "train")[: args.images]
     dataset = data.open_dataset(entries, options.cache)
     settings = recipes.CLIPSEG["origin"]
     plain = recipes.clipseg_recipe(models["ours"], settings)
     towers = recipes.clipseg_towers
-    kept = kept_features.keep_features(plain, models["ours"], towers, [dataset], options)
+    kept = kept_features.cache_features(plain, models["ours"], towers, [dataset], options)
     functions = {}
     for name, recipe in (("official", plain), ("ours", kept)):
         step = kinds["step"][name]
         items = data.Items(dataset, "p6", recipe.inputs, train=True, seed=0)
         order = data.train_batches(len(dataset), args.batch_size, 1000, 0, 0)
-        batches = iter(data.loader(items, order, args.workers, torch.device("cpu")))
+        batches = iter(data.make_loader(items, order, args.workers, torch.device("cpu")))
 
         def epoch(batches=batches, step=step):
             for _ in range(data.batches_per_epoch(len(dataset), args.batch_size)):

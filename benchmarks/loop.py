@@ -58,7 +58,7 @@ def main() -> int:
     run = Run(settings, model, recipe, train_set, val_set)
     items = data.Items(train_set, settings.prompt, recipe.inputs, train=True, seed=0)
     order = data.train_batches(len(train_set), settings.batch_size, 1000, 0, 0)
-    batches = iter(data.loader(items, order, settings.workers, device))
+    batches = iter(data.make_loader(items, order, settings.workers, device))
     batch = {key: value.to(device) for key, value in next(batches).items()}
     run.train_mode()
 

@@ -26,7 +26,7 @@ def predictions(model, recipe, dataset, settings, title: str):
     items = data.Items(dataset, settings.prompt, recipe.inputs, train=False, seed=settings.seed)
     workers = 0 if dataset.is_mapped else settings.workers
     order = [[(0, i)] for i in range(len(dataset))]
-    loader = data.loader(items, order, workers, device)
+    loader = data.make_loader(items, order, workers, device)
     model.eval()
 
     for item in tqdm(loader, title, len(dataset), unit="image", disable=None, leave=False):

@@ -114,7 +114,7 @@ def damaged_rows(file: BinaryIO, header: Header) -> Iterator[int]:
 # --- computing the rows ---------------------------------------------------------------------------
 
 
-def keep(
+def cache_rows(
     path: Path, n: int, compute: Callable[[int], Iterator[Tensor]], what: str, dtype="float16"
 ) -> np.ndarray:
     """Return rows 0 to n-1 as `dtype` (n,…), mapped read-only from `path`; compute missing ones.
@@ -234,7 +234,7 @@ def _write_header(file: BinaryIO, n: int, dtype: np.dtype) -> None:
 # --- reading the rows -----------------------------------------------------------------------------
 
 
-class Rows:
+class CachedRows:
     """The rows of a file that `keep` wrote, as tensors.
 
     The file is not memory-mapped: if a mapped file becomes shorter, the process that reads it dies.

@@ -256,7 +256,7 @@ def check_class_names(model, dataset, settings) -> None:
         raise ValueError(f"{root}: has {classes}, but the run was trained on {', '.join(names)}")
 
     released = () if names else getattr(model.config, "classes", ())
-    if layouts.moved(dataset.classes, released):
+    if layouts.same_name_different_index(dataset.classes, released):
         raise ValueError(
             f"{root}: has {classes}, but the model has {', '.join(released)}; scores would compare "
             "different classes"
@@ -298,7 +298,7 @@ def _open_overfit(settings, family) -> DataSets:
     """Return the first cases of --data as training, validation and test set."""
     entries = []
     for root in settings.data:
-        entries += layouts.annotations(root, "train", settings.group_regex)
+        entries += layouts.read_entries(root, "train", settings.group_regex)
     name = "--overfit: train, val and test are the same"
     one = open_together({name: entries[: settings.overfit]}, settings, family)[name]
     print("  such scores show that the code works; they say nothing about new cases")
@@ -328,7 +328,7 @@ def list_tests(settings) -> dict[str, list]:
     tests = {}
     for data_set in settings.test or settings.data:
         path, split = layouts.path_and_split(data_set)
-        if not settings.test and not settings.eval and "test" not in layouts.splits(path):
+        if not settings.test and not settings.eval and "test" not in layouts.find_splits(path):
             print(f"{path}: no test split, so it is not tested on; name another with --test")
             continue
         name = Path(path).resolve().name + ("" if split == "test" else f":{split}")
@@ -336,7 +336,7 @@ def list_tests(settings) -> dict[str, list]:
             raise ValueError(f"two test sets are called {name}; rename a folder")
 
         try:
-            entries = layouts.annotations(path, split, settings.group_regex)
+            entries = layouts.read_entries(path, split, settings.group_regex)
             if not entries:
                 raise layouts.EmptySplit(f"{path}: its split {split} is empty")
             layouts.check_files_exist(entries)
@@ -424,7 +424,7 @@ def mask_reading(lists: dict[str, list], settings) -> data.MaskReading:
     for entries in lists.values():
         opened |= {entry.mask for entry in entries}
     for root in settings.data:
-        for split in sorted({"train", "val", "test"} & layouts.splits(root).keys()):
+        for split in sorted({"train", "val", "test"} & layouts.find_splits(root).keys()):
             try:
                 entries = unopened_entries(root, split, settings.group_regex, opened)
                 counts = data.mask_counts(entries, Path(settings.cache))
@@ -441,7 +441,7 @@ def mask_reading(lists: dict[str, list], settings) -> data.MaskReading:
 def unopened_entries(root: str, split: str, group_regex: str | None, opened: set[Path]) -> list:
     """Return the entries of a split that have all their files, without those of `opened` masks."""
     with redirect_stdout(io.StringIO()):  # its notes were printed when the set was opened
-        entries = layouts.annotations(root, split, group_regex)
+        entries = layouts.read_entries(root, split, group_regex)
     unopened = []
     for entry in entries:
         if entry.mask not in opened and not layouts.missing_files([entry]):

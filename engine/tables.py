@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from imaging.atomic_files import whole_file
+from imaging.atomic_files import atomic_write
 
 # --- JSON and CSV ---------------------------------------------------------------------------------
 
@@ -14,7 +14,7 @@ from imaging.atomic_files import whole_file
 def write_json(path: Path, content) -> None:
     """Write a JSON file. NaN and infinity, which JSON does not have, become null."""
     content = json.loads(json.dumps(content, default=str), parse_constant=lambda _: None)
-    with whole_file(path) as part:
+    with atomic_write(path) as part:
         part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
@@ -23,7 +23,7 @@ def write_csv(path: Path, rows: list[dict]) -> None:
     columns = {}  # a dict keeps the order
     for row in rows:
         columns |= dict.fromkeys(row)
-    with whole_file(path) as part, open(part, "w", newline="", encoding="utf-8") as file:
+    with atomic_write(path) as part, open(part, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [*columns])
         writer.writeheader()
         writer.writerows(rows)

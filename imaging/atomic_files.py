@@ -75,7 +75,7 @@ def release(descriptor: int | None) -> None:
 
 
 @contextmanager
-def whole_file(path: Path, keep_ending: bool = False):
+def atomic_write(path: Path, keep_ending: bool = False):
     """Yield a temporary file name next to `path`; at the end of the block the file replaces `path`.
 
     `path` is always the complete old file or the complete new one, even if the process is killed.
@@ -151,7 +151,7 @@ DAY = 24 * 60 * 60  # seconds
 def remove_leftovers(folder: Path, recursive: bool = True) -> None:
     """Remove the temporary files that killed processes left in a folder and its sub-folders.
 
-    Only files with a name of `whole_file` are removed, and only if their lock is free, so that
+    Only files with a name of `atomic_write` are removed, and only if their lock is free, so that
     nobody is writing them. On a file system without locks they must be a day old. Links and hidden
     folders are not followed. Files that cannot be removed stay.
     """
@@ -212,7 +212,7 @@ def refuse_existing(out: Path) -> None:
 
 
 @contextmanager
-def whole_folder(out: Path):
+def atomic_folder(out: Path):
     """Yield the name of a temporary folder next to `out`, which becomes `out` if there is no error.
 
     Raises ValueError if `out` has content, or if another process is writing it.
@@ -237,7 +237,7 @@ def whole_folder(out: Path):
 
 
 @contextmanager
-def claim(folder: Path):
+def claim_folder(folder: Path):
     """Keep all other processes out of an output folder while this one works in it.
 
     The folder is created if missing, and removed again if nothing was written to it. Temporary

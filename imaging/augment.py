@@ -34,7 +34,7 @@ def mirror_prompt(prompt: str, axis: str) -> str | None:
     return re.sub(side, lambda match: words[match[0].lower()], prompt, flags=re.I)
 
 
-def sided(classes: tuple[str, ...], axis: str) -> bool:
+def names_a_side(classes: tuple[str, ...], axis: str) -> bool:
     """Return True if the name of a class holds a side that mirroring along `axis` makes wrong."""
     return any(mirror_prompt(name, axis) != name for name in classes)
 
@@ -96,7 +96,7 @@ class Augment:
         for axis, flip in flips.items():
             mirrored_prompt = mirror_prompt(prompt, axis)
             is_chosen = rng.random() < self.flip
-            if is_chosen and mirrored_prompt is not None and not sided(classes, axis):
+            if is_chosen and mirrored_prompt is not None and not names_a_side(classes, axis):
                 steps.append(flip(1.0))
                 prompt = mirrored_prompt
 

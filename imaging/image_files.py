@@ -88,7 +88,7 @@ def one_line_errors(path: Path):
 
 def _unreadable_line(path: Path, error: Exception) -> str:
     """Return the message about a file that no library reads as an image."""
-    foreign = layouts.foreign_format(path)
+    foreign = layouts.describe_unsupported(path)
     if foreign is not None:
         return foreign
     if layouts.is_volume(path):
@@ -190,7 +190,7 @@ def _open_header(path: Path) -> Image.Image:
         try:
             image = Image.open(path)
         except UnidentifiedImageError:
-            if not _is_tiff(path) or layouts.foreign_format(path):
+            if not _is_tiff(path) or layouts.describe_unsupported(path):
                 raise
             needs_tifffile = True
         else:
@@ -413,7 +413,7 @@ def exif_orientation(image: Image.Image) -> int:
     return int(number) if number in range(2, 9) else 1
 
 
-def upright(image: Image.Image, orientation: int | None = None) -> Image.Image:
+def turn_upright(image: Image.Image, orientation: int | None = None) -> Image.Image:
     """Turn a decoded image by its EXIF orientation, or by `orientation` (2 to 8) instead."""
     method = TRANSPOSITIONS.get(orientation or exif_orientation(image))
     turned = image if method is None else image.transpose(method)
@@ -459,7 +459,9 @@ def sixteen_bit_colours(path: Path, orientation: int | None = None) -> np.ndarra
 
     channels, order = match.groups() if match else ("PPM", None)
     if (channels, order) == ("LA", "B"):
-        stored = upright(open_image(path, rawmode="RGBA"), orientation)  # four bytes, as stored
+        stored = turn_upright(
+            open_image(path, rawmode="RGBA"), orientation
+        )  # four bytes, as stored
         grey_and_alpha = np.asarray(stored).view(">u2").astype(np.uint16)  # (H,W,2)
         return grey_and_alpha[..., [0, 0, 0, 1]]
     if channels not in ("RGB", "RGBX", "RGBA"):
@@ -470,8 +472,8 @@ def sixteen_bit_colours(path: Path, orientation: int | None = None) -> np.ndarra
 
     native = "L" if sys.byteorder == "little" else "B"
     swapped = {"L": "B", "B": "L"}[native if order == "N" else order]
-    high = upright(open_image(path), orientation)
-    low = upright(open_image(path, rawmode=f"{channels};16{swapped}"), orientation)
+    high = turn_upright(open_image(path), orientation)
+    low = turn_upright(open_image(path, rawmode=f"{channels};16{swapped}"), orientation)
     return np.asarray(high).astype(np.uint16) * 256 + np.asarray(low)  # (H,W,C)
 
 
@@ -512,7 +514,7 @@ def load_image(path: Path) -> tuple[np.ndarray, bool]:
     if colours is not None:
         return stretch(colours[..., :3], path)
 
-    image = upright(open_image(path))
+    image = turn_upright(open_image(path))
     if image.mode == "F" or image.mode.startswith("I"):  # floats, 16- and 32-bit integers
         grey, non_finite = stretch(grey_values(image), path)  # (H,W)
         return np.repeat(grey[..., None], 3, axis=2), non_finite
@@ -587,7 +589,7 @@ def load_mask(
         return mask_bytes(values, path, binary), is_guess
 
     stored = open_image(path)
-    values = mask_values(upright(stored, turn), path, numbers)
+    values = mask_values(turn_upright(stored, turn), path, numbers)
     if numbers and stored.format == "PPM":
         values = _unscale(values, path)
     return mask_bytes(values, path, binary), is_guess

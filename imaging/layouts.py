@@ -92,7 +92,7 @@ def plain_name(name: str) -> str:
     return name.lower().replace("_", " ")
 
 
-def moved(classes: tuple[str, ...], other_classes: tuple[str, ...]) -> bool:
+def same_name_different_index(classes: tuple[str, ...], other_classes: tuple[str, ...]) -> bool:
     """Return True if a class is also among the other classes, but with a different index."""
     indices = {}
     for k, name in enumerate(other_classes):
@@ -126,7 +126,7 @@ def prompt_option(text: str) -> str:
 # --- file names -----------------------------------------------------------------------------------
 
 
-def foreign_format(path: Path) -> str | None:
+def describe_unsupported(path: Path) -> str | None:
     """Return a message about a file whose format is known but not supported, else None."""
     if path.is_dir():
         return None
@@ -375,7 +375,7 @@ def nothing_usable(folder: Path, noun: str, files: list[Path]) -> str:
 
     content = count_kinds(files)
     for path in files:
-        foreign = foreign_format(path)
+        foreign = describe_unsupported(path)
         if foreign:
             return f"{foreign} ({folder}: only {content})"
 
@@ -467,8 +467,8 @@ def read_annotations(root: Path, split: str, group_regex: str | None = None) -> 
     """
     root = Path(root).resolve()
     path = root / "anns" / f"{split}.json"
-    if split not in splits(root) or not path.is_file():
-        available = ", ".join(splits(root)) or "none"
+    if split not in find_splits(root) or not path.is_file():
+        available = ", ".join(find_splits(root)) or "none"
         raise FileNotFoundError(f"{path}: no such annotation file; splits here: {available}")
     items = read_json(path)
     if not isinstance(items, list):
@@ -623,7 +623,9 @@ def _unpaired_message(path: Path, count: int, folders: list[Path]) -> str:
     for folder in folders:
         for other in other_files(folder):
             if composed(other.stem) == composed(path.stem):
-                return foreign_format(other) or f"{message}; {other.name} is not an image file"
+                return (
+                    describe_unsupported(other) or f"{message}; {other.name} is not an image file"
+                )
     return message
 
 
@@ -647,7 +649,7 @@ def images_by_stem(folder: Path) -> dict[str, Path]:
     return by_stem
 
 
-def every_image(root: Path, folder: Path | None = None) -> list[Entry]:
+def list_all_images(root: Path, folder: Path | None = None) -> list[Entry]:
     """Return an entry for each image below images/, with or without a mask.
 
     root: the data set. folder: the folder of one of its splits, or None for the data set itself.
@@ -1091,7 +1093,7 @@ def _has_pairs(folder: Path) -> bool:
     return has_images and _first_folder(folder, MASK_FOLDERS).is_dir()
 
 
-def splits(root: Path) -> dict[str, Path]:
+def find_splits(root: Path) -> dict[str, Path]:
     """Return {split: its annotation file or folder} of a data set; {} if it is none."""
     root = Path(root)
     if has_volumes(root):
@@ -1111,7 +1113,7 @@ def splits(root: Path) -> dict[str, Path]:
 
 def is_undivided(root: Path) -> bool:
     """Return True for a data set of images/ and masks/ alone, which is split at random."""
-    return not has_volumes(root) and {*splits(root).values()} == {Path(root)}
+    return not has_volumes(root) and {*find_splits(root).values()} == {Path(root)}
 
 
 def path_and_split(text: str) -> tuple[str, str]:
@@ -1122,7 +1124,7 @@ def path_and_split(text: str) -> tuple[str, str]:
     return text, "test"
 
 
-def annotations(root: Path, split: str, group_regex: str | None = None) -> list[Entry]:
+def read_entries(root: Path, split: str, group_regex: str | None = None) -> list[Entry]:
     """Return the entries of a split of a data set in any layout.
 
     Raises FileNotFoundError if the folder or the split does not exist, ValueError if the folder is
@@ -1136,7 +1138,7 @@ def annotations(root: Path, split: str, group_regex: str | None = None) -> list[
         if split in available:
             return available[split]
     else:
-        available = splits(root)
+        available = find_splits(root)
     if not available:
         raise ValueError(
             f"{root}: not a data set; it needs images/ and masks/, with "
@@ -1156,12 +1158,12 @@ def annotations(root: Path, split: str, group_regex: str | None = None) -> list[
 
 def _random_split(entries: list[Entry], split: str) -> list[Entry]:
     """Return the entries of a split of a data set without splits: 80 / 10 / 10 %, seed 0."""
-    tenths = parts(entries, 10)
+    tenths = random_parts(entries, 10)
     chosen = {"test": tenths[0], "val": tenths[1], "train": sum(tenths[2:], [])}[split]
     return [entries[i] for i in sorted(chosen)]
 
 
-def parts(entries: list[Entry], n: int, seed: int = 0) -> list[list[int]]:
+def random_parts(entries: list[Entry], n: int, seed: int = 0) -> list[list[int]]:
     """Return the indices of the entries in n random parts, by patient if known, else by image.
 
     Raises ValueError if there are fewer than n patients or images.
@@ -1186,7 +1188,7 @@ def parts(entries: list[Entry], n: int, seed: int = 0) -> list[list[int]]:
     return indices
 
 
-def fold(entries: list[Entry], text: str) -> tuple[list[Entry], list[Entry]]:
+def split_fold(entries: list[Entry], text: str) -> tuple[list[Entry], list[Entry]]:
     """Return the training and validation entries of fold k of n, written "k/n", k from 0.
 
     The folds are those of nnU-Net's splits_final.json if the data set has it, else `parts`. Raises
@@ -1201,7 +1203,7 @@ def fold(entries: list[Entry], text: str) -> tuple[list[Entry], list[Entry]]:
     if path.is_file():
         return _fold_of_file(entries, path, k, n)
 
-    held_out = set(parts(entries, n)[k])
+    held_out = set(random_parts(entries, n)[k])
     train = [entry for i, entry in enumerate(entries) if i not in held_out]
     val = [entries[i] for i in sorted(held_out)]
     return train, val
@@ -1242,12 +1244,12 @@ def train_and_val(
     train = []
     val = []
     for root in roots:
-        train_of_root = annotations(root, "train", group_regex)
+        train_of_root = read_entries(root, "train", group_regex)
         val_of_root = []
-        if "val" in splits(root):
-            val_of_root = annotations(root, "val", group_regex)
+        if "val" in find_splits(root):
+            val_of_root = read_entries(root, "val", group_regex)
         if fold_of:
-            train_of_root, val_of_root = fold(train_of_root + val_of_root, fold_of)
+            train_of_root, val_of_root = split_fold(train_of_root + val_of_root, fold_of)
         if not train_of_root:
             raise ValueError(f"{root}: its split train is empty")
         if not val_of_root:
@@ -1265,7 +1267,7 @@ def _hold_out(root: Path, entries: list[Entry], seed: int) -> tuple[list[Entry],
             f"{root}: 1 image or patient, too few to train and validate on; --overfit 1 does both "
             "on it"
         )
-    held_out = set(parts(entries, min(10, groups), seed)[0])
+    held_out = set(random_parts(entries, min(10, groups), seed)[0])
     train = [entry for i, entry in enumerate(entries) if i not in held_out]
     val = [entry for i, entry in enumerate(entries) if i in held_out]
     print(f"{root}: no validation split; validating on {len(val)} entries of train (seed {seed})")

@@ -27,7 +27,7 @@ from pathlib import Path
 
 import numpy as np
 
-from imaging.atomic_files import whole_file
+from imaging.atomic_files import atomic_write
 from imaging.files import WITH_SIMPLEITK, describe_foreign
 
 # --- notices about files --------------------------------------------------------------------------
@@ -892,5 +892,5 @@ def write(path: Path, volume: np.ndarray, grid: Grid) -> None:
     header["cal_min"] = 0  # without the grey window of the image, in which labels are black
     header["cal_max"] = 0
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path, keep_ending=True) as part, _quiet():
+    with atomic_write(path, keep_ending=True) as part, _quiet():
         kind(grid.to_stored(volume), grid.affine, header).to_filename(part)

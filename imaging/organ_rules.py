@@ -88,13 +88,13 @@ def organ_rules(masks: dict[str, np.ndarray], spacing=(1.5, 1.5, 1.5)) -> dict[s
     return {names[name]: mask for name, mask in after.items()}
 
 
-def ruled(names) -> set[str]:
+def classes_with_rules(names) -> set[str]:
     """Return the classes that a rule concerns."""
     concerned = {*ONE_PIECE, *LUNGS, VEINS, *INSIDE}
     return {name for name in names if plain_name(name) in concerned}
 
 
-def unruled(names) -> dict[str, list[str]]:
+def classes_missing_for_rules(names) -> dict[str, list[str]]:
     """Return the classes whose rule cannot be applied, each with the missing classes it needs."""
     present = {plain_name(name) for name in names}
     result = {}

@@ -7,10 +7,10 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
-from imaging.atomic_files import whole_file
+from imaging.atomic_files import atomic_write
 
 # Green and magenta are easy to tell apart on tissue, also for colour-blind people.
-TRUTH = (0, 230, 90)
+GROUND_TRUTH = (0, 230, 90)
 PREDICTION = (255, 0, 200)
 
 
@@ -46,7 +46,7 @@ def overlay(
         opacity = 0.45
     else:
         prediction_colours = [PREDICTION]
-        truth_colours = [TRUTH]
+        truth_colours = [GROUND_TRUTH]
         opacity = 0.15
 
     canvas = image.astype(np.float32)
@@ -209,7 +209,7 @@ def sheet(cards: list[Image.Image], columns: int = 3, gap: int = 6) -> Image.Ima
 
 def save_picture(path: Path, picture: Image.Image) -> None:
     """Write a picture as PNG, whatever the suffix; the file appears complete or not at all."""
-    with whole_file(path) as part:
+    with atomic_write(path) as part:
         picture.save(part, format="PNG")
 
 
@@ -229,7 +229,7 @@ def curves(path: Path, history: list[dict]) -> None:
     plot_columns(right, history, ("val_dice", "val_iou"))
     right.set_ylim(0, 1)
 
-    with whole_file(path) as part:
+    with atomic_write(path) as part:
         figure.savefig(part, format="png", dpi=110)
     plt.close(figure)
 

@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from imaging.atomic_files import checksums, is_intact, remove_leftovers, whole_file
+from imaging.atomic_files import atomic_write, checksums, is_intact, remove_leftovers
 from imaging.nifti import (
     Grid,
     check_channels,
@@ -288,7 +288,7 @@ def _is_prepared(stem: Path) -> bool:
 
 def _write_checksums(stem: Path) -> None:
     """Write STEM.crc, which marks a prepared volume as complete."""
-    with whole_file(Path(f"{stem}.crc")) as part:
+    with atomic_write(Path(f"{stem}.crc")) as part:
         part.write_bytes(checksums(_prepared_files(stem)))
 
 
@@ -347,7 +347,7 @@ def is_hu(facts: np.ndarray) -> bool:
     return air_and_fat >= 0.005 or not (largest > 1000 or largest <= 1 or largest == 255)
 
 
-def say_if_not_hu(file: Path, facts: np.ndarray) -> None:
+def notice_if_not_hu(file: Path, facts: np.ndarray) -> None:
     """Print a notice if the values of a file cannot be Hounsfield units."""
     if not is_hu(facts):
         notices.add(
@@ -582,9 +582,9 @@ class VolumeSet:
 
         arrays = {"image": image.numpy(), "mask": mask, "truth": truth, "voxels": voxels}
         for name, x in arrays.items():
-            with whole_file(Path(f"{stem}.{name}.npy")) as part, open(part, "wb") as file:
+            with atomic_write(Path(f"{stem}.{name}.npy")) as part, open(part, "wb") as file:
                 np.save(file, np.ascontiguousarray(x))
-        with whole_file(Path(f"{stem}.npz")) as part, open(part, "wb") as file:
+        with atomic_write(Path(f"{stem}.npz")) as part, open(part, "wb") as file:
             np.savez(file, offsets=offsets, **vars(placement), **facts)
 
     # --- prepared sets ---
@@ -680,7 +680,7 @@ class VolumeSet:
         """Print a notice about CT volumes that are not in Hounsfield units."""
         for i, entry in enumerate(self.entries):
             if "CT" in (entry.modality or "CT").upper():
-                say_if_not_hu(entry.image, self._index(i)["hu"])
+                notice_if_not_hu(entry.image, self._index(i)["hu"])
 
     # --- pictures ---
 
@@ -1003,7 +1003,7 @@ def segment(
     image, grid = read_volume(files, fill_value(model.preprocess, c.in_channels))  # (C,X,Y,Z)
     check_channels(files[0], len(image), c.in_channels)
     if c.intensity:
-        say_if_not_hu(files[0], hu_facts(image))
+        notice_if_not_hu(files[0], hu_facts(image))
 
     with evaluating(model):
         prepared, placement = prepare_image(image, grid, c.spacing, model.preprocess)

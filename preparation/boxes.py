@@ -13,7 +13,7 @@ import data
 from engine import tables
 from engine.ranges import GREY_LEVEL, POSITIVE
 from imaging import atomic_files, boxes_and_points, image_files, layouts
-from preparation.check import MASK_THRESHOLD, wide
+from preparation.check import MASK_THRESHOLD, width_by_height
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ def list_images(like: str) -> Images:
     Raises FileNotFoundError, or ValueError for two images that differ only in the extension.
     """
     path, split = layouts.path_and_split(like)
-    if layouts.splits(path):
-        entries = layouts.annotations(path, split)
+    if layouts.find_splits(path):
+        entries = layouts.read_entries(path, split)
         by_mask_name = {entry.name: entry.image for entry in entries}
         paths = {e.image: layouts.name_in_images(e.image, e.root) for e in entries}
         return Images(by_mask_name, paths, entries)
@@ -153,12 +153,13 @@ def instance_boxes(entries, args) -> Iterator[tuple]:
     """
     for entry in progress(entries):
         turn, _ = image_files.mask_turn(entry.mask, entry.image, entry.mask_orientation)
-        mask = image_files.upright(image_files.open_image(entry.mask), turn)
+        mask = image_files.turn_upright(image_files.open_image(entry.mask), turn)
         values = image_files.mask_values(mask, entry.mask, numbers=True)  # (H,W)
         size = image_files.read_image(entry.image).shape[:2]
         if values.shape != size:
             raise ValueError(
-                f"{entry.mask}: {wide(values.shape)}, but its image {entry.image} is {wide(size)}"
+                f"{entry.mask}: {width_by_height(values.shape)}, but its image {entry.image} is "
+                f"{width_by_height(size)}"
             )
         if values.min() < 0 or (values != values.round()).any():
             raise ValueError(f"{entry.mask}: numbers of objects are whole and 0 or more")

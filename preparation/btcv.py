@@ -4,7 +4,7 @@ from pathlib import Path
 
 from engine.ranges import SEED
 from imaging import atomic_files, layouts
-from preparation.decathlon import deal_cases, split_cases
+from preparation.decathlon import split_cases, split_cases_at_random
 from preparation.volume_sets import LINKED, link, relabelled, write_data_set
 
 # synapse.org, syn3193805, "Multi-Atlas Labeling Beyond the Cranial Vault": abdominal CT.
@@ -91,7 +91,7 @@ def btcv(args):
     about = relabelled(BTCV_ABOUT, args.labels)
     pairs, unlabelled_images = find_btcv(args.raw)
     if args.split == "case":
-        split_of = deal_cases(pairs, args.seed, args.raw)
+        split_of = split_cases_at_random(pairs, args.seed, args.raw)
         title = [f"BTCV by case, seed {args.seed}"]
     else:
         split_of = swin_unetr_cases(pairs, args.raw)

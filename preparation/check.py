@@ -171,12 +171,12 @@ def split_order(split):
 
 def read_splits(root, group_regex, findings):
     """Return {split: its entries} of a data set; splits that cannot be used are findings."""
-    paths = layouts.splits(root)
+    paths = layouts.find_splits(root)
     splits = {}
     for split in sorted(paths, key=split_order):
         try:
             with redirect_stdout(io.StringIO()) as printed:
-                splits[split] = layouts.annotations(root, split, group_regex)
+                splits[split] = layouts.read_entries(root, split, group_regex)
         except (ValueError, OSError) as error:
             unusable = findings["splits that cannot be used"]
             if str(error) not in unusable:  # a bad classes.json gives one error for all splits
@@ -290,7 +290,8 @@ def check_sizes(splits, images, masks, findings):
             image = images.get(entry.image)
             mask = masks.get(entry.mask)
             if image and mask and image.size != mask.size:
-                line = f"{entry.mask}: {wide(mask.size)}, its image {wide(image.size)} ({split})"
+                sizes = f"{width_by_height(mask.size)}, its image {width_by_height(image.size)}"
+                line = f"{entry.mask}: {sizes} ({split})"
                 findings["masks and images of different sizes"].append(line)
 
 
@@ -446,13 +447,15 @@ def check_prompt_types(root, splits, shares, findings):
             if prompt_type in known:
                 lacking = [entry.name for entry in prompted if not entry.prompts.get(prompt_type)]
                 if lacking:
-                    line = f"{file}: {prompt_type} is missing in {some(lacking)}"
+                    line = f"{file}: {prompt_type} is missing in {count_and_names(lacking)}"
                     findings["prompt types that entries lack"].append(line)
             else:
                 users = [entry.name for entry in entries if prompt_type in entry.prompts]
                 if users:
-                    line = f"{file}: {prompt_type!r} in {some(users)}; the types are p0, p1, ..."
-                    findings["unknown prompt types"].append(line)
+                    occurrence = f"{file}: {prompt_type!r} in {count_and_names(users)}"
+                    findings["unknown prompt types"].append(
+                        f"{occurrence}; the types are p0, p1, ..."
+                    )
     return {prompt_type: texts[prompt_type] for prompt_type in known}
 
 
@@ -579,12 +582,12 @@ def show(line):
     print(line.encode("utf-8", "backslashreplace").decode())
 
 
-def wide(size):
+def width_by_height(size):
     """Return a size (H, W) as "WxH"."""
     return f"{size[1]}x{size[0]}"
 
 
-def some(names):
+def count_and_names(names):
     """Return how many names there are and the first five of them, "7 (a, b, c, d, e, ...)"."""
     ending = ", ..." if len(names) > 5 else ""
     return f"{len(names)} ({', '.join(names[:5])}{ending})"
@@ -628,7 +631,7 @@ def describe_shares(splits, shares, noun="an image"):
             has_prompts = has_prompts or bool(texts)
             healthy += shares.get((split, entry.name)) == 0 and not texts
 
-    text = some(empty) if empty else "none"
+    text = count_and_names(empty) if empty else "none"
     if healthy and has_prompts:
         text += f", {healthy} of them without prompts"
     yield "empty masks", text
@@ -643,8 +646,8 @@ def describe_pictures(splits, images, masks, shares, rule, texts):
     yield from describe_splits(splits)
     if images:
         sizes = sorted((facts.size for facts in images.values()), key=math.prod)
-        ends = f"{wide(sizes[0])} to {wide(sizes[-1])}"
-        median = wide(sizes[len(sizes) // 2])
+        ends = f"{width_by_height(sizes[0])} to {width_by_height(sizes[-1])}"
+        median = width_by_height(sizes[len(sizes) // 2])
         yield "images", f"{len(images)}, {modes(images.values())}; {ends}, median {median}"
 
     if masks:
@@ -746,7 +749,7 @@ def volume_facts(entry, findings):
     try:
         image, grid = nifti.read_volume((entry.image, *entry.more))
         if "CT" in (entry.modality or "").upper():
-            volumes.say_if_not_hu(entry.image, volumes.hu_facts(image))
+            volumes.notice_if_not_hu(entry.image, volumes.hu_facts(image))
     except (ValueError, OSError) as error:
         add_error(error, findings)
 
@@ -876,7 +879,7 @@ def check_volumes(root, args, findings):
 def refuse_misuse(args):
     """Raise FileNotFoundError or ValueError, one line, before any data set is read."""
     for root in args.data:
-        if not layouts.has_volumes(root) and not layouts.splits(root):
+        if not layouts.has_volumes(root) and not layouts.find_splits(root):
             need = "images/ and masks/, with anns/*.json or within train/, val/, test/"
             raise FileNotFoundError(f"{root}: no data set here; expected {need}")
     if all(layouts.has_volumes(root) for root in args.data):

@@ -16,9 +16,9 @@ from preparation.volume_sets import (
     DECATHLON_FOLDERS,
     LINKED,
     LISTS,
-    deal,
     link,
     relabelled,
+    split_at_random,
     write_data_set,
 )
 
@@ -228,12 +228,12 @@ def split_cases(pairs, split_of, unlabelled_images):
     return splits, origin
 
 
-def deal_cases(pairs, seed, where):
+def split_cases_at_random(pairs, seed, where):
     """Return the split of each labelled image, drawn at random.
 
     Raises ValueError if a split would be empty: there must be four volumes.
     """
-    split_of = deal(sorted(pairs), CASES, np.random.default_rng(seed))
+    split_of = split_at_random(sorted(pairs), CASES, np.random.default_rng(seed))
     empty = [split for split in LISTS if split not in split_of.values()]
     if empty:
         raise ValueError(f"{where}: {len(pairs)} labelled volumes, {empty[0]} would be empty")
@@ -257,7 +257,7 @@ def msd(args):
     with opened(args.raw) as source:
         about, pairs, images = read_dataset_json(source, args.raw)
         about = relabelled(about, args.labels)
-        split_of = deal_cases(pairs, args.seed, args.raw)
+        split_of = split_cases_at_random(pairs, args.seed, args.raw)
         splits, origin = split_cases(pairs, split_of, images)
 
         def put(part, *names):  # image and label; a label may be None

@@ -367,7 +367,7 @@ def demo(args) -> int:
         print(f"{args.out}: this demo set is there already")
         return 0
 
-    with atomic_files.whole_folder(args.out) as part:
+    with atomic_files.atomic_folder(args.out) as part:
         for name, content in files:
             (part / name).parent.mkdir(parents=True, exist_ok=True)
             (part / name).write_bytes(content)

@@ -284,7 +284,7 @@ def write_volumes(volumes: VolumeSet, out: Path) -> int:
     """Write a data set, complete or not at all, and print what it holds; return 0."""
     patients = list(volumes.splits)
     counts = {}
-    with atomic_files.whole_folder(out) as part:
+    with atomic_files.atomic_folder(out) as part:
         make_splits(part, ("train", "val", "test"))
         bar = tqdm(total=len(patients), desc=out.name, unit="volume", disable=None, leave=False)
         with ThreadPoolExecutor(4) as pool, bar:  # each thread holds up to 400 MB
@@ -340,8 +340,8 @@ def duke_amd(args) -> int:
     controls = [name for name in files if name.startswith("control")]
 
     rng = np.random.default_rng(args.seed)
-    splits = volume_sets.deal(amd, ENDS["case"], rng)
-    splits |= volume_sets.deal(controls, ENDS["case"], rng)
+    splits = volume_sets.split_at_random(amd, ENDS["case"], rng)
+    splits |= volume_sets.split_at_random(controls, ENDS["case"], rng)
     empty = ENDS["case"].keys() - splits.values()
     if empty:
         raise FileNotFoundError(

@@ -151,8 +151,8 @@ def classes_of_data(root: Path) -> tuple[str, ...]:
 
     Raises ValueError, one line, if the data set does not name them.
     """
-    split = next(iter(layouts.splits(root)), "train")
-    entries = layouts.annotations(root, split)
+    split = next(iter(layouts.find_splits(root)), "train")
+    entries = layouts.read_entries(root, split)
     if not entries or not entries[0].numbers:
         raise ValueError(f"{root}: a data set without names of classes; give --classes")
     return layouts.foreground(entries[0].classes)
@@ -236,7 +236,7 @@ def write_codes(path: Path, codes: dict[str, Tensor], metadata: dict[str, str]) 
     """Write a file of codes: {name: (512,)}, and its metadata."""
     from safetensors.torch import save_file
 
-    with atomic_files.whole_file(path) as part:
+    with atomic_files.atomic_write(path) as part:
         save_file({name: code.clone() for name, code in codes.items()}, part, metadata)
 
 

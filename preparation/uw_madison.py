@@ -20,7 +20,7 @@ from tqdm import tqdm
 from engine.ranges import SEED
 from imaging import atomic_files, image_files, pictures
 from preparation import volume_sets
-from preparation.check import some, wide
+from preparation.check import count_and_names, width_by_height
 from preparation.demo import png
 
 # Class indices as in the LearnOpenCV tutorial on this data; 0 is the background.
@@ -60,8 +60,8 @@ def find_slices(root: Path) -> list[Slice]:
     missing = [name for name in names if name not in files]
     if missing:
         raise FileNotFoundError(
-            f"{root / 'train'}: no file of {some(missing)}, which train.csv lists; unpack the "
-            "download again"
+            f"{root / 'train'}: no file of {count_and_names(missing)}, which train.csv lists; "
+            "unpack the download again"
         )
 
     slices = []
@@ -112,7 +112,7 @@ def choose_splits(slices: list[Slice], by: str, keep_empty: bool, seed: int) -> 
     rng = np.random.default_rng(seed)
     split_of = {}  # case or slice name -> split
     for pool in pools.values():
-        split_of |= volume_sets.deal(pool, ENDS[by], rng)
+        split_of |= volume_sets.split_at_random(pool, ENDS[by], rng)
     for s in used:
         s.split = split_of[s.case if by == "case" else s.name]
 
@@ -137,7 +137,8 @@ def organ_map(s: Slice, shape: tuple[int, int]) -> tuple[np.ndarray, int]:
             if start == 0 or length == 0 or start + length - 1 > num_pixels:
                 raise ValueError(
                     f"train.csv, {s.name}, class {index}: run {start} {length} is no start and "
-                    f"length within the {wide(shape)} pixels of {s.path}; download both again"
+                    f"length within the {width_by_height(shape)} pixels of {s.path}; download both "
+                    "again"
                 )
             is_organ[index, start - 1 : start - 1 + length] = True
 
@@ -248,7 +249,7 @@ def uw_madison(args) -> int:
         if s.split or args.window == "scan":  # the window of a scan depends on all of its slices
             scans[s.scan].append(s)
 
-    with atomic_files.whole_folder(args.out) as part:
+    with atomic_files.atomic_folder(args.out) as part:
         make_splits(part, ENDS[args.split])
         bar = tqdm(total=len(scans), desc="uw-madison", unit="scan", disable=None, leave=False)
         overlaps = 0

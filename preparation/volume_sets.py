@@ -26,7 +26,7 @@ CASES = {"test": 0.15, "val": 0.30, "train": 1}  # where each split ends in a sh
 LISTS = {"train": "training", "val": "validation", "test": "test"}  # their names in dataset.json
 
 
-def deal(names, ends, rng):
+def split_at_random(names, ends, rng):
     """Return the split of each name, drawn at random.
 
     ends: split -> the share of the shuffled names at which it ends, in ascending order.
@@ -123,7 +123,7 @@ def write_data_set(out, about, splits, put, title):
         cases += splits[split]
 
     grids = []
-    with atomic_files.whole_folder(out) as part, nifti.notices.together(part, out):
+    with atomic_files.atomic_folder(out) as part, nifti.notices.together(part, out):
         for image, label in tqdm(cases, desc=out.name, unit="volume", disable=None, leave=False):
             for name in filter(None, (image, label)):
                 (part / name).parent.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from data import Dataset
 from engine.runs import DataSets
-from imaging.augment import MIRRORS, sided, view
+from imaging.augment import MIRRORS, names_a_side, view
 from imaging.layouts import is_prompt_type
 from losses import dice_bce, dice_loss
 from recipes.base import (
@@ -31,7 +31,7 @@ from tokenizer import CLIPTokenizer
 # --- inputs, forward pass, prediction -------------------------------------------------------------
 
 
-def pixels(sample, config, preprocess) -> dict:
+def preprocessed_image(sample, config, preprocess) -> dict:
     """Return {"image": (3,S,S) float32}, a sample's image preprocessed for the model."""
     image = Image.fromarray(sample["image"].permute(1, 2, 0).numpy())
     return {"image": preprocess(image, config)}
@@ -42,7 +42,7 @@ def prompt_tokens(prompt: str, tokenizer) -> dict:
     return {"tokens": tokenizer(prompt)[0]}
 
 
-def one_view(sample, views, rng) -> dict:
+def random_view(sample, views, rng) -> dict:
     """Return a random view of a sample."""
     if len(views) <= 1:
         return sample
@@ -50,7 +50,7 @@ def one_view(sample, views, rng) -> dict:
     return view(sample, name)
 
 
-def for_scores(sample) -> dict:
+def scoring_fields(sample) -> dict:
     """Return what scoring needs of a sample, including "truth" (1,H,W) int64 if it has a mask."""
     keys = ("name", "prompt", "size", "group", "dataset")
     item = {key: sample[key] for key in keys}
@@ -67,7 +67,7 @@ def image_inputs(sample, train, rng, config, look, read, augment, views, preproc
     holds the result of `for_scores`.
     """
     if train:
-        sample = one_view(sample, views_of_classes(views, sample["classes"]), rng)
+        sample = random_view(sample, views_of_classes(views, sample["classes"]), rng)
 
     if train and augment is not None:
         item, prompt = augmented_inputs(sample, rng, config, augment)
@@ -80,7 +80,7 @@ def image_inputs(sample, train, rng, config, look, read, augment, views, preproc
     if read:
         item |= read(prompt)
     if not train:
-        item |= for_scores(sample)
+        item |= scoring_fields(sample)
     return item
 
 
@@ -88,7 +88,7 @@ def views_of_classes(views, classes) -> list[str]:
     """Return the views that do not mirror a class such as "left lung" to the wrong side."""
     allowed = []
     for name in views:
-        if name not in MIRRORS or not sided(classes, MIRRORS[name]):
+        if name not in MIRRORS or not names_a_side(classes, MIRRORS[name]):
             allowed.append(name)
     return allowed
 
@@ -171,7 +171,7 @@ def image_recipe(file, model, settings: Protocol, forward: Callable, read=None) 
     file: the model's module, with `preprocess` and `preprocess_mask`. forward: (model, batch) ->
     logits. read: prompt -> tensors, for models that read texts.
     """
-    look = partial(pixels, config=model.config, preprocess=file.preprocess)
+    look = partial(preprocessed_image, config=model.config, preprocess=file.preprocess)
     inputs = partial(
         image_inputs,
         config=model.config,

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from data import Dataset, Items, loader
-from engine.feature_cache import Rows, fingerprint, keep
+from data import Dataset, Items, make_loader
+from engine.feature_cache import CachedRows, cache_rows, fingerprint
 from imaging.augment import MIRRORS, mirror_prompt, view
 from recipes.base import Recipe
 
@@ -19,8 +19,10 @@ from recipes.base import Recipe
 class CachedFeatures:
     """Features of images and embeddings of texts, in files of engine/feature_cache.py."""
 
-    images: dict[tuple[Path, str], tuple[Rows, int]]  # (image file, view) -> file and row in it
-    texts: dict[str, tuple[Rows, int]]  # text -> file and row in it
+    images: dict[
+        tuple[Path, str], tuple[CachedRows, int]
+    ]  # (image file, view) -> file and row in it
+    texts: dict[str, tuple[CachedRows, int]]  # text -> file and row in it
 
     def load_image(self, sample: dict) -> dict:
         """Return {"features": those of a sample's image} instead of its pixels."""
@@ -49,7 +51,7 @@ class FeatureEncoder:
         self.model_key = fingerprint(towers, config)
 
     @torch.no_grad()
-    def rows(self, title: str, count: int, content: list, compute: Callable) -> Rows:
+    def rows(self, title: str, count: int, content: list, compute: Callable) -> CachedRows:
         """Return the rows of a cache file, computing those that are missing.
 
         title: what the rows are. content: all that they depend on except the model and the title.
@@ -58,8 +60,8 @@ class FeatureEncoder:
         dtype = self.options.feature_dtype
         key = fingerprint({}, self.model_key, title, content, dtype)
         path = Path(self.options.cache) / f"{key}.npy"
-        keep(path, count, compute, f"{count} {title}", dtype)
-        return Rows(path)
+        cache_rows(path, count, compute, f"{count} {title}", dtype)
+        return CachedRows(path)
 
     def encode_images(self, dataset: Dataset, views: list[str], load_image: Callable) -> dict:
         """Return {(image file, view): (file, row)} for each image of a data set and each view."""
@@ -82,7 +84,7 @@ class FeatureEncoder:
     def image_features(self, items: Items, indices: list[int], start: int) -> Iterator[Tensor]:
         """Yield the features of the images of these entries, from number `start` on."""
         batches = [[(0, i)] for i in indices[start:]]  # of one image in epoch 0
-        for item in loader(items, batches, self.options.workers, self.device):
+        for item in make_loader(items, batches, self.options.workers, self.device):
             image = item["image"][None].to(self.device)  # (1,3,S,S)
             yield self.model.encode_image(image)[0]
 
@@ -129,7 +131,7 @@ def texts_of(sets: list[Dataset], kind: str, views: list[str]) -> list[str]:
     return sorted(texts)
 
 
-def keep_features(recipe: Recipe, model, frozen: Callable, sets: list[Dataset], options) -> Recipe:
+def cache_features(recipe: Recipe, model, frozen: Callable, sets: list[Dataset], options) -> Recipe:
     """Return a recipe with cached features instead of images and texts; compute missing ones.
 
     model: has `encode_image` and, if it reads texts, `encode_text`. frozen: tells by the name of a

@@ -29,7 +29,7 @@ from recipes.base import (
     load_variant,
     parameter_groups,
 )
-from recipes.images import encode_image, for_scores, one_view, pixels
+from recipes.images import encode_image, preprocessed_image, random_view, scoring_fields
 
 TOPOLOGY = ("none", "persistence", "cldice", "oct")
 PROMPTS_AT_A_TIME = 16  # in evaluation; each takes 30 MB
@@ -130,7 +130,7 @@ def sam_inputs(sample, train: bool, rng, config, settings, look) -> dict:
     prompt, classes, and parts (Q,H,W) uint8, the masks of the prompts.
     """
     if train:
-        sample = one_view(sample, settings.views, rng)
+        sample = random_view(sample, settings.views, rng)
         if settings.augment is not None:
             image, mask, _ = settings.augment(sample["image"], sample["mask"], "", None, rng)
             sample = sample | {"image": image, "mask": mask}
@@ -138,7 +138,7 @@ def sam_inputs(sample, train: bool, rng, config, settings, look) -> dict:
     source = settings.sam_prompts
     item = look(sample)
     if not train:
-        item |= for_scores(sample) | {"prompt": source, "classes": sample["classes"]}
+        item |= scoring_fields(sample) | {"prompt": source, "classes": sample["classes"]}
     if "mask" not in sample:
         return item
 
@@ -403,7 +403,7 @@ def load_sam(weights, variant, settings: Protocol, overrides: dict, train_set) -
 def sam_recipe(model: sam_decoder.SAM, settings: Protocol) -> Recipe:
     """Return the recipe of a model under the settings of a run."""
     context = {"config": model.config, "settings": settings}
-    look = partial(pixels, config=model.config, preprocess=sam_decoder.preprocess)
+    look = partial(preprocessed_image, config=model.config, preprocess=sam_decoder.preprocess)
     return Recipe(
         inputs=partial(sam_inputs, look=look, **context),
         forward=sam_forward,
@@ -524,7 +524,7 @@ def image_names(images: list[Path], inputs: list[str]) -> list[str]:
 
     With several data sets, a path that occurs in two of them starts with the data set's folder.
     """
-    data_sets = [Path(path).resolve() for path in inputs if layouts.splits(Path(path))]
+    data_sets = [Path(path).resolve() for path in inputs if layouts.find_splits(Path(path))]
     folders = [Path(path) for path in inputs if Path(path).is_dir()]
     names = []
     long_names = []

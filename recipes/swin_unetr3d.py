@@ -13,7 +13,7 @@ import swin_unetr3d
 from engine import runs
 from engine.runs import DataSets
 from imaging import volumes
-from imaging.layouts import moved
+from imaging.layouts import same_name_different_index
 from losses import dice_bce, dice_ce, gi_tract_dice_ce
 from recipes.base import (
     VOLUME_OPTIONS,
@@ -175,7 +175,7 @@ def name_classes(model: nn.Module, train_set, weights) -> None:
     """Give a model the training set's class names; print which of its own names they replace."""
     classes = train_set.entries[0].classes
     known = model.config.classes
-    if weights != "none" and moved(classes, known):
+    if weights != "none" and same_name_different_index(classes, known):
         print(f"the head of {', '.join(known)} learns {', '.join(classes)}")
     model.config = replace(model.config, classes=classes)
 

@@ -336,7 +336,7 @@ def test_an_adapter_of_a_huge_rank_takes_no_memory(tmp_path):
 
 @pytest.mark.parametrize("left", [0, 1000])
 def test_pixels_that_are_cut_while_a_run_reads_them_are_one_line(left, demo, tmp_path):
-    dataset = data.open_dataset(layouts.annotations(demo, "val"), tmp_path)
+    dataset = data.open_dataset(layouts.read_entries(demo, "val"), tmp_path)
     image, _ = dataset.pixels(len(dataset) - 1)
     assert image.shape[2] == 3
     dataset.path.write_bytes(dataset.path.read_bytes()[:left])
@@ -348,11 +348,13 @@ def test_pixels_that_are_cut_while_a_run_reads_them_are_one_line(left, demo, tmp
 @pytest.mark.parametrize("left", [0, 60, 140])
 def test_features_that_are_cut_while_a_run_reads_them_are_one_line(left, tmp_path):
     path = tmp_path / "x.npy"
-    feature_cache.keep(path, 3, lambda start: iter(torch.ones(3, 8)[start:]), "rows", "float32")
-    rows = feature_cache.Rows(path)
+    feature_cache.cache_rows(
+        path, 3, lambda start: iter(torch.ones(3, 8)[start:]), "rows", "float32"
+    )
+    rows = feature_cache.CachedRows(path)
     assert rows[2].tolist() == [1] * 8
     path.write_bytes(path.read_bytes()[:left])
-    for again in rows, feature_cache.Rows(path):
+    for again in rows, feature_cache.CachedRows(path):
         with pytest.raises(OSError, match="x.npy: (row 2|the header) was damaged while"):
             again[2]
 

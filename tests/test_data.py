@@ -46,7 +46,7 @@ def write_set(
 
 
 def opened(root, tmp_path, split="train"):
-    return data.open_dataset(layouts.annotations(root, split), tmp_path / "cache")
+    return data.open_dataset(layouts.read_entries(root, split), tmp_path / "cache")
 
 
 def palette_mask():
@@ -240,7 +240,7 @@ def test_flat_pixels_are_those_whose_neighbourhood_has_one_value(tmp_path):
 
 def test_a_given_threshold_decides_and_the_images_are_not_decoded_again(tmp_path, capsys):
     root = write_set(tmp_path / "set", {"a.png": as_image(painted(64, 128, 255))})
-    lists = {"all": layouts.annotations(root, "train")}
+    lists = {"all": layouts.read_entries(root, "train")}
     with pytest.raises(ValueError, match="several values"):
         data.open_datasets(lists, tmp_path / "cache")
     capsys.readouterr()
@@ -249,7 +249,7 @@ def test_a_given_threshold_decides_and_the_images_are_not_decoded_again(tmp_path
         dataset = data.open_datasets(lists, tmp_path / "cache", reading=reading)["all"]
         assert np.array_equal(dataset.pixels(0)[1], painted(64, 128, 255) > threshold)
         assert f"masks read > {threshold}," in dataset.describe()
-        assert data.named(dataset.rules) == {"set": f"--mask-threshold {threshold}"}
+        assert data.rules_by_name(dataset.rules) == {"set": f"--mask-threshold {threshold}"}
     assert capsys.readouterr().out == ""
     with pytest.raises(ValueError, match=r"all 1 masks are empty \(read --mask-threshold 255\)"):
         data.open_datasets(lists, tmp_path / "cache", reading=data.MaskReading(255))
@@ -258,7 +258,7 @@ def test_a_given_threshold_decides_and_the_images_are_not_decoded_again(tmp_path
 def test_a_threshold_has_no_meaning_for_class_numbers(tmp_path):
     root = write_set(tmp_path / "set", {"a.png": as_image(painted(1, 2))})
     (root / "classes.json").write_text('{"0": "background", "1": "a", "2": "b"}')
-    lists = {"all": layouts.annotations(root, "train")}
+    lists = {"all": layouts.read_entries(root, "train")}
     with pytest.raises(ValueError, match="--mask-threshold: these masks hold class numbers"):
         data.open_datasets(lists, tmp_path / "cache", reading=data.MaskReading(40))
 
@@ -266,7 +266,7 @@ def test_a_threshold_has_no_meaning_for_class_numbers(tmp_path):
 def three_splits(root, train, val, test):
     for split, mask in {"train": train, "val": val, "test": test}.items():
         write_set(root, {f"{split}.png": as_image(mask)}, split=split)
-    return {split: layouts.annotations(root, split) for split in ("train", "val", "test")}
+    return {split: layouts.read_entries(root, split) for split in ("train", "val", "test")}
 
 
 def test_void_stays_void_in_a_split_without_a_lesion(tmp_path):
@@ -284,7 +284,7 @@ def test_void_stays_void_in_a_split_without_a_lesion(tmp_path):
     assert np.array_equal(sets["test"].pixels(0)[1], painted(1))
 
     # A later test of a split that holds too little to tell goes by the run's rule.
-    lists = {"val": layouts.annotations(tmp_path / "set", "val")}
+    lists = {"val": layouts.read_entries(tmp_path / "set", "val")}
     alone = data.open_datasets(lists, tmp_path / "cache")["val"]
     assert "read > 127" in alone.describe()
     with pytest.raises(ValueError, match="read by number"):
@@ -297,7 +297,7 @@ def test_a_run_s_rule_is_left_where_the_values_contradict_it(tmp_path, capsys):
         tmp_path / "set", {"a.png": through_jpeg(as_image(blobs() * np.uint8(255)), 75)}
     )
     reading = data.MaskReading(known={"set": "> 0", "other": "by number"})
-    lists = {"all": layouts.annotations(root, "train")}
+    lists = {"all": layouts.read_entries(root, "train")}
     dataset = data.open_datasets(lists, tmp_path / "cache", reading=reading)["all"]
     assert "read > 127" in dataset.describe()
     assert f"{root}: masks are read > 127; the run read set > 0" in capsys.readouterr().out
@@ -315,11 +315,11 @@ def test_files_of_two_ranges_are_each_read_by_their_own(joined, tmp_path, capsys
             assert np.array_equal(sets[name].pixels(0)[1], painted(1)), name
         said = capsys.readouterr().out
         assert said.count("1 mask holds 0 and 1 (val.png), others go up to 255") == 1
-        assert data.named(sets["train"].rules) == {"set": "by file"}
+        assert data.rules_by_name(sets["train"].rules) == {"set": "by file"}
     else:
         black.save(tmp_path / "set/masks/val.png")
         sets = data.open_datasets(lists | {"val": lists["val"] + lists["test"]}, tmp_path / "cache")
-        assert data.named(sets["val"].rules) == {"set": "> 127"}
+        assert data.rules_by_name(sets["val"].rules) == {"set": "> 127"}
         assert not sets["val"].pixels(0)[1].any() and sets["val"].pixels(1)[1].any()
 
 
@@ -366,7 +366,7 @@ def test_a_foreground_in_any_one_colour_is_binary_but_not_in_several(tmp_path):
         root = write_set(tmp_path / kind, {"a.png": mask})
         with pytest.raises(ValueError, match="a.png: holds several colours"):
             opened(root, tmp_path)
-        lists = {"all": layouts.annotations(root, "train")}
+        lists = {"all": layouts.read_entries(root, "train")}
         reading = data.MaskReading(0)
         chosen = data.open_datasets(lists, tmp_path / "cache", reading=reading)["all"]
         assert np.array_equal(chosen.pixels(0)[1], np.asarray(mask.convert("RGB")).any(axis=2))
@@ -381,7 +381,7 @@ def test_all_masks_empty_is_an_error(tmp_path):
 def test_pooled_sets_keep_their_own_mask_rule(tmp_path):
     ones = write_set(tmp_path / "ones", {"a.png": as_image(BLOB.astype(np.uint8))})
     full = write_set(tmp_path / "full", {"a.png": as_image(BLOB.astype(np.uint8) * 255)})
-    entries, _ = layouts.annotations(ones, "train") + layouts.annotations(full, "train"), None
+    entries, _ = layouts.read_entries(ones, "train") + layouts.read_entries(full, "train"), None
     dataset = data.open_dataset(entries, tmp_path / "cache")
     assert [dataset.pixels(i)[1].sum() for i in (0, 1)] == [BLOB.sum()] * 2
     assert [dataset.sample(i, "p1")["dataset"] for i in (0, 1)] == ["ones", "full"]
@@ -523,15 +523,15 @@ def test_broken_sets_are_refused_with_the_file_s_name(kind, tmp_path):
 
 def test_folders_that_are_no_data_set(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such folder"):
-        layouts.annotations(tmp_path / "nowhere", "train")
+        layouts.read_entries(tmp_path / "nowhere", "train")
     with pytest.raises(ValueError, match="not a data set; it needs"):
-        layouts.annotations(tmp_path, "train")
+        layouts.read_entries(tmp_path, "train")
     with pytest.raises(FileNotFoundError, match="splits here: train"):
-        layouts.annotations(good_set(tmp_path), "testA")
+        layouts.read_entries(good_set(tmp_path), "testA")
 
 
 def test_prompt_choice(tmp_path):
-    entry = layouts.annotations(good_set(tmp_path), "train")[0]
+    entry = layouts.read_entries(good_set(tmp_path), "train")[0]
     assert entry.text("p0") == "" and entry.text("p7") == "a growth"
     assert entry.text("a red polyp") == "a red polyp"
     drawn = {entry.text("random", np.random.default_rng(k)) for k in range(40)}
@@ -627,7 +627,7 @@ def test_loader_gives_the_same_with_any_number_of_workers(tmp_path):
     for workers in (0, 2):
         items = data.Items(dataset, "p7", drawn, train=True, seed=3)
         before = torch.get_rng_state()
-        batches = data.loader(
+        batches = data.make_loader(
             items, data.train_batches(2, 2, 5, 3, 0), workers, torch.device("cpu")
         )
         results.append(torch.cat([batch["x"] for batch in batches]))
@@ -1045,7 +1045,7 @@ def turned_set(tmp_path, number, ending="png", size=(40, 60)):
 
 
 def opened_as(root, tmp_path, orientation):
-    entries = data.with_mask_orientation(layouts.annotations(root, "train"), orientation)
+    entries = data.with_mask_orientation(layouts.read_entries(root, "train"), orientation)
     return data.open_dataset(entries, tmp_path / "cache")
 
 

@@ -174,7 +174,9 @@ def test_masks_read_as_a_data_set(dme, amd, tmp_path, capsys, which):
     assert json.loads((out / "classes.json").read_text()) == dict(
         zip("012345678", names, strict=False)
     )
-    entries = [e for s in layouts.splits(out) for e in layouts.annotations(out, s, "[a-z]+[0-9]+")]
+    entries = [
+        e for s in layouts.find_splits(out) for e in layouts.read_entries(out, s, "[a-z]+[0-9]+")
+    ]
     assert {entry.classes for entry in entries} == {tuple(names)}
     assert {entry.group for entry in entries} == {e.name.split("_")[0] for e in entries}
     assert len({entry.group for entry in entries}) == (10 if which == "duke-dme" else 20)

@@ -34,7 +34,7 @@ def test_rows_are_computed_once(tmp_path, capsys):
 
     path = tmp_path / "deep" / "key.npy"
     for _ in range(2):
-        rows = feature_cache.keep(path, 5, compute, "features of 5 images")
+        rows = feature_cache.cache_rows(path, 5, compute, "features of 5 images")
         assert rows.dtype == np.float16 and not rows.flags.writeable
         np.testing.assert_array_equal(rows, torch.stack([row(i) for i in range(5)]).numpy())
     assert asked == [0, 1, 2, 3, 4]
@@ -54,7 +54,7 @@ def made(path, starts=None):
             starts.append(start)
         return map(row, range(start, 5))
 
-    return feature_cache.keep(path, 5, compute, "five rows")
+    return feature_cache.cache_rows(path, 5, compute, "five rows")
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def made(path, starts=None):
 def test_what_a_killed_run_left_is_gone_on_from(left, tmp_path):
     """`left` bytes were written: a cut header, whole rows of 16 bytes, or a cut row."""
     whole = tmp_path / "whole.npy"
-    feature_cache.keep(whole, 5, lambda start: map(row, range(start, 5)), "")
+    feature_cache.cache_rows(whole, 5, lambda start: map(row, range(start, 5)), "")
     starts, path = [], tmp_path / "key.npy"
     path.with_suffix(".part").write_bytes(whole.read_bytes()[:left])
 
@@ -72,7 +72,7 @@ def test_what_a_killed_run_left_is_gone_on_from(left, tmp_path):
         starts.append(start)
         return map(row, range(start, 5))
 
-    feature_cache.keep(path, 5, compute, "")
+    feature_cache.cache_rows(path, 5, compute, "")
     assert starts == ([max(0, left - HEADER) // RECORD] if left < KEPT else [])
     assert path.read_bytes() == whole.read_bytes()
 
@@ -159,13 +159,13 @@ def test_only_damaged_rows_are_computed_again(tmp_path):
             computed.append(i)
             yield row(i)
 
-    feature_cache.keep(path, 100, compute, "")
+    feature_cache.cache_rows(path, 100, compute, "")
     with open(path, "rb+") as file:
         for i in (7, 8, 9, 50, 99):
             file.seek(HEADER + i * RECORD + 2)
             file.write(b"\xff")
     computed.clear()
-    feature_cache.keep(path, 100, compute, "")
+    feature_cache.cache_rows(path, 100, compute, "")
     assert computed == [7, 8, 9, 50, 99]
 
 
@@ -188,7 +188,7 @@ def test_rows_that_a_killed_run_left_of_another_number_are_not_gone_on_from(tmp_
     made(path)
     whole = path.read_bytes()
     path.unlink()
-    feature_cache.keep(path, 6, lambda start: map(row, range(start, 6)), "")
+    feature_cache.cache_rows(path, 6, lambda start: map(row, range(start, 6)), "")
     os.replace(path, path.with_suffix(".part"))
     starts = []
     made(path, starts)
@@ -229,7 +229,7 @@ def test_damaged_rows_that_a_killed_run_left_are_not_gone_on_from(tmp_path):
 def test_each_process_checks_a_row_when_it_first_reads_it(tmp_path):
     path = tmp_path / "key.npy"
     made(path)
-    rows = feature_cache.Rows(path)
+    rows = feature_cache.CachedRows(path)
     assert torch.equal(rows[1], row(1).half())
     for place in (HEADER + RECORD, HEADER + 3 * RECORD):
         content = flip(place)(path.read_bytes())
@@ -292,7 +292,9 @@ def test_the_fingerprint_notices_every_change():
 def test_no_room(tmp_path, monkeypatch):
     monkeypatch.setattr(feature_cache.shutil, "disk_usage", lambda _: type("", (), {"free": 10}))
     with pytest.raises(OSError, match="MB needed"):
-        feature_cache.keep(tmp_path / "key.npy", 5, lambda start: map(row, range(start, 5)), "")
+        feature_cache.cache_rows(
+            tmp_path / "key.npy", 5, lambda start: map(row, range(start, 5)), ""
+        )
 
 
 def test_two_runs_at_once_share_one_computation(tmp_path):
@@ -338,7 +340,7 @@ PIXEL_DAMAGE = {
 @pytest.mark.parametrize("damage", PIXEL_DAMAGE)
 def test_damaged_pixels_are_decoded_again_and_said(damage, demo, tmp_path, capsys):
     ending, change = PIXEL_DAMAGE[damage]
-    entries = layouts.annotations(demo, "val")
+    entries = layouts.read_entries(demo, "val")
     whole = data.open_dataset(entries, tmp_path)
     expected = [whole.sample(i, "p6") for i in range(len(whole))]
     (path,) = tmp_path.glob(f"*{ending}")

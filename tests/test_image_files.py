@@ -52,7 +52,7 @@ def one_line(function, *arguments, error=ValueError):
 
 
 def open_split(root, tmp_path, split="train"):
-    return data.open_dataset(layouts.annotations(root, split), tmp_path / "cache")
+    return data.open_dataset(layouts.read_entries(root, split), tmp_path / "cache")
 
 
 # --- formats -------------------------------------------------------------------------------------
@@ -390,7 +390,7 @@ def test_folders_of_other_files_are_refused_with_counts(tmp_path):
     for name in ("images", "masks"):
         (root / "train" / name / "a.png").rename(root / "train" / name / "a.xyz")
         (root / "train" / name / "b.xyz").write_text("b")
-    line = one_line(layouts.annotations, root, "train")
+    line = one_line(layouts.read_entries, root, "train")
     assert "train/images: no images in this folder, only 2 .xyz; images end in .png" in line
     findings = defaultdict(list)
     check.read_splits(root, None, findings)
@@ -402,9 +402,9 @@ def test_an_image_whose_partner_is_dicom(tmp_path):
     save_pair(root / "train")
     save_pair(root / "train", "b")
     (root / "train/images/a.png").rename(root / "train/images/a.dcm")
-    assert "images/a.dcm: DICOM is not read" in one_line(layouts.annotations, root, "train")
+    assert "images/a.dcm: DICOM is not read" in one_line(layouts.read_entries, root, "train")
     (root / "train/images/a.dcm").rename(root / "train/images/a.xyz")
-    line = one_line(layouts.annotations, root, "train")
+    line = one_line(layouts.read_entries, root, "train")
     assert "masks/a.png: no image or mask of the same name" in line
     assert "a.xyz is not an image file" in line
 
@@ -415,7 +415,7 @@ def test_other_files_beside_pairs_are_counted_aloud(tmp_path, capsys):
     for name in ("x.xyz", "readme.txt", "Thumbs.db", "._a.png", ".DS_Store"):
         (root / "train/images" / name).write_text("x")
     (root / "train/images/sub").mkdir()
-    assert len(layouts.annotations(root, "train")) == 1
+    assert len(layouts.read_entries(root, "train")) == 1
     said = capsys.readouterr().out
     assert "train/images: skipped files that are not images: " in said
     assert "1 folder" in said and "1 .xyz" in said and "1 .txt" in said
@@ -479,10 +479,10 @@ def test_pairs_of_different_unicode_forms(tmp_path):
     save_pair(root / "train", unicodedata.normalize("NFC", "Läsion"))
     mask = root / "train/masks" / unicodedata.normalize("NFC", "Läsion.png")
     mask.rename(root / "train/masks" / unicodedata.normalize("NFD", "Läsion.png"))
-    (found,) = layouts.annotations(root, "train")
+    (found,) = layouts.read_entries(root, "train")
     assert found.name == unicodedata.normalize("NFD", "Läsion")
     Image.fromarray(MASK).save(mask)  # now both forms are there
-    line = one_line(layouts.annotations, root, "train")
+    line = one_line(layouts.read_entries, root, "train")
     assert "a second file of this name" in line and line.endswith("; remove or rename one")
 
 
@@ -535,7 +535,7 @@ def test_odd_entries_are_one_line(kind, tmp_path):
     save_pair(tmp_path)
     annotate(tmp_path, [item])
     with pytest.raises(ValueError, match=f"train.json, entry 0: .*{words}") as error:
-        layouts.annotations(tmp_path, "train")
+        layouts.read_entries(tmp_path, "train")
     assert "\n" not in str(error.value) and "Error(" not in str(error.value)
 
 
@@ -553,14 +553,14 @@ def test_odd_annotation_files_are_one_line(kind, tmp_path):
     save_pair(tmp_path)
     annotate(tmp_path, [])
     (tmp_path / "anns/train.json").write_text(text)
-    assert words in one_line(layouts.annotations, tmp_path, "train")
+    assert words in one_line(layouts.read_entries, tmp_path, "train")
 
 
 def test_names_that_are_not_unicode_are_one_line(tmp_path):
     save_pair(tmp_path / "set/train")
     folder = os.fsencode(tmp_path / "set/train/images")
     os.rename(folder + b"/a.png", folder + b"/a\xff.png")
-    line = one_line(layouts.annotations, tmp_path / "set", "train")
+    line = one_line(layouts.read_entries, tmp_path / "set", "train")
     assert "is not Unicode; rename it" in line
     line.encode("utf-8")
 
@@ -569,7 +569,7 @@ def test_hidden_annotation_files_are_passed_over(tmp_path):
     save_pair(tmp_path)
     annotate(tmp_path, [entry()])
     (tmp_path / "anns/._train.json").write_bytes(b"macOS")
-    assert [*layouts.splits(tmp_path)] == ["train"]
+    assert [*layouts.find_splits(tmp_path)] == ["train"]
 
 
 def test_a_file_of_macos_beside_an_image_is_named_as_such(tmp_path):

@@ -192,7 +192,7 @@ def test_a_full_disk_is_named_whatever_the_library_says(library, tmp_path):
     path.write_text("old")
     with (
         pytest.raises(OSError, match="No space left") as caught,
-        atomic_files.whole_file(path) as part,
+        atomic_files.atomic_write(path) as part,
     ):
         part.write_text("new, in part")
         raise FULL[library]
@@ -201,7 +201,7 @@ def test_a_full_disk_is_named_whatever_the_library_says(library, tmp_path):
 
 
 def test_other_errors_in_a_file_stay_what_they_are(tmp_path):
-    with pytest.raises(KeyError), atomic_files.whole_file(tmp_path / "x.json"):
+    with pytest.raises(KeyError), atomic_files.atomic_write(tmp_path / "x.json"):
         raise KeyError("a mistake of ours")
     assert not list(tmp_path.iterdir())
 
@@ -242,9 +242,9 @@ def test_leftovers_of_killed_processes_are_removed_and_nothing_else(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/link").symlink_to(tmp_path / "elsewhere")
 
-    with atomic_files.claim(tmp_path / "run"):
+    with atomic_files.claim_folder(tmp_path / "run"):
         assert (tmp_path / "elsewhere/.a.png.0123abcd").exists()
-    with atomic_files.claim(tmp_path / "a"):
+    with atomic_files.claim_folder(tmp_path / "a"):
         assert not (tmp_path / left[2]).exists() and (tmp_path / left[0]).exists()
     atomic_files.remove_leftovers(tmp_path, recursive=False)
     assert not (tmp_path / left[0]).exists() and (tmp_path / left[1]).exists()
@@ -253,7 +253,7 @@ def test_leftovers_of_killed_processes_are_removed_and_nothing_else(tmp_path):
 
 
 def test_a_file_that_is_being_written_is_no_leftover(tmp_path):
-    with atomic_files.whole_file(tmp_path / "x.png") as part:
+    with atomic_files.atomic_write(tmp_path / "x.png") as part:
         atomic_files.remove_leftovers(tmp_path)
         assert part.exists()
         part.write_text("whole")
@@ -275,7 +275,7 @@ def test_opening_a_data_set_tidies_the_cache(demo, tmp_path):
     cache = tmp_path / "cache"
     cache.mkdir()
     (cache / f".{'0' * 24}.bin.0123abcd").write_bytes(b"x")
-    data.open_dataset(layouts.annotations(demo, "val"), cache)
+    data.open_dataset(layouts.read_entries(demo, "val"), cache)
     assert not list(cache.glob(".*"))
 
 

@@ -44,7 +44,7 @@ def class_maps(root, classes=CLASSES, splits=("train", "val", "test"), values=(1
 
 
 def opened(root, split, tmp_path, **how):
-    return data.open_dataset(layouts.annotations(root, split, **how), tmp_path / "cache")
+    return data.open_dataset(layouts.read_entries(root, split, **how), tmp_path / "cache")
 
 
 @pytest.mark.parametrize("mode", [None, "P"])
@@ -52,7 +52,7 @@ def opened(root, split, tmp_path, **how):
 def test_split_folders_hold_class_numbers(tmp_path, mode, names):
     how = dict(zip(("images", "masks"), names, strict=True))
     root = class_maps(tmp_path / "set", splits=("train", "valid"), mode=mode, **how)
-    assert set(layouts.splits(root)) == {"train", "val"}
+    assert set(layouts.find_splits(root)) == {"train", "val"}
     dataset = opened(root, "val", tmp_path)
     assert dataset.classes == ("background", "large bowel", "small bowel", "stomach")
     for i, expected in enumerate((1, 2, 3, 1)):
@@ -81,14 +81,14 @@ def test_a_folder_without_splits_is_divided_once_and_for_all(tmp_path):
     for case in range(20):
         for day in range(2):
             pair(root, f"case{case}_day{day}", square(255))
-    names = {s: layouts.annotations(root, s, r"case\d+") for s in ("train", "val", "test")}
+    names = {s: layouts.read_entries(root, s, r"case\d+") for s in ("train", "val", "test")}
     assert {s: len(e) for s, e in names.items()} == {"train": 32, "val": 4, "test": 4}
     groups = [{entry.group for entry in entries} for entries in names.values()]
     assert not (groups[0] & groups[1] | groups[0] & groups[2] | groups[1] & groups[2])
     assert set.union(*groups) == {f"case{k}" for k in range(20)}
     with pytest.raises(ValueError, match=r"--group-regex case\(: missing \)"):
-        layouts.annotations(root, "test", "case(")
-    again = layouts.annotations(root, "test", r"case\d+")
+        layouts.read_entries(root, "test", "case(")
+    again = layouts.read_entries(root, "test", r"case\d+")
     assert again == names["test"] and again[0].classes == ("target",)
     args = SimpleNamespace(inputs=[str(root)], prompt=None, split="test")
     run = {
@@ -164,7 +164,7 @@ def blank(folder):
 def test_a_missing_split_is_told(tmp_path):
     root = class_maps(tmp_path / "set", splits=("train",))
     with pytest.raises(FileNotFoundError, match="no split test, only train"):
-        layouts.annotations(root, "test")
+        layouts.read_entries(root, "test")
 
 
 def test_files_of_the_system_are_not_images(tmp_path):
@@ -177,7 +177,7 @@ def test_files_of_the_system_are_not_images(tmp_path):
 def test_data_sets_of_other_classes_are_not_pooled(tmp_path):
     one = class_maps(tmp_path / "one", splits=("train",))
     other = class_maps(tmp_path / "two", {**CLASSES, "3": "liver"}, splits=("train",))
-    entries = layouts.annotations(one, "train") + layouts.annotations(other, "train")
+    entries = layouts.read_entries(one, "train") + layouts.read_entries(other, "train")
     with pytest.raises(ValueError, match="other classes than"):
         data.open_dataset(entries, tmp_path / "cache")
 
@@ -224,7 +224,7 @@ def test_too_few_images_to_divide_are_told(tmp_path):
     for kind in ("images", "masks"):
         (tmp_path / "set" / kind).mkdir(parents=True)
     with pytest.raises(ValueError, match="0 images or patients, too few for 10"):
-        layouts.annotations(tmp_path / "set", "train")
+        layouts.read_entries(tmp_path / "set", "train")
 
 
 # --- names and prompts ----------------------------------------------------------------------------
@@ -259,7 +259,7 @@ def test_names_stay_below_their_folder(tmp_path, key, name, said):
     good = {"img_name": "a.png", "mask_name": "a.png"}
     root = listed(tmp_path / "set", good, good | {"mask_name": "b.png", key: name})
     with pytest.raises(ValueError) as error:
-        layouts.annotations(root, "train")
+        layouts.read_entries(root, "train")
     path = root / "anns/train.json"
     message = str(error.value)
     assert message.startswith(f"{path}, entry 1: {key} {name!r} {said}") and "\n" not in message
@@ -268,14 +268,14 @@ def test_names_stay_below_their_folder(tmp_path, key, name, said):
 @pytest.mark.parametrize("name", ["a.png", "./g/a.png", "g/../a.png", "..a.png", "a..png", "g/..a"])
 def test_other_names_are_taken(tmp_path, name):
     root = listed(tmp_path / "set", {"img_name": name, "mask_name": name})
-    (entry,) = layouts.annotations(root, "train")
+    (entry,) = layouts.read_entries(root, "train")
     assert entry.image == root.resolve() / "images" / name
 
 
 def test_a_name_that_is_a_list_is_one_line(tmp_path):
     root = listed(tmp_path / "set", {"img_name": "a.png", "mask_name": ["a.png", "b.png"]})
     with pytest.raises(ValueError, match="entry 0.*mask_name lists 2 files, but an entry has one"):
-        layouts.annotations(root, "train")
+        layouts.read_entries(root, "train")
 
 
 def test_links_on_the_disk_are_followed(tmp_path):
@@ -293,7 +293,7 @@ def test_a_split_is_a_name_too(tmp_path):
     root = listed(tmp_path / "set", {"img_name": "a.png", "mask_name": "a.png"})
     (root / "other.json").write_text("[]")
     with pytest.raises(FileNotFoundError, match="splits here: train"):
-        layouts.annotations(root, "../other")
+        layouts.read_entries(root, "../other")
 
 
 def test_paths_within_the_images_folder(tmp_path):

@@ -167,7 +167,7 @@ def test_a_data_set_needs_its_prompts(demo, weights, tmp_path, monkeypatch, caps
 
 def test_two_at_once_do_not_share_a_folder(images, weights, tmp_path, monkeypatch, capsys):
     out = tmp_path / "masks"
-    with atomic_files.claim(out):
+    with atomic_files.claim_folder(out):
         code, _, error = command(
             monkeypatch, capsys, predict, images, "--model", "cris", "--weights", weights,
             "--prompt", "a", "--out", out,

@@ -413,7 +413,7 @@ def test_a_hidden_file_is_no_split(tmp_path):
     (tmp_path / "anns").mkdir()
     for name in ("test.json", "._test.json", ".json"):
         (tmp_path / "anns" / name).write_text("[]")
-    assert {*layouts.splits(tmp_path)} == {"test"}
+    assert {*layouts.find_splits(tmp_path)} == {"test"}
 
 
 def test_an_empty_split_is_said(run, tmp_path, monkeypatch, capsys):

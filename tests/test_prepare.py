@@ -408,7 +408,7 @@ def test_two_at_once_do_not_make_one_folder(tmp_path, capsys):
 
     out.mkdir()
     (out / "of another process").touch()  # made since the program looked
-    with pytest.raises(ValueError, match="exists already"), atomic_files.whole_folder(out):
+    with pytest.raises(ValueError, match="exists already"), atomic_files.atomic_folder(out):
         raise AssertionError("not reached")
 
 
@@ -901,7 +901,7 @@ def test_check_and_training_refuse_the_same_masks_with_the_same_words(kind, tmp_
     assert prepare.main(["check", str(root)]) == 1
     said = capsys.readouterr().out
     assert line in said
-    lists = {split: layouts.annotations(root, split) for split in ("train", "val", "test")}
+    lists = {split: layouts.read_entries(root, split) for split in ("train", "val", "test")}
     with pytest.raises(ValueError, match=line) as caught:
         data.open_datasets(lists, tmp_path / "cache")
     assert str(caught.value) in said
@@ -1078,7 +1078,7 @@ def test_patients_in_two_splits(copy, capsys):
     status, text = check(capsys, copy)
     assert status == 1 and findings_of(text) == {"patients in several splits": 1}
     assert "images/00018.png (val): patient 3 is also in train, 00006.png" in text
-    groups = {entry.name: entry.group for entry in layouts.annotations(copy, "train")}
+    groups = {entry.name: entry.group for entry in layouts.read_entries(copy, "train")}
     assert groups["00005"] == "2"
     edit(copy, "val", lambda entries: entries[0].update(group=["3"]))
     assert "group ['3'] of 00018.png is neither a text nor" in check(capsys, copy)[1]

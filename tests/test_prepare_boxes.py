@@ -142,7 +142,7 @@ def test_two_classes_and_pixels_that_do_not_count(images, tmp_path):
 
 def test_masks_of_prompts_name_their_image(demo, tmp_path):
     """Several masks of one image, as of a data set with text prompts: here of its other blobs."""
-    entries = layouts.annotations(demo, "other_blob")
+    entries = layouts.read_entries(demo, "other_blob")
     for entry in entries:
         assert entry.name == f"{entry.image.stem}_other"
         (tmp_path / "masks").mkdir(exist_ok=True)
@@ -302,7 +302,7 @@ def test_boxes_of_files_of_one_name_are_read_back(patients, tmp_path):
     assert {row[0]: row[2] for row in made} == {
         "g/slice0.png": 2, "h/slice0.png": 12, "./slice0.png": 22, "slice1.png": 5,
     }  # fmt: skip
-    dataset = data.open_dataset(layouts.annotations(patients, "test"), tmp_path / "cache")
+    dataset = data.open_dataset(layouts.read_entries(patients, "test"), tmp_path / "cache")
     recipe = sam.sam_recipe(sam_decoder.SAM(SAM), sam.PROTOCOLS["default"])
     asking = sam.with_file_prompts(recipe, {"test": dataset}, str(tmp_path / "boxes.csv"), None).ask
     for i, x0 in enumerate((2, 12, 22, 5)):
@@ -318,7 +318,7 @@ def test_boxes_of_files_of_one_name_are_read_back(patients, tmp_path):
 
 
 def test_a_box_does_not_say_which_mask_of_an_image_it_is_for(patients, tmp_path):
-    entries = layouts.annotations(patients, "test")
+    entries = layouts.read_entries(patients, "test")
     entries[1] = replace(entries[1], image=entries[0].image)
     dataset = data.open_dataset(entries, tmp_path / "cache")
     sheet = tmp_path / "boxes.csv"
@@ -332,7 +332,7 @@ def test_images_of_two_data_sets(patients, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(patients, other)
     images = [
-        entry.image for root in (patients, other) for entry in layouts.annotations(root, "test")
+        entry.image for root in (patients, other) for entry in layouts.read_entries(root, "test")
     ]
     names = sam.image_names(images, [str(patients), str(other)])
     assert names[0] == "patients/g/slice0.png" and names[4] == "other/g/slice0.png"

@@ -127,7 +127,7 @@ def test_a_task_is_divided(task, tmp_path, capsys):
 
 def test_the_reading_side_sees_the_splits(task, tmp_path):
     run("msd", task, "--out", tmp_path / "out")
-    counts = {s: len(layouts.annotations(tmp_path / "out", s)) for s in ("train", "val", "test")}
+    counts = {s: len(layouts.read_entries(tmp_path / "out", s)) for s in ("train", "val", "test")}
     assert counts == {"train": 14, "val": 3, "test": 3}
 
 
@@ -198,7 +198,7 @@ def test_names_of_other_unicode_forms_are_the_same(tmp_path, packed):
             tar.add(root, "task")
     found = run("msd", raw, "--out", tmp_path / "out")
     assert sum(found[f"num{name.title()}"] for name in LISTS) == 4
-    layouts.check_files_exist(layouts.annotations(tmp_path / "out", "train"))
+    layouts.check_files_exist(layouts.read_entries(tmp_path / "out", "train"))
 
 
 def test_the_download_is_left_alone(task, tmp_path):

@@ -365,7 +365,7 @@ def maps(tmp_path):
 
 def test_the_same_prompts_from_files_give_the_same_answers(maps, tmp_path, capsys):
     """Boxes by hand and the deepest points, against those that are made of the ground truth."""
-    dataset = data.open_dataset(layouts.annotations(maps, "test"), tmp_path / "cache")
+    dataset = data.open_dataset(layouts.read_entries(maps, "test"), tmp_path / "cache")
     boxes = tmp_path / "boxes.csv"
     boxes.write_text(
         "image,class,x0,y0,x1,y1\na.png,one,4,5,20,18\na.png,two,30,8,50,20\n"

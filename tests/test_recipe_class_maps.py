@@ -326,7 +326,7 @@ def test_a_class_in_no_image_has_no_score():
 
 
 def test_entries_without_any_class_count_as_right_in_the_sheet(maps, tmp_path):
-    dataset = data.open_dataset(layouts.annotations(maps, "test")[:2], tmp_path)
+    dataset = data.open_dataset(layouts.read_entries(maps, "test")[:2], tmp_path)
     first, second = (entry.name for entry in dataset.entries)
     table = [
         {"name": first, "dice": 0.2, "in_truth": True, "in_pred": True},

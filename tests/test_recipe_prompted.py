@@ -84,7 +84,7 @@ def test_all_that_is_said_to_train_gets_a_gradient(model, demo, options):
     settings = FAMILIES[model].protocols["default"]
     net = FAMILIES[model].load("none", "mini", settings, {"image_size": 64}, None)
     recipe = FAMILIES[model].recipe(net, settings)
-    dataset = data.open_dataset(layouts.annotations(demo, "train"), options.cache)
+    dataset = data.open_dataset(layouts.read_entries(demo, "train"), options.cache)
     items = data.Items(dataset, "p6", recipe.inputs, train=True, seed=0)
     batch = torch.utils.data.default_collate([items[0, i] for i in range(4)])
     recipe.loss(recipe.forward(net, batch), batch)[0].backward()
@@ -153,7 +153,7 @@ def test_kept_views_change_no_loss_and_mirror_the_prompts_too(options, untested)
 
 def test_kept_features_are_those_of_the_image_and_the_text(demo, options):
     """Row by row what the encoders give, for entries that share an image too."""
-    entries = layouts.annotations(demo, "train")[:4]
+    entries = layouts.read_entries(demo, "train")[:4]
     entries.append(replace(entries[1], name="again", prompts={"p6": ["another text"]}))
     dataset = data.open_dataset(entries, options.cache)
     settings = clipseg_recipes.CLIPSEG["origin"]
@@ -161,7 +161,7 @@ def test_kept_features_are_those_of_the_image_and_the_text(demo, options):
     recipe = clipseg_recipes.clipseg_recipe(net, settings)
     asked = replace(options, prompt="p6", train="decoder", views=["original"])
     asked = replace(asked, feature_dtype="float16")
-    kept = kept_features.keep_features(
+    kept = kept_features.cache_features(
         recipe, net, clipseg_recipes.clipseg_towers, [dataset], asked
     )
     for i in range(5):
@@ -250,7 +250,7 @@ def test_what_cannot_be_is_one_line(options_too, said, demo, tmp_path, monkeypat
 
 
 def test_negatives_ask_for_what_is_not_there(demo, options):
-    dataset = data.open_dataset(layouts.annotations(demo, "train"), options.cache)
+    dataset = data.open_dataset(layouts.read_entries(demo, "train"), options.cache)
 
     def inputs(sample, train, rng):
         return sample
@@ -291,7 +291,7 @@ def test_a_threshold_is_found_in_validation(options, demo, untested):
     train.run(options)
     model = clipseg.CLIPSeg.from_pretrained(options.out)
     recipe = clipseg_recipes.clipseg_recipe(model, clipseg_recipes.CLIPSEG["default"])
-    val = data.open_dataset(layouts.annotations(demo, "val"), options.cache)
+    val = data.open_dataset(layouts.read_entries(demo, "val"), options.cache)
     options = replace(options, prompt="p6")
     dice = {}
     for threshold in np.arange(1, 20) / 20:
@@ -320,7 +320,7 @@ def test_a_study_of_prompts_needs_a_type_of_all():
 
 def with_prompts(demo, *prompts, split="train"):
     """Entries of the demo set with other texts, of type p1."""
-    entries = layouts.annotations(demo, split)
+    entries = layouts.read_entries(demo, split)
     return [replace(e, prompts={"p1": [text]}) for e, text in zip(entries, prompts, strict=False)]
 
 

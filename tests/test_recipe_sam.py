@@ -79,7 +79,7 @@ def asked(maps, tmp_path):
 
 
 def open_split(root, cache, split="train"):
-    return data.open_dataset(layouts.annotations(root, split), cache)
+    return data.open_dataset(layouts.read_entries(root, split), cache)
 
 
 # --- prompts in batches ---------------------------------------------------------------------------

@@ -435,7 +435,7 @@ def test_the_planes_are_those_with_most_of_the_truth():
     picture = np.asarray(pictures.volume_overlay(image, truth, np.zeros_like(truth), (1, 1, 1)))
     assert picture.shape == (6, 18, 3)
     for plane in np.split(picture, 3, 1):  # each holds the bright voxel, now the truth's rim
-        assert (plane == pictures.TRUTH).all(2).any()
+        assert (plane == pictures.GROUND_TRUTH).all(2).any()
 
 
 # --- what is refused -----------------------------------------------------------------------------

@@ -66,7 +66,7 @@ def test_what_is_not_annotated_has_no_gradient():
 
 
 def test_background_may_be_several_numbers(tmp_path):
-    (entry,) = layouts.annotations(data_set(tmp_path, LIVER), "train")
+    (entry,) = layouts.read_entries(data_set(tmp_path, LIVER), "train")
     assert entry.classes == ("liver",) and entry.regions is None
     assert entry.labels == (0, 2) and entry.unnamed == (1,)
     region = layouts.as_regions(entry)
@@ -86,7 +86,7 @@ def test_background_may_be_several_numbers(tmp_path):
 )
 def test_a_background_that_cannot_be(tmp_path, labels, told):
     with pytest.raises(ValueError, match=told):
-        layouts.annotations(data_set(tmp_path, labels), "train")
+        layouts.read_entries(data_set(tmp_path, labels), "train")
 
 
 def test_a_set_of_volumes_with_other_classes_each(tmp_path):
@@ -95,7 +95,7 @@ def test_a_set_of_volumes_with_other_classes_each(tmp_path):
         data_set(tmp_path / str(k), x)
         for k, x in enumerate((KIDNEY, tumour, {"0": "background", "1": "tumour", "2": "LIVER"}))
     ]
-    entries = [layouts.annotations(root, "train")[0] for root in roots]
+    entries = [layouts.read_entries(root, "train")[0] for root in roots]
     part = volumes.VolumeSet([*map(layouts.as_regions, entries)], has_partial_labels=True)
     assert part.classes == ("background", "left kidney", "liver", "liver tumor", "tumour")
     assert [e.classes[1:] for e in part.entries] == [
@@ -105,7 +105,7 @@ def test_a_set_of_volumes_with_other_classes_each(tmp_path):
     ]
     assert [e.regions for e in part.entries] == [((1,),), ((1, 2), (2,)), ((1,), (2,))]
     assert part.subset([0]).classes == ("background", "left kidney")
-    binary = layouts.annotations(
+    binary = layouts.read_entries(
         data_set(tmp_path / "b", {"0": "background", "1": "Spleen"}), "train"
     )
     (entry,) = map(layouts.as_regions, binary)
@@ -116,7 +116,7 @@ def batch_of(tmp_path, config):
     """A training batch of a volume whose kidney and one whose liver and tumour are annotated."""
     tumour = {"background": 0, "whole": [1, 2], "liver": [2]}
     roots = data_set(tmp_path / "a", KIDNEY), data_set(tmp_path / "b", tumour)
-    entries = [layouts.as_regions(layouts.annotations(r, "train")[0]) for r in roots]
+    entries = [layouts.as_regions(layouts.read_entries(r, "train")[0]) for r in roots]
     part = volumes.VolumeSet(entries, has_partial_labels=True)
     part = part.prepared(config.spacing, lambda x: x, 1, tmp_path / "cache")
     settings = replace(universal.UNIVERSAL["default"], augment={}, crops_per_volume=2)

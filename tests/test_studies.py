@@ -491,7 +491,7 @@ def test_a_study_that_lists_absolute_paths_goes_on(study, root, tmp_path):
 
     code, out, error, done = study(*given)
     assert code == 0 and not done and "are done already" in out, error
-    (entry, *_) = layouts.annotations(study.out / "data" / "base", "train")
+    (entry, *_) = layouts.read_entries(study.out / "data" / "base", "train")
     assert entry.image.resolve() == root / "imagesTr/ct0.nii.gz"
 
     # The same names below another folder are other volumes.
@@ -677,6 +677,6 @@ def test_a_small_study_from_end_to_end(monkeypatch, capsys, tmp_path):
 
 
 def test_two_studies_at_once_do_not_share_a_folder(study):
-    with atomic_files.claim(study.out):
+    with atomic_files.claim_folder(study.out):
         code, _, error, done = study(*SMALL)
     assert code == 2 and f"{study.out}: another process is writing" in error and not done

@@ -26,7 +26,7 @@ import predict
 import train
 from engine import evaluate, runs
 from imaging import atomic_files, layouts
-from imaging.pictures import TRUTH, outline
+from imaging.pictures import GROUND_TRUTH, outline
 from options import resolve
 from recipes import FAMILIES, base, images
 from recipes import cris as cris_recipes
@@ -56,7 +56,7 @@ def test_a_run_leaves_everything_that_the_design_names(options, demo, capsys):
     config = json.loads((out / "config.json").read_text())
     assert (config["format"], config["model"], config["class"]) == (1, "cris", "CRIS")
     per_image = rows(out / "test/per_image.csv")
-    assert len(per_image) == len(layouts.annotations(demo, "test"))
+    assert len(per_image) == len(layouts.read_entries(demo, "test"))
     mean = np.mean([float(row["dice"]) for row in per_image])
     assert summary["tests"]["demo"]["dice"]["mean"] == pytest.approx(mean, abs=1e-6)
     assert json.loads((out / "test/summary.json").read_text())["tests"]["demo"]["dice"]["n"] == len(
@@ -337,7 +337,7 @@ def test_decoder_only_leaves_the_towers_as_they_are(options):
 
 def test_accumulated_gradients_are_the_mean_of_their_batches(options, demo):
     settings = cris_recipes.PROTOCOLS["default"]
-    dataset = data.open_dataset(layouts.annotations(demo, "train"), options.cache)
+    dataset = data.open_dataset(layouts.read_entries(demo, "train"), options.cache)
 
     def step(count, freeze):
         torch.manual_seed(0)
@@ -352,7 +352,7 @@ def test_accumulated_gradients_are_the_mean_of_their_batches(options, demo):
         )
         items = data.Items(dataset, "p6", run.recipe.inputs, train=True, seed=0)
         batches = iter(
-            data.loader(items, data.train_batches(len(dataset), 4, 1, 0, 0), 0, run.device)
+            data.make_loader(items, data.train_batches(len(dataset), 4, 1, 0, 0), 0, run.device)
         )
         for _ in range(2 // count):
             run.optimizer_step(batches)
@@ -399,7 +399,7 @@ def test_patience_ends_a_run_that_gets_no_better(options, capsys):
 
 
 def test_texts_per_batch(demo):
-    entries = layouts.annotations(demo, "train")
+    entries = layouts.read_entries(demo, "train")
     part = [replace(entry, prompts={"p1": ["a"], "p2": ["b", "c"]}) for entry in entries[:10]]
     dataset = data.Dataset(part, np.zeros((10, 6), int), None)
     assert images.texts_per_batch(dataset, "p1", 16) == pytest.approx(1)
@@ -427,7 +427,7 @@ def test_pooled_sets_train_together(options, demo, tmp_path):
     with pytest.raises(ValueError, match="two test sets are called demo"):
         train.run(options)
     summary = train.run(replace(options, test=[f"{demo}:val"]))
-    assert summary["tests"]["demo:val"]["dice"]["n"] == len(layouts.annotations(demo, "val"))
+    assert summary["tests"]["demo:val"]["dice"]["n"] == len(layouts.read_entries(demo, "val"))
 
 
 def test_busi_s_one_bit_masks_are_scored_at_their_own_size(real_data, options):
@@ -531,8 +531,8 @@ def test_other_errors_of_torch_are_not_hidden(monkeypatch, capsys):
 
 def test_two_processes_of_one_number_do_not_share_a_file(tmp_path):
     with (
-        atomic_files.whole_file(tmp_path / "x") as one,
-        atomic_files.whole_file(tmp_path / "x") as other,
+        atomic_files.atomic_write(tmp_path / "x") as one,
+        atomic_files.atomic_write(tmp_path / "x") as other,
     ):
         assert one != other
         one.write_text("1"), other.write_text("2")
@@ -710,7 +710,7 @@ def test_the_threshold_of_each_validation_chooses_the_epoch(
 
     model = cris.CRIS.from_pretrained(whole.out)  # that Dice is what a plain evaluation gives
     recipe = cris_recipes.cris_recipe(model, cris_recipes.PROTOCOLS["default"])
-    val = data.open_dataset(layouts.annotations(demo, "val"), options.cache)
+    val = data.open_dataset(layouts.read_entries(demo, "val"), options.cache)
     found = evaluate.evaluate(model, recipe, val, resolve(replace(options, prompt="p6")), False, "")
     dice = np.mean([row["dice"] for row in found])
     assert dice == pytest.approx(float(best["val_dice"]), abs=1e-6)
@@ -776,19 +776,22 @@ def test_a_second_process_is_refused_and_a_killed_one_leaves_no_lock(options, mo
     first.send_signal(signal.SIGKILL)  # its data-loading process lives on for some seconds
     assert first.wait() == -signal.SIGKILL
     assert Path(options.out, ".lock").exists()  # but it locks nothing
-    with atomic_files.claim(Path(options.out)):
+    with atomic_files.claim_folder(Path(options.out)):
         pass
     assert not Path(options.out, ".lock").exists()
 
 
 def test_a_claim_leaves_nothing_behind(tmp_path):
     folder = tmp_path / "deep" / "run"
-    with atomic_files.claim(folder):
-        with pytest.raises(ValueError, match="run: another process"), atomic_files.claim(folder):
+    with atomic_files.claim_folder(folder):
+        with (
+            pytest.raises(ValueError, match="run: another process"),
+            atomic_files.claim_folder(folder),
+        ):
             raise AssertionError("not reached")
         assert folder.is_dir()
     assert not list(tmp_path.iterdir())  # nothing was written
-    with pytest.raises(KeyError), atomic_files.claim(folder):
+    with pytest.raises(KeyError), atomic_files.claim_folder(folder):
         (folder / "log.txt").touch()
         raise KeyError
     assert [path.name for path in folder.iterdir()] == ["log.txt"]
@@ -821,7 +824,7 @@ def test_without_locks_a_run_goes_on_and_says_so_once(number, tmp_path, monkeypa
         raise OSError(number, "no locks here")
 
     monkeypatch.setattr(atomic_files.fcntl, "flock", none)
-    with atomic_files.claim(tmp_path):
+    with atomic_files.claim_folder(tmp_path):
         assert not list(tmp_path.iterdir())
     text = capsys.readouterr().out
     assert f"{tmp_path}: the file system has no locks" in text and text.count("\n") == 1
@@ -918,7 +921,7 @@ def test_the_threshold_of_masks_is_kept_in_the_run(tmp_path, monkeypatch, capsys
     )
     assert code == 0, error
     drawn = np.asarray(Image.open(tmp_path / "masks/test0_overlay.png"))
-    green = (drawn == TRUTH).all(axis=2)
+    green = (drawn == GROUND_TRUTH).all(axis=2)
     assert np.array_equal(green, outline(stripes(64, 128, 255) > 100, 1))
     for k, (more, line) in enumerate({
         ("--mask-threshold", "9"): "--mask-threshold has no effect without --overlays",
@@ -953,7 +956,7 @@ def test_all_splits_decide_how_a_data_set_is_read(how, tmp_path, capsys):
         return
     tests = [] if how == "tested" else [str(other)]
     sets, _ = open_sets(opening(tmp_path, root, test=tests))
-    rules = data.named(sets["train"].rules)
+    rules = data.rules_by_name(sets["train"].rules)
     assert rules == {"set": "by number"} | ({} if how == "tested" else {"other": "> 127"})
     assert capsys.readouterr().out.count("masks read by number") == (3 if how == "tested" else 2)
 

@@ -50,7 +50,7 @@ def every_number(paths, n):
 
 def read(out):
     """{class: bool (X,Y,Z)} of the first training volume as training reads it, and the numbers."""
-    entry = layouts.annotations(out, "train")[0]
+    entry = layouts.read_entries(out, "train")[0]
     grid = nifti.read_grid(entry.image)
     given = nifti.read_labels(entry.mask, grid, entry.labels)
     numbers = nifti.read_labels(entry.mask, grid, 14)

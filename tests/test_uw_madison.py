@@ -109,7 +109,7 @@ def test_masks_by_hand(by_hand, tmp_path, capsys):
 def test_masks_show_their_classes_and_read_as_numbers(by_hand, tmp_path):
     out = run(by_hand, tmp_path / "out", "--split", "slice")
     assert json.loads((out / "classes.json").read_text()) == NAMES
-    entries = [e for split in ("train", "val") for e in layouts.annotations(out, split)]
+    entries = [e for split in ("train", "val") for e in layouts.read_entries(out, split)]
     assert len(entries) == 5 and entries[0].classes == tuple(NAMES.values())
     for entry in entries:
         expected = MASKS[int(entry.name[-1]) - 1]

@@ -36,13 +36,13 @@ def decathlon(root, labels=ORGANS):
 
 def test_a_decathlon_task(tmp_path):
     root = decathlon(tmp_path)
-    assert list(layouts.splits(root)) == ["train", "test"]
-    a, b = layouts.annotations(root, "train")
+    assert list(layouts.find_splits(root)) == ["train", "test"]
+    a, b = layouts.read_entries(root, "train")
     assert (a.name, b.name) == ("a", "b")
     assert a.image == root / "imagesTr/a.nii.gz" and a.mask == root / "labelsTr/a.nii.gz"
     assert a.classes == ("background", "liver", "spleen") and a.labels == (0, 1, 2)
     assert a.regions is None and a.modality == "CT" and a.more == ()
-    (c,) = layouts.annotations(root, "test")  # d has no label
+    (c,) = layouts.read_entries(root, "test")  # d has no label
     assert c.name == "c"
 
 
@@ -52,25 +52,25 @@ def test_a_decathlon_task(tmp_path):
     ids=["Decathlon", "nnU-Net", "nnU-Net as text"],
 )
 def test_labels_are_read_in_either_direction(tmp_path, labels):
-    (a, _) = layouts.annotations(decathlon(tmp_path, labels), "train")
+    (a, _) = layouts.read_entries(decathlon(tmp_path, labels), "train")
     assert a.classes == ("background", "liver", "spleen") and a.labels == (0, 1, 2)
 
 
 def test_numbers_may_have_gaps_and_any_order(tmp_path):
     labels = {"4": "enhancing", "0": "background", "2": "edema"}
-    (a, _) = layouts.annotations(decathlon(tmp_path, labels), "train")
+    (a, _) = layouts.read_entries(decathlon(tmp_path, labels), "train")
     assert a.classes == ("background", "edema", "enhancing") and a.labels == (0, 2, 4)
 
 
 def test_one_class_has_no_background(tmp_path):
-    (a, _) = layouts.annotations(decathlon(tmp_path, {"0": "background", "1": "tumour"}), "train")
+    (a, _) = layouts.read_entries(decathlon(tmp_path, {"0": "background", "1": "tumour"}), "train")
     assert a.classes == ("tumour",) and a.labels == (0, 1)
 
 
 def test_regions_overlap(tmp_path):
     """BraTS 2021 has the numbers 0, 1, 2 and 4."""
     labels = {"background": 0, "TC": [1, 4], "WT": [1, 2, 4], "ET": [4]}
-    (a, _) = layouts.annotations(decathlon(tmp_path, labels), "train")
+    (a, _) = layouts.read_entries(decathlon(tmp_path, labels), "train")
     assert a.classes == ("background", "TC", "WT", "ET") and a.labels == (0, 1, 2, 4)
     numbers = [[a.labels[k] for k in region] for region in a.regions]
     assert numbers == [[1, 4], [1, 2, 4], [4]]
@@ -85,22 +85,22 @@ def test_regions_overlap(tmp_path):
     ],
 )
 def test_a_background_of_several_numbers_makes_no_regions(tmp_path, labels):
-    (a, _) = layouts.annotations(decathlon(tmp_path, labels), "train")
+    (a, _) = layouts.read_entries(decathlon(tmp_path, labels), "train")
     assert a.classes == ("background", "liver", "spleen") and a.labels == (0, 1, 2)
     assert a.regions is None and a.unnamed == (3,)
 
 
 def test_regions_and_a_background_of_several_numbers(tmp_path):
     labels = {"background": [0, 3], "TC": [1, 4], "WT": [1, 2, 4]}
-    (a, _) = layouts.annotations(decathlon(tmp_path, labels), "train")
+    (a, _) = layouts.read_entries(decathlon(tmp_path, labels), "train")
     assert a.classes == ("background", "TC", "WT") and a.labels == (0, 1, 2, 4)
     assert a.regions == ((1, 3), (1, 2, 3)) and a.unnamed == (3,)
 
 
 def test_a_list_of_one_number_is_that_number(tmp_path):
-    (a, _) = layouts.annotations(decathlon(tmp_path, {"background": [0], "x": [2]}), "train")
+    (a, _) = layouts.read_entries(decathlon(tmp_path, {"background": [0], "x": [2]}), "train")
     assert (a.classes, a.labels, a.regions, a.unnamed) == (("x",), (0, 2), None, ())
-    (a, _) = layouts.annotations(decathlon(tmp_path, {"background": 0, "x": [2, 2]}), "train")
+    (a, _) = layouts.read_entries(decathlon(tmp_path, {"background": 0, "x": [2, 2]}), "train")
     assert a.regions is None and a.labels == (0, 2)
 
 
@@ -108,19 +108,19 @@ def test_regions_of_single_numbers_are_asked_for(tmp_path):
     root = decathlon(tmp_path, {"background": [0, 3], "spleen": 2, "liver": 1})
     settings = json.loads((root / "dataset.json").read_text())
     (root / "dataset.json").write_text(json.dumps(settings | {"overlapping": True}))
-    (a, _) = layouts.annotations(root, "train")
+    (a, _) = layouts.read_entries(root, "train")
     assert a.classes == ("background", "spleen", "liver") and a.regions == ((2,), (1,))
 
 
 def test_a_run_with_regions_from_such_a_background_can_be_tested(tmp_path):
     """Its model has regions, in the order in which dataset.json gave them then."""
     labels = {"background": [0, 3], "spleen": 2, "liver": 1}
-    (a, _) = layouts.annotations(decathlon(tmp_path, labels), "train")
+    (a, _) = layouts.read_entries(decathlon(tmp_path, labels), "train")
     names = ["background", "spleen", "liver"]
     old = layouts.as_overlapping(a, names)
     assert old.classes == tuple(names) and old.regions == ((2,), (1,)) and old.unnamed == (3,)
     assert layouts.as_overlapping(a, ["background", "kidney"]) == a
-    (plain, _) = layouts.annotations(decathlon(tmp_path), "train")  # classes that never overlapped
+    (plain, _) = layouts.read_entries(decathlon(tmp_path), "train")  # classes that never overlapped
     assert layouts.as_overlapping(plain, ["background", "liver", "spleen"]) == plain
 
 
@@ -132,12 +132,12 @@ def test_nnunet_lists_no_files(tmp_path):
     labels = {"background": 0, "liver": 1, "spleen": 2}
     channels = {"channel_names": {"0": "T1", "1": "T2"}}
     root = make(tmp_path, files, channels | {"labels": labels, "file_ending": ".nii.gz"})
-    assert list(layouts.splits(root)) == ["train", "test"]
-    p1, p10 = layouts.annotations(root, "train")
+    assert list(layouts.find_splits(root)) == ["train", "test"]
+    p1, p10 = layouts.read_entries(root, "train")
     assert p1.image == root / "imagesTr/p1_0000.nii.gz"
     assert p1.more == (root / "imagesTr/p1_0001.nii.gz",) and p1.modality == "T1, T2"
     assert p10.more == (root / "imagesTr/p10_0001.nii.gz",)
-    assert [entry.name for entry in layouts.annotations(root, "test")] == ["p2"]
+    assert [entry.name for entry in layouts.read_entries(root, "test")] == ["p2"]
 
 
 @pytest.mark.parametrize(
@@ -177,7 +177,7 @@ def test_two_volumes_of_one_name_are_not_joined(tmp_path, names):
 def test_years_are_no_channels_in_a_data_set(tmp_path):
     files = [f"{kind}/m_201{k}.nii.gz" for kind in ("imagesTr", "labelsTr") for k in (8, 9)]
     root = make(tmp_path, files, {"labels": ORGANS})
-    entries = layouts.annotations(root, "train")
+    entries = layouts.read_entries(root, "train")
     assert [(entry.name, entry.more) for entry in entries] == [("m_2018", ()), ("m_2019", ())]
 
 
@@ -185,7 +185,7 @@ def test_validation_of_the_list_and_folds_of_nnunet(tmp_path):
     root = decathlon(tmp_path)
     settings = json.loads((root / "dataset.json").read_text())
     (root / "dataset.json").write_text(json.dumps(settings | {"validation": [pair("c")]}))
-    assert list(layouts.splits(root)) == ["train", "val", "test"]
+    assert list(layouts.find_splits(root)) == ["train", "val", "test"]
     train, val = layouts.train_and_val([root], 0)
     assert [e.name for e in train] == ["a", "b"] and [e.name for e in val] == ["c"]
     folds = [{"train": ["a"], "val": ["b", "c"]}, {"train": ["b", "c"], "val": ["a"]}]
@@ -198,12 +198,12 @@ def test_names_that_repeat_get_their_folders(tmp_path):
     cases = [{"image": f"./{x}/image.nii.gz", "label": f"./{x}/label.nii.gz"} for x in "ab"]
     files = [name for case in cases for name in case.values()]
     root = make(tmp_path, files, {"labels": ORGANS, "training": cases})
-    assert [entry.name for entry in layouts.annotations(root, "train")] == ["a/label", "b/label"]
+    assert [entry.name for entry in layouts.read_entries(root, "train")] == ["a/label", "b/label"]
     # A list of these files in another folder, which links to them, as a study writes it.
     listed = [{key: f"source/{name}" for key, name in case.items()} for case in cases]
     other = make(tmp_path / "other", ["x"], {"labels": ORGANS, "training": listed})
     (other / "source").symlink_to(root)
-    entries = layouts.annotations(other, "train")
+    entries = layouts.read_entries(other, "train")
     assert [entry.name for entry in entries] == ["source/a/label", "source/b/label"]
     assert all(entry.image.is_file() and entry.mask.is_file() for entry in entries)
 
@@ -223,7 +223,7 @@ def test_names_stay_below_their_folder(tmp_path, key, name, said):
     cases = [pair("a"), pair("b") | {key: name}]
     root = make(tmp_path, [], {"labels": ORGANS, "training": [pair("c")], "validation": cases})
     with pytest.raises(ValueError) as error:
-        layouts.annotations(root, "train")
+        layouts.read_entries(root, "train")
     message = str(error.value)
     assert str(root / "dataset.json") in message and "validation entry 1" in message
     assert f"{key} {name!r} {said}" in message and "\n" not in message
@@ -231,7 +231,7 @@ def test_names_stay_below_their_folder(tmp_path, key, name, said):
 
 def test_a_dataset_json_beside_images_is_passed_over(tmp_path):
     make(tmp_path, ["images/a.png", "masks/a.png"], {"anything": 1})
-    assert list(layouts.splits(tmp_path)) == ["train", "val", "test"]
+    assert list(layouts.find_splits(tmp_path)) == ["train", "val", "test"]
 
 
 def test_the_organs_of_btcv_are_those_of_its_weights():
@@ -244,14 +244,14 @@ def test_btcv_as_it_is_handed_out(tmp_path):
         f"label/label000{k}.nii.gz" for k in range(4)
     ]
     root = make(tmp_path, files)
-    entries = layouts.annotations(root, "train")
+    entries = layouts.read_entries(root, "train")
     assert [(e.image.name, e.mask.name) for e in entries[:1]] == [
         ("img0000.nii.gz", "label0000.nii.gz")
     ]
     assert entries[0].classes[6] == "liver" and entries[0].labels == tuple(range(14))
     (root / "label/label0002.nii.gz").unlink()
     with pytest.raises(ValueError, match="img0002.nii.gz: no image or label map of the same"):
-        layouts.annotations(root, "train")
+        layouts.read_entries(root, "train")
 
 
 @pytest.mark.parametrize(
@@ -281,14 +281,14 @@ def test_btcv_as_it_is_handed_out(tmp_path):
 def test_a_wrong_dataset_json_is_refused_by_name(tmp_path, settings, message):
     root = make(tmp_path, [], settings)
     with pytest.raises(ValueError, match=message) as error:
-        layouts.annotations(root, "train")
+        layouts.read_entries(root, "train")
     assert str(root / "dataset.json") in str(error.value) and "\n" not in str(error.value)
 
 
 def test_json_that_is_none_is_refused(tmp_path):
     (tmp_path / "dataset.json").write_text("{")
     with pytest.raises(ValueError, match="dataset.json"):
-        layouts.splits(tmp_path)
+        layouts.find_splits(tmp_path)
 
 
 def test_a_single_case_cannot_be_trained_and_validated_on(tmp_path):
@@ -308,7 +308,7 @@ def write_json(root, content, encoding="utf-8"):
 def test_a_dataset_json_of_another_encoding(tmp_path, encoding):
     root = decathlon(tmp_path)
     write_json(root, json.loads((root / "dataset.json").read_text()), encoding)
-    assert [e.name for e in layouts.annotations(root, "train")] == ["a", "b"]
+    assert [e.name for e in layouts.read_entries(root, "train")] == ["a", "b"]
     folds = [{"train": ["a"], "val": ["b"]}, {"train": ["b"], "val": ["a"]}]
     (root / "splits_final.json").write_bytes(json.dumps(folds).encode(encoding))
     train, val = layouts.train_and_val([root], 0, fold_of="1/2")
@@ -333,7 +333,7 @@ def test_a_dataset_json_of_another_encoding(tmp_path, encoding):
 def test_texts_that_are_no_dataset_json(tmp_path, content, message):
     (tmp_path / "dataset.json").write_text(content)
     with pytest.raises(ValueError, match=message) as error:
-        layouts.splits(tmp_path)
+        layouts.find_splits(tmp_path)
     text = str(error.value)
     assert str(tmp_path / "dataset.json") in text and "\n" not in text and len(text) < 300
 
@@ -354,7 +354,7 @@ def test_texts_that_are_no_dataset_json(tmp_path, content, message):
 def test_wrong_types_in_the_lists_are_named(tmp_path, lists, message):
     root = make(tmp_path, [], {"labels": ORGANS, "training": [pair("c")]} | lists)
     with pytest.raises(ValueError, match=message) as error:
-        layouts.annotations(root, "train")
+        layouts.read_entries(root, "train")
     assert str(root / "dataset.json") in str(error.value) and "\n" not in str(error.value)
 
 
@@ -364,20 +364,20 @@ def test_cases_without_labels_may_be_objects_or_names_or_none(tmp_path):
     bare = [{"image": "./imagesTs/d.nii.gz"}, {"image": "x.nii.gz", "label": None}, "y.nii.gz"]
     for test in bare, None:
         write_json(root, settings | {"test": test, "numTest": 7})
-        assert list(layouts.splits(root)) == ["train"]
+        assert list(layouts.find_splits(root)) == ["train"]
 
 
 def test_endings_in_capitals(tmp_path):
     files = ["imagesTr/A.NII.GZ", "labelsTr/A.NII.GZ", "imagesTr/b_0000.Nii", "labelsTr/b.nii.gz"]
     root = make(tmp_path, files, {"labels": ORGANS})
-    entries = layouts.annotations(root, "train")
+    entries = layouts.read_entries(root, "train")
     assert [(e.name, e.image.name) for e in entries] == [("A", "A.NII.GZ"), ("b", "b_0000.Nii")]
 
 
 def test_label_maps_of_another_format_are_said(tmp_path):
     root = make(tmp_path, ["imagesTr/a.nrrd", "labelsTr/a.nrrd"], {"labels": ORGANS})
     with pytest.raises(ValueError, match="no label maps that end in .nii.gz or .nii; convert"):
-        layouts.annotations(root, "train")
+        layouts.read_entries(root, "train")
 
 
 def change(content, rng):
@@ -410,8 +410,8 @@ def test_any_change_of_a_dataset_json_is_read_or_a_line(tmp_path):
         change(settings, rng)
         write_json(root, settings)
         try:
-            for split in layouts.splits(root):
-                for entry in layouts.annotations(root, split):
+            for split in layouts.find_splits(root):
+                for entry in layouts.read_entries(root, split):
                     assert entry.classes and len(entry.labels) >= 2
         except (ValueError, OSError) as error:
             refused += 1
@@ -429,6 +429,6 @@ def test_names_of_other_unicode_forms_are_the_same(tmp_path, forms, listed):
     files = [f"imagesTr/{stored}{end}.nii.gz", f"labelsTr/{label_name}.nii.gz"]
     settings = {"labels": ORGANS, "training": [pair(given)] if listed else []}
     root = make(tmp_path, files, settings)
-    (entry,) = layouts.annotations(root, "train")
+    (entry,) = layouts.read_entries(root, "train")
     assert entry.image == root / files[0] and entry.mask == root / files[1]
     layouts.check_files_exist([entry])
