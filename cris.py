@@ -17,9 +17,9 @@ RN101.pt; on the hub timm/resnet50_clip.openai and timm/resnet101_clip.openai (M
 
 Shapes are those of RN50 at 416 px: B batch, C channels, N pixels of a map, T tokens, h heads.
 `state` is the sentence vector (official name). "quirk" marks behaviour kept only for parity with
-the official code; code between "# shared: NAME" and "# end shared" is identical in other files.
-To copy: `segment` needs tokenizer.py, clip_merges.txt.xz and the package tokenizers; the model
-itself takes the ids of any CLIP tokenizer. Left out: the loss and the data set of the paper.
+the official code; code between "# shared: NAME" and "# end shared" is the same in other model
+files. To copy: `segment` needs `tokenizer.py`, `clip_merges.txt.xz` and the package `tokenizers`;
+`forward` takes the ids of any CLIP tokenizer. Left out: the paper's loss and data set.
 
     model = CRIS.from_pretrained("cris_best.pth")
     probabilities, mask = model.segment("photo.jpg", "a polyp")  # or a PIL image
@@ -378,7 +378,7 @@ class DecoderLayer(nn.Module):
         q = self.norm2(x) + position
         k = words + word_position
         y = self.multihead_attn(q, k, words, key_padding_mask=padding, need_weights=False)[0]
-        x = x + self.dropout(self.cross_attn_norm(y))
+        x = x + self.dropout(self.cross_attn_norm(y))  # (B,N,C)
 
         return x + self.dropout(self.ffn(self.norm3(x)))
 
