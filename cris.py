@@ -112,7 +112,7 @@ class AttentionPool(nn.Module):
 
     def __init__(self, dim: int, out_dim: int):
         super().__init__()
-        self.heads = dim // 64
+        self.heads = dim // 64  # CLIP's heads have 64 channels each
         # CLIP was trained at 224 px: one row for the mean token (unused here), then 7x7 positions.
         self.positional_embedding = nn.Parameter(torch.randn(1 + 7 * 7, dim) / dim**0.5)
         self.k_proj = nn.Linear(dim, dim)
@@ -652,10 +652,12 @@ def guess_config(weights: dict[str, Tensor], source) -> Config:
     else:
         length = 17
         advice = "those of RefCOCO; checkpoints of medvlsm need 77, 49407 and medvlsm"
+
     print(
         f"{source}: text_length, pad_token and pixels are not stored; unless set, they are "
         f"{length}, 0 and letterbox, {advice}"
     )
+
     config = closest_variant(weights, CRIS, dict)
     return replace(config, text_length=length, pad_token=0)
 
