@@ -1,26 +1,25 @@
 """CRIS, CLIP-driven referring image segmentation: an image and a phrase in, a mask out.
 
 Paper: Wang et al., CVPR 2022, arXiv 2111.15174. Official code (MIT), whose tensor names are kept:
-github.com/DerrickWang005/CRIS.pytorch at e596332, model/{clip,layers,segmenter}.py. No CRIS weights
-were released; the checkpoint in common use was trained on RefCOCO by a user (issue 3, no licence
-stated). Training starts from OpenAI's CLIP, RN50.pt or RN101.pt; on the hub
-timm/resnet50_clip.openai and timm/resnet101_clip.openai (MIT).
+github.com/DerrickWang005/CRIS.pytorch at e596332; comments such as "# model/clip.py, class CLIP"
+name the counterpart. No CRIS weights were released; the checkpoint in common use was trained on
+RefCOCO by a user (issue 3, no licence stated). Training starts from OpenAI's CLIP, RN50.pt or
+RN101.pt; on the hub timm/resnet50_clip.openai and timm/resnet101_clip.openai (MIT).
 
-    image (B,3,416,416)                tokens (B,T): 49406 ... 49407, then padding
-      ResNet, attention pool             text transformer
-    v3 (B,512,52,52)                   words (B,T,512)   state (B,1024), at 49407
-    v4 (B,1024,26,26)                    |                 |
-    v5 (B,1024,13,13)                    |                 |
-    neck: v5 * state, then a pyramid  <--|-----------------|
-      (B,512,26,26)                      |                 |
-    decoder: pixels attend to words  <---'                 |
-      (B,512,26,26)                                        |
-    projector: upsample 4x, 3x3 kernel from the state  <---'
-    logits (B,1,104,104)
+    image (B,3,416,416)              tokens (B,T) = 49406 ... 49407 0 0
+      ResNet + attention pool          text transformer
+    v3 (B,512,52,52)                 words (B,T,512)
+    v4 (B,1024,26,26)                state (B,1024): the word at 49407, projected
+    v5 (B,1024,13,13)
+    x = neck(v3, v4, v5, state)      (B,512,26,26)   v5 * state, then a feature pyramid
+    x = decoder(x, words)            (B,512,26,26)   pixels attend to pixels, then to words
+    logits = proj(x, state)          (B,1,104,104)   4x upsampling, 3x3 kernel from state
 
-Shapes in this file are those of RN50 at 416 px. To use it in another project, copy `tokenizer.py`
-and `clip_merges.txt.xz` with it and install `tokenizers`; any other CLIP tokenizer works as well.
-Left out: the loss and the data set of the paper.
+Shapes are those of RN50 at 416 px: B batch, C channels, N pixels of a map, T tokens, h heads.
+`state` is the sentence vector (official name). "quirk" marks behaviour kept only for parity with
+the official code; code between "# shared: NAME" and "# end shared" is the same in other model
+files. To copy: `segment` needs `tokenizer.py`, `clip_merges.txt.xz` and the package `tokenizers`;
+`forward` takes the ids of any CLIP tokenizer. Left out: the paper's loss and data set.
 
     model = CRIS.from_pretrained("cris_best.pth")
     probabilities, mask = model.segment("photo.jpg", "a polyp")  # or a PIL image
@@ -55,9 +54,11 @@ class Config:
     image_size: int = 416  # side of the square that `preprocess` makes, pixels
     mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)  # of RGB in 0..1, from CLIP
     std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
-    pixels: str = "letterbox"  # how images become squares: letterbox (official), stretch, medvlsm
+    # How images become squares: "letterbox" (official), "stretch", or "medvlsm", which stretches
+    # too, but resizes the output as the MedVLSM study does (github.com/naamiinepal/medvlsm).
+    pixels: str = "letterbox"
     text_length: int = 17  # tokens per phrase, at most 77; 17 is what CRIS uses for RefCOCO
-    pad_token: int = 0  # the decoder masks 0; it attends to 49407, the padding of medvlsm
+    pad_token: int = 0  # 0 is masked in the decoder; 49407 (medvlsm) is not
     threshold: float = 0.35  # from the official evaluation
     dropout: float = 0.1  # in the decoder, in training mode only
     freeze_text_norm: bool = False  # see CRIS.train
@@ -86,7 +87,7 @@ class Bottleneck(nn.Module):
         self.bn2 = nn.BatchNorm2d(planes)
         self.conv3 = nn.Conv2d(planes, outputs, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(outputs)
-        nn.init.zeros_(self.bn3.weight)  # an untrained block passes on its shortcut alone
+        nn.init.zeros_(self.bn3.weight)  # each block starts as its shortcut
 
         self.pool = nn.AvgPool2d(stride) if stride > 1 else nn.Identity()
         self.downsample = nn.Identity()
@@ -111,6 +112,7 @@ class AttentionPool(nn.Module):
 
     def __init__(self, dim: int, out_dim: int):
         super().__init__()
+        self.heads = dim // 64  # CLIP's heads have 64 channels each
         # CLIP was trained at 224 px: one row for the mean token (unused here), then 7x7 positions.
         self.positional_embedding = nn.Parameter(torch.randn(1 + 7 * 7, dim) / dim**0.5)
         self.k_proj = nn.Linear(dim, dim)
@@ -130,9 +132,9 @@ class AttentionPool(nn.Module):
         y = x + F.interpolate(table, (H, W), mode="bicubic", align_corners=False)
         y = y.flatten(2).transpose(1, 2)  # (B,N,C)
 
-        q = self.q_proj(y).unflatten(2, (-1, 64)).transpose(1, 2)  # (B,h,N,64)
-        k = self.k_proj(y).unflatten(2, (-1, 64)).transpose(1, 2)  # (B,h,N,64)
-        v = self.v_proj(y).unflatten(2, (-1, 64)).transpose(1, 2)  # (B,h,N,64)
+        q = self.q_proj(y).unflatten(2, (self.heads, 64)).transpose(1, 2)  # (B,h,N,64)
+        k = self.k_proj(y).unflatten(2, (self.heads, 64)).transpose(1, 2)  # (B,h,N,64)
+        v = self.v_proj(y).unflatten(2, (self.heads, 64)).transpose(1, 2)  # (B,h,N,64)
         y = F.scaled_dot_product_attention(q, k, v)  # (B,h,N,64)
         y = y.transpose(1, 2).flatten(2)  # (B,N,C)
 
@@ -141,7 +143,7 @@ class AttentionPool(nn.Module):
 
 
 def resnet_stage(inputs: int, planes: int, blocks: int, stride: int) -> nn.Sequential:
-    """Return bottlenecks in a row, the first of which pools: inputs -> 4*planes channels."""
+    """Return a stage of bottlenecks, inputs -> 4*planes channels; only the first has a stride."""
     stage = nn.Sequential(Bottleneck(inputs, planes, stride))
     for _ in range(blocks - 1):
         stage.append(Bottleneck(4 * planes, planes, stride=1))
@@ -228,7 +230,7 @@ class CLIP(nn.Module):
         dim = config.dim
         self.positional_embedding = nn.Parameter(0.01 * torch.randn(77, dim))
         self.text_projection = nn.Parameter(torch.randn(dim, config.state_dim) / dim**0.5)
-        # CLIP's temperature is unused; it is kept so that `to_official` returns every tensor.
+        # CLIP's temperature: unused here, kept so that official checkpoints load with all keys.
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)), requires_grad=False)
         self.visual = ResNet(config.layers, config.width, config.state_dim)
 
@@ -244,12 +246,12 @@ class CLIP(nn.Module):
         """Return word vectors (B,T,dim) and sentence vectors (B,state_dim) of tokens (B,T)."""
         T = tokens.shape[1]
         x = self.token_embedding(tokens) + self.positional_embedding[:T]  # (B,T,dim)
-        words = self.ln_final(self.transformer["resblocks"](x))
+        words = self.ln_final(self.transformer["resblocks"](x))  # (B,T,dim)
 
-        # The sentence vector is taken at the first end token: 49407 is the largest token.
+        # The end token has the largest id, so argmax finds its first occurrence.
         end = tokens.argmax(1)  # (B,)
-        images = torch.arange(len(words), device=words.device)
-        state = words[images, end] @ self.text_projection  # (B,state_dim)
+        batch = torch.arange(len(words), device=words.device)  # (B,)
+        state = words[batch, end] @ self.text_projection  # (B,state_dim)
         return words, state
 
 
@@ -265,8 +267,8 @@ def conv_layer(inputs: int, outputs: int, kernel_size: int) -> nn.Sequential:
 
 # model/layers.py, CoordConv.add_coord
 def add_coordinates(x: Tensor) -> Tensor:
-    """Append two channels, each position's column and row in -1..1. (B,C,H,W) -> (B,C+2,H,W)"""
-    B, C, H, W = x.shape
+    """Append each pixel's column and row, in -1..1, as channels. (B,C,H,W) -> (B,C+2,H,W)"""
+    B, _, H, W = x.shape
     rows = torch.linspace(-1, 1, H, device=x.device).to(x.dtype)
     columns = torch.linspace(-1, 1, W, device=x.device).to(x.dtype)
     coordinates = torch.stack(torch.meshgrid(columns, rows, indexing="xy"))  # (2,H,W)
@@ -295,23 +297,23 @@ class Neck(nn.Module):
         self.f4_proj4 = conv_layer(dim, dim, 3)
         self.f4_proj3 = conv_layer(dim, dim, 3)
         self.aggr = conv_layer(3 * dim, dim, 1)
-        # Official names: the first of the two is a CoordConv, with its convolution inside.
+        # The first convolution is nested like the official CoordConv, to keep its tensor names.
         coord_conv = nn.ModuleDict({"conv1": conv_layer(dim + 2, dim, 3)})
         self.coordconv = nn.Sequential(coord_conv, conv_layer(dim, dim, 3))
 
     def forward(self, v3: Tensor, v4: Tensor, v5: Tensor, state: Tensor) -> Tensor:
-        """v3, v4, v5 as ResNet returns them, state (B,state_dim) -> (B,dim,H/16,W/16)."""
+        """v3, v4, v5 at strides 8, 16, 32, state (B,state_dim) -> (B,dim,26,26), stride 16."""
         # Fuse the sentence into the coarsest map.
         text = self.txt_proj(state)[:, :, None, None]  # (B,1024,1,1)
         f5 = self.norm_layer(self.f1_v_proj(v5) * text)  # (B,1024,13,13)
 
-        # Go down the pyramid; the finest map comes to stride 16 by pooling.
+        # Top-down path; f3 is pooled to stride 16.
         f4 = torch.cat([self.f2_v_proj(v4), self.up(f5)], 1)  # (B,1536,26,26)
         f4 = self.f2_cat(f4)  # (B,512,26,26)
         f3 = F.avg_pool2d(self.f3_v_proj(v3), 2)  # (B,256,26,26)
         f3 = self.f3_cat(torch.cat([f3, f4], 1))  # (B,512,26,26)
 
-        # Gather all three at stride 16 and add coordinates.
+        # Fuse the three maps, all at stride 16, and append coordinates.
         f5 = self.up(self.f4_proj5(f5))  # (B,512,26,26)
         f = torch.cat([self.f4_proj3(f3), self.f4_proj4(f4), f5], 1)  # (B,1536,26,26)
         f = add_coordinates(self.aggr(f))  # (B,514,26,26)
@@ -360,8 +362,13 @@ class DecoderLayer(nn.Module):
         self.norm3 = nn.LayerNorm(dim)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x, words, position, word_position, padding) -> Tensor:
-        """x (B,N,C), words (B,T,C), positions (N,C) and (T,C), padding (B,T) -> (B,N,C)."""
+    def forward(
+        self, x: Tensor, words: Tensor, position: Tensor, word_position: Tensor, padding: Tensor
+    ) -> Tensor:
+        """x (B,N,C), words (B,T,C), positions (N,C) and (T,C) -> (B,N,C).
+
+        padding: (B,T), True = masked.
+        """
         # Positions are added to queries and keys, not to values.
         y = self.norm1(x)
         q = y + position
@@ -370,8 +377,8 @@ class DecoderLayer(nn.Module):
 
         q = self.norm2(x) + position
         k = words + word_position
-        y = self.multihead_attn(q, k, words, padding, need_weights=False)[0]  # (B,N,C)
-        x = x + self.dropout(self.cross_attn_norm(y))
+        y = self.multihead_attn(q, k, words, key_padding_mask=padding, need_weights=False)[0]
+        x = x + self.dropout(self.cross_attn_norm(y))  # (B,N,C)
 
         return x + self.dropout(self.ffn(self.norm3(x)))
 
@@ -388,7 +395,7 @@ class Decoder(nn.Module):
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, x: Tensor, words: Tensor, padding: Tensor) -> Tensor:
-        """x (B,C,H,W), words (B,T,C), padding (B,T) True where words are masked -> (B,C,H,W)."""
+        """x (B,C,H,W), words (B,T,C), padding (B,T), True = masked -> (B,C,H,W)."""
         C, H, W = x.shape[1:]
         T = words.shape[1]
         position = sine_table_2d(H, W, C).to(x)  # (N,C)
@@ -400,73 +407,75 @@ class Decoder(nn.Module):
         return self.norm(x).transpose(1, 2).unflatten(2, (H, W))  # (B,C,H,W)
 
 
-def axis_matrix(n: int, like: Tensor) -> Tensor:
-    """Return the matrix that upsamples n positions by 2 and applies three shifted taps: (2n,3n).
+def upsample_matrix(n: int, like: Tensor) -> Tensor:
+    """Return the (2n,3n) matrix of a 2x linear upsampling followed by a 3-tap sum, in 1-D.
 
-    Column t*n + i holds how much input position i contributes, through tap t, to each output.
+    It maps the stacked signals of the three taps, [y0; y1; y2] of length n each, to
+    out[o] = sum over t of up(y_t)[o + t - 1], with zeros outside, as in conv1d(up(y), padding=1).
     """
-    identity = torch.eye(n, device=like.device, dtype=like.dtype)
-    upsampled = F.interpolate(identity[None], scale_factor=2, mode="linear", align_corners=False)
-    padded = F.pad(upsampled[0], (1, 1))  # (n,2n+2)
+    one_hot = torch.eye(n, device=like.device, dtype=like.dtype)[None]  # (1,n,n), n signals
+    up = F.interpolate(one_hot, scale_factor=2, mode="linear", align_corners=False)[0]  # (n,2n)
+    padded = F.pad(up, (1, 1))  # (n,2n+2)
 
     shifted = []
-    for tap in range(3):
-        shifted.append(padded[:, tap : tap + 2 * n])  # (n,2n)
+    for t in range(3):
+        shifted.append(padded[:, t : t + 2 * n])  # (n,2n)
     return torch.cat(shifted).T  # (2n,3n)
 
 
 def upsampled_conv3x3(x: Tensor, weight: Tensor) -> Tensor:
-    """Convolve the bilinearly doubled x with a 3x3 kernel, without upsampling x first.
+    """Upsample x by 2 and apply a 3x3 convolution, with the channels mixed before the upsampling.
 
-    Equals, at a quarter of the multiplications,
+    Equals, at about a third of the multiplications (RN50 at 416 px),
 
         x = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
         return F.conv2d(x, weight, padding=1)
 
-    Upsampling acts on positions and the kernel's taps on channels, so the taps can go first, at
-    the low resolution. What is left per axis is one small matrix (`axis_matrix`).
+    Upsampling does not mix channels, so it commutes with the channel mixing of each tap: mix
+    first, at low resolution, then upsample, shift and sum. The latter is separable: one small
+    matrix per axis (`upsample_matrix`).
 
     x (B,C,H,W), weight (outputs,C,3,3) -> (B,outputs,2H,2W)
     """
     B, C, H, W = x.shape
     outputs = len(weight)
 
-    # Each of the nine taps mixes the channels. Rows: output channel, column tap, row tap.
+    # Mix the channels: one C-vector per (output, column tap, row tap), in that order.
     taps = weight.permute(0, 3, 2, 1).reshape(9 * outputs, C)
-    y = taps @ x.flatten(2)  # (B,outputs*9,H*W)
+    y = taps @ x.flatten(2)  # (B,9*outputs,H*W)
 
-    # Upsample, shift by the row tap and add up along the rows, then the same along the columns.
-    y = axis_matrix(H, x) @ y.view(B, outputs, 3, 3 * H, W)  # (B,outputs,3,2H,W)
+    # Upsample, shift and sum along H, then along W.
+    y = upsample_matrix(H, x) @ y.view(B, outputs, 3, 3 * H, W)  # (B,outputs,3,2H,W)
     y = y.transpose(2, 3).flatten(3)  # (B,outputs,2H,3*W)
-    return y @ axis_matrix(W, x).T  # (B,outputs,2H,2W)
+    return y @ upsample_matrix(W, x).T  # (B,outputs,2H,2W)
 
 
-def conv3x3_per_image(x: Tensor, mix: nn.Conv2d, kernel: Tensor, bias: Tensor) -> Tensor:
-    """Mix the channels of x by a 1x1 convolution, then convolve each image with its own kernel.
+def conv3x3_per_image(x: Tensor, pointwise: nn.Conv2d, kernel: Tensor, bias: Tensor) -> Tensor:
+    """Apply a 1x1 convolution, then a 3x3 convolution with a separate kernel for each image.
 
     Equals
 
         B, C, H, W = x.shape
-        x = mix(x).reshape(1, B * C, H, W)  # one group of C channels for each image
+        x = pointwise(x).reshape(1, B * C, H, W)  # one group of C channels for each image
         y = F.conv2d(x, kernel, bias, padding=1, groups=B)  # (1,B,H,W)
         return y.transpose(0, 1)
 
-    but no map of C channels is computed: an output is a sum over nine neighbours, and for each of
-    the nine, kernel and mix together are one vector of C weights.
+    but the map of C channels between the two is never materialised: the 1x1 weights are folded
+    into the kernel, which leaves one C-vector per tap and image.
 
     x (B,C,H,W), kernel (B,C,3,3), bias (B,) -> (B,1,H,W)
     """
-    # For each tap, merge the kernel with the 1x1 convolution. Products of matrices from here on.
+    # Fold the 1x1 convolution into each tap.
     taps = kernel.flatten(2).flip(2).transpose(1, 2)  # (B,9,C); the flip is explained below
-    merged = taps @ mix.weight.flatten(1)  # (B,9,C)
-    merged_bias = taps @ mix.bias[:, None]  # (B,9,1)
+    folded = taps @ pointwise.weight.flatten(1)  # (B,9,C)
+    folded_bias = taps @ pointwise.bias[:, None]  # (B,9,1)
 
-    # Nine numbers for each pixel: what it contributes through each tap.
-    y = merged @ x.flatten(2) + merged_bias  # (B,9,H*W)
+    # The bias is added per tap, before the sum over neighbours: the plain form pads the output of
+    # the 1x1 convolution with zeros, so nothing from outside the image may carry its bias.
+    y = folded @ x.flatten(2) + folded_bias  # (B,9,H*W)
 
-    # F.fold writes the nine numbers of a pixel into the 3x3 neighbourhood around it and adds up
-    # what overlaps. So tap (0,0) of a pixel reaches the output up left of it, while in a
-    # convolution an output's tap (0,0) reads the pixel up left: the opposite, hence the flip.
+    # F.fold scatters each pixel's nine values to its neighbours and sums them. A convolution
+    # gathers instead, so the kernel is flipped.
     y = F.fold(y, x.shape[2:], 3, padding=1)  # (B,1,H,W)
     return y + bias[:, None, None, None]
 
@@ -477,14 +486,15 @@ class Projector(nn.Module):
 
     def __init__(self, state_dim: int, dim: int):
         super().__init__()
-        # "4" is created first: the order of creation decides seeded weights.
-        mix = nn.Conv2d(dim // 2, dim // 2, 1)
-        # Official numbers; 0 and 2 are the upsamplings, which `upsampled_conv3x3` includes.
+        # Created first, so that a given seed keeps giving the same initial weights.
+        pointwise = nn.Conv2d(dim // 2, dim // 2, 1)
+        # Keys are indices into the official nn.Sequential; 0 and 2 were nn.Upsample, now part of
+        # `upsampled_conv3x3`.
         self.vis = nn.ModuleDict(
             {
                 "1": conv_layer(dim, dim, 3),
                 "3": conv_layer(dim, dim // 2, 3),
-                "4": mix,
+                "4": pointwise,
             }
         )
         self.txt = nn.Linear(state_dim, 9 * (dim // 2) + 1)  # a kernel and a bias
@@ -493,18 +503,19 @@ class Projector(nn.Module):
         """x (B,dim,H,W), state (B,state_dim) -> logits (B,1,4H,4W)."""
         for name in ("1", "3"):
             conv3x3, norm, relu = self.vis[name]
-            x = relu(norm(upsampled_conv3x3(x, conv3x3.weight)))  # finally (B,dim/2,4H,4W)
+            x = upsampled_conv3x3(x, conv3x3.weight)  # 1st (B,dim,2H,2W), 2nd (B,dim/2,4H,4W)
+            x = relu(norm(x))
 
-        kernel_and_bias = self.txt(state)  # (B,9*dim/2+1)
+        kernel_and_bias = self.txt(state)  # (B,9*(dim/2)+1)
         kernel = kernel_and_bias[:, :-1].unflatten(1, (-1, 3, 3))  # (B,dim/2,3,3)
         bias = kernel_and_bias[:, -1]  # (B,)
         return conv3x3_per_image(x, self.vis["4"], kernel, bias)  # (B,1,4H,4W)
 
 
 def trim_padding(tokens: Tensor) -> Tensor:
-    """Cut off the last columns of tokens (B,T) if they are 0 in all rows.
+    """Drop the trailing columns of tokens (B,T) that are padding (0) in every row.
 
-    This changes no output: the decoder masks 0, and no word attends to later ones.
+    This changes no output: the decoder masks padding, and the text encoder is causal.
     """
     last = tokens.any(0).nonzero().max()
     return tokens[:, : int(last) + 1]
@@ -512,6 +523,8 @@ def trim_padding(tokens: Tensor) -> Tensor:
 
 # model/segmenter.py, class CRIS
 class CRIS(nn.Module):
+    """CLIP's encoders, the neck, the decoder and the projector."""
+
     def __init__(self, config: Config):
         super().__init__()
         if config.pixels not in ("letterbox", "stretch", "medvlsm"):
@@ -522,76 +535,67 @@ class CRIS(nn.Module):
             raise ValueError(f"heads={config.heads}: must divide dim={config.dim}")
 
         self.config = config
-        c = config
-        self.backbone = CLIP(c)
-        self.neck = Neck(8 * c.width, 16 * c.width, c.state_dim, c.dim)
-        self.decoder = Decoder(c.decoder_layers, c.dim, c.heads, c.ffn_dim, c.dropout)
-        self.proj = Projector(c.state_dim, c.dim)
+        dim = config.dim
+        self.backbone = CLIP(config)
+        self.neck = Neck(8 * config.width, 16 * config.width, config.state_dim, dim)
+        self.decoder = Decoder(
+            config.decoder_layers, dim, config.heads, config.ffn_dim, config.dropout
+        )
+        self.proj = Projector(config.state_dim, dim)
 
     def forward(self, image: Tensor, tokens: Tensor) -> Tensor:
         """Return logits (B,1,H/4,W/4).
 
         image: (B,3,H,W) as `preprocess` returns it; H and W are multiples of 32, else ValueError.
-        tokens: (B,T) int64, T at most 77.
+        tokens: (B,T) int64, T at most 77: 49406, the text, 49407, padding.
         """
         if any(side % 32 for side in image.shape[2:]):
             raise ValueError(f"image sides must be multiples of 32, not {tuple(image.shape[2:])}")
-        if not torch.compiler.is_compiling():  # a compiled graph must not depend on values
+        if not torch.compiler.is_compiling():
+            # The trimmed length is data-dependent, which would break a compiled graph.
             tokens = trim_padding(tokens)  # (B,T)
+        padding = tokens == 0  # quirk: padding is recognised by id 0, whatever pad_token is
 
-        v3, v4, v5 = self.backbone.visual(image)
-        words, state = self.backbone.encode_text(tokens)
+        v3, v4, v5 = self.backbone.visual(image)  # at strides 8, 16, 32
+        words, state = self.backbone.encode_text(tokens)  # (B,T,512), (B,1024)
         x = self.neck(v3, v4, v5, state)  # (B,512,H/16,W/16)
-        x = self.decoder(x, words, tokens == 0)  # (B,512,H/16,W/16)
+        x = self.decoder(x, words, padding)  # (B,512,H/16,W/16)
         return self.proj(x, state)  # (B,1,H/4,W/4)
 
     def train(self, mode: bool = True) -> "CRIS":
-        """Set training mode; with `freeze_text_norm` the text norm keeps its running statistics.
+        """Set training or evaluation mode.
 
-        If all images have the same phrase, the batch norm over sentence vectors sees no variance.
-        Its running variance then decays to 0, and dividing by it ruins evaluation.
+        With `freeze_text_norm`, the BatchNorm1d on the sentence vectors (neck.txt_proj[1]) stays
+        in evaluation mode. If every prompt is the same, the batch variance is 0, the running
+        variance decays to 0, and evaluation divides by almost nothing.
         """
         super().train(mode)
         self.neck.txt_proj[1].train(mode and not self.config.freeze_text_norm)
         return self
 
     def preprocess(self, image) -> Tensor:
-        """Return a PIL image as (3,S,S) float32: see `preprocess`."""
+        """Return a PIL image as a normalised square (3,S,S) float32."""
         return preprocess(image, self.config)
 
     def postprocess(self, logits: Tensor, size: tuple[int, int]) -> Tensor:
-        """Return probabilities (1,*size) from logits (1,h,w): see `postprocess`."""
+        """Return probabilities (1,*size) from logits (1,S/4,S/4); size is the image's (H,W)."""
         return postprocess(logits, size, self.config)
 
     def segment(self, image, prompt: str) -> tuple:
-        """Return probabilities (1,H,W) and mask (H,W) of an image or its file: see `segment`."""
+        """Return probabilities (1,H,W) and mask (H,W), numpy, of a PIL image or an image file."""
         return segment(self, image, prompt)
 
     @classmethod
     def from_pretrained(cls, source: str | Path, **overrides) -> "CRIS":
         """Load a file, a folder, a run folder or a hub id; return the model in evaluation mode.
 
-        A file of CLIP alone fills the encoders; the parts in FRESH are then new, which is printed.
-        overrides: fields of Config. Raise FileNotFoundError or ValueError, one line, for a file
-        that does not fit.
+        A plain CLIP checkpoint fills the encoders; all other parts are then randomly initialised,
+        which is printed. overrides: fields of Config. Raise FileNotFoundError or ValueError, one
+        line, for a file that does not fit.
         """
-        weights, settings = read_checkpoint(source, FILES)
-        weights = convert(weights)
-        is_clip_alone = not any(name.startswith(FRESH) for name in weights)
-        fresh = FRESH if is_clip_alone else ()
-
-        if "format" in settings:  # a run folder of ours
-            config = Config(**run_config(settings, "CRIS", source, Config))
-        else:
-            config = guess_config(weights, is_clip_alone, source)
+        weights, config = read_weights_and_config(source)
         model = cls(replace(config, **overrides))
-
-        new = model.state_dict()
-        expected = {name: t for name, t in new.items() if not name.startswith(fresh)}
-        check_complete(weights, expected, source)
-        model.load_state_dict(new | weights)
-        if fresh:
-            print(f"{source}: this is CLIP alone; new and untrained: {', '.join(fresh)}")
+        load_weights(model, weights, source)
         return model.eval()
 
 
@@ -603,39 +607,76 @@ class CRIS(nn.Module):
 FILES = ("best.safetensors", "open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 # Scalars in OpenAI's archives; the shapes of the two embedding tables say the same.
 IGNORED = ("input_resolution", "context_length", "vocab_size")
-# Parts that no CLIP file has.
-FRESH = ("backbone.visual.attnpool.connect.", "neck.", "decoder.", "proj.")
+# Parts that CRIS adds to CLIP: no CLIP checkpoint has their tensors.
+NOT_IN_CLIP = ("backbone.visual.attnpool.connect.", "neck.", "decoder.", "proj.")
 
 
 def convert(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors under our names: those of CRIS stay, CLIP's go below `backbone.`."""
+    """Return tensors under our names: CRIS's stay, CLIP's get the prefix "backbone."."""
     is_cris = any(name.startswith("backbone.") for name in state_dict)
     prefix = "" if is_cris else "backbone."
     return {prefix + name: t for name, t in state_dict.items() if name not in IGNORED}
 
 
 def to_official(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return a state dict for the official class.
+    """Return the state dict as the official class loads it; the names are the same.
 
-    The official programs expect "module." before each name, as DistributedDataParallel writes it.
+    Official programs wrap the model in DistributedDataParallel: for those, add "module." to each
+    name.
     """
     return dict(state_dict)
 
 
-def guess_config(weights: dict[str, Tensor], is_clip_alone: bool, source) -> Config:
-    """Return the config of a file without settings, and print which fields its tensors do not tell.
+def is_plain_clip(weights: dict[str, Tensor]) -> bool:
+    """Return True for a CLIP checkpoint, which has none of the parts that CRIS adds."""
+    return not any(name.startswith(NOT_IN_CLIP) for name in weights)
+
+
+def read_weights_and_config(source: str | Path) -> tuple[dict[str, Tensor], Config]:
+    """Return what `source` holds: tensors under our names, and the config that they need."""
+    weights, settings = read_checkpoint(source, FILES)
+    weights = convert(weights)
+    if "format" in settings:  # a run folder of ours
+        return weights, Config(**run_config(settings, "CRIS", source, Config))
+    return weights, guess_config(weights, source)
+
+
+def guess_config(weights: dict[str, Tensor], source) -> Config:
+    """Return the config of a file without settings; print the fields that could not be inferred.
 
     The variant, and with it the number of heads, follows from names and shapes.
     """
-    if is_clip_alone:
+    if is_plain_clip(weights):
         length = 77
-        origin = "CLIP's"
+        advice = "which suit CLIP"
     else:
         length = 17
-        origin = "those of RefCOCO; checkpoints of medvlsm need 77 and 49407"
-    print(f"{source}: text_length and pad_token are not stored; using {length} and 0, {origin}")
+        advice = "those of RefCOCO; checkpoints of medvlsm need 77, 49407 and medvlsm"
+
+    print(
+        f"{source}: text_length, pad_token and pixels are not stored; unless set, they are "
+        f"{length}, 0 and letterbox, {advice}"
+    )
+
     config = closest_variant(weights, CRIS, dict)
     return replace(config, text_length=length, pad_token=0)
+
+
+def load_weights(model: CRIS, weights: dict[str, Tensor], source) -> None:
+    """Fill a model; with a plain CLIP checkpoint the parts in NOT_IN_CLIP keep their values.
+
+    Raise ValueError, one line, if another tensor is missing, unknown or of another shape.
+    """
+    own_weights = model.state_dict()
+    expected = own_weights
+    if is_plain_clip(weights):
+        expected = {n: t for n, t in own_weights.items() if not n.startswith(NOT_IN_CLIP)}
+
+    check_complete(weights, expected, source)
+    model.load_state_dict(own_weights | weights)
+    if is_plain_clip(weights):
+        parts = ", ".join(part.rstrip(".") for part in NOT_IN_CLIP)
+        print(f"{source}: a plain CLIP checkpoint; new and untrained: {parts}")
 
 
 # shared: closest_variant
@@ -676,7 +717,9 @@ def fit_into_square(size: tuple[int, int], side: int) -> tuple[float, float, flo
 def sample_at(x: Tensor, rows: Tensor, columns: Tensor, mode: str) -> Tensor:
     """Interpolate x (C,h,w) at fractional pixel indices (H,) and (W,), zeros outside: (C,H,W)."""
     height, width = x.shape[1:]
-    rows = (2 * rows + 1) / height - 1  # -1 and 1 are the outer edges for grid_sample
+    rows = (
+        2 * rows + 1
+    ) / height - 1  # grid_sample: -1 and 1 are the outer edges of the border pixels
     columns = (2 * columns + 1) / width - 1
     grid = torch.stack(torch.meshgrid(columns, rows, indexing="xy"), 2)  # (H,W,2)
     return F.grid_sample(x[None], grid[None], mode, align_corners=False)[0]  # (C,H,W)
@@ -740,11 +783,11 @@ def preprocess(image, config: Config) -> Tensor:
 
     mean = torch.tensor(config.mean)[:, None, None]  # (3,1,1)
     std = torch.tensor(config.std)[:, None, None]  # (3,1,1)
-    x = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255 - mean  # (3,H,W)
+    x = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255  # (3,H,W)
     if config.pixels == "letterbox":
-        x = letterbox(x, side, "bicubic") + mean  # (3,S,S), the mean colour around the image
-        x = (x * 255).round().clamp(0, 255) / 255 - mean  # 8 bits, like cv2.warpAffine
-    return x / std  # (3,S,S)
+        x = letterbox(x - mean, side, "bicubic") + mean  # (3,S,S), zero padding -> mean colour
+        x = (x * 255).round().clamp(0, 255) / 255  # rounded to 8 bits, as cv2.warpAffine does
+    return (x - mean) / std  # (3,S,S)
 
 
 def preprocess_mask(mask: Tensor, config: Config) -> Tensor:
@@ -762,17 +805,17 @@ def preprocess_mask(mask: Tensor, config: Config) -> Tensor:
 
 def postprocess(logits: Tensor, size: tuple[int, int], config: Config) -> Tensor:
     """Return probabilities (1,H,W) float32, 0..1, at the image's own `size`; logits (1,h,w)."""
-    square = (config.image_size, config.image_size)
     logits = logits[None].float()  # (1,1,h,w)
-
     if config.pixels == "stretch":
         logits = F.interpolate(logits, size, mode="bilinear", align_corners=False)
         return logits[0].sigmoid()  # (1,H,W)
+
+    square = (config.image_size, config.image_size)
     if config.pixels == "medvlsm":
         logits = F.interpolate(logits, square, mode="bicubic", align_corners=True)
         return F.interpolate(logits.sigmoid(), size, mode="nearest-exact")[0]  # (1,H,W)
 
-    # quirk: bicubic on probabilities (engine/engine.py, validate), so that some leave 0..1
+    # quirk: bicubic interpolation of probabilities (engine/engine.py, validate) overshoots 0..1
     x = F.interpolate(logits.sigmoid(), square, mode="bicubic", align_corners=True)[0]  # (1,S,S)
     return undo_letterbox(x, size, "bicubic").clamp(0, 1)  # (1,H,W)
 

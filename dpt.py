@@ -1,26 +1,26 @@
 """DPT, dense prediction transformer: an image in, the class of every pixel out.
 
-Paper: Ranftl, Bochkovskiy & Koltun, ICCV 2021, arXiv 2103.13413. Code: github.com/isl-org/DPT at
-f43ef9e, dpt/{models,vit,blocks}.py (MIT), and its port to transformers 5.23, modeling_dpt.py.
-Weights on the hub, Apache 2.0: Intel/dpt-large-ade (150 classes of ADE20K) and Intel/dpt-large,
-which predicts depth: a segmentation model takes all of it but the head. The original release (MIT)
-is dpt_large-ade20k-b12dca68.pt and dpt_large-midas-2f21e586.pt.
+Paper: Ranftl, Bochkovskiy & Koltun, ICCV 2021, arXiv 2103.13413. Official code (MIT):
+github.com/isl-org/DPT at f43ef9e, dpt/{models,vit,blocks}.py; comments such as "# dpt/vit.py, class
+ProjectReadout" name the counterpart. It is ported to transformers 5.23, modeling_dpt.py. Weights on
+the hub, Apache 2.0: Intel/dpt-large-ade (150 classes of ADE20K) and Intel/dpt-large, which predicts
+depth: a segmentation model takes all of it but the head. The original release (MIT) is
+dpt_large-ade20k-b12dca68.pt and dpt_large-midas-2f21e586.pt.
 
     image (B,3,480,480)
-      patches of 16 px, class token, positions
-    tokens (B,1+30*30,1024)
-      24 transformer blocks; the outputs of blocks
-      5, 11, 17, 23 -> Reassemble: mix in the class token, back to a map
-        |   |   |   `- (B,256,15,15)   -> Fusion 0 -> (B,256,30,30)
-        |   |   `----- (B,256,30,30)   -> Fusion 1 -> (B,256,60,60)
-        |   `--------- (B,256,60,60)   -> Fusion 2 -> (B,256,120,120)
-        `------------- (B,256,120,120) -> Fusion 3 -> (B,256,240,240)
-      head: convolution, classifier, upsampling by 2
-    logits (B,K,480,480)
+    tokens = vit(image)              4 x (B,1+30*30,1024), after blocks 5, 11, 17 and 23 of 24
+    maps = reassemble[i](tokens[i])  (B,256,120,120), (B,256,60,60), (B,256,30,30), (B,256,15,15)
+    x = fusion[0](maps[3])           (B,256,30,30)     each fusion adds a map to x, refines the
+    x = fusion[1](maps[2], x)        (B,256,60,60)     sum and upsamples it by 2
+    x = fusion[2](maps[1], x)        (B,256,120,120)
+    x = fusion[3](maps[0], x)        (B,256,240,240)
+    logits = head(x)                 (B,K,480,480)     3x3 convolution, classifier, upsampling by 2
 
-Image sides must be multiples of 16, and need not be equal. Multiples of 32 give logits of the
-image's size; an odd number of patches is rounded up to the next even one, as in transformers, so
-240 px gives 256. Left out: the auxiliary head, which is only used by a training loss; DPT-Hybrid.
+Shapes: B batch, C channels, N tokens, h heads, d head width, K classes. Code between "# shared:
+NAME" and "# end shared" is the same in other model files. Image sides must be multiples of 16 and
+need not be equal. Multiples of 32 give logits of the image's size; an odd number of patches is
+rounded up to the next even one, as in transformers, so 240 px gives 256. Left out: the auxiliary
+head, which only a training loss uses; DPT-Hybrid.
 
     model = DPT.from_pretrained("Intel/dpt-large-ade")
     probabilities, mask = model.segment("photo.jpg")  # or a PIL image
@@ -46,12 +46,12 @@ class Config:
     dim: int = 1024  # channels of the vision transformer
     layers: int = 24
     heads: int = 16
-    mlp_dim: int = 4096
+    mlp_dim: int = 4096  # hidden channels of the transformer's MLPs
     grid: int = 24  # the position table has grid x grid patches (trained at 384 px)
-    eps: float = 1e-12  # of the layer norms in transformers; the original has 1e-6
-    taps: tuple[int, ...] = (5, 11, 17, 23)  # blocks whose outputs the neck takes, from 0
+    eps: float = 1e-12  # of the layer norms, as in transformers; the original has 1e-6
+    taps: tuple[int, ...] = (5, 11, 17, 23)  # indices of the blocks that feed `reassemble`
     neck_dims: tuple[int, ...] = (256, 512, 1024, 1024)  # channels of the four maps, finest first
-    fusion_dim: int = 256
+    fusion_dim: int = 256  # channels of the fusions and the head
     fusion_norm: bool = True  # batch norm in the fusions; without it their convolutions have biases
     num_classes: int = 150
     image_size: int = 480  # side of the square that `preprocess` makes, pixels
@@ -103,8 +103,8 @@ class VisionTransformer(nn.Module):
         dim = config.dim
         self.grid = config.grid
         self.taps = config.taps
-        # Not zeros as in transformers: the layer norm of a zero vector has a gradient of
-        # 1 / sqrt(eps).
+        # transformers starts from zeros, but the gradient of the layer norm of a zero vector is
+        # 1 / sqrt(eps), a million here.
         self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, dim))
         self.pos_embed = nn.Parameter(0.02 * torch.randn(1, 1 + config.grid**2, dim))
         self.patch_embed = nn.Conv2d(3, dim, 16, stride=16)
@@ -113,13 +113,16 @@ class VisionTransformer(nn.Module):
             self.blocks.append(Block(dim, config.heads, config.mlp_dim, config.eps))
 
     def forward(self, image: Tensor) -> list[Tensor]:
-        """Return the outputs of the tapped blocks, (B,1+H/16*W/16,C) each. image (B,3,H,W)"""
+        """Return the outputs of the blocks in `taps`, (B,N,C) each, N = 1 + H/16 * W/16.
+
+        image: (B,3,H,W). The class token comes first.
+        """
         if any(side % 16 for side in image.shape[2:]):
             raise ValueError(f"image sides must be multiples of 16, not {tuple(image.shape[2:])}")
 
         # Patches and the class token, each with its position.
         x = self.patch_embed(image)  # (B,C,H/16,W/16)
-        class_position, table = self.pos_embed.split((1, self.grid**2), 1)
+        class_position, table = self.pos_embed.split((1, self.grid**2), 1)  # (1,1,C), (1,grid**2,C)
         table = table.transpose(1, 2).unflatten(2, (self.grid, self.grid))  # (1,C,grid,grid)
         x = x + F.interpolate(table, x.shape[2:], mode="bilinear", align_corners=False)
         class_token = (class_position + self.cls_token).expand(len(x), -1, -1)  # (B,1,C)
@@ -134,24 +137,28 @@ class VisionTransformer(nn.Module):
 
 
 def project_readout(tokens: Tensor, linear: nn.Linear) -> Tensor:
-    """Mix the class token into all other tokens by a linear layer. (B,1+N,C) -> (B,N,C)
+    """Mix the class token into every patch token by a linear layer. (B,1+H*W,C) -> (B,H*W,C)
 
     Equals
 
-        patches, class_token = tokens[:, 1:], tokens[:, :1]
+        class_token = tokens[:, :1]
+        patches = tokens[:, 1:]
         return linear(torch.cat([patches, class_token.expand_as(patches)], 2))
 
-    but the class token's share, which is the same for all patches, is computed once per image.
+    but the class token's term, which is the same for all patches, is computed once per image.
     """
     class_token = tokens[:, :1]  # (B,1,C)
-    patches = tokens[:, 1:]  # (B,N,C)
+    patches = tokens[:, 1:]  # (B,H*W,C)
     patch_weight, class_weight = linear.weight.chunk(2, 1)  # (C,C) each
     return F.linear(patches, patch_weight) + F.linear(class_token, class_weight, linear.bias)
 
 
 # dpt/vit.py, class ProjectReadout and act_postprocess1 to 4 in _make_vit_b16_backbone
 class Reassemble(nn.Module):
-    """Turns tokens into a map of 4, 2, 1 or 1/2 times the patches' resolution (level 0 to 3)."""
+    """Turns tokens into a map at 4, 2, 1 or 1/2 times the resolution of the patches.
+
+    level: 0, 1, 2 or 3, in this order.
+    """
 
     def __init__(self, dim: int, neck_dim: int, fusion_dim: int, level: int):
         super().__init__()
@@ -168,7 +175,7 @@ class Reassemble(nn.Module):
         self.conv = nn.Conv2d(neck_dim, fusion_dim, 3, padding=1, bias=False)
 
     def forward(self, tokens: Tensor, size: tuple[int, int]) -> Tensor:
-        """tokens (B,1+H*W,C), the class token first, size (H,W) -> (B,fusion_dim,sH,sW)."""
+        """tokens (B,1+H*W,C), size (H,W) in patches -> (B,fusion_dim,sH,sW), s = 4, 2, 1 or 1/2."""
         x = F.gelu(project_readout(tokens, self.readout))  # (B,H*W,C)
         x = x.transpose(1, 2).unflatten(2, size)  # (B,C,H,W)
         x = self.resize(self.projection(x))  # (B,neck_dim,sH,sW)
@@ -193,15 +200,16 @@ class ResidualUnit(nn.Module):
 
 
 def upsampled_conv1x1(x: Tensor, conv1x1: nn.Conv2d) -> Tensor:
-    """Double x bilinearly, then apply a 1x1 convolution. (B,C,H,W) -> (B,C,2H,2W)
+    """Upsample x by 2 and apply a 1x1 convolution. (B,C,H,W) -> (B,C,2H,2W)
 
-    Equals, at a quarter of the multiplications,
+    Equals
 
         x = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True)
         return conv1x1(x)
 
-    because the convolution acts on channels and the interpolation, whose weights add up to 1, on
-    positions: either may go first.
+    but the convolution has a quarter of the pixels. The two commute: the convolution does not mix
+    pixels and the interpolation does not mix channels. The bias stays the same, because the
+    weights of an interpolation sum to 1.
     """
     return F.interpolate(conv1x1(x), scale_factor=2, mode="bilinear", align_corners=True)
 
@@ -217,9 +225,12 @@ class Fusion(nn.Module):
         self.projection = nn.Conv2d(dim, dim, 1)
 
     def forward(self, x: Tensor, coarser: Tensor | None) -> Tensor:
-        """x (B,C,h,w), coarser (B,C,H,W), None for the coarsest level -> (B,C,2H,2W)."""
+        """x (B,C,H,W), coarser (B,C,H,W) or None for the coarsest level -> (B,C,2H,2W).
+
+        `coarser` is larger than x if the number of patches is odd; x is then resized to it.
+        """
         if coarser is not None:
-            if x.shape != coarser.shape:  # H = h + 1 if the number of patches is odd
+            if x.shape != coarser.shape:
                 x = F.interpolate(x, coarser.shape[2:], mode="bilinear", align_corners=False)
             x = coarser + self.residual_layer1(x)
         return upsampled_conv1x1(self.residual_layer2(x), self.projection)
@@ -227,25 +238,27 @@ class Fusion(nn.Module):
 
 # dpt/models.py, class DPTSegmentationModel
 class DPT(nn.Module):
+    """A vision transformer, the neck (`reassemble` and `fusion`) and a segmentation head."""
+
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        c = config
-        self.vit = VisionTransformer(c)
+        self.vit = VisionTransformer(config)
 
-        self.reassemble = nn.ModuleList()
-        for level, neck_dim in enumerate(c.neck_dims):
-            self.reassemble.append(Reassemble(c.dim, neck_dim, c.fusion_dim, level))
-        self.fusion = nn.ModuleList()
-        for i in range(len(c.neck_dims)):
-            self.fusion.append(Fusion(c.fusion_dim, c.fusion_norm, is_coarsest=i == 0))
+        dim = config.fusion_dim
+        self.reassemble = nn.ModuleList()  # the finest level first
+        for level, neck_dim in enumerate(config.neck_dims):
+            self.reassemble.append(Reassemble(config.dim, neck_dim, dim, level))
+        self.fusion = nn.ModuleList()  # the coarsest level first
+        for i in range(len(config.neck_dims)):
+            self.fusion.append(Fusion(dim, config.fusion_norm, is_coarsest=i == 0))
 
         self.head = nn.Sequential(
-            nn.Conv2d(c.fusion_dim, c.fusion_dim, 3, padding=1, bias=False),
-            nn.BatchNorm2d(c.fusion_dim),
+            nn.Conv2d(dim, dim, 3, padding=1, bias=False),
+            nn.BatchNorm2d(dim),
             nn.ReLU(),
             nn.Dropout(0.1),
-            nn.Conv2d(c.fusion_dim, c.num_classes, 1),
+            nn.Conv2d(dim, config.num_classes, 1),
             nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True),
         )
 
@@ -254,54 +267,48 @@ class DPT(nn.Module):
 
         image: (B,3,H,W) as `preprocess` returns it; H and W are multiples of 16, else ValueError.
         """
-        size = (image.shape[2] // 16, image.shape[3] // 16)
-        outputs = self.vit(image)  # (B,1+N,C) each
+        size = (image.shape[2] // 16, image.shape[3] // 16)  # in patches
+        outputs = self.vit(image)  # (B,N,C) each
 
         maps = []
         for reassemble, tokens in zip(self.reassemble, outputs, strict=True):
-            maps.append(reassemble(tokens, size))  # (B,fusion_dim,sH,sW), the finest first
+            maps.append(reassemble(tokens, size))  # at strides 4, 8, 16, 32
 
         x = None
-        for fusion, level in zip(self.fusion, reversed(maps), strict=True):
-            x = fusion(level, x)  # twice the size of `level`
+        for fusion, feature_map in zip(self.fusion, reversed(maps), strict=True):
+            x = fusion(feature_map, x)  # at strides 16, 8, 4, 2
         return self.head(x)  # (B,K,H,W)
 
     def preprocess(self, image) -> Tensor:
-        """Return a PIL image as (3,S,S) float32: see `preprocess`."""
+        """Return a PIL image as a normalised square (3,S,S) float32."""
         return preprocess(image, self.config)
 
     def postprocess(self, logits: Tensor, size: tuple[int, int]) -> Tensor:
-        """Return probabilities (K,*size) from logits (K,h,w): see `postprocess`."""
+        """Return probabilities (K,*size) from logits (K,S,S); size is the image's (H,W)."""
         return postprocess(logits, size, self.config)
 
     def segment(self, image) -> tuple:
-        """Return probabilities (K,H,W) and mask (H,W) of an image or its file: see `segment`."""
+        """Return probabilities (K,H,W) and mask (H,W), numpy, of a PIL image or an image file."""
         return segment(self, image)
 
     @classmethod
     def from_pretrained(cls, source: str | Path, num_classes=None, **overrides) -> "DPT":
         """Load a file, a folder, a run folder or a hub id; return the model in evaluation mode.
 
-        num_classes: None for as many as the file has; another number makes a new classifier. A
-        file that predicts depth, or has the transformer alone, needs it. New parts are printed.
-        overrides: fields of Config. Raise FileNotFoundError or ValueError, one line, for a file
-        that does not fit.
+        num_classes: None for as many as the file has; another number initialises a new classifier.
+        It is required for a file that predicts depth or holds the transformer alone. Randomly
+        initialised parts are printed. overrides: fields of Config. Raise FileNotFoundError or
+        ValueError, one line, for a file that does not fit.
         """
-        weights, settings = read_checkpoint(source, FILES)
-        weights = to_official(weights)
-        if "format" in settings:  # a run folder of ours
-            fields = run_config(settings, "DPT", source, Config)
+        weights, fields = read_weights_and_fields(source, overrides)
+        if num_classes is None:
+            require_classifier(weights, source)
         else:
-            fields = guess_config(weights, settings, overrides, source)
-        if num_classes is not None:
             fields["num_classes"] = num_classes
             weights = drop_other_classifier(weights, num_classes)
 
-        lacking, new_parts = untrained_parts(weights)
-        if lacking and num_classes is None:
-            raise ValueError(f"{source}: has no tensor {lacking}*; num_classes=N initialises it")
         model = cls(replace(Config(), **fields | overrides))
-        load(model, weights, new_parts, source)
+        load_weights(model, weights, source)
         return model.eval()
 
 
@@ -311,11 +318,11 @@ class DPT(nn.Module):
 # --------------------------------------------------------------------------------------------------
 
 FILES = ("best.safetensors", "model.safetensors", "pytorch_model.bin")
-IGNORED = {
-    r"dpt\.(layernorm|pooler)\..*": "after the last tap; transformers computes it without using it",
-    r"pretrained\.model\.(norm|head)\..*": "the same, and the classifier of ImageNet",
-    r"neck\.fusion_stage\.layers\.0\.residual_layer1\..*": "the coarsest level has nothing to add; "
-    "this is in transformers' class, but not in the file of Intel/dpt-large",
+IGNORED = {  # tensors that are left out, and why
+    r"dpt\.(layernorm|pooler)\..*": "comes after the last tap; transformers never uses its output",
+    r"pretrained\.model\.(norm|head)\..*": "the same norm, and the ImageNet classifier",
+    r"neck\.fusion_stage\.layers\.0\.residual_layer1\..*": "never used, since the coarsest level "
+    "has no coarser one; in transformers' class, but not in the file of Intel/dpt-large",
     r"(auxiliary_head|auxlayer)\..*": "for a second loss in training; its logits are never used",
 }
 
@@ -385,7 +392,7 @@ OUR_NAMES = {  # ours -> the hub's, where query, key and value stand for our qkv
 
 
 def rename(name: str, table: dict[str, str]) -> str:
-    """Return the name with its beginning replaced as in the first row that fits, if one does."""
+    """Return a name with its beginning replaced by the first matching row; else the same name."""
     for old, new in table.items():
         pattern = re.escape(old).replace(r"\{\}", r"(\d+)") + r"\b"
         match = re.match(pattern, name)
@@ -395,9 +402,9 @@ def rename(name: str, table: dict[str, str]) -> str:
 
 
 def to_official(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return tensors of any naming under the hub's names, for `load_state_dict` of its class.
+    """Return tensors of any naming under the hub's names, as transformers' class loads them.
 
-    IGNORED is left out, and so is a head that predicts depth.
+    Tensors in IGNORED are left out, and so is a head that predicts depth.
     """
     weights = {}
     for name, tensor in state_dict.items():
@@ -412,7 +419,7 @@ def to_official(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         for part, t in zip(("query", "key", "value"), tensor.chunk(3), strict=False):
             weights[name.replace("qkv", part)] = t.clone()
 
-    # The head for depth has a convolution where that for classes has a ReLU.
+    # A head for depth has a convolution at index 2, one for classes a ReLU.
     if "head.head.2.weight" in weights:
         weights = {name: t for name, t in weights.items() if not name.startswith("head.")}
     return weights
@@ -425,7 +432,7 @@ def convert(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     weights = {}
     for name, tensor in official.items():
         if ".attention.key." in name or ".attention.value." in name:
-            continue  # merged with the query
+            continue  # merged with the query below
         if ".attention.query." in name:
             key = official[name.replace("query", "key")]
             value = official[name.replace("query", "value")]
@@ -435,7 +442,7 @@ def convert(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     return weights
 
 
-SETTINGS = {  # config.json of transformers -> Config
+SETTINGS = {  # field of transformers' config.json -> field of Config
     "backbone_out_indices": "taps",
     "num_attention_heads": "heads",
     "layer_norm_eps": "eps",
@@ -443,7 +450,7 @@ SETTINGS = {  # config.json of transformers -> Config
     "fusion_hidden_size": "fusion_dim",
     "use_batch_norm_in_fusion_residual": "fusion_norm",
 }
-SHAPES = {  # Config -> a tensor and the axis with this size
+SHAPES = {  # field of Config -> a tensor and the axis that has this size
     "dim": ("dpt.embeddings.cls_token", 2),
     "mlp_dim": ("dpt.encoder.layer.0.intermediate.dense.weight", 0),
     "fusion_dim": ("neck.convs.0.weight", 0),
@@ -451,11 +458,20 @@ SHAPES = {  # Config -> a tensor and the axis with this size
 }
 
 
+def read_weights_and_fields(source: str | Path, overrides: dict) -> tuple[dict, dict]:
+    """Return tensors under the hub's names, and the fields of Config that they need."""
+    weights, settings = read_checkpoint(source, FILES)
+    weights = to_official(weights)
+    if "format" in settings:  # a run folder of ours
+        return weights, run_config(settings, "DPT", source, Config)
+    return weights, guess_config(weights, settings, overrides, source)
+
+
 def guess_config(weights: dict[str, Tensor], settings: dict, overrides: dict, source) -> dict:
     """Return the fields of Config of a file that is not ours.
 
-    They come from config.json, from names and shapes, else they are the usual ones, which is
-    printed. Raise ValueError, one line, if the file has no transformer blocks.
+    They come from config.json, names and shapes. For the remaining ones the usual values are
+    assumed and printed. Raise ValueError, one line, if the file has no transformer blocks.
     """
     fields = fields_from_json(settings)
     fields |= fields_from_shapes(weights, fields.get("neck_dims", Config.neck_dims))
@@ -492,7 +508,7 @@ def fields_from_json(settings: dict) -> dict:
 def fields_from_shapes(weights: dict[str, Tensor], neck_dims: tuple[int, ...]) -> dict:
     """Return the fields of Config that follow from tensors under the hub's names.
 
-    neck_dims: channels of the levels of which the file has no convolution.
+    neck_dims: channels of each level, used where the file has no convolution of that level.
     """
     fields = {}
     for field, (name, axis) in SHAPES.items():
@@ -514,6 +530,29 @@ def fields_from_shapes(weights: dict[str, Tensor], neck_dims: tuple[int, ...]) -
     return fields
 
 
+# A part that a file may lack -> the parts that are then initialised.
+INITIALISED = {
+    "neck.": ("neck.", "head."),
+    "head.": ("head.",),
+    "head.head.4.": ("head.head.4.",),  # the classifier
+}
+
+
+def missing_part(weights: dict[str, Tensor]) -> str:
+    """Return the first key of INITIALISED that no name starts with, "" if there is none."""
+    for part in INITIALISED:
+        if not any(name.startswith(part) for name in weights):
+            return part
+    return ""
+
+
+def require_classifier(weights: dict[str, Tensor], source) -> None:
+    """Raise ValueError, one line, for a file that needs `num_classes`: it lacks a part."""
+    missing = missing_part(weights)
+    if missing:
+        raise ValueError(f"{source}: has no tensor {missing}*; num_classes=N initialises it")
+
+
 def drop_other_classifier(weights: dict[str, Tensor], num_classes: int) -> dict[str, Tensor]:
     """Return weights without the classifier if it has another number of classes."""
     if len(weights.get("head.head.4.weight", ())) == num_classes:
@@ -521,28 +560,13 @@ def drop_other_classifier(weights: dict[str, Tensor], num_classes: int) -> dict[
     return {name: t for name, t in weights.items() if not name.startswith("head.head.4.")}
 
 
-# What a file may lack -> the parts that are then new.
-FRESH = {
-    "neck.": ("neck.", "head."),
-    "head.": ("head.",),
-    "head.head.4.": ("head.head.4.",),
-}
+def load_weights(model: DPT, weights: dict[str, Tensor], source) -> None:
+    """Fill a model from weights under the hub's names; initialise the parts that they lack.
 
-
-def untrained_parts(weights: dict[str, Tensor]) -> tuple[str, tuple[str, ...]]:
-    """Return the first key of FRESH that no name starts with, and its parts; "" and () if none."""
-    for lacking, new_parts in FRESH.items():
-        if not any(name.startswith(lacking) for name in weights):
-            return lacking, new_parts
-    return "", ()
-
-
-def load(model: DPT, weights: dict[str, Tensor], new_parts: tuple[str, ...], source) -> None:
-    """Fill a model from weights under the hub's names; parameters of `new_parts` are initialised.
-
-    Raise ValueError, one line in the hub's names, if a tensor is missing, unknown or of another
-    shape.
+    Raise ValueError, one line in the hub's names, if another tensor is missing, unknown or of
+    another shape.
     """
+    new_parts = INITIALISED.get(missing_part(weights), ())
     expected = to_official(model.state_dict())
     weights = dict(weights)
     new_modules = set()
@@ -551,7 +575,7 @@ def load(model: DPT, weights: dict[str, Tensor], new_parts: tuple[str, ...], sou
             weights[name] = initial_value(name, tensor)
             new_modules.add(name.rpartition(".")[0])
         elif name.endswith("num_batches_tracked"):
-            weights.setdefault(name, tensor)  # old files lack these counters, which change nothing
+            weights.setdefault(name, tensor)  # old files lack these counters; outputs ignore them
 
     if new_modules:
         print(f"{source}: new and untrained: {', '.join(sorted(new_modules))}")
@@ -560,7 +584,7 @@ def load(model: DPT, weights: dict[str, Tensor], new_parts: tuple[str, ...], sou
 
 
 def initial_value(name: str, tensor: Tensor) -> Tensor:
-    """Return new values for a tensor as transformers initialises it; norms keep theirs."""
+    """Return new values for a tensor, as transformers initialises it; norms keep their values."""
     if tensor.ndim > 1:
         return 0.02 * torch.randn_like(tensor)
     return torch.zeros_like(tensor) if name.endswith("bias") else tensor

@@ -20,10 +20,10 @@ from recipes.images import (
 
 
 def refcoco_bce(logits: Tensor, batch: dict) -> tuple[Tensor, dict]:
-    """Return the loss of CRIS and its parts: binary cross entropy at stride 4.
+    """Return the official loss and its parts: binary cross entropy at stride 4.
 
-    The mask (B,1,S,S) is brought to the logits' size by nearest neighbour (model/segmenter.py).
-    Pixels of 255 are ignored; the official masks have none.
+    The mask (B,1,S,S) is resized to the logits (B,1,S/4,S/4) by nearest neighbour, as in
+    model/segmenter.py. Pixels of 255 are ignored; the official masks have none.
     """
     mask = F.interpolate(batch["mask"], logits.shape[-2:], mode="nearest")  # (B,1,S/4,S/4)
     keep = (mask != 255).float()
@@ -33,7 +33,7 @@ def refcoco_bce(logits: Tensor, batch: dict) -> tuple[Tensor, dict]:
 
 
 def clip_towers(name: str) -> bool:
-    """Return True for parameters that come from CLIP: the backbone without its residual branch."""
+    """Return True for parameters that CLIP checkpoints have: the backbone except `connect`."""
     return name.startswith("backbone.") and ".connect." not in name
 
 
@@ -45,8 +45,8 @@ def refcoco_backbone(name: str) -> bool:
 HUB_IDS = {"rn50": "timm/resnet50_clip.openai", "rn101": "timm/resnet101_clip.openai"}
 
 PROTOCOLS = {
-    # What we recommend: one clear prompt type, the whole square filled with image, all parameters
-    # trained, those of CLIP at a lower rate.
+    # What we recommend. The image fills the whole square; all parameters are trained, those of CLIP
+    # at a lower rate.
     "default": Protocol(
         hub_ids=HUB_IDS,
         config={"pixels": "stretch", "threshold": 0.5},
@@ -54,9 +54,9 @@ PROTOCOLS = {
         loss=dice_bce_at_mask_size,
         backbone=clip_towers,
     ),
-    # medvlsm (arXiv 2308.07706; github.com/naamiinepal/medvlsm, configs/experiment/cris.yaml),
-    # which started from a CRIS trained on RefCOCO: pass that file as --weights. Quirks: every
-    # prompt is padded to 77 tokens with 49407, so the decoder attends to the padding too; masks are
+    # medvlsm (arXiv 2308.07706; github.com/naamiinepal/medvlsm, configs/experiment/cris.yaml).
+    # It started from a CRIS trained on RefCOCO: pass that file as --weights. Quirks: every prompt
+    # is padded to 77 tokens with 49407, so the decoder attends to the padding too; masks are
     # stretched by nearest neighbour. Left out: soft targets from JPEG masks, and random prompts in
     # validation and test.
     "origin": Protocol(
@@ -109,13 +109,17 @@ FROM_CLIP = {"text_length": 77}
 
 
 def load_cris(
-    weights, variant, settings: Protocol, overrides: dict, train_set: Dataset | None
+    weights: str | None,
+    variant: str | None,
+    settings: Protocol,
+    overrides: dict,
+    train_set: Dataset | None,
 ) -> cris.CRIS:
     """Load CRIS for training or evaluation.
 
-    weights: a file, folder or hub id; None for CLIP from the hub, with a note; "none" for a new
-    model. If the texts of a batch are nearly always the same, the batch norm over sentence vectors
-    sees no variance and would ruin evaluation: it stays in evaluation mode, with a note.
+    weights: a file, folder or hub id; None for CLIP from the hub, which is printed; "none" for
+    random weights. If nearly all texts of a batch are the same, the batch norm over sentence
+    vectors stays in evaluation mode (see `freeze_text_norm` in cris.py), which is printed.
     """
     model = make_cris(weights, variant, settings, overrides, train_set)
     if train_set is None or "freeze_text_norm" in overrides:
@@ -132,7 +136,13 @@ def load_cris(
     return model
 
 
-def make_cris(weights, variant, settings, overrides, train_set) -> cris.CRIS:
+def make_cris(
+    weights: str | None,
+    variant: str | None,
+    settings: Protocol,
+    overrides: dict,
+    train_set: Dataset | None,
+) -> cris.CRIS:
     """Return CRIS with the weights that `load_cris` describes.
 
     Raise ValueError if an evaluation names no weights.

@@ -120,7 +120,7 @@ OFFICIAL = "CRIS.pytorch e596332"
 def test_outputs_equal_the_official_ones(golden, official, parity):
     model, printed = official
     model.eval().float()
-    assert "using 17 and 0" in printed  # the settings that no tensor tells
+    assert "they are 17, 0 and letterbox" in printed  # the settings that no tensor tells
     image, tokens, _ = golden.inputs()
     tolerance = {"rn50": 0.057, "rn101": 0.44}[golden.variant]  # four times its own float32 error
     with torch.no_grad():
@@ -228,9 +228,9 @@ def test_clip_alone_fills_the_towers_bit_for_bit(variant, form, tmp_path, capsys
     assert fresh == {name for name in loaded if name.startswith(parts)}
     assert model.config == replace(cris.VARIANTS[variant], text_length=77)
     out = capsys.readouterr().out
-    assert (
-        "using 77 and 0" in out and "neck" in out and "connect" in out
-    )  # what is assumed, what is new
+    assert "they are 77, 0 and letterbox" in out  # what is assumed
+    new = "new and untrained: backbone.visual.attnpool.connect, neck, decoder, proj\n"
+    assert out.endswith(f"{path}: a plain CLIP checkpoint; {new}")
 
 
 # --- loading is total -----------------------------------------------------------------------------
@@ -322,17 +322,17 @@ def test_the_convolution_with_a_kernel_for_each_image():
     """Against the plain lines in the docstring of `conv3x3_per_image`, gradients too."""
     torch.manual_seed(0)
     B, C, H, W = 3, 4, 5, 7
-    mix = nn.Conv2d(C, C, 1).double()
+    pointwise = nn.Conv2d(C, C, 1).double()
     x = torch.randn(B, C, H, W, dtype=torch.float64, requires_grad=True)
     kernel = torch.randn(B, C, 3, 3, dtype=torch.float64, requires_grad=True)
     bias = torch.randn(B, dtype=torch.float64, requires_grad=True)
 
-    groups = mix(x).reshape(1, B * C, H, W)
+    groups = pointwise(x).reshape(1, B * C, H, W)
     plain = F.conv2d(groups, kernel, bias, padding=1, groups=B).transpose(0, 1)
-    ours = cris.conv3x3_per_image(x, mix, kernel, bias)
+    ours = cris.conv3x3_per_image(x, pointwise, kernel, bias)
     torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-12)
 
-    inputs = (x, kernel, bias, mix.weight, mix.bias)
+    inputs = (x, kernel, bias, pointwise.weight, pointwise.bias)
     weights = torch.randn_like(plain)
     expected = torch.autograd.grad(plain, inputs, weights)
     for a, b in zip(torch.autograd.grad(ours, inputs, weights), expected, strict=True):

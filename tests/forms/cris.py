@@ -94,7 +94,8 @@ def clip_hub(state, folder):
     return folder
 
 
-ASSUMED = ("using 17 and 0, those of RefCOCO",)  # text length and padding, which no tensor tells
+# Text length, padding and pixels, which no tensor tells.
+ASSUMED = ("they are 17, 0 and letterbox, those of RefCOCO",)
 REFCOCO = replace(MINI, text_length=17)
 FORMS = (
     Form(released, MINI, says=ASSUMED, loaded_config=REFCOCO),
