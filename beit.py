@@ -304,10 +304,10 @@ def upsampled_conv3x3(x: Tensor, weight: Tensor, size: tuple[int, int]) -> Tenso
     H, W = size
     out_channels = len(weight)  # O
 
-    # Mix the channels, once for each of the nine taps. y: row tap; column, column tap, output.
+    # Mix the channels, once for each of the nine taps.
     taps = weight.permute(2, 1, 3, 0).flatten(2)  # (3,C,3*O): row tap; column tap and output
     pixels = x.flatten(2).transpose(1, 2)  # (B,h*w,C)
-    y = pixels[:, None] @ taps  # (B,3,h*w,3*O)
+    y = pixels[:, None] @ taps  # (B,3,h*w,3*O): row tap; row, column; column tap, output
 
     # Upsample, shift and sum along H.
     rows = upsample_matrix(h, H, x).flatten(1)  # (H,3*h)
