@@ -1,28 +1,27 @@
-"""BEiT for segmentation: a plain vision transformer with UPerNet's head on four of its blocks.
+"""BEiT for segmentation: an image in, the class of every pixel out.
 
-Paper: Bao, Dong, Piao & Wei, ICLR 2022, arXiv 2106.08254. Code: github.com/microsoft/unilm at
-2312c6f, beit/semantic_segmentation/backbone/beit.py (MIT); its port to transformers 5.23,
-modeling_beit.py. Weights, trained on ADE20K: on the hub
-microsoft/beit-{base,large}-finetuned-ade-640-640 (their cards say Apache 2.0); the authors'
-beit_{base,large}_patch16_640_pt22k_ft22ktoade20k.pth. An encoder alone, such as
-microsoft/beit-base-patch16-224-pt22k-ft22k, loads with num_classes=.
+Paper: Bao, Dong, Piao & Wei, ICLR 2022, arXiv 2106.08254.
+Code: github.com/microsoft/unilm at 2312c6f, beit/semantic_segmentation/backbone/beit.py (MIT);
+  transformers 5.23 has a port, modeling_beit.py, whose outputs this file reproduces.
+Weights on the hub: microsoft/beit-{base,large}-finetuned-ade-640-640 (ADE20K; the cards say Apache
+  2.0); the encoder alone, such as microsoft/beit-base-patch16-224-pt22k-ft22k, loads with
+  num_classes=. The authors' .pth files load, too.
 
-    image                                                     (B,3,640,640), variant base
-    beit.embeddings: 16x16 convolution with stride 16, and -> (B,1+40*40,768)
-      a class token
-    beit.layers: blocks 0 to 9 of 12 run, each with its own relative position bias
-    outputs of blocks 1, 3, 5 and 9, without class token   -> four times (B,768,40,40)
-    fpn1: enlarged by 4, transposed convolutions           -> (B,768,160,160)
-    fpn2: enlarged by 2, a transposed convolution          -> (B,768,80,80)
-    the third as it is                                     -> (B,768,40,40)
-    the fourth halved, max pooling                         -> (B,768,20,20)
-    decode_head: pyramid pooling of the last map, then a   -> logits (B,150,160,160)
-      feature pyramid of all four
+    image (B,3,640,640), shapes of base
+      beit: 16x16 convolution with stride 16, class token; transformer blocks 0 to 9 of 12, each
+      with its own relative position bias
+    outputs of blocks 1, 3, 5 and 9, without the class token: four times (B,768,40,40)
+      fpn1 upsamples the first by 4, fpn2 the second by 2; the fourth is max-pooled by 2
+    maps (B,768,160,160), (B,768,80,80), (B,768,40,40), (B,768,20,20)
+      decode_head: UPerNet's, pyramid pooling of the last map, then a feature pyramid of all four
+    logits (B,150,160,160)
 
-Image sides are multiples of 16, from 32 pixels; the position biases are interpolated to the grid.
-Training needs batches of at least two images: the batch norm behind the pooling to 1x1 sees one
-value per image and channel. Left out: the auxiliary head, which serves a second loss in training;
-absolute positions and a bias shared by all blocks, which the released files do not have.
+B batch, C channels, H W sides of image or map, Hp = H/16 and Wp = W/16 patches, N = 1 + Hp*Wp
+tokens, h heads, K classes. Image sides are multiples of 16, from 32 pixels; position biases are
+interpolated. "quirk" marks surprising behaviour that released weights or equal outputs need. Code
+between "# shared: NAME" and "# end shared" is identical in other model files. Left out: the
+auxiliary head, which serves a training loss; absolute positions and a position bias shared by all
+blocks, which the released segmentation files do not have.
 
     model = BEiT.from_pretrained("microsoft/beit-base-finetuned-ade-640-640")
     probabilities, mask = model.segment("photo.jpg")  # numpy (K,H,W) and (H,W), at its own size
@@ -45,30 +44,29 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Config:
-    # Blocks that feed the head, counted from 0.
-    # quirk: the authors tap blocks 3, 5, 7, 11 of base and 7, 11, 15, 23 of large, and transformers
-    # has these numbers as out_indices. But it takes hidden_states[i - 1], and hidden_states[0] is
-    # the input of block 0: it taps two blocks earlier. The default is transformers', for equal
-    # outputs. To fine-tune, take the authors': the head was trained on them, and the last two
-    # blocks, which do not run under transformers' taps, take part.
+    # Taps: the four blocks whose outputs feed the head, counted from 0.
+    # quirk: the authors tap blocks 3, 5, 7, 11 of base and 7, 11, 15, 23 of large. transformers has
+    # these numbers as `out_indices`, but reads hidden_states[i - 1], and hidden_states[0] is the
+    # input of block 0. It thus taps two blocks earlier, and so does the default here, for equal
+    # outputs. For fine-tuning, pass the authors' taps: the head was trained with them, and the last
+    # two blocks, which do not run otherwise, are trained, too.
     taps: tuple[int, ...] = (1, 3, 5, 9)
-    dim: int = 768  # heads are 64 wide
-    layers: int = 12  # blocks
-    window: int = 40  # patches per side of the grid that the tables of biases were trained for
-    # Stochastic depth of the last block; it grows from 0 in the first. The authors' large has 0.2.
-    drop_path: float = 0.1
+    dim: int = 768  # channels of the transformer and the head
+    layers: int = 12  # transformer blocks
+    window: int = 40  # patches per side of the grid that the position bias tables were trained for
+    drop_path: float = 0.1  # stochastic depth rate of the last block; the authors' large has 0.2
     num_classes: int = 150
     image_size: int = 640  # side of the square that `preprocess` makes
-    mean: tuple[float, ...] = (0.5, 0.5, 0.5)  # RGB in 0..1
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)  # of RGB in 0..1
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
-    resample: str = "bicubic"  # PIL's name, or "cv2 nearest"
-    threshold: float = 0.5  # of the probability, for a model with one class
+    resample: str = "bicubic"  # a filter of PIL.Image.Resampling, or "cv2 nearest" (OpenCV's)
+    threshold: float = 0.5  # for a single class: a pixel above this probability is foreground
 
 
-VARIANTS = {
-    "base": Config(),  # 161,599,446 parameters, 14,327,136 of them in blocks that do not run
-    "large": Config(taps=(5, 9, 13, 21), dim=1024, layers=24),  # 438,872,726, 25,394,304
-    "mini": Config(  # 3,393,414, 397,008; for tests and demos; the authors' taps: (2, 3, 4, 5)
+VARIANTS = {  # right: parameters with 150 classes; those after the last tap, which do not run
+    "base": Config(),  # 161,599,446; 14,327,136
+    "large": Config(taps=(5, 9, 13, 21), dim=1024, layers=24),  # 438,872,726; 25,394,304
+    "mini": Config(  # 3,393,414; 397,008; for tests and demos
         taps=(0, 1, 2, 3), dim=128, layers=6, window=4, image_size=64
     ),
 }
@@ -79,95 +77,92 @@ PATCH = 16  # pixels per side
 HEAD_WIDTH = 64  # channels per attention head
 
 
+# modeling_beit.py, class BeitEmbeddings
 class Embeddings(nn.Module):
-    """A class token and the patches as tokens, without positions.
-
-    modeling_beit.py, class BeitEmbeddings.
-    """
+    """Split an image into patches of 16x16 pixels, embed them and add a class token."""
 
     def __init__(self, dim: int):
         super().__init__()
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
-        patches = nn.Conv2d(3, dim, PATCH, stride=PATCH)
-        self.patch_embeddings = nn.ModuleDict({"projection": patches})
+        projection = nn.Conv2d(3, dim, PATCH, stride=PATCH)
+        self.patch_embeddings = nn.ModuleDict({"projection": projection})  # official tensor names
 
     def forward(self, image: Tensor) -> Tensor:
-        """image (B,3,H,W) -> tokens (B,1+H/16*W/16,C), the class token first."""
-        x = self.patch_embeddings["projection"](image)  # (B,C,H/16,W/16)
-        x = x.flatten(2).transpose(1, 2)  # (B,H/16*W/16,C)
+        """image (B,3,H,W) -> tokens (B,N,C), the class token first."""
+        x = self.patch_embeddings["projection"](image)  # (B,C,Hp,Wp)
+        x = x.flatten(2).transpose(1, 2)  # (B,Hp*Wp,C)
         cls_token = self.cls_token.expand(len(x), -1, -1)  # (B,1,C)
-        return torch.cat([cls_token, x], 1)  # (B,1+H/16*W/16,C)
+        return torch.cat([cls_token, x], 1)  # (B,N,C)
 
 
-def relative_position_index(H: int, W: int, device=None) -> Tensor:
-    """Return which entry of a bias table belongs to each pair of tokens: int64 (N,N), query by key.
+def relative_position_index(Hp: int, Wp: int, device=None) -> Tensor:
+    """Return the table row of the position bias for each pair of tokens: int64 (N,N), query by key.
 
-    Tokens are the class token and the patches of a grid of H rows and W columns, N = 1 + H*W. The
-    table has an entry for each offset of two patches, (2H-1)*(2W-1) in row-major order, then three
-    more: class token to patch, patch to class token, class token to itself.
+    Rows of a table: one per offset (dy,dx) between two patches of a Hp x Wp grid, which makes
+    (2Hp-1)*(2Wp-1) in row-major order, then one each for class token to patch, patch to class token
+    and class token to itself.
     """
-    y = torch.arange(H, device=device).repeat_interleave(W)  # (H*W,)
-    x = torch.arange(W, device=device).repeat(H)  # (H*W,)
-    dy = y[:, None] - y + H - 1  # (H*W,H*W), 0..2H-2
-    dx = x[:, None] - x + W - 1  # (H*W,H*W), 0..2W-2
+    y = torch.arange(Hp, device=device).repeat_interleave(Wp)  # (Hp*Wp,)
+    x = torch.arange(Wp, device=device).repeat(Hp)  # (Hp*Wp,)
+    dy = y[:, None] - y + Hp - 1  # (Hp*Wp,Hp*Wp), query - key, shifted to 0..2Hp-2
+    dx = x[:, None] - x + Wp - 1  # (Hp*Wp,Hp*Wp), query - key, shifted to 0..2Wp-2
 
-    offsets = (2 * H - 1) * (2 * W - 1)
-    index = torch.empty(1 + H * W, 1 + H * W, dtype=torch.long, device=device)  # (N,N)
-    index[1:, 1:] = dy * (2 * W - 1) + dx
+    offsets = (2 * Hp - 1) * (2 * Wp - 1)
+    index = torch.empty(1 + Hp * Wp, 1 + Hp * Wp, dtype=torch.long, device=device)  # (N,N)
+    index[1:, 1:] = dy * (2 * Wp - 1) + dx
     index[0] = offsets
     index[1:, 0] = offsets + 1
     index[0, 0] = offsets + 2
     return index
 
 
+# modeling_beit.py, class BeitRelativePositionBias
 class RelativePositionBias(nn.Module):
-    """A learned bias for each offset of two tokens and each head.
-
-    modeling_beit.py, class BeitRelativePositionBias.
-    """
+    """A learned bias of the attention scores, per head and offset of query and key."""
 
     def __init__(self, window: int, heads: int):
         super().__init__()
-        self.side = 2 * window - 1  # offsets along an axis
+        self.side = 2 * window - 1  # number of offsets along an axis of the trained grid
         self.relative_position_bias_table = nn.Parameter(torch.zeros(self.side**2 + 3, heads))
 
-    def forward(self, H: int, W: int, index: Tensor) -> Tensor:
-        """Return the bias of all pairs of tokens: (1,h,N,N), to be added to attention scores.
+    def forward(self, Hp: int, Wp: int, index: Tensor) -> Tensor:
+        """Return the bias for a grid of Hp x Wp patches: (1,h,N,N), to be added to the scores.
 
-        H, W: sides of the grid in patches; index (N,N): `relative_position_index(H, W)`. Equals, in
-        the grid that the table was trained for,
+        index (N,N): the result of `relative_position_index(Hp, Wp)`. In the grid that the table was
+        trained for, this method equals
 
             bias = self.relative_position_bias_table[index]  # (N,N,h)
             return bias.permute(2, 0, 1)[None]
 
-        For another grid, the entries of the patches, a square of offsets, are resized first, as in
-        MiDaS 3.1 and transformers. (The authors resize by a geometric interpolation, once, when
-        they load a checkpoint of another size.)
+        For another grid, the rows for offsets between patches, which form a (side,side) map per
+        head, are resized first, as in MiDaS 3.1 and transformers. (The authors resize them once,
+        when loading a checkpoint of another size, and interpolate geometrically.)
         """
         table = self.relative_position_bias_table.T  # (h,side*side+3)
         patches, cls_token = table.split((self.side**2, 3), 1)  # (h,side*side), (h,3)
         patches = patches.unflatten(1, (self.side, self.side))  # (h,side,side)
-        size = (2 * H - 1, 2 * W - 1)
+        size = (2 * Hp - 1, 2 * Wp - 1)
         patches = F.interpolate(patches[None], size, mode="bilinear", align_corners=False)[0]
-        table = torch.cat([patches.flatten(1), cls_token], 1)  # (h,(2H-1)*(2W-1)+3)
+        table = torch.cat([patches.flatten(1), cls_token], 1)  # (h,(2Hp-1)*(2Wp-1)+3)
 
-        # Along rows in memory: several times faster than table[index] and a permutation.
+        # Several times faster than `table[index]`, since each head's values are contiguous.
         bias = table.index_select(1, index.flatten())  # (h,N*N)
         return bias.unflatten(1, index.shape)[None]  # (1,h,N,N)
 
 
 def split_heads(x: Tensor) -> Tensor:
-    """x (B,N,C) -> (B,h,N,64)."""
+    """Split the channels into heads: (B,N,C) -> (B,h,N,64)."""
     return x.unflatten(2, (-1, HEAD_WIDTH)).transpose(1, 2)
 
 
+# modeling_beit.py, class BeitAttention
 class Attention(nn.Module):
-    """Multi-head attention with a bias on the scores. modeling_beit.py, class BeitAttention."""
+    """Multi-head self-attention with a position bias on the scores."""
 
     def __init__(self, dim: int):
         super().__init__()
         self.q_proj = nn.Linear(dim, dim)
-        # A bias of k would add the same to all scores of a query, and softmax would cancel it.
+        # No bias: it would add the same number to all scores of a query, which softmax cancels.
         self.k_proj = nn.Linear(dim, dim, bias=False)
         self.v_proj = nn.Linear(dim, dim)
         self.o_proj = nn.Linear(dim, dim)
@@ -182,6 +177,7 @@ class Attention(nn.Module):
         return self.o_proj(y)
 
 
+# modeling_beit.py, class BeitMLP
 class MLP(nn.Module):
     def __init__(self, dim: int):
         super().__init__()
@@ -189,14 +185,13 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(4 * dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (B,N,C) -> (B,N,C)."""
         return self.fc2(F.gelu(self.fc1(x)))
 
 
+# modeling_beit.py, class BeitLayer
 class Layer(nn.Module):
-    """A transformer block with scaled residuals and stochastic depth.
-
-    modeling_beit.py, class BeitLayer.
-    """
+    """Pre-norm transformer block with a learned scale per residual channel and stochastic depth."""
 
     def __init__(self, dim: int, window: int, drop_path: float):
         super().__init__()
@@ -210,10 +205,11 @@ class Layer(nn.Module):
         self.lambda_1 = nn.Parameter(torch.full((dim,), 0.1))
         self.lambda_2 = nn.Parameter(torch.full((dim,), 0.1))
 
-    def forward(self, x: Tensor, H: int, W: int, index: Tensor) -> Tensor:
-        """x (B,N,C) of a grid of H x W patches, `relative_position_index` (N,N) -> (B,N,C)."""
-        # Not cached: it takes 123 MB per block in base at 640 pixels, and little time.
-        bias = self.relative_position_bias(H, W, index)  # (1,h,N,N)
+    def forward(self, x: Tensor, Hp: int, Wp: int, index: Tensor) -> Tensor:
+        """x (B,N,C), grid of Hp x Wp patches, index (N,N) as in RelativePositionBias -> (B,N,C)."""
+        # Recomputed in each call, which takes little time: a cache would take 123 MB per block in
+        # base at 640 pixels.
+        bias = self.relative_position_bias(Hp, Wp, index)  # (1,h,N,N)
         y = self.attention(self.layernorm_before(x), bias)
         x = x + self.residual_scale(self.lambda_1, len(x)) * y
 
@@ -223,18 +219,16 @@ class Layer(nn.Module):
     def residual_scale(self, lambda_: Tensor, B: int) -> Tensor:
         """Return the scale of a residual for each image and channel: lambda_ (C,) -> (B,1,C).
 
-        In training, stochastic depth (arXiv 1603.09382) drops the residuals of random images: their
-        scale is 0, and that of the others is divided by the probability of being kept.
+        In training, it includes stochastic depth (arXiv 1603.09382): the scale of random images is
+        0, which drops their residual, and that of the others is divided by 1 - drop_path.
         """
-        keep = F.dropout(lambda_.new_ones(B, 1, 1), self.drop_path, self.training)
+        keep = F.dropout(lambda_.new_ones(B, 1, 1), self.drop_path, self.training)  # (B,1,1)
         return lambda_ * keep
 
 
+# modeling_beit.py, class BeitModel
 class ViT(nn.Module):
-    """The encoder: embeddings and blocks, without a final norm.
-
-    modeling_beit.py, class BeitModel.
-    """
+    """The encoder: embeddings and transformer blocks, without a final norm."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -243,33 +237,33 @@ class ViT(nn.Module):
         self.layers = nn.ModuleList()
         last = max(config.layers - 1, 1)
         for i in range(config.layers):
-            drop_path = config.drop_path * i / last
+            drop_path = config.drop_path * i / last  # rises linearly from 0 in the first block
             self.layers.append(Layer(config.dim, config.window, drop_path))
 
     def forward(self, image: Tensor) -> list[Tensor]:
-        """image (B,3,H,W) -> outputs of the blocks in `taps`, (B,C,H/16,W/16) each.
+        """image (B,3,H,W) -> outputs of the blocks in `taps`, (B,C,Hp,Wp) each.
 
         Raise ValueError if a side is not a multiple of 16 or is shorter than 32 pixels.
         """
         if any(side % PATCH or side < 2 * PATCH for side in image.shape[2:]):
             size = tuple(image.shape[2:])
             raise ValueError(f"image sides must be multiples of 16, at least 32, not {size}")
-        H = image.shape[2] // PATCH
-        W = image.shape[3] // PATCH
+        Hp = image.shape[2] // PATCH
+        Wp = image.shape[3] // PATCH
 
-        # Computed in each call, at most a hundredth of the work: a cache would hold memory of each
-        # device, and tensors made in inference mode, which training cannot save for gradients.
-        index = relative_position_index(H, W, image.device)  # (N,N)
+        # Recomputed in each call, at most a hundredth of the work. A cache would hold memory on
+        # each device, and a tensor cached in inference mode could not be used in training.
+        index = relative_position_index(Hp, Wp, image.device)  # (N,N)
         x = self.embeddings(image)  # (B,N,C)
         outputs = []
         for layer in self.layers[: max(self.taps) + 1]:
-            x = layer(x, H, W, index)
+            x = layer(x, Hp, Wp, index)  # (B,N,C)
             outputs.append(x)
 
         maps = []
         for tap in self.taps:
-            patches = outputs[tap][:, 1:]  # (B,H*W,C), without the class token
-            maps.append(patches.transpose(1, 2).unflatten(2, (H, W)))  # (B,C,H,W)
+            patches = outputs[tap][:, 1:]  # (B,Hp*Wp,C), without the class token
+            maps.append(patches.transpose(1, 2).unflatten(2, (Hp, Wp)))  # (B,C,Hp,Wp)
         return maps
 
 
@@ -277,49 +271,51 @@ class ViT(nn.Module):
 
 
 # shared: upsampled_conv3x3
-def axis_taps(length: int, size: int, like: Tensor) -> Tensor:
-    """Return the matrix that enlarges an axis linearly and shifts it by the taps of a kernel of 3.
+def upsample_matrix(length: int, size: int, like: Tensor) -> Tensor:
+    """Return the weights of linear upsampling from `length` to `size` at three shifts.
 
-    Entry (j, tap, i) of the result (size,3,length) is the share of input position i in position
-    j + tap - 1 of the enlarged axis, which is what the tap reads for output j; 0 beyond the ends.
+    In 1-D, tap t (0, 1, 2) of a convolution with padding 1 reads position o + t - 1 of its input
+    for output o. Entry (o,t,i) of the result (size,3,length) is the weight of x[i] in that position
+    of the upsampled x; it is 0 if the position lies outside.
     """
-    identity = torch.eye(length, device=like.device, dtype=like.dtype)
-    enlarged = F.interpolate(identity[None], size, mode="linear", align_corners=False)[0]
-    padded = F.pad(enlarged, (1, 1))  # (length,size+2)
+    identity = torch.eye(length, device=like.device, dtype=like.dtype)[None]  # one-hot inputs
+    upsampled = F.interpolate(identity, size, mode="linear", align_corners=False)[0]
+    padded = F.pad(upsampled, (1, 1))  # (length,size+2)
     shifted = padded.unfold(1, size, 1)  # (length,3,size)
     return shifted.permute(2, 1, 0)  # (size,3,length)
 
 
 def upsampled_conv3x3(x: Tensor, weight: Tensor, size: tuple[int, int]) -> Tensor:
-    """Convolve x, bilinearly enlarged to `size`, with a 3x3 kernel, without enlarging x first.
+    """Convolve x, bilinearly upsampled to `size`, with a 3x3 kernel, without upsampling x first.
 
-    Equals
+    This function equals
 
         x = F.interpolate(x, size, mode="bilinear", align_corners=False)
         return F.conv2d(x, weight, padding=1)
 
-    Enlarging mixes positions, and each of the kernel's nine taps mixes channels. The order does not
-    matter, so the taps go first, while the map is small. Enlarging it, shifting it by the taps and
-    adding up is then one small matrix per axis (`axis_taps`).
+    A 3x3 convolution is a sum over its nine taps: each mixes the channels, then shifts the map.
+    Upsampling does not mix channels, so it may come after the mixing, which is then done on the
+    small map. What remains is to upsample, shift and sum, with one small matrix per axis
+    (`upsample_matrix`).
 
     x (B,C,h,w), weight (O,C,3,3), size (H,W) -> (B,O,H,W)
     """
     B, C, h, w = x.shape
     H, W = size
-    channels = len(weight)  # O
+    out_channels = len(weight)  # O
 
-    # Each of the nine taps mixes the channels.
+    # Mix the channels, once for each of the nine taps.
     taps = weight.permute(2, 1, 3, 0).flatten(2)  # (3,C,3*O): row tap; column tap and output
-    tokens = x.flatten(2).transpose(1, 2)  # (B,h*w,C)
-    y = tokens[:, None] @ taps  # (B,3,h*w,3*O)
+    pixels = x.flatten(2).transpose(1, 2)  # (B,h*w,C)
+    y = pixels[:, None] @ taps  # (B,3,h*w,3*O): row tap; row, column; column tap, output
 
-    # Along H: enlarge, shift by the row tap and add up.
-    rows = axis_taps(h, H, x).flatten(1)  # (H,3*h)
-    y = rows @ y.view(B, 3 * h, w * 3 * channels)  # (B,H,w*3*O)
+    # Upsample, shift and sum along H.
+    rows = upsample_matrix(h, H, x).flatten(1)  # (H,3*h)
+    y = rows @ y.view(B, 3 * h, w * 3 * out_channels)  # (B,H,w*3*O)
 
-    # The same along W, with the column tap.
-    columns = axis_taps(w, W, x).transpose(1, 2).flatten(1)  # (W,w*3)
-    y = columns @ y.view(B, H, w * 3, channels)  # (B,H,W,O)
+    # Upsample, shift and sum along W.
+    columns = upsample_matrix(w, W, x).transpose(1, 2).flatten(1)  # (W,w*3)
+    y = columns @ y.view(B, H, w * 3, out_channels)  # (B,H,W,O)
     return y.permute(0, 3, 1, 2)  # (B,O,H,W)
 
 
@@ -328,13 +324,12 @@ def upsampled_conv3x3(x: Tensor, weight: Tensor, size: tuple[int, int]) -> Tenso
 
 # shared: uper_head
 class ConvModule(nn.Module):
-    """A convolution without bias, batch norm and ReLU."""
+    """Convolution without bias, batch norm, ReLU."""
 
-    def __init__(self, inputs: int, outputs: int, kernel_size: int):
+    def __init__(self, in_channels: int, out_channels: int, kernel: int):
         super().__init__()
-        padding = kernel_size // 2
-        self.conv = nn.Conv2d(inputs, outputs, kernel_size, padding=padding, bias=False)
-        self.batch_norm = nn.BatchNorm2d(outputs)
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel, padding=kernel // 2, bias=False)
+        self.batch_norm = nn.BatchNorm2d(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B,C,H,W) -> (B,O,H,W)."""
@@ -342,20 +337,20 @@ class ConvModule(nn.Module):
 
 
 class Fusion(ConvModule):
-    """A ConvModule of several maps, all enlarged to the size of the first and concatenated.
+    """A ConvModule with a 3x3 kernel whose input is several maps, upsampled and concatenated.
 
-    Equals, without enlarged or concatenated maps in memory,
+    `forward` equals these lines, but never stores the upsampled or the concatenated maps:
 
         size = maps[0].shape[2:]
         maps = [F.interpolate(x, size, mode="bilinear", align_corners=False) for x in maps]
         return ConvModule.forward(self, torch.cat(maps, 1))
 
-    A convolution of concatenated maps is the sum of convolutions of each map, each with the part of
-    the kernel that belongs to its channels.
+    A convolution of concatenated maps is the sum of one convolution per map, with the kernel's
+    weights for the channels of that map.
     """
 
     def forward(self, maps: list[Tensor]) -> Tensor:
-        """maps (B,C,h,w) of any channels and sizes -> (B,O,H,W), the size of the first."""
+        """maps (B,C,h,w), channels and sizes may differ -> (B,O,H,W), the size of the first."""
         widths = [x.shape[1] for x in maps]
         kernels = self.conv.weight.split(widths, 1)  # (O,C,3,3) each
         y = F.conv2d(maps[0], kernels[0], padding=1)  # (B,O,H,W)
@@ -367,15 +362,16 @@ class Fusion(ConvModule):
 class UPerHead(nn.Module):
     """Pyramid pooling of the last map, then a feature pyramid of all maps; arXiv 1807.10221.
 
-    widths: channels of the four maps; channels (C): of the head.
+    widths: channels of the four maps, the finest first. channels: C, those within the head.
+    Training needs batches of two images: batch norm after pooling to 1x1 has one value per image.
     """
 
     def __init__(self, widths: list[int], channels: int, num_classes: int):
         super().__init__()
         *finer, last = widths
         self.psp_modules = nn.ModuleList()
-        for bins in (1, 2, 3, 6):
-            pool = nn.AdaptiveAvgPool2d(bins)
+        for cells in (1, 2, 3, 6):
+            pool = nn.AdaptiveAvgPool2d(cells)
             self.psp_modules.append(nn.Sequential(pool, ConvModule(last, channels, 1)))
         self.bottleneck = Fusion(last + 4 * channels, channels, 3)
         self.lateral_convs = nn.ModuleList(ConvModule(width, channels, 1) for width in finer)
@@ -389,22 +385,22 @@ class UPerHead(nn.Module):
         nn.init.zeros_(self.classifier.bias)
 
     def forward(self, maps: list[Tensor]) -> Tensor:
-        """maps (B,width,h,w), the finest first -> logits (B,K,h,w), the size of the first map."""
-        # Pyramid pooling: averages of the last map in grids of 1x1, 2x2, 3x3 and 6x6 cells.
+        """Four maps (B,width,h,w), finest first -> logits (B,K,h,w), the size of the first."""
+        # Pyramid pooling: averages of the last map in 1x1, 2x2, 3x3 and 6x6 cells.
         last = maps[-1]
         pooled = [psp_module(last) for psp_module in self.psp_modules]  # (B,C,1,1) to (B,C,6,6)
         x = self.bottleneck([last, *pooled])  # (B,C,h,w), the size of the last map
 
-        # Feature pyramid: from the coarsest map to the finest, each adds its details.
+        # Feature pyramid, from coarse to fine: upsample x and add the next finer map to it.
         pyramid = [x]
         for i in (2, 1, 0):
             lateral = self.lateral_convs[i](maps[i])  # (B,C,h,w), the size of map i
             size = lateral.shape[2:]
             x = lateral + F.interpolate(x, size, mode="bilinear", align_corners=False)
-            pyramid.insert(0, self.fpn_convs[i](x))
+            pyramid.insert(0, self.fpn_convs[i](x))  # finest first
 
         x = self.fpn_bottleneck(pyramid)  # (B,C,h,w), the size of the first map
-        return self.classifier(x)
+        return self.classifier(x)  # (B,K,h,w)
 
 
 # end shared
@@ -413,17 +409,17 @@ class UPerHead(nn.Module):
 
 
 class BEiT(nn.Module):
-    """BEiT's encoder with UPerNet's head."""
+    """BEiT's encoder with UPerNet's head; logits have a quarter of the image's sides."""
 
     def __init__(self, config: Config):
         super().__init__()
         last = config.layers - 1
         if len(config.taps) != 4 or not all(0 <= tap <= last for tap in config.taps):
-            raise ValueError(f"taps={config.taps}: must be four blocks of 0 to {last}")
+            raise ValueError(f"taps={config.taps}: must be four block indices from 0 to {last}")
 
         self.config = config
         self.beit = ViT(config)
-        # The four maps have one size; the head needs strides of 4, 8, 16 and 32 pixels.
+        # All taps have a stride of 16 pixels; the head needs maps with strides 4, 8, 16 and 32.
         dim = config.dim
         self.fpn1 = nn.Sequential(
             nn.ConvTranspose2d(dim, dim, 2, stride=2),
@@ -439,16 +435,16 @@ class BEiT(nn.Module):
                     nn.init.zeros_(module.bias)
         self.decode_head = UPerHead([dim] * 4, dim, config.num_classes)
 
-        # Blocks behind the last tap do not run. They are frozen, so that every parameter that may
-        # train gets a gradient.
+        # Blocks after the last tap do not run. They are frozen, so that every trainable parameter
+        # gets a gradient.
         self.beit.layers[max(config.taps) + 1 :].requires_grad_(False)
 
     def forward(self, image: Tensor) -> Tensor:
-        """image (B,3,H,W) as `preprocess` makes it -> logits (B,K,H/4,W/4).
+        """image (B,3,H,W) from `preprocess` -> logits (B,K,H/4,W/4).
 
         Raise ValueError if a side is not a multiple of 16 or is shorter than 32 pixels.
         """
-        x1, x2, x3, x4 = self.beit(image)  # (B,C,H/16,W/16) each
+        x1, x2, x3, x4 = self.beit(image)  # (B,C,H/16,W/16) each, from the earliest block on
         maps = [
             self.fpn1(x1),  # (B,C,H/4,W/4)
             self.fpn2(x2),  # (B,C,H/8,W/8)
@@ -458,49 +454,56 @@ class BEiT(nn.Module):
         return self.decode_head(maps)
 
     def preprocess(self, image) -> Tensor:
-        """Return a PIL image resized to a square and normalised: (3,S,S); see `preprocess`."""
+        """Resize and normalise a PIL image: (3,S,S); see the function `preprocess` below."""
         return preprocess(image, self.config)
 
     def postprocess(self, logits: Tensor, size: tuple[int, int]) -> Tensor:
-        """Return probabilities (K,H,W) of logits (K,h,w) at `size` (H,W); see `postprocess`."""
+        """Return probabilities (K,H,W) at `size` (H,W) from the logits (K,h,w) of one image.
+
+        See the function `postprocess` below.
+        """
         return postprocess(logits, size, self.config)
 
     def segment(self, image) -> tuple:
-        """Segment a PIL image or an image file, in evaluation mode.
+        """Return probabilities (K,H,W) and mask (H,W) of an image file or PIL image.
 
-        Return numpy arrays of the image's own size: probabilities (K,H,W) float32 and the class of
-        each pixel (H,W) uint8; see `segment`.
+        See the function `segment` below.
         """
         return segment(self, image)
 
     @classmethod
     def from_pretrained(cls, source: str | Path, num_classes=None, **overrides) -> "BEiT":
-        """Load a file, a folder, a run folder or a hub id, in evaluation mode.
+        """Load a model, in evaluation mode.
 
-        num_classes: None for as many as the file has; another number gets a new classifier. A file
-        of the encoder alone needs it, and gets a new head. What is new is printed. overrides:
-        fields of Config. Raise ValueError or FileNotFoundError, one line, for a file that does not
-        fit.
+        source: a file, a folder, the output folder of a training run, or a hub id.
+        num_classes: None keeps the file's classes. Another number gives a newly initialised
+        classifier. A file of the encoder alone needs num_classes and gets a new head. The names of
+        newly initialised modules are printed.
+        overrides: fields of Config.
+        Raise ValueError, FileNotFoundError or OSError, one line, for a source that is missing or
+        does not fit.
         """
         weights, settings = read_checkpoint(source, FILES)
-        weights = to_official(weights)
-        if "format" in settings:  # a run folder of ours
+        weights = to_official(weights)  # until they are checked, so that errors use the hub's names
+
+        if "format" in settings:  # the output folder of a training run
             config = Config(**run_config(settings, "BEiT", source, Config))
         else:
             config = config_of_file(weights, settings, source)
-
-        num_classes, fresh = new_part(weights, num_classes, config, source)
+        num_classes, new_pattern = new_part(weights, num_classes, config, source)
         model = cls(replace(config, num_classes=num_classes, **overrides))
 
+        # New parameters are neither read nor checked: the model's own values stay.
         expected = to_official(model.state_dict())
-        new = [name for name in expected if re.fullmatch(fresh, name)]
-        for name in new:
+        new_names = [name for name in expected if re.fullmatch(new_pattern, name)]
+        for name in new_names:
             weights.pop(name, None)
             del expected[name]
-        check_complete(weights, expected, source)  # under the hub's names
+        check_complete(weights, expected, source)
         model.load_state_dict(model.state_dict() | convert(weights))
-        if new:
-            modules = dict.fromkeys(".".join(name.split(".")[:2]) for name in new)
+        if new_names:
+            # The first two parts of each name, such as decode_head.classifier, without repetitions.
+            modules = dict.fromkeys(".".join(name.split(".")[:2]) for name in new_names)
             print(f"{source}: new and untrained: {', '.join(modules)}")
         return model.eval()
 
@@ -511,32 +514,36 @@ class BEiT(nn.Module):
 # --------------------------------------------------------------------------------------------------
 
 FILES = ("best.safetensors", "model.safetensors", "pytorch_model.bin")
-IGNORED = {
-    r".*\.relative_position_index": "a constant, 20 MB per block in old files; computed here",
-    r"auxiliary_head\..*": "serves a second loss in training, adds nothing to the output",
-    r"(beit\.)?pooler\..*|(classifier|fc_norm|head)\.(weight|bias)": "an image classifier",
+IGNORED = (  # patterns of tensors that this model does not have
+    r".*\.relative_position_index",  # a constant, 20 MB per block in old files; computed here
+    r"auxiliary_head\..*",  # serves a second loss in training, adds nothing to the output
+    r"(beit\.)?pooler\..*",  # of an image classifier, as the next
+    r"(classifier|fc_norm|head)\.(weight|bias)",
+)
+FRESH = {  # patterns of tensors that may be newly initialised, under the hub's names
+    "classifier": r"decode_head\.classifier\..*",  # if the number of classes differs
+    "head": r"(fpn1|fpn2|decode_head)\..*",  # if the file holds the encoder alone
 }
-# Parameters that may be new, under the hub's names.
-FRESH = {
-    "classifier": r"decode_head\.classifier\..*",  # the number of classes differs
-    "head": r"(fpn1|fpn2|decode_head)\..*",  # the file holds the encoder alone
-}
-# Names in files -> ours, which are transformers 5's within a block and nearly the hub's elsewhere.
+
+# Names in other files -> ours. Ours are those of transformers 5 within a block, and mostly those of
+# the hub's files elsewhere. All patterns are applied to a name, one after another:
+# backbone.blocks.0.attn.proj.weight (authors) -> beit.layers.0.attention.o_proj.weight
+
 ENCODER_ALONE = {r"^(embeddings|encoder|layers)\.": r"beit.\1."}  # transformers' BeitModel
-AUTHORS = {  # without "backbone." also timm's
+AUTHORS = {  # without the prefix "backbone.", these are timm's names, too
     r"^(?:backbone\.)?cls_token$": "beit.embeddings.cls_token",
     r"^(?:backbone\.)?patch_embed\.proj\.": "beit.embeddings.patch_embeddings.projection.",
     r"^(?:backbone\.)?blocks\.": "beit.layers.",
     r"\.norm1\.": ".layernorm_before.",
     r"\.norm2\.": ".layernorm_after.",
-    r"\.attn\.([qv])_bias$": r".attention.\1_proj.bias",  # `convert` splits attn.qkv
+    r"\.attn\.([qv])_bias$": r".attention.\1_proj.bias",  # attn.qkv is split by `convert`
     r"\.attn\.proj\.": ".attention.o_proj.",
     r"\.attn\.(relative_position_bias)_table": r".\1.\1_table",
     r"\.gamma_([12])$": r".lambda_\1",
     r"^backbone\.fpn": "fpn",
     r"\.conv_seg\.": ".classifier.",
 }
-TRANSFORMERS_5 = {  # in memory; in files it writes the hub's names
+TRANSFORMERS_5 = {  # `state_dict()` of transformers 5; its files have the hub's names
     r"^fpn\.fpn1\.conv_transpose1\.": "fpn1.0.",
     r"^fpn\.fpn1\.normalization\.": "fpn1.1.",
     r"^fpn\.fpn1\.conv_transpose2\.": "fpn1.3.",
@@ -546,7 +553,7 @@ TRANSFORMERS_5 = {  # in memory; in files it writes the hub's names
     r"\.convolution\.": ".conv.",
     r"\.normalization\.": ".batch_norm.",
 }
-HUB = {  # no patterns: `to_official` replaces them the other way round
+HUB = {  # plain text, not patterns: `to_official` replaces ours by the hub's
     "beit.encoder.layer.": "beit.layers.",
     "attention.attention.query.": "attention.q_proj.",
     "attention.attention.key.": "attention.k_proj.",
@@ -560,21 +567,24 @@ HUB = {  # no patterns: `to_official` replaces them the other way round
 
 
 def convert(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return a state dict under our names, from any naming."""
+    """Return the tensors of any source under our names, without those of IGNORED.
+
+    Unknown tensors keep their names.
+    """
     weights = {}
-    for official, tensor in state_dict.items():
-        if any(re.fullmatch(pattern, official) for pattern in IGNORED):
+    for name, tensor in state_dict.items():
+        if any(re.fullmatch(pattern, name) for pattern in IGNORED):
             continue
-        name = official
         for pattern, ours in (ENCODER_ALONE | AUTHORS | TRANSFORMERS_5).items():
             name = re.sub(pattern, ours, name)
         for hub, ours in HUB.items():
             name = name.replace(hub, ours)
 
-        if name.endswith(".attn.qkv.weight"):  # the authors': queries, keys, values in one matrix
+        if name.endswith(".attn.qkv.weight"):
+            # The authors stack q, k and v in one matrix. A malformed tensor may give fewer than
+            # three parts; check_complete reports that.
             layer = name.removesuffix(".attn.qkv.weight")
-            thirds = tensor.chunk(3)  # fewer if the shape is wrong, which `check_complete` reports
-            for letter, third in zip("qkv", thirds, strict=False):
+            for letter, third in zip("qkv", tensor.chunk(3), strict=False):
                 weights[f"{layer}.attention.{letter}_proj.weight"] = third.clone()
         else:
             weights[name] = tensor
@@ -582,29 +592,28 @@ def convert(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def to_official(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return a state dict under the hub's names, from any naming.
+    """Return the tensors of any source under the names of the hub's files.
 
-    It fits `from_pretrained` of transformers' class, but for the auxiliary head.
+    transformers loads them with `from_pretrained`, but initialises its auxiliary head.
     """
     weights = {}
-    for ours, tensor in convert(state_dict).items():
-        name = ours
-        for hub, replaced in HUB.items():
-            name = name.replace(replaced, hub)
+    for name, tensor in convert(state_dict).items():
+        for hub, ours in HUB.items():
+            name = name.replace(ours, hub)
         weights[name] = tensor
     return weights
 
 
 def config_of_file(weights: dict[str, Tensor], settings: dict, source) -> Config:
-    """Return the config of a file, from the shapes of its tensors and the taps of its config.json.
+    """Return the config of a file, from its tensors' shapes and the taps in its config.json.
 
-    weights: under the hub's names; settings: config.json, {} if there is none. A line is printed if
+    weights: under the hub's names. settings: the config.json, {} if there is none. Print a line if
     it has no taps. Tensors that are missing or do not fit are reported later, by `check_complete`.
     """
     config = closest_variant(weights, BEiT, to_official)
     values = {}
     for name, tensor in weights.items():
-        if name.endswith(".relative_position_bias_table"):
+        if name.endswith(".relative_position_bias_table"):  # (side*side+3,heads), side 2*window-1
             side = math.isqrt(max(len(tensor) - 3, 1))
             values["window"] = (side + 1) // 2
             values["image_size"] = PATCH * values["window"]
@@ -614,12 +623,12 @@ def config_of_file(weights: dict[str, Tensor], settings: dict, source) -> Config
 
     indices = settings.get("out_indices") or ()
     if len(indices) == 4:
-        values["taps"] = tuple(i - 2 for i in indices)  # see Config
+        values["taps"] = tuple(i - 2 for i in indices)  # the quirk in Config
     else:
-        authors = tuple(tap + 2 for tap in config.taps)
+        authors_taps = tuple(tap + 2 for tap in config.taps)
         print(
             f"{source}: no config.json with out_indices, using transformers' taps {config.taps}; "
-            f"the authors' taps are {authors}"
+            f"the authors' taps are {authors_taps}"
         )
     return replace(config, **values)
 
@@ -627,11 +636,10 @@ def config_of_file(weights: dict[str, Tensor], settings: dict, source) -> Config
 def new_part(
     weights: dict[str, Tensor], num_classes: int | None, config: Config, source
 ) -> tuple[int, str]:
-    """Return the number of classes, and a pattern of the parameters that are to be new.
+    """Return the number of classes, and a pattern of the tensors to initialise newly ("": none).
 
-    weights: under the hub's names. num_classes: None for as many as the file has. The pattern is ""
-    if nothing is new. Raise ValueError, one line, if the file holds the encoder alone and no number
-    is given.
+    weights: under the hub's names. num_classes: None for as many as the file has.
+    Raise ValueError, one line, if the file holds the encoder alone and num_classes is None.
     """
     has_head = any(name.startswith("decode_head.") for name in weights)
     if not has_head and num_classes is None:

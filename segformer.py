@@ -1,23 +1,26 @@
-"""SegFormer: one class per pixel of an image. Hierarchical transformer encoder and MLP decoder.
+"""SegFormer: an image in, the class of every pixel out. Transformer encoder, MLP decoder.
 
-Paper: Xie et al., NeurIPS 2021, arXiv 2105.15203. Official code: github.com/NVlabs/SegFormer at
-65fa8cf, mmseg/models/{backbones/mix_transformer,decode_heads/segformer_head}.py; ported to
-transformers 5.23, modeling_segformer.py. Parameter names follow the files on the hub. Weights, for
-research and evaluation only (NVIDIA Source Code License): nvidia/segformer-b0-finetuned-ade-512-512
-to b4, b5-finetuned-ade-640-640, -cityscapes-*; nvidia/mit-b0 to b5 (encoder only); NVlabs' .pth.
+Paper: Xie et al., NeurIPS 2021, arXiv 2105.15203.
+Code: github.com/NVlabs/SegFormer at 65fa8cf, mmseg/models/backbones/mix_transformer.py and
+  mmseg/models/decode_heads/segformer_head.py; transformers 5.23 has a port, modeling_segformer.py.
+Weights (NVIDIA Source Code License, research and evaluation only), on the hub:
+  nvidia/segformer-b0-finetuned-ade-512-512 to b4, b5-finetuned-ade-640-640, -cityscapes-*;
+  nvidia/mit-b0 to b5 are the encoder alone. NVlabs' .pth files load, too.
 
-    image (B,3,512,512), b0
-      encoder, four stages: a strided convolution, then transformer blocks. Attention takes keys
-      and values from a coarser grid, and the MLP has a depthwise 3x3 convolution
+    image (B,3,512,512), shapes of b0
+      encoder: four stages, each an overlapping strided convolution, then transformer blocks
     maps (B,32,128,128), (B,64,64,64), (B,160,32,32), (B,256,16,16)
-      decode_head: project each map to 256 channels, upsample to the size of the first, add up
-    (B,256,128,128)
+      decode_head: project each map to 256 channels, upsample all to 128x128, mix
+    features (B,256,128,128)
       batch norm, ReLU, dropout, 1x1 convolution
     logits (B,150,128,128)
 
-There is no position embedding, so images may have any sides from 29 pixels. quirk: all LayerNorms
-have eps 1e-5, as in transformers, which never reads its setting of 1e-6. NVlabs has 1e-6, except
-after strided convolutions.
+There is no position embedding, so images may have any sides from 29 pixels. B batch, C channels,
+D decoder width, H W sides of a map, N = H*W tokens, h heads, d head width, K classes.
+"quirk" marks behaviour that looks wrong but that released weights or equal outputs need. Code
+between "# shared: NAME" and "# end shared" is identical in other model files.
+quirk: all LayerNorms have eps 1e-5, as in transformers, which never reads its setting of 1e-6.
+NVlabs uses 1e-6, except after strided convolutions.
 
     model = SegFormer.from_pretrained("nvidia/segformer-b0-finetuned-ade-512-512")
     probabilities, mask = model.segment("photo.jpg")  # or a PIL image
@@ -43,26 +46,28 @@ class Config:
     widths: tuple[int, ...] = (64, 128, 320, 512)  # channels of the four stages
     depths: tuple[int, ...] = (3, 4, 6, 3)  # blocks per stage
     heads: tuple[int, ...] = (1, 2, 5, 8)  # attention heads per stage
-    reductions: tuple[int, ...] = (8, 4, 2, 1)  # stride of keys and values, in tokens, per stage
-    decoder_dim: int = 768  # channels of the decoder
+    reductions: tuple[int, ...] = (8, 4, 2, 1)  # r: attention reduces keys and values r x r
+    decoder_dim: int = 768  # channels of the decoder (D)
     drop_path: float = 0.1  # stochastic depth rate of the last block; rises linearly from 0
-    dropout: float = 0.1  # before the classifier, while training
+    dropout: float = 0.1  # dropout rate before the classifier
     num_classes: int = 150
     image_size: int = 512  # side of the square that `preprocess` makes
-    mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # ImageNet's, RGB in 0..1
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # of RGB in 0..1, from ImageNet
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
-    resample: str = "bilinear"  # Pillow's name of the filter, or "cv2 nearest"
-    threshold: float = 0.5  # probability above which a pixel is foreground; used with one class
+    resample: str = "bilinear"  # a filter of PIL.Image.Resampling, or "cv2 nearest" (OpenCV's)
+    threshold: float = 0.5  # for a single class: a pixel above this probability is foreground
 
 
-VARIANTS = {  # with the number of parameters for 150 classes; mini is for tests and demos
-    "b0": Config((32, 64, 160, 256), (2, 2, 2, 2), decoder_dim=256),  # 3,752,694
+VARIANTS = {  # right: number of parameters with 150 classes; mini is for tests and demos
+    "b0": Config(widths=(32, 64, 160, 256), depths=(2, 2, 2, 2), decoder_dim=256),  # 3,752,694
     "b1": Config(depths=(2, 2, 2, 2), decoder_dim=256),  # 13,715,798
     "b2": Config(),  # 27,461,974
     "b3": Config(depths=(3, 4, 18, 3)),  # 47,337,814
     "b4": Config(depths=(3, 8, 27, 3)),  # 64,108,374
     "b5": Config(depths=(3, 6, 40, 3), image_size=640),  # 84,708,694
-    "mini": Config((16, 32, 80, 128), (1, 2, 1, 1), decoder_dim=64, image_size=128),  # 557,894
+    "mini": Config(  # 557,894
+        widths=(16, 32, 80, 128), depths=(1, 2, 1, 1), decoder_dim=64, image_size=128
+    ),
 }
 
 
@@ -70,13 +75,13 @@ VARIANTS = {  # with the number of parameters for 150 classes; mini is for tests
 class PatchEmbedding(nn.Module):
     """Strided convolution with overlapping patches, then LayerNorm."""
 
-    def __init__(self, channels: int, dim: int, kernel: int, stride: int):
+    def __init__(self, in_channels: int, dim: int, kernel: int, stride: int):
         super().__init__()
-        self.proj = nn.Conv2d(channels, dim, kernel, stride, padding=kernel // 2)
+        self.proj = nn.Conv2d(in_channels, dim, kernel, stride, padding=kernel // 2)
         self.layer_norm = nn.LayerNorm(dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Embed x (B,C,H,W) as tokens (B,H/stride,W/stride,dim), sides rounded up."""
+        """x (B,C,H,W) -> tokens (B,H/stride,W/stride,dim), sides rounded up."""
         x = self.proj(x).permute(0, 2, 3, 1)  # (B,H/stride,W/stride,dim)
         return self.layer_norm(x)
 
@@ -85,8 +90,8 @@ class PatchEmbedding(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention with spatial reduction.
 
-    Queries come from all tokens, keys and values from a grid that a convolution makes coarser by
-    `reduction` along each side.
+    Queries come from all tokens. Keys and values come from a coarser grid: a convolution with
+    kernel and stride `reduction` (r) merges r x r tokens into one.
     """
 
     def __init__(self, dim: int, heads: int, reduction: int):
@@ -103,21 +108,21 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B,H,W,C) -> (B,H,W,C)."""
-        coarse = x
+        reduced = x
         if self.reduction > 1:
-            # Sides are rounded down: rows and columns that fill no patch give no keys and values.
-            coarse = self.sr(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # (B,H/r,W/r,C)
-            coarse = self.layer_norm(coarse)
+            # H/r and W/r are rounded down, so up to r - 1 last rows and columns are left out.
+            reduced = self.sr(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # (B,H/r,W/r,C)
+            reduced = self.layer_norm(reduced)
 
         q = self.split_heads(self.query(x))  # (B,h,N,d)
-        k = self.split_heads(self.key(coarse))  # (B,h,n,d)
-        v = self.split_heads(self.value(coarse))  # (B,h,n,d)
+        k = self.split_heads(self.key(reduced))  # (B,h,N/(r*r),d)
+        v = self.split_heads(self.value(reduced))  # (B,h,N/(r*r),d)
         y = F.scaled_dot_product_attention(q, k, v)  # (B,h,N,d)
         y = y.transpose(1, 2).reshape(x.shape)  # (B,H,W,C)
         return self.output(y)
 
     def split_heads(self, x: Tensor) -> Tensor:
-        """Split channels among the heads: (B,H,W,C) -> (B,h,N,d) with N = H*W tokens."""
+        """Split the channels into heads: (B,H,W,C) -> (B,h,N,d) with N = H*W."""
         x = x.flatten(1, 2)  # (B,N,C)
         return x.unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B,h,N,d)
 
@@ -164,13 +169,16 @@ class Block(nn.Module):
         keep_probability = 1 - self.drop_path
         shape = (len(residual), 1, 1, 1)
         noise = torch.rand(shape, dtype=residual.dtype, device=residual.device)
-        keep = (keep_probability + noise).floor()  # 1 or 0; timm's and transformers' rule
+        keep = (keep_probability + noise).floor()  # 1 or 0, computed as in timm and transformers
         return residual * (keep / keep_probability)  # (B,H,W,C)
 
 
 # mix_transformer.py, class MixVisionTransformer
 class Encoder(nn.Module):
-    """Mix transformer (MiT). Its blocks keep channels last, so that no layer copies its input."""
+    """Mix Transformer (MiT): four stages of blocks, each at half the resolution of the last.
+
+    Tokens stay in the layout (B,H,W,C), so that no layer copies its input.
+    """
 
     def __init__(self, config: Config):
         super().__init__()
@@ -180,20 +188,21 @@ class Encoder(nn.Module):
 
         self.patch_embeddings = nn.ModuleList()
         for i in range(4):
-            channels = 3 if i == 0 else widths[i - 1]
-            embedding = PatchEmbedding(channels, widths[i], kernels[i], strides[i])
+            in_channels = 3 if i == 0 else widths[i - 1]
+            embedding = PatchEmbedding(in_channels, widths[i], kernels[i], strides[i])
             self.patch_embeddings.append(embedding)
 
-        # The stochastic depth rate rises linearly from 0 in the first block of all stages.
+        # The rate of stochastic depth rises linearly from the first block of the first stage (0)
+        # to the last block of the last stage (drop_path).
         last = sum(config.depths) - 1
-        number = 0
+        index = 0
         self.block = nn.ModuleList()
         for i in range(4):
             blocks = nn.Sequential()
             for _ in range(config.depths[i]):
-                rate = config.drop_path * number / last
+                rate = config.drop_path * index / last
                 blocks.append(Block(widths[i], config.heads[i], config.reductions[i], rate))
-                number += 1
+                index += 1
             self.block.append(blocks)
 
         self.layer_norm = nn.ModuleList(nn.LayerNorm(dim) for dim in widths)
@@ -205,28 +214,29 @@ class Encoder(nn.Module):
             x = self.patch_embeddings[i](x)  # (B,H,W,C)
             x = self.block[i](x)
             x = self.layer_norm[i](x).permute(0, 3, 1, 2)  # (B,C,H,W)
-            maps.append(x)
+            maps.append(x)  # the next stage gets the normalised map, too
         return maps
 
 
 # segformer_head.py, class SegFormerHead
 class DecodeHead(nn.Module):
-    """All-MLP decoder: project the maps to D channels, upsample them, fuse them, classify.
+    """All-MLP decoder: project the maps to D channels, upsample them, mix them, classify.
 
-    `forward` equals these plain lines, and saves 35 to 62 % of the whole model's multiplications:
+    `forward` equals these plain lines, without 35 to 62 % of the whole model's multiplications:
 
         projected = []
         for linear, x in zip(self.linear_c, maps):
-            x = linear(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # (B,D,h,w)
+            x = linear(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # (B,D,Hi,Wi)
             x = F.interpolate(x, maps[0].shape[2:], mode="bilinear", align_corners=False)
             projected.append(x)  # (B,D,H,W)
         y = self.linear_fuse(torch.cat(projected[::-1], 1))  # (B,4D,H,W) -> (B,D,H,W)
         y = F.relu(self.batch_norm(y))
         return self.classifier(self.dropout(y))  # (B,K,H,W)
 
-    `linear_fuse` is four matrices side by side, one per map; their products are added up. A matrix
-    mixes channels, upsampling mixes positions with weights that add up to 1, so the two commute.
-    Here each map meets its matrix before it is upsampled, merged with its `linear_c` (`fold`).
+    Why: `linear_fuse` is a (D,4D) matrix. Its product with the concatenated maps is the sum of four
+    products, one (D,D) part per map. Upsampling averages positions with weights that sum to 1, and
+    does not mix channels, so it may come after that product. Each map is thus multiplied at its own
+    low resolution, by one matrix that merges its `linear_c` and its part of `linear_fuse`.
     """
 
     def __init__(self, widths: tuple[int, ...], dim: int, dropout: float, num_classes: int):
@@ -234,34 +244,33 @@ class DecodeHead(nn.Module):
         self.linear_c = nn.ModuleList(nn.Linear(width, dim) for width in widths)
         self.linear_fuse = nn.Conv2d(len(widths) * dim, dim, 1, bias=False)
         self.batch_norm = nn.BatchNorm2d(dim)
-        self.dropout = nn.Dropout2d(dropout)  # whole channels, as NVlabs; transformers: elements
+        self.dropout = nn.Dropout2d(dropout)  # drops channels, as NVlabs; transformers: elements
         self.classifier = nn.Conv2d(dim, num_classes, 1)
 
     def forward(self, maps: list[Tensor]) -> Tensor:
-        """Four maps (B,C,h,w), finest first -> logits (B,K,H,W) of the size of the first."""
-        matrices, bias = self.fold()
+        """Four maps (B,Ci,Hi,Wi), finest first -> logits (B,K,H,W) of the size of the first."""
+        matrices, bias = self.merge_layers()
 
-        # Add up all maps at the size of the finest one.
+        # Sum the products of all maps at the size of the finest.
         y = F.linear(maps[0].permute(0, 2, 3, 1), matrices[0], bias)  # (B,H,W,D)
         for x, matrix in zip(maps[1:], matrices[1:], strict=True):
-            x = F.linear(x.permute(0, 2, 3, 1), matrix).permute(0, 3, 1, 2)  # (B,D,h,w)
+            x = F.linear(x.permute(0, 2, 3, 1), matrix).permute(0, 3, 1, 2)  # (B,D,Hi,Wi)
             x = F.interpolate(x, y.shape[1:3], mode="bilinear", align_corners=False)  # (B,D,H,W)
             y += x.permute(0, 2, 3, 1)  # (B,H,W,D)
 
-        if self.batch_norm.training:
+        if self.batch_norm.training:  # else merged into `matrices` and `bias`
             y = self.batch_norm(y.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # (B,H,W,D)
         y = F.relu(y).permute(0, 3, 1, 2)  # (B,D,H,W)
         y = self.dropout(y).permute(0, 2, 3, 1)  # (B,H,W,D)
 
-        # The 1x1 convolution as a linear layer, since channels are last in memory.
+        # The 1x1 classifier as a linear layer: channels are last in memory.
         y = F.linear(y, self.classifier.weight.flatten(1), self.classifier.bias)  # (B,H,W,K)
         return y.permute(0, 3, 1, 2).contiguous()  # (B,K,H,W)
 
-    def fold(self) -> tuple[list[Tensor], Tensor]:
-        """Return one matrix (D,C) per map, finest first, and one bias (D,) for their sum.
+    def merge_layers(self) -> tuple[list[Tensor], Tensor]:
+        """Merge `linear_c`, `linear_fuse` and, in evaluation mode, `batch_norm`.
 
-        They merge `linear_c` and `linear_fuse`. In evaluation mode `batch_norm` scales and shifts
-        each channel by fixed numbers, and is merged, too.
+        Return one matrix (D,Ci) per map, finest first, and one bias (D,) for the sum of products.
         """
         fuse = self.linear_fuse.weight.flatten(1)  # (D,4D)
         # quirk: the columns of linear_fuse start with the coarsest map, the last of linear_c
@@ -269,6 +278,7 @@ class DecodeHead(nn.Module):
         biases = torch.cat([linear.bias for linear in self.linear_c[::-1]])  # (4D,)
         bias = fuse @ biases  # (D,)
 
+        # In evaluation mode, batch norm is a fixed scale and shift of each channel.
         norm = self.batch_norm
         if not norm.training:
             scale = norm.weight * (norm.running_var + norm.eps).rsqrt()  # (D,)
@@ -276,25 +286,25 @@ class DecodeHead(nn.Module):
             bias = scale * (bias - norm.running_mean) + norm.bias  # (D,)
 
         matrices = []
-        columns = fuse.chunk(len(self.linear_c), 1)[::-1]  # (D,D) each, finest map first
-        for square, linear in zip(columns, self.linear_c, strict=True):
-            matrices.append(square @ linear.weight)  # (D,C)
+        fuse_parts = fuse.chunk(len(self.linear_c), 1)[::-1]  # (D,D) each, finest map first
+        for fuse_part, linear in zip(fuse_parts, self.linear_c, strict=True):
+            matrices.append(fuse_part @ linear.weight)  # (D,Ci)
         return matrices, bias
 
 
+# modeling_segformer.py, class SegformerPreTrainedModel
 def init_weights(module: nn.Module) -> None:
-    """Initialise a layer as transformers 5.23 does: weights N(0, 0.02), biases 0.
-
-    SegformerPreTrainedModel, for weights that no file fills.
-    """
+    """Initialise a linear layer or convolution: weights with deviation 0.02, biases 0."""
     if isinstance(module, nn.Linear | nn.Conv2d):
         for parameter in module.parameters(recurse=False):
+            # Drawing biases with deviation 0 advances the random generator, unlike zeros_. A seed
+            # thus keeps giving the same weights.
             nn.init.normal_(parameter, std=0.02 if parameter.ndim > 1 else 0.0)
 
 
 # modeling_segformer.py, class SegformerForSemanticSegmentation
 class SegFormer(nn.Module):
-    """Encoder and decoder: a normalised image in, logits at a quarter of its sides out."""
+    """Encoder and decoder; logits have a quarter of the image's sides."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -306,57 +316,67 @@ class SegFormer(nn.Module):
         self.apply(init_weights)
 
     def forward(self, image: Tensor) -> Tensor:
-        """Return logits (B,K,H/4,W/4), sides rounded up, for a normalised image (B,3,H,W).
+        """image (B,3,H,W) from `preprocess` -> logits (B,K,H/4,W/4), sides rounded up.
 
-        Raise ValueError for sides below 29 pixels: the first stage's keys come from patches of 8x8
-        tokens, and 29 pixels are the fewest that give 8 tokens.
+        Raise ValueError for sides below 29 pixels: the first stage has a token per 4 pixels, and
+        its keys and values need 8x8 tokens.
         """
         if min(image.shape[2:]) < 29:
             raise ValueError(f"image sides must be at least 29, not {tuple(image.shape[2:])}")
         return self.decode_head(self.encoder(image))
 
     def preprocess(self, image) -> Tensor:
-        """Resize and normalise a PIL image: (3,S,S); see `preprocess`."""
+        """Resize and normalise a PIL image: (3,S,S); see the function `preprocess` below."""
         return preprocess(image, self.config)
 
     def postprocess(self, logits: Tensor, size: tuple[int, int]) -> Tensor:
-        """Turn the logits (K,h,w) of one image into probabilities (K,H,W); see `postprocess`."""
+        """Return probabilities (K,H,W) at `size` (H,W) from the logits (K,H/4,W/4) of one image.
+
+        See the function `postprocess` below.
+        """
         return postprocess(logits, size, self.config)
 
     def segment(self, image) -> tuple:
-        """Return probabilities (K,H,W) and mask (H,W) of a file or PIL image; see `segment`."""
+        """Return probabilities (K,H,W) and mask (H,W) of an image file or PIL image.
+
+        See the function `segment` below.
+        """
         return segment(self, image)
 
     @classmethod
     def from_pretrained(cls, source: str | Path, num_classes=None, **overrides) -> "SegFormer":
-        """Load a file, a folder, a run folder or a hub id, in evaluation mode.
+        """Load a model, in evaluation mode.
 
-        num_classes: None for as many as the file has; another number makes a new classifier. A file
-        of the encoder alone needs it, and gets a new head. What is new is printed. overrides:
-        fields of Config. Raise ValueError, FileNotFoundError or OSError, one line, for a source
-        that does not fit or is not there.
+        source: a file, a folder, the output folder of a training run, or a hub id.
+        num_classes: None keeps the file's classes. Another number gives a newly initialised
+        classifier. A file of the encoder alone needs num_classes and gets a new head. The names of
+        newly initialised parameters are printed.
+        overrides: fields of Config.
+        Raise ValueError, FileNotFoundError or OSError, one line, for a source that is missing or
+        does not fit.
         """
         weights, settings = read_checkpoint(source, FILES)
-        weights = to_official(weights)
+        weights = to_official(weights)  # until they are checked, so that errors use the hub's names
 
-        if "format" in settings:  # a run folder of ours
+        if "format" in settings:  # the output folder of a training run
             config = Config(**run_config(settings, "SegFormer", source, Config))
         else:
             config = replace(closest_variant(weights), **hub_config(settings))
             if "image_size" not in overrides:
-                print(f"{source}: image_size is unknown, using {config.image_size}")
+                size = config.image_size
+                print(f"{source}: image_size is not stored in the file, using {size}")
 
-        weights, num_classes, fresh = new_classes(weights, num_classes, source)
+        weights, num_classes, may_be_new = new_classes(weights, num_classes, source)
+        # None if the classifier is missing, which check_complete reports.
         num_classes = num_classes or config.num_classes
         model = cls(replace(config, num_classes=num_classes, **overrides))
 
-        # Errors use the names of the hub's files.
         expected = to_official(model.state_dict())
-        weights, new = add_new(weights, expected, fresh)
+        weights, new_names = add_new(weights, expected, may_be_new)
         check_complete(weights, expected, source)
         model.load_state_dict(convert(weights))
-        if new:
-            print(f"{source}: new and untrained: {', '.join(new)}")
+        if new_names:
+            print(f"{source}: new and untrained: {', '.join(new_names)}")
         return model.eval()
 
 
@@ -366,22 +386,23 @@ class SegFormer(nn.Module):
 # --------------------------------------------------------------------------------------------------
 
 FILES = ("best.safetensors", "model.safetensors", "pytorch_model.bin")
-SETTINGS = {  # fields of transformers' config.json -> of Config
+SETTINGS = {  # name in transformers' config.json -> field of Config
     "num_attention_heads": "heads",
     "drop_path_rate": "drop_path",
     "classifier_dropout_prob": "dropout",
 }
-IGNORED = {
-    r"(classifier|head)\.(weight|bias)": "ImageNet's 1000 classes, in files of the encoder",
-    r"decode_head\.conv_seg\.(weight|bias)": "unused layer of the authors' base class",
-}
-FRESH = {  # tensors that may be newly initialised
-    "classifier": r"decode_head\.classifier\..*",  # with another number of classes
+IGNORED = (  # patterns of tensors that this model does not have
+    r"(classifier|head)\.(weight|bias)",  # ImageNet's 1000 classes, in files of the encoder
+    r"decode_head\.conv_seg\.(weight|bias)",  # unused layer of the base class of NVlabs' head
+)
+FRESH = {  # patterns of tensors that may be newly initialised, under the hub's names
+    "classifier": r"decode_head\.classifier\..*",  # if the number of classes differs
     "head": r"decode_head\..*",  # if the file holds the encoder alone
 }
 
-# Names of modules in each official source -> ours. # stands for a number: of a stage, then of a
-# block. The prefixes "segformer." and "backbone." are left out; a file of the encoder lacks them.
+# Names of modules in each source -> ours. # stands for a number: the stage, then the block. The
+# prefixes "segformer." and "backbone." are removed first; files of the encoder alone have none.
+# segformer.encoder.block.0.1.attention.self.key.weight -> encoder.block.0.1.attention.key.weight
 
 HUB = {  # files on the hub, as transformers 4 and 5 save them
     "encoder.patch_embeddings.#.proj": "encoder.patch_embeddings.#.proj",
@@ -403,7 +424,7 @@ HUB = {  # files on the hub, as transformers 4 and 5 save them
     "decode_head.batch_norm": "decode_head.batch_norm",
     "decode_head.classifier": "decode_head.classifier",
 }
-TRANSFORMERS_5 = {  # `state_dict()` of transformers 5; what is missing is named as on the hub
+TRANSFORMERS_5 = {  # `state_dict()` of transformers 5; modules not listed have the hub's names
     "stages.#.patch_embeddings.proj": "encoder.patch_embeddings.#.proj",
     "stages.#.patch_embeddings.layer_norm": "encoder.patch_embeddings.#.layer_norm",
     "stages.#.blocks.#.layernorm_before": "encoder.block.#.#.layer_norm_1",
@@ -422,13 +443,13 @@ TRANSFORMERS_5 = {  # `state_dict()` of transformers 5; what is missing is named
     "stages.#.layer_norm": "encoder.layer_norm.#",
     "decode_head.linear_projections.#.proj": "decode_head.linear_c.#",
 }  # fmt: skip
-NVLABS = {  # the authors' .pth files; their stages count from 1
+NVLABS = {  # NVlabs' .pth files, which count stages from 1; see `our_name`
     "patch_embed#.proj": "encoder.patch_embeddings.#.proj",
     "patch_embed#.norm": "encoder.patch_embeddings.#.layer_norm",
     "block#.#.norm1": "encoder.block.#.#.layer_norm_1",
     "block#.#.norm2": "encoder.block.#.#.layer_norm_2",
     "block#.#.attn.q": "encoder.block.#.#.attention.query",
-    "block#.#.attn.kv": "encoder.block.#.#.attention.kv",  # which `convert` splits
+    "block#.#.attn.kv": "encoder.block.#.#.attention.kv",  # split by `convert`
     "block#.#.attn.sr": "encoder.block.#.#.attention.sr",
     "block#.#.attn.norm": "encoder.block.#.#.attention.layer_norm",
     "block#.#.attn.proj": "encoder.block.#.#.attention.output",
@@ -445,7 +466,7 @@ OURS_TO_HUB = {ours: official for official, ours in HUB.items()}
 
 
 def rename(module: str, table: dict[str, str]) -> str | None:
-    """Return the new name of a module, None if the table has no row for it."""
+    """Return the new name of a module, or None if it is not in the table."""
     for old, new in table.items():
         match = re.fullmatch(old.replace(".", r"\.").replace("#", r"(\d+)"), module)
         if match:
@@ -456,7 +477,7 @@ def rename(module: str, table: dict[str, str]) -> str | None:
 
 
 def our_name(name: str) -> str:
-    """Return our name for a tensor of any source; a name that no table has stays as it is."""
+    """Return our name for a tensor of any source; an unknown name stays as it is."""
     module, _, parameter = name.rpartition(".")
     module = re.sub(r"^(segformer|backbone)\.", "", module)
 
@@ -465,13 +486,13 @@ def our_name(name: str) -> str:
         ours = rename(module, NVLABS)
         if ours is None:
             return name
-        # The first number is the stage, which NVlabs counts from 1.
+        # The first number is the stage: subtract 1, since NVlabs counts from 1.
         ours = re.sub(r"\d", lambda stage: str(int(stage[0]) - 1), ours, count=1)
     return f"{ours}.{parameter}"
 
 
 def hub_name(name: str) -> str:
-    """Return the name that a tensor of ours has in the hub's files."""
+    """Return the name in the hub's files for a tensor under our name."""
     module, _, parameter = name.rpartition(".")
     official = rename(module, OURS_TO_HUB)
     if official is None:
@@ -481,9 +502,9 @@ def hub_name(name: str) -> str:
 
 
 def convert(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the tensors of any source to ours and leave out those of IGNORED.
+    """Return the tensors of any source under our names, without those of IGNORED.
 
-    Unknown tensors keep their names. Raise ValueError if two names stand for one tensor of ours.
+    Unknown tensors keep their names. Raise ValueError if two tensors get the same name.
     """
     weights = {}
     for name, tensor in state_dict.items():
@@ -491,26 +512,31 @@ def convert(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
             continue
 
         ours = our_name(name)
-        parts = {ours: tensor}
-        if ".attention.kv." in ours:  # NVlabs has key and value in one layer: rows of key first
-            parts = {}
-            for part, rows in zip(("key", "value"), tensor.chunk(2), strict=False):
-                parts[ours.replace(".kv.", f".{part}.")] = rows.clone()
+        renamed = {ours: tensor}
+        if ".attention.kv." in ours:
+            # NVlabs stacks key and value in one layer. A malformed tensor may give one half only;
+            # check_complete reports that.
+            renamed = {}
+            for layer, half in zip(("key", "value"), tensor.chunk(2), strict=False):
+                renamed[ours.replace(".kv.", f".{layer}.")] = half.clone()
 
-        for part in parts:
-            if part in weights:
-                raise ValueError(f"{hub_name(part)} occurs twice, under two names")
-        weights |= parts
+        for new_name in renamed:
+            if new_name in weights:
+                raise ValueError(f"{hub_name(new_name)} occurs twice, under two names")
+        weights |= renamed
     return weights
 
 
 def to_official(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the tensors of any source to those of the hub's files, which transformers loads."""
+    """Return the tensors of any source under the names of the hub's files.
+
+    transformers loads them with `from_pretrained`.
+    """
     return {hub_name(name): tensor for name, tensor in convert(state_dict).items()}
 
 
 def hub_config(settings: dict) -> dict:
-    """Return the fields of Config that the config.json of transformers sets."""
+    """Return the fields of Config that transformers' config.json (`settings`) sets."""
     fields = {}
     for name, field in SETTINGS.items():
         if name in settings:
@@ -520,17 +546,20 @@ def hub_config(settings: dict) -> dict:
 
 
 def closest_variant(weights: dict[str, Tensor]) -> Config:
-    """Return the variant whose first width and depths differ least from a file's (hub's names)."""
+    """Return the variant whose first width and depths differ least from a file's.
+
+    weights: under the hub's names.
+    """
     norm = weights.get("segformer.encoder.layer_norm.0.weight")
-    sizes = [0 if norm is None else norm.numel()]
+    sizes = [0 if norm is None else norm.numel()]  # width of the first stage, then four depths
     for i in range(4):
         pattern = rf"segformer\.encoder\.block\.{i}\.\d+\.layer_norm_1\.weight"
         blocks = [name for name in weights if re.fullmatch(pattern, name)]
         sizes.append(len(blocks))
 
     def distance(config: Config) -> int:
-        expected = (config.widths[0], *config.depths)
-        return sum(abs(a - b) for a, b in zip(sizes, expected, strict=True))
+        expected = (config.widths[0], *config.depths)  # as `sizes`
+        return sum(abs(size - other) for size, other in zip(sizes, expected, strict=True))
 
     return min(VARIANTS.values(), key=distance)
 

@@ -1,30 +1,28 @@
-"""UPerNet with a ConvNeXt backbone: an image in, a class for every pixel out.
+"""UPerNet with a ConvNeXt backbone: an image in, the class of every pixel out.
 
-Papers: Xiao et al., ECCV 2018, arXiv 1807.10221 (the head); Liu et al., CVPR 2022, arXiv 2201.03545
-(ConvNeXt). Code: github.com/open-mmlab/mmsegmentation at 46fd215, mmseg/models/decode_heads/
-uper_head.py and configs/convnext (Apache 2.0); its port to transformers 5.23, modeling_upernet.py
-and modeling_convnext.py. Names of tensors are those of the port. Weights, trained on ADE20K: on the
-hub openmmlab/upernet-convnext-{tiny,small,base,large,xlarge} (MIT); mmsegmentation's .pth files of
-the same. The encoder alone, trained on ImageNet: facebook/convnext-*.
+Papers: Xiao et al., ECCV 2018, arXiv 1807.10221 (UPerNet's head); Liu et al., CVPR 2022,
+  arXiv 2201.03545 (ConvNeXt).
+Code: github.com/open-mmlab/mmsegmentation at 46fd215 (Apache 2.0), configs/convnext and
+  mmseg/models/decode_heads/uper_head.py. Tensor names are those of the port in transformers 5.23,
+  modeling_upernet.py and modeling_convnext.py.
+Weights on the hub: openmmlab/upernet-convnext-{tiny,small,base,large,xlarge} (ADE20K, MIT), and
+  facebook/convnext-*, the encoder alone. mmsegmentation's .pth files load, too.
 
-    image                                                     (B,3,512,512), variant small
-    backbone.embeddings: 4x4 convolution with stride 4        (B,96,128,128)
-    backbone.encoder: four stages of blocks (a depthwise   -> maps (B,96,128,128), (B,192,64,64),
-      7x7 convolution, then an MLP), the later three start    (B,384,32,32), (B,768,16,16)
-      with a 2x2 convolution with stride 2
-    decode_head.psp_modules: means of the last map in      -> (B,512,1,1), (B,512,2,2),
-      grids of 1, 2, 3 and 6 cells a side                     (B,512,3,3), (B,512,6,6)
-    decode_head.bottleneck: 3x3 convolution of all five    -> (B,512,16,16)
-    decode_head.lateral_convs, fpn_convs: each finer map   -> (B,512,32,32), (B,512,64,64),
-      plus the enlarged coarser one                           (B,512,128,128)
-    decode_head.fpn_bottleneck: 3x3 convolution of all     -> (B,512,128,128)
-      four, enlarged to the size of the largest
-    decode_head.classifier, enlarged to the image's size   -> logits (B,150,512,512)
+    image (B,3,512,512), shapes of convnext-small
+      backbone: 4x4 convolution with stride 4; four stages of blocks (depthwise 7x7 convolution,
+      MLP), the later three of which start with a 2x2 convolution with stride 2
+    maps (B,96,128,128), (B,192,64,64), (B,384,32,32), (B,768,16,16)
+      pyramid pooling: average the last map in 1x1, 2x2, 3x3 and 6x6 cells; upsample, mix
+    (B,512,16,16)
+      feature pyramid: upsample step by step, add the next finer map each time; then mix all
+    (B,512,128,128)
+      1x1 convolution, upsample
+    logits (B,150,512,512)
 
-Image sides of any length from 32 pixels work. Training needs batches of at least two images: the
-batch norm behind the pooling to 1x1 sees one value per image and channel. Left out: the auxiliary
-head on the third map, which serves a second loss in training and adds nothing to the output;
-stochastic depth, which the configs of transformers set to 0.
+B batch, C or O channels, H W sides (h w of a smaller map), K classes. "quirk" marks surprising
+behaviour that released weights need. Code between "# shared: NAME" and "# end shared" is identical
+in other model files. Left out: the auxiliary head, which only serves a training loss; stochastic
+depth, which the configs of transformers set to 0. Image sides: any from 32 pixels.
 
     model = UPerNet.from_pretrained("openmmlab/upernet-convnext-small")
     probabilities, mask = model.segment("photo.jpg")  # numpy (K,H,W) and (H,W), at its own size
@@ -50,22 +48,22 @@ from torch import Tensor, nn
 class Config:
     widths: tuple[int, ...] = (96, 192, 384, 768)  # channels of the four stages
     depths: tuple[int, ...] = (3, 3, 27, 3)  # blocks of the four stages
-    channels: int = 512  # of the head
+    channels: int = 512  # channels of the head
     num_classes: int = 150
     image_size: int = 512  # side of the square that `preprocess` makes
-    mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # RGB in 0..1, ImageNet's
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # of RGB in 0..1, from ImageNet
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
-    resample: str = "bilinear"  # PIL's name, or "cv2 nearest"
-    threshold: float = 0.5  # of the probability, for a model with one class
+    resample: str = "bilinear"  # a filter of PIL.Image.Resampling, or "cv2 nearest" (OpenCV's)
+    threshold: float = 0.5  # for a single class: a pixel above this probability is foreground
 
 
-VARIANTS = {  # parameters with 150 classes
+VARIANTS = {  # right: number of parameters with 150 classes; mini is for tests and demos
     "convnext-tiny": Config(depths=(3, 3, 9, 3)),  # 59,318,838
     "convnext-small": Config(),  # 80,953,398
     "convnext-base": Config(widths=(128, 256, 512, 1024)),  # 120,884,246
     "convnext-large": Config(widths=(192, 384, 768, 1536)),  # 233,186,262
     "convnext-xlarge": Config(widths=(256, 512, 1024, 2048)),  # 388,742,038
-    "mini": Config(  # 250,678; for tests and demos
+    "mini": Config(  # 250,678
         widths=(16, 32, 48, 64), depths=(1, 1, 2, 1), channels=32, image_size=128
     ),
 }
@@ -73,8 +71,8 @@ VARIANTS = {  # parameters with 150 classes
 # --- backbone -------------------------------------------------------------------------------------
 
 
-# quirk: eps is 1e-6 in all layer norms. The layer_norm_eps of config.json (1e-12) belongs to the
-# norm of ImageNet's classifier, which this model does not have.
+# quirk: eps is 1e-6 in all layer norms. transformers' config.json has a layer_norm_eps of 1e-12,
+# which is only used before ImageNet's classifier, a layer that this model does not have.
 # shared: channel_norm
 class LayerNorm2d(nn.LayerNorm):
     """Layer norm over the channels of each pixel."""
@@ -91,11 +89,9 @@ class LayerNorm2d(nn.LayerNorm):
 # end shared
 
 
+# modeling_convnext.py, class ConvNextLayer
 class Block(nn.Module):
-    """Depthwise 7x7 convolution, then an MLP, scaled per channel, with a residual connection.
-
-    modeling_convnext.py, class ConvNextLayer.
-    """
+    """Residual block: depthwise 7x7 convolution, then an MLP, scaled per channel."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -114,33 +110,29 @@ class Block(nn.Module):
         return torch.addcmul(x, y, self.layer_scale_parameter[:, None, None])  # x + y * scale
 
 
+# modeling_convnext.py, class ConvNextStage
 class Stage(nn.Module):
-    """Halve the sides, except in the first stage, then run `depth` blocks.
+    """`depth` blocks, after a convolution that halves the sides (not in the first stage)."""
 
-    modeling_convnext.py, class ConvNextStage.
-    """
-
-    def __init__(self, inputs: int, width: int, depth: int, is_first: bool):
+    def __init__(self, in_channels: int, width: int, depth: int, is_first: bool):
         super().__init__()
-        # The first stage makes these layers too and drops them: without them, a seed would draw
-        # other weights for the whole model than it always did.
-        downsampling = (LayerNorm2d(inputs), nn.Conv2d(inputs, width, 2, stride=2))
+        # Created in the first stage, too, where they are not used: this draws random numbers, so
+        # that a given seed keeps giving the same initial weights.
+        downsampling = (LayerNorm2d(in_channels), nn.Conv2d(in_channels, width, 2, stride=2))
         if is_first:
             downsampling = ()
         self.downsampling_layer = nn.Sequential(*downsampling)
         self.layers = nn.Sequential(*[Block(width) for _ in range(depth)])
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B,inputs,H,W) -> (B,width,H/2,W/2), in the first stage (B,width,H,W)."""
-        x = self.downsampling_layer(x)
+        """x (B,in_channels,H,W) -> (B,width,H/2,W/2), in the first stage (B,width,H,W)."""
+        x = self.downsampling_layer(x)  # (B,width,H/2,W/2), or x if it is empty
         return self.layers(x)
 
 
+# modeling_convnext.py, class ConvNextBackbone
 class ConvNeXt(nn.Module):
-    """The backbone, a convolutional network in four stages.
-
-    modeling_convnext.py, class ConvNextBackbone. widths, depths: channels and blocks of each stage.
-    """
+    """The backbone. widths, depths: number of channels and of blocks in each of the four stages."""
 
     def __init__(self, widths: tuple[int, ...], depths: tuple[int, ...]):
         super().__init__()
@@ -149,11 +141,11 @@ class ConvNeXt(nn.Module):
         self.embeddings = nn.Sequential(layers)
 
         stages = nn.ModuleList()
-        inputs = widths[0]
+        in_channels = widths[0]
         for width, depth in zip(widths, depths, strict=True):
-            stages.append(Stage(inputs, width, depth, is_first=len(stages) == 0))
-            inputs = width
-        self.encoder = nn.ModuleDict({"stages": stages})
+            stages.append(Stage(in_channels, width, depth, is_first=len(stages) == 0))
+            in_channels = width
+        self.encoder = nn.ModuleDict({"stages": stages})  # nested, to keep official tensor names
 
         self.hidden_states_norms = nn.ModuleDict()
         for number, width in enumerate(widths, 1):
@@ -165,13 +157,13 @@ class ConvNeXt(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(self, image: Tensor) -> list[Tensor]:
-        """image (B,3,H,W) -> four maps, from (B,C,H/4,W/4) to (B,C,H/32,W/32), rounded down."""
+        """image (B,3,H,W) -> four maps (B,C,H/4,W/4) to (B,C,H/32,W/32), sides rounded down."""
         x = self.embeddings(image)  # (B,C,H/4,W/4)
         norms = self.hidden_states_norms.values()
         maps = []
         for stage, norm in zip(self.encoder["stages"], norms, strict=True):
             x = stage(x)
-            maps.append(norm(x))  # the next stage gets x without this norm
+            maps.append(norm(x))  # (B,C,H,W); the next stage gets x without this norm
         return maps
 
 
@@ -179,49 +171,51 @@ class ConvNeXt(nn.Module):
 
 
 # shared: upsampled_conv3x3
-def axis_taps(length: int, size: int, like: Tensor) -> Tensor:
-    """Return the matrix that enlarges an axis linearly and shifts it by the taps of a kernel of 3.
+def upsample_matrix(length: int, size: int, like: Tensor) -> Tensor:
+    """Return the weights of linear upsampling from `length` to `size` at three shifts.
 
-    Entry (j, tap, i) of the result (size,3,length) is the share of input position i in position
-    j + tap - 1 of the enlarged axis, which is what the tap reads for output j; 0 beyond the ends.
+    In 1-D, tap t (0, 1, 2) of a convolution with padding 1 reads position o + t - 1 of its input
+    for output o. Entry (o,t,i) of the result (size,3,length) is the weight of x[i] in that position
+    of the upsampled x; it is 0 if the position lies outside.
     """
-    identity = torch.eye(length, device=like.device, dtype=like.dtype)
-    enlarged = F.interpolate(identity[None], size, mode="linear", align_corners=False)[0]
-    padded = F.pad(enlarged, (1, 1))  # (length,size+2)
+    identity = torch.eye(length, device=like.device, dtype=like.dtype)[None]  # one-hot inputs
+    upsampled = F.interpolate(identity, size, mode="linear", align_corners=False)[0]
+    padded = F.pad(upsampled, (1, 1))  # (length,size+2)
     shifted = padded.unfold(1, size, 1)  # (length,3,size)
     return shifted.permute(2, 1, 0)  # (size,3,length)
 
 
 def upsampled_conv3x3(x: Tensor, weight: Tensor, size: tuple[int, int]) -> Tensor:
-    """Convolve x, bilinearly enlarged to `size`, with a 3x3 kernel, without enlarging x first.
+    """Convolve x, bilinearly upsampled to `size`, with a 3x3 kernel, without upsampling x first.
 
-    Equals
+    This function equals
 
         x = F.interpolate(x, size, mode="bilinear", align_corners=False)
         return F.conv2d(x, weight, padding=1)
 
-    Enlarging mixes positions, and each of the kernel's nine taps mixes channels. The order does not
-    matter, so the taps go first, while the map is small. Enlarging it, shifting it by the taps and
-    adding up is then one small matrix per axis (`axis_taps`).
+    A 3x3 convolution is a sum over its nine taps: each mixes the channels, then shifts the map.
+    Upsampling does not mix channels, so it may come after the mixing, which is then done on the
+    small map. What remains is to upsample, shift and sum, with one small matrix per axis
+    (`upsample_matrix`).
 
     x (B,C,h,w), weight (O,C,3,3), size (H,W) -> (B,O,H,W)
     """
     B, C, h, w = x.shape
     H, W = size
-    channels = len(weight)  # O
+    out_channels = len(weight)  # O
 
-    # Each of the nine taps mixes the channels.
+    # Mix the channels, once for each of the nine taps.
     taps = weight.permute(2, 1, 3, 0).flatten(2)  # (3,C,3*O): row tap; column tap and output
-    tokens = x.flatten(2).transpose(1, 2)  # (B,h*w,C)
-    y = tokens[:, None] @ taps  # (B,3,h*w,3*O)
+    pixels = x.flatten(2).transpose(1, 2)  # (B,h*w,C)
+    y = pixels[:, None] @ taps  # (B,3,h*w,3*O): row tap; row, column; column tap, output
 
-    # Along H: enlarge, shift by the row tap and add up.
-    rows = axis_taps(h, H, x).flatten(1)  # (H,3*h)
-    y = rows @ y.view(B, 3 * h, w * 3 * channels)  # (B,H,w*3*O)
+    # Upsample, shift and sum along H.
+    rows = upsample_matrix(h, H, x).flatten(1)  # (H,3*h)
+    y = rows @ y.view(B, 3 * h, w * 3 * out_channels)  # (B,H,w*3*O)
 
-    # The same along W, with the column tap.
-    columns = axis_taps(w, W, x).transpose(1, 2).flatten(1)  # (W,w*3)
-    y = columns @ y.view(B, H, w * 3, channels)  # (B,H,W,O)
+    # Upsample, shift and sum along W.
+    columns = upsample_matrix(w, W, x).transpose(1, 2).flatten(1)  # (W,w*3)
+    y = columns @ y.view(B, H, w * 3, out_channels)  # (B,H,W,O)
     return y.permute(0, 3, 1, 2)  # (B,O,H,W)
 
 
@@ -230,13 +224,12 @@ def upsampled_conv3x3(x: Tensor, weight: Tensor, size: tuple[int, int]) -> Tenso
 
 # shared: uper_head
 class ConvModule(nn.Module):
-    """A convolution without bias, batch norm and ReLU."""
+    """Convolution without bias, batch norm, ReLU."""
 
-    def __init__(self, inputs: int, outputs: int, kernel_size: int):
+    def __init__(self, in_channels: int, out_channels: int, kernel: int):
         super().__init__()
-        padding = kernel_size // 2
-        self.conv = nn.Conv2d(inputs, outputs, kernel_size, padding=padding, bias=False)
-        self.batch_norm = nn.BatchNorm2d(outputs)
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel, padding=kernel // 2, bias=False)
+        self.batch_norm = nn.BatchNorm2d(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B,C,H,W) -> (B,O,H,W)."""
@@ -244,20 +237,20 @@ class ConvModule(nn.Module):
 
 
 class Fusion(ConvModule):
-    """A ConvModule of several maps, all enlarged to the size of the first and concatenated.
+    """A ConvModule with a 3x3 kernel whose input is several maps, upsampled and concatenated.
 
-    Equals, without enlarged or concatenated maps in memory,
+    `forward` equals these lines, but never stores the upsampled or the concatenated maps:
 
         size = maps[0].shape[2:]
         maps = [F.interpolate(x, size, mode="bilinear", align_corners=False) for x in maps]
         return ConvModule.forward(self, torch.cat(maps, 1))
 
-    A convolution of concatenated maps is the sum of convolutions of each map, each with the part of
-    the kernel that belongs to its channels.
+    A convolution of concatenated maps is the sum of one convolution per map, with the kernel's
+    weights for the channels of that map.
     """
 
     def forward(self, maps: list[Tensor]) -> Tensor:
-        """maps (B,C,h,w) of any channels and sizes -> (B,O,H,W), the size of the first."""
+        """maps (B,C,h,w), channels and sizes may differ -> (B,O,H,W), the size of the first."""
         widths = [x.shape[1] for x in maps]
         kernels = self.conv.weight.split(widths, 1)  # (O,C,3,3) each
         y = F.conv2d(maps[0], kernels[0], padding=1)  # (B,O,H,W)
@@ -269,15 +262,16 @@ class Fusion(ConvModule):
 class UPerHead(nn.Module):
     """Pyramid pooling of the last map, then a feature pyramid of all maps; arXiv 1807.10221.
 
-    widths: channels of the four maps; channels (C): of the head.
+    widths: channels of the four maps, the finest first. channels: C, those within the head.
+    Training needs batches of two images: batch norm after pooling to 1x1 has one value per image.
     """
 
     def __init__(self, widths: list[int], channels: int, num_classes: int):
         super().__init__()
         *finer, last = widths
         self.psp_modules = nn.ModuleList()
-        for bins in (1, 2, 3, 6):
-            pool = nn.AdaptiveAvgPool2d(bins)
+        for cells in (1, 2, 3, 6):
+            pool = nn.AdaptiveAvgPool2d(cells)
             self.psp_modules.append(nn.Sequential(pool, ConvModule(last, channels, 1)))
         self.bottleneck = Fusion(last + 4 * channels, channels, 3)
         self.lateral_convs = nn.ModuleList(ConvModule(width, channels, 1) for width in finer)
@@ -291,22 +285,22 @@ class UPerHead(nn.Module):
         nn.init.zeros_(self.classifier.bias)
 
     def forward(self, maps: list[Tensor]) -> Tensor:
-        """maps (B,width,h,w), the finest first -> logits (B,K,h,w), the size of the first map."""
-        # Pyramid pooling: averages of the last map in grids of 1x1, 2x2, 3x3 and 6x6 cells.
+        """Four maps (B,width,h,w), finest first -> logits (B,K,h,w), the size of the first."""
+        # Pyramid pooling: averages of the last map in 1x1, 2x2, 3x3 and 6x6 cells.
         last = maps[-1]
         pooled = [psp_module(last) for psp_module in self.psp_modules]  # (B,C,1,1) to (B,C,6,6)
         x = self.bottleneck([last, *pooled])  # (B,C,h,w), the size of the last map
 
-        # Feature pyramid: from the coarsest map to the finest, each adds its details.
+        # Feature pyramid, from coarse to fine: upsample x and add the next finer map to it.
         pyramid = [x]
         for i in (2, 1, 0):
             lateral = self.lateral_convs[i](maps[i])  # (B,C,h,w), the size of map i
             size = lateral.shape[2:]
             x = lateral + F.interpolate(x, size, mode="bilinear", align_corners=False)
-            pyramid.insert(0, self.fpn_convs[i](x))
+            pyramid.insert(0, self.fpn_convs[i](x))  # finest first
 
         x = self.fpn_bottleneck(pyramid)  # (B,C,h,w), the size of the first map
-        return self.classifier(x)
+        return self.classifier(x)  # (B,K,h,w)
 
 
 # end shared
@@ -315,7 +309,7 @@ class UPerHead(nn.Module):
 
 
 class UPerNet(nn.Module):
-    """ConvNeXt with UPerNet's head."""
+    """ConvNeXt with UPerNet's head; logits have the image's size."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -324,7 +318,7 @@ class UPerNet(nn.Module):
         self.decode_head = UPerHead(config.widths, config.channels, config.num_classes)
 
     def forward(self, image: Tensor) -> Tensor:
-        """image (B,3,H,W) as `preprocess` makes it -> logits (B,K,H,W).
+        """image (B,3,H,W) from `preprocess` -> logits (B,K,H,W).
 
         Raise ValueError if a side is shorter than 32 pixels.
         """
@@ -336,48 +330,56 @@ class UPerNet(nn.Module):
         return F.interpolate(logits, size, mode="bilinear", align_corners=False)  # (B,K,H,W)
 
     def preprocess(self, image) -> Tensor:
-        """Return a PIL image resized to a square and normalised: (3,S,S); see `preprocess`."""
+        """Resize and normalise a PIL image: (3,S,S); see the function `preprocess` below."""
         return preprocess(image, self.config)
 
     def postprocess(self, logits: Tensor, size: tuple[int, int]) -> Tensor:
-        """Return probabilities (K,H,W) of logits (K,h,w) at `size` (H,W); see `postprocess`."""
+        """Return probabilities (K,H,W) at `size` (H,W) from the logits (K,h,w) of one image.
+
+        See the function `postprocess` below.
+        """
         return postprocess(logits, size, self.config)
 
     def segment(self, image) -> tuple:
-        """Segment a PIL image or an image file, in evaluation mode.
+        """Return probabilities (K,H,W) and mask (H,W) of an image file or PIL image.
 
-        Return numpy arrays of the image's own size: probabilities (K,H,W) float32 and the class of
-        each pixel (H,W) uint8; see `segment`.
+        See the function `segment` below.
         """
         return segment(self, image)
 
     @classmethod
     def from_pretrained(cls, source: str | Path, num_classes=None, **overrides) -> "UPerNet":
-        """Load a file, a folder, a run folder or a hub id, in evaluation mode.
+        """Load a model, in evaluation mode.
 
-        num_classes: None for as many as the file has; another number gets a new classifier. A file
-        of the encoder alone needs it, and gets a new head. What is new is printed. overrides:
-        fields of Config. Raise ValueError or FileNotFoundError, one line, for a file that does not
-        fit.
+        source: a file, a folder, the output folder of a training run, or a hub id.
+        num_classes: None keeps the file's classes. Another number gives a newly initialised
+        classifier. A file of the encoder alone needs num_classes and gets a new head. The names of
+        newly initialised modules are printed.
+        overrides: fields of Config.
+        Raise ValueError, FileNotFoundError or OSError, one line, for a source that is missing or
+        does not fit.
         """
         weights, settings = read_checkpoint(source, FILES)
         weights = convert(weights)
-        if "format" in settings:  # a run folder of ours
+        if "format" in settings:  # the output folder of a training run
             config = Config(**run_config(settings, "UPerNet", source, Config))
         else:
             config = closest_variant(weights)
             if "image_size" not in overrides:
-                print(f"{source}: image_size is not stored in the file, using {config.image_size}")
+                size = config.image_size
+                print(f"{source}: image_size is not stored in the file, using {size}")
 
-        weights, num_classes, fresh = new_classes(weights, num_classes, source)
+        weights, num_classes, may_be_new = new_classes(weights, num_classes, source)
+        # None if the classifier is missing, which check_complete reports.
         num_classes = num_classes or config.num_classes
         model = cls(replace(config, num_classes=num_classes, **overrides))
 
-        weights, new = add_new(weights, model.state_dict(), fresh)
+        weights, new_names = add_new(weights, model.state_dict(), may_be_new)
         check_complete(weights, model.state_dict(), source)
         model.load_state_dict(weights)
-        if new:
-            modules = dict.fromkeys(".".join(name.split(".")[:2]) for name in new)
+        if new_names:
+            # The first two parts of each name, such as decode_head.classifier, without repetitions.
+            modules = dict.fromkeys(".".join(name.split(".")[:2]) for name in new_names)
             print(f"{source}: new and untrained: {', '.join(modules)}")
         return model.eval()
 
@@ -388,18 +390,21 @@ class UPerNet(nn.Module):
 # --------------------------------------------------------------------------------------------------
 
 FILES = ("best.safetensors", "model.safetensors", "pytorch_model.bin")
-IGNORED = {
-    r"auxiliary_head\..*": "serves a second loss in training, adds nothing to the output",
-    r"(convnext\.|backbone\.)?layernorm\.(weight|bias)": "norm of ImageNet's classifier",
-    r"classifier\.(weight|bias)": "ImageNet's classifier, in files of the encoder",
+IGNORED = (  # patterns of tensors that this model does not have
+    r"auxiliary_head\..*",  # serves a second loss in training, adds nothing to the output
+    r"(convnext\.|backbone\.)?layernorm\.(weight|bias)",  # before ImageNet's classifier
+    r"classifier\.(weight|bias)",  # ImageNet's classifier, in files of the encoder
+)
+FRESH = {  # patterns of tensors that may be newly initialised
+    "classifier": r"decode_head\.classifier\..*",  # if the number of classes differs
+    "head": r"(decode_head|backbone\.hidden_states_norms)\..*",  # if the file is the encoder alone
 }
-# Parameters that may be new.
-FRESH = {
-    "classifier": r"decode_head\.classifier\..*",  # the number of classes differs
-    "head": r"(decode_head|backbone\.hidden_states_norms)\..*",  # the file holds the encoder alone
-}
-# Our names are those of the hub's UPerNet files. Names in other files -> ours:
-ENCODER_ALONE = {  # transformers' ConvNextForImageClassification; ConvNextModel, ConvNextBackbone
+
+# Names in other files -> ours, which are those of UPerNet's files on the hub. All patterns are
+# applied to a name, one after another:
+# backbone.stages.0.1.gamma -> backbone.encoder.stages.0.layers.1.layer_scale_parameter
+
+ENCODER_ALONE = {  # transformers' ConvNextForImageClassification, ConvNextModel, ConvNextBackbone
     r"^convnext\.": "backbone.",
     r"^(embeddings|encoder|hidden_states_norms)\.": r"backbone.\1.",
 }
@@ -422,35 +427,34 @@ MMSEGMENTATION = {
 
 
 def convert(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return a state dict under our names, from any naming.
+    """Return the tensors of any source under our names, without those of IGNORED.
 
-    Raise ValueError if a tensor appears under two names.
+    Unknown tensors keep their names. Raise ValueError if two tensors get the same name.
     """
     weights = {}
-    for official, tensor in state_dict.items():
-        if any(re.fullmatch(pattern, official) for pattern in IGNORED):
+    for name, tensor in state_dict.items():
+        if any(re.fullmatch(pattern, name) for pattern in IGNORED):
             continue
-        name = official
         for pattern, ours in (ENCODER_ALONE | MMSEGMENTATION).items():
             name = re.sub(pattern, ours, name)
         if name in weights:
-            raise ValueError(f"{name} appears twice, under two names")
+            raise ValueError(f"{name} occurs twice, under two names")
         weights[name] = tensor
     return weights
 
 
 def to_official(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return a state dict under the hub's names, which are ours.
+    """Return a copy of the state dict: our names are those of the hub's files.
 
-    It fits transformers' class if that is made with `use_auxiliary_head=False`.
+    It fits transformers' class if that is created with `use_auxiliary_head=False`.
     """
     return dict(state_dict)
 
 
 def closest_variant(weights: dict[str, Tensor]) -> Config:
-    """Return the config of the variant with the fewest blocks that differ from those of a file.
+    """Return the variant whose blocks differ least from a file's. weights: under our names.
 
-    weights: under our names.
+    Blocks are compared by stage, number and width. Blocks that only one of the two has are counted.
     """
     pattern = r"backbone\.encoder\.stages\.(\d)\.layers\.(\d+)\.pwconv2\.bias"
     blocks = set()  # (stage, number, width)
@@ -465,10 +469,10 @@ def closest_variant(weights: dict[str, Tensor]) -> Config:
         expected = set()
         for stage, width in enumerate(config.widths):
             expected |= {(stage, number, width) for number in range(config.depths[stage])}
-        different = len(blocks ^ expected)
-        if different < fewest:
+        difference = len(blocks ^ expected)
+        if difference < fewest:
             closest = config
-            fewest = different
+            fewest = difference
     return closest
 
 

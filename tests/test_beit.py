@@ -240,7 +240,7 @@ def test_wrong_calls_are_told(mini):
         with pytest.raises(ValueError, match="multiples of 16, at least 32"):
             mini(torch.zeros(1, 3, *size))
     for taps in ((1, 2, 3), (2, 3, 4, 6)):
-        with pytest.raises(ValueError, match="four blocks of 0 to 5"):
+        with pytest.raises(ValueError, match="four block indices from 0 to 5"):
             BEiT(replace(MINI, taps=taps))
 
 

@@ -220,7 +220,7 @@ CLASSIFIER = "decode_head.classifier.weight"
 def test_a_name_that_is_there_twice_is_refused(mini, tmp_path):
     state = official_state(mini)
     state["decode_head.conv_seg.weight"] = state[CLASSIFIER].clone()
-    with pytest.raises(ValueError, match=f"{CLASSIFIER} appears twice"):
+    with pytest.raises(ValueError, match=f"{CLASSIFIER} occurs twice"):
         UPerNet.from_pretrained(hub_2023(state, tmp_path))
 
 

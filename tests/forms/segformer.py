@@ -133,7 +133,7 @@ def official(variant: str) -> tuple[dict, ...]:
     return segformer.to_official(in_memory), in_memory
 
 
-SIZE = ("image_size is unknown, using 128",)
+SIZE = ("image_size is not stored in the file, using 128",)
 FORMS = (
     Form(hub_4, MINI, without_count, SIZE),
     Form(hub_5, MINI, says=SIZE),
