@@ -255,7 +255,8 @@ class CLIP(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        # ln(1/0.07), CLIP's log temperature; unused, kept so checkpoints round-trip.
+        # ln(1/0.07), rounded as in transformers: CLIP's log temperature; unused, kept so
+        # checkpoints round-trip.
         self.logit_scale = nn.Parameter(torch.tensor(2.6592), requires_grad=False)
         self.text_model = TextModel(config.text_dim, config.text_layers)
         self.vision_model = VisionModel(config.vision_dim, config.vision_layers)
