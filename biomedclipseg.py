@@ -1,30 +1,30 @@
 """BiomedCLIPSeg: CLIPSeg's decoder on BiomedCLIP's towers; segment an image by a phrase.
 
 Papers: Poudel et al., MIDL 2024, arXiv 2308.07706; Zhang et al. 2023, 2303.00915 (BiomedCLIP);
-Lüddecke & Ecker, CVPR 2022, 2112.10003 (CLIPSeg). Official code (MIT), whose names are kept:
-github.com/naamiinepal/medvlsm at dc36a3a, src/models/biomedclipseg.py, on open_clip, timm and
-transformers. Weights on the hub: microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224 (MIT) for
-the towers. The decoder starts untrained or, as BiomedCLIPSeg-D, from CIDAS/clipseg-rd64-refined
-(Apache 2.0 by its card). Both must be trained before they segment anything; none were released.
+Lüddecke & Ecker, CVPR 2022, 2112.10003 (CLIPSeg). Code: github.com/naamiinepal/medvlsm at dc36a3a,
+src/models/biomedclipseg.py (MIT), on open_clip, timm and transformers; we keep its parameter names.
+Weights of the towers: microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224 on the hub (MIT).
+The decoder starts untrained or, as BiomedCLIPSeg-D, from CIDAS/clipseg-rd64-refined (licence
+unclear, see clipseg.py). Both must be trained before they segment anything; none were released.
 
     image (B,3,224,224)                tokens (B,T): [CLS] ... [SEP] and padding
-      ViT-B/16                           PubMedBERT, at [CLS] (B,768)
-      tokens after blocks 4, 7, 10       MLP
+      ViT-B/16                           PubMedBERT, hidden state at [CLS] (B,768)
+      outputs of blocks 4, 7, 10         MLP
     features (B,3,1+14,14,768)         condition (B,512)
       |                                  |
-    decoder, with 64 channels:           |
-      block 10, scaled and shifted by <--'
-      transformer layer
-      + block 7, transformer layer
-      + block 4, transformer layer
-      (B,64,14,14), 3x3 convolution, two transposed convolutions
+    decoder, 64 channels:                |
+      Linear(block 10), FiLM <-----------'     Linear: 768 -> 64 channels. FiLM: scale and shift
+      transformer layer                        each channel by linear functions of the condition.
+      + Linear(block 7), transformer layer
+      + Linear(block 4), transformer layer     Features: 197 tokens stored as 15x14; the class
+      (B,64,14,14), transposed convolutions    token ends an otherwise zero first row.
     logits (B,1,224,224)
 
-Texts need `tokenizer.py` beside this file (copy it), the package `tokenizers`, and the vocab.txt of
+Texts need `tokenizer.py` next to this file (copy it), the package `tokenizers` and the vocab.txt of
 the weights: the one in their folder, else of the hub id in `Config.vocabulary`. Any BERT tokenizer
-with this vocabulary works, too. Left out: the data and loss of the study.
+with this vocabulary works. Not implemented: the data and loss of the study.
 
-    model = BiomedCLIPSeg.from_pretrained("runs/biomedclipseg-polyps")  # a folder of your own
+    model = BiomedCLIPSeg.from_pretrained("runs/biomedclipseg-polyps")  # a run folder
     probabilities, mask = model.segment("photo.jpg", "a polyp")  # or a PIL image
     # numpy, at the photo's own size: float32 (1,H,W); uint8 (H,W), 1 above config.threshold
 """
@@ -43,15 +43,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+# Shapes: B batch, T text tokens, L taps (vision blocks that feed the decoder), N = 1 + Hp*Wp vision
+# tokens, Hp = H/16, Wp = W/16, C width of a tower, D width of the decoder, h heads, d width of a
+# head, S side of a preprocessed image.
+# "quirk" marks behaviour copied from the original. Code between "# shared: NAME" and "# end shared"
+# is identical in other model files. A run folder is what train.py writes.
+
 
 @dataclass(frozen=True)
 class Config:
-    dim: int = 768  # width of both towers; their heads are 64 wide
-    layers: int = 12  # of the image tower
+    dim: int = 768  # width of both towers
+    layers: int = 12  # of the vision tower
     text_layers: int = 12
     vocab_size: int = 30522
     embed_dim: int = 512  # width of the space that texts and images share
-    # Image blocks that feed the decoder, counted from 0. quirk: the study meant CLIPSeg's
+    # Indices of the vision blocks that feed the decoder. quirk: the study meant CLIPSeg's
     # (3, 6, 9), but adds 1 to index a list that lacks the embeddings (biomedclipseg.py:149).
     taps: tuple[int, ...] = (4, 7, 10)
     reduce_dim: int = 64  # channels in the decoder
@@ -62,8 +68,8 @@ class Config:
     vocabulary: str = "microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224"  # has a vocab.txt
     text_length: int = 256  # tokens to which a text is cut or padded, 512 at most
     pad_token: int = 0  # masked, so that padding has no effect
-    adapter_dim: int = 0  # width of adapters in both towers, 0: none; VLSM-Adapter: 64
-    threshold: float = 0.5
+    adapter_dim: int = 0  # width of the adapters in both towers, 64 in VLSM-Adapter; 0: none
+    threshold: float = 0.5  # probability above which a pixel is foreground
     dropout: float = 0.0  # in the text tower while training; the study left BERT's 0.1 active
 
 
@@ -75,13 +81,16 @@ VARIANTS = {
     ),
 }  # fmt: skip
 
+HEAD_WIDTH = 64  # channels of an attention head in both towers
+
 
 # timm, timm/models/vision_transformer.py, class Block
 class ImageBlock(nn.Module):
-    """A layer of timm's ViT, with LayerNorm before the attention and before the MLP."""
+    """A layer of timm's ViT: pre-norm self-attention, then a pre-norm MLP."""
 
     def __init__(self, dim: int):
         super().__init__()
+        # ModuleDicts, here and below, only to match the checkpoint's parameter names.
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = nn.ModuleDict({"qkv": nn.Linear(dim, 3 * dim), "proj": nn.Linear(dim, dim)})
@@ -92,7 +101,7 @@ class ImageBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (B,N,C) -> (B,N,C)."""
         qkv = self.attn["qkv"](self.norm1(x))  # (B,N,3C)
-        qkv = qkv.unflatten(2, (3, -1, 64))  # (B,N,3,h,d)
+        qkv = qkv.unflatten(2, (3, -1, HEAD_WIDTH))  # (B,N,3,h,d)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B,h,N,d) each
         y = F.scaled_dot_product_attention(q, k, v)  # (B,h,N,d)
         y = y.transpose(1, 2).flatten(2)  # (B,N,C)
@@ -105,7 +114,7 @@ class ImageBlock(nn.Module):
 
 # timm, timm/models/vision_transformer.py, class VisionTransformer
 class ViT(nn.Module):
-    """timm's ViT-B/16. Its last LayerNorm is applied in `BiomedCLIPSeg.encode_visual_prompt`."""
+    """timm's ViT-B/16."""
 
     def __init__(self, dim: int, layers: int):
         super().__init__()
@@ -114,12 +123,13 @@ class ViT(nn.Module):
         self.pos_embed = nn.Parameter(0.02 * torch.randn(1, 1 + 14 * 14, dim))
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, dim, 16, stride=16)})
         self.blocks = nn.ModuleList([ImageBlock(dim) for _ in range(layers)])
+        # Applied in `BiomedCLIPSeg.encode_image_prompt`.
         self.norm = nn.LayerNorm(dim, eps=1e-6)
 
     def forward(self, image: Tensor, taps: tuple[int, ...]) -> list[Tensor]:
-        """Return the outputs of the blocks in `taps`, (B,N,C) each. Later blocks do not run.
+        """Return the outputs of the blocks with indices `taps`, (B,N,C) each.
 
-        image (B,3,H,W); N = 1 + H/16*W/16, the class token first.
+        image (B,3,H,W). The class token comes first. Blocks after the last tap do not run.
         """
         x = self.embed(image)  # (B,N,C)
         outputs = []
@@ -130,18 +140,18 @@ class ViT(nn.Module):
         return outputs
 
     def embed(self, image: Tensor) -> Tensor:
-        """image (B,3,H,W) -> tokens (B,N,C) with positions, the class token first."""
+        """image (B,3,H,W) -> (B,N,C) with positions added, the class token first."""
         class_position = self.pos_embed[:, :1]  # (1,1,C)
         grid_positions = self.pos_embed[:, 1:]  # (1,14*14,C)
 
         # Positions of other image sizes are interpolated with antialiasing, as timm does it. The
         # study had 224 px only.
         grid_positions = grid_positions.transpose(1, 2).unflatten(2, (14, 14))  # (1,C,14,14)
-        patches = self.patch_embed["proj"](image)  # (B,C,H/16,W/16)
+        patches = self.patch_embed["proj"](image)  # (B,C,Hp,Wp)
         patches = patches + F.interpolate(
             grid_positions, patches.shape[2:], mode="bicubic", antialias=True
         )
-        patches = patches.flatten(2).transpose(1, 2)  # (B,N-1,C)
+        patches = patches.flatten(2).transpose(1, 2)  # (B,Hp*Wp,C)
 
         class_token = self.cls_token + class_position  # (1,1,C)
         class_token = class_token.expand(len(image), -1, -1)  # (B,1,C)
@@ -149,13 +159,13 @@ class ViT(nn.Module):
 
 
 def split_heads(x: Tensor) -> Tensor:
-    """Split channels into heads of 64: x (B,T,C) -> (B,h,T,64)."""
-    return x.unflatten(2, (-1, 64)).transpose(1, 2)  # (B,h,T,64)
+    """x (B,T,C) -> (B,h,T,d)."""
+    return x.unflatten(2, (-1, HEAD_WIDTH)).transpose(1, 2)  # (B,h,T,d)
 
 
 # transformers, models/bert/modeling_bert.py, class BertLayer
 class TextBlock(nn.Module):
-    """A layer of BERT, with LayerNorm after each residual connection."""
+    """A layer of BERT: a post-norm transformer encoder layer."""
 
     def __init__(self, dim: int, dropout: float):
         super().__init__()
@@ -234,14 +244,14 @@ class BERT(nn.Module):
 class BiomedCLIP(nn.Module):
     """BiomedCLIP's two towers and their projections into the shared space, with open_clip's names.
 
-    Modules are created in the order on which seeded weights depend.
+    Seeded weights depend on the order in which the modules are created.
     """
 
     def __init__(self, config: Config):
         super().__init__()
         dim = config.dim
         embed_dim = config.embed_dim
-        # CLIP's temperature: unused, kept so that a checkpoint can be written back whole.
+        # CLIP's log temperature; unused, kept so checkpoints round-trip.
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)), requires_grad=False)
 
         head = nn.ModuleDict({"proj": nn.Linear(dim, embed_dim, bias=False)})
@@ -259,8 +269,12 @@ class BiomedCLIP(nn.Module):
 
 
 # shared: adapter
+# naamiinepal/vlsm-adapter, src/models/clipseg_adapter.py, class Adapter
 class Adapter(nn.Module):
-    """A small MLP after a frozen layer: the dense adapter of VLSM-Adapter, arXiv 2405.06196."""
+    """A residual bottleneck MLP after a frozen layer (VLSM-Adapter, arXiv 2405.06196).
+
+    dim: channels of the layer's output (C). width: hidden channels.
+    """
 
     def __init__(self, dim: int, width: int):
         super().__init__()
@@ -268,7 +282,8 @@ class Adapter(nn.Module):
         self.fc2 = nn.Linear(width, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.relu(self.fc1(x))
+        """x (...,C) -> (...,C)."""
+        y = F.relu(self.fc1(x))  # (...,width)
         return x + F.relu(self.fc2(y))
 
 
@@ -276,35 +291,36 @@ class Adapter(nn.Module):
 
 
 # shared: token_grid
-def tokens_to_grid(tokens: Tensor, H: int, W: int) -> Tensor:
-    """Lay tokens out as a grid, so that their shape says how many rows and columns there are.
+def tokens_to_grid(x: Tensor, Hp: int, Wp: int) -> Tensor:
+    """Lay vision tokens out as a grid, so that the shape records the image's height and width.
 
-    tokens (B,taps,1+H*W,C) -> (B,taps,1+H,W,C). The class token becomes the last one of an
-    additional first row, which is filled up with zeros.
+    x (B,L,1+Hp*Wp,C), the class token first -> (B,L,1+Hp,Wp,C). The class token sits at the end of
+    an extra first row, otherwise zero.
     """
-    padded = F.pad(tokens, (0, 0, W - 1, 0))  # (B,taps,W+H*W,C)
-    return padded.unflatten(2, (1 + H, W))  # (B,taps,1+H,W,C)
+    padded = F.pad(x, (0, 0, Wp - 1, 0))  # (B,L,Wp+Hp*Wp,C)
+    return padded.unflatten(2, (1 + Hp, Wp))  # (B,L,1+Hp,Wp,C)
 
 
 def grid_to_tokens(grid: Tensor) -> Tensor:
-    """Undo `tokens_to_grid`: (B,taps,1+H,W,C) -> (B,taps,1+H*W,C), the class token first."""
-    W = grid.shape[3]
-    padded = grid.flatten(2, 3)  # (B,taps,W+H*W,C)
-    return padded[:, :, W - 1 :]  # (B,taps,1+H*W,C)
+    """Undo `tokens_to_grid`: (B,L,1+Hp,Wp,C) -> (B,L,1+Hp*Wp,C), the class token first."""
+    Wp = grid.shape[3]
+    padded = grid.flatten(2, 3)  # (B,L,Wp+Hp*Wp,C)
+    return padded[:, :, Wp - 1 :]  # (B,L,1+Hp*Wp,C)
 
 
 # end shared
 
 
 # shared: decoder_layer
-# timojl/clipseg, nn.TransformerEncoderLayer in class CLIPDensePredT; transformers,
-# CLIPSegDecoderLayer
+# timojl/clipseg, models/clipseg.py, class CLIPDensePredT (nn.TransformerEncoderLayer);
+# transformers: CLIPSegDecoderLayer
 class DecoderLayer(nn.Module):
-    """A transformer layer with LayerNorm after each residual connection."""
+    """A post-norm transformer encoder layer: LayerNorm follows each residual connection."""
 
     def __init__(self, dim: int, heads: int, ffn_dim: int):
         super().__init__()
         self.heads = heads
+        # ModuleDicts only give the parameters their names in the checkpoint.
         self.self_attn = nn.ModuleDict(
             {
                 "k_proj": nn.Linear(dim, dim),
@@ -339,12 +355,14 @@ class DecoderLayer(nn.Module):
 
 
 # shared: clipseg_decoder
-# timojl/clipseg, models/clipseg.py, CLIPDensePredT.forward; transformers, CLIPSegDecoder
+# timojl/clipseg, models/clipseg.py, class CLIPDensePredT; transformers: CLIPSegDecoder
 class Decoder(nn.Module):
-    """CLIPSeg's decoder: from the deepest tap to the shallowest, then up to the image's size.
+    """CLIPSeg's decoder: combine the taps from deep to shallow, then upsample to the image's size.
 
-    dim: channels of the taps. condition_dim: width of the prompt's embedding. reduce_dim (D):
-    channels inside. refined: a head of three convolutions, else one with a stride of 16 pixels.
+    dim: channels of the taps (C). condition_dim: width of the prompt's embedding. reduce_dim:
+    channels in the decoder (D). num_taps: number of vision blocks that feed the decoder (L).
+    refined: True: 3x3 convolution and two transposed convolutions with stride 4; False: one 16x16
+    transposed convolution.
     """
 
     def __init__(
@@ -354,15 +372,16 @@ class Decoder(nn.Module):
         reduce_dim: int,
         heads: int,
         ffn_dim: int,
-        taps: int,
+        num_taps: int,
         refined: bool,
     ):
         super().__init__()
         D = reduce_dim
         self.film_mul = nn.Linear(condition_dim, D)
         self.film_add = nn.Linear(condition_dim, D)
-        self.reduces = nn.ModuleList([nn.Linear(dim, D) for _ in range(taps)])
-        self.layers = nn.ModuleList([DecoderLayer(D, heads, ffn_dim) for _ in range(taps)])
+        # Index 0 of `reduces` and `layers` belongs to the deepest tap.
+        self.reduces = nn.ModuleList([nn.Linear(dim, D) for _ in range(num_taps)])
+        self.layers = nn.ModuleList([DecoderLayer(D, heads, ffn_dim) for _ in range(num_taps)])
 
         if refined:
             self.transposed_convolution = nn.Sequential(
@@ -376,27 +395,28 @@ class Decoder(nn.Module):
             self.transposed_convolution = nn.ConvTranspose2d(D, 1, 16, stride=16)
 
     def forward(self, features: Tensor, condition: Tensor) -> Tensor:
-        """features (B,taps,1+H,W,C), condition (B,condition_dim) -> logits (B,1,16H,16W).
+        """features (B,L,1+Hp,Wp,C), condition (B,condition_dim) -> logits (B,1,16*Hp,16*Wp).
 
-        Features are laid out by `tokens_to_grid`. Either batch size may be 1: one image with B
-        prompts, or B images with one prompt.
+        Features are laid out by `tokens_to_grid`, the shallowest tap first. A batch of 1 broadcasts
+        against the other input: one image with B prompts, or B images with one prompt.
         """
-        H = features.shape[2] - 1
-        W = features.shape[3]
-        taps = grid_to_tokens(features).unbind(1)  # (B,1+H*W,C) each, the shallowest first
+        Hp = features.shape[2] - 1
+        Wp = features.shape[3]
+        features_per_tap = grid_to_tokens(features).unbind(1)  # L of (B,N,C)
+        deepest, *shallower = features_per_tap[::-1]
+
+        # quirk: FiLM is applied to the deepest tap only, class token included.
         scale = self.film_mul(condition)[:, None]  # (B,1,D)
         shift = self.film_add(condition)[:, None]  # (B,1,D)
+        x = scale * self.reduces[0](deepest) + shift  # (B,N,D)
+        x = self.layers[0](x)  # (B,N,D)
+        for i, tap in enumerate(shallower, start=1):
+            x = self.reduces[i](tap) + x  # (B,N,D)
+            x = self.layers[i](x)  # (B,N,D)
 
-        # quirk: the prompt acts on the deepest tap only, on its class token, too
-        x = scale * self.reduces[0](taps[-1]) + shift  # (B,1+H*W,D)
-        x = self.layers[0](x)  # (B,1+H*W,D)
-        for i in range(1, len(taps)):
-            x = self.reduces[i](taps[-1 - i]) + x  # (B,1+H*W,D)
-            x = self.layers[i](x)  # (B,1+H*W,D)
-
-        patches = x[:, 1:].transpose(1, 2)  # (B,D,H*W), without the class token
-        patches = patches.unflatten(2, (H, W))  # (B,D,H,W)
-        return self.transposed_convolution(patches)  # (B,1,16H,16W)
+        patches = x[:, 1:].transpose(1, 2)  # (B,D,Hp*Wp), without the class token
+        patches = patches.unflatten(2, (Hp, Wp))  # (B,D,Hp,Wp)
+        return self.transposed_convolution(patches)  # (B,1,16*Hp,16*Wp)
 
 
 # end shared
@@ -404,7 +424,7 @@ class Decoder(nn.Module):
 
 # naamiinepal/medvlsm, src/models/biomedclipseg.py, class BiomedCLIPSeg
 class BiomedCLIPSeg(nn.Module):
-    """BiomedCLIP's towers and CLIPSeg's decoder, which turns tokens and a text into a mask."""
+    """BiomedCLIP's towers and the decoder that turns vision tokens and a prompt into a mask."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -424,7 +444,7 @@ class BiomedCLIPSeg(nn.Module):
             reduce_dim=config.reduce_dim,
             heads=4,
             ffn_dim=config.ffn_dim,
-            taps=len(taps),
+            num_taps=len(taps),
             refined=True,
         )
         self.init_decoder()
@@ -440,7 +460,7 @@ class BiomedCLIPSeg(nn.Module):
         Version 5 draws far larger ones (`_init_weights` of CLIPSegPreTrainedModel).
         """
         D = self.config.reduce_dim
-        # quirk: the number of layers is that of the image tower, not of the decoder
+        # quirk: the number of layers is that of the vision tower, not of the decoder
         narrow = (2 * self.config.layers * D) ** -0.5
         stds = {
             "q_proj": narrow,
@@ -461,7 +481,8 @@ class BiomedCLIPSeg(nn.Module):
     def freeze_image_prompts(self) -> None:
         """Freeze the modules that only image prompts use.
 
-        Thus every parameter that trains gets a gradient from every batch of texts.
+        With text prompts these get no gradient; freezing them avoids unused parameters (e.g. under
+        DDP).
         """
         trunk = self.biomedclip.visual["trunk"]
         trunk.blocks[max(self.config.taps) + 1 :].requires_grad_(False)
@@ -469,37 +490,46 @@ class BiomedCLIPSeg(nn.Module):
         self.biomedclip.visual["head"].requires_grad_(False)
 
     def add_adapters(self, width: int) -> None:
-        """Add adapters to the condition and to the blocks before the last tap, in both towers."""
+        """Add an adapter to the condition, and two to the first max(taps) blocks of each tower.
+
+        Source: naamiinepal/vlsm-adapter, src/models/clipseg_adapter.py, class CLIPSegDenseAdapter.
+        quirk: block max(taps) has none, although the decoder uses its output. 4 * width: in the
+        original the condition's adapter is 256 wide, the others 64.
+        """
         self.adapter = Adapter(self.config.embed_dim, 4 * width)
         depth = max(self.config.taps)
-        image_blocks = self.biomedclip.visual["trunk"].blocks[:depth]
+        vision_blocks = self.biomedclip.visual["trunk"].blocks[:depth]
         text_blocks = self.biomedclip.text["transformer"].encoder["layer"][:depth]
-        for block in (*image_blocks, *text_blocks):
+        for block in (*vision_blocks, *text_blocks):
             adapters = [Adapter(self.config.dim, width) for _ in range(2)]
             block.adapters = nn.ModuleList(adapters)
 
-    def forward(self, image: Tensor, tokens=None, condition=None) -> Tensor:
+    def forward(
+        self, image: Tensor, tokens: Tensor | None = None, condition: Tensor | None = None
+    ) -> Tensor:
         """image (B,3,H,W) normalised, H and W multiples of 16, and a prompt -> logits (B,1,H,W).
 
-        The prompt is either tokens (B,T) or condition (B,embed_dim), which comes from
-        `encode_text` or `encode_visual_prompt`. One image may have B prompts, and B images one
-        prompt.
+        Pass exactly one of: tokens (B,T), or condition (B,embed_dim) from `encode_text` or
+        `encode_image_prompt`. A batch of 1 broadcasts against the other input: one image with B
+        prompts, or B images with one prompt.
         """
         return self.decode(self.encode_image(image), tokens, condition)
 
     def encode_image(self, image: Tensor) -> Tensor:
-        """image (B,3,H,W) -> features (B,taps,1+H/16,W/16,C), see `tokens_to_grid`.
+        """image (B,3,H,W) -> features (B,L,1+Hp,Wp,C), see `tokens_to_grid`.
 
-        Raise ValueError if a side is no multiple of 16.
+        Raise ValueError if a side is not a multiple of 16.
         """
         H, W = image.shape[2:]
         if H % 16 or W % 16:
             raise ValueError(f"image sides must be multiples of 16, not {tuple(image.shape[2:])}")
-        outputs = self.biomedclip.visual["trunk"](image, self.config.taps)
-        tokens = torch.stack(outputs, 1)  # (B,taps,1+H/16*W/16,C)
-        return tokens_to_grid(tokens, H // 16, W // 16)  # (B,taps,1+H/16,W/16,C)
+        outputs = self.biomedclip.visual["trunk"](image, self.config.taps)  # L of (B,N,C)
+        hidden = torch.stack(outputs, 1)  # (B,L,N,C)
+        return tokens_to_grid(hidden, H // 16, W // 16)  # (B,L,1+Hp,Wp,C)
 
-    def decode(self, features: Tensor, tokens=None, condition=None) -> Tensor:
+    def decode(
+        self, features: Tensor, tokens: Tensor | None = None, condition: Tensor | None = None
+    ) -> Tensor:
         """features from `encode_image` and a prompt as for `forward` -> logits (B,1,H,W)."""
         if (tokens is None) == (condition is None):
             raise ValueError("a prompt is either tokens or condition: give one of the two")
@@ -519,31 +549,31 @@ class BiomedCLIPSeg(nn.Module):
             tokens = tokens[:, :longest]  # (B,T)
             is_text = is_text[:, :longest]  # (B,T)
 
-        states = self.biomedclip.text["transformer"](tokens, is_text[:, None, None])  # (B,T,C)
-        class_token = states[:, 0]  # (B,C), at [CLS]
+        hidden = self.biomedclip.text["transformer"](tokens, is_text[:, None, None])  # (B,T,C)
+        class_token = hidden[:, 0]  # (B,C), at [CLS]
         return self.biomedclip.text["proj"](class_token)
 
-    def encode_visual_prompt(self, image: Tensor) -> Tensor:
+    def encode_image_prompt(self, image: Tensor) -> Tensor:
         """Encode an image as the prompt: (B,3,H,W) -> condition (B,embed_dim), not normalised.
 
         The study had texts only. A decoder must be trained with image prompts to understand them.
         """
         trunk = self.biomedclip.visual["trunk"]
         last = len(trunk.blocks) - 1
-        tokens = trunk(image, (last,))[0]  # (B,N,C)
-        class_token = trunk.norm(tokens[:, 0])  # (B,C)
+        hidden = trunk(image, (last,))[0]  # (B,N,C)
+        class_token = trunk.norm(hidden[:, 0])  # (B,C)
         return self.biomedclip.visual["head"]["proj"](class_token)
 
     def preprocess(self, image) -> Tensor:
-        """PIL image -> (3,S,S); see `preprocess`."""
+        """PIL image -> (3,S,S); see the function `preprocess` below."""
         return preprocess(image, self.config)
 
     def postprocess(self, logits: Tensor, size: tuple[int, int]) -> Tensor:
-        """logits (1,h,w) -> probabilities (1,H,W) of this size; see `postprocess`."""
+        """logits (1,h,w) -> probabilities (1,H,W); see the function `postprocess` below."""
         return postprocess(logits, size, self.config)
 
     def segment(self, image, prompt: str) -> tuple:
-        """Segment an image or its file -> probabilities (1,H,W), mask (H,W); see `segment`."""
+        """Segment an image or its file; see the function `segment` below."""
         return segment(self, image, prompt)
 
     @classmethod
@@ -556,9 +586,9 @@ class BiomedCLIPSeg(nn.Module):
         decoder: a CLIPSeg, from the hub or the original release, to take the decoder from.
         default_decoder: the same, but only used if `source` has no decoder.
         overrides: fields of Config that replace those of the file.
-        `decoder_source` of the model becomes the file that the decoder comes from, or None if there
-        is none and it stays untrained, which is printed. Raise ValueError or FileNotFoundError, one
-        line, if a tensor does not fit.
+        Set `decoder_source` of the model to the file that the decoder comes from. If there is none,
+        it is None, the decoder stays untrained, and a note is printed. Raise ValueError or
+        FileNotFoundError, one line, if a tensor does not fit.
         """
         weights, settings = read_checkpoint(source, FILES)
         check_kind(weights, source)
@@ -582,6 +612,7 @@ class BiomedCLIPSeg(nn.Module):
             print(f"{source}: BiomedCLIP alone; the decoder is untrained")
         else:
             check_complete(decoder_weights, expected_decoder, model.decoder_source)
+        # Untrained adapters and an untrained decoder keep their initial values.
         model.load_state_dict(model.state_dict() | towers | decoder_weights)
         return model.eval()
 
@@ -598,7 +629,7 @@ IGNORED = ("biomedclip.text.transformer.embeddings.position_ids",)
 
 
 def convert(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename a state dict to ours: the study's names stay, BiomedCLIP's get a prefix."""
+    """Rename a state dict to ours, which is the study's: BiomedCLIP's names get a prefix."""
     prefix = "biomedclip."
     if any(name.startswith(prefix) for name in state_dict):
         prefix = ""
@@ -621,7 +652,7 @@ def to_official(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
 def check_kind(weights: dict[str, Tensor], source) -> None:
     """Raise ValueError, one line, if the weights are known to be those of another model."""
     kind = recognise(weights)
-    if "CLIPSeg" in kind:
+    if kind in ("CLIPSeg", "a decoder of CLIPSeg without CLIP"):  # values of KINDS
         raise ValueError(
             f"{source}: is {kind}, not BiomedCLIPSeg; use BiomedCLIP as weights and this file as "
             "decoder= (--decoder)"
@@ -631,7 +662,7 @@ def check_kind(weights: dict[str, Tensor], source) -> None:
 
 
 def read_decoder(source) -> dict[str, Tensor]:
-    """Read the decoder of a CLIPSeg or BiomedCLIPSeg, in the hub's names. Its towers are not used.
+    """Read the decoder of a CLIPSeg or BiomedCLIPSeg, with the hub's names. Towers are not used.
 
     Raise ValueError, one line, if the file is known to be something else.
     """
@@ -658,7 +689,8 @@ def split_decoder(state_dict: dict[str, Tensor]) -> tuple[dict[str, Tensor], dic
 def required_tensors(expected: dict[str, Tensor], weights: dict[str, Tensor], source) -> dict:
     """Return the expected tensors that a file must contain.
 
-    A file without any adapters need not contain them. They then stay untrained, which is printed.
+    A file without any adapter may be loaded into a model with adapters; they stay untrained, and a
+    note is printed.
     """
     without_adapters = {}
     for name, tensor in expected.items():
@@ -674,8 +706,9 @@ def required_tensors(expected: dict[str, Tensor], weights: dict[str, Tensor], so
 
 
 # shared: original_decoder
-# Names in CLIPSeg's original release, such as rd64-uni-refined.pth -> the hub's: beginnings of
-# names, then parts of the names in a layer.
+# The decoder's names in CLIPSeg's original release, such as rd64-uni-refined.pth -> the hub's:
+# prefixes of names, then parts of the names in a layer. With packed q, k, v split, for example,
+#   blocks.0.self_attn.in_proj_weight -> decoder.layers.0.self_attn.{q,k,v}_proj.weight
 ORIGINAL_DECODER = {
     "film_mul.": "decoder.film_mul.",
     "film_add.": "decoder.film_add.",
@@ -692,13 +725,13 @@ ORIGINAL_LAYER = {
 
 
 def hub_decoder(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the decoder of CLIPSeg's original release to the hub's names, with q, k and v apart.
+    """Rename the decoder of CLIPSeg's original release to the hub's names, with separate q, k, v.
 
-    All other tensors are returned as they are.
+    Return all other tensors unchanged.
     """
     weights = {}
     for name, tensor in state_dict.items():
-        hub_name = replace_beginning(name, ORIGINAL_DECODER)
+        hub_name = replace_prefix(name, ORIGINAL_DECODER)
         if hub_name == name:
             weights[name] = tensor
             continue
@@ -708,8 +741,8 @@ def hub_decoder(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     return weights
 
 
-def replace_beginning(name: str, table: dict[str, str]) -> str:
-    """Return a name with its beginning replaced as in a table, or as it is."""
+def replace_prefix(name: str, table: dict[str, str]) -> str:
+    """Return a name with its prefix replaced by the first match in `table`, else unchanged."""
     for old, new in table.items():
         if name.startswith(old):
             return new + name.removeprefix(old)
@@ -717,15 +750,15 @@ def replace_beginning(name: str, table: dict[str, str]) -> str:
 
 
 def unpack(name: str, tensor: Tensor) -> dict[str, Tensor]:
-    """Return {name: tensor}, with a packed projection split into those of q, k and v."""
+    """Return {name: tensor}, or three tensors if it is a packed projection of q, k and v."""
     start, in_proj, leaf = name.partition("in_proj_")
     if not in_proj or tensor.ndim == 0:
         return {name: tensor}
 
     weights = {}
-    parts = tensor.chunk(3)  # of a wrong shape fewer, which `check_complete` reports
-    for x, part in zip("qkv", parts, strict=False):
-        weights[f"{start}{x}_proj.{leaf}"] = part.clone()
+    parts = tensor.chunk(3)  # a malformed tensor may give fewer; `check_complete` reports it
+    for letter, part in zip("qkv", parts, strict=False):
+        weights[f"{start}{letter}_proj.{leaf}"] = part.clone()
     return weights
 
 
@@ -735,15 +768,15 @@ def unpack(name: str, tensor: Tensor) -> dict[str, Tensor]:
 def config_of(weights: dict[str, Tensor], settings: dict, source, overrides: dict) -> Config:
     """Return the config of weights with these settings in config.json, and with the overrides.
 
-    If neither names the taps, the study's are used, which is printed. A vocab.txt in the folder of
-    the weights becomes the vocabulary.
+    If neither lists the taps, use the variant's and print a note. A vocab.txt in the folder of the
+    weights becomes the vocabulary.
     """
     if "format" in settings:  # a run folder of ours
         config = Config(**run_config(settings, "BiomedCLIPSeg", source, Config))
     else:
         config = variant_of_width(weights)
         if "taps" not in overrides:
-            print(f"{source}: weights do not say the taps; using {config.taps}, the study's")
+            print(f"{source}: no config.json lists the taps; assuming taps {config.taps}")
 
     path = Path(source)
     folder = path if path.is_dir() else path.parent
@@ -823,17 +856,16 @@ def preprocess(image, config: Config) -> Tensor:
 def preprocess_mask(mask: Tensor, config: Config) -> Tensor:
     """Resize a mask for training like `preprocess` does images: (H,W) in 0..1 -> (1,S,S) float32.
 
-    The nearest pixel is used, as in PIL. Where a position is exactly between two pixels, PIL and
-    OpenCV may choose the other one.
+    The nearest pixel is used. At exact ties PIL and OpenCV may pick the other neighbour.
     """
     size = (config.image_size, config.image_size)
     return F.interpolate(mask[None, None].float(), size, mode="nearest-exact")[0]  # (1,S,S)
 
 
 def postprocess(logits: Tensor, size: tuple[int, int], config: Config) -> Tensor:
-    """logits (1,h,w) -> probabilities (1,H,W) float32 in 0..1 at `size` (H,W), the image's own.
+    """logits (1,h,w) -> probabilities (1,H,W) float32 in 0..1; size: (H,W) of the image.
 
-    config is not used.
+    config is not used; `postprocess` has the same arguments in every model file.
     """
     logits = logits[None].float()  # (1,1,h,w)
     resized = F.interpolate(logits, size, mode="bilinear", align_corners=False)  # (1,1,H,W)

@@ -1,27 +1,29 @@
 """CLIPSeg: segment an image by a phrase, or by another image with its mask.
 
 Paper: Lüddecke & Ecker, CVPR 2022, arXiv 2112.10003. Code: github.com/timojl/clipseg at 77c4e2d,
-models/clipseg.py (MIT). Tensors are named as in its port, modeling_clipseg.py of transformers 5.23.
-Weights on the hub: CIDAS/clipseg-rd64-refined, clipseg-rd64, clipseg-rd16. Their cards say Apache
-2.0, the original README excludes the weights from its MIT licence. The original release
-(rd64-uni-refined.pth, rd64-uni.pth, rd16-uni.pth) lacks CLIP: add OpenAI's ViT-B-16.pt (MIT).
+models/clipseg.py (MIT). Parameter names follow transformers' port (5.23, modeling_clipseg.py),
+except inside CLIP's blocks, which keep OpenAI's names and packed q, k, v (see `convert`). Weights
+on the hub: CIDAS/clipseg-rd64-refined, clipseg-rd64, clipseg-rd16. Their licence is unclear: the
+model cards say Apache 2.0, but the original README excludes them from its MIT licence. The original
+release (rd64-uni-refined.pth, rd64-uni.pth, rd16-uni.pth) contains only the decoder; also pass
+clip="ViT-B-16.pt" (OpenAI's, MIT).
 
-    image (B,3,352,352)               tokens (B,T)           or a prompt image (B,3,352,352),
-      CLIP's ViT-B/16, blocks 0..9      CLIP's text            see `visual_prompt`
-      tokens after blocks 3, 6, 9       transformer            the same ViT, all 12 blocks
-    features (B,3,1+22,22,768)        condition (B,512) <------'
+    image (B,3,352,352)               tokens (B,T)       or an image prompt (B,3,352,352)
+      CLIP's ViT-B/16, blocks 0..9      CLIP's text        made by `image_prompt`:
+      outputs of blocks 3, 6, 9         transformer        the same ViT, all 12 blocks
+    features (B,3,1+22,22,768)        condition (B,512) <--'
       |                                 |
-    decoder, with 64 channels:          |
-      block 9, scaled and shifted by <--'
-      transformer layer
-      + block 6, transformer layer
-      + block 3, transformer layer
-      (B,64,22,22), transposed convolutions
+    decoder, 64 channels:               |
+      Linear(block 9), FiLM <-----------'    Linear: 768 -> 64 channels. FiLM: scale and shift
+      transformer layer                      each channel by linear functions of the condition.
+      + Linear(block 6), transformer layer
+      + Linear(block 3), transformer layer   Features: 485 tokens stored as 23x22; the class
+      (B,64,22,22), transposed convolutions  token ends an otherwise zero first row.
     logits (B,1,352,352)
 
-Image sides may be any multiples of 16. Left out: attention masks within CLIP, and ViT-B/32 (no
-weights were released). Texts need `tokenizer.py` and `clip_merges.txt.xz` beside this file (copy
-both) and the package `tokenizers`; tokens of any other CLIP tokenizer work, too.
+Image sides: multiples of 16. Not implemented: image prompts by masking CLIP's attention, and the
+ViT-B/32 backbone. Texts need `tokenizer.py` and `clip_merges.txt.xz` next to this file (copy both),
+and the package `tokenizers`; the tokens of any other CLIP tokenizer work, too.
 
     model = CLIPSeg.from_pretrained("CIDAS/clipseg-rd64-refined")
     probabilities, mask = model.segment("photo.jpg", "a polyp")  # or a PIL image
@@ -41,13 +43,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+# Shapes: B batch, T text tokens, L taps (vision blocks that feed the decoder), N = 1 + Hp*Wp vision
+# tokens, Hp = H/16, Wp = W/16, C width of a tower, D width of the decoder, h heads, d width of a
+# head, S side of a preprocessed image.
+# "quirk" marks behaviour copied from the original. Code between "# shared: NAME" and "# end shared"
+# is identical in other model files. A run folder is what train.py writes.
+
 
 @dataclass(frozen=True)
 class Config:
-    taps: tuple[int, ...] = (3, 6, 9)  # vision blocks that feed the decoder, counted from 0
+    taps: tuple[int, ...] = (3, 6, 9)  # indices of the vision blocks that feed the decoder
     reduce_dim: int = 64  # channels in the decoder
-    refined: bool = True  # head of three convolutions, else one with a stride of 16 pixels
-    heads: int = 4  # attention heads in the decoder; CLIP's heads are 64 wide
+    # True: 3x3 conv + two stride-4 transposed convs; False: one 16x16 transposed conv.
+    refined: bool = True
+    heads: int = 4  # attention heads in the decoder
     ffn_dim: int = 2048  # hidden width of the decoder's MLPs
     vision_dim: int = 768
     vision_layers: int = 12  # blocks after the last tap serve image prompts only
@@ -58,20 +67,25 @@ class Config:
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # quirk: ImageNet's, not CLIP's; RGB in 0..1
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     text_length: int = 77  # tokens to which a text is cut or padded
-    pad_token: int = 49407  # as in transformers; has no effect, a text ends at its first 49407
-    adapter_dim: int = 0  # width of adapters in both towers, 0: none; VLSM-Adapter: 64
-    threshold: float = 0.5  # the authors used 0.3 and 0.5 zero-shot, 0.24 to 0.28 for Pascal
+    # No effect: everything after the first 49407 (end of text) is ignored.
+    pad_token: int = 49407
+    adapter_dim: int = 0  # width of the adapters in both towers, 64 in VLSM-Adapter; 0: none
+    # Probability above which a pixel is foreground. Zero-shot, the authors used 0.3 and 0.5 on
+    # PhraseCut, 0.24 to 0.28 on Pascal.
+    threshold: float = 0.5
 
 
 VARIANTS = {
-    "rd64-refined": Config(),  # 150,747,746 parameters, 1,127,009 of them in the decoder
-    "rd64": Config(refined=False),  # 150,693,890, 1,073,153
-    "rd16": Config(reduce_dim=16, refined=False),  # 149,884,418, 263,681
+    "rd64-refined": Config(),  # 150,747,746 parameters, of which decoder 1,127,009
+    "rd64": Config(refined=False),  # 150,693,890, of which decoder 1,073,153
+    "rd16": Config(reduce_dim=16, refined=False),  # 149,884,418, of which decoder 263,681
     "mini": Config(  # 4,269,042, most of them token embeddings; for tests and demos
         taps=(0, 1, 2), reduce_dim=32, ffn_dim=128, vision_dim=128, vision_layers=4,
         text_dim=64, text_layers=2, embed_dim=64, image_size=128,
     ),
 }  # fmt: skip
+
+HEAD_WIDTH = 64  # channels of an attention head in CLIP's towers
 
 
 # shared: clip_text
@@ -110,7 +124,7 @@ class TextBlock(nn.Module):
 # end shared
 
 
-# openai/CLIP, clip/model.py, class VisionTransformer; transformers, CLIPSegVisionEmbeddings
+# openai/CLIP, clip/model.py, class VisionTransformer; transformers: CLIPSegVisionEmbeddings
 class VisionEmbeddings(nn.Module):
     """Embeddings of 16x16 patches and of the class token, plus positions."""
 
@@ -122,36 +136,39 @@ class VisionEmbeddings(nn.Module):
         nn.init.normal_(self.position_embedding.weight, std=dim**-0.5)
 
     def forward(self, image: Tensor) -> Tensor:
-        """image (B,3,H,W) -> tokens (B,1+H/16*W/16,C), the class token first."""
+        """image (B,3,H,W) -> (B,N,C), the class token first."""
         class_position, grid_positions = self.position_embedding.weight.split((1, 14 * 14))
 
         # Positions of other image sizes are interpolated, without antialiasing.
         grid_positions = grid_positions.T.unflatten(1, (14, 14))[None]  # (1,C,14,14)
-        patches = self.patch_embedding(image)  # (B,C,H/16,W/16)
+        patches = self.patch_embedding(image)  # (B,C,Hp,Wp)
         patches = patches + F.interpolate(
             grid_positions, patches.shape[2:], mode="bicubic", align_corners=False
         )
-        patches = patches.flatten(2).transpose(1, 2)  # (B,N-1,C)
+        patches = patches.flatten(2).transpose(1, 2)  # (B,Hp*Wp,C)
 
         class_token = class_position + self.class_embedding  # (1,C)
         class_token = class_token.expand(len(image), -1, -1)  # (B,1,C)
         return torch.cat([class_token, patches], 1)  # (B,N,C)
 
 
-# openai/CLIP, clip/model.py, class ResidualAttentionBlock; transformers, CLIPSegEncoderLayer
+# openai/CLIP, clip/model.py, class ResidualAttentionBlock; transformers: CLIPSegEncoderLayer
 class VisionBlock(TextBlock):
-    """A layer of CLIP's vision transformer: like `TextBlock`, but all tokens attend to each other.
+    """A layer of CLIP's vision transformer: full self-attention, then an MLP.
 
-    The attention equals, without changing the layout of its input to (N,B,C) and back,
+    Its modules are those of `TextBlock`, because CLIP has one class for both towers; only `forward`
+    differs. The attention is equivalent to
 
         y = self.attn(y, y, y, need_weights=False)[0]
+
+    but avoids nn.MultiheadAttention's transposes to (N,B,C).
     """
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B,N,C) -> (B,N,C)."""
         y = self.ln_1(x)
         qkv = F.linear(y, self.attn.in_proj_weight, self.attn.in_proj_bias)  # (B,N,3C)
-        qkv = qkv.unflatten(2, (3, -1, 64))  # (B,N,3,h,d)
+        qkv = qkv.unflatten(2, (3, self.attn.num_heads, -1))  # (B,N,3,h,d)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B,h,N,d) each
         y = F.scaled_dot_product_attention(q, k, v)  # (B,h,N,d)
         y = y.transpose(1, 2).flatten(2)  # (B,N,C)
@@ -163,22 +180,24 @@ class VisionBlock(TextBlock):
         return x + self.adapters[1](y)
 
 
-# openai/CLIP, clip/model.py, class VisionTransformer; transformers, CLIPSegVisionModel
+# openai/CLIP, clip/model.py, class VisionTransformer; transformers: CLIPSegVisionModel
 class VisionModel(nn.Module):
-    """CLIP's ViT-B/16. Its last LayerNorm is applied in `CLIPSeg.encode_visual_prompt`."""
+    """CLIP's ViT-B/16."""
 
     def __init__(self, dim: int, layers: int):
         super().__init__()
         self.embeddings = VisionEmbeddings(dim)
         self.pre_layrnorm = nn.LayerNorm(dim)  # quirk: spelled so on the hub
-        blocks = [VisionBlock(dim, dim // 64) for _ in range(layers)]
+        blocks = [VisionBlock(dim, dim // HEAD_WIDTH) for _ in range(layers)]
+        # A ModuleDict only to match the checkpoint's parameter names.
         self.encoder = nn.ModuleDict({"layers": nn.ModuleList(blocks)})
-        self.post_layernorm = nn.LayerNorm(dim)
+        self.post_layernorm = nn.LayerNorm(dim)  # applied in `CLIPSeg.encode_image_prompt`
 
     def forward(self, image: Tensor, taps: tuple[int, ...]) -> list[Tensor]:
-        """Return the outputs of the blocks in `taps`, (B,N,C) each. Later blocks do not run.
+        """Return the outputs of the blocks with indices `taps`, (B,N,C) each.
 
-        image (B,3,H,W). Raise ValueError if a side is no multiple of 16.
+        image (B,3,H,W). Blocks after the last tap do not run.
+        Raise ValueError if a side is not a multiple of 16.
         """
         if any(side % 16 for side in image.shape[2:]):
             raise ValueError(f"image sides must be multiples of 16, not {tuple(image.shape[2:])}")
@@ -192,12 +211,13 @@ class VisionModel(nn.Module):
         return outputs
 
 
-# openai/CLIP, clip/model.py, CLIP.encode_text; transformers, CLIPSegTextModel
+# openai/CLIP, clip/model.py, CLIP.encode_text; transformers: CLIPSegTextModel
 class TextModel(nn.Module):
     """CLIP's text transformer."""
 
     def __init__(self, dim: int, layers: int):
         super().__init__()
+        # ModuleDicts only to match the checkpoint's parameter names.
         self.embeddings = nn.ModuleDict(
             {
                 "token_embedding": nn.Embedding(49408, dim),
@@ -207,17 +227,17 @@ class TextModel(nn.Module):
         for table in self.embeddings.values():
             nn.init.normal_(table.weight, std=0.02)
 
-        blocks = [TextBlock(dim, dim // 64) for _ in range(layers)]
+        blocks = [TextBlock(dim, dim // HEAD_WIDTH) for _ in range(layers)]
         self.encoder = nn.ModuleDict({"layers": nn.Sequential(*blocks)})
         self.final_layer_norm = nn.LayerNorm(dim)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Return the state at the end of each text: tokens (B,T) -> (B,C).
+        """Return the hidden state at each text's end-of-text token: tokens (B,T) -> (B,C).
 
-        Tokens behind the end of the longest text are dropped. This changes nothing, because causal
+        Tokens after the end of the longest text are dropped. This changes nothing, because causal
         attention never reads them.
         """
-        end = tokens.argmax(1)  # (B,) position of the first 49407, the largest token id
+        end = tokens.argmax(1)  # (B,) end of text: position of the first 49407, the largest id
         if not torch.compiler.is_compiling():  # compiled shapes must not depend on values
             longest = int(end.max()) + 1
             tokens = tokens[:, :longest]  # (B,T)
@@ -229,13 +249,14 @@ class TextModel(nn.Module):
         return self.final_layer_norm(x[rows, end])  # (B,C)
 
 
-# transformers, CLIPSegModel
+# openai/CLIP, clip/model.py, class CLIP; transformers: CLIPSegModel
 class CLIP(nn.Module):
     """CLIP's two towers and their projections into the shared space."""
 
     def __init__(self, config: Config):
         super().__init__()
-        # CLIP's temperature: unused, kept so that a checkpoint can be written back whole.
+        # ln(1/0.07), rounded as in transformers: CLIP's log temperature; unused, kept so
+        # checkpoints round-trip.
         self.logit_scale = nn.Parameter(torch.tensor(2.6592), requires_grad=False)
         self.text_model = TextModel(config.text_dim, config.text_layers)
         self.vision_model = VisionModel(config.vision_dim, config.vision_layers)
@@ -244,8 +265,12 @@ class CLIP(nn.Module):
 
 
 # shared: adapter
+# naamiinepal/vlsm-adapter, src/models/clipseg_adapter.py, class Adapter
 class Adapter(nn.Module):
-    """A small MLP after a frozen layer: the dense adapter of VLSM-Adapter, arXiv 2405.06196."""
+    """A residual bottleneck MLP after a frozen layer (VLSM-Adapter, arXiv 2405.06196).
+
+    dim: channels of the layer's output (C). width: hidden channels.
+    """
 
     def __init__(self, dim: int, width: int):
         super().__init__()
@@ -253,7 +278,8 @@ class Adapter(nn.Module):
         self.fc2 = nn.Linear(width, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.relu(self.fc1(x))
+        """x (...,C) -> (...,C)."""
+        y = F.relu(self.fc1(x))  # (...,width)
         return x + F.relu(self.fc2(y))
 
 
@@ -261,35 +287,36 @@ class Adapter(nn.Module):
 
 
 # shared: token_grid
-def tokens_to_grid(tokens: Tensor, H: int, W: int) -> Tensor:
-    """Lay tokens out as a grid, so that their shape says how many rows and columns there are.
+def tokens_to_grid(x: Tensor, Hp: int, Wp: int) -> Tensor:
+    """Lay vision tokens out as a grid, so that the shape records the image's height and width.
 
-    tokens (B,taps,1+H*W,C) -> (B,taps,1+H,W,C). The class token becomes the last one of an
-    additional first row, which is filled up with zeros.
+    x (B,L,1+Hp*Wp,C), the class token first -> (B,L,1+Hp,Wp,C). The class token sits at the end of
+    an extra first row, otherwise zero.
     """
-    padded = F.pad(tokens, (0, 0, W - 1, 0))  # (B,taps,W+H*W,C)
-    return padded.unflatten(2, (1 + H, W))  # (B,taps,1+H,W,C)
+    padded = F.pad(x, (0, 0, Wp - 1, 0))  # (B,L,Wp+Hp*Wp,C)
+    return padded.unflatten(2, (1 + Hp, Wp))  # (B,L,1+Hp,Wp,C)
 
 
 def grid_to_tokens(grid: Tensor) -> Tensor:
-    """Undo `tokens_to_grid`: (B,taps,1+H,W,C) -> (B,taps,1+H*W,C), the class token first."""
-    W = grid.shape[3]
-    padded = grid.flatten(2, 3)  # (B,taps,W+H*W,C)
-    return padded[:, :, W - 1 :]  # (B,taps,1+H*W,C)
+    """Undo `tokens_to_grid`: (B,L,1+Hp,Wp,C) -> (B,L,1+Hp*Wp,C), the class token first."""
+    Wp = grid.shape[3]
+    padded = grid.flatten(2, 3)  # (B,L,Wp+Hp*Wp,C)
+    return padded[:, :, Wp - 1 :]  # (B,L,1+Hp*Wp,C)
 
 
 # end shared
 
 
 # shared: decoder_layer
-# timojl/clipseg, nn.TransformerEncoderLayer in class CLIPDensePredT; transformers,
-# CLIPSegDecoderLayer
+# timojl/clipseg, models/clipseg.py, class CLIPDensePredT (nn.TransformerEncoderLayer);
+# transformers: CLIPSegDecoderLayer
 class DecoderLayer(nn.Module):
-    """A transformer layer with LayerNorm after each residual connection."""
+    """A post-norm transformer encoder layer: LayerNorm follows each residual connection."""
 
     def __init__(self, dim: int, heads: int, ffn_dim: int):
         super().__init__()
         self.heads = heads
+        # ModuleDicts only give the parameters their names in the checkpoint.
         self.self_attn = nn.ModuleDict(
             {
                 "k_proj": nn.Linear(dim, dim),
@@ -324,12 +351,14 @@ class DecoderLayer(nn.Module):
 
 
 # shared: clipseg_decoder
-# timojl/clipseg, models/clipseg.py, CLIPDensePredT.forward; transformers, CLIPSegDecoder
+# timojl/clipseg, models/clipseg.py, class CLIPDensePredT; transformers: CLIPSegDecoder
 class Decoder(nn.Module):
-    """CLIPSeg's decoder: from the deepest tap to the shallowest, then up to the image's size.
+    """CLIPSeg's decoder: combine the taps from deep to shallow, then upsample to the image's size.
 
-    dim: channels of the taps. condition_dim: width of the prompt's embedding. reduce_dim (D):
-    channels inside. refined: a head of three convolutions, else one with a stride of 16 pixels.
+    dim: channels of the taps (C). condition_dim: width of the prompt's embedding. reduce_dim:
+    channels in the decoder (D). num_taps: number of vision blocks that feed the decoder (L).
+    refined: True: 3x3 convolution and two transposed convolutions with stride 4; False: one 16x16
+    transposed convolution.
     """
 
     def __init__(
@@ -339,15 +368,16 @@ class Decoder(nn.Module):
         reduce_dim: int,
         heads: int,
         ffn_dim: int,
-        taps: int,
+        num_taps: int,
         refined: bool,
     ):
         super().__init__()
         D = reduce_dim
         self.film_mul = nn.Linear(condition_dim, D)
         self.film_add = nn.Linear(condition_dim, D)
-        self.reduces = nn.ModuleList([nn.Linear(dim, D) for _ in range(taps)])
-        self.layers = nn.ModuleList([DecoderLayer(D, heads, ffn_dim) for _ in range(taps)])
+        # Index 0 of `reduces` and `layers` belongs to the deepest tap.
+        self.reduces = nn.ModuleList([nn.Linear(dim, D) for _ in range(num_taps)])
+        self.layers = nn.ModuleList([DecoderLayer(D, heads, ffn_dim) for _ in range(num_taps)])
 
         if refined:
             self.transposed_convolution = nn.Sequential(
@@ -361,35 +391,45 @@ class Decoder(nn.Module):
             self.transposed_convolution = nn.ConvTranspose2d(D, 1, 16, stride=16)
 
     def forward(self, features: Tensor, condition: Tensor) -> Tensor:
-        """features (B,taps,1+H,W,C), condition (B,condition_dim) -> logits (B,1,16H,16W).
+        """features (B,L,1+Hp,Wp,C), condition (B,condition_dim) -> logits (B,1,16*Hp,16*Wp).
 
-        Features are laid out by `tokens_to_grid`. Either batch size may be 1: one image with B
-        prompts, or B images with one prompt.
+        Features are laid out by `tokens_to_grid`, the shallowest tap first. A batch of 1 broadcasts
+        against the other input: one image with B prompts, or B images with one prompt.
         """
-        H = features.shape[2] - 1
-        W = features.shape[3]
-        taps = grid_to_tokens(features).unbind(1)  # (B,1+H*W,C) each, the shallowest first
+        Hp = features.shape[2] - 1
+        Wp = features.shape[3]
+        features_per_tap = grid_to_tokens(features).unbind(1)  # L of (B,N,C)
+        deepest, *shallower = features_per_tap[::-1]
+
+        # quirk: FiLM is applied to the deepest tap only, class token included.
         scale = self.film_mul(condition)[:, None]  # (B,1,D)
         shift = self.film_add(condition)[:, None]  # (B,1,D)
+        x = scale * self.reduces[0](deepest) + shift  # (B,N,D)
+        x = self.layers[0](x)  # (B,N,D)
+        for i, tap in enumerate(shallower, start=1):
+            x = self.reduces[i](tap) + x  # (B,N,D)
+            x = self.layers[i](x)  # (B,N,D)
 
-        # quirk: the prompt acts on the deepest tap only, on its class token, too
-        x = scale * self.reduces[0](taps[-1]) + shift  # (B,1+H*W,D)
-        x = self.layers[0](x)  # (B,1+H*W,D)
-        for i in range(1, len(taps)):
-            x = self.reduces[i](taps[-1 - i]) + x  # (B,1+H*W,D)
-            x = self.layers[i](x)  # (B,1+H*W,D)
-
-        patches = x[:, 1:].transpose(1, 2)  # (B,D,H*W), without the class token
-        patches = patches.unflatten(2, (H, W))  # (B,D,H,W)
-        return self.transposed_convolution(patches)  # (B,1,16H,16W)
+        patches = x[:, 1:].transpose(1, 2)  # (B,D,Hp*Wp), without the class token
+        patches = patches.unflatten(2, (Hp, Wp))  # (B,D,Hp,Wp)
+        return self.transposed_convolution(patches)  # (B,1,16*Hp,16*Wp)
 
 
 # end shared
 
 
-# models/clipseg.py, class CLIPDensePredT; transformers, CLIPSegForImageSegmentation
+# timojl/clipseg, models/clipseg.py, class CLIPDensePredT; transformers: CLIPSegForImageSegmentation
 class CLIPSeg(nn.Module):
-    """CLIP's towers and the decoder that turns vision tokens and a prompt into a mask."""
+    """CLIP's towers and the decoder that turns vision tokens and a prompt into a mask.
+
+    To segment by an image prompt, pass an image and a mask (H,W) of 0 and 1 that marks an object:
+
+        support = model.preprocess(support_image)  # (3,S,S)
+        mask = preprocess_mask(mask, model.config)  # (1,S,S)
+        prompt = model.image_prompt(support, mask)  # (3,S,S)
+        condition = model.encode_image_prompt(prompt[None])  # (1,embed_dim)
+        logits = model(model.preprocess(image)[None], condition=condition)  # (1,1,S,S)
+    """
 
     def __init__(self, config: Config):
         super().__init__()
@@ -404,7 +444,7 @@ class CLIPSeg(nn.Module):
             reduce_dim=config.reduce_dim,
             heads=config.heads,
             ffn_dim=config.ffn_dim,
-            taps=len(config.taps),
+            num_taps=len(config.taps),
             refined=config.refined,
         )
         self.freeze_image_prompts()
@@ -416,7 +456,8 @@ class CLIPSeg(nn.Module):
     def freeze_image_prompts(self) -> None:
         """Freeze the modules that only image prompts use.
 
-        Thus every parameter that trains gets a gradient from every batch of texts.
+        With text prompts these get no gradient; freezing them avoids unused parameters (e.g. under
+        DDP).
         """
         vision = self.clip.vision_model
         vision.encoder["layers"][max(self.config.taps) + 1 :].requires_grad_(False)
@@ -424,7 +465,12 @@ class CLIPSeg(nn.Module):
         self.clip.visual_projection.requires_grad_(False)
 
     def add_adapters(self, width: int) -> None:
-        """Add adapters to the condition and to the blocks before the last tap, in both towers."""
+        """Add an adapter to the condition, and two to the first max(taps) blocks of each tower.
+
+        Source: naamiinepal/vlsm-adapter, src/models/clipseg_adapter.py, class CLIPSegDenseAdapter.
+        quirk: block max(taps) has none, although the decoder uses its output. 4 * width: in the
+        original the condition's adapter is 256 wide, the others 64.
+        """
         self.adapter = Adapter(self.config.embed_dim, 4 * width)
         depth = max(self.config.taps)
         for block in self.clip.vision_model.encoder["layers"][:depth]:
@@ -434,23 +480,28 @@ class CLIPSeg(nn.Module):
             adapters = [Adapter(self.config.text_dim, width) for _ in range(2)]
             block.adapters = nn.ModuleList(adapters)
 
-    def forward(self, image: Tensor, tokens=None, condition=None) -> Tensor:
+    def forward(
+        self, image: Tensor, tokens: Tensor | None = None, condition: Tensor | None = None
+    ) -> Tensor:
         """image (B,3,H,W) normalised, H and W multiples of 16, and a prompt -> logits (B,1,H,W).
 
-        The prompt is either tokens (B,T) or condition (B,embed_dim), which comes from
-        `encode_text`, from `encode_visual_prompt`, or mixes both, w * text + (1 - w) * image, as
-        in the authors' training. One image may have B prompts, and B images one prompt.
+        Pass exactly one of: tokens (B,T), or condition (B,embed_dim) from `encode_text`, from
+        `encode_image_prompt`, or a mix of both, w * text + (1 - w) * image, as in the authors'
+        training. A batch of 1 broadcasts against the other input: one image with B prompts, or B
+        images with one prompt.
         """
         return self.decode(self.encode_image(image), tokens, condition)
 
     def encode_image(self, image: Tensor) -> Tensor:
-        """image (B,3,H,W) -> features (B,taps,1+H/16,W/16,C), see `tokens_to_grid`."""
+        """image (B,3,H,W) -> features (B,L,1+Hp,Wp,C), see `tokens_to_grid`."""
         H, W = image.shape[2:]
-        outputs = self.clip.vision_model(image, self.config.taps)
-        tokens = torch.stack(outputs, 1)  # (B,taps,1+H/16*W/16,C)
-        return tokens_to_grid(tokens, H // 16, W // 16)  # (B,taps,1+H/16,W/16,C)
+        outputs = self.clip.vision_model(image, self.config.taps)  # L of (B,N,C)
+        hidden = torch.stack(outputs, 1)  # (B,L,N,C)
+        return tokens_to_grid(hidden, H // 16, W // 16)  # (B,L,1+Hp,Wp,C)
 
-    def decode(self, features: Tensor, tokens=None, condition=None) -> Tensor:
+    def decode(
+        self, features: Tensor, tokens: Tensor | None = None, condition: Tensor | None = None
+    ) -> Tensor:
         """features from `encode_image` and a prompt as for `forward` -> logits (B,1,H,W)."""
         if (tokens is None) == (condition is None):
             raise ValueError("a prompt is either tokens or condition: give one of the two")
@@ -462,27 +513,27 @@ class CLIPSeg(nn.Module):
         """tokens (B,T) -> condition (B,embed_dim), not normalised."""
         return self.clip.text_projection(self.clip.text_model(tokens))
 
-    def encode_visual_prompt(self, image: Tensor) -> Tensor:
-        """image (B,3,H,W), as `visual_prompt` returns it -> condition (B,embed_dim)."""
+    def encode_image_prompt(self, image: Tensor) -> Tensor:
+        """image (B,3,H,W), made by `image_prompt` -> condition (B,embed_dim), not normalised."""
         last = self.config.vision_layers - 1
-        tokens = self.clip.vision_model(image, (last,))[0]  # (B,N,C)
-        class_token = self.clip.vision_model.post_layernorm(tokens[:, 0])  # (B,C)
+        hidden = self.clip.vision_model(image, (last,))[0]  # (B,N,C)
+        class_token = self.clip.vision_model.post_layernorm(hidden[:, 0])  # (B,C)
         return self.clip.visual_projection(class_token)
 
     def preprocess(self, image) -> Tensor:
-        """PIL image -> (3,S,S); see `preprocess`."""
+        """PIL image -> (3,S,S); see the function `preprocess` below."""
         return preprocess(image, self.config)
 
-    def visual_prompt(self, image: Tensor, mask: Tensor) -> Tensor:
-        """image (3,H,W) and mask (1,H,W) -> prompt image (3,S,S); see `visual_prompt`."""
-        return visual_prompt(image, mask, self.config)
+    def image_prompt(self, image: Tensor, mask: Tensor) -> Tensor:
+        """image (3,H,W), mask (1,H,W) -> (3,S,S); see the function `image_prompt` below."""
+        return image_prompt(image, mask, self.config)
 
     def postprocess(self, logits: Tensor, size: tuple[int, int]) -> Tensor:
-        """logits (1,h,w) -> probabilities (1,H,W) of this size; see `postprocess`."""
+        """logits (1,h,w) -> probabilities (1,H,W); see the function `postprocess` below."""
         return postprocess(logits, size, self.config)
 
     def segment(self, image, prompt: str) -> tuple:
-        """Segment an image or its file -> probabilities (1,H,W), mask (H,W); see `segment`."""
+        """Segment an image or its file; see the function `segment` below."""
         return segment(self, image, prompt)
 
     @classmethod
@@ -491,28 +542,30 @@ class CLIPSeg(nn.Module):
 
         source: a file, a folder, a run folder or a hub id.
         clip: file or hub id of CLIP ViT-B/16, under OpenAI's or transformers' names, if `source`
-        holds the decoder alone, as the original release does.
+        contains only the decoder, as the original release does.
         overrides: fields of Config that replace those of the file.
         Raise ValueError or FileNotFoundError, one line, if a tensor does not fit.
         """
         weights, settings = read_checkpoint(source, FILES)
         check_kind(weights, source)
-        if clip is not None:
-            if recognise(weights) == "CLIPSeg":
-                raise ValueError(f"{source}: contains CLIP already; remove clip= (--clip)")
-            weights |= read_clip(clip)
         weights = to_official(weights)
-        if not any(name.startswith("clip.") for name in weights):
+        has_clip = any(name.startswith("clip.") for name in weights)
+        if has_clip and clip is not None:
+            raise ValueError(f"{source}: contains CLIP already; remove clip= (--clip)")
+        if not has_clip and clip is None:
             raise ValueError(
                 f"{source}: contains no CLIP; add OpenAI's with clip='ViT-B-16.pt' "
                 "(--clip ViT-B-16.pt)"
             )
+        if clip is not None:
+            weights |= to_official(read_clip(clip))
 
         config = config_of(weights, settings, source)
         model = cls(replace(config, **overrides))
         expected = required_tensors(to_official(model.state_dict()), weights, source)
         files = source if clip is None else f"{source} with {clip}"
         check_complete(weights, expected, files)  # under the hub's names
+        # Only untrained adapters are not in `weights`: they keep their initial values.
         model.load_state_dict(model.state_dict() | convert(weights))
         return model.eval()
 
@@ -529,16 +582,27 @@ CLIP_FILES = (
     "model.safetensors",  # of openai/clip-vit-base-patch16
     "pytorch_model.bin",
 )
-# Keys of the hub's config.json -> fields of Config. Tensor shapes say all the rest.
+# Keys of the hub's config.json -> fields of Config. Everything else comes from the closest entry of
+# VARIANTS.
 SETTINGS = {"extract_layers": "taps", "decoder_num_attention_heads": "heads"}
-# Tensors that are not used: pattern -> reason.
-IGNORED = {
-    r"clip\.(text|vision)_model\.embeddings\.position_ids": "0, 1, 2, ... of old transformers",
-    r"clip_model\.(input_resolution|context_length|vocab_size)": "sizes in OpenAI's archive",
-    r"model\.(class_|positional_|proj|conv1|ln_p|transformer).*": "copy of clip_model.visual",
-    r"reduce\.(weight|bias)": "unused in the original code",
-}
-# Beginnings of names in OpenAI's CLIP, which is `clip_model` in the original code -> the hub's.
+# Name prefixes of CLIP's towers in a file without a decoder: OpenAI's, then transformers'.
+CLIP_PREFIXES = (
+    "visual.conv1.",
+    "visual.layer1.",
+    "text_model.embeddings.",
+    "vision_model.embeddings.",
+)
+# Patterns of names that are not loaded.
+IGNORED = (
+    r"clip\.(text|vision)_model\.embeddings\.position_ids",  # 0, 1, 2, ... of old transformers
+    r"clip_model\.(input_resolution|context_length|vocab_size)",  # sizes in OpenAI's archive
+    r"model\.(class_|positional_|proj|conv1|ln_p|transformer).*",  # copy of clip_model.visual
+    r"reduce\.(weight|bias)",  # unused in the original code
+)
+# Prefixes of names in OpenAI's CLIP, which is `clip_model` in the original code -> the hub's. With
+# `CLIP_LAYER` and packed q, k, v split, for example,
+#   clip_model.visual.transformer.resblocks.0.attn.in_proj_weight
+#   -> clip.vision_model.encoder.layers.0.self_attn.{q,k,v}_proj.weight
 OPENAI_CLIP = {
     "clip_model.logit_scale": "clip.logit_scale",
     "clip_model.text_projection": "clip.text_projection.weight",  # transposed
@@ -557,7 +621,7 @@ OPENAI_CLIP = {
     "clip_model.visual.ln_post.": "clip.vision_model.post_layernorm.",
 }
 TRANSPOSED = ("clip_model.text_projection", "clip_model.visual.proj")  # (in,out) at OpenAI
-# Beginnings of names within a layer of CLIP: OpenAI's and ours -> the hub's.
+# Prefixes of names within a layer of CLIP: OpenAI's and ours -> the hub's.
 CLIP_LAYER = {
     "attn.": "self_attn.",
     "ln_1.": "layer_norm1.",
@@ -569,81 +633,38 @@ CLIP_LAYER = {
 
 def check_kind(weights: dict[str, Tensor], source) -> None:
     """Raise ValueError, one line, if the weights are known to be those of another model."""
-    kind = recognise(weights)
-    if kind.startswith("CLIP ("):
+    if any(name.startswith(CLIP_PREFIXES) for name in weights):
         raise ValueError(
-            f"{source}: is {kind} without a decoder, not CLIPSeg; use CIDAS/clipseg-rd64-refined, "
+            f"{source}: is CLIP without a decoder, not CLIPSeg; use CIDAS/clipseg-rd64-refined, "
             "or rd64-uni-refined.pth as weights and this file as clip= (--clip)"
         )
-    if kind and "CLIPSeg" not in kind:
+    kind = recognise(weights)
+    if kind not in ("", "CLIPSeg", "a decoder of CLIPSeg without CLIP"):  # values of KINDS
         raise ValueError(f"{source}: seems to be {kind}, not CLIPSeg")
 
 
 def read_clip(source) -> dict[str, Tensor]:
     """Read CLIP ViT-B/16, named as within a CLIPSeg. Raise ValueError if it is another model."""
     weights = read_checkpoint(source, CLIP_FILES)[0]
-    kind = recognise(weights) or "an unknown file"
-    if not kind.startswith("CLIP ("):
-        raise ValueError(f"{source}: is {kind}; clip= (--clip) takes OpenAI's CLIP ViT-B/16")
-
-    patches = "visual.conv1.weight"  # OpenAI's name
     prefix = "clip_model."
-    if patches not in weights:
-        patches = "vision_model.embeddings.patch_embedding.weight"  # transformers' name
+    patches = weights.get("visual.conv1.weight")  # OpenAI's name
+    if patches is None:
         prefix = "clip."
-    if patches not in weights or weights[patches].shape[2:] != (16, 16):
+        patches = weights.get("vision_model.embeddings.patch_embedding.weight")  # transformers'
+
+    if patches is None or patches.shape[2:] != (16, 16):
+        kind = recognise(weights) or "an unknown file"
         raise ValueError(
-            f"{source}: is {kind} with another image encoder; clip= (--clip) takes OpenAI's "
-            "CLIP ViT-B/16"
+            f"{source}: is {kind}, not CLIP ViT-B/16; clip= (--clip) takes OpenAI's ViT-B-16.pt"
         )
     return {prefix + name: tensor for name, tensor in weights.items()}
 
 
-def config_of(weights: dict[str, Tensor], settings: dict, source) -> Config:
-    """Return the config of weights, under the hub's names, with these settings in config.json.
-
-    If config.json does not name the taps, those of the demo are used, which is printed.
-    """
-    if "format" in settings:  # a run folder of ours
-        return Config(**run_config(settings, "CLIPSeg", source, Config))
-
-    config = closest_variant(weights, CLIPSeg, to_official)
-    fields = {}
-    for key, name in SETTINGS.items():
-        if key in settings:
-            value = settings[key]
-            fields[name] = tuple(value) if isinstance(value, list) else value
-    if "taps" not in fields:
-        # quirk: experiments/*.yaml have (3, 7, 9); the code's default, the demo, transformers and
-        # the hub have (3, 6, 9)
-        print(f"{source}: no config.json names the taps; using {config.taps}, as the demo does")
-    return replace(config, **fields)
-
-
-# shared: adapter_tensors
-def required_tensors(expected: dict[str, Tensor], weights: dict[str, Tensor], source) -> dict:
-    """Return the expected tensors that a file must contain.
-
-    A file without any adapters need not contain them. They then stay untrained, which is printed.
-    """
-    without_adapters = {}
-    for name, tensor in expected.items():
-        if "adapter" not in name:
-            without_adapters[name] = tensor
-    if len(without_adapters) == len(expected) or any("adapter" in name for name in weights):
-        return expected
-    print(f"{source}: contains no adapters; those of the model are untrained")
-    return without_adapters
-
-
-# end shared
-
-
 def to_official(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename a state dict from any known naming to the hub's, with q, k and v apart.
+    """Rename a state dict from any known naming to the hub's, with separate q, k, v projections.
 
-    It then fits transformers' CLIPSegForImageSegmentation. Raise ValueError if two tensors get one
-    name.
+    It then fits transformers' CLIPSegForImageSegmentation. Names of the hub stay as they are. Raise
+    ValueError if two tensors get one name.
     """
     bare = {name.removeprefix("clipseg."): tensor for name, tensor in state_dict.items()}  # medvlsm
     weights = {}
@@ -652,13 +673,13 @@ def to_official(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
             continue
         if name in TRANSPOSED:
             tensor = tensor.T.contiguous()  # (out,in)
-        name = replace_beginning(name, OPENAI_CLIP)
+        name = replace_prefix(name, OPENAI_CLIP)
         layer, inner = split_layer(name)
-        name = layer + replace_beginning(inner, CLIP_LAYER)
+        name = layer + replace_prefix(inner, CLIP_LAYER)
 
         for part_name, part in unpack(name, tensor).items():
             if part_name in weights:
-                raise ValueError(f"{part_name} occurs under two names; give CLIP in one file only")
+                raise ValueError(f"{part_name} occurs under two names; remove one of the two")
             weights[part_name] = part
     return weights
 
@@ -675,8 +696,9 @@ def split_layer(name: str) -> tuple[str, str]:
 
 
 # shared: original_decoder
-# Names in CLIPSeg's original release, such as rd64-uni-refined.pth -> the hub's: beginnings of
-# names, then parts of the names in a layer.
+# The decoder's names in CLIPSeg's original release, such as rd64-uni-refined.pth -> the hub's:
+# prefixes of names, then parts of the names in a layer. With packed q, k, v split, for example,
+#   blocks.0.self_attn.in_proj_weight -> decoder.layers.0.self_attn.{q,k,v}_proj.weight
 ORIGINAL_DECODER = {
     "film_mul.": "decoder.film_mul.",
     "film_add.": "decoder.film_add.",
@@ -693,13 +715,13 @@ ORIGINAL_LAYER = {
 
 
 def hub_decoder(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the decoder of CLIPSeg's original release to the hub's names, with q, k and v apart.
+    """Rename the decoder of CLIPSeg's original release to the hub's names, with separate q, k, v.
 
-    All other tensors are returned as they are.
+    Return all other tensors unchanged.
     """
     weights = {}
     for name, tensor in state_dict.items():
-        hub_name = replace_beginning(name, ORIGINAL_DECODER)
+        hub_name = replace_prefix(name, ORIGINAL_DECODER)
         if hub_name == name:
             weights[name] = tensor
             continue
@@ -709,8 +731,8 @@ def hub_decoder(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     return weights
 
 
-def replace_beginning(name: str, table: dict[str, str]) -> str:
-    """Return a name with its beginning replaced as in a table, or as it is."""
+def replace_prefix(name: str, table: dict[str, str]) -> str:
+    """Return a name with its prefix replaced by the first match in `table`, else unchanged."""
     for old, new in table.items():
         if name.startswith(old):
             return new + name.removeprefix(old)
@@ -718,15 +740,15 @@ def replace_beginning(name: str, table: dict[str, str]) -> str:
 
 
 def unpack(name: str, tensor: Tensor) -> dict[str, Tensor]:
-    """Return {name: tensor}, with a packed projection split into those of q, k and v."""
+    """Return {name: tensor}, or three tensors if it is a packed projection of q, k and v."""
     start, in_proj, leaf = name.partition("in_proj_")
     if not in_proj or tensor.ndim == 0:
         return {name: tensor}
 
     weights = {}
-    parts = tensor.chunk(3)  # of a wrong shape fewer, which `check_complete` reports
-    for x, part in zip("qkv", parts, strict=False):
-        weights[f"{start}{x}_proj.{leaf}"] = part.clone()
+    parts = tensor.chunk(3)  # a malformed tensor may give fewer; `check_complete` reports it
+    for letter, part in zip("qkv", parts, strict=False):
+        weights[f"{start}{letter}_proj.{leaf}"] = part.clone()
     return weights
 
 
@@ -736,8 +758,8 @@ def unpack(name: str, tensor: Tensor) -> dict[str, Tensor]:
 def convert(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """Rename a state dict from any known naming to ours.
 
-    Ours is the hub's except in the layers of CLIP: they have OpenAI's names, with q, k and v in
-    one matrix.
+    Parameter names follow the hub's, except inside CLIP's blocks, which keep OpenAI's names and
+    packed q, k, v.
     """
     ours = {hub: our for our, hub in CLIP_LAYER.items()}
     official = to_official(state_dict)
@@ -750,11 +772,32 @@ def convert(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
             continue  # packed with q
 
         if projection == "self_attn.q":
-            parts = [official[f"{layer}self_attn.{x}_proj.{leaf}"] for x in "qkv"]
+            parts = [official[f"{layer}self_attn.{letter}_proj.{leaf}"] for letter in "qkv"]
             weights[f"{layer}attn.in_proj_{leaf}"] = torch.cat(parts)  # (3C,C) or (3C,)
         else:
-            weights[layer + replace_beginning(inner, ours)] = tensor
+            weights[layer + replace_prefix(inner, ours)] = tensor
     return weights
+
+
+def config_of(weights: dict[str, Tensor], settings: dict, source) -> Config:
+    """Return the config of weights, under the hub's names, with these settings in config.json.
+
+    If config.json does not list the taps, use the closest variant's and print a note.
+    """
+    if "format" in settings:  # a run folder of ours
+        return Config(**run_config(settings, "CLIPSeg", source, Config))
+
+    config = closest_variant(weights, CLIPSeg, to_official)
+    fields = {}
+    for key, name in SETTINGS.items():
+        if key in settings:
+            value = settings[key]
+            fields[name] = tuple(value) if isinstance(value, list) else value
+    if "taps" not in fields:
+        # quirk: experiments/*.yaml have (3, 7, 9); the code's default, the demo, transformers and
+        # the hub have (3, 6, 9)
+        print(f"{source}: no config.json lists the taps; assuming taps {config.taps}")
+    return replace(config, **fields)
 
 
 # shared: closest_variant
@@ -776,6 +819,26 @@ def closest_variant(weights: dict[str, Tensor], kind: type[nn.Module], naming) -
             closest = config
             most_equal = equal
     return closest
+
+
+# end shared
+
+
+# shared: adapter_tensors
+def required_tensors(expected: dict[str, Tensor], weights: dict[str, Tensor], source) -> dict:
+    """Return the expected tensors that a file must contain.
+
+    A file without any adapter may be loaded into a model with adapters; they stay untrained, and a
+    note is printed.
+    """
+    without_adapters = {}
+    for name, tensor in expected.items():
+        if "adapter" not in name:
+            without_adapters[name] = tensor
+    if len(without_adapters) == len(expected) or any("adapter" in name for name in weights):
+        return expected
+    print(f"{source}: contains no adapters; those of the model are untrained")
+    return without_adapters
 
 
 # end shared
@@ -829,17 +892,16 @@ def preprocess(image, config: Config) -> Tensor:
 def preprocess_mask(mask: Tensor, config: Config) -> Tensor:
     """Resize a mask for training like `preprocess` does images: (H,W) in 0..1 -> (1,S,S) float32.
 
-    The nearest pixel is used, as in PIL. Where a position is exactly between two pixels, PIL and
-    OpenCV may choose the other one.
+    The nearest pixel is used. At exact ties PIL and OpenCV may pick the other neighbour.
     """
     size = (config.image_size, config.image_size)
     return F.interpolate(mask[None, None].float(), size, mode="nearest-exact")[0]  # (1,S,S)
 
 
 def postprocess(logits: Tensor, size: tuple[int, int], config: Config) -> Tensor:
-    """logits (1,h,w) -> probabilities (1,H,W) float32 in 0..1 at `size` (H,W), the image's own.
+    """logits (1,h,w) -> probabilities (1,H,W) float32 in 0..1; size: (H,W) of the image.
 
-    config is not used.
+    config is not used; `postprocess` has the same arguments in every model file.
     """
     logits = logits[None].float()  # (1,1,h,w)
     resized = F.interpolate(logits, size, mode="bilinear", align_corners=False)  # (1,1,H,W)
@@ -849,35 +911,42 @@ def postprocess(logits: Tensor, size: tuple[int, int], config: Config) -> Tensor
 # end shared
 
 
-def visual_prompt(image: Tensor, mask: Tensor, config: Config) -> Tensor:
-    """Return an image and its mask as a prompt image for `encode_visual_prompt`.
+# timojl/clipseg, datasets/utils.py, mode crop_blur_highlight352, and evaluation_utils.py,
+# img_preprocess
+def image_prompt(image: Tensor, mask: Tensor, config: Config) -> Tensor:
+    """Turn an image and a mask of the object in it into an input for `encode_image_prompt`.
 
-    image (3,H,W) normalised, mask (1,H,W) of 0 and 1 -> (3,S,S). The background is blurred and
-    darkened, then the image is cropped to the mask's box with a margin, padded to a square and
-    resized. This is the authors' best variant, crop_blur_highlight352 of datasets/utils.py.
-    Raise ValueError if the mask is empty.
+    image (3,H,W) normalised, mask (1,H,W) of 0 and 1 -> (3,S,S). Everything outside the mask is
+    blurred and faded, then the image is cropped to the mask's box with a margin, padded to a square
+    and resized. This is the authors' best variant. Raise ValueError if the mask is empty.
+
+    quirk: as in the original, the image is already normalised, so the background fades to a tenth
+    of its contrast around the mean colour (not to black), and the padding has the mean colour.
     """
     mask = mask[0] > 0.5  # (H,W)
     if not mask.any():
-        raise ValueError("the mask of a prompt image is empty: mark the object to find")
+        raise ValueError("the mask of an image prompt is empty: mark the object to find")
     image = torch.where(mask, image, 0.1 * blur(image))  # (3,H,W)
 
     top, bottom = range_with_margin(mask.any(1))
     left, right = range_with_margin(mask.any(0))
     image = image[:, top:bottom, left:right]  # (3,h,w)
 
+    # Pad the shorter side with zeros.
     h, w = image.shape[1:]
-    rows = max(w - h, 0)  # of zeros, to make it a square
-    columns = max(h - w, 0)
-    sides = (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2)
-    square = F.pad(image, sides)  # (3,max(h,w),max(h,w))
-    return F.interpolate(square[None], (config.image_size, config.image_size))[0]  # (3,S,S)
+    pad_h = max(w - h, 0)
+    pad_w = max(h - w, 0)
+    padding = (pad_w // 2, pad_w - pad_w // 2, pad_h // 2, pad_h - pad_h // 2)
+    square = F.pad(image, padding)  # (3,max(h,w),max(h,w))
+
+    size = (config.image_size, config.image_size)
+    return F.interpolate(square[None], size, mode="nearest")[0]  # (3,S,S); quirk: nearest
 
 
 def blur(image: Tensor) -> Tensor:
-    """Blur (3,H,W) with a Gaussian of 15 pixels and a standard deviation of 3 -> (3,H,W)."""
+    """Blur (3,H,W) with a 15-tap Gaussian, sigma 3 -> (3,H,W)."""
     x = torch.arange(-7, 8, device=image.device, dtype=image.dtype)
-    kernel = torch.softmax(-(x**2) / (2 * 3.0**2), 0)  # (15,)
+    kernel = torch.softmax(-(x**2) / (2 * 3.0**2), 0)  # (15,), exp(-x²/2σ²) with a sum of 1
 
     padded = F.pad(image, (7, 7, 7, 7), mode="reflect")[:, None]  # (3,1,H+14,W+14)
     blurred = F.conv2d(padded, kernel.view(1, 1, 15, 1))  # (3,1,H,W+14)
@@ -886,7 +955,7 @@ def blur(image: Tensor) -> Tensor:
 
 
 def range_with_margin(is_inside: Tensor) -> tuple[int, int]:
-    """Return start and end of the range of True values, widened by a tenth of it on both sides."""
+    """Return start and end of the range of True values, widened by a tenth on both sides."""
     inside = is_inside.nonzero()
     start = int(inside[0])
     end = int(inside[-1]) + 1

@@ -76,16 +76,17 @@ def adapter_fields(settings: Protocol) -> dict:
 
 
 def load_clipseg(weights, variant, settings: Protocol, overrides: dict, train_set):
-    """Return the CLIPSeg of `weights`: from scratch if "none", the recipe's if None."""
+    """Return a CLIPSeg with these weights: untrained if "none", the recipe's if None."""
     overrides = adapter_fields(settings) | overrides
     return load_variant(clipseg.CLIPSeg, clipseg.VARIANTS, weights, variant, settings, overrides)
 
 
 def load_biomedclipseg(weights, variant, settings: Protocol, overrides: dict, train_set):
-    """Return the BiomedCLIPSeg of `weights`: from scratch if "none", the recipe's if None.
+    """Return a BiomedCLIPSeg with these weights: untrained if "none", the recipe's if None.
 
-    If they are BiomedCLIP alone, the decoder is that of the recipe, or untrained if it has none.
-    Raise ValueError if an untrained decoder would be tested without training.
+    If the weights are BiomedCLIP's, which has no decoder, the recipe's decoder is used, or an
+    untrained one if the recipe names none. Raise ValueError if an untrained decoder would be tested
+    without training.
     """
     variant = variant or "biomedclipseg"
     overrides = adapter_fields(settings) | overrides
@@ -127,7 +128,7 @@ def bert_tokenizer(config) -> WordPieceTokenizer:
 
 
 def biomedclipseg_recipe(model: biomedclipseg.BiomedCLIPSeg, settings: Protocol) -> Recipe:
-    """Return the recipe of a BiomedCLIPSeg. Its runs keep the vocabulary and name the decoder."""
+    """Return the recipe of a BiomedCLIPSeg. A run saves its vocab.txt and the decoder's source."""
     config = model.config
     recipe = prompted_recipe(biomedclipseg, model, settings, bert_tokenizer(config))
     files = {}

@@ -62,9 +62,9 @@ def scoring_fields(sample) -> dict:
 def image_inputs(sample, train, rng, config, look, read, augment, views, preprocess_mask) -> dict:
     """Return the item of a sample: inputs of the model, target and what scoring needs.
 
-    It holds what `look` makes of the image, what `read` makes of the prompt, and, if the sample has
-    a mask, "mask" (1,S,S) float32: 0 and 1, or class indices; 255 is ignored. In evaluation it also
-    holds the result of `for_scores`.
+    It contains the results of `look` for the image and of `read` for the prompt, and, if the sample
+    has a mask, "mask" (1,S,S) float32: 0 and 1, or class indices; 255 is ignored. In evaluation it
+    also contains the result of `for_scores`.
     """
     if train:
         sample = random_view(sample, views_of_classes(views, sample["classes"]), rng)
@@ -149,11 +149,11 @@ def dice_bce_at_mask_size(logits: Tensor, batch: dict) -> tuple[Tensor, dict]:
 
 
 def texts_per_batch(dataset: Dataset, kind: str, batch_size: int) -> float:
-    """Return the mean number of prompts in a training batch that differ to the model.
+    """Return the expected number of distinct prompts in a training batch.
 
     Prompts are compared by `Dataset.prompt_key`. kind: prompt types, or a literal text.
     """
-    probabilities = {}  # key of a prompt -> probability that a draw gives it
+    probabilities = {}  # key of a prompt -> probability that a training sample has it
     for entry in dataset.entries:
         types = entry.types(kind) if is_prompt_type(kind) else [kind]
         for prompt_type in types:
@@ -169,7 +169,7 @@ def image_recipe(file, model, settings: Protocol, forward: Callable, read=None) 
     """Return the recipe of a model for images.
 
     file: the model's module, with `preprocess` and `preprocess_mask`. forward: (model, batch) ->
-    logits. read: prompt -> tensors, for models that read texts.
+    logits. read: (prompt) -> {name: tensor}, for models that read texts.
     """
     look = partial(preprocessed_image, config=model.config, preprocess=file.preprocess)
     inputs = partial(
@@ -272,7 +272,7 @@ class PromptedFamily(Family):
         return tokenizers
 
     def check_options(self, options) -> None:
-        """Raise ValueError, one line, for values of options that this model does not take."""
+        """Raise ValueError, one line, for values of options that this model does not support."""
         super().check_options(options)
         if options.prompt_study and options.score_size == "network":
             raise ValueError(

@@ -36,10 +36,10 @@ class CachedFeatures:
 
 
 class FeatureEncoder:
-    """Run the frozen towers of a model on whatever no cache file contains yet.
+    """Run the frozen towers of a model on the images and texts that are not cached yet.
 
-    model: has `encode_image` and, if it reads texts, `encode_text`. frozen: tells by the name of a
-    tensor if it belongs to the towers. options: settings of a run.
+    model: has `encode_image` and, if it reads texts, `encode_text`. frozen: (name of a tensor) ->
+    True if it belongs to the towers. options: settings of a run.
     """
 
     def __init__(self, model: nn.Module, frozen: Callable[[str], bool], options):
@@ -54,8 +54,8 @@ class FeatureEncoder:
     def rows(self, title: str, count: int, content: list, compute: Callable) -> CachedRows:
         """Return the rows of a cache file, computing those that are missing.
 
-        title: what the rows are. content: all that they depend on except the model and the title.
-        compute: first row -> iterator of the rows from there on.
+        title: describes the rows. content: everything that they depend on except the model and the
+        title. compute: (first row) -> iterator over the rows from there on.
         """
         dtype = self.options.feature_dtype
         key = fingerprint({}, self.model_key, title, content, dtype)
@@ -71,31 +71,31 @@ class FeatureEncoder:
             pixels, _ = dataset.pixels(i)
             content.append(hashlib.sha256(pixels.tobytes()).hexdigest())
 
-        places = {}
+        locations = {}
         for name in views:
             inputs = partial(image_of_view, load_image=load_image, name=name)
             items = Items(dataset, self.options.prompt, inputs, train=False, seed=0)
             compute = partial(self.image_features, items, indices)
-            rows = self.rows(f"image features, {name}", len(indices), content, compute)
+            file = self.rows(f"image features, {name}", len(indices), content, compute)
             for row, i in enumerate(indices):
-                places[dataset.entries[i].image, name] = (rows, row)
-        return places
+                locations[dataset.entries[i].image, name] = (file, row)
+        return locations
 
     def image_features(self, items: Items, indices: list[int], start: int) -> Iterator[Tensor]:
-        """Yield the features of the images of these entries, from number `start` on."""
-        batches = [[(0, i)] for i in indices[start:]]  # of one image in epoch 0
+        """Yield the features of the images of these entries, from index `start` on."""
+        batches = [[(0, i)] for i in indices[start:]]  # one image each: (epoch 0, entry i)
         for item in make_loader(items, batches, self.options.workers, self.device):
             image = item["image"][None].to(self.device)  # (1,3,S,S)
             yield self.model.encode_image(image)[0]
 
     def encode_texts(self, texts: list[str], tokenize: Callable) -> dict:
-        """Return {text: (file, row)}. tokenize: text -> {"tokens": (T,)}."""
+        """Return {text: (file, row)}. tokenize: (text) -> {"tokens": (T,)}."""
         compute = partial(self.text_embeddings, texts, tokenize)
-        rows = self.rows("text embeddings", len(texts), texts, compute)
-        return {text: (rows, row) for row, text in enumerate(texts)}
+        file = self.rows("text embeddings", len(texts), texts, compute)
+        return {text: (file, row) for row, text in enumerate(texts)}
 
     def text_embeddings(self, texts: list[str], tokenize: Callable, start: int) -> Iterator[Tensor]:
-        """Yield the embeddings of texts, from number `start` on."""
+        """Yield the embeddings (embed_dim,) of texts, from index `start` on."""
         for text in texts[start:]:
             tokens = tokenize(text)["tokens"][None].to(self.device)  # (1,T)
             yield self.model.encode_text(tokens)[0]
@@ -113,12 +113,15 @@ def first_entries(dataset: Dataset) -> list[int]:
 
 
 def image_of_view(sample: dict, train: bool, rng, load_image: Callable, name: str) -> dict:
-    """Return what `load_image` makes of one view of a sample's image, whatever its prompt is."""
+    """Return the inputs that `load_image` makes of one view of a sample's image.
+
+    The prompt is emptied, because `view` does not mirror a sample if its prompt cannot be mirrored.
+    """
     return load_image(view(sample | {"prompt": ""}, name))
 
 
 def texts_of(sets: list[Dataset], kind: str, views: list[str]) -> list[str]:
-    """Return all texts of a prompt type, and those of mirrored images, sorted."""
+    """Return all texts of a prompt type, sorted, with their mirrored forms if a view mirrors."""
     texts = set()
     for dataset in sets:
         for entry in dataset.entries:
@@ -134,9 +137,9 @@ def texts_of(sets: list[Dataset], kind: str, views: list[str]) -> list[str]:
 def cache_features(recipe: Recipe, model, frozen: Callable, sets: list[Dataset], options) -> Recipe:
     """Return a recipe with cached features instead of images and texts; compute missing ones.
 
-    model: has `encode_image` and, if it reads texts, `encode_text`. frozen: tells by the name of a
-    tensor if it belongs to the frozen towers. sets: the first one trains, so that its images are
-    encoded in all of `options.views`; the others in their original view.
+    model: has `encode_image` and, if it reads texts, `encode_text`. frozen: (name of a tensor) ->
+    True if it belongs to the frozen towers. sets: the first is the training set, whose images are
+    encoded in all of `options.views`; those of the others only in the original view.
     """
     model.eval()
     encoder = FeatureEncoder(model, frozen, options)

@@ -122,7 +122,7 @@ def test_the_taps_that_the_study_meant_and_pictures_as_prompts(official):
     try:
         with torch.no_grad():
             logits = official(image, tokens)
-            prompt = official.encode_visual_prompt(image)
+            prompt = official.encode_image_prompt(image)
     finally:
         official.config = config
     error = (logits - golden("out/logits_layers_3_6_9")).abs().max()
@@ -189,7 +189,7 @@ class Reference(nn.Module):
         condition = self.biomedclip.text(tokens)
         return self.decoder(tuple(self.encode_image(image)), condition).logits[:, None]
 
-    def encode_visual_prompt(self, image):
+    def encode_image_prompt(self, image):
         return self.biomedclip.visual.head.proj(self.biomedclip.visual.trunk(image))
 
 
@@ -248,9 +248,9 @@ def test_float32_and_other_sizes_equal_the_packages(pair):
             theirs = reference(image, tokens)
             assert (model(image, tokens) - theirs).abs().max() < 1e-6 * theirs.std()
             ours = model.float()(image.float(), tokens)
-            prompt = reference.encode_visual_prompt(image)
+            prompt = reference.encode_image_prompt(image)
             model.double()
-            assert (model.encode_visual_prompt(image) - prompt).abs().max() < 1e-6
+            assert (model.encode_image_prompt(image) - prompt).abs().max() < 1e-6
         assert (ours - theirs).abs().max() < 2e-5
 
 
@@ -396,7 +396,11 @@ def test_what_no_file_tells_is_said(tmp_path, capsys):
     files = write_hub_files(state, tmp_path)
     model = BiomedCLIPSeg.from_pretrained(files["source"])
     out = capsys.readouterr().out
-    assert "the decoder is untrained" in out and "using (0, 1, 2)" in out and out.count("\n") == 2
+    assert (
+        "the decoder is untrained" in out
+        and "assuming taps (0, 1, 2)" in out
+        and out.count("\n") == 2
+    )
     towers = [n for n in state if n.startswith("biomedclip.")]
     assert all(torch.equal(model.state_dict()[n], state[n]) for n in towers)
     BiomedCLIPSeg.from_pretrained(**files, taps=(1, 2, 3))

@@ -105,7 +105,7 @@ def test_text_and_picture_prompts_at_official_size(golden, official, parity):
         close(tokens[:, i, :: stride["vision"]], golden.get(f"out/text/block{block}"), atol=1e-4)
     prompts = {
         "text": official.encode_text(golden.get("in/text/input_ids")),
-        "image": official.encode_visual_prompt(golden.pixels("image", "conditional_pixels")),
+        "image": official.encode_image_prompt(golden.pixels("image", "conditional_pixels")),
     }
     for case, condition in prompts.items():
         close(condition, golden.get(f"out/{case}/embedding"))
@@ -193,7 +193,7 @@ def test_outputs_and_all_gradients_equal_transformers(refined, dtype, monkeypatc
     image, prompt = torch.randn(2, 2, 3, 96, 96, dtype=dtype)
     weight = torch.randn(2, 2, 1, 96, 96, dtype=dtype)
     by_text = ours(image, TOKENS)
-    by_picture = ours(image, condition=ours.encode_visual_prompt(prompt))
+    by_picture = ours(image, condition=ours.encode_image_prompt(prompt))
     ((by_text * weight[0]).sum() + (by_picture * weight[1]).sum()).backward()
 
     text, picture = official_backward(official, image, prompt, weight, monkeypatch)
@@ -292,7 +292,7 @@ def original_formula(state, image, condition, config):
 @torch.no_grad()
 def test_any_size_follows_the_original_formula(mini, size):
     image, prompt = torch.randn(1, 3, *size), torch.randn(1, 3, 160, 96)
-    condition = mini.encode_visual_prompt(prompt)  # of another size than the image
+    condition = mini.encode_image_prompt(prompt)  # of another size than the image
     ours, state = mini(image, condition=condition), clipseg.to_official(mini.state_dict())
     formula = original_formula(state, image, condition, MINI)
     assert ours.shape == (1, 1, *size)
@@ -316,7 +316,7 @@ def test_blocks_behind_the_last_tap_are_for_picture_prompts_alone(mini):
     last = cut.clip.vision_model.encoder["layers"][3]
     nn.init.constant_(last.mlp["c_proj"].bias, float("nan"))
     assert torch.equal(cut(image, TOKENS), whole)
-    assert cut.encode_visual_prompt(image).isnan().all()
+    assert cut.encode_image_prompt(image).isnan().all()
     calls = []
     last.register_forward_hook(lambda *_: calls.append(1))
     cut(image, TOKENS)
@@ -338,7 +338,7 @@ def test_features_of_one_image_serve_many_prompts(mini):
         one_by_one = [mini(image[None], condition=text[None]) for image, text in pairs]
         expected = torch.cat(one_by_one)
         close(ours, expected, 1e-5 * expected.abs().max().item())  # products of other shapes
-    mixture = 0.7 * texts + 0.3 * mini.encode_visual_prompt(images)
+    mixture = 0.7 * texts + 0.3 * mini.encode_image_prompt(images)
     assert torch.equal(mini(images, condition=mixture), mini.decode(features, condition=mixture))
     assert torch.equal(mini(images, tokens), mini.decode(features, tokens))
 
@@ -465,14 +465,14 @@ def test_a_picture_prompt_is_blurred_darkened_and_cropped(mini, box):
     image, mask = torch.randn(3, 128, 128), torch.zeros(1, 128, 128)
     mask[:, box[0] : box[1], box[2] : box[3]] = torch.rand(box[1] - box[0], box[3] - box[2]) > 0.3
     mask[:, box[0], box[2]] = mask[:, box[1] - 1, box[3] - 1] = 1
-    ours = mini.visual_prompt(image, mask)
+    ours = mini.image_prompt(image, mask)
     expected = official_prompt_engineering(image.numpy(), mask[0].numpy(), 128)
     close(ours.double(), torch.from_numpy(expected), 1e-6)
 
 
 def test_an_empty_picture_prompt_is_refused(mini):
     with pytest.raises(ValueError, match="is empty"):
-        mini.visual_prompt(torch.randn(3, 128, 128), torch.zeros(1, 128, 128))
+        mini.image_prompt(torch.randn(3, 128, 128), torch.zeros(1, 128, 128))
 
 
 # --- the wrong file, and the command line ---------------------------------------------------------
@@ -490,9 +490,9 @@ def wrong_files(state, folder) -> dict:
     torch.save({name: torch.zeros(8, 3, 7, 7)}, folder / "segformer.bin")
     torch.save(torch.zeros(32, 512).half(), folder / "txt_encoding.pth")
     return {
-        "ViT-B-16.pt": "is CLIP (names of OpenAI) without a decoder, not CLIPSeg",
-        "hub_clip.safetensors": "is CLIP (names of transformers) without a decoder, not CLIPSeg",
-        "RN50.pt": "is CLIP (names of OpenAI) without a decoder, not CLIPSeg",
+        "ViT-B-16.pt": "is CLIP without a decoder, not CLIPSeg",
+        "hub_clip.safetensors": "is CLIP without a decoder, not CLIPSeg",
+        "RN50.pt": "is CLIP without a decoder, not CLIPSeg",
         "lora.pth": "seems to be a LoRA of SAM's image encoder (names of SAMed), not CLIPSeg",
         "segformer.bin": "seems to be a SegFormer, not CLIPSeg",
         "txt_encoding.pth": "holds a single tensor, float16 of shape (32, 512), not named tensors",
@@ -513,9 +513,9 @@ def test_a_wrong_clip_is_named(mini, tmp_path):
     wrong_files(hub_state(mini), tmp_path)
     for name, said in (
         ("lora.pth", "is a LoRA of SAM"),
-        ("segformer.bin", "is a SegFormer; clip= (--clip) takes OpenAI's CLIP ViT-B/16"),
-        ("RN50.pt", "is CLIP (names of OpenAI) with another image encoder; clip= (--clip) takes"),
-        ("rd64-uni-refined.pth", "is a decoder of CLIPSeg without CLIP; clip= (--clip) takes"),
+        ("segformer.bin", "is a SegFormer, not CLIP ViT-B/16; clip= (--clip) takes"),
+        ("RN50.pt", "is CLIP (names of OpenAI), not CLIP ViT-B/16; clip= (--clip) takes"),
+        ("rd64-uni-refined.pth", "is a decoder of CLIPSeg without CLIP, not CLIP ViT-B/16"),
         ("txt_encoding.pth", "holds a single tensor"),
     ):
         with pytest.raises(ValueError) as caught:
@@ -664,7 +664,7 @@ def test_published_numbers_of_the_real_weights(tmp_path):
     ]
     close(logits, torch.tensor(expected), 1e-3)
     close(condition[0, :3], torch.tensor([0.5601, -0.0314, 0.1980]), 1e-3)
-    pooled = model.encode_visual_prompt(image)[0, :3]
+    pooled = model.encode_image_prompt(image)[0, :3]
     close(pooled, torch.tensor([0.5036, -0.2681, -0.2644]), 1e-3)
 
 

@@ -158,7 +158,7 @@ def official(variant: str) -> tuple[dict, ...]:
         return (theirs(clipseg.VARIANTS[variant]).state_dict(),)
 
 
-NO_CONFIG = ("no config.json names the taps",)
+NO_CONFIG = ("no config.json lists the taps",)
 FORMS = (
     Form(hub_2022, MINI),
     Form(hub_today, MINI),
