@@ -170,16 +170,19 @@ def write_runs(world: Path) -> None:
     names = {
         "cris": ("cris-kvasir_polyp",),
         "clipseg": ("clipseg-kvasir_polyp", "clipseg-busi"),
+        "biomedclipseg": ("biomedclipseg-kvasir_polyp",),
         "segformer": ("segformer-uw_madison", "segformer-uw_madison-b2"),
         "upernet": ("upernet-uw_madison",),
         "dpt": ("dpt-uw_madison",),
         "beit": ("beit-uw_madison",),
         "sam_decoder": ("sam_decoder-kvasir_polyp",),
         "swin_unetr3d": ("swin_unetr3d-spleen",),
+        "universal": ("universal-spleen",),
+        "fewshot3d": ("fewshot3d-spleen",),
     }
     (world / "runs").mkdir()
     for name, folders in names.items():
-        row = contract.ROWS[name]
+        row = contract.EVERY[name]
         for folder in folders:
             path = world / "runs" / folder
             write_run(path, row.kind, row.model().state_dict(), row.mini)
