@@ -73,15 +73,15 @@ class Config:
     threshold: float = 0.5  # probability above which a pixel belongs to the object
 
 
-VARIANTS = {
-    # 93,735,472 parameters, 4,058,340 of them in the mask decoder
-    "vit-base": Config(),
-    # 312,342,832 parameters
-    "vit-large": Config(dim=1024, depth=24, heads=16, mlp_dim=4096, global_blocks=(5, 11, 17, 23)),
-    # 641,090,608 parameters
-    "vit-huge": Config(dim=1280, depth=32, heads=16, mlp_dim=5120, global_blocks=(7, 15, 23, 31)),
-    # 573,320 parameters, for tests and demos
-    "mini": Config(
+VARIANTS = {  # numbers of parameters
+    "vit-base": Config(),  # 93,735,472, with 4,058,340 in the mask decoder
+    "vit-large": Config(  # 312,342,832
+        dim=1024, depth=24, heads=16, mlp_dim=4096, global_blocks=(5, 11, 17, 23)
+    ),
+    "vit-huge": Config(  # 641,090,608
+        dim=1280, depth=32, heads=16, mlp_dim=5120, global_blocks=(7, 15, 23, 31)
+    ),
+    "mini": Config(  # 573,320; for tests and demos
         dim=64, depth=4, heads=2, mlp_dim=256, global_blocks=(1, 3), out_dim=64, image_size=256
     ),
 }

@@ -611,7 +611,7 @@ def test_preprocessing_is_the_official_one(size):
 
 
 @pytest.mark.parametrize("size", SIZES[:-2])
-def test_prompts_are_brought_to_the_frame_as_officially(size):
+def test_prompts_are_mapped_to_input_pixels_as_officially(size):
     H, W = size
     config = sam_decoder.VARIANTS["vit-base"]
     rng = np.random.default_rng(0)
@@ -648,7 +648,7 @@ def test_prompts_outside_of_the_image_are_told_in_its_own_pixels(mini, xy, told)
 @pytest.mark.parametrize("size", [(147, 301), (301, 147), (500, 500), (1023, 37)])
 @pytest.mark.parametrize("pixels", [{}, sam_decoder.MEDSAM], ids=["SAM", "MedSAM"])
 def test_there_and_back(size, pixels):
-    """A mask to the frame and back is itself, and its box goes where it goes."""
+    """A mask mapped to the input and back is itself, and its box goes where it goes."""
     config = replace(sam_decoder.VARIANTS["vit-base"], **pixels)
     H, W = size
     y, x = np.mgrid[:H, :W]
