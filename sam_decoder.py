@@ -1,28 +1,28 @@
-"""SAM, Segment Anything: segments the objects that boxes, points or rough masks point at.
+"""SAM (Segment Anything): segments objects given boxes, points or rough masks as prompts.
 
-Paper: Kirillov et al., ICCV 2023, arXiv 2304.02643. Code: github.com/facebookresearch/
-segment-anything at dca509f, segment_anything/modeling (Apache 2.0). Tensors have the names of the
-port to transformers 5.23, modeling_sam.py. Weights, all Apache 2.0: facebook/sam-vit-base, -large,
--huge on the hub; the authors' sam_vit_b_01ec64.pth, sam_vit_l_0b3195.pth, sam_vit_h_4b8939.pth.
-MedSAM, Ma et al., Nature Communications 2024, arXiv 2304.12306, has the same architecture:
-wanglab/medsam-vit-base on the hub, medsam_vit_b.pth (licence not checked).
+Paper: Kirillov et al., ICCV 2023, arXiv 2304.02643. The authors' code (Apache 2.0): github.com/
+facebookresearch/segment-anything at dca509f. Parameters are named as in transformers 5.23
+(modeling_sam.py). Weights (Apache 2.0): facebook/sam-vit-base, -large, -huge on the hub; the
+authors' sam_vit_b_01ec64.pth, sam_vit_l_0b3195.pth, sam_vit_h_4b8939.pth. MedSAM, Ma et al., Nature
+Communications 2024, arXiv 2304.12306, is SAM with other weights (`RELEASED`) and another
+preprocessing (`MEDSAM`). This file is self-contained. Left out: automatic masks from a grid of
+points, sizes for ONNX, transformers' label -10.
 
-    image (B,3,1024,1024)                        Q prompts per image, in pixels of the 1024 square
-      vision_encoder: patches of 16x16 pixels,     boxes (B,Q,4), points (B,Q,P,2) with labels:
-      blocks with attention in 14x14 windows,        prompt_encoder, Fourier features
-      four of them with global attention,          sparse (B,Q,n,256), two a box, one a point
-      neck of two convolutions                     masks (B,Q,1,256,256), logits:
-    features (B,256,64,64)                           prompt_encoder, three convolutions
-          |                                        dense (B,Q,256,64,64), or one vector for no mask
-          '-- + dense: keys (B,Q,4096,256)           |
-    mask_decoder <-----------------------------------'
-      five output tokens and the sparse ones (B,Q,5+n,256) attend to the keys and back, twice
-      upscaled keys (B,Q,32,256,256) times a vector that an MLP makes of each mask token
-    masks (B,Q,M,256,256), logits, and their estimated IoU (B,Q,M); M is 1, or 3 with multimask
+Shapes at the default size, for Q prompts per image. Coordinates are pixels of the 1024 square.
 
-quirk: four norms of each decoder layer have eps 1e-5 in the authors' code and 1e-6 in transformers
-(`Config.eps`). MedSAM has another preprocessing than SAM (`MEDSAM`). Left out: automatic masks from
-a grid of points, sizes for ONNX, transformers' label -10. To use it elsewhere, copy this file.
+    image (B,3,1024,1024)
+      vision_encoder: 16x16 patches; 12 blocks, 4 with global attention, 8 in 14x14 windows; a neck
+    features (B,256,64,64)
+    boxes (B,Q,4); points (B,Q,P,2) with labels (B,Q,P)
+      prompt_encoder: Fourier features plus a learned embedding per kind of point
+    sparse (B,Q,n,256): 2 tokens per box, 1 per point, 1 for padding if points have no box
+    masks (B,Q,1,256,256), logits
+      prompt_encoder: three convolutions, or one learned vector if there are no masks
+    dense (B,Q,256,64,64) or (256,1,1)
+    keys = features + dense (B, Q or 1, 4096, 256); tokens = 5 output tokens, sparse (B,Q,5+n,256)
+      mask_decoder: two blocks; in each, tokens attend to keys, then keys to tokens
+      each of the 4 mask tokens -> MLP -> 32 weights; masks = weights @ upscaled keys
+    masks (B,Q,M,256,256), logits, and predicted IoU (B,Q,M); M is 1, or 3 with multimask=True
 
     model = SAM.from_pretrained("facebook/sam-vit-base")
     probabilities, masks = model.segment("photo.jpg", boxes=[[10, 20, 110, 90]])  # x1, y1, x2, y2
@@ -35,6 +35,7 @@ import re
 import sys
 import zipfile
 from collections import OrderedDict
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -44,32 +45,48 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+# Letters in shapes: B images, C channels, H and W height and width, N tokens, h attention heads,
+# d channels of a head, Q prompts per image, P points of a prompt, n sparse tokens of a prompt,
+# M masks per prompt, S side of the square input in pixels.
+#
+# A path above a class is where the authors' code has it, within segment_anything/. "quirk:" marks
+# what one would write differently, but the released weights need. Code between "# shared: NAME" and
+# "# end shared" is the same in several model files.
+
 
 @dataclass(frozen=True)
 class Config:
     dim: int = 768  # channels of the image encoder
-    depth: int = 12  # its blocks
-    heads: int = 12
-    mlp_dim: int = 3072
-    global_blocks: tuple[int, ...] = (2, 5, 8, 11)  # from 0; the others attend within windows
-    out_dim: int = 256  # channels of features, prompts and decoder
-    eps: float = 1e-6  # of the norms in the decoder's two layers; 1e-5 for the authors' files
-    image_size: int = 1024  # side of the square input, a multiple of 16
-    mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # RGB in 0..1, ImageNet's
+    depth: int = 12  # blocks of the image encoder
+    heads: int = 12  # attention heads of the image encoder
+    mlp_dim: int = 3072  # hidden channels of the image encoder's MLPs
+    # indices of the blocks with global attention; the others use windows
+    global_blocks: tuple[int, ...] = (2, 5, 8, 11)
+    out_dim: int = 256  # channels of the features, the prompt tokens and the mask decoder
+    eps: float = 1e-6  # of the norms in TwoWayBlock: transformers' value; the authors' is 1e-5
+    image_size: int = 1024  # side of the square input in pixels, a multiple of 16
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # of RGB in 0..1, from ImageNet
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
-    resample: str = "bilinear"  # PIL's name
-    letterbox: bool = True  # keep the aspect ratio and pad; False: stretch to the square
-    min_max: bool = False  # stretch the grey values of each image to 0..1
-    threshold: float = 0.5
+    resample: str = "bilinear"  # name of a PIL.Image.Resampling filter
+    letterbox: bool = True  # keep the aspect ratio, pad at the bottom and right; False: stretch
+    min_max: bool = False  # rescale each image's values to 0..1, all channels together
+    threshold: float = 0.5  # probability above which a pixel belongs to the object
 
 
-VARIANTS = {
-    "vit-base": Config(),  # 93,735,472 parameters, 4,058,340 of them in the mask decoder
-    "vit-large": Config(1024, 24, 16, 4096, (5, 11, 17, 23)),  # 312,342,832
-    "vit-huge": Config(1280, 32, 16, 5120, (7, 15, 23, 31)),  # 641,090,608
-    "mini": Config(64, 4, 2, 256, (1, 3), out_dim=64, image_size=256),  # 573,320; tests, demos
+VARIANTS = {  # numbers of parameters
+    "vit-base": Config(),  # 93,735,472, with 4,058,340 in the mask decoder
+    "vit-large": Config(  # 312,342,832
+        dim=1024, depth=24, heads=16, mlp_dim=4096, global_blocks=(5, 11, 17, 23)
+    ),
+    "vit-huge": Config(  # 641,090,608
+        dim=1280, depth=32, heads=16, mlp_dim=5120, global_blocks=(7, 15, 23, 31)
+    ),
+    "mini": Config(  # 573,320; for tests and demos
+        dim=64, depth=4, heads=2, mlp_dim=256, global_blocks=(1, 3), out_dim=64, image_size=256
+    ),
 }
-# The preprocessing of MedSAM. For a file with another name: from_pretrained(file, **MEDSAM)
+# The preprocessing of MedSAM. It is applied automatically to the released MedSAM checkpoints, which
+# are recognised by name. Other files of MedSAM need from_pretrained(file, **MEDSAM).
 MEDSAM = {
     "mean": (0.0, 0.0, 0.0),
     "std": (1.0, 1.0, 1.0),
@@ -77,14 +94,9 @@ MEDSAM = {
     "letterbox": False,
     "min_max": True,
 }
-WINDOW = 14  # tokens along a side
+WINDOW = 14  # side of an attention window in tokens
 
 # --- image encoder --------------------------------------------------------------------------------
-
-# Values in the buffer of `bias_attention`: 32 MB in float32. On a GPU 1 GB, since many small calls
-# would be slow there.
-BIAS_SIZE = 2**23
-BIAS_SIZE_ON_GPU = 2**28
 
 
 # shared: channel_norm
@@ -107,79 +119,89 @@ class LayerNorm2d(nn.LayerNorm):
 class MLP(nn.Module):
     """Two linear layers with an activation in between."""
 
-    def __init__(self, dim: int, hidden: int, activation):
+    def __init__(self, dim: int, hidden: int, activation: Callable):
         super().__init__()
         self.lin1 = nn.Linear(dim, hidden)
         self.lin2 = nn.Linear(hidden, dim)
         self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (...,C) -> (...,C)."""
         return self.lin2(self.activation(self.lin1(x)))
 
 
+# The image encoder adds a bias to the attention scores, which depends on the query and on the row
+# and the column of the key. The next two functions compute this attention without holding all
+# scores; `VisionAttention` chooses between them.
+
+# Maximum elements in the buffer of `bias_attention` (32 MB in float32). It may have 1 GB on a GPU,
+# where many small calls are slow.
+MAX_BIAS_ELEMENTS = 2**23
+MAX_BIAS_ELEMENTS_ON_GPU = 2**28
+
+
 def bias_attention(q: Tensor, k: Tensor, v: Tensor, by_row: Tensor, by_column: Tensor) -> Tensor:
-    """Attend among the S*S tokens of a square, with a bias for each row and column of the keys.
+    """Attend among side x side tokens, with a bias per query for each row and column of keys.
 
-    Equals, without a tensor as large as the scores (805 MB in a global block of ViT-B),
+    Equals the following, without allocating the full bias (805 MB for one image in a global block
+    of ViT-B, float32):
 
-        bias = by_row[..., :, None] + by_column[..., None, :]  # (B,h,S,S,S,S)
-        bias = bias.view(B, h, S * S, S * S)
+        bias = by_row[..., :, None] + by_column[..., None, :]  # (B,h,side,side,side,side)
+        bias = bias.view(B, h, side * side, side * side)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
 
-    A few rows of queries attend at a time, and their bias is written into one small buffer that is
-    used again for the next rows. Gradients of the bias are not computed.
+    A few rows of queries attend at a time. Their bias is written into a small buffer, which the
+    next rows overwrite, so the bias gets no gradient.
 
-    q, k, v (B,h,S*S,d); by_row (B,h,S,S,S): query y, query x, key y; by_column (B,h,S,S,S): query
-    y, query x, key x -> (B,h,S*S,d)
+    B counts the windows of all images.
+    q, k, v (B,h,side*side,d)
+    by_row (B,h,side,side,side): query y, query x, key y
+    by_column (B,h,side,side,side): query y, query x, key x
+    -> (B,h,side*side,d)
     """
-    B, h, S = by_row.shape[:3]
-    buffer_size = BIAS_SIZE if q.device.type == "cpu" else BIAS_SIZE_ON_GPU
-    rows = min(S, max(1, buffer_size // (B * h * S**3)))
-    buffer = by_row.new_empty(B, h, rows, S, S, S)  # query y, query x, key y, key x
+    B, h, side = by_row.shape[:3]
+    limit = MAX_BIAS_ELEMENTS if q.device.type == "cpu" else MAX_BIAS_ELEMENTS_ON_GPU
+    rows = min(side, max(1, limit // (B * h * side**3)))
+    buffer = by_row.new_empty(B, h, rows, side, side, side)  # query y, query x, key y, key x
 
     outputs = []
-    for start in range(0, S, rows):
-        row_bias = by_row[:, :, start : start + rows, :, :, None]  # (B,h,rows,S,S,1)
-        column_bias = by_column[:, :, start : start + rows, :, None, :]  # (B,h,rows,S,1,S)
+    for start in range(0, side, rows):
+        row_bias = by_row[:, :, start : start + rows, :, :, None]  # (B,h,rows,side,side,1)
+        column_bias = by_column[:, :, start : start + rows, :, None, :]  # (B,h,rows,side,1,side)
         count = row_bias.shape[2]  # fewer than `rows` at the end
-        bias = torch.add(row_bias, column_bias, out=buffer[:, :, :count])  # (B,h,rows,S,S,S)
-        bias = bias.flatten(4).flatten(2, 3)  # (B,h,rows*S,S*S)
+        bias = torch.add(row_bias, column_bias, out=buffer[:, :, :count])
+        bias = bias.flatten(4).flatten(2, 3)  # (B,h,rows*side,side*side)
 
-        queries = q[:, :, start * S : (start + rows) * S]  # (B,h,rows*S,d)
-        y = F.scaled_dot_product_attention(queries, k, v, attn_mask=bias)  # (B,h,rows*S,d)
-        outputs.append(y)
-    return torch.cat(outputs, 2)  # (B,h,S*S,d)
+        queries = q[:, :, start * side : (start + rows) * side]  # (B,h,rows*side,d)
+        out = F.scaled_dot_product_attention(queries, k, v, attn_mask=bias)  # (B,h,rows*side,d)
+        outputs.append(out)
+    return torch.cat(outputs, 2)  # (B,h,side*side,d)
 
 
 def widened_attention(q: Tensor, k: Tensor, v: Tensor, by_row: Tensor, by_column: Tensor) -> Tensor:
-    """Compute the same as `bias_attention`, with gradients of the bias and without any mask.
+    """Attend like `bias_attention`, but differentiably in the bias and without an attention mask.
 
-    Equals, up to rounding,
+    Equals the plain lines given there, up to rounding. Shapes are the same, too.
 
-        bias = by_row[..., :, None] + by_column[..., None, :]  # (B,h,S,S,S,S)
-        bias = bias.view(B, h, S * S, S * S)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-
-    Each query is extended by its 2*S biases, each key by the one-hot codes of its row and its
-    column. Their product is then q k + bias, and the kernels for attention without a mask, which
-    never hold the scores, can be used.
-
-    Shapes as in `bias_attention`.
+    Each query is extended by its 2*side biases, each key by the one-hot codes of its row and its
+    column. After the usual scaling, their dot product is q.k / sqrt(d) + bias, so kernels without
+    an attention mask, which never materialise the scores, can be used.
     """
-    S = by_row.shape[2]
+    side = by_row.shape[2]
     d = q.shape[3]
 
-    one_hot = torch.eye(S, dtype=k.dtype, device=k.device)  # (S,S)
-    key_row = one_hot.repeat_interleave(S, 0)  # (S*S,S)
-    key_column = one_hot.repeat(S, 1)  # (S*S,S)
-    key_codes = torch.cat([key_row, key_column], 1)  # (S*S,2S)
-    query_bias = torch.cat([by_row, by_column], 4).flatten(2, 3)  # (B,h,S*S,2S)
+    one_hot = torch.eye(side, dtype=k.dtype, device=k.device)  # (side,side)
+    key_row = one_hot.repeat_interleave(side, 0)  # (side*side,side)
+    key_column = one_hot.repeat(side, 1)  # (side*side,side)
+    key_codes = torch.cat([key_row, key_column], 1)  # (side*side,2*side)
+    query_bias = torch.cat([by_row, by_column], 4).flatten(2, 3)  # (B,h,side*side,2*side)
 
-    q = torch.cat([q, query_bias * d**0.5], 3)  # (B,h,S*S,d+2S); the scale below divides by d**0.5
-    k = torch.cat([k, key_codes.expand(*k.shape[:2], -1, -1)], 3)  # (B,h,S*S,d+2S)
-    v = F.pad(v, (0, 2 * S))  # (B,h,S*S,d+2S), as some kernels need one width
-    y = F.scaled_dot_product_attention(q, k, v, scale=d**-0.5)  # (B,h,S*S,d+2S)
-    return y[..., :d]  # (B,h,S*S,d)
+    # The scale divides the bias by sqrt(d), too, so it is multiplied by sqrt(d) before.
+    q = torch.cat([q, query_bias * d**0.5], 3)  # (B,h,side*side,d+2*side)
+    k = torch.cat([k, key_codes.expand(*k.shape[:2], -1, -1)], 3)  # (B,h,side*side,d+2*side)
+    v = F.pad(v, (0, 2 * side))  # (B,h,side*side,d+2*side), as some kernels need one width
+    out = F.scaled_dot_product_attention(q, k, v, scale=d**-0.5)  # (B,h,side*side,d+2*side)
+    return out[..., :d]  # (B,h,side*side,d)
 
 
 # modeling/image_encoder.py, class Attention, window_partition and add_decomposed_rel_pos
@@ -201,28 +223,34 @@ class VisionAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (B,H,H,C) -> (B,H,H,C)."""
         B, H = x.shape[:2]
-        S = self.side
-        n = (H + S - 1) // S  # windows along a side; the last one may reach beyond the map
+        side = self.side
+        windows = (H + side - 1) // side  # per row and column; the last may reach beyond the map
+        size = windows * side
 
-        qkv = self.pad_to(n * S, self.qkv(x))  # (B,n*S,n*S,3C)
-        qkv = qkv.view(B, n, S, n, S, 3, self.heads, -1)
-        qkv = qkv.permute(5, 0, 1, 3, 6, 2, 4, 7)  # (3,B,n,n,h,S,S,d)
-        q, k, v = qkv.flatten(1, 3).flatten(3, 4)  # (B*n*n,h,S*S,d) each
+        qkv = self.pad_to(size, self.qkv(x))  # (B,size,size,3C)
+        # (B, window row, y, window column, x, 3, head, d)
+        qkv = qkv.view(B, windows, side, windows, side, 3, self.heads, -1)
+        # (3, B, window row, window column, head, y, x, d)
+        qkv = qkv.permute(5, 0, 1, 3, 6, 2, 4, 7)
+        q, k, v = qkv.flatten(1, 3).flatten(3, 4)  # (B*windows*windows,h,side*side,d) each
 
-        by_row, by_column = self.position_bias(q)  # (B*n*n,h,S,S,S) each
+        by_row, by_column = self.position_bias(q)  # (B*windows*windows,h,side,side,side) each
         attend = self.attention_for(q, by_row)
-        y = attend(q, k, v, by_row, by_column)  # (B*n*n,h,S*S,d)
+        out = attend(q, k, v, by_row, by_column)  # (B*windows*windows,h,side*side,d)
 
-        y = y.view(B, n, n, self.heads, S, S, -1)
-        y = y.permute(0, 1, 4, 2, 5, 3, 6)  # (B,n,S,n,S,h,d)
-        y = y.reshape(B, n * S, n * S, -1)[:, :H, :H]  # (B,H,H,C)
-        return self.proj(y)
+        # (B, window row, window column, head, y, x, d)
+        out = out.view(B, windows, windows, self.heads, side, side, -1)
+        # (B, window row, y, window column, x, head, d)
+        out = out.permute(0, 1, 4, 2, 5, 3, 6)
+        out = out.reshape(B, size, size, -1)[:, :H, :H]  # (B,H,H,C)
+        return self.proj(out)
 
     def pad_to(self, size: int, qkv: Tensor) -> Tensor:
         """Pad queries, keys and values at the bottom and right: (B,H,H,3C) -> (B,size,size,3C).
 
-        quirk: the authors pad with zeros between the norm and `qkv`, so padding holds the bias of
-        `qkv`, and it is attended to.
+        quirk: the authors pad with zeros between the norm and `qkv`, so the q, k and v of a padded
+        token equal the bias of `qkv`, and padded tokens are not masked. Here the padding comes
+        after `qkv`, which gives the same values for less work.
         """
         B, H = qkv.shape[:2]
         if size == H:
@@ -234,33 +262,35 @@ class VisionAttention(nn.Module):
     def position_bias(self, q: Tensor) -> tuple[Tensor, Tensor]:
         """Return the biases of each query for the rows and for the columns of the keys.
 
-        q (N,h,S*S,d) -> (N,h,S,S,S) twice: query y, query x, key y or key x.
+        q (B,h,side*side,d) -> by_row, by_column (B,h,side,side,side), as in `bias_attention`.
         """
-        S = self.side
-        position = torch.arange(S, device=q.device)
-        offset = position[:, None] - position + S - 1  # (S,S): query minus key, from 0
-        along_h = self.rel_pos_h[offset]  # (S,S,d)
-        along_w = self.rel_pos_w[offset]  # (S,S,d)
+        side = self.side
+        position = torch.arange(side, device=q.device)
+        offset = position[:, None] - position + side - 1  # (side,side): query - key, from 0 on
+        along_h = self.rel_pos_h[offset]  # (side,side,d)
+        along_w = self.rel_pos_w[offset]  # (side,side,d)
 
-        q = q.unflatten(2, (S, S))  # (N,h,S,S,d); quirk: not divided by sqrt(d), unlike the scores'
-        by_row = torch.einsum("bhyxd,ykd->bhyxk", q, along_h)
-        by_column = torch.einsum("bhyxd,xkd->bhyxk", q, along_w)
+        # quirk: the bias uses q unscaled, although the scores use q / sqrt(d)
+        q = q.unflatten(2, (side, side))  # (B,h,side,side,d)
+        by_row = torch.einsum("bhyxd,ykd->bhyxk", q, along_h)  # (B,h,side,side,side)
+        by_column = torch.einsum("bhyxd,xkd->bhyxk", q, along_w)  # (B,h,side,side,side)
         return by_row, by_column
 
-    def attention_for(self, q: Tensor, by_row: Tensor):
-        """Return the faster of the two formulations of attention that this case allows."""
-        if by_row.requires_grad:
+    def attention_for(self, q: Tensor, by_row: Tensor) -> Callable:
+        """Return `widened_attention` where gradients need it or where it is faster."""
+        if by_row.requires_grad:  # `bias_attention` has no gradient for the bias
             return widened_attention
-        # A GPU has its fastest kernels for attention without a mask in half precision.
-        is_fused = q.device.type != "cpu" and q.dtype != torch.float32
-        if is_fused and self.side > WINDOW:
+        # In half precision, a GPU has its fastest kernels for attention without a mask.
+        is_half_on_gpu = q.device.type != "cpu" and q.dtype != torch.float32
+        is_global = self.side > WINDOW
+        if is_half_on_gpu and is_global:
             return widened_attention
         return bias_attention
 
 
 # modeling/image_encoder.py, class Block
 class VisionBlock(nn.Module):
-    """A transformer block: attention and an MLP, each behind a norm and with a residual."""
+    """A pre-norm transformer block."""
 
     def __init__(self, dim: int, heads: int, mlp_dim: int, side: int):
         super().__init__()
@@ -283,6 +313,7 @@ class VisionEncoder(nn.Module):
         super().__init__()
         grid = config.image_size // 16  # patches along a side
         projection = nn.Conv2d(3, config.dim, 16, stride=16)
+        # nested to match the checkpoint's parameter names
         self.patch_embed = nn.ModuleDict({"projection": projection})
         self.pos_embed = nn.Parameter(torch.zeros(1, grid, grid, config.dim))
 
@@ -301,10 +332,10 @@ class VisionEncoder(nn.Module):
         )
 
     def forward(self, image: Tensor) -> Tensor:
-        """image (B,3,S,S) -> features (B,C',S/16,S/16), C' = out_dim."""
+        """image (B,3,S,S) -> features (B,out_dim,S/16,S/16)."""
         x = self.patch_embed["projection"](image).permute(0, 2, 3, 1)  # (B,H,W,C)
-        x = self.layers(x + self.pos_embed)
-        return self.neck(x.permute(0, 3, 1, 2))  # (B,C',H,W)
+        x = self.layers(x + self.pos_embed)  # (B,H,W,C)
+        return self.neck(x.permute(0, 3, 1, 2))  # (B,out_dim,H,W)
 
 
 # --- prompt encoder -------------------------------------------------------------------------------
@@ -312,7 +343,7 @@ class VisionEncoder(nn.Module):
 
 # modeling/prompt_encoder.py, class PositionEmbeddingRandom
 class FourierFeatures(nn.Module):
-    """Sine and cosine of positions along random directions. The directions are never trained."""
+    """Random Fourier features of 2-D positions, with fixed directions."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -322,8 +353,8 @@ class FourierFeatures(nn.Module):
         """xy (...,2), 0..1 along the sides of the image -> (...,C)."""
         xy = (2 * xy - 1).to(self.positional_embedding.dtype)
         x, y = xy.unsqueeze(-1).unbind(-2)  # (...,1) each
-        # Autocast would compute a matrix product in bfloat16, too coarse for the sine of large
-        # numbers. Elementwise operations stay in float32.
+        # Under autocast, a matrix product would be computed in bfloat16, too imprecise for sines of
+        # large phases. Elementwise operations stay in float32.
         phase = x * self.positional_embedding[0] + y * self.positional_embedding[1]  # (...,C/2)
         phase = 2 * math.pi * phase
         return torch.cat([phase.sin(), phase.cos()], -1)  # (...,C)
@@ -353,15 +384,15 @@ class PromptEncoder(nn.Module):
         )
         self.no_mask_embed = nn.Embedding(1, dim)
 
-    def position(self, side: int) -> Tensor:
-        """Return the Fourier features of side x side image tokens: (side*side,C)."""
+    def grid_positions(self, side: int) -> Tensor:
+        """Return the Fourier features of the centres of side x side patches: (side*side,C)."""
         centre = torch.arange(side, device=self.no_mask_embed.weight.device) + 0.5
         grid = torch.meshgrid(centre / side, centre / side, indexing="xy")
         xy = torch.stack(grid, -1)  # (side,side,2)
         return self.shared_embedding(xy).flatten(0, 1)  # (side*side,C)
 
     def forward(self, boxes, points, labels, masks) -> tuple[Tensor | None, Tensor]:
-        """Encode prompts as `SAM.decode` takes them.
+        """Encode prompts as `SAM.decode` takes them, None for a kind that is not used.
 
         -> sparse (B,Q,n,C), None for masks alone; dense (B,Q,C,H,W), or (C,1,1) without masks.
         n is P+1 for points alone, 2 for a box, P+2 for both.
@@ -385,19 +416,20 @@ class PromptEncoder(nn.Module):
 
     def embed_points(self, points: Tensor, labels: Tensor) -> Tensor:
         """points (B,Q,P,2), labels (B,Q,P) -> (B,Q,P,C)."""
-        x = self.shared_embedding((points + 0.5) / self.image_size)  # (B,Q,P,C)
+        centres = points + 0.5  # of the pixels
+        x = self.shared_embedding(centres / self.image_size)  # (B,Q,P,C)
         labels = labels[..., None]  # (B,Q,P,1)
         outside = self.point_embed[0].weight[0]  # (C,)
-        inside = self.point_embed[1].weight[0]
+        inside = self.point_embed[1].weight[0]  # (C,)
         x = x + torch.where(labels == 1, inside, outside)
         return torch.where(labels == -1, self.not_a_point_embed.weight[0], x)
 
     def embed_boxes(self, boxes: Tensor) -> Tensor:
-        """boxes (B,Q,4) -> (B,Q,2,C)."""
-        corners = boxes.unflatten(2, (2, 2))  # (B,Q,2,2)
-        x = self.shared_embedding((corners + 0.5) / self.image_size)  # (B,Q,2,C)
+        """boxes (B,Q,4) -> (B,Q,2,C), a token for each of two corners."""
+        centres = boxes.unflatten(2, (2, 2)) + 0.5  # (B,Q,2,2), of the pixels at the corners
+        x = self.shared_embedding(centres / self.image_size)  # (B,Q,2,C)
         upper_left = self.point_embed[2].weight[0]  # (C,)
-        lower_right = self.point_embed[3].weight[0]
+        lower_right = self.point_embed[3].weight[0]  # (C,)
         return x + torch.stack([upper_left, lower_right])
 
 
@@ -406,7 +438,7 @@ class PromptEncoder(nn.Module):
 
 # modeling/transformer.py, class Attention
 class Attention(nn.Module):
-    """Multi-head attention with 8 heads and `inner` channels, of queries to other tokens."""
+    """8-head attention whose projections have `inner` channels."""
 
     def __init__(self, dim: int, inner: int):
         super().__init__()
@@ -418,8 +450,8 @@ class Attention(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (B,Q,N,C), k and v (B,Q,N',C) -> (B,Q,N,C).
 
-        Q may be 1 in q, or in k and v: tokens that all prompts of an image share are projected
-        once and then repeated.
+        The Q axis of q, or of k and v, may be 1 if all prompts share those tokens. They are then
+        projected once and expanded.
         """
         Q = max(q.shape[1], k.shape[1])
         q = self.q_proj(q)
@@ -429,14 +461,14 @@ class Attention(nn.Module):
         q = self.split_heads(q, Q)  # (B*Q,h,N,d)
         k = self.split_heads(k, Q)  # (B*Q,h,N',d)
         v = self.split_heads(v, Q)  # (B*Q,h,N',d)
-        y = F.scaled_dot_product_attention(q, k, v)  # (B*Q,h,N,d)
-        y = y.transpose(1, 2).flatten(2)  # (B*Q,N,h*d)
-        return self.out_proj(y).unflatten(0, (-1, Q))  # (B,Q,N,C)
+        out = F.scaled_dot_product_attention(q, k, v)  # (B*Q,h,N,d)
+        out = out.transpose(1, 2).flatten(2)  # (B*Q,N,h*d)
+        return self.out_proj(out).unflatten(0, (-1, Q))  # (B,Q,N,C)
 
     def split_heads(self, x: Tensor, Q: int) -> Tensor:
-        """x (B,Q or 1,N,h*d) -> (B*Q,h,N,d)."""
-        x = x.unflatten(3, (8, -1)).transpose(2, 3)  # (B,Q or 1,h,N,d)
-        return x.expand(-1, Q, -1, -1, -1).flatten(0, 1)
+        """x (B, Q or 1, N, h*d) -> (B*Q,h,N,d)."""
+        x = x.unflatten(3, (8, -1)).transpose(2, 3)  # (B, Q or 1, h, N, d)
+        return x.expand(-1, Q, -1, -1, -1).flatten(0, 1)  # (B*Q,h,N,d)
 
 
 # modeling/transformer.py, class TwoWayAttentionBlock
@@ -455,26 +487,28 @@ class TwoWayBlock(nn.Module):
         self.layer_norm4 = nn.LayerNorm(dim, eps=eps)
         self.cross_attn_image_to_token = Attention(dim, dim // 2)
 
-    def forward(self, queries: Tensor, keys: Tensor, tokens: Tensor, position: Tensor):
-        """queries, tokens (B,Q,n,C), keys (B,Q or 1,N,C), position (N,C) -> queries, keys.
+    def forward(
+        self, queries: Tensor, keys: Tensor, tokens: Tensor, position: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """queries, tokens (B,Q,N,C), keys (B, Q or 1, H*W, C), position (H*W,C) -> queries, keys.
 
-        `tokens` are the queries before the first block. They are the queries' positions.
+        `tokens`, the initial queries, are added again before each attention as positional encoding.
         """
-        # quirk: no residual and no positions in the first block
+        # quirk: the first block's self-attention has no residual and no positions
         if self.is_first:
             queries = self.self_attn(queries, queries, queries)
         else:
             queries = queries + self.self_attn(queries + tokens, queries + tokens, queries)
-        queries = self.layer_norm1(queries)  # (B,Q,n,C)
+        queries = self.layer_norm1(queries)  # (B,Q,N,C)
 
-        keys_in_place = keys + position  # (B,Q or 1,N,C)
-        y = self.cross_attn_token_to_image(queries + tokens, keys_in_place, keys)  # (B,Q,n,C)
-        queries = self.layer_norm2(queries + y)
+        keys_with_position = keys + position  # (B, Q or 1, H*W, C)
+        update = self.cross_attn_token_to_image(queries + tokens, keys_with_position, keys)
+        queries = self.layer_norm2(queries + update)  # (B,Q,N,C)
 
-        queries = self.layer_norm3(queries + self.mlp(queries))
+        queries = self.layer_norm3(queries + self.mlp(queries))  # (B,Q,N,C)
 
-        y = self.cross_attn_image_to_token(keys_in_place, queries + tokens, queries)  # (B,Q,N,C)
-        keys = self.layer_norm4(keys + y)
+        update = self.cross_attn_image_to_token(keys_with_position, queries + tokens, queries)
+        keys = self.layer_norm4(keys + update)  # (B,Q,H*W,C)
         return queries, keys
 
 
@@ -488,24 +522,25 @@ class TwoWayTransformer(nn.Module):
         second = TwoWayBlock(dim, eps, is_first=False)
         self.layers = nn.ModuleList([first, second])
         self.final_attn_token_to_image = Attention(dim, dim // 2)
-        self.layer_norm_final_attn = nn.LayerNorm(dim)  # eps 1e-5 in transformers too
+        self.layer_norm_final_attn = nn.LayerNorm(dim)  # eps 1e-5 in transformers, too
 
     def forward(self, tokens: Tensor, keys: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
-        """tokens (B,Q,n,C), keys (B,Q or 1,N,C), position (N,C) -> (B,Q,n,C), (B,Q,N,C)."""
+        """tokens (B,Q,N,C), keys (B, Q or 1, H*W, C), position (H*W,C) -> tokens, keys."""
         queries = tokens
         for layer in self.layers:
             queries, keys = layer(queries, keys, tokens, position)
-        y = self.final_attn_token_to_image(queries + tokens, keys + position, keys)  # (B,Q,n,C)
-        return self.layer_norm_final_attn(queries + y), keys
+        update = self.final_attn_token_to_image(queries + tokens, keys + position, keys)
+        return self.layer_norm_final_attn(queries + update), keys  # (B,Q,N,C), (B,Q,H*W,C)
 
 
 # modeling/mask_decoder.py, class MLP
-def head(dim: int, out_dim: int) -> nn.Sequential:
+def three_layer_mlp(dim: int, out_dim: int) -> nn.Sequential:
     """Return an MLP with two hidden layers of `dim` channels: (...,dim) -> (...,out_dim)."""
     return nn.Sequential(
         OrderedDict(
             proj_in=nn.Linear(dim, dim),
             relu1=nn.ReLU(),
+            # nested to match the checkpoint's parameter names
             layers=nn.Sequential(nn.Linear(dim, dim)),
             relu2=nn.ReLU(),
             proj_out=nn.Linear(dim, out_dim),
@@ -519,31 +554,34 @@ class MaskDecoder(nn.Module):
 
     def __init__(self, dim: int, eps: float):
         super().__init__()
-        # The first of four masks is the single answer, the other three are the multimask output.
         self.iou_token = nn.Embedding(1, dim)
+        # Token 0 gives the single mask, tokens 1 to 3 the multimask output.
         self.mask_tokens = nn.Embedding(4, dim)
         self.transformer = TwoWayTransformer(dim, eps)
         self.upscale_conv1 = nn.ConvTranspose2d(dim, dim // 4, 2, stride=2)
         self.upscale_layer_norm = LayerNorm2d(dim // 4)
         self.upscale_conv2 = nn.ConvTranspose2d(dim // 4, dim // 8, 2, stride=2)
-        self.output_hypernetworks_mlps = nn.ModuleList(head(dim, dim // 8) for _ in range(4))
-        self.iou_prediction_head = head(dim, 4)
+        mlps = [three_layer_mlp(dim, dim // 8) for _ in range(4)]  # one per mask token
+        self.output_hypernetworks_mlps = nn.ModuleList(mlps)
+        self.iou_prediction_head = three_layer_mlp(dim, 4)
 
     def forward(self, features, position, sparse, dense, multimask: bool) -> tuple[Tensor, Tensor]:
         """Decode features (B,C,H,W), their positions (H*W,C), and sparse and dense prompts.
 
         -> masks (B,Q,M,4H,4W), logits; iou (B,Q,M).
         """
-        keys = features[:, None] + dense  # (B,Q,C,H,W), Q = 1 where the prompts have no masks
+        keys = features[:, None] + dense  # (B,Q,C,H,W); Q is 1 here if there are no mask prompts
         size = keys.shape[3:]
-        keys = keys.flatten(3).transpose(2, 3)  # (B,Q,H*W,C)
+        keys = keys.flatten(3).transpose(2, 3)  # (B, Q or 1, H*W, C)
 
         tokens = torch.cat([self.iou_token.weight, self.mask_tokens.weight])  # (5,C)
-        B, Q = keys.shape[:2] if sparse is None else sparse.shape[:2]
-        tokens = tokens.expand(B, Q, -1, -1)  # (B,Q,5,C)
-        if sparse is not None:
+        if sparse is None:
+            tokens = tokens.expand(*keys.shape[:2], -1, -1)  # (B,Q,5,C)
+        else:
+            tokens = tokens.expand(*sparse.shape[:2], -1, -1)  # (B,Q,5,C)
             tokens = torch.cat([tokens, sparse], 2)  # (B,Q,5+n,C)
-        tokens, keys = self.transformer(tokens, keys, position)
+        B, Q = tokens.shape[:2]
+        tokens, keys = self.transformer(tokens, keys, position)  # (B,Q,5+n,C), (B,Q,H*W,C)
 
         x = keys.transpose(2, 3).flatten(0, 1).unflatten(2, size)  # (B*Q,C,H,W)
         x = F.gelu(self.upscale_layer_norm(self.upscale_conv1(x)))  # (B*Q,C/4,2H,2W)
@@ -563,70 +601,6 @@ class MaskDecoder(nn.Module):
 
 
 # --- the model ------------------------------------------------------------------------------------
-
-
-def check_inside(name: str, xy: Tensor, width: int, height: int) -> None:
-    """Raise ValueError unless points (...,2) or boxes (...,4) lie in the image, not inverted."""
-    corners = xy.unflatten(-1, (-1, 2))  # (...,1 or 2,2)
-    limits = torch.tensor([width, height], device=xy.device)
-    is_inside = ((corners >= 0) & (corners <= limits)).flatten(-2).all(-1)  # (...); False for NaN
-    if not is_inside.all():
-        value = xy[~is_inside][0].tolist()
-        raise ValueError(f"{name} {value}: not within the image of {width} x {height} pixels")
-
-    is_inverted = (corners[..., -1, :] < corners[..., 0, :]).any(-1)  # (...)
-    if is_inverted.any():
-        value = xy[is_inverted][0].tolist()
-        raise ValueError(f"{name} {value}: inverted, it must be x1, y1, x2, y2")
-
-
-def check_values(prompts: dict[str, Tensor], image_size: int) -> None:
-    """Raise ValueError, one line, for boxes, points, labels or masks with impossible values."""
-    for name in ("boxes", "points"):
-        if name in prompts:
-            check_inside(name, prompts[name], image_size, image_size)
-
-    if "labels" in prompts:
-        labels = prompts["labels"]
-        known = torch.tensor([-1, 0, 1]).to(labels)
-        if not torch.isin(labels, known).all():
-            raise ValueError("labels must be 1 inside of the object, 0 outside, -1 for no point")
-
-    if "masks" in prompts:
-        masks = prompts["masks"]
-        if not masks.isfinite().all():
-            raise ValueError("masks must be finite logits; some are NaN or infinite")
-        is_only_prompt = len(prompts) == 1
-        has_object = (masks > 0).flatten(2).any(2)  # (B,Q)
-        if is_only_prompt and not has_object.all():
-            raise ValueError("masks: one is empty (no logit above 0), and there is no other prompt")
-
-
-def check_prompts(features: Tensor, prompts: dict[str, Tensor], image_size: int) -> None:
-    """Raise ValueError, one line, if the prompts of `SAM.decode` are not usable.
-
-    prompts: those that are given, by name.
-    """
-    if not prompts:
-        raise ValueError("no prompt: give boxes, points with labels, or masks")
-    if ("points" in prompts) != ("labels" in prompts):
-        raise ValueError("points need labels (1 inside, 0 outside), and labels need points")
-
-    # The first prompt decides about Q, the labels about P.
-    B = features.shape[0]
-    first = next(iter(prompts.values()))
-    Q = first.shape[1] if first.ndim > 1 else "Q"
-    P = prompts["labels"].shape[-1] if "labels" in prompts else None
-    side = 4 * features.shape[2]
-    shapes = {"boxes": (4,), "points": (P, 2), "labels": (P,), "masks": (1, side, side)}
-    for name, x in prompts.items():
-        expected = (B, Q, *shapes[name])
-        if tuple(x.shape) != expected:
-            text = ",".join(map(str, expected))
-            raise ValueError(f"{name} are of shape {tuple(x.shape)}, expected ({text})")
-
-    if not torch.compiler.is_compiling():  # a compiled graph cannot depend on values
-        check_values(prompts, image_size)
 
 
 # modeling/sam.py, class Sam
@@ -653,7 +627,7 @@ class SAM(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Segment an image (B,3,S,S) from `preprocess` by Q prompts per image, see `decode`.
 
-        -> masks (B,Q,M,S/4,S/4), logits; iou (B,Q,M), an estimate. M is 1, or 3 with `multimask`.
+        -> masks (B,Q,M,S/4,S/4), logits; predicted IoU (B,Q,M). M is 1, or 3 with `multimask`.
         """
         features = self.encode_image(image)
         return self.decode(features, boxes, points, labels, masks, multimask)
@@ -662,8 +636,10 @@ class SAM(nn.Module):
         """image (B,3,S,S) -> features (B,C,S/16,S/16). Raise ValueError for another size."""
         S = self.config.image_size
         if image.shape[1:] != (3, S, S):
-            shape = tuple(image.shape)
-            raise ValueError(f"image is {shape}, not (B,3,{S},{S}); image_size= takes another size")
+            raise ValueError(
+                f"image is {tuple(image.shape)}, not (B,3,{S},{S}); for another size, load with "
+                "from_pretrained(..., image_size=...)"
+            )
         return self.vision_encoder(image)
 
     def decode(
@@ -677,60 +653,73 @@ class SAM(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Return the masks for Q prompts per image, given features (B,C,S/16,S/16).
 
-        boxes (B,Q,4): x1, y1, x2, y2 in pixels of the SxS input, as `to_frame` returns them.
-        points (B,Q,P,2): x, y; labels (B,Q,P): 1 inside of the object, 0 outside, -1 no point, to
-        fill up prompts with fewer points. masks (B,Q,1,S/4,S/4): logits, as from an earlier call.
-        A prompt may combine a box, points and a mask. To decode one prompt per image, of any
-        image: decode(features[image_of_prompt], boxes=boxes[:, None]).
+        boxes (B,Q,4): x1, y1, x2, y2 in pixels of the SxS input, as `to_input_pixels` returns them
+        points (B,Q,P,2): x, y, also in pixels of the input
+        labels (B,Q,P): 1 inside of the object, 0 outside, -1 to fill up prompts with fewer points
+        masks (B,Q,1,S/4,S/4): logits, as an earlier call returned them
 
-        -> masks (B,Q,M,S/4,S/4), logits; iou (B,Q,M). Raise ValueError for wrong prompts.
+        A prompt may combine a box, points and a mask. If images have different numbers of prompts,
+        decode all prompts as a batch with one prompt each: decode(features[image_index],
+        boxes=boxes[:, None]), where row i of boxes (...,4) belongs to image image_index[i].
+
+        -> masks (B,Q,M,S/4,S/4), logits; predicted IoU (B,Q,M). Raise ValueError for wrong prompts.
         """
         prompts = {"boxes": boxes, "points": points, "labels": labels, "masks": masks}
         prompts = {name: x for name, x in prompts.items() if x is not None}
-        check_prompts(features, prompts, self.config.image_size)
+        self.check_prompts(features, prompts)
 
         sparse, dense = self.prompt_encoder(boxes, points, labels, masks)
-        position = self.prompt_encoder.position(features.shape[3])  # (H*W,C)
+        position = self.prompt_encoder.grid_positions(features.shape[3])  # (H*W,C)
         return self.mask_decoder(features, position, sparse, dense, multimask)
 
+    # The next five methods call the functions of the same name, which are further down.
+
+    def check_prompts(self, features: Tensor, prompts: dict[str, Tensor]) -> None:
+        """Raise ValueError for wrong prompts; see the function `check_prompts` below."""
+        check_prompts(features, prompts, self.config.image_size)
+
     def preprocess(self, image) -> Tensor:
-        """PIL image -> (3,S,S), see `preprocess`."""
+        """PIL image -> (3,S,S); see the function `preprocess` below."""
         return preprocess(image, self.config)
 
-    def to_frame(self, xy: Tensor, size: tuple[int, int]) -> Tensor:
-        """Bring boxes or points of an image of `size` (H,W) to the SxS input, see `to_frame`."""
-        return to_frame(xy, size, self.config)
+    def to_input_pixels(self, xy: Tensor, size: tuple[int, int]) -> Tensor:
+        """Map boxes or points of an image of `size` (H,W); see `to_input_pixels` below."""
+        return to_input_pixels(xy, size, self.config)
 
     def postprocess(self, logits: Tensor, size: tuple[int, int]) -> Tensor:
-        """logits (M,S/4,S/4), size (H,W) -> probabilities (M,H,W), see `postprocess`."""
+        """logits (M,S/4,S/4), size (H,W) -> probabilities (M,H,W); see `postprocess` below."""
         return postprocess(logits, size, self.config)
 
     def segment(self, image, boxes=None, points=None, labels=None) -> tuple:
-        """Segment an image or its file -> probabilities (Q,H,W), masks (Q,H,W); see `segment`."""
+        """image or its path -> probabilities (Q,H,W), masks (Q,H,W); see `segment` below."""
         return segment(self, image, boxes, points, labels)
 
     @classmethod
     def from_pretrained(cls, source: str | Path, **overrides) -> "SAM":
-        """Load the model from a file, a folder, a run folder or a hub id, in evaluation mode.
+        """Load the model from a file, a folder or a hub id, in evaluation mode.
 
+        A folder may be a training run's output folder (weights and a config.json of ours).
         overrides: fields of Config. Another `image_size` resizes the position tables linearly, as
         SAMed does for 512 pixels; the model then needs fine-tuning. Raise ValueError, one line, for
         files that are not SAM's or not complete.
         """
         weights, settings = read_checkpoint(source, FILES)
-        if "format" in settings:  # a run folder of ours
+        if "format" in settings:  # written by our training program
             config = Config(**run_config(settings, "SAM", source, Config))
         else:
             config = read_config(weights, settings, overrides, source)
         weights = convert(weights)
 
+        # Check at the file's own image size, then resize.
         final_config = replace(config, **overrides)
+        config_at_own_size = replace(final_config, image_size=config.image_size)
         with torch.device("meta"):  # the values come from the file
             model = cls(final_config)
-            expected = cls(replace(final_config, image_size=config.image_size)).state_dict()
+            expected = cls(config_at_own_size).state_dict()
         check_complete(weights, expected, source)
+        if final_config.image_size != config.image_size:
+            weights = resize_position_tables(weights, final_config)
 
-        weights = resized(weights, final_config)
         weights = {name: t.float() for name, t in weights.items()}
         model.load_state_dict(weights, assign=True)
         return model.eval()
@@ -741,220 +730,74 @@ class SAM(nn.Module):
 # postprocessing.
 # --------------------------------------------------------------------------------------------------
 
-FILES = ("best.safetensors", "model.safetensors", "pytorch_model.bin")
-RELEASED = {  # file or hub id -> the preprocessing that it needs
-    "facebook/sam-vit-base": "SAM",
-    "facebook/sam-vit-large": "SAM",
-    "facebook/sam-vit-huge": "SAM",
-    "sam_vit_b_01ec64.pth": "SAM",
-    "sam_vit_l_0b3195.pth": "SAM",
-    "sam_vit_h_4b8939.pth": "SAM",
-    "wanglab/medsam-vit-base": "MedSAM",
-    "medsam_vit_b.pth": "MedSAM",
-}
-IGNORED = {r"pixel_(mean|std)": "constants of the preprocessing, which Config holds"}
-FOURIER = "prompt_encoder.shared_embedding.positional_embedding"
-TWIN = "shared_image_embedding.positional_embedding"  # the hub's second name for the same tensor
-# Beginnings of the authors' names -> ours. The first that fits is replaced; # is a number.
-AUTHORS = {
-    "image_encoder.patch_embed.proj.": "vision_encoder.patch_embed.projection.",
-    "image_encoder.blocks.#.norm": "vision_encoder.layers.#.layer_norm",
-    "image_encoder.blocks.": "vision_encoder.layers.",
-    "image_encoder.neck.0.": "vision_encoder.neck.conv1.",
-    "image_encoder.neck.1.": "vision_encoder.neck.layer_norm1.",
-    "image_encoder.neck.2.": "vision_encoder.neck.conv2.",
-    "image_encoder.neck.3.": "vision_encoder.neck.layer_norm2.",
-    "image_encoder.": "vision_encoder.",
-    "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix": FOURIER,
-    "prompt_encoder.point_embeddings.": "prompt_encoder.point_embed.",
-    "prompt_encoder.mask_downscaling.0.": "prompt_encoder.mask_embed.conv1.",
-    "prompt_encoder.mask_downscaling.1.": "prompt_encoder.mask_embed.layer_norm1.",
-    "prompt_encoder.mask_downscaling.3.": "prompt_encoder.mask_embed.conv2.",
-    "prompt_encoder.mask_downscaling.4.": "prompt_encoder.mask_embed.layer_norm2.",
-    "prompt_encoder.mask_downscaling.6.": "prompt_encoder.mask_embed.conv3.",
-    "mask_decoder.transformer.layers.#.norm": "mask_decoder.transformer.layers.#.layer_norm",
-    "mask_decoder.transformer.norm_final": "mask_decoder.transformer.layer_norm_final",
-    "mask_decoder.output_upscaling.0.": "mask_decoder.upscale_conv1.",
-    "mask_decoder.output_upscaling.1.": "mask_decoder.upscale_layer_norm.",
-    "mask_decoder.output_upscaling.3.": "mask_decoder.upscale_conv2.",
-    "mask_decoder.output_hypernetworks_mlps.#.layers.0.": (
-        "mask_decoder.output_hypernetworks_mlps.#.proj_in."
-    ),
-    "mask_decoder.output_hypernetworks_mlps.#.layers.1.": (
-        "mask_decoder.output_hypernetworks_mlps.#.layers.0."
-    ),
-    "mask_decoder.output_hypernetworks_mlps.#.layers.2.": (
-        "mask_decoder.output_hypernetworks_mlps.#.proj_out."
-    ),
-    "mask_decoder.iou_prediction_head.layers.0.": "mask_decoder.iou_prediction_head.proj_in.",
-    "mask_decoder.iou_prediction_head.layers.1.": "mask_decoder.iou_prediction_head.layers.0.",
-    "mask_decoder.iou_prediction_head.layers.2.": "mask_decoder.iou_prediction_head.proj_out.",
-}
+# --- checking of prompts --------------------------------------------------------------------------
 
 
-def from_authors(name: str) -> str:
-    """Return our name for a tensor of the authors' files."""
-    for start, ours in AUTHORS.items():
-        match = re.match(re.escape(start).replace(r"\#", r"(\d+)"), name)
-        if match:
-            number = match[1] if "#" in start else ""
-            return ours.replace("#", number) + name[match.end() :]
-    return name
+def check_prompts(features: Tensor, prompts: dict[str, Tensor], image_size: int) -> None:
+    """Raise ValueError, one line, if the prompts of `SAM.decode` are not usable.
 
-
-def is_authors(weights: dict[str, Tensor]) -> bool:
-    """Return True for weights with the authors' names, as opposed to the hub's."""
-    return any(name.startswith("image_encoder.") for name in weights)
-
-
-def convert(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the tensors of the authors' or the hub's files to ours, the hub's without TWIN.
-
-    Raise ValueError if two tensors of one name differ.
+    prompts: the arguments that are not None, by name.
     """
-    # Names of the hub stay as they are: its "layers.0" is not the authors' "layers.0".
-    has_authors_names = is_authors(state_dict)
-    weights = {}
-    for name, tensor in state_dict.items():
-        if any(re.fullmatch(pattern, name) for pattern in IGNORED):
-            continue
-        if has_authors_names:
-            name = from_authors(name)
-        if name == TWIN:
-            name = FOURIER
-        if name in weights and not torch.equal(weights[name], tensor):
-            raise ValueError(f"{name} is stored under two names, with different values")
-        weights[name] = tensor
-    return weights
+    if not prompts:
+        raise ValueError("no prompt: give boxes, points with labels, or masks")
+    if ("points" in prompts) != ("labels" in prompts):
+        raise ValueError("points need labels (1 inside, 0 outside), and labels need points")
+
+    # Take Q from the first prompt and P from the labels.
+    B = features.shape[0]
+    first = next(iter(prompts.values()))
+    Q = first.shape[1] if first.ndim > 1 else "Q"  # the letter is for the message
+    P = prompts["labels"].shape[-1] if "labels" in prompts else None
+    side = 4 * features.shape[2]
+    shapes = {"boxes": (4,), "points": (P, 2), "labels": (P,), "masks": (1, side, side)}
+    for name, x in prompts.items():
+        expected = (B, Q, *shapes[name])
+        if tuple(x.shape) != expected:
+            text = ",".join(map(str, expected))
+            raise ValueError(f"{name} are of shape {tuple(x.shape)}, expected ({text})")
+
+    if not torch.compiler.is_compiling():  # a compiled graph cannot depend on values
+        check_values(prompts, image_size)
 
 
-def to_official(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename to the hub's names, for `load_state_dict` of transformers' SamModel."""
-    weights = convert(state_dict)
-    return weights | {TWIN: weights[FOURIER].clone()}
+def check_values(prompts: dict[str, Tensor], image_size: int) -> None:
+    """Raise ValueError, one line, for boxes, points, labels or masks with impossible values."""
+    for name in ("boxes", "points"):
+        if name in prompts:
+            check_coordinates(name, prompts[name], image_size, image_size)
+
+    if "labels" in prompts:
+        labels = prompts["labels"]
+        known = torch.tensor([-1, 0, 1]).to(labels)
+        if not torch.isin(labels, known).all():
+            raise ValueError("labels must be 1 inside of the object, 0 outside, -1 for no point")
+
+    if "masks" in prompts:
+        masks = prompts["masks"]
+        if not masks.isfinite().all():
+            raise ValueError("masks must be finite logits; some are NaN or infinite")
+        is_only_prompt = len(prompts) == 1
+        has_object = (masks > 0).flatten(2).any(2)  # (B,Q)
+        if is_only_prompt and not has_object.all():
+            raise ValueError("masks: one is empty (no logit above 0), and there is no other prompt")
 
 
-def read_config(weights: dict[str, Tensor], settings: dict, overrides: dict, source) -> Config:
-    """Return the config of an official file; settings: its config.json, or {}.
+def check_coordinates(name: str, xy: Tensor, width: int, height: int) -> None:
+    """Raise ValueError if a point (...,2) or box (...,4) leaves the image, or a box is inverted."""
+    corners = xy.unflatten(-1, (-1, 2))  # (...,1 or 2,2)
+    limits = torch.tensor([width, height], device=xy.device)
+    is_inside = ((corners >= 0) & (corners <= limits)).flatten(-2).all(-1)  # (...); False for NaN
+    if not is_inside.all():
+        value = xy[~is_inside][0].tolist()
+        raise ValueError(f"{name} {value}: not within the image of {width} x {height} pixels")
 
-    Sizes are read from the shapes of the tensors. Print which preprocessing is assumed, unless
-    `overrides` decide about it. Raise ValueError, one line, if the file is not SAM's.
-    """
-    shapes = {name: t.shape for name, t in convert(weights).items()}
-    layer = r"vision_encoder\.layers\.(\d+)\."
-    dim = common_size(shapes, layer + r"layer_norm1\.bias", 0)
-    head_dim = common_size(shapes, layer + r"attn\.rel_pos_[hw]", 1)
-    mlp_dim = common_size(shapes, layer + r"mlp\.lin1\.bias", 0)
-    out_dim = common_size(shapes, r"mask_decoder\..*layer_norm\d\.bias", 0)
-    if None in (dim, head_dim, mlp_dim, out_dim):
-        kind = recognise(weights)
-        hint = f"; the file seems to be {kind}" if kind else ""
-        raise ValueError(f"{source}: not SAM, has no vision_encoder. or image_encoder.{hint}")
-
-    depth = 0
-    for name in shapes:
-        match = re.match(layer, name)
-        if match:
-            depth = max(depth, 1 + int(match[1]))
-    global_blocks, image_size = global_attention(shapes)
-
-    # The authors' eps is in no file. The hub's is in config.json, unless it is the default.
-    eps = settings.get("mask_decoder_config", {}).get("layer_norm_eps", 1e-6)
-    if is_authors(weights):
-        eps = 1e-5
-
-    config = Config(dim, depth, dim // head_dim, mlp_dim, global_blocks, out_dim, eps, image_size)
-    if preprocessing_of(source, overrides) == "MedSAM":
-        config = replace(config, **MEDSAM)
-    return config
+    is_inverted = (corners[..., -1, :] < corners[..., 0, :]).any(-1)  # (...)
+    if is_inverted.any():
+        value = xy[is_inverted][0].tolist()
+        raise ValueError(f"{name} {value} is inverted: expected x1 <= x2 and y1 <= y2")
 
 
-def common_size(shapes: dict[str, torch.Size], pattern: str, axis: int) -> int | None:
-    """Return the size that most tensors of a kind have along an axis, None if there are none.
-
-    A single tensor of a wrong shape does not change the config: `check_complete` reports it.
-    """
-    sizes = []
-    for name, shape in shapes.items():
-        if re.fullmatch(pattern, name) and axis < len(shape):
-            sizes.append(shape[axis])
-    return mode(sizes) if sizes else None
-
-
-def global_attention(shapes: dict[str, torch.Size]) -> tuple[tuple[int, ...], int]:
-    """Return the blocks with global attention, and the image size in pixels.
-
-    A table of relative positions has 2*S - 1 rows: S is WINDOW, or the whole grid of patches.
-    """
-    table_rows = {}  # block -> rows of its tables
-    for name, shape in shapes.items():
-        match = re.fullmatch(r"vision_encoder\.layers\.(\d+)\.attn\.rel_pos_[hw]", name)
-        if match and shape:
-            table_rows[int(match[1])] = shape[0]
-
-    global_rows = {}
-    for block in sorted(table_rows):
-        if table_rows[block] != 2 * WINDOW - 1:
-            global_rows[block] = table_rows[block]
-    if not global_rows:
-        return (), 16 * WINDOW
-    image_size = 8 * (1 + mode(global_rows.values()))  # a grid of (1 + rows) / 2 patches of 16
-    return tuple(global_rows), image_size
-
-
-def preprocessing_of(source, overrides: dict) -> str:
-    """Return "SAM" or "MedSAM", by the name of the file or hub id, and print which."""
-    path = str(source).split("@")[0]
-    known = ""
-    for name, kind in RELEASED.items():
-        if Path(name).name in Path(path).parts[-2:]:  # a folder may have the name, too
-            known = kind
-            break
-
-    if not MEDSAM.keys() & overrides.keys():
-        if known:
-            print(f"{source}: preprocessing of {known}, by its name")
-        else:
-            print(
-                f"{source}: preprocessing of SAM, as the name is unknown; "
-                "for MedSAM pass **sam_decoder.MEDSAM"
-            )
-    return known or "SAM"
-
-
-def resized(weights: dict[str, Tensor], config: Config) -> dict[str, Tensor]:
-    """Return weights with position tables for `config.image_size`; windows keep theirs.
-
-    image_encoder.py has the same for relative positions (get_rel_pos), SAMed for both.
-    """
-    grid = config.image_size // 16
-    weights = dict(weights)
-
-    table = weights["vision_encoder.pos_embed"].permute(0, 3, 1, 2).float()  # (1,C,H,W)
-    table = F.interpolate(table, (grid, grid), mode="bilinear", align_corners=False)
-    weights["vision_encoder.pos_embed"] = table.permute(0, 2, 3, 1).contiguous()  # (1,grid,grid,C)
-
-    for i in config.global_blocks:
-        for axis in "hw":
-            name = f"vision_encoder.layers.{i}.attn.rel_pos_{axis}"
-            table = weights[name].T[None].float()  # (1,d,N)
-            table = F.interpolate(table, 2 * grid - 1, mode="linear", align_corners=False)
-            weights[name] = table[0].T.contiguous()  # (2*grid-1,d)
-    return weights
-
-
-# utils/transforms.py, class ResizeLongestSide
-def frame_size(size: tuple[int, int], config: Config) -> tuple[int, int]:
-    """Return the height and width that an image of `size` (H,W) has within the square input.
-
-    It lies at the upper left; the rest is padding.
-    """
-    S = config.image_size
-    if not config.letterbox:
-        return S, S
-    scale = S / max(size)
-    height, width = (max(1, int(side * scale + 0.5)) for side in size)
-    return height, width
+# --- pre- and postprocessing ----------------------------------------------------------------------
 
 
 # shared: to_rgb
@@ -987,7 +830,7 @@ def to_rgb(image):
 def preprocess(image, config: Config) -> Tensor:
     """Resize, normalise and pad a PIL image -> (3,S,S) float32. Raise errors as `to_rgb` does.
 
-    SAM scales the longest side to S and pads with zeros after normalisation, as the official code.
+    SAM scales the longest side to S and pads with zeros after normalisation, as the authors do.
     MedSAM's authors resize with skimage's cubic splines. PIL's bicubic, which is used here, differs
     by 1 to 2 of 255 grey levels on average on a noisy photo, by 3 to 7 at the 99th percentile.
     """
@@ -995,68 +838,89 @@ def preprocess(image, config: Config) -> Tensor:
     from PIL import Image
 
     image = to_rgb(image)
-    h, w = frame_size((image.height, image.width), config)
+    h, w = size_in_input((image.height, image.width), config)
     image = image.resize((w, h), Image.Resampling[config.resample.upper()])
 
     x = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255  # (3,h,w)
     if config.min_max:
         x = (x - x.min()) / (x.max() - x.min()).clamp(min=1e-8)
     mean = torch.tensor(config.mean)[:, None, None]  # (3,1,1)
-    std = torch.tensor(config.std)[:, None, None]
+    std = torch.tensor(config.std)[:, None, None]  # (3,1,1)
     x = (x - mean) / std
     return F.pad(x, (0, config.image_size - w, 0, config.image_size - h))  # (3,S,S)
 
 
-def preprocess_mask(mask: Tensor, config: Config) -> Tensor:
-    """Resize and pad a mask (H,W) like an image in `preprocess` -> (1,S,S) float32, for training.
+# utils/transforms.py, class ResizeLongestSide
+def size_in_input(size: tuple[int, int], config: Config) -> tuple[int, int]:
+    """Return the height and width that an image of `size` (H,W) has within the SxS input.
 
-    Nearest neighbour. Where a position falls exactly between two source pixels, PIL or OpenCV may
-    choose the other one.
+    It lies at the upper left; the rest is padding.
     """
-    h, w = frame_size(mask.shape, config)
+    S = config.image_size
+    if not config.letterbox:
+        return S, S
+    H, W = size
+    scale = S / max(H, W)
+    h = max(1, int(H * scale + 0.5))
+    w = max(1, int(W * scale + 0.5))
+    return h, w
+
+
+def preprocess_mask(mask: Tensor, config: Config) -> Tensor:
+    """Resize and pad a ground-truth mask (H,W) like its image -> (1,S,S) float32, for training.
+
+    Resampling is nearest neighbour. Where a position falls exactly between two source pixels, PIL
+    or OpenCV may choose the other one.
+    """
+    h, w = size_in_input(mask.shape, config)
     mask = mask[None, None].float()  # (1,1,H,W)
-    mask = F.interpolate(mask, (h, w), mode="nearest-exact")[0]  # (1,h,w); as PIL's nearest
+    mask = F.interpolate(mask, (h, w), mode="nearest-exact")[0]  # (1,h,w), like PIL's nearest
     return F.pad(mask, (0, config.image_size - w, 0, config.image_size - h))  # (1,S,S)
 
 
 # utils/transforms.py, ResizeLongestSide.apply_coords
-def to_frame(xy: Tensor, size: tuple[int, int], config: Config) -> Tensor:
-    """Bring points (...,2) or boxes (...,4) in pixels of an image of size (H,W) to the SxS input.
+def to_input_pixels(xy: Tensor, size: tuple[int, int], config: Config) -> Tensor:
+    """Map points (...,2) or boxes (...,4) from pixels of an image to pixels of the SxS input.
 
-    Raise ValueError, one line, if one is not within the image or inverted.
+    size: the image's (H,W). Raise ValueError, one line, if a point or box leaves the image, or a
+    box is inverted.
     """
     H, W = size
-    h, w = frame_size(size, config)
-    check_inside("prompt", xy, W, H)
+    h, w = size_in_input(size, config)
+    check_coordinates("prompt", xy, W, H)
 
-    # Multiply before dividing: the image's edge then becomes exactly the frame's.
-    frame = torch.tensor((w, h), device=xy.device)
-    image = torch.tensor((W, H), device=xy.device)
+    # Multiply before dividing, so that the image's edge maps exactly onto the resized edge.
+    resized = torch.tensor((w, h), device=xy.device)
+    original = torch.tensor((W, H), device=xy.device)
     corners = xy.unflatten(-1, (-1, 2))  # (...,1 or 2,2)
-    return (corners * frame / image).flatten(-2)
-
-
-def upsample(logits: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resize bilinearly: (B,M,h,w) -> (B,M,*size)."""
-    return F.interpolate(logits, size, mode="bilinear", align_corners=False)
-
-
-# modeling/sam.py, Sam.postprocess_masks
-def to_image_size(logits: Tensor, size: tuple[int, int], config: Config) -> Tensor:
-    """Resize logits (B,M,S/4,S/4) to an image of `size` (H,W), without padding -> (B,M,H,W)."""
-    S = config.image_size
-    h, w = frame_size(size, config)
-    logits = upsample(logits, (S, S))[..., :h, :w]  # (B,M,h,w)
-    return upsample(logits, size)
+    return (corners * resized / original).flatten(-2)  # (...,2 or 4)
 
 
 def postprocess(logits: Tensor, size: tuple[int, int], config: Config) -> Tensor:
     """logits (M,S/4,S/4) -> probabilities (M,H,W), float32, at the image's own `size` (H,W)."""
     logits = logits[None].float()  # (1,M,S/4,S/4)
     if not config.letterbox:
-        # quirk: MedSAM applies the sigmoid before resizing (MedSAM_Inference.py)
-        return upsample(logits.sigmoid(), size)[0]
-    return to_image_size(logits, size, config)[0].sigmoid()
+        # quirk: MedSAM, which stretches images, applies the sigmoid before resizing
+        # (MedSAM_Inference.py). Other models with letterbox=False are treated like it.
+        return resize(logits.sigmoid(), size)[0]  # (M,H,W)
+    return to_image_size(logits, size, config)[0].sigmoid()  # (M,H,W)
+
+
+# modeling/sam.py, Sam.postprocess_masks
+def to_image_size(logits: Tensor, size: tuple[int, int], config: Config) -> Tensor:
+    """Resize logits (B,M,S/4,S/4) to an image of `size` (H,W), without padding -> (B,M,H,W)."""
+    S = config.image_size
+    h, w = size_in_input(size, config)
+    logits = resize(logits, (S, S))[..., :h, :w]  # (B,M,h,w)
+    return resize(logits, size)  # (B,M,H,W)
+
+
+def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize a map bilinearly: (B,M,h,w) -> (B,M,*size)."""
+    return F.interpolate(x, size, mode="bilinear", align_corners=False)
+
+
+# --- segmentation of an image in one call ---------------------------------------------------------
 
 
 # shared: open_upright
@@ -1103,14 +967,16 @@ def evaluating(model: nn.Module):
 def segment(model: SAM, image, boxes=None, points=None, labels=None) -> tuple:
     """Return a mask for each of Q prompts of one image, as numpy arrays of the image's size.
 
-    image: a file (str or Path), see `open_upright`, or a PIL image (its EXIF data is ignored).
+    image: a file (str or Path), see `open_upright`, or a PIL image (its EXIF data is ignored)
+
     Prompts are arrays, lists or tensors in pixels of the upright image:
-    boxes (Q,4), x1, y1, x2, y2, or (4,) for one object; points (Q,P,2), x, y, or (P,2) or (2,) for
-    one object; labels (Q,P) or (P,), 1 inside of the object (the default), 0 outside, -1 no point.
+    boxes (Q,4): x1, y1, x2, y2; or (4,) for one object
+    points (Q,P,2): x, y; or (P,2) or (2,) for one object
+    labels (Q,P) or (P,): 1 inside of the object (the default), 0 outside, -1 no point
     Boxes and points together are prompts of the same Q objects.
 
-    Returns probabilities, float32 (Q,H,W), and masks, uint8 (Q,H,W): 1 where the probability is
-    above `config.threshold`, else 0. Raises errors as `open_upright` and `preprocess` do, and
+    Return probabilities, float32 (Q,H,W), and masks, uint8 (Q,H,W): 1 where the probability is
+    above `config.threshold`, else 0. Raise errors as `open_upright` and `preprocess` do, and
     ValueError for wrong prompts.
     """
     image = open_upright(image)
@@ -1120,11 +986,11 @@ def segment(model: SAM, image, boxes=None, points=None, labels=None) -> tuple:
     prompts = prompt_tensors(size, model.config, boxes, points, labels)
     prompts = {name: x.to(weight.device) for name, x in prompts.items()}
     count = len(next(iter(prompts.values())))
-    probabilities = torch.zeros(count, *size)
+    probabilities = torch.zeros(count, *size)  # (Q,H,W)
 
     with evaluating(model):
         features = model.encode_image(pixels)  # (1,C,S/16,S/16)
-        for i in range(count):  # one by one: each takes 30 MB
+        for i in range(count):  # one prompt at a time: decoding needs about 30 MB per prompt
             prompt = {name: x[None, i : i + 1] for name, x in prompts.items()}
             logits, _ = model.decode(features, **prompt)  # (1,1,1,S/4,S/4)
             probabilities[i] = model.postprocess(logits[0, 0], size)[0]
@@ -1138,7 +1004,7 @@ def prompt_tensors(size: tuple[int, int], config: Config, boxes, points, labels)
     """Return the prompts of `segment` in pixels of the SxS input, by their names in `SAM.decode`.
 
     The tensors are boxes (Q,4), points (Q,P,2) and labels (Q,P), without those that are None.
-    Raises ValueError, one line, for shapes that do not fit and prompts outside of the image.
+    Raise ValueError, one line, for shapes that do not fit and prompts outside of the image.
     """
     if boxes is None and points is None:
         raise ValueError("no prompt: segment takes boxes, points or both")
@@ -1147,27 +1013,27 @@ def prompt_tensors(size: tuple[int, int], config: Config, boxes, points, labels)
 
     prompts = {}
     if boxes is not None:
-        boxes = with_axes(torch.as_tensor(boxes, dtype=torch.float32), 2)
-        if boxes.numel() == 0:  # a detector that finds nothing
+        boxes = with_axes(torch.as_tensor(boxes, dtype=torch.float32), 2)  # (Q,4)
+        if boxes.numel() == 0:  # an empty list, as from a detector that found no object
             boxes = boxes.reshape(0, 4)
         if boxes.shape[1:] != (4,):
             raise ValueError(f"boxes are of shape {tuple(boxes.shape)}, expected (Q,4)")
-        prompts["boxes"] = to_frame(boxes, size, config)
+        prompts["boxes"] = to_input_pixels(boxes, size, config)
 
     if points is not None:
-        points = with_axes(torch.as_tensor(points, dtype=torch.float32), 3)
+        points = with_axes(torch.as_tensor(points, dtype=torch.float32), 3)  # (Q,P,2)
         if points.shape[2:] != (2,):
             raise ValueError(f"points are of shape {tuple(points.shape)}, expected (Q,P,2)")
         Q, P = points.shape[:2]
         if labels is None:
             labels = torch.ones(Q, P)
-        labels = with_axes(torch.as_tensor(labels, dtype=torch.int64), 2)
+        labels = with_axes(torch.as_tensor(labels, dtype=torch.int64), 2)  # (Q,P)
         if labels.shape != (Q, P):
             shape = tuple(labels.shape)
             raise ValueError(
                 f"labels are of shape {shape}, expected ({Q}, {P}), one for each point"
             )
-        prompts["points"] = to_frame(points, size, config)
+        prompts["points"] = to_input_pixels(points, size, config)
         prompts["labels"] = labels
 
     if boxes is not None and points is not None and len(boxes) != len(points):
@@ -1179,8 +1045,239 @@ def prompt_tensors(size: tuple[int, int], config: Config, boxes, points, labels)
 
 
 def with_axes(x: Tensor, n: int) -> Tensor:
-    """Return a tensor with n axes, adding axes of size 1 in front."""
-    return x[(None,) * (n - x.ndim)]
+    """Return a tensor with at least n axes, adding axes of size 1 in front."""
+    while x.ndim < n:
+        x = x[None]
+    return x
+
+
+# --- names and sizes in released checkpoints ------------------------------------------------------
+
+FILES = ("best.safetensors", "model.safetensors", "pytorch_model.bin")
+# file or hub id -> the preprocessing that it needs. The licence of MedSAM's was not checked.
+RELEASED = {
+    "facebook/sam-vit-base": "SAM",
+    "facebook/sam-vit-large": "SAM",
+    "facebook/sam-vit-huge": "SAM",
+    "sam_vit_b_01ec64.pth": "SAM",
+    "sam_vit_l_0b3195.pth": "SAM",
+    "sam_vit_h_4b8939.pth": "SAM",
+    "wanglab/medsam-vit-base": "MedSAM",
+    "medsam_vit_b.pth": "MedSAM",
+}
+IGNORED = r"pixel_(mean|std)"  # tensors not loaded: constants of the preprocessing, see Config
+FOURIER = "prompt_encoder.shared_embedding.positional_embedding"
+TWIN = "shared_image_embedding.positional_embedding"  # transformers' second name of that tensor
+# Prefixes of the authors' names -> ours. The first match is used; # matches a number.
+AUTHORS = {
+    "image_encoder.patch_embed.proj.": "vision_encoder.patch_embed.projection.",
+    "image_encoder.blocks.#.norm": "vision_encoder.layers.#.layer_norm",
+    "image_encoder.blocks.": "vision_encoder.layers.",
+    "image_encoder.neck.0.": "vision_encoder.neck.conv1.",
+    "image_encoder.neck.1.": "vision_encoder.neck.layer_norm1.",
+    "image_encoder.neck.2.": "vision_encoder.neck.conv2.",
+    "image_encoder.neck.3.": "vision_encoder.neck.layer_norm2.",
+    "image_encoder.": "vision_encoder.",
+    "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix": FOURIER,
+    "prompt_encoder.point_embeddings.": "prompt_encoder.point_embed.",
+    "prompt_encoder.mask_downscaling.0.": "prompt_encoder.mask_embed.conv1.",
+    "prompt_encoder.mask_downscaling.1.": "prompt_encoder.mask_embed.layer_norm1.",
+    "prompt_encoder.mask_downscaling.3.": "prompt_encoder.mask_embed.conv2.",
+    "prompt_encoder.mask_downscaling.4.": "prompt_encoder.mask_embed.layer_norm2.",
+    "prompt_encoder.mask_downscaling.6.": "prompt_encoder.mask_embed.conv3.",
+    "mask_decoder.transformer.layers.#.norm": "mask_decoder.transformer.layers.#.layer_norm",
+    "mask_decoder.transformer.norm_final": "mask_decoder.transformer.layer_norm_final",
+    "mask_decoder.output_upscaling.0.": "mask_decoder.upscale_conv1.",
+    "mask_decoder.output_upscaling.1.": "mask_decoder.upscale_layer_norm.",
+    "mask_decoder.output_upscaling.3.": "mask_decoder.upscale_conv2.",
+    "mask_decoder.output_hypernetworks_mlps.#.layers.0.": (
+        "mask_decoder.output_hypernetworks_mlps.#.proj_in."
+    ),
+    "mask_decoder.output_hypernetworks_mlps.#.layers.1.": (
+        "mask_decoder.output_hypernetworks_mlps.#.layers.0."
+    ),
+    "mask_decoder.output_hypernetworks_mlps.#.layers.2.": (
+        "mask_decoder.output_hypernetworks_mlps.#.proj_out."
+    ),
+    "mask_decoder.iou_prediction_head.layers.0.": "mask_decoder.iou_prediction_head.proj_in.",
+    "mask_decoder.iou_prediction_head.layers.1.": "mask_decoder.iou_prediction_head.layers.0.",
+    "mask_decoder.iou_prediction_head.layers.2.": "mask_decoder.iou_prediction_head.proj_out.",
+}
+
+
+def from_authors(name: str) -> str:
+    """Return our name for a tensor with one of the authors' names."""
+    for prefix, ours in AUTHORS.items():
+        match = re.match(re.escape(prefix).replace(r"\#", r"(\d+)"), name)
+        if match:
+            number = match[1] if "#" in prefix else ""
+            return ours.replace("#", number) + name[match.end() :]
+    return name
+
+
+def is_authors(weights: dict[str, Tensor]) -> bool:
+    """Return True for weights with the authors' names, False for those with transformers'."""
+    return any(name.startswith("image_encoder.") for name in weights)
+
+
+def convert(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights under our names (transformers' names, with TWIN merged into FOURIER).
+
+    Raise ValueError if two tensors of one name differ.
+    """
+    # Only the authors' files are renamed: in the heads, "layers.0" is their first linear layer, but
+    # transformers' second.
+    has_authors_names = is_authors(state_dict)
+    weights = {}
+    for name, tensor in state_dict.items():
+        if re.fullmatch(IGNORED, name):
+            continue
+        if has_authors_names:
+            name = from_authors(name)
+        if name == TWIN:
+            name = FOURIER
+        if name in weights and not torch.equal(weights[name], tensor):
+            raise ValueError(f"{name} is stored under two names, with different values")
+        weights[name] = tensor
+    return weights
+
+
+def to_official(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights under transformers' names, for `load_state_dict` of its SamModel."""
+    weights = convert(state_dict)
+    return weights | {TWIN: weights[FOURIER].clone()}
+
+
+def read_config(weights: dict[str, Tensor], settings: dict, overrides: dict, source) -> Config:
+    """Return the config of a released checkpoint; settings: its config.json, or {}.
+
+    Sizes are read from the shapes of the tensors. Print which preprocessing is assumed, unless
+    `overrides` set it. Raise ValueError, one line, if the file is not SAM's.
+    """
+    shapes = {name: t.shape for name, t in convert(weights).items()}
+    layer = r"vision_encoder\.layers\.(\d+)\."
+    dim = common_size(shapes, layer + r"layer_norm1\.bias", 0)
+    head_dim = common_size(shapes, layer + r"attn\.rel_pos_[hw]", 1)
+    mlp_dim = common_size(shapes, layer + r"mlp\.lin1\.bias", 0)
+    out_dim = common_size(shapes, r"mask_decoder\..*layer_norm\d\.bias", 0)
+    if None in (dim, head_dim, mlp_dim, out_dim):
+        kind = recognise(weights)
+        hint = f"; the file seems to be {kind}" if kind else ""
+        raise ValueError(
+            f"{source}: not a SAM checkpoint (no tensors named vision_encoder.* or "
+            f"image_encoder.*){hint}"
+        )
+
+    depth = 0
+    for name in shapes:
+        match = re.match(layer, name)
+        if match:
+            depth = max(depth, 1 + int(match[1]))
+    global_blocks, image_size = global_attention(shapes)
+
+    # The authors' checkpoints do not store eps; transformers' config.json does, unless it is the
+    # default.
+    eps = settings.get("mask_decoder_config", {}).get("layer_norm_eps", 1e-6)
+    if is_authors(weights):
+        eps = 1e-5
+
+    config = Config(
+        dim=dim,
+        depth=depth,
+        heads=dim // head_dim,
+        mlp_dim=mlp_dim,
+        global_blocks=global_blocks,
+        out_dim=out_dim,
+        eps=eps,
+        image_size=image_size,
+    )
+    if choose_preprocessing(source, overrides) == "MedSAM":
+        config = replace(config, **MEDSAM)
+    return config
+
+
+def common_size(shapes: dict[str, torch.Size], pattern: str, axis: int) -> int | None:
+    """Return the size that most tensors of a kind have along an axis, None if there are none.
+
+    A single tensor of a wrong shape does not change the config: `check_complete` reports it.
+    """
+    sizes = []
+    for name, shape in shapes.items():
+        if re.fullmatch(pattern, name) and axis < len(shape):
+            sizes.append(shape[axis])
+    return mode(sizes) if sizes else None
+
+
+def global_attention(shapes: dict[str, torch.Size]) -> tuple[tuple[int, ...], int]:
+    """Return the indices of the blocks with global attention, and the image size in pixels.
+
+    A table of relative positions has 2 * side - 1 rows. The side is WINDOW in most blocks. In those
+    with global attention it is the number of patches along a side of the image, 16 pixels each.
+    `pos_embed` holds that number, too, but if the shape of this single tensor were wrong, the error
+    would name all the others.
+    """
+    table_rows = {}  # block -> rows of its tables
+    for name, shape in shapes.items():
+        match = re.fullmatch(r"vision_encoder\.layers\.(\d+)\.attn\.rel_pos_[hw]", name)
+        if match and shape:
+            table_rows[int(match[1])] = shape[0]
+
+    global_rows = {}
+    for block in sorted(table_rows):
+        if table_rows[block] != 2 * WINDOW - 1:
+            global_rows[block] = table_rows[block]
+    if not global_rows:  # all tables have window size: the image is a single window
+        return (), 16 * WINDOW
+    image_size = 8 * (1 + mode(global_rows.values()))  # 16 * side, as rows = 2 * side - 1
+    return tuple(global_rows), image_size
+
+
+def choose_preprocessing(source, overrides: dict) -> str:
+    """Return "SAM" or "MedSAM", chosen by the name of the file or hub id.
+
+    Print the choice, unless `overrides` set the preprocessing.
+    """
+    path = str(source).split("@")[0]
+    known = ""
+    for name, kind in RELEASED.items():
+        if Path(name).name in Path(path).parts[-2:]:  # a folder may have the name, too
+            known = kind
+            break
+
+    if not MEDSAM.keys() & overrides.keys():
+        if known:
+            print(f"{source}: preprocessing of {known}, by its name")
+        else:
+            print(
+                f"{source}: preprocessing of SAM, as the name is unknown; "
+                "for MedSAM pass **sam_decoder.MEDSAM"
+            )
+    return known or "SAM"
+
+
+def resize_position_tables(weights: dict[str, Tensor], config: Config) -> dict[str, Tensor]:
+    """Return weights with position tables for `config.image_size`. Tables of windows stay.
+
+    The authors interpolate relative positions the same way (get_rel_pos in image_encoder.py), SAMed
+    both kinds of tables.
+    """
+    grid = config.image_size // 16
+    weights = dict(weights)
+
+    table = weights["vision_encoder.pos_embed"].permute(0, 3, 1, 2).float()  # (1,C,H,W)
+    table = resize(table, (grid, grid))  # (1,C,grid,grid)
+    weights["vision_encoder.pos_embed"] = table.permute(0, 2, 3, 1).contiguous()  # (1,grid,grid,C)
+
+    for i in config.global_blocks:
+        for axis in "hw":
+            name = f"vision_encoder.layers.{i}.attn.rel_pos_{axis}"
+            table = weights[name].T[None].float()  # (1,d,rows)
+            table = F.interpolate(table, 2 * grid - 1, mode="linear", align_corners=False)
+            weights[name] = table[0].T.contiguous()  # (2*grid-1,d)
+    return weights
+
+
+# --- reading of files -----------------------------------------------------------------------------
 
 
 # shared: run_folder

@@ -1,4 +1,8 @@
-"""Recipes for SAM: prompts from ground truth or files, losses, `default` and `origin`."""
+"""Recipes for SAM: prompts from ground truth or files, losses, `default` and `origin`.
+
+Letters in shapes: K classes, Q prompts of an image, N prompts of a batch, P points of a prompt, H
+and W height and width of an image, S side of SAM's square input, s side of SAM's masks, S/4.
+"""
 
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -32,18 +36,22 @@ from recipes.base import (
 from recipes.images import encode_image, preprocessed_image, random_view, scoring_fields
 
 TOPOLOGY = ("none", "persistence", "cldice", "oct")
-PROMPTS_AT_A_TIME = 16  # in evaluation; each takes 30 MB
+PROMPTS_AT_A_TIME = 16  # in evaluation; decoding needs about 30 MB per prompt
 
 # --- prompts and targets --------------------------------------------------------------------------
 
 
 def prompts_for(sample, source: str, settings, rng=None, from_files=None) -> list[Prompt]:
-    """Return the prompts of one sample; with rng for training.
+    """Return the prompts of one sample. With rng they are made for training.
 
-    source: one of boxes_and_points.SOURCES, made from the mask; "jittered boxes", as in training
-    but the same every time; or "given boxes", "given points", "given both": those of `from_files`,
-    {image file: [Prompt, ...]}, without targets. A sample without a mask is prompted by the box
-    around the whole image.
+    source is one of:
+    - boxes_and_points.SOURCES: prompts made from the mask
+    - "jittered boxes": boxes as in training, but the same ones every time
+    - "given boxes", "given points", "given both": the prompts of `from_files`, {image file:
+      [Prompt, ...]}, which have no targets
+
+    A sample without a mask is prompted by the box around the whole image, unless the prompts come
+    from files.
     """
     if source.startswith("given"):
         return from_files.get(sample["file"], [])
@@ -69,9 +77,10 @@ def prompts_for(sample, source: str, settings, rng=None, from_files=None) -> lis
 def prompt_tensors(prompts: list[Prompt], size, config) -> dict:
     """Return Q prompts of an image of `size` (H,W) as tensors, in pixels of SAM's input.
 
-    boxes (Q,4), NaN where a prompt has none; points (Q,P,2) and labels (Q,P), filled up with label
-    -1; numbers (Q,), the class indices. `shown` lists box, points and labels of each prompt in
-    pixels of the image, for overlays.
+    boxes (Q,4): NaN where a prompt has none
+    points (Q,P,2), labels (Q,P): filled up with label -1
+    numbers (Q,): class indices
+    shown: (box, points, labels) of each prompt in pixels of the image, for overlays
     """
     Q = len(prompts)
     P = max((len(prompt.labels) for prompt in prompts), default=0)
@@ -83,10 +92,10 @@ def prompt_tensors(prompts: list[Prompt], size, config) -> dict:
 
     for k, prompt in enumerate(prompts):
         if prompt.box is not None:
-            boxes[k] = sam_decoder.to_frame(torch.from_numpy(prompt.box), size, config)
+            boxes[k] = sam_decoder.to_input_pixels(torch.from_numpy(prompt.box), size, config)
         count = len(prompt.labels)
         xy = torch.from_numpy(prompt.points)
-        points[k, :count] = sam_decoder.to_frame(xy, size, config)
+        points[k, :count] = sam_decoder.to_input_pixels(xy, size, config)
         labels[k, :count] = torch.from_numpy(prompt.labels)
         numbers[k] = prompt.label
         shown.append((prompt.box, prompt.points, prompt.labels))
@@ -96,7 +105,7 @@ def prompt_tensors(prompts: list[Prompt], size, config) -> dict:
 
 
 def tensors_from_source(sample, source: str, config, settings, from_files=None) -> dict:
-    """Return the tensors of a sample's prompts in evaluation, see `prompts_for`."""
+    """Return the tensors of a sample's prompts in evaluation; source as in `prompts_for`."""
     prompts = prompts_for(sample, source, settings, from_files=from_files)
     return prompt_tensors(prompts, sample["size"], config)
 
@@ -109,25 +118,25 @@ def stack_masks(prompts: list[Prompt], size) -> Tensor:
 
 
 def targets_at_logits(masks: Tensor, config) -> Tensor:
-    """Bring masks (Q,H,W) to the size of the logits -> (Q,1,S/4,S/4) float32; padding is 255."""
+    """Resize masks (Q,H,W) to the size of the logits -> (Q,1,s,s) float32, with padding 255."""
     side = config.image_size // 4
     small = replace(config, image_size=side)
     targets = torch.zeros(len(masks), 1, side, side)
     for k, mask in enumerate(masks):
         targets[k] = sam_decoder.preprocess_mask(mask, small)
 
-    h, w = sam_decoder.frame_size(masks.shape[1:], small)
+    h, w = sam_decoder.size_in_input(masks.shape[1:], small)
     targets[..., h:, :] = 255
     targets[..., :, w:] = 255
     return targets
 
 
 def sam_inputs(sample, train: bool, rng, config, settings, look) -> dict:
-    """Return the item of a sample: its image by `look`, its prompts, and their targets.
+    """Return the item of a sample: its image as `look` returns it, its prompts and their targets.
 
-    mask (Q,1,h,w) float32 is at the size of the logits, or at the image's if the recipe says so. In
-    evaluation also what scoring needs: the keys of `for_scores`, the source of the prompts as
-    prompt, classes, and parts (Q,H,W) uint8, the masks of the prompts.
+    mask: the targets, float32 (Q,1,s,s), or (Q,1,H,W) with `settings.full_size`.
+    In evaluation, the item also has what scoring needs: the keys of `for_scores`, prompt (the
+    source of the prompts), classes, and parts (Q,H,W) uint8, the masks of the prompts.
     """
     if train:
         sample = random_view(sample, settings.views, rng)
@@ -148,7 +157,7 @@ def sam_inputs(sample, train: bool, rng, config, settings, look) -> dict:
     if settings.full_size:
         item["mask"] = masks[:, None].float()  # (Q,1,H,W)
     else:
-        item["mask"] = targets_at_logits(masks, config)  # (Q,1,S/4,S/4)
+        item["mask"] = targets_at_logits(masks, config)  # (Q,1,s,s)
     if not train:
         item["parts"] = masks
     return item
@@ -182,7 +191,10 @@ def collate_prompts(items: list[dict]) -> dict:
 
 
 def count_points(labels: Tensor) -> Tensor:
-    """Return (N,) int64: the points of each prompt, up to the last label (N,P) that is not -1."""
+    """Return the number of points of each prompt, (N,) int64. labels (N,P): -1 is padding.
+
+    A -1 in front of other labels counts, as it adds a token.
+    """
     is_point = labels >= 0
     if labels.shape[1] == 0:
         return is_point.sum(1)
@@ -193,8 +205,8 @@ def count_points(labels: Tensor) -> Tensor:
 def sam_forward(model: nn.Module, batch: dict) -> tuple[Tensor, Tensor]:
     """Return masks (N,1,1,s,s), logits, and their estimated IoU (N,1,1) for N prompts of a batch.
 
-    Prompts of one form (box, points, both) and number of points are decoded together. Padding would
-    add tokens, and these change the answer.
+    Only prompts of one form (box, points, both) and number of points are decoded together: padding
+    would add tokens, and these change the masks.
     """
     if not len(batch["boxes"]):  # no prompts: empty outputs that still carry a (zero) gradient
         zero = 0 * sum(p.sum() for p in model.mask_decoder.parameters())
@@ -205,28 +217,29 @@ def sam_forward(model: nn.Module, batch: dict) -> tuple[Tensor, Tensor]:
     else:
         features = model.encode_image(batch["image"])
 
+    # A group's number is odd if its prompts have a box; half of it is their number of points.
     has_box = ~batch["boxes"].isnan().any(1)  # (N,)
-    form = has_box + 2 * count_points(batch["labels"])  # (N,)
+    group = has_box + 2 * count_points(batch["labels"])  # (N,)
     order = []
     masks = []
     iou = []
-    for value in form.unique().tolist():
-        rows = (form == value).nonzero()[:, 0]  # (n,)
+    for number in group.unique().tolist():
+        rows = (group == number).nonzero()[:, 0]  # (n,), the group's prompts
         prompts = {}
-        if value % 2:
+        if number % 2:
             prompts["boxes"] = batch["boxes"][rows, None]  # (n,1,4)
-        P = value // 2
+        P = number // 2
         if P:
             prompts["points"] = batch["points"][rows, None, :P]  # (n,1,P,2)
             prompts["labels"] = batch["labels"][rows, None, :P]  # (n,1,P)
-        image_of_prompt = batch["image_index"][rows]
-        form_masks, form_iou = model.decode(features[image_of_prompt], **prompts)
+        image_index = batch["image_index"][rows]  # (n,)
+        group_masks, group_iou = model.decode(features[image_index], **prompts)
         order.append(rows)
-        masks.append(form_masks)
-        iou.append(form_iou)
+        masks.append(group_masks)  # (n,1,1,s,s)
+        iou.append(group_iou)  # (n,1,1)
 
-    back = torch.cat(order).argsort()
-    return torch.cat(masks)[back], torch.cat(iou)[back]
+    original_order = torch.cat(order).argsort()  # (N,)
+    return torch.cat(masks)[original_order], torch.cat(iou)[original_order]
 
 
 def predict_each(model, item: dict, output) -> Tensor:

@@ -144,7 +144,7 @@ def test_shared_blocks_are_the_same_code_everywhere():
 # Files that read from top to bottom; methods that load or pass on may use what is further down.
 CHAPTERS = (*MODELS, "universal", "fewshot3d")
 LOOK_AHEAD = {"from_pretrained", "config_of", "preprocess", "postprocess", "segment"}
-LOOK_AHEAD |= {"image_prompt", "to_frame"}
+LOOK_AHEAD |= {"image_prompt", "to_input_pixels", "check_prompts"}
 
 
 def names_used_ahead(text: str) -> dict[str, int]:

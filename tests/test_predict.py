@@ -353,7 +353,7 @@ def test_boxes_belong_to_one_of_the_files_of_a_name(tmp_path, monkeypatch, capsy
             pixels = image_files.read_image(root / "images" / folder / "slice0.png")
             with torch.no_grad():
                 image = model.preprocess(Image.fromarray(pixels))[None]
-                frame = model.to_frame(torch.tensor(box, dtype=torch.float32), size)
+                frame = model.to_input_pixels(torch.tensor(box, dtype=torch.float32), size)
                 logits, _ = model(image, boxes=frame[None, None])
             expected = model.postprocess(logits[0, 0], size)[0].numpy()
             picture = Image.open(out / folder / "slice0_probability.png")

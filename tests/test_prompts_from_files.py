@@ -422,9 +422,11 @@ def test_objects_with_other_numbers_of_points_are_answered_as_if_alone():
         for k, p in enumerate(some):
             how = {}
             if p.box is not None:
-                how["boxes"] = sam_decoder.to_frame(torch.from_numpy(p.box), size, MINI)[None, None]
+                how["boxes"] = sam_decoder.to_input_pixels(torch.from_numpy(p.box), size, MINI)[
+                    None, None
+                ]
             if len(p.points):
-                points = sam_decoder.to_frame(torch.from_numpy(p.points), size, MINI)
+                points = sam_decoder.to_input_pixels(torch.from_numpy(p.points), size, MINI)
                 how |= {"points": points[None, None]}
                 how |= {"labels": torch.from_numpy(p.labels)[None, None]}
             close(masks[k], model(image, **how)[0][0], atol=1e-3)  # 0.01 where padding is a token
@@ -475,9 +477,11 @@ def expected_answer(photos, name, box=None, points=None, labels=None):
     pixels = image_files.read_image(photos / f"{name}.png")
     how = {}
     if box is not None:
-        how["boxes"] = model.to_frame(torch.tensor(box, dtype=torch.float32), (48, 64))[None, None]
+        how["boxes"] = model.to_input_pixels(torch.tensor(box, dtype=torch.float32), (48, 64))[
+            None, None
+        ]
     if points is not None:
-        frame = model.to_frame(torch.tensor(points, dtype=torch.float32), (48, 64))
+        frame = model.to_input_pixels(torch.tensor(points, dtype=torch.float32), (48, 64))
         how |= {"points": frame[None, None], "labels": torch.tensor([[labels]])}
     with torch.no_grad():
         image = model.preprocess(Image.fromarray(pixels))[None]

@@ -565,7 +565,7 @@ def test_predict_asks_by_boxes_or_by_the_whole_image(asked, maps, tmp_path, monk
     coloured = image_files.pseudocolor(image_files.read_image(folder / "a0.png"), "bone")
     with torch.no_grad():
         image = model.preprocess(Image.fromarray(coloured))[None]
-        box = model.to_frame(torch.tensor([3.0, 3, 40, 30]), (48, 64))
+        box = model.to_input_pixels(torch.tensor([3.0, 3, 40, 30]), (48, 64))
         logits, _ = model(image, boxes=box[None, None])
     expected = model.postprocess(logits[0, 0], (48, 64))[0] > 0.5
     assert ((np.asarray(Image.open(out / "a0.png")) == 2) == expected.numpy()).all()

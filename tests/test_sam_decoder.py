@@ -50,9 +50,9 @@ class Golden:
     def prompts(self, case: str, model: SAM) -> dict[str, torch.Tensor]:
         prompts, size = {}, (496, 512)
         if "boxes" in case:
-            prompts["boxes"] = model.to_frame(self.get("in/boxes"), size)
+            prompts["boxes"] = model.to_input_pixels(self.get("in/boxes"), size)
         if "points" in case:
-            prompts["points"] = model.to_frame(self.get("in/points"), size)
+            prompts["points"] = model.to_input_pixels(self.get("in/points"), size)
             prompts["labels"] = self.get("in/labels")
         if "mask" in case:
             mask = fill("in/mask", (1, 1, 256, 256), self.meta["seed"]) * 256
@@ -124,7 +124,7 @@ def test_masks_at_official_size(golden, official, case, parity):
     places = ("boxes", "points", "labels", "masks")
     sparse, dense = model.prompt_encoder(*(prompts.get(name) for name in places))
     close(sparse[0], golden.get(f"out/{case}/sparse"), 5e-6)
-    position = model.prompt_encoder.position(64).T.unflatten(1, (64, 64))
+    position = model.prompt_encoder.grid_positions(64).T.unflatten(1, (64, 64))
     close(position[:, ::8, ::8], golden.get("out/dense_pe"), 5e-6)
     if case == "boxes_mask":
         close(dense[0, 0, :, ::8, ::8], golden.get(f"out/{case}/dense"), 5e-6)
@@ -341,12 +341,12 @@ def test_both_fast_ways_to_attend_equal_the_plain_one(monkeypatch):
     attend = F.scaled_dot_product_attention
 
     def spy(q, k, v, attn_mask=None, scale=None):
-        assert attn_mask is None or attn_mask.numel() <= sam_decoder.BIAS_SIZE
+        assert attn_mask is None or attn_mask.numel() <= sam_decoder.MAX_BIAS_ELEMENTS
         widths.append(q.shape[2])
         return attend(q, k, v, attn_mask=attn_mask, scale=scale)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
-    monkeypatch.setattr(sam_decoder, "BIAS_SIZE", 3 * B * h * S**3)
+    monkeypatch.setattr(sam_decoder, "MAX_BIAS_ELEMENTS", 3 * B * h * S**3)
     close(sam_decoder.bias_attention(q, k, v, by_row, by_column), expected, 1e-12)
     assert widths == [30, 30, 30, 10]
     close(sam_decoder.widened_attention(q, k, v, by_row, by_column), expected, 1e-12)
@@ -372,7 +372,7 @@ def test_no_tensor_is_as_large_as_the_scores(train):
         y = layer(x)
         if train:
             y.sum().backward()
-    assert 0 < largest <= sam_decoder.BIAS_SIZE < 2 * 4096**2, largest
+    assert 0 < largest <= sam_decoder.MAX_BIAS_ELEMENTS < 2 * 4096**2, largest
 
 
 def test_autocast_leaves_the_fourier_features_alone(mini):
@@ -391,12 +391,12 @@ def test_features_of_one_image_serve_many_prompts(mini):
     image = torch.randn(2, 3, 256, 256)
     features = mini.encode_image(image)
     assert features.shape == (2, 64, 16, 16)
-    image_of_prompt = torch.tensor([0, 0, 1, 1])
+    image_index = torch.tensor([0, 0, 1, 1])
     for kinds in ("boxes", "boxes points", "boxes masks"):
         given = prompts(kinds)
         masks, iou = mini.decode(features, **given, multimask=True)
         packed = {name: x.flatten(0, 1)[:, None] for name, x in given.items()}
-        alone = mini.decode(features[image_of_prompt], **packed, multimask=True)
+        alone = mini.decode(features[image_index], **packed, multimask=True)
         close(masks.flatten(0, 1), alone[0][:, 0], 1e-5)
         close(iou.flatten(0, 1), alone[1][:, 0], 1e-5)
         whole = mini(image, **given, multimask=True)
@@ -521,7 +521,7 @@ def test_other_files_are_refused(mini, tmp_path):
     with pytest.raises(ValueError, match="under two names"):
         SAM.from_pretrained(hub_2023(state | {TWIN: state[TWIN] + 1}, tmp_path))
     torch.save({"weight": torch.ones(3)}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="not SAM, has no vision_encoder"):
+    with pytest.raises(ValueError, match="not a SAM checkpoint .no tensors named vision_encoder"):
         SAM.from_pretrained(tmp_path)
     run_folder(mini.state_dict(), tmp_path, **{"class": "CRIS"})
     with pytest.raises(ValueError, match="holds CRIS in format 1, not SAM"):
@@ -611,7 +611,7 @@ def test_preprocessing_is_the_official_one(size):
 
 
 @pytest.mark.parametrize("size", SIZES[:-2])
-def test_prompts_are_brought_to_the_frame_as_officially(size):
+def test_prompts_are_mapped_to_input_pixels_as_officially(size):
     H, W = size
     config = sam_decoder.VARIANTS["vit-base"]
     rng = np.random.default_rng(0)
@@ -619,13 +619,15 @@ def test_prompts_are_brought_to_the_frame_as_officially(size):
     boxes = np.concatenate([points[:, 0] * 0.4, (W, H) - points[:, 1] * 0.4], 1)
     bring = image_processing_pil_sam._normalize_coordinates
     for xy, is_box in ((points, False), (boxes, True)):
-        ours = sam_decoder.to_frame(torch.from_numpy(xy), size, config)
+        ours = sam_decoder.to_input_pixels(torch.from_numpy(xy), size, config)
         expected = bring(1024, xy, size, is_bounding_box=is_box)
         close(ours, torch.from_numpy(expected), 1e-9)
-    edge = sam_decoder.to_frame(torch.tensor([0, 0, W, H]), size, config)  # whole numbers too
-    assert edge.tolist() == [0, 0, *sam_decoder.frame_size(size, config)[::-1]]
+    edge = sam_decoder.to_input_pixels(
+        torch.tensor([0, 0, W, H]), size, config
+    )  # whole numbers too
+    assert edge.tolist() == [0, 0, *sam_decoder.size_in_input(size, config)[::-1]]
     medsam = replace(config, **sam_decoder.MEDSAM)
-    edge = sam_decoder.to_frame(torch.tensor([W, H]), size, medsam)
+    edge = sam_decoder.to_input_pixels(torch.tensor([W, H]), size, medsam)
     assert edge.tolist() == [1024, 1024]
 
 
@@ -640,13 +642,13 @@ def test_prompts_are_brought_to_the_frame_as_officially(size):
 )
 def test_prompts_outside_of_the_image_are_told_in_its_own_pixels(mini, xy, told):
     with pytest.raises(ValueError, match=told):
-        mini.to_frame(torch.tensor(xy), (147, 301))
+        mini.to_input_pixels(torch.tensor(xy), (147, 301))
 
 
 @pytest.mark.parametrize("size", [(147, 301), (301, 147), (500, 500), (1023, 37)])
 @pytest.mark.parametrize("pixels", [{}, sam_decoder.MEDSAM], ids=["SAM", "MedSAM"])
 def test_there_and_back(size, pixels):
-    """A mask to the frame and back is itself, and its box goes where it goes."""
+    """A mask mapped to the input and back is itself, and its box goes where it goes."""
     config = replace(sam_decoder.VARIANTS["vit-base"], **pixels)
     H, W = size
     y, x = np.mgrid[:H, :W]
@@ -659,7 +661,7 @@ def test_there_and_back(size, pixels):
     assert both / union > 0.95
     rows, columns = np.nonzero(mask)
     box = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
-    box = sam_decoder.to_frame(torch.tensor(box), size, config)
+    box = sam_decoder.to_input_pixels(torch.tensor(box), size, config)
     rows, columns = np.nonzero(there[0].numpy())
     edges = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
     close(box, torch.tensor(edges).float(), 1.0)
@@ -716,16 +718,16 @@ def test_published_numbers_of_the_real_weights(tmp_path):
     model = SAM.from_pretrained("facebook/sam-vit-base")
     assert model.config == sam_decoder.VARIANTS["vit-base"]
     features, size = model.encode_image(model.preprocess(image)[None]), (image.height, image.width)
-    points = model.to_frame(torch.tensor([[[[400, 650]], [[220, 470]]]]), size)
+    points = model.to_input_pixels(torch.tensor([[[[400, 650]], [[220, 470]]]]), size)
     labels = torch.ones(1, 2, 1)
     iou = model.decode(features, points=points, labels=labels, multimask=True)[1]
     expected = [[0.9105, 0.9825, 0.9675], [0.7646, 0.7943, 0.7774]]
     close(iou[0], torch.tensor(expected), 3e-4)
     boxes = torch.tensor([[[620, 900, 1000, 1255], [75, 275, 1725, 850]]])
-    boxes = model.to_frame(boxes, size)
+    boxes = model.to_input_pixels(boxes, size)
     iou = model.decode(features, boxes=boxes, multimask=True)[1]
     expected = [[0.9773, 0.9881, 0.9522], [0.5996, 0.7661, 0.7937]]
     close(iou[0], torch.tensor(expected), 3e-4)
-    points = model.to_frame(torch.tensor([[[[820, 1080]]]]), size)
+    points = model.to_input_pixels(torch.tensor([[[[820, 1080]]]]), size)
     given = {"points": points, "labels": torch.zeros(1, 1, 1), "boxes": boxes[:, :1]}
     assert abs(model.decode(features, **given, multimask=True)[1][0, 0, 2] - 0.7894) < 3e-4
