@@ -1,21 +1,23 @@
 """Few-shot organs: a study's attention between texts and a volume, on two models.
 
-Code: github.com/CMPT983-Winter2023/Few-Shot-3D-Medical-Segmentation at 0973c44, and there for
-`AttentionUniversal` CLIP-Driven-Universal-Model/model/{Universal_model,CrossAttention}.py (CC
-BY-NC-SA 4.0), for `TextSwinUNETR` BTCV/models/model.py (no licence of its own; what it changes,
-Project-MONAI/research-contributions, has Apache 2.0). No weights were released.
+Code: github.com/CMPT983-Winter2023/Few-Shot-3D-Medical-Segmentation at 0973c44;
+    `AttentionUniversal`: CLIP-Driven-Universal-Model/model/{Universal_model,CrossAttention}.py
+    (CC BY-NC-SA 4.0); `TextSwinUNETR`: BTCV/models/model.py (no licence of its own; it changes
+    Project-MONAI/research-contributions, Apache 2.0).
+Weights: none were released.
 
-    AttentionUniversal: codes of the classes (B,K,256), and the volume's GAP (B,256) for each
+    AttentionUniversal: codes of the classes (B,K,256) and the image feature, GAP's output (B,256)
       CrossModalTransformer: both attend to themselves, the text to the image, the image to the text
-      controller of both -> (B,K,153); the rest as in the Universal Model
+      controller, on both -> (B,K,153); the rest as in the Universal Model
 
-    TextSwinUNETR: one text (B,512) that lists organs, and the lowest feature map (B,16f,3,3,3)
-      contrast: text_fc_contrast -> (B,16f*27); a loss raises its cosine similarity to the map
-      attention: text_fc_attention -> (B,16f,27); CrossModalTransformer of it and the map, with the
-        channels as tokens; its image stream replaces the map
+    TextSwinUNETR: one text (B,512) that lists organs, and the bottleneck (B,16f,3,3,3)
+      contrast: text_fc_contrast -> (B,16f*27); a loss raises its cosine similarity to the
+        bottleneck
+      attention: text_fc_attention -> (B,16f,27); CrossModalTransformer, on it and the bottleneck,
+        with the channels as tokens; its image stream replaces the bottleneck
       concat: the text stream of the attention, or text_fc_concat -> (B,16f,3,3,3), is concatenated
-        to the map
-      decoder5 of the result; the rest as in Swin UNETR
+        to the bottleneck
+      decoder5, on the result; the rest as in Swin UNETR
 
 The study's mistakes are options where its code ran: `attend`, `shared`, `repeat`. Where it crashed,
 on other numbers of windows than four to a text, this file works. To use it in another project copy
@@ -31,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import swin_unetr3d
-from swin_unetr3d import SLOPE, Backbone, Config
+from swin_unetr3d import SLOPE, Config, EncoderDecoder
 from universal import CODE, TEXT, UniversalConfig, UniversalSwinUNETR
 
 
@@ -39,7 +41,7 @@ from universal import CODE, TEXT, UniversalConfig, UniversalSwinUNETR
 class AttentionConfig(UniversalConfig):
     """A UniversalConfig with a kind of attention."""
 
-    attend: str = "token"  # one of ATTEND
+    attend: str = "token"  # kind of attention, a key of ATTEND
 
 
 ATTEND = {
@@ -60,19 +62,20 @@ ATTEND = {
 class TextConfig(Config):
     """A Config with the text options of the study."""
 
-    attention: bool = False  # cross-attention between the text and the lowest map
-    concat: bool = False  # concatenate the text to the lowest map
-    contrast: bool = False  # a loss that makes the text and the lowest map similar
+    attention: bool = False  # cross-attention between the text and the bottleneck
+    concat: bool = False  # concatenate the text to the bottleneck
+    contrast: bool = False  # a loss that makes the text and the bottleneck similar
     # quirk: with contrast, attention uses the text of text_fc_contrast, not of text_fc_attention
     shared: bool = True
 
 
-VARIANTS = {  # parameters
+VARIANTS = {  # right: number of parameters
     "universal-attention": AttentionConfig(),  # 65,754,355
-    "mini": AttentionConfig(12, codes="random", image_size=(64, 64, 64)),  # for tests and demos
+    # for tests and demos
+    "mini": AttentionConfig(feature_size=12, codes="random", image_size=(64, 64, 64)),
 }
 BTCV = swin_unetr3d.BTCV
-MINI = TextConfig(12, num_classes=3, image_size=(96, 64, 64))
+MINI = TextConfig(feature_size=12, num_classes=3, image_size=(96, 64, 64))
 TEXT_VARIANTS = {  # without a text option these are Swin UNETR: 62,187,296 and 4,078,077
     "attention": TextConfig(attention=True, **BTCV),  # 72,861,260
     "concat": TextConfig(concat=True, **BTCV),  # 64,940,576
@@ -139,20 +142,20 @@ class AttentionUniversal(UniversalSwinUNETR):
     CONFIG = AttentionConfig
 
     def __init__(self, config: AttentionConfig, embedding: Tensor | None = None):
-        """embedding (K,512): the codes of the classes if they are texts; None for other kinds."""
+        """embedding: the codes (K,512) of the classes if they are texts; None for other kinds."""
         super().__init__(config, embedding)
         if config.attend not in ATTEND:
             raise ValueError(f"attend {config.attend!r} is none of {', '.join(ATTEND)}")
         self.cross_attention = CrossModalTransformer(CODE, 4)
 
-    def head_numbers(self, lowest: Tensor, classes: list[int] | None = None) -> Tensor:
+    def head_numbers(self, bottleneck: Tensor, classes: list[int] | None = None) -> Tensor:
         """Return the weights and biases of each class's network: (B,k,153).
 
-        lowest (B,16f,d,h,w): the lowest feature map.
+        bottleneck (B,16f,D/32,H/32,W/32)
         """
         if self.config.attend == "token" or classes is None:
-            return super().head_numbers(lowest, classes)
-        numbers = super().head_numbers(lowest)  # (B,K,153): each depends on other classes
+            return super().head_numbers(bottleneck, classes)
+        numbers = super().head_numbers(bottleneck)  # (B,K,153): each depends on other classes
         return numbers[:, classes]
 
     def control(self, image: Tensor, codes: Tensor) -> Tensor:
@@ -194,17 +197,17 @@ class AttentionUniversal(UniversalSwinUNETR):
 
 
 # BTCV/models/model.py, class SwinUNETR
-class TextSwinUNETR(Backbone):
+class TextSwinUNETR(EncoderDecoder):
     """Swin UNETR that reads one text, a list of the wanted organs."""
 
     def __init__(self, config: TextConfig, text: Tensor | None = None):
         """text (512,): the text of all organs, the default of `forward`."""
         super().__init__(config)
         f = config.feature_size
-        n = math.prod(side // 32 for side in config.image_size)  # voxels of the lowest map, 27
+        n = math.prod(side // 32 for side in config.image_size)  # voxels of the bottleneck
         if config.attention and n % 3:
             raise ValueError(
-                f"image_size {config.image_size}: {n} voxels in the lowest map, not a multiple of 3"
+                f"image_size {config.image_size}: {n} voxels at the bottleneck, not a multiple of 3"
             )
 
         if config.contrast:
@@ -226,7 +229,7 @@ class TextSwinUNETR(Backbone):
     def forward(self, volume: Tensor, text: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Return logits (B,K,D,H,W) and the contrastive loss, None without contrast.
 
-        volume (B,C,D,H,W) of `preprocess`; text (B,512), or (512,) for all volumes, or None for
+        volume: preprocessed, (B,C,D,H,W); text (B,512), or (512,) for all volumes, or None for
         that of all organs. The study weights the contrastive loss by 0.1. With attention or
         contrast the sides must be those of the config's image_size. Raises ValueError, one line,
         for other shapes, and without a text.
@@ -243,35 +246,35 @@ class TextSwinUNETR(Backbone):
         text = text.expand(B, TEXT)
         contrast = None
 
-        def fuse(lowest: Tensor) -> Tensor:  # keeps the contrastive loss for the result
-            nonlocal contrast
-            fused, contrast = self.fuse(lowest, text)
+        def fuse(bottleneck: Tensor) -> Tensor:
+            nonlocal contrast  # returned below
+            fused, contrast = self.fuse(bottleneck, text)
             return fused
 
         _, x = self.features(volume, fuse)  # (B,f,D,H,W)
         logits = swin_unetr3d.pointwise(x, self.out.weight, self.out.bias)  # (B,K,D,H,W)
         return logits.contiguous(), contrast
 
-    def fuse(self, lowest: Tensor, text: Tensor) -> tuple[Tensor, Tensor | None]:
+    def fuse(self, bottleneck: Tensor, text: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the input of decoder5 and the contrastive loss, None without contrast.
 
-        lowest (B,16f,d,h,w): the lowest feature map, text (B,512) -> (B,16f,d,h,w), with concat
-        (B,32f,d,h,w)
+        bottleneck (B,16f,D/32,H/32,W/32), text (B,512) -> (B,16f,D/32,H/32,W/32), with concat
+        (B,32f,D/32,H/32,W/32)
         """
         config = self.config
-        B, channels, d, h, w = lowest.shape
-        sides = (32 * d, 32 * h, 32 * w)
+        B, _, *grid = bottleneck.shape
+        sides = tuple(32 * side for side in grid)
         if (config.attention or config.contrast) and sides != tuple(config.image_size):
             raise ValueError(
-                f"volume's sides are {sides}, the text options take {config.image_size}"
+                f"the volume's sides are {sides}, the text options take {config.image_size}"
             )
 
-        image = lowest.flatten(2)  # (B,16f,n)
+        image = bottleneck.flatten(2)  # (B,16f,n)
         text_features = None
         contrast = None
         if config.contrast:
             text_features = F.leaky_relu(self.text_fc_contrast(text), SLOPE)  # (B,16f*n)
-            same = text.new_ones(B)  # 1: the pairs are to become similar
+            same = text.new_ones(B)  # target 1: the pairs should become similar
             contrast = F.cosine_embedding_loss(text_features, image.flatten(1), same)
 
         if config.attention:
@@ -285,7 +288,7 @@ class TextSwinUNETR(Backbone):
 
         if config.concat:
             image = torch.cat((image, text_features), 1)  # (B,32f,n)
-        return image.view(B, -1, d, h, w), contrast
+        return image.view(B, -1, *grid), contrast
 
     @classmethod
     def from_pretrained(
@@ -296,14 +299,15 @@ class TextSwinUNETR(Backbone):
         text: Tensor | None = None,
         **overrides,
     ) -> "TextSwinUNETR":
-        """Load a file, a folder, a run folder or a hub id, in evaluation mode.
+        """Load a model in evaluation mode.
 
-        Weights of Swin UNETR, or of its encoder, get the layers of the text options that are True
-        in `overrides`, fields of TextConfig; new layers are printed. With concat, decoder5's
-        weights for the text start at 0, so that the model starts as Swin UNETR; repeat: they are a
-        copy of those for the image, as in the study. text (512,): the text of all organs, which
-        replaces that of the weights. Raises ValueError or FileNotFoundError, one line, for a file
-        that does not fit.
+        source: a file, a folder, the output folder of a training run, or a hub id. Weights of Swin
+        UNETR, or of its encoder, get the layers of the text options that are True in `overrides`,
+        fields of TextConfig. The names of newly initialised layers are printed. With concat,
+        decoder5's weights for the text start at 0, so that the model starts as Swin UNETR; repeat:
+        they are a copy of those for the image, as in the study. text (512,): the text of all
+        organs, which replaces that of the weights. Raises ValueError or FileNotFoundError, one
+        line, for a file that does not fit.
         """
         weights, settings = swin_unetr3d.read_checkpoint(source, swin_unetr3d.FILES)
         weights = swin_unetr3d.convert(weights)
@@ -313,9 +317,9 @@ class TextSwinUNETR(Backbone):
             values = swin_unetr3d.run_config(settings, kind, source, TextConfig)
         else:
             values = swin_unetr3d.config_from_shapes(weights)
-            values |= swin_unetr3d.config_from_name(source, settings, "merging" in overrides)
-            for part, option in PARTS.items():
-                values[option] = f"{part}.weight" in weights
+            values |= swin_unetr3d.config_from_name(source, settings, quiet="merging" in overrides)
+            for layer, option in OPTION_OF.items():
+                values[option] = f"{layer}.weight" in weights
         config = TextConfig(**values)
         weights, config, fresh = swin_unetr3d.new_classes(weights, num_classes, config, source)
         if text is not None:
@@ -325,9 +329,9 @@ class TextSwinUNETR(Backbone):
         if model.config.concat and not config.concat:
             widen_for_text(weights, repeat, source)
         patterns = [fresh] if fresh else []
-        for part, option in PARTS.items():
+        for layer, option in OPTION_OF.items():
             if not getattr(config, option):
-                patterns.append(rf"{part}\..*")
+                patterns.append(rf"{layer}\..*")
         return swin_unetr3d.load(model, weights, "|".join(patterns), source)
 
 
@@ -347,7 +351,7 @@ class WithText(nn.Module):
         self.postprocess = model.postprocess
 
     def forward(self, volume: Tensor) -> Tensor:
-        """volume (B,C,D,H,W) of `preprocess` -> logits (B,K,D,H,W)."""
+        """volume: preprocessed, (B,C,D,H,W) -> logits (B,K,D,H,W)."""
         logits, _ = self.model(volume, self.text)
         return logits
 
@@ -357,7 +361,7 @@ class WithText(nn.Module):
 # postprocessing.
 # --------------------------------------------------------------------------------------------------
 
-PARTS = {  # layer -> the text option that needs it
+OPTION_OF = {  # layer -> the text option that needs it
     "cross_attention": "attention",
     "text_fc_attention": "attention",
     "text_fc_concat": "concat",

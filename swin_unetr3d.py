@@ -1,31 +1,32 @@
 """Swin UNETR: segment a volume with a Swin Transformer as the encoder of a U-Net.
 
 Papers: Hatamizadeh et al., BrainLes 2021, arXiv 2201.01266; Tang et al., CVPR 2022, arXiv
-2111.14791 (self-supervised); He et al., MICCAI 2023 (v2). Code: github.com/Project-MONAI/MONAI
-1.6.1, monai/networks/nets/swin_unetr.py, blocks/{dynunet,unetr}_block.py (Apache 2.0). Weights: on
-the hub darragh/swinunetr-btcv-{tiny,small,base} (Apache 2.0), MONAI/swin_unetr_btcv_segmentation
-(licence not checked); in release 0.8.1 of MONAI-extra-test-data (licence not checked)
-swin_unetr.*_pretrained.pt (BTCV), the folds of BraTS21, and model_swinvit.pt, the encoder alone.
+    2111.14791 (self-supervised pre-training); He et al., MICCAI 2023 (V2).
+Code: github.com/Project-MONAI/MONAI 1.6.1, monai/networks/nets/swin_unetr.py and
+    monai/networks/blocks/{dynunet,unetr}_block.py (Apache 2.0).
+Weights: on the hub darragh/swinunetr-btcv-{tiny,small,base} (Apache 2.0) and
+    MONAI/swin_unetr_btcv_segmentation (licence not checked); in release 0.8.1 of
+    MONAI-extra-test-data (licence not checked) swin_unetr.*_pretrained.pt (BTCV), the folds of
+    BraTS21, and model_swinvit.pt (the encoder alone).
 
-    volume                                                        (B,1,96,96,96), variant base
-    swinViT.patch_embed: 2x2x2 convolution with stride 2       -> x0 (B,48,48,48,48)
-    swinViT.layers, four stages: attention within windows of   -> x1 (B,96,24,24,24)
-      7x7x7 tokens, attention within windows shifted by 3,        x2 (B,192,12,12,12)
-      then 2x2x2 neighbours merge into one token                  x3 (B,384,6,6,6)
-    encoder10(x4)                                                 x4 (B,768,3,3,3)
+    volume: sides are multiples of 32, one is 64 or more          (B,1,96,96,96), variant base
+    swinViT, the encoder: 2x2x2 convolution with stride 2,     -> x0 (B,48,48,48,48)
+      then four stages: attention within windows of 7x7x7      -> x1 (B,96,24,24,24)
+      tokens, attention within windows shifted by 3, and       -> x2 (B,192,12,12,12)
+      merging of 2x2x2 tokens into one                         -> x3 (B,384,6,6,6)
+                                                               -> x4 (B,768,3,3,3)
+    layer norm without weights on x0 … x4 (each next stage gets them without it)
+    encoder10: residual block on x4                            -> (B,768,3,3,3)
     decoder5: upsample, concatenate x3, residual block         -> (B,384,6,6,6)
-    decoder4: the same with encoder4(x2)                       -> (B,192,12,12,12)
+    decoder4: the same with encoder4(x2), a residual block     -> (B,192,12,12,12)
     decoder3: the same with encoder3(x1)                       -> (B,96,24,24,24)
     decoder2: the same with encoder2(x0)                       -> (B,48,48,48,48)
     decoder1: the same with encoder1(volume)                   -> (B,48,96,96,96)
     out: 1x1x1 convolution                                     -> logits (B,14,96,96,96)
 
-Sides must be multiples of 32, and one at least 64. Left out: 2-D images, dropout (0 in all released
-files), the heads of self-supervised pre-training. To use it in another project copy this file and,
-for volumes in files, the folder `imaging/` (needs numpy, nibabel and tqdm):
-
-    from imaging import volumes
-    probabilities, labels, affine = volumes.segment(SwinUNETR.from_pretrained(…), "ct.nii.gz")
+`quirk` marks behaviour of MONAI that looks wrong but that released weights depend on. Left out: 2-D
+images, dropout (0 in all released files), heads of self-supervised training. To segment files, copy
+the folder `imaging/` too (needs numpy, nibabel, tqdm): imaging.volumes.segment(model, "ct.nii.gz").
 """
 
 import json
@@ -52,15 +53,15 @@ class Config:
 
     feature_size: int = 48  # channels of x0, a multiple of 12
     in_channels: int = 1  # channels of the volume
-    num_classes: int = 14  # with the background, unless classes overlap
+    num_classes: int = 14  # output channels: includes the background, except if classes overlap
     v2: bool = False  # Swin UNETR V2: a residual block before each stage
-    merging: str = "legacy"  # order of the neighbours that merge, a key of OCTANTS
-    image_size: tuple[int, ...] = (96, 96, 96)  # of the windows that slide over a volume
+    merging: str = "legacy"  # order of the tokens that merge, a key of OCTANTS
+    image_size: tuple[int, ...] = (96, 96, 96)  # size of a patch in sliding-window inference
     spacing: tuple[float, ...] = (1.5, 1.5, 2.0)  # mm
     intensity: tuple[float, ...] | None = (-175.0, 250.0)  # HU that become 0 and 1; None: z-scores
     overlapping: bool = False  # a voxel may have several classes: sigmoids instead of a softmax
-    threshold: float = 0.5  # of the probability, for a single class or overlapping classes
-    classes: tuple[str, ...] = ()  # names, the background's first; (): unknown
+    threshold: float = 0.5  # least probability of a mask, for a single class or overlapping classes
+    classes: tuple[str, ...] = ()  # names, always with the background, which is first; (): unknown
 
 
 BTCV = {
@@ -81,43 +82,51 @@ BTCV = {
         "left adrenal gland",
     ),
 }
-BRATS21 = {
+BRATS21 = {  # channels: FLAIR, T1 with contrast, T1, T2
     "image_size": (128, 128, 128),
     "spacing": (1.0, 1.0, 1.0),
     "intensity": None,
     "overlapping": True,
     "classes": ("background", "tumor core", "whole tumor", "enhancing tumor"),
 }
-VARIANTS = {  # parameters
+VARIANTS = {  # right: number of parameters
     "base": Config(),  # 62,187,296
-    "small": Config(24),  # 15,703,304
-    "tiny": Config(12),  # 4,078,220
-    "tiny-v2": Config(12, v2=True),  # 4,739,180
-    "small-v2": Config(24, v2=True),  # 18,347,144
+    "small": Config(feature_size=24),  # 15,703,304
+    "tiny": Config(feature_size=12),  # 4,078,220
+    "tiny-v2": Config(feature_size=12, v2=True),  # 4,739,180
+    "small-v2": Config(feature_size=24, v2=True),  # 18,347,144
     "base-v2": Config(v2=True),  # 72,762,656
-    "brats21": Config(in_channels=4, num_classes=3, **BRATS21),  # 62,191,941; FLAIR, T1ce, T1, T2
-    "mini": Config(12, num_classes=3, image_size=(64, 64, 64)),  # 4,078,077; for tests and demos
+    "brats21": Config(in_channels=4, num_classes=3, **BRATS21),  # 62,191,941
+    # for tests and demos
+    "mini": Config(feature_size=12, num_classes=3, image_size=(64, 64, 64)),  # 4,078,077
 }
 
 # --- attention within windows ---------------------------------------------------------------------
 
+# MONAI keeps the attention scores of all windows for the backward pass: 484 MB in one block of base
+# at 96x96x96. Here, windows that share a mask go through the fused kernel together, and the
+# backward pass computes the scores again, a few windows at a time.
+#
+# Shapes: n windows, h heads, N tokens of a window, d channels of a head.
+
 WINDOW = 7  # tokens along a side
-SHIFT = 3
-# Attention scores that the backward pass computes at a time: 17 MB of float32; 268 MB on a GPU,
-# where starting a small kernel takes longer than running it.
+SHIFT = 3  # tokens
+# Number of attention scores that the backward pass computes at a time: 17 MB of float32; 268 MB on
+# a GPU, where starting a small kernel takes longer than running it.
 CHUNK = 2**22
 CHUNK_ON_GPU = 2**26
 
 
-def pair_tables(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return three views of a table (7,7) of query and key positions along one axis.
+# Pairs of a query and a key of a window have six axes: the query's position along D, H and W, then
+# the key's. Flattened in threes they are the axes of a score matrix (343,343).
+def along_axes(table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Broadcast a table (7,7), indexed by query and key position on one axis, along D, H and W.
 
-    The views are for the axes D, H and W and broadcast to (7,7,7,7,7,7): query d, h, w, key d, h,
-    w.
+    Return three views, one for each axis, that broadcast to (7,7,7,7,7,7).
     """
-    along_d = x[:, None, None, :, None, None]  # (7,1,1,7,1,1)
-    along_h = x[None, :, None, None, :, None]  # (1,7,1,1,7,1)
-    along_w = x[None, None, :, None, None, :]  # (1,1,7,1,1,7)
+    along_d = table[:, None, None, :, None, None]  # (7,1,1,7,1,1)
+    along_h = table[None, :, None, None, :, None]  # (1,7,1,1,7,1)
+    along_w = table[None, None, :, None, None, :]  # (1,1,7,1,1,7)
     return along_d, along_h, along_w
 
 
@@ -126,10 +135,10 @@ def position_index() -> Tensor:
     """Return the row of the bias table for each query and key of a window: int64 (343,343)."""
     positions = torch.arange(WINDOW)
     offsets = positions[:, None] - positions + WINDOW - 1  # (7,7), 0..12
-    d, h, w = pair_tables(offsets)
+    offset_d, offset_h, offset_w = along_axes(offsets)
     side = 2 * WINDOW - 1
-    rows = (d * side + h) * side + w  # (7,7,7,7,7,7)
-    return rows.reshape(WINDOW**3, WINDOW**3)
+    rows = (offset_d * side + offset_h) * side + offset_w  # (7,7,7,7,7,7)
+    return rows.reshape(WINDOW**3, WINDOW**3)  # (343,343)
 
 
 # swin_unetr.py, compute_mask
@@ -137,29 +146,31 @@ def shift_masks() -> Tensor:
     """Return the additive masks of shifted windows: (2,2,2,7,7,7,7,7,7).
 
     The first three indices are 1 where a window is the last one along D, H and W; the others are
-    query d, h, w and key d, h, w. The last window holds the end and, as the shift is cyclic, the
-    beginning of the volume; tokens of one must not attend to tokens of the other.
+    the positions of query and key. After the cyclic shift, the last window along an axis holds
+    tokens from both the end and the beginning of the volume, which must not attend to each other.
     """
-    is_other_end = torch.arange(WINDOW) >= WINDOW - SHIFT
-    are_apart = is_other_end[:, None] != is_other_end  # (7,7)
+    wrapped = torch.arange(WINDOW) >= WINDOW - SHIFT  # (7,), tokens from the beginning
+    forbidden = wrapped[:, None] != wrapped  # (7,7)
 
     masked = torch.zeros(2, 2, 2, *[WINDOW] * 6, dtype=torch.bool)
-    for axis, table in enumerate(pair_tables(are_apart)):
+    for axis, table in enumerate(along_axes(forbidden)):
         masked.select(axis, 1).logical_or_(table)
-    return masked * -100.0  # quirk: not -inf
+    return masked * -100.0  # quirk: MONAI uses -100 rather than -inf
 
 
 # swin_unetr.py, window_partition
-def view_windows(x: Tensor, window: tuple[int, ...], parts: int, heads: int) -> Tensor:
+def view_windows(x: Tensor, window: tuple[int, ...], num_projections: int, heads: int) -> Tensor:
     """Return a view of x by windows and heads.
 
-    x (B,D,H,W,parts*h*d). window: its sides, which divide D, H and W. parts: 3 if x holds queries,
-    keys and values side by side, else 1. With windows of 7: -> (parts,B,D/7,H/7,W/7,h,7,7,7,d)
+    x (B,D,H,W,p*h*d), with p = num_projections: 3 if x holds queries, keys and values side by side,
+    else 1. window: its three sides, which divide D, H and W.
+    With windows of 7 tokens a side: -> (p,B,D/7,H/7,W/7,h,7,7,7,d)
     """
     B, D, H, W, _ = x.shape
-    d, h, w = window
-    x = x.view(B, D // d, d, H // h, h, W // w, w, parts, heads, -1)  # (B,D/7,7,H/7,7,W/7,7,p,h,d)
-    return x.permute(7, 0, 1, 3, 5, 8, 2, 4, 6, 9)  # (parts,B,D/7,H/7,W/7,h,7,7,7,d)
+    window_d, window_h, window_w = window
+    sides = (D // window_d, window_d, H // window_h, window_h, W // window_w, window_w)
+    x = x.view(B, *sides, num_projections, heads, -1)  # (B,D/7,7,H/7,7,W/7,7,p,h,d)
+    return x.permute(7, 0, 1, 3, 5, 8, 2, 4, 6, 9)  # (p,B,D/7,H/7,W/7,h,7,7,7,d)
 
 
 def windows_by_mask(
@@ -167,75 +178,73 @@ def windows_by_mask(
 ) -> Iterator[tuple[tuple, tuple]]:
     """Yield the groups of windows that share a mask, at most eight.
 
-    Only the last windows along a shifted axis have a mask of their own, so each shifted axis is
-    divided into all but its last windows, and these. A group is an index into the result of
-    `view_windows` (its windows) and an index into the result of `shift_masks` (their mask).
+    Along a shifted axis only the last window needs a mask, so the axis is split into all windows
+    but the last, and the last. Each item is a pair: an index into the result of `view_windows`, and
+    an index into the result of `shift_masks`.
     """
-    choices = []  # of each axis: windows, index of the mask
+    choices = []  # for each axis: pairs of a slice of the windows and an index of the mask
     for shift in shifts:
         if shift:
             choices.append([(slice(-1), 0), (slice(-1, None), 1)])
         else:
             choices.append([(slice(None), 0)])
-    tokens = [slice(side) for side in window]  # a smaller window has the corner of the full mask
+    # Masks are cropped along each axis, unlike the biases in `WindowAttention`.
+    tokens = [slice(side) for side in window]
 
-    for (d, mask_d), (h, mask_h), (w, mask_w) in product(*choices):
-        group = (slice(None), slice(None), d, h, w)  # parts, batch, windows along D, H, W
+    for (group_d, mask_d), (group_h, mask_h), (group_w, mask_w) in product(*choices):
+        group = (slice(None), slice(None), group_d, group_h, group_w)
         yield group, (mask_d, mask_h, mask_w, *tokens, *tokens)
 
 
 def attention_gradients(
-    q: Tensor, k: Tensor, v: Tensor, dy: Tensor, score_bias: Tensor
+    q: Tensor, k: Tensor, v: Tensor, grad_y: Tensor, score_bias: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of q, k, v (n,h,N,d each) and score_bias (h,N,N).
 
-    dy (n,h,N,d) is the gradient of softmax(q @ k.mT / sqrt(d) + score_bias) @ v.
+    grad_y (n,h,N,d) is the gradient of y = softmax(q @ k.mT / sqrt(d) + score_bias) @ v.
     """
     scale = q.shape[3] ** -0.5
+    # score_bias is float32 and promotes the scores, even if q and k are in half precision.
     scores = torch.add(score_bias, q @ k.mT, alpha=scale)  # (n,h,N,N)
-    p = scores.softmax(3)  # (n,h,N,N), float32 even if q is in half precision, as the bias is
+    p = scores.softmax(3)  # (n,h,N,N)
 
-    dp = (dy @ v.mT).to(p.dtype)  # (n,h,N,N)
-    d_scores = torch._softmax_backward_data(dp, p, 3, p.dtype)  # (n,h,N,N)
-    d_bias = d_scores.sum(0)  # (h,N,N)
+    grad_p = (grad_y @ v.mT).to(p.dtype)  # (n,h,N,N)
+    grad_scores = torch._softmax_backward_data(grad_p, p, 3, p.dtype)  # (n,h,N,N)
+    grad_bias = grad_scores.sum(0)  # (h,N,N)
 
-    d_scores = d_scores.to(q.dtype)
+    grad_scores = grad_scores.to(q.dtype)
     p = p.to(q.dtype)
-    dq = scale * (d_scores @ k)  # (n,h,N,d)
-    dk = scale * (d_scores.mT @ q)  # (n,h,N,d)
-    dv = p.mT @ dy  # (n,h,N,d)
-    return dq, dk, dv, d_bias
+    grad_q = scale * (grad_scores @ k)  # (n,h,N,d)
+    grad_k = scale * (grad_scores.mT @ q)  # (n,h,N,d)
+    grad_v = p.mT @ grad_y  # (n,h,N,d)
+    return grad_q, grad_k, grad_v, grad_bias
 
 
-class WindowedAttention(torch.autograd.Function):
-    """Attention within each window, with a bias and a mask.
+class WindowAttentionFunction(torch.autograd.Function):
+    """Attention within each window, with a bias and a mask, in a fraction of the memory.
 
-    Equals, for q, k and v (n,h,N,d) of n windows, in a fraction of the memory,
+    Equivalent, for q, k and v (n,h,N,d) of n windows, to
 
         scores = q @ k.mT / sqrt(d) + bias + mask
         return scores.softmax(3) @ v
-
-    MONAI keeps the scores of all windows for the backward pass: 484 MB in one block of base at
-    96x96x96. Here, windows that share a mask go through the fused kernel together, and the backward
-    pass computes the scores again, a few windows at a time.
     """
 
     @staticmethod
     def forward(ctx, qkv: Tensor, bias: Tensor, masks: Tensor, window: tuple, shifts: tuple):
-        """qkv (B,D,H,W,3C), bias (h,N,N), masks of `shift_masks` -> (B,D,H,W,C).
+        """qkv (B,D,H,W,3C), bias (h,N,N), masks: result of `shift_masks` -> (B,D,H,W,C).
 
-        window: its three sides, which divide D, H and W, N tokens in all; shifts: of the three
-        axes, 0 or SHIFT.
+        window: its three sides, which divide D, H and W and hold N tokens in all; shifts: 0 or
+        SHIFT for each axis.
         """
         heads, N = bias.shape[:2]
         B, D, H, W, channels = qkv.shape
-        d = channels // (3 * heads)
+        head_dim = channels // (3 * heads)
         y = qkv.new_empty(B, D, H, W, channels // 3)
-        qkv_windows = view_windows(qkv, window, 3, heads)  # (3,B,D/7,H/7,W/7,h,7,7,7,d)
-        y_windows = view_windows(y, window, 1, heads)  # (1,B,D/7,H/7,W/7,h,7,7,7,d)
+        qkv_windows = view_windows(qkv, window, 3, heads)
+        y_windows = view_windows(y, window, 1, heads)
 
         for group, mask_index in windows_by_mask(window, shifts):
-            q, k, v = qkv_windows[group].reshape(3, -1, heads, N, d)  # (n,h,N,d) each
+            q, k, v = qkv_windows[group].reshape(3, -1, heads, N, head_dim)  # (n,h,N,d) each
             mask = masks[mask_index].reshape(N, N)
             score_bias = (bias + mask).to(q.dtype)  # (h,N,N)
             attended = F.scaled_dot_product_attention(q, k, v, attn_mask=score_bias[None])
@@ -248,36 +257,41 @@ class WindowedAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy: Tensor):
-        """dy (B,D,H,W,C) -> the gradients of qkv (B,D,H,W,3C) and bias (h,N,N)."""
+    def backward(ctx, grad_y: Tensor):
+        """grad_y (B,D,H,W,C) -> the gradients of qkv (B,D,H,W,3C) and bias (h,N,N)."""
         qkv, bias, masks = ctx.saved_tensors
         heads, N = bias.shape[:2]
-        d_qkv = torch.empty_like(qkv)
-        d_bias = torch.zeros_like(bias)
-        qkv_windows = view_windows(qkv, ctx.window, 3, heads)  # (3,B,D/7,H/7,W/7,h,7,7,7,d)
-        dy_windows = view_windows(dy.contiguous(), ctx.window, 1, heads)  # (1,B,…,7,7,7,d)
-        d_qkv_windows = view_windows(d_qkv, ctx.window, 3, heads)  # (3,B,D/7,H/7,W/7,h,7,7,7,d)
+        head_dim = qkv.shape[4] // (3 * heads)
+        grad_qkv = torch.empty_like(qkv)
+        grad_bias = torch.zeros_like(bias)
+        qkv_windows = view_windows(qkv, ctx.window, 3, heads)
+        grad_y_windows = view_windows(grad_y.contiguous(), ctx.window, 1, heads)
+        grad_qkv_windows = view_windows(grad_qkv, ctx.window, 3, heads)
 
-        scores_at_a_time = CHUNK if dy.device.type == "cpu" else CHUNK_ON_GPU
+        scores_at_a_time = CHUNK if grad_y.device.type == "cpu" else CHUNK_ON_GPU
         windows_at_a_time = max(1, scores_at_a_time // bias.numel())
 
         for group, mask_index in windows_by_mask(ctx.window, ctx.shifts):
             score_bias = bias + masks[mask_index].reshape(N, N)  # (h,N,N)
-            stacked = torch.cat((qkv_windows[group].flatten(1, 4), dy_windows[group].flatten(1, 4)))
-            stacked = stacked.flatten(3, 5)  # (4,n,h,N,d): q, k, v, dy
-            for part in stacked.split(windows_at_a_time, 1):
-                q, k, v, d_attended = part  # (m,h,N,d) each
-                dq, dk, dv, d_scores = attention_gradients(q, k, v, d_attended, score_bias)
-                d_bias += d_scores
-                q.copy_(dq)  # overwrite q, k and v in `stacked` by their gradients
-                k.copy_(dk)
-                v.copy_(dv)
-            d_qkv_windows[group] = stacked[:3].view(d_qkv_windows[group].shape)
-        return d_qkv, d_bias, None, None, None
+            qkv_group = qkv_windows[group].reshape(3, -1, heads, N, head_dim)  # (3,n,h,N,d)
+            grad_group = grad_y_windows[group].reshape(1, -1, heads, N, head_dim)  # (1,n,h,N,d)
+            stacked = torch.cat((qkv_group, grad_group))  # (4,n,h,N,d), a copy
+            for chunk in stacked.split(windows_at_a_time, 1):
+                q, k, v, grad_attended = chunk  # (n,h,N,d) each
+                grad_q, grad_k, grad_v, grad_bias_of_chunk = attention_gradients(
+                    q, k, v, grad_attended, score_bias
+                )
+                grad_bias += grad_bias_of_chunk
+                # Overwrite q, k and v with their gradients.
+                q.copy_(grad_q)
+                k.copy_(grad_k)
+                v.copy_(grad_v)
+            grad_qkv_windows[group] = stacked[:3].view(grad_qkv_windows[group].shape)
+        return grad_qkv, grad_bias, None, None, None
 
 
 # swin_unetr.py, class WindowAttention; padding and shift: SwinTransformerBlock.forward_part1
-class Attention(nn.Module):
+class WindowAttention(nn.Module):
     """Multi-head attention within windows, with a learned bias for each relative position."""
 
     def __init__(self, dim: int, heads: int):
@@ -287,24 +301,31 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, shifted: bool, index: Tensor, masks: Tensor) -> Tensor:
-        """x (B,D,H,W,C), `position_index` and `shift_masks` -> (B,D,H,W,C)."""
-        D, H, W = x.shape[1:4]
-        # A short axis is a single window, which is not shifted.
-        window = tuple(min(side, WINDOW) for side in (D, H, W))
-        shifts = tuple(SHIFT if shifted and side > WINDOW else 0 for side in (D, H, W))
+    def forward(self, x: Tensor, is_shifted: bool, index: Tensor, masks: Tensor) -> Tensor:
+        """x (B,D,H,W,C) -> (B,D,H,W,C).
 
-        # quirk: padded tokens are not masked; their keys and values are the biases of qkv
+        index, masks: results of `position_index` and `shift_masks`.
+        """
+        D, H, W = x.shape[1:4]
+        # An axis of at most 7 tokens is a single window, which is not shifted.
+        window = tuple(min(side, WINDOW) for side in (D, H, W))
+        shifts = tuple(SHIFT if is_shifted and side > WINDOW else 0 for side in (D, H, W))
+
+        # Pad to whole windows.
+        # quirk: padding tokens are not masked out: their keys and values are the biases of qkv
         pad_d, pad_h, pad_w = (-side % n for side, n in zip((D, H, W), window, strict=True))
-        x = F.pad(x, (0, 0, 0, pad_w, 0, pad_h, 0, pad_d))  # whole windows
+        x = F.pad(x, (0, 0, 0, pad_w, 0, pad_h, 0, pad_d))
         x = x.roll([-shift for shift in shifts], (1, 2, 3))
 
-        # quirk: a smaller window takes the biases of a full window's first N tokens, not its own
+        # quirk: for a smaller window MONAI slices the flattened index, so the biases are those of a
+        # full window's first N tokens, not those of the true offsets
         N = math.prod(window)
+        # Equivalent to table[index], which on several threads of a CPU adds up the gradient of the
+        # table in another order each time.
         bias = F.embedding(index[:N, :N], self.relative_position_bias_table)  # (N,N,h)
         bias = bias.permute(2, 0, 1).contiguous()  # (h,N,N)
 
-        y = WindowedAttention.apply(self.qkv(x), bias, masks, window, shifts)
+        y = WindowAttentionFunction.apply(self.qkv(x), bias, masks, window, shifts)
         y = y.roll(shifts, (1, 2, 3))[:, :D, :H, :W]  # (B,D,H,W,C)
         return self.proj(y)
 
@@ -324,28 +345,28 @@ class MLP(nn.Module):
 
 
 # swin_unetr.py, class SwinTransformerBlock
-class Block(nn.Module):
+class SwinBlock(nn.Module):
     """A transformer block with pre-norm attention and MLP, each with a residual connection."""
 
-    def __init__(self, dim: int, heads: int, shifted: bool):
+    def __init__(self, dim: int, heads: int, is_shifted: bool):
         super().__init__()
-        self.shifted = shifted
+        self.is_shifted = is_shifted
         self.norm1 = nn.LayerNorm(dim)
-        self.attn = Attention(dim, heads)
+        self.attn = WindowAttention(dim, heads)
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = MLP(dim)
 
     def forward(self, x: Tensor, index: Tensor, masks: Tensor) -> Tensor:
-        """x (B,D,H,W,C), `position_index` and `shift_masks` -> (B,D,H,W,C)."""
-        x = x + self.attn(self.norm1(x), self.shifted, index, masks)  # (B,D,H,W,C)
+        """x (B,D,H,W,C) -> (B,D,H,W,C); index, masks: see `WindowAttention.forward`."""
+        x = x + self.attn(self.norm1(x), self.is_shifted, index, masks)  # (B,D,H,W,C)
         return x + self.mlp(self.norm2(x))
 
 
 # --- merging of neighbours ------------------------------------------------------------------------
 
-# Octants (d, h, w) of a cell of 2x2x2 tokens in the order in which they are concatenated. MONAI
-# 1.5.0 changed the order under the same option name and with the same shapes. All released files
-# are older and need "legacy"; files trained with later versions need "merging".
+# Tokens of a cell of 2x2x2, by their positions along D, H and W, in the order in which they are
+# concatenated. MONAI 1.5.0 changed the order under the same option name and with the same shapes.
+# All released files are older and need "legacy"; files trained with later versions need "merging".
 OCTANTS = {
     # quirk: 010 and 001 appear twice, 110 and 011 never (swin_unetr.py of MONAI 0.9.0 to 1.4.0)
     "legacy": "000 100 010 001 101 010 001 111",
@@ -355,7 +376,7 @@ OCTANTS = {
 
 
 # swin_unetr.py, classes PatchMerging and PatchMergingV2
-class Merging(nn.Module):
+class PatchMerging(nn.Module):
     """Merge each cell of 2x2x2 tokens into one token of twice the channels."""
 
     def __init__(self, dim: int, octants: str):
@@ -367,20 +388,20 @@ class Merging(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (B,D,H,W,C), even sides -> (B,D/2,H/2,W/2,2C)."""
         neighbours = []
-        for d, h, w in self.octants:
-            neighbours.append(x[:, d::2, h::2, w::2])  # (B,D/2,H/2,W/2,C)
+        for start_d, start_h, start_w in self.octants:
+            neighbours.append(x[:, start_d::2, start_h::2, start_w::2])  # (B,D/2,H/2,W/2,C)
         x = torch.cat(neighbours, 4)  # (B,D/2,H/2,W/2,8C)
         return self.reduction(self.norm(x))  # (B,D/2,H/2,W/2,2C)
 
 
 # --- residual blocks of convolutions --------------------------------------------------------------
 
-EPS = 1e-5  # of the instance norms
-SLOPE = 0.01  # of the leaky ReLUs
+EPS = 1e-5  # epsilon of instance norms
+SLOPE = 0.01  # negative slope of leaky ReLUs
 
 
 def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return a 1x1x1 convolution, as a matrix product. Equals F.conv3d(x, weight, bias).
+    """Return a 1x1x1 convolution, as a matrix product. Equivalent to F.conv3d(x, weight, bias).
 
     x (B,C,D,H,W), weight (O,C,1,1,1), bias (O,) -> (B,O,D,H,W), channels last in memory.
     """
@@ -391,47 +412,49 @@ def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def mean_and_variance(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return the mean and the variance of each channel of each volume: (B,C,1,1,1) each.
 
-    x (B,C,D,H,W). Equals, in float32 or better, on a CPU several times faster and without the
-    rounding errors of long sums,
+    x (B,C,D,H,W). Equivalent, in float32 or better, to
 
         var, mean = torch.var_mean(x, (2, 3, 4), correction=0, keepdim=True)
+
+    On a CPU it is several times faster, and without the rounding errors of long sums.
     """
     if x.device.type != "cpu":
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         mean = x.mean((2, 3, 4), True)
         return mean, x.var((2, 3, 4), correction=0, keepdim=True)
 
-    # With channels last in memory, the statistics of a batch norm are the fastest, but they add up
-    # the values of a channel one by one, and over millions of voxels rounding errors grow. So keep
-    # the sums short: each position along W is a channel of its own, and the rows are split into up
-    # to 16 parts.
+    # With channels last in memory, batch norm's statistics kernel is the fastest, but it
+    # accumulates each channel sequentially, so rounding errors grow over millions of voxels. To
+    # keep the sums short, treat each position along W as a separate channel and split the D*H rows
+    # into up to 16 parts.
     B, C, D, H, W = x.shape
-    parts = math.gcd(D * H, 16)
-    rows = x.movedim(1, 4).reshape(B * parts, -1, W * C)  # (B*parts,D*H/parts,W*C)
+    splits = math.gcd(D * H, 16)
+    rows = x.movedim(1, 4).reshape(B * splits, -1, W * C)  # (B*splits,D*H/splits,W*C)
     means = []
     variances = []
-    for part in rows:
-        mean, var = torch.batch_norm_update_stats(part, None, None, 0.0)  # (W*C,) each
+    for split in rows:
+        mean, var = torch.batch_norm_update_stats(split, None, None, 0.0)  # (W*C,) each
         means.append(mean)
         variances.append(var)
-    means = torch.stack(means).double().view(B, parts * W, C, 1, 1, 1)
-    variances = torch.stack(variances).double().view(B, parts * W, C, 1, 1, 1)
+    means = torch.stack(means).double().view(B, splits * W, C, 1, 1, 1)  # (B,splits*W,C,1,1,1)
+    variances = torch.stack(variances).double().view(B, splits * W, C, 1, 1, 1)  # the same shape
 
-    # The total variance is the mean of the parts' variances plus the variance of their means.
+    # The total variance is the mean of the variances plus the variance of the means.
     var = variances.mean(1) + means.var(1, correction=0)  # (B,C,1,1,1)
     return means.mean(1), var
 
 
 class NormAddReLU(torch.autograd.Function):
-    """Instance norm, addition of a residual and leaky ReLU, in the memory of the input.
+    """Instance norm, addition of a residual and leaky ReLU, in place.
 
-    Equals
+    Equivalent to
 
         y = F.instance_norm(x, eps=EPS)
         return F.leaky_relu(y if residual is None else y + residual, slope)
 
-    The backward pass needs only the output and the residual, since all three steps can be inverted;
-    so a block keeps two feature maps less.
+    The backward pass recovers the normalised map from the output by undoing the leaky ReLU and the
+    addition, so neither x nor the input of the leaky ReLU is stored: two feature maps fewer. The
+    output and the residual, which it needs, are stored for neighbouring layers anyway.
     """
 
     @staticmethod
@@ -456,58 +479,63 @@ class NormAddReLU(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy: Tensor):
-        """dy (B,C,D,H,W) -> the gradients of x and residual, (B,C,D,H,W) each."""
+    def backward(ctx, grad_y: Tensor):
+        """grad_y (B,C,D,H,W) -> the gradients of x and residual, (B,C,D,H,W) each."""
         y, residual, scale = ctx.saved_tensors
-        d_sum = torch.ops.aten.leaky_relu_backward(dy, y, ctx.slope, True)  # of norm + residual
+        # The gradient of normalised + residual. True: y is the output of the leaky ReLU.
+        grad_sum = torch.ops.aten.leaky_relu_backward(grad_y, y, ctx.slope, True)  # (B,C,D,H,W)
 
         # Undo the leaky ReLU and the addition.
         normalised = F.leaky_relu(y, 1 / ctx.slope)  # (B,C,D,H,W)
         if residual is not None:
             normalised -= residual
 
-        # dx = scale * (d_sum - mean(d_sum) - normalised * mean(d_sum * normalised))
-        mean_product = (d_sum * normalised).mean((2, 3, 4), True, dtype=scale.dtype)  # (B,C,1,1,1)
-        mean_d = d_sum.mean((2, 3, 4), True, dtype=scale.dtype)  # (B,C,1,1,1)
-        dx = normalised
-        torch.addcmul(-scale * mean_d, normalised, -scale * mean_product, out=dx)
-        dx.addcmul_(d_sum, scale)
+        # grad_x = scale * (grad_sum - mean(grad_sum) - normalised * mean(grad_sum * normalised))
+        mean_product = (grad_sum * normalised).mean((2, 3, 4), True, dtype=scale.dtype)
+        mean_grad = grad_sum.mean((2, 3, 4), True, dtype=scale.dtype)  # (B,C,1,1,1), both means
+        grad_x = normalised  # overwritten
+        torch.addcmul(-scale * mean_grad, normalised, -scale * mean_product, out=grad_x)
+        grad_x.addcmul_(grad_sum, scale)
 
-        d_residual = None if residual is None else d_sum
-        return dx, d_residual, None
+        grad_residual = None if residual is None else grad_sum
+        return grad_x, grad_residual, None
 
 
 # blocks/dynunet_block.py, class UnetResBlock
 class ResBlock(nn.Module):
     """A residual block of two 3x3x3 convolutions with instance norms."""
 
-    def __init__(self, inputs: int, outputs: int):
+    def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
-        self.conv1 = nn.Conv3d(inputs, outputs, 3, padding=1, bias=False)
-        self.conv2 = nn.Conv3d(outputs, outputs, 3, padding=1, bias=False)
-        self.conv3 = None  # of the shortcut, where the number of channels changes
-        if inputs != outputs:
-            self.conv3 = nn.Conv3d(inputs, outputs, 1, bias=False)
+        self.conv1 = nn.Conv3d(in_channels, out_channels, 3, padding=1, bias=False)
+        self.conv2 = nn.Conv3d(out_channels, out_channels, 3, padding=1, bias=False)
+        self.conv3 = None  # convolution of the shortcut, if the number of channels changes
+        if in_channels != out_channels:
+            self.conv3 = nn.Conv3d(in_channels, out_channels, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B,inputs,D,H,W) -> (B,outputs,D,H,W), channels last in memory."""
+        """x (B,in_channels,D,H,W) -> (B,out_channels,D,H,W), channels last in memory."""
         shortcut = x
         if self.conv3 is not None:
             shortcut = pointwise(x, self.conv3.weight)
         y = self.conv1(x).contiguous(memory_format=torch.channels_last_3d)
-        return self.after_conv1(y, shortcut)
+        return self.finish(y, shortcut)
 
-    def after_conv1(self, y: Tensor, shortcut: Tensor) -> Tensor:
-        """Return the output of the block, given conv1's and conv3's: all (B,outputs,D,H,W)."""
+    def finish(self, y: Tensor, shortcut: Tensor) -> Tensor:
+        """Return the output of the block: all shapes are (B,out_channels,D,H,W).
+
+        y: output of conv1, overwritten; shortcut: output of conv3, overwritten, or the input of the
+        block if there is no conv3. `UpBlock` computes conv1 and conv3 itself.
+        """
         y = NormAddReLU.apply(y, None, SLOPE)
         if self.conv3 is not None:
-            shortcut = NormAddReLU.apply(shortcut, None, 1.0)
+            shortcut = NormAddReLU.apply(shortcut, None, 1.0)  # slope 1: no activation
         return NormAddReLU.apply(self.conv2(y), shortcut, SLOPE)
 
 
 # --- the encoder ----------------------------------------------------------------------------------
 
-HEADS = (3, 6, 12, 24)  # of the four stages
+HEADS = (3, 6, 12, 24)  # attention heads of the four stages
 
 
 # swin_unetr.py, class BasicLayer
@@ -520,11 +548,11 @@ class Stage(nn.Module):
     def __init__(self, dim: int, heads: int, v2: bool, octants: str):
         super().__init__()
         self.conv = ResBlock(dim, dim) if v2 else nn.Identity()
-        self.blocks = nn.ModuleList(Block(dim, heads, shifted) for shifted in (False, True))
-        self.downsample = Merging(dim, octants)
+        self.blocks = nn.ModuleList([SwinBlock(dim, heads, False), SwinBlock(dim, heads, True)])
+        self.downsample = PatchMerging(dim, octants)
 
     def forward(self, x: Tensor, index: Tensor, masks: Tensor) -> Tensor:
-        """x (B,D,H,W,C) -> (B,D/2,H/2,W/2,2C)."""
+        """x (B,D,H,W,C) -> (B,D/2,H/2,W/2,2C); index, masks: see `WindowAttention.forward`."""
         x = x.permute(0, 4, 1, 2, 3)  # (B,C,D,H,W)
         x = self.conv(x).permute(0, 2, 3, 4, 1)  # (B,D,H,W,C)
         for block in self.blocks:
@@ -543,14 +571,14 @@ class SwinTransformer(nn.Module):
         self.layers = nn.ModuleList()
         for i, heads in enumerate(HEADS):
             self.layers.append(Stage(f * 2**i, heads, config.v2, OCTANTS[config.merging]))
-        # All blocks share these; smaller windows take a corner of them.
+        # Shared by all blocks; smaller windows slice them.
         self.register_buffer("index", position_index(), persistent=False)
         self.register_buffer("masks", shift_masks(), persistent=False)
 
     def forward(self, volume: Tensor, run: Callable) -> list[Tensor]:
         """Return five feature maps: (B,f,D/2,H/2,W/2), (B,2f,D/4,H/4,W/4) … (B,16f,D/32,H/32,W/32).
 
-        volume (B,C,D,H,W); run: a function that calls a stage, `Backbone.run`.
+        volume (B,C,D,H,W); run: a function that calls a stage, `EncoderDecoder.run`.
         """
         x = self.patch_embed["proj"](volume).permute(0, 2, 3, 4, 1)  # (B,D/2,H/2,W/2,f)
         maps = [x]
@@ -558,7 +586,8 @@ class SwinTransformer(nn.Module):
             x = run(stage, x, self.index, self.masks)
             maps.append(x)
 
-        # The decoder gets the maps normalised, without weights; the next stage did not.
+        # The decoder gets the maps after a layer norm without learned weights; the next stage gets
+        # them as they are.
         normalised = []
         for x in maps:
             x = F.layer_norm(x, x.shape[4:])
@@ -572,43 +601,45 @@ class SwinTransformer(nn.Module):
 def upsampled(x: Tensor, weight: Tensor) -> Tensor:
     """Return a transposed 2x2x2 convolution with stride 2, as a matrix product.
 
-    Equals F.conv_transpose3d(x, weight, stride=2). x (B,C,d,h,w), weight (C,O,2,2,2) ->
-    (B,O,2d,2h,2w), channels last in memory.
+    Equivalent to F.conv_transpose3d(x, weight, stride=2).
+
+    x (B,C,D,H,W), weight (C,O,2,2,2) -> (B,O,2D,2H,2W), channels last in memory.
     """
-    B, C, d, h, w = x.shape
+    B, C, D, H, W = x.shape
     rows = weight.permute(2, 3, 4, 1, 0).flatten(0, 3)  # (2*2*2*O,C)
-    y = F.linear(x.movedim(1, 4), rows)  # (B,d,h,w,2*2*2*O)
-    y = y.view(B, d, h, w, 2, 2, 2, -1).permute(0, 1, 4, 2, 5, 3, 6, 7)  # (B,d,2,h,2,w,2,O)
-    return y.reshape(B, 2 * d, 2 * h, 2 * w, -1).movedim(4, 1)  # (B,O,2d,2h,2w)
+    y = F.linear(x.movedim(1, 4), rows)  # (B,D,H,W,2*2*2*O)
+    y = y.view(B, D, H, W, 2, 2, 2, -1).permute(0, 1, 4, 2, 5, 3, 6, 7)  # (B,D,2,H,2,W,2,O)
+    return y.reshape(B, 2 * D, 2 * H, 2 * W, -1).movedim(4, 1)  # (B,O,2D,2H,2W)
 
 
 def add_upsampled_conv(y: Tensor, x: Tensor, up: Tensor, weight: Tensor) -> None:
     """Add to y a 3x3x3 convolution of the upsampled x, without upsampling x.
 
-    Equals, in a fraction of the multiplications,
+    Equivalent, in a fraction of the multiplications, to
 
         y += F.conv3d(F.conv_transpose3d(x, up, stride=2), weight, padding=1)
 
-    Both convolutions together are a transposed 4x4x4 convolution with stride 2. Its outputs at even
-    or odd positions along each axis see 2x2x2 inputs, so it is eight convolutions at the low
-    resolution.
+    The composition is a transposed 4x4x4 convolution with stride 2. Along one axis, with its kernel
+    k, output 2m is k[3]*x[m-1] + k[1]*x[m] and output 2m+1 is k[2]*x[m] + k[0]*x[m+1]. Each parity
+    is a convolution with two taps at the low resolution, so there are eight of 2x2x2.
 
-    y (B,O,2d,2h,2w), x (B,C,d,h,w), up (C,O,2,2,2), weight (O,O,3,3,3)
+    y (B,O,2D,2H,2W), x (B,C,D,H,W), up (C,O,2,2,2), weight (O,O,3,3,3)
     """
     composed = F.conv3d(up, weight, padding=2)  # (C,O,4,4,4)
     composed = composed.flip(2, 3, 4).transpose(0, 1)  # (O,C,4,4,4)
-    d, h, w = x.shape[2:]
+    D, H, W = x.shape[2:]
     for i, j, k in product((0, 1), repeat=3):  # parity of the outputs along D, H and W
         kernel = composed[:, :, i::2, j::2, k::2].contiguous()  # (O,C,2,2,2)
-        part = F.conv3d(x, kernel, padding=1)  # (B,O,d+1,h+1,w+1)
-        y[:, :, i::2, j::2, k::2] += part[:, :, i : i + d, j : j + h, k : k + w]
+        at_parity = F.conv3d(x, kernel, padding=1)  # (B,O,D+1,H+1,W+1)
+        # With this padding, output m of parity i is at m + i.
+        y[:, :, i::2, j::2, k::2] += at_parity[:, :, i : i + D, j : j + H, k : k + W]
 
 
 # blocks/unetr_block.py, class UnetrUpBlock
 class UpBlock(nn.Module):
     """Upsampling, concatenation with the skip connection, and a residual block.
 
-    Equals, without computing the concatenation,
+    Equivalent, without computing the concatenation, to
 
         x = self.transp_conv(x)
         return self.conv_block(torch.cat((x, skip), 1))
@@ -616,13 +647,13 @@ class UpBlock(nn.Module):
     A convolution of a concatenation is the sum of two convolutions, each with half of the weights.
     """
 
-    def __init__(self, inputs: int, outputs: int):
+    def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
-        self.transp_conv = nn.ConvTranspose3d(inputs, outputs, 2, stride=2, bias=False)
-        self.conv_block = ResBlock(2 * outputs, outputs)
+        self.transp_conv = nn.ConvTranspose3d(in_channels, out_channels, 2, stride=2, bias=False)
+        self.conv_block = ResBlock(2 * out_channels, out_channels)
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
-        """x (B,inputs,D/2,H/2,W/2), skip (B,outputs,D,H,W) -> (B,outputs,D,H,W)."""
+        """x (B,in_channels,D/2,H/2,W/2), skip (B,C,D,H,W) -> (B,C,D,H,W), C = out_channels."""
         C = skip.shape[1]
         up = self.transp_conv.weight
         block = self.conv_block
@@ -637,10 +668,11 @@ class UpBlock(nn.Module):
             shortcut = pointwise(x, conv3_up)  # (B,C,D,H,W)
         else:
             add_upsampled_conv(y, x, up, conv1_up)
-            composed = torch.einsum("ic...,oc->io...", up, conv3_up.flatten(1))  # (inputs,C,2,2,2)
+            conv3_up = conv3_up.flatten(1)  # (C,C)
+            composed = torch.einsum("ic...,oc->io...", up, conv3_up)  # (in_channels,C,2,2,2)
             shortcut = upsampled(x, composed)  # (B,C,D,H,W)
         shortcut += pointwise(skip, conv3_skip)
-        return block.after_conv1(y, shortcut)
+        return block.finish(y, shortcut)
 
 
 # --- the model ------------------------------------------------------------------------------------
@@ -652,29 +684,30 @@ def check_size(volume: Tensor, channels: int) -> None:
         expected = f"(B,{channels},D,H,W)"
         raise ValueError(f"volume is {tuple(volume.shape)}, the model takes {expected}")
     sides = tuple(volume.shape[2:])
-    if any(side % 32 for side in sides) or max(sides) < 64:  # one voxel in x4 has no variance
+    # Instance norm needs more than one voxel at the bottleneck.
+    if any(side % 32 for side in sides) or max(sides) < 64:
         raise ValueError(
-            f"volume's sides are {sides}, must be multiples of 32, one of them 64 or more; pad or "
-            "cut it"
+            f"the volume's sides are {sides}; each must be a multiple of 32 and at least one must "
+            "be 64 or more; pad or crop the volume"
         )
 
 
 # swin_unetr.py, class SwinUNETR
-class Backbone(nn.Module):
-    """Swin UNETR without its last convolution; several models add a head to it.
+class EncoderDecoder(nn.Module):
+    """Encoder and decoder of Swin UNETR without the output convolution; subclasses add a head.
 
-    With `checkpointing = True`, training keeps only the inputs of the blocks and computes their
-    activations again in the backward pass: less memory, more time.
+    With `checkpointing = True`, training keeps only the inputs of the blocks and recomputes their
+    activations in the backward pass: less memory, more time.
     """
 
     def __init__(self, config: Config):
         super().__init__()
         f = config.feature_size
-        if f % 12 or config.merging not in OCTANTS:
-            raise ValueError(
-                f"feature_size {f} and merging {config.merging!r}: must be a multiple of 12 and "
-                f"one of {', '.join(OCTANTS)}"
-            )
+        if f % 12:
+            raise ValueError(f"feature_size is {f}, must be a multiple of 12")
+        if config.merging not in OCTANTS:
+            names = ", ".join(OCTANTS)
+            raise ValueError(f"merging is {config.merging!r}, must be one of {names}")
 
         self.config = config
         self.checkpointing = False
@@ -697,16 +730,16 @@ class Backbone(nn.Module):
         return block(*inputs)
 
     def features(self, volume: Tensor, fuse: Callable | None = None) -> tuple[Tensor, Tensor]:
-        """Return the lowest feature map (B,16f,D/32,H/32,W/32) and the last one (B,f,D,H,W).
+        """Return the bottleneck (B,16f,D/32,H/32,W/32) and the decoder's output (B,f,D,H,W).
 
-        volume (B,C,D,H,W) of `preprocess`; fuse: a function that changes the lowest map before the
-        decoder.
+        volume: preprocessed, (B,C,D,H,W). fuse: a function applied to the bottleneck before
+        decoding; the returned bottleneck is without it.
         """
         check_size(volume, self.config.in_channels)
         x0, x1, x2, x3, x4 = self.swinViT(volume, self.run)
-        lowest = self.run(self.encoder10, x4)  # (B,16f,D/32,H/32,W/32)
+        bottleneck = self.run(self.encoder10, x4)  # (B,16f,D/32,H/32,W/32)
 
-        x = lowest if fuse is None else fuse(lowest)
+        x = bottleneck if fuse is None else fuse(bottleneck)
         x = self.run(self.decoder5, x, x3)  # (B,8f,D/16,H/16,W/16)
         skip = self.run(self.encoder4, x2)
         x = self.run(self.decoder4, x, skip)  # (B,4f,D/8,H/8,W/8)
@@ -716,18 +749,18 @@ class Backbone(nn.Module):
         x = self.run(self.decoder2, x, skip)  # (B,f,D/2,H/2,W/2)
         skip = self.run(self.encoder1, volume)
         x = self.run(self.decoder1, x, skip)  # (B,f,D,H,W)
-        return lowest, x
+        return bottleneck, x
 
     def preprocess(self, volume: Tensor) -> Tensor:
         """Scale the intensities of a volume (C,D,H,W); see `preprocess` below."""
         return preprocess(volume, self.config)
 
     def postprocess(self, logits: Tensor, size: tuple[int, int, int]) -> Tensor:
-        """Return probabilities (K,*size) of logits (K,d,h,w); see `postprocess` below."""
+        """Return probabilities (K,*size) of logits (K,D,H,W); see `postprocess` below."""
         return postprocess(logits, size, self.config)
 
 
-class SwinUNETR(Backbone):
+class SwinUNETR(EncoderDecoder):
     """Swin UNETR: logits of each class for each voxel."""
 
     def __init__(self, config: Config):
@@ -735,18 +768,19 @@ class SwinUNETR(Backbone):
         self.out = nn.Conv3d(config.feature_size, config.num_classes, 1)
 
     def forward(self, volume: Tensor) -> Tensor:
-        """volume (B,C,D,H,W) of `preprocess` -> logits (B,K,D,H,W)."""
+        """volume: preprocessed, (B,C,D,H,W) -> logits (B,K,D,H,W)."""
         _, x = self.features(volume)  # (B,f,D,H,W)
         return pointwise(x, self.out.weight, self.out.bias).contiguous()  # (B,K,D,H,W)
 
     @classmethod
     def from_pretrained(cls, source: str | Path, num_classes=None, **overrides) -> "SwinUNETR":
-        """Load a file, a folder, a run folder or a hub id, in evaluation mode.
+        """Load a model in evaluation mode.
 
-        num_classes: None for as many as the file has; another number makes a new `out`. A file with
-        only the encoder needs a number, and gets a new decoder. New parts are printed. overrides:
-        fields of Config. Raises ValueError or FileNotFoundError, one line, for a file that does not
-        fit.
+        source: a file, a folder, the output folder of a training run, or a hub id. num_classes:
+        None for as many as the file has; another number makes a new `out`. A file with only the
+        encoder needs a number, and gets a new decoder. The names of newly initialised parts are
+        printed. overrides: fields of Config. Raises ValueError or FileNotFoundError, one line, for
+        a file that does not fit.
         """
         weights, settings = read_checkpoint(source, FILES)
         weights = convert(weights)
@@ -754,7 +788,7 @@ class SwinUNETR(Backbone):
             config = Config(**run_config(settings, "SwinUNETR", source, Config))
         else:
             values = config_from_shapes(weights)
-            values |= config_from_name(source, settings, "merging" in overrides)
+            values |= config_from_name(source, settings, quiet="merging" in overrides)
             config = Config(**values)
         weights, config, fresh = new_classes(weights, num_classes, config, source)
         model = cls(replace(config, **overrides))
@@ -777,10 +811,10 @@ FILES = (
 # Released files, by the name of the file, its folder or its repository, and the fields of Config
 # that do not follow from their tensors. All of them have the merging "legacy".
 RELEASED = {
-    "MONAI/swin_unetr_btcv_segmentation": BTCV,
-    "darragh/swinunetr-btcv-tiny": BTCV,
-    "darragh/swinunetr-btcv-small": BTCV,
-    "darragh/swinunetr-btcv-base": BTCV,
+    "swin_unetr_btcv_segmentation": BTCV,
+    "swinunetr-btcv-tiny": BTCV,
+    "swinunetr-btcv-small": BTCV,
+    "swinunetr-btcv-base": BTCV,
     "swin_unetr.tiny_5000ep_f12_lr2e-4_pretrained.pt": BTCV,
     "swin_unetr.small_5000ep_f24_lr2e-4_pretrained.pt": BTCV,
     "swin_unetr.base_5000ep_f48_lr2e-4_pretrained.pt": BTCV,
@@ -793,39 +827,36 @@ RELEASED = {
     "self_supervised_nv_swin_unetr_5050.pt": {},
     "ssl_pretrained_weights.pth": {},
 }
-IGNORED = {
-    r".*\.relative_position_index": "computed by `position_index`",
-    r"(swinViT\.)?norm\.(weight|bias)": "last norm of the bare encoder, which Swin UNETR lacks",
-    r"(rotation_head|contrastive_head|convTrans3d|conv)\..*": "heads of self-supervised training",
-}
-# Names of other programs -> MONAI's.
-TO_MONAI = (
+IGNORED = (
+    r".*\.relative_position_index",  # computed by `position_index`
+    r"(swinViT\.)?norm\.(weight|bias)",  # last norm of the bare encoder, which Swin UNETR lacks
+    r"(rotation_head|contrastive_head|convTrans3d|conv)\..*",  # heads of self-supervised training
+)
+OTHERS_TO_MONAI = (
     (r"^backbone\.", ""),  # Universal Model
     (r"^swin_vit\.", "swinViT."),  # older self-supervised training
     (r"^(encoder\.)?(patch_embed\.|layers\d)", r"swinViT.\2"),  # bare encoder; autoencoder
     (r"(layers\d\.0)\.0\.", r"\1."),  # Disruptive Autoencoders
     (r"\.fc([12])\.", r".linear\1."),  # model_swinvit.pt
 )
-# MONAI's names -> ours.
-FROM_MONAI = (
+MONAI_TO_OURS = (
     (r"\.layers(\d)\.0\.", lambda match: f".layers.{int(match[1]) - 1}."),
     (r"\.layers(\d)c\.0\.layer\.", lambda match: f".layers.{int(match[1]) - 1}.conv."),
     (r"^(encoder\d+)\.layer\.", r"\1."),
     (r"^out\.conv\.conv\.", "out."),
     (r"(conv\d?)\.conv\.weight$", r"\1.weight"),
 )
-# Our names -> MONAI's.
-TO_OFFICIAL = (
+OURS_TO_MONAI = (
     (r"\.layers\.(\d)\.conv\.", lambda match: f".layers{int(match[1]) + 1}c.0.layer."),
     (r"\.layers\.(\d)\.", lambda match: f".layers{int(match[1]) + 1}.0."),
     (r"^(encoder\d+)\.", r"\1.layer."),
     (r"(conv\d?)\.weight$", r"\1.conv.weight"),
     (r"^out\.", "out.conv.conv."),
 )
-# Parameters that may be new.
+# Parameters that may be newly initialised.
 FRESH = {
     "classes": r"out\..*",  # if the number of classes differs
-    "encoder alone": r"(encoder|decoder|out).*",  # if the file has only the encoder
+    "encoder alone": r"(encoder|decoder|out).*",  # everything outside swinViT
 }
 
 
@@ -844,7 +875,7 @@ def convert(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         if any(re.fullmatch(pattern, official) for pattern in IGNORED):
             continue
         name = official
-        for pattern, replacement in (*TO_MONAI, *FROM_MONAI):
+        for pattern, replacement in (*OTHERS_TO_MONAI, *MONAI_TO_OURS):
             name = re.sub(pattern, replacement, name)
         if name in weights:
             raise ValueError(f"{name} is in the file twice, under two names")
@@ -857,7 +888,7 @@ def to_official(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     weights = {}
     for ours, tensor in state_dict.items():
         name = ours
-        for pattern, replacement in TO_OFFICIAL:
+        for pattern, replacement in OURS_TO_MONAI:
             name = re.sub(pattern, replacement, name)
         weights[name] = tensor
         if name.endswith("relative_position_bias_table"):  # MONAI stores an index with each table
@@ -867,17 +898,17 @@ def to_official(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load(
-    model: Backbone,
+    model: EncoderDecoder,
     weights: dict[str, Tensor],
     fresh: str,
     source,
     official: Callable = to_official,
-) -> Backbone:
+) -> EncoderDecoder:
     """Fill a model with weights and return it in evaluation mode.
 
-    fresh: a pattern of the parameters that may be missing; those that are get printed. official: a
-    function to the official names, which messages use. Raises ValueError, one line, if anything
-    else does not fit.
+    fresh: a pattern of the parameters that may be missing; those that are missing stay newly
+    initialised, and their modules are printed. official: a function that renames tensors for
+    messages. Raises ValueError, one line, if anything else does not fit.
     """
     expected = model.state_dict()
     new = {}
@@ -887,32 +918,34 @@ def load(
     check_complete(official(weights | new), official(expected), source)
     model.load_state_dict(weights | new)
     if new:
-        parts = dict.fromkeys(name.split(".")[0] for name in new)
-        print(f"{source}: new and untrained: {', '.join(parts)}")
+        modules = dict.fromkeys(name.split(".")[0] for name in new)
+        print(f"{source}: new and untrained: {', '.join(modules)}")
     return model.eval()
 
 
 def config_from_shapes(weights: dict[str, Tensor]) -> dict:
     """Return the fields of Config that follow from the names and shapes of the tensors."""
     values = {"v2": any(".layers.0.conv." in name for name in weights)}
-    patches = weights.get("swinViT.patch_embed.proj.weight")  # (f,C,2,2,2)
-    if patches is not None:
-        values["feature_size"] = patches.shape[0]
-        values["in_channels"] = patches.shape[1]
+    kernel = weights.get("swinViT.patch_embed.proj.weight")  # (f,C,2,2,2)
+    if kernel is not None:
+        values["feature_size"] = kernel.shape[0]
+        values["in_channels"] = kernel.shape[1]
     return values
 
 
 def config_from_name(source, settings: dict, quiet: bool, released: dict = RELEASED) -> dict:
     """Return the fields of Config that do not follow from the tensors.
 
-    They come from `settings`, a config.json, else from `released`, by the name of the file, its
-    folder or its repository, else from the default. Unless `quiet`, a printed line says which.
+    The merging comes from `settings`, a config.json, if it is there. All else comes from
+    `released`, by the name of the file, its folder or its repository; fields of unknown names keep
+    their defaults. Unless `quiet`, a printed line says where the merging comes from.
     """
-    parts = Path(str(source).split("@")[0]).parts
+    path_parts = Path(str(source).split("@")[0]).parts
     known = None
     for name, values in released.items():
-        if known is None and Path(name).name in parts:
+        if name in path_parts:
             known = values
+            break
 
     if "merging" in settings:
         reason = "as config.json says"
@@ -933,8 +966,8 @@ def new_classes(
 
     num_classes: None for as many as the file has. Returns the weights, without an `out` of another
     number of classes; the config, without the names of classes if their number differs; and a
-    pattern of the parameters that may be new. Raises ValueError, one line, if the file has only the
-    encoder and no number is given.
+    pattern of the parameters that may be newly initialised. Raises ValueError, one line, if the
+    file has only the encoder and no number is given.
     """
     out = weights.get("out.weight")  # (K,f,1,1,1)
     fresh = ""
@@ -951,7 +984,8 @@ def new_classes(
 
     num_classes = num_classes or config.num_classes
     classes = config.classes
-    if len(classes) != num_classes + config.overlapping:
+    expected = num_classes + 1 if config.overlapping else num_classes  # with the background
+    if len(classes) != expected:
         classes = ()
     return weights, replace(config, num_classes=num_classes, classes=classes), fresh
 
@@ -959,10 +993,10 @@ def new_classes(
 def preprocess(volume: Tensor, config: Config) -> Tensor:
     """Scale the intensities of a volume: (C,D,H,W) -> (C,D,H,W) float32.
 
-    volume: at the config's spacing, axes to the right, front and top. The Hounsfield units of
-    `config.intensity` become 0..1, clamped; with None, the voxels of each channel that are not 0
-    get mean 0 and standard deviation 1. NaN and infinite voxels do not count and become 0. Raises
-    TypeError for an array or a path, ValueError for another number of axes.
+    volume: at the config's spacing, in RAS orientation (axes point right, anterior, superior). The
+    Hounsfield units of `config.intensity` become 0..1, clamped; with None, the voxels of each
+    channel that are not 0 get mean 0 and standard deviation 1. NaN and infinite voxels are ignored
+    and set to 0. Raises TypeError for an array or a path, ValueError for another number of axes.
     """
     if not isinstance(volume, Tensor):
         raise TypeError(
@@ -991,7 +1025,7 @@ def preprocess(volume: Tensor, config: Config) -> Tensor:
 
 
 def postprocess(logits: Tensor, size: tuple[int, int, int], config: Config) -> Tensor:
-    """Return probabilities (K,D,H,W) float32, 0..1, of logits (K,d,h,w) resized to `size`.
+    """Return probabilities (K,*size) float32 of logits (K,D,H,W), which are resized to `size`.
 
     They are a softmax over the classes, or sigmoids of a single class or overlapping classes.
     """

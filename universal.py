@@ -1,21 +1,23 @@
 """The CLIP-Driven Universal Model: a mask for each wanted class, by a head on Swin UNETR.
 
-Paper: Liu et al., ICCV 2023, arXiv 2301.00785. Code: github.com/ljwztc/CLIP-Driven-Universal-Model
-at 43c1239, model/Universal_model.py (CC BY-NC-ND 4.0). Weights: on the hub
-ljwztc/CLIP-Driven-Universal-Model (licence not checked). Left out: its other backbones.
+Paper: Liu et al., ICCV 2023, arXiv 2301.00785.
+Code: github.com/ljwztc/CLIP-Driven-Universal-Model at 43c1239, model/Universal_model.py
+    (CC BY-NC-ND 4.0).
+Weights: on the hub ljwztc/CLIP-Driven-Universal-Model (licence not checked).
 
     volume (B,1,96,96,96)                  names of k classes, encoded by CLIP: codes (k,512)
     Swin UNETR without `out`                 text_to_vision, ReLU        -> (k,256)
-    -> lowest map (B,768,3,3,3)
+    -> bottleneck (B,768,3,3,3)
        GAP: group norm, ReLU, mean, 1x1x1 convolution                    -> (B,256)
        concatenation with the codes (B,k,512), controller                -> (B,k,153)
-    -> last map (B,48,96,96,96)
+    -> decoder's output (B,48,96,96,96)
        precls_conv: group norm, ReLU, 1x1x1 convolution                  -> (B,8,96,96,96)
        dynamic_head: three 1x1x1 convolutions 8 -> 8 -> 8 -> 1 for
-       each class, whose 153 weights and biases the controller gave      -> logits (B,k,96,96,96)
+       each class, with the controller's 153 weights and biases          -> logits (B,k,96,96,96)
 
-The code of a class is a text, a parameter (256,) or a row of the unit matrix: see `CODES`. To use
-it in another project copy this file, swin_unetr3d.py, and what that file names.
+The code of a class is a text, a parameter (256,) or a row of the unit matrix: see `CODES`. Left
+out: the other backbones. To use it in another project copy this file, swin_unetr3d.py, and what
+that file names.
 """
 
 import math
@@ -27,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import swin_unetr3d
-from swin_unetr3d import Backbone, Config
+from swin_unetr3d import Config, EncoderDecoder
 
 ORGANS = (  # classes of the released weights, in their order
     "background",
@@ -68,18 +70,19 @@ ORGANS = (  # classes of the released weights, in their order
 
 @dataclass(frozen=True)
 class UniversalConfig(Config):
-    """A Config with another spacing, overlapping classes, and their codes."""
+    """A Config with another spacing, overlapping classes, and the kind of their codes."""
 
-    num_classes: int = 32  # without the background, which has no code
+    num_classes: int = 32  # output channels; the background has no code and no channel
     spacing: tuple[float, ...] = (1.5, 1.5, 1.5)
     overlapping: bool = True
     classes: tuple[str, ...] = ORGANS
-    codes: str = "text"  # kind of the classes' codes, one of CODES
+    codes: str = "text"  # kind of code, one of CODES
 
 
-UNIVERSAL_VARIANTS = {
+UNIVERSAL_VARIANTS = {  # right: number of parameters
     "universal": UniversalConfig(),  # 62,595,315
-    "mini": UniversalConfig(12, codes="random", image_size=(64, 64, 64)),  # for tests and demos
+    # for tests and demos
+    "mini": UniversalConfig(feature_size=12, codes="random", image_size=(64, 64, 64)),
 }
 # text: CLIP's embedding of a text (512,); random: a parameter (256,); one-hot: a row of the unit
 # matrix (K,K), which the model treats like a text
@@ -93,25 +96,29 @@ def check_codes(codes: str, embedding: Tensor | None, *shape: int) -> None:
 
     Texts need an embedding of the given shape, the other kinds have none.
     """
-    text = "no embedding" if embedding is None else f"embedding {tuple(embedding.shape)}"
-    has_embedding = embedding is not None
-    if codes not in CODES or has_embedding != (codes == "text"):
-        raise ValueError(f"codes {codes!r} and {text}: of {', '.join(CODES)} only text has one")
-    if has_embedding and embedding.shape != shape:
-        raise ValueError(f"{text}: these classes need {shape}")
+    if codes not in CODES:
+        raise ValueError(f"codes is {codes!r}, must be one of {', '.join(CODES)}")
+    if codes != "text":
+        if embedding is not None:
+            raise ValueError(f"codes {codes!r} take no embedding; remove it or use codes 'text'")
+        return
+    if embedding is None:
+        raise ValueError(f"codes 'text' need an embedding {shape}")
+    if embedding.shape != shape:
+        raise ValueError(f"embedding is {tuple(embedding.shape)}, these classes need {shape}")
 
 
-LAYERS = (64, 64, 8, 8, 8, 1)  # of the 153 numbers: weights of three layers, then their biases
+LAYERS = (64, 64, 8, 8, 8, 1)  # split of the 153 numbers: weights of three layers, then biases
 # Voxels computed at a time: few enough for the cache of a CPU, or enough to keep a GPU busy.
-PART = 4096
-PART_ON_GPU = 2**17
+CHUNK = 4096
+CHUNK_ON_GPU = 2**17
 
 
 # Universal_model.py, heads_forward and parse_dynamic_params
 def dynamic_head(x: Tensor, numbers: Tensor) -> Tensor:
     """Run the small network of each class: three 1x1x1 convolutions with ReLUs between them.
 
-    Equals, for each volume and class,
+    Equivalent, for each volume and class, to
 
         y = F.conv3d(x, w1, b1).relu()
         y = F.conv3d(y, w2, b2).relu()
@@ -131,10 +138,10 @@ def dynamic_head(x: Tensor, numbers: Tensor) -> Tensor:
     w3 = w3.reshape(B * k, 1, 8)
     b3 = b3.reshape(B * k, 1, 1)
 
-    voxels = PART if x.device.type == "cpu" else PART_ON_GPU
+    voxels = CHUNK if x.device.type == "cpu" else CHUNK_ON_GPU
     logits = []
-    for part in x.flatten(2).split(voxels, 2):  # (B,8,n)
-        y = torch.baddbmm(b1, w1, part).relu_()  # (B,8k,n)
+    for chunk in x.flatten(2).split(voxels, 2):  # (B,8,n)
+        y = torch.baddbmm(b1, w1, chunk).relu_()  # (B,8k,n)
         y = y.view(B * k, 8, -1)  # (B*k,8,n)
         y = torch.baddbmm(b2, w2, y).relu_()  # (B*k,8,n)
         y = torch.baddbmm(b3, w3, y)  # (B*k,1,n)
@@ -143,13 +150,13 @@ def dynamic_head(x: Tensor, numbers: Tensor) -> Tensor:
 
 
 # Universal_model.py, class Universal_model
-class UniversalSwinUNETR(Backbone):
+class UniversalSwinUNETR(EncoderDecoder):
     """Swin UNETR with a head that makes a small network for each class from its code."""
 
     CONFIG = UniversalConfig
 
     def __init__(self, config: UniversalConfig, embedding: Tensor | None = None):
-        """embedding (K,512): the codes of the classes if they are texts; None for other kinds."""
+        """embedding: the codes (K,512) of the classes if they are texts; None for other kinds."""
         super().__init__(config)
         f = config.feature_size
         K = config.num_classes
@@ -178,24 +185,24 @@ class UniversalSwinUNETR(Backbone):
     def forward(self, volume: Tensor, classes: list[int] | None = None) -> Tensor:
         """Return logits (B,k,D,H,W) of some classes, or of all K.
 
-        volume (B,C,D,H,W) of `preprocess`; classes: their indices, counted from 0 without the
+        volume: preprocessed, (B,C,D,H,W); classes: their indices, counted from 0 without the
         background.
         """
-        lowest, last = self.features(volume)  # (B,16f,D/32,H/32,W/32), (B,f,D,H,W)
-        numbers = self.head_numbers(lowest, classes)  # (B,k,153)
+        bottleneck, decoded = self.features(volume)  # (B,16f,D/32,H/32,W/32), (B,f,D,H,W)
+        numbers = self.head_numbers(bottleneck, classes)  # (B,k,153)
         # On a CPU, group norms are a hundred times less exact with channels last in memory.
-        x = self.precls_conv(last.contiguous())  # (B,8,D,H,W)
+        x = self.precls_conv(decoded.contiguous())  # (B,8,D,H,W)
         return dynamic_head(x, numbers)
 
-    def head_numbers(self, lowest: Tensor, classes: list[int] | None = None) -> Tensor:
+    def head_numbers(self, bottleneck: Tensor, classes: list[int] | None = None) -> Tensor:
         """Return the weights and biases of each class's network: (B,k,153).
 
-        lowest (B,16f,d,h,w): the lowest feature map.
+        bottleneck (B,16f,D/32,H/32,W/32)
         """
         codes = self.codes()  # (K,256)
         if classes is not None:
             codes = codes[classes]  # (k,256)
-        image = self.GAP(lowest).flatten(1)  # (B,256)
+        image = self.GAP(bottleneck).flatten(1)  # (B,256)
         image, codes = torch.broadcast_tensors(image[:, None], codes)  # (B,k,256) each
         return self.control(image, codes)
 
@@ -212,11 +219,11 @@ class UniversalSwinUNETR(Backbone):
 
     @torch.no_grad()
     def add_class(self, name: str, embedding: Tensor | None = None) -> None:
-        """Add a class after the others, whose logits stay the same.
+        """Add a class after the others; their logits stay the same.
 
-        embedding (512,): its code if codes are texts, else None. An optimiser made before does not
-        train the new parameters. Raises ValueError, one line, if the class exists or the code does
-        not fit.
+        embedding: the code (512,) of the class if codes are texts, else None. An existing optimiser
+        does not train the new parameters. Raises ValueError, one line, if the class exists or the
+        code does not fit.
         """
         config = self.config
         codes = self.organ_embedding
@@ -244,17 +251,18 @@ class UniversalSwinUNETR(Backbone):
     def from_pretrained(
         cls, source: str | Path, classes: list[str] | None = None, embedding=None, **overrides
     ) -> "UniversalSwinUNETR":
-        """Load a file, a folder, a run folder or a hub id, in evaluation mode.
+        """Load a model in evaluation mode.
 
-        A file of Swin UNETR, or of its encoder, gets a new head, which is printed: it needs the
-        names of the `classes` and, if codes are texts, their `embedding` (K,512). overrides: fields
-        of the Config. Raises ValueError or FileNotFoundError, one line, for a file that does not
-        fit.
+        source: a file, a folder, the output folder of a training run, or a hub id. A file of Swin
+        UNETR, or of its encoder, gets a new head: it needs the names of the `classes` and, if codes
+        are texts, their `embedding` (K,512). The names of newly initialised parts are printed.
+        overrides: fields of the Config. Raises ValueError or FileNotFoundError, one line, for a
+        file that does not fit.
         """
         weights, settings = swin_unetr3d.read_checkpoint(source, UNIVERSAL_FILES)
         weights = swin_unetr3d.convert(weights)
         has_codes = any(name.startswith("organ_embedding") for name in weights)
-        config = cls.config_of(weights, settings, source, "merging" in overrides)
+        config = cls.config_of(weights, settings, source, quiet="merging" in overrides)
 
         if has_codes:
             config, embedding = with_codes(config, weights, classes, overrides.get("codes"), source)

@@ -46,9 +46,9 @@ FOR_VOLUME_SCORES = (
 def volume_inputs(sample, train, rng, config, settings) -> dict:
     """Return the item of a sample: random crops in training, else the whole prepared volume.
 
-    In training: image (n,C,D,H,W) and mask (n,1,D,H,W) of class indices, or (n,K,D,H,W) of 0 and 1
-    where classes overlap; 255 does not count. Else: image (C,x,y,z) and `truth` (1,X,Y,Z), with the
-    keys that scoring needs.
+    In training, n crops: image (n,C,D,H,W) and mask (n,1,D,H,W) of class indices, or (n,K,D,H,W) of
+    0 and 1 where classes overlap; 255 is ignored. Else: image (C,x,y,z) and `truth` (1,X,Y,Z), with
+    the keys that scoring needs.
     """
     if not train:
         item = {"image": sample["image"], "truth": sample["truth"][None]}
@@ -107,7 +107,7 @@ def volume_loss(
 
 
 def volume_predict(model: nn.Module, item: dict, settings) -> tuple[Tensor, None]:
-    """Return probabilities (K,X,Y,Z) on the file's own grid, axes to the right, front and top.
+    """Return probabilities (K,X,Y,Z) on the file's own grid, in RAS orientation.
 
     item["asked"], if given, lists the classes that a Universal Model computes; None: all.
     """
@@ -163,9 +163,12 @@ def check_modality(model: nn.Module, train_set) -> None:
 def volume_overrides(train_set, weights, overrides: dict) -> dict:
     """Return overrides with the classes of the training set and, without weights, its channels."""
     first = train_set.entries[0]
-    overlapping = first.regions is not None
-    overrides = {"num_classes": len(first.classes) - overlapping} | overrides
-    overrides |= {"overlapping": overlapping}
+    is_overlapping = first.regions is not None
+    num_classes = len(first.classes)
+    if is_overlapping:
+        num_classes -= 1  # without the background
+    overrides = {"num_classes": num_classes} | overrides
+    overrides |= {"overlapping": is_overlapping}
     if weights == "none":
         overrides = {"in_channels": train_set.channels} | overrides
     return overrides
@@ -194,7 +197,7 @@ def load_volumes(weights, variant, settings: Protocol, overrides: dict, train_se
 
 
 def swin_encoder(name: str) -> bool:
-    """Return True for the name of a parameter of the encoder."""
+    """Return True for the name of a parameter of the pretrained encoder."""
     return name.startswith("swinViT.")
 
 

@@ -452,9 +452,9 @@ def test_what_does_not_fit_is_told(every):
             every(volume, wrong)
     with pytest.raises(ValueError) as caught:
         every(volume.transpose(2, 3), text)
-    told = "volume's sides are (32, 96, 32), the text options take (96, 32, 32)"
+    told = "the volume's sides are (32, 96, 32), the text options take (96, 32, 32)"
     assert str(caught.value) == told
     with pytest.raises(
-        ValueError, match=r"image_size \(64, 64, 64\): 8 voxels in the lowest map, not"
+        ValueError, match=r"image_size \(64, 64, 64\): 8 voxels at the bottleneck, not"
     ):
         TextSwinUNETR(replace(TEXT, attention=True, image_size=(64, 64, 64)))

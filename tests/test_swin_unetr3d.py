@@ -342,7 +342,7 @@ def test_attention_and_its_gradients_equal_the_formula(dtype, limit):
     bias = torch.randn(h, 98, 98, generator=generator)
     bias = bias.to(torch.promote_types(dtype, torch.float32)).requires_grad_()
     weight = torch.randn(2, 14, 4, 21, h * d, generator=generator).to(dtype)
-    y = swin_unetr3d.WindowedAttention.apply(qkv, bias, masks, window, shifts)
+    y = swin_unetr3d.WindowAttentionFunction.apply(qkv, bias, masks, window, shifts)
     found = [y, *torch.autograd.grad(y, (qkv, bias), weight)]
 
     exact, exact_bias = (x.detach().double().requires_grad_() for x in (qkv, bias))
@@ -527,8 +527,8 @@ def test_other_files_are_refused(mini, tmp_path):
 def test_sizes_that_do_not_work_are_told(mini, size):
     with pytest.raises(ValueError) as caught:
         mini(torch.zeros(1, 1, *size))
-    expected = f"volume's sides are {size}, must be multiples of 32, one of them 64 or more"
-    assert str(caught.value) == f"{expected}; pad or cut it"
+    expected = f"the volume's sides are {size}; each must be a multiple of 32 and at least one must"
+    assert str(caught.value) == f"{expected} be 64 or more; pad or crop the volume"
 
 
 @pytest.mark.parametrize("shape", [(1, 4, 64, 64, 64), (1, 64, 64, 64), (64, 64, 64)])
@@ -537,9 +537,15 @@ def test_other_channels_than_the_model_s_are_told(mini, shape):
         mini(torch.zeros(shape))
 
 
-@pytest.mark.parametrize("wrong", [{"feature_size": 16}, {"merging": "merging-v2"}])
-def test_settings_that_do_not_exist_are_told(wrong):
-    with pytest.raises(ValueError, match="must be a multiple of 12 and one of legacy, merging, "):
+WRONG = [
+    ({"feature_size": 16}, "feature_size is 16, must be a multiple of 12"),
+    ({"merging": "merging-v2"}, "merging is 'merging-v2', must be one of legacy, merging, "),
+]
+
+
+@pytest.mark.parametrize("wrong, message", WRONG)
+def test_settings_that_do_not_exist_are_told(wrong, message):
+    with pytest.raises(ValueError, match=message):
         SwinUNETR(replace(MINI, **wrong))
 
 
