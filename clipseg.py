@@ -103,16 +103,16 @@ class TextBlock(nn.Module):
             }
         )
         self.ln_2 = nn.LayerNorm(dim)
-        # Residual adapters may be put here, behind the attention and behind the MLP.
+        # Slots for adapters after attention and MLP; an adapter adds its own residual connection.
         self.adapters = nn.ModuleList([nn.Identity(), nn.Identity()])
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B,T,C) -> (B,T,C)."""
         T = x.shape[1]
-        later = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)  # (T,T), not attended
+        causal_mask = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)  # True: masked
 
         y = self.ln_1(x)
-        y = self.attn(y, y, y, attn_mask=later, need_weights=False)[0]  # (B,T,C)
+        y = self.attn(y, y, y, attn_mask=causal_mask, need_weights=False)[0]  # (B,T,C)
         x = x + self.adapters[0](y)
 
         y = self.mlp["c_fc"](self.ln_2(x))  # (B,T,4C)
@@ -804,7 +804,7 @@ def config_of(weights: dict[str, Tensor], settings: dict, source) -> Config:
 def closest_variant(weights: dict[str, Tensor], kind: type[nn.Module], naming) -> Config:
     """Return the variant with the most tensors of the same name and shape as `weights`.
 
-    naming: a function that gives the state dict of a model of class `kind` the file's names.
+    naming: a function that renames the state dict of a `kind` to the names of the file.
     """
     closest = None
     most_equal = -1
@@ -849,7 +849,7 @@ def to_rgb(image):
     """Return a PIL image in RGB; transparency is dropped.
 
     Raise TypeError for anything else, such as an array or a path, and ValueError for 16-bit and
-    float images: Pillow would cut their values off at 255, so that they came out white, or black.
+    float images: Pillow would clip their values at 255.
     """
     from PIL import Image
 
@@ -863,7 +863,7 @@ def to_rgb(image):
             f"an image of mode {image.mode} (16 bits or floats) has no fixed range: scale its "
             "values to 0..255 and pass Image.fromarray(array.astype('uint8'))"
         )
-    if image.mode == "P":  # else Pillow warns of palettes with transparency
+    if image.mode == "P":  # avoids Pillow's warning about palettes with transparency
         image = image.convert("RGBA")
     return image.convert("RGB")
 
@@ -976,19 +976,19 @@ def tokenize(prompt: str, config: Config) -> Tensor:
 
 # shared: open_upright
 def open_upright(image):
-    """Return an image file (str or Path) as a PIL image, turned by its EXIF orientation.
+    """Open an image file (str or Path) as a PIL image and apply its EXIF orientation.
 
-    Anything else is returned as it is. Raise OSError for a file that Pillow cannot read, ValueError
-    for one of several pages or of 16-bit colours, of which Pillow would keep the high bytes.
+    Anything else is returned unchanged. Raise OSError for a file that Pillow cannot read and
+    ValueError for a file with several pages or with 16-bit colours, which Pillow would truncate.
     """
     from PIL import Image, ImageOps
 
     if not isinstance(image, str | Path):
         return image
-    # Not by name: Pillow would map grey TIFFs, and garble those that are to be turned.
+    # Pass an open file: from a path, Pillow memory-maps grey TIFFs, and rotating corrupts those.
     with open(image, "rb") as file, Image.open(file) as opened:
         pages = getattr(opened, "n_frames", 1)
-        if pages > 1 and opened.format not in ("MPO", "PSD"):  # a phone's gain maps, layers
+        if pages > 1 and opened.format not in ("MPO", "PSD"):  # gain maps, layers
             raise ValueError(f"{image}: holds {pages} pages; open it and pass one as a PIL image")
         if ";16" in str(opened.tile):
             raise ValueError(f"{image}: has 16 bits a channel; scale its values to 8 bits, 0..255")
@@ -1017,13 +1017,13 @@ def evaluating(model: nn.Module):
 
 # shared: segment_prompt
 def segment(model: nn.Module, image, prompt: str) -> tuple:
-    """Return where the image shows what the prompt names, as numpy arrays of the image's size.
+    """Segment what the prompt names; return probabilities and mask as numpy arrays.
 
     image: a file (str or Path), see `open_upright`, or a PIL image, whose EXIF data is ignored.
-    prompt: one text, cut at `config.text_length` tokens.
-    Probabilities are float32 (1,H,W). The mask, uint8 (H,W), is 1 where they are above
-    `config.threshold`, else 0. Raise errors as `open_upright` and `preprocess` do, and TypeError
-    for several prompts.
+    prompt: one text, truncated to `config.text_length` tokens.
+    Both results have the image's own size: probabilities float32 (1,H,W), and a mask uint8 (H,W),
+    which is 1 where they are above `config.threshold`. Raise the errors of `open_upright` and
+    `preprocess`, and TypeError for several prompts.
     """
     if not isinstance(prompt, str):
         raise TypeError(f"prompt must be one text, not {type(prompt).__name__}; call once for each")
@@ -1046,14 +1046,16 @@ def segment(model: nn.Module, image, prompt: str) -> tuple:
 
 # shared: run_folder
 def run_config(settings: dict, kind: str, source, config: type) -> dict:
-    """Return the fields of `config`, a dataclass, from the config.json of a run folder of ours.
+    """Return the fields of the dataclass `config` from the config.json that train.py wrote.
 
-    Raise ValueError, one line, if it is another model's, of a newer version or was damaged.
+    Raise ValueError if it belongs to another model, comes from a newer version or is malformed.
     """
     found_kind = settings.get("class")
     version = settings["format"]
     if found_kind != kind or version != 1:
-        raise ValueError(f"{source}: holds {found_kind} in format {version}, not {kind} in 1")
+        raise ValueError(
+            f"{source}: holds {found_kind} in format {version}, not {kind} in format 1"
+        )
     values = settings.get("config")
     if not isinstance(values, dict):
         raise ValueError(f"{source}: config.json has no `config` of the model; restore the file")
@@ -1076,11 +1078,12 @@ def is_like(value, default) -> bool:
     if isinstance(default, tuple):
         items = value if isinstance(value, list | tuple) else [None]
         first = default[0] if default else ""
-        fixed = isinstance(first, float) and len(items) != len(default)  # colours, axes
-        return not fixed and all(is_like(item, first) for item in items)
+        # Tuples of floats, such as mean and std, have a fixed length.
+        has_wrong_length = isinstance(first, float) and len(items) != len(default)
+        return not has_wrong_length and all(is_like(item, first) for item in items)
     if isinstance(default, float):
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        return number and abs(value) < 1e9  # not NaN either
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        return is_number and abs(value) < 1e9  # False for NaN, too
     if isinstance(default, int) and not isinstance(default, bool):
         return type(value) is int and 0 <= value < 1e9
     return type(value) is type(default)
@@ -1093,9 +1096,9 @@ def is_like(value, default) -> bool:
 def read_checkpoint(source: str | Path, files: tuple[str, ...]) -> tuple[dict[str, Tensor], dict]:
     """Load weights and settings from a file, a folder or the hub (`owner/name`, or `…@revision`).
 
-    A folder or repository gives the first of `files` that it has. Return the state dict without the
-    wrappers and prefixes of training programs, and the config.json beside it ({} if there is none).
-    Raise FileNotFoundError or ValueError, one line, for a file that is missing or holds no weights.
+    From a folder or repository, the first of `files` that exists is loaded. Return the state dict,
+    without the wrappers and prefixes of training programs, and the config.json beside the file, {}
+    if there is none. Raise OSError (FileNotFoundError) or ValueError if there are no weights.
     """
     path = Path(source)
     if path.is_dir():
@@ -1115,21 +1118,20 @@ def read_checkpoint(source: str | Path, files: tuple[str, ...]) -> tuple[dict[st
 def read_file(path: Path) -> dict:
     """Return the content of a .json or .safetensors file, a TorchScript archive or a pickle.
 
-    No code in a file is run. Raise ValueError, one line, if it is damaged or holds something else.
+    No code in a file is run. Raise ValueError if it is damaged or holds something else.
     """
+    resave = "where it was made, save it with torch.save(model.state_dict(), path)"
     try:
         content = parse_file(path)
+    except CodeInFile as error:
+        raise ValueError(f"{path}: cannot be read ({error}); {resave}") from None
     except Exception as error:
-        message = " ".join(str(error).split())
-        reason = " ".join(f"{error!r:.150}".split())
-        advice = "get the whole file"
-        if "unsupported global" in message.lower():
-            reason = "it has code in it"
-            advice = "where it was made, torch.save(model.state_dict(), path)"
-        elif "is not run" in message:
-            reason = f"{message:.150}"
-            advice = "where it was made, torch.save(model.state_dict(), path)"
-        raise ValueError(f"{path}: cannot be read ({reason}); {advice}") from None
+        if "unsupported global" in str(error).lower():  # of torch.load
+            message = f"{path}: cannot be read (it contains code); {resave}"
+        else:
+            reason = " ".join(f"{error!r:.150}".split())
+            message = f"{path}: cannot be read ({reason}); get the whole file"
+        raise ValueError(message) from None
     if isinstance(content, dict):
         return content
 
@@ -1141,7 +1143,7 @@ def read_file(path: Path) -> dict:
 
 
 def parse_file(path: Path):
-    """Return whatever a file holds; its first bytes, suffix and records say how it is read."""
+    """Return the content of a file; its first bytes, suffix and archive entries tell its kind."""
     with open(path, "rb") as file:
         if file.read(64).lstrip().startswith((b"<", b"version https://git-lfs")):
             raise ValueError("a web page or Git LFS pointer")
@@ -1161,7 +1163,7 @@ def parse_file(path: Path):
 
 # shared: unwrap
 def unwrap(content: dict, path: Path) -> dict[str, Tensor]:
-    """Return the state dict in what a training program saved. Raise ValueError if there is none."""
+    """Return the state dict in a training checkpoint. Raise ValueError if there is none."""
     weights = content
     for key in ("state_dict", "model", "net"):
         if isinstance(weights.get(key), dict):
@@ -1170,15 +1172,17 @@ def unwrap(content: dict, path: Path) -> dict[str, Tensor]:
     for name, value in weights.items():
         if not isinstance(name, str):
             kind = type(name).__name__
-            raise ValueError(f"{path}: no state dict, its key {name!r:.80} is of type {kind}")
+            raise ValueError(f"{path}: no state dict: the key {name!r:.80} is of type {kind}")
         if not isinstance(value, Tensor):
-            raise ValueError(f"{path}: no state dict, its {name!r} is not a tensor")
+            raise ValueError(f"{path}: no state dict: {name!r} is not a tensor")
 
     for prefix in ("module.", "net."):
         renamed = {}
         for name, tensor in weights.items():
             bare = name.removeprefix(prefix)
-            renamed[name if bare in weights else bare] = tensor  # never two of one name
+            if bare in weights:  # keep the prefix if another tensor has the bare name
+                bare = name
+            renamed[bare] = tensor
         weights = renamed
     return weights
 
@@ -1187,8 +1191,21 @@ def unwrap(content: dict, path: Path) -> dict[str, Tensor]:
 
 
 # shared: script_unpickler
+STORAGES = {
+    "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
+    "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool, "ComplexFloatStorage": torch.complex64,
+    "ComplexDoubleStorage": torch.complex128,
+}  # fmt: skip
+
+
+class CodeInFile(ValueError):
+    """A file can only be read by running code that it contains."""
+
+
 class ScriptObject:
-    """An inert stand-in for an object of the archive: `state` is what was saved of it."""
+    """An inert stand-in for an object of the archive; `state` is the saved state of the object."""
 
     def __init__(self, *arguments):
         self.state = arguments
@@ -1198,64 +1215,65 @@ class ScriptObject:
 
 
 class ScriptUnpickler(pickle.Unpickler):
-    """Reads data.pkl, in which classes of the archive become inert and foreign ones an error."""
+    """Reads data.pkl: the archive's own classes become inert, all other classes are refused."""
 
     def __init__(self, file, archive: zipfile.ZipFile, root: str):
         super().__init__(file)
         self.archive = archive
         self.root = root
         self.storages = {}
+        # All that a pickle may call: bound methods and built-in types, which it cannot change.
+        self.allowed = {
+            "torch._utils._rebuild_tensor_v2": self.rebuild_tensor,
+            "torch._utils._rebuild_parameter": self.first_argument,
+            "torch.device": str,
+            "collections.OrderedDict": dict,
+            "builtins.complex": complex,
+            "torch.jit._pickle.build_intlist": self.first_argument,
+            "torch.jit._pickle.build_doublelist": self.first_argument,
+            "torch.jit._pickle.build_boollist": self.first_argument,
+            "torch.jit._pickle.build_tensorlist": self.first_argument,
+            "torch.jit._pickle.restore_type_tag": self.first_argument,
+        }
 
     def find_class(self, module: str, name: str):
         if module.split(".")[0] == "__torch__":
             return type(name, (ScriptObject,), {"qualified_name": f"{module}.{name}"})
         if module == "torch" and name in STORAGES:
             return STORAGES[name]
-        # Bound methods and built-in types: a pickle cannot change them.
-        known = {"torch._utils._rebuild_tensor_v2": self.tensor, "torch.device": str}
-        known |= {"collections.OrderedDict": dict, "builtins.complex": complex}
-        known["torch._utils._rebuild_parameter"] = self.first
-        if module == "torch.jit._pickle":  # lists and dictionaries with the type of their items
-            for kind in ("build_intlist", "build_doublelist", "build_boollist", "build_tensorlist"):
-                known[f"{module}.{kind}"] = self.first
-            known[f"{module}.restore_type_tag"] = self.first
-        if f"{module}.{name}" not in known:
-            raise pickle.UnpicklingError(f"it calls {module}.{name}, which is not run")
-        return known[f"{module}.{name}"]
+        if f"{module}.{name}" not in self.allowed:
+            raise CodeInFile(f"it calls {module}.{name}, which is not run")
+        return self.allowed[f"{module}.{name}"]
 
-    def persistent_load(self, place: tuple) -> Tensor:
-        """Return a storage as a tensor of one axis; tensors that share it then share memory."""
-        _, dtype, key, _, _ = place
+    def persistent_load(self, storage_id: tuple) -> Tensor:
+        """Return a storage as a 1-D tensor; tensors of one storage share its memory."""
+        _, dtype, key, _, _ = storage_id
         if key not in self.storages:
-            numbers = bytearray(self.archive.read(f"{self.root}/data/{key}"))
+            content = bytearray(self.archive.read(f"{self.root}/data/{key}"))
             flat = torch.empty(0, dtype=dtype)
-            if numbers:  # frombuffer takes no empty ones
-                flat = torch.frombuffer(numbers, dtype=dtype)
+            if content:  # torch.frombuffer rejects an empty buffer
+                flat = torch.frombuffer(content, dtype=dtype)
             self.storages[key] = flat
         return self.storages[key]
 
-    def tensor(self, storage: Tensor, offset, size, stride, requires_grad, hooks, *more) -> Tensor:
+    def rebuild_tensor(self, storage, offset, size, stride, requires_grad, hooks, *more) -> Tensor:
         if any(more):
             raise pickle.UnpicklingError(f"a tensor has {more}, which is not read")
         return storage.as_strided(size, stride, offset)
 
-    def first(self, value, *_):
+    def first_argument(self, value, *_):
         return value
 
 
-STORAGES = {
-    "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
-    "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool, "ComplexFloatStorage": torch.complex64,
-    "ComplexDoubleStorage": torch.complex128,
-}  # fmt: skip
 # end shared
 
 
 # shared: torchscript
+MAX_MODULES = 100_000  # a small malicious file can nest modules endlessly
+
+
 def is_torchscript(path: Path) -> bool:
-    """Return True for an archive of torch.jit.save."""
+    """Return True if a file was written by torch.jit.save."""
     if not zipfile.is_zipfile(path):
         return False
     with zipfile.ZipFile(path) as archive:
@@ -1263,7 +1281,7 @@ def is_torchscript(path: Path) -> bool:
 
 
 def read_torchscript(path: Path) -> dict[str, Tensor]:
-    """Return `torch.jit.load(path).state_dict()`, but without running any code of the archive."""
+    """Return `torch.jit.load(path).state_dict()` without running any code of the archive."""
     with zipfile.ZipFile(path) as archive:
         root = archive.namelist()[0].partition("/")[0]
         if f"{root}/byteorder" in archive.namelist():
@@ -1276,13 +1294,15 @@ def read_torchscript(path: Path) -> dict[str, Tensor]:
 
 
 def script_tensors(module: ScriptObject, archive: zipfile.ZipFile, root: str) -> dict[str, Tensor]:
-    """Return the parameters and buffers of a module and of those in it, by their dotted names."""
+    """Return the parameters and buffers of a module and its submodules, by their dotted names."""
     tensors = {}
-    names_of = {}  # class -> what `tensor_names` returns
+    names_of = {}  # class -> result of `tensor_names`
     pending = [("", module)]
-    for _ in range(MOST_MODULES):
-        if not pending:
-            return tensors
+    count = 0
+    while pending:
+        count += 1
+        if count > MAX_MODULES:
+            raise ValueError(f"it holds more than {MAX_MODULES:,} modules")
         prefix, module = pending.pop()
         kind = type(module).qualified_name
         if kind not in names_of:
@@ -1295,14 +1315,14 @@ def script_tensors(module: ScriptObject, archive: zipfile.ZipFile, root: str) ->
                 pending.append((f"{prefix}{attribute}.", value))
             elif isinstance(value, Tensor) and attribute in names:
                 tensors[prefix + attribute] = value
-    raise ValueError(f"it holds more than {MOST_MODULES:,} modules")
+    return tensors
 
 
 def tensor_names(module: ScriptObject, archive: zipfile.ZipFile, root: str) -> set[str] | None:
-    """Return which attributes of a module are parameters or buffers; None if it is no module.
+    """Return which attributes of a module are parameters or buffers; None if it is not a module.
 
-    The archive's code, read as text, says so. Raise ValueError if a module makes its tensors by
-    `__setstate__`, since that would have to be run.
+    They are parsed from the archive's source code as text. Raise CodeInFile if a module builds its
+    tensors in `__setstate__`, which would have to be run.
     """
     *parents, name = type(module).qualified_name.split(".")
     code = archive.read(f"{root}/code/{'/'.join(parents)}.py").decode()
@@ -1317,7 +1337,7 @@ def tensor_names(module: ScriptObject, archive: zipfile.ZipFile, root: str) -> s
     if "  def __setstate__(" in body[1]:
         if any(names.values()) or " __torch__." in fields:
             kind = type(module).qualified_name
-            raise ValueError(f"{kind} makes its tensors by code (__setstate__), which is not run")
+            raise CodeInFile(f"{kind} builds tensors in __setstate__, which is not run")
         return None
 
     # Like torch.jit: a buffer is declared as Tensor, not as Optional[Tensor].
@@ -1326,7 +1346,6 @@ def tensor_names(module: ScriptObject, archive: zipfile.ZipFile, root: str) -> s
     return {*names["parameters"]} | declared.intersection(names["buffers"])
 
 
-MOST_MODULES = 100_000  # a small file can nest modules in each other so that they never end
 # end shared
 
 
@@ -1335,7 +1354,7 @@ def download(source: str, files: tuple[str, ...]) -> Path:
     """Return the first of `files` that a hub repository has; download it unless it is cached.
 
     source: `owner/name` or `owner/name@revision`. Its config.json is put beside the file.
-    Raise FileNotFoundError or OSError, one line, if there is no such file or no connection.
+    Raise FileNotFoundError if there is no such file, OSError if there is no connection.
     """
     import huggingface_hub as hub
     from huggingface_hub import errors
@@ -1369,7 +1388,7 @@ def download(source: str, files: tuple[str, ...]) -> Path:
 
 
 def fetch(repository: str, name: str, revision: str) -> Path | None:
-    """Download one file of a hub repository, saying its size; None if the repository lacks it."""
+    """Download one file of a hub repository and print its size; None if there is no such file."""
     import huggingface_hub as hub
     from huggingface_hub.errors import EntryNotFoundError
 
@@ -1389,13 +1408,15 @@ def fetch(repository: str, name: str, revision: str) -> Path | None:
 
 # shared: tensor_fault
 def tensor_fault(found: Tensor | None, expected: Tensor | None) -> str:
-    """Return what is wrong with a tensor of a file, "" if nothing is."""
-    if found is not None and found.is_nested:
+    """Return what is wrong with a tensor of a file, "" if nothing is wrong."""
+    if found is None:
+        return f"is missing, expected {tuple(expected.shape)}"
+    if found.is_nested:
         return "is a nested tensor, expected a dense one"
-    shape = "missing" if found is None else tuple(found.shape)
-    expected_shape = "no such tensor" if expected is None else tuple(expected.shape)
-    if shape != expected_shape:
-        return f"is {shape}, expected {expected_shape}"
+    if expected is None:
+        return f"is {tuple(found.shape)}, expected no such tensor"
+    if found.shape != expected.shape:
+        return f"is {tuple(found.shape)}, expected {tuple(expected.shape)}"
     if not expected.is_floating_point():
         return ""
 
@@ -1405,10 +1426,12 @@ def tensor_fault(found: Tensor | None, expected: Tensor | None) -> str:
     if found.layout != torch.strided or found.is_meta:
         return "is sparse or has no values, expected a dense tensor"
     if found.numel():
-        low, high = torch.aminmax(found.detach())  # NaN if any value is; ten times isfinite's speed
+        low, high = torch.aminmax(found.detach())  # NaN if any is; faster than isfinite
         largest = torch.finfo(expected.dtype).max
         if not -largest <= low.item() <= high.item() <= largest:
-            return f"holds NaN, infinity or values beyond {str(expected.dtype)[6:]}"
+            return (
+                f"holds NaN, infinity or values beyond {str(expected.dtype).removeprefix('torch.')}"
+            )
     return ""
 
 
@@ -1417,10 +1440,10 @@ def tensor_fault(found: Tensor | None, expected: Tensor | None) -> str:
 
 # shared: check_complete
 def check_complete(found: dict[str, Tensor], expected: dict[str, Tensor], source) -> None:
-    """Raise ValueError, one line, that names the first tensors that do not fit.
+    """Raise ValueError that names the first tensors with another name or shape than expected.
 
-    Names and shapes must be the expected ones. What fills a floating-point tensor must be finite
-    floating-point numbers; what fills an index may be of any type.
+    Floating-point tensors must hold finite floating-point numbers; index tensors may have any
+    dtype.
     """
     faults = []
     for name in expected | found:
@@ -1431,12 +1454,13 @@ def check_complete(found: dict[str, Tensor], expected: dict[str, Tensor], source
         return
 
     hint = ""
-    if len(faults) > len(expected) / 2 and recognise(found):
-        hint = f"; the file seems to be {recognise(found)}"
+    kind = recognise(found)
+    if kind and len(faults) > len(expected) / 2:
+        hint = f"; the file seems to be {kind}"
     raise ValueError(f"{source}: {len(faults)} tensors do not fit: {'; '.join(faults[:5])}{hint}")
 
 
-# Names that only one kind of file has, the most special kinds first.
+# Patterns of tensor names -> the kind of file that has them, most specific first.
 KINDS = {
     r"w_[ab]_\d+$": "a LoRA of SAM's image encoder (names of SAMed)",
     r"parametrizations\.\w+\.\d+\.(up|down)$": "an adapter.safetensors of a run",
@@ -1458,7 +1482,7 @@ KINDS = {
 
 
 def recognise(weights: dict[str, Tensor]) -> str:
-    """Return which known kind of file has tensors of these names, "" if none."""
+    """Return the known kind of file that has tensors of these names, "" if there is none."""
     for pattern, kind in KINDS.items():
         if any(re.match(rf"(.*\.)?{pattern}", name) for name in weights):
             return kind

@@ -100,13 +100,15 @@ def linear_weights(
 
 # shared: tensor_fault
 def tensor_fault(found: Tensor | None, expected: Tensor | None) -> str:
-    """Return what is wrong with a tensor of a file, "" if nothing is."""
-    if found is not None and found.is_nested:
+    """Return what is wrong with a tensor of a file, "" if nothing is wrong."""
+    if found is None:
+        return f"is missing, expected {tuple(expected.shape)}"
+    if found.is_nested:
         return "is a nested tensor, expected a dense one"
-    shape = "missing" if found is None else tuple(found.shape)
-    expected_shape = "no such tensor" if expected is None else tuple(expected.shape)
-    if shape != expected_shape:
-        return f"is {shape}, expected {expected_shape}"
+    if expected is None:
+        return f"is {tuple(found.shape)}, expected no such tensor"
+    if found.shape != expected.shape:
+        return f"is {tuple(found.shape)}, expected {tuple(expected.shape)}"
     if not expected.is_floating_point():
         return ""
 
@@ -116,10 +118,12 @@ def tensor_fault(found: Tensor | None, expected: Tensor | None) -> str:
     if found.layout != torch.strided or found.is_meta:
         return "is sparse or has no values, expected a dense tensor"
     if found.numel():
-        low, high = torch.aminmax(found.detach())  # NaN if any value is; ten times isfinite's speed
+        low, high = torch.aminmax(found.detach())  # NaN if any is; faster than isfinite
         largest = torch.finfo(expected.dtype).max
         if not -largest <= low.item() <= high.item() <= largest:
-            return f"holds NaN, infinity or values beyond {str(expected.dtype)[6:]}"
+            return (
+                f"holds NaN, infinity or values beyond {str(expected.dtype).removeprefix('torch.')}"
+            )
     return ""
 
 

@@ -333,7 +333,7 @@ def test_fresh_weights_are_those_of_transformers():
 
 def test_other_classes_are_refused(mini, tmp_path):
     run_folder(beit.convert(hub_state(mini)), tmp_path, **{"class": "CRIS"})
-    with pytest.raises(ValueError, match="holds CRIS in format 1, not BEiT in 1"):
+    with pytest.raises(ValueError, match="holds CRIS in format 1, not BEiT in format 1"):
         BEiT.from_pretrained(tmp_path)
 
 

@@ -516,7 +516,7 @@ def test_other_files_are_refused(mini, tmp_path):
     with pytest.raises(ValueError, match="swinViT.patch_embed.proj.bias is in the file twice"):
         SwinUNETR.from_pretrained(release(state, tmp_path))
     run_folder(official_state(mini), tmp_path, **{"class": "BEiT"})
-    with pytest.raises(ValueError, match="holds BEiT in format 1, not SwinUNETR in 1"):
+    with pytest.raises(ValueError, match="holds BEiT in format 1, not SwinUNETR in format 1"):
         SwinUNETR.from_pretrained(tmp_path)
 
 

@@ -297,7 +297,7 @@ def test_a_hole_in_an_encoder_is_told(tmp_path):
 
 def test_a_run_folder_of_another_model_is_refused(mini, tmp_path):
     run_folder(official_state(mini), tmp_path, **{"class": "CRIS"})
-    with pytest.raises(ValueError, match="holds CRIS in format 1, not UPerNet in 1"):
+    with pytest.raises(ValueError, match="holds CRIS in format 1, not UPerNet in format 1"):
         UPerNet.from_pretrained(tmp_path)
 
 
