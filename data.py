@@ -132,7 +132,7 @@ def count_values(entry, mask: np.ndarray) -> np.ndarray:
     if holds_probabilities(entry.mask):
         counts[1, GREY] = 0  # areas of one probability are not objects
 
-    if entry.label is None and not (entry.numbers and len(entry.classes) > 1):
+    if entry.label is None and not (entry.has_class_indices and len(entry.classes) > 1):
         counts[2] = _count_other_colours(entry)
     return counts
 
@@ -164,7 +164,7 @@ def _count_other_colours(entry) -> np.ndarray:
     """Return int (256,): flat pixels of another colour than most foreground, by largest channel."""
     none = np.zeros(256, dtype=np.int32)
     stored = open_image(entry.mask, decode=False)
-    shows_palette = stored.mode == "P" and not entry.numbers  # else its indices are read
+    shows_palette = stored.mode == "P" and not entry.has_class_indices  # else its indices are read
     if not shows_palette and len(stored.getbands()) < 3:
         return none
 
@@ -205,7 +205,7 @@ def mask_rule(
     entries = [entries[i] for i in indices]
     counts = counts[indices]
 
-    if entries[0].numbers and len(entries[0].classes) > 1:
+    if entries[0].has_class_indices and len(entries[0].classes) > 1:
         return MaskRule(BY_NUMBER, _unknown_numbers(entries, counts[:, 0]))
     if threshold is None and known and known.startswith(GIVEN):
         threshold = int(known.removeprefix(GIVEN))
@@ -238,7 +238,7 @@ def _rule_of_values(entries: list, counts: np.ndarray) -> MaskRule:
     root = entries[0].root
     values = counts[:, 0]  # (n,256)
     present = values.any(axis=0)  # (256,)
-    if entries[0].numbers and present[1] and not present[2:255].any():
+    if entries[0].has_class_indices and present[1] and not present[2:255].any():
         return MaskRule(BY_NUMBER)
 
     largest = int(np.flatnonzero(present).max(initial=0))
@@ -370,7 +370,7 @@ def _keep_known_rule(
     has_no_foreground = not present[1:].any()
     zero_one = _are_zero_one(counts, _are_lossy(entries))
     is_dark = known == "> 127" and fresh.rule == "> 0" and not zero_one.any()
-    is_void = known == BY_NUMBER and entries[0].numbers and not present[1:255].any()
+    is_void = known == BY_NUMBER and entries[0].has_class_indices and not present[1:255].any()
     if known == BY_FILE or has_no_foreground or is_dark or is_void:
         return replace(fresh, rule=known)
 
@@ -501,7 +501,7 @@ def with_mask_orientation(entries: list, orientation: str | None) -> list:
 
 def entry_mask(entry, image: Path | None) -> tuple[np.ndarray, bool]:
     """Return `load_mask` of an entry's mask. image: its image, or None if that is unreadable."""
-    numbers = entry.label is not None or entry.numbers
+    numbers = entry.label is not None or entry.has_class_indices
     binary = entry.label is None and len(entry.classes) == 1
     return load_mask(entry.mask, image, numbers, binary, entry.mask_orientation)
 
@@ -552,7 +552,9 @@ def _content_key(entries: list, masks_only: bool = False) -> str:
     settings = []
     for entry in entries:
         orientation = entry.mask_orientation
-        settings.append((entry.label, entry.classes, entry.numbers, str(entry.root), orientation))
+        settings.append(
+            (entry.label, entry.classes, entry.has_class_indices, str(entry.root), orientation)
+        )
     key.update(repr(settings).encode())
     return key.hexdigest()[:24]
 
@@ -866,8 +868,10 @@ class MaskReading:
 
     threshold: int | None = None  # --mask-threshold
     known: dict[str, str] = field(default_factory=dict)  # rules of a run, by data set name
-    others: list = field(default_factory=list)  # entries of the same data sets that are not opened
-    other_counts: np.ndarray = field(default_factory=partial(np.zeros, (0, 3, 256), np.int32))
+    unopened: list = field(
+        default_factory=list
+    )  # entries of the same data sets that are not opened
+    unopened_counts: np.ndarray = field(default_factory=partial(np.zeros, (0, 3, 256), np.int32))
 
 
 def open_dataset(entries: list, cache: Path = ".cache", colours: str | None = None) -> Dataset:
@@ -904,8 +908,8 @@ def open_datasets(
         all_entries += entries
         all_counts.append(counts)
 
-    all_entries += reading.others
-    all_counts.append(reading.other_counts)
+    all_entries += reading.unopened
+    all_counts.append(reading.unopened_counts)
     rules = decide_rules(all_entries, np.concatenate(all_counts), reading)
 
     datasets = {}

@@ -550,7 +550,7 @@ def with_views(protocol: Protocol, options: Options, family) -> Protocol:
     line, if features are to be cached that cannot be, or if the views lack the image itself.
     """
     caches = protocol.keep_features
-    can_cache = protocol.train == "decoder" and family.keeps
+    can_cache = protocol.train == "decoder" and family.can_cache
     if caches is None:  # wherever no layer of the encoder is trained
         caches = can_cache and not options.eval
     if caches and not can_cache:
@@ -595,7 +595,7 @@ def check_together(options: Options, family, recipe: str) -> None:
         raise ValueError(
             "--overfit: trains and tests on --data alone; remove --test, --eval, --fold"
         )
-    family.check_given(vars(options), model)
+    family.refuse_foreign(vars(options), model)
     family.check_options(options)
     if options.pseudocolor is not None:
         colour_table(options.pseudocolor)

@@ -178,10 +178,10 @@ def predict_inputs(args) -> int:
     family = FAMILIES[name]
     second = second_file(name, args.clip, args.decoder)
     check_split(args)
-    family.check_given(vars(args), "this model", REFUSED_HERE)
+    family.refuse_foreign(vars(args), "this model", REFUSED_HERE)
 
     predict = predict_volumes if family.takes == "volumes" else predict_images
-    with nifti.notices.together():
+    with nifti.notices.grouped():
         return predict(family, run, second, args)
 
 
@@ -645,7 +645,7 @@ class ImagePredictor:
         self.damaged_exif = []  # files
 
         count = num_classes(self.model)
-        self.make_prompts, classes = family.ask_in_prediction(
+        self.make_prompts, classes = family.prompts_for_prediction(
             self.recipe, cases, run.get("classes"), args
         )
         self.classes = tuple(classes or [f"class {index}" for index in range(count)])
@@ -730,7 +730,7 @@ def list_volumes(args, run: dict, channels: int) -> dict[str, list[Path]]:
         path = unlabelled_test(path, args)
         if layouts.find_splits(path):
             for entry in entries_of(path, args, run):
-                cases.append((entry.name, [entry.image, *entry.more]))
+                cases.append((entry.name, [entry.image, *entry.more_channels]))
         elif path.is_file():
             single_files.append(path)
         else:
@@ -884,7 +884,7 @@ class VolumePredictor:
         self.args = args
 
         self.classes, self.labels = class_names(self.config, run)
-        self.chosen = family.numbers_asked(self.model, self.classes, args.classes)
+        self.chosen = family.chosen_classes(self.model, self.classes, args.classes)
         if self.chosen is not None:
             self.classes = [self.classes[0], *(self.classes[k + 1] for k in self.chosen)]
         if args.organ_rules:

@@ -444,12 +444,12 @@ class FewShot:
         """Return True if the new class is anywhere in the label map of a volume."""
         if entry.mask not in self.known:
             grid = nifti.read_grid(entry.image)
-            truth = nifti.read_labels(entry.mask, grid, entry.labels, entry.unnamed)
+            truth = nifti.read_labels(entry.mask, grid, entry.labels, entry.background_numbers)
             indices = [entry.labels.index(label) for label in self.classes[self.new_class]]
             self.known[entry.mask] = bool(np.isin(truth, indices).any())
         return self.known[entry.mask]
 
-    @nifti.notices.together()
+    @nifti.notices.grouped()
     def drawn(self, draw: int) -> list:
         """Return the volumes of a draw, of which a run uses the first K.
 
@@ -504,7 +504,7 @@ class FewShot:
         """Return the dataset.json of some volumes, in which only `classes` are annotated."""
         first = self.splits["train"][0]
         labels = {name: self.classes[name] for name in classes}
-        background = {*first.labels, *first.unnamed}.difference(*labels.values())
+        background = {*first.labels, *first.background_numbers}.difference(*labels.values())
         content = {
             "labels": {"background": sorted(background)} | labels,
             "overlapping": True,
@@ -515,7 +515,7 @@ class FewShot:
             content[key] = []
             for entry in splits.get(split, ()):
                 # An image of several files, CASE_0000 and so on, is listed as CASE.
-                image = entry.image.parent / entry.mask.name if entry.more else entry.image
+                image = entry.image.parent / entry.mask.name if entry.more_channels else entry.image
                 content[key].append(
                     {
                         "image": name_by_link(image, first.root),

@@ -45,7 +45,7 @@ from imaging import atomic_files, nifti, pictures
 from options import Options, as_options, check_same, checked, flag, parse, resolve
 from recipes import FAMILIES, second_file
 from recipes.base import Settings, allow_single_values, choose_trained, lr_factor
-from recipes.kept_features import cache_features
+from recipes.cached_features import cache_features
 
 USAGE = "python train.py --model NAME --data DIR [DIR ...] [options]"
 
@@ -687,7 +687,7 @@ def write_config(settings: Settings, recipe, model, train_set, val_set) -> None:
         ),  # data set -> how masks are read
         "versions": {"torch": torch.__version__, "torchvision": torchvision.__version__},
     }
-    tables.write_json(Path(settings.out) / "config.json", content | recipe.about)
+    tables.write_json(Path(settings.out) / "config.json", content | recipe.config_entries)
 
 
 # --- a run from its start to its test ------------------------------------------------------------
@@ -722,7 +722,7 @@ def run_in_folder(settings: Settings) -> dict:
         resume = can_resume(settings)
         with open(out / "log.txt", "a", 1, encoding="utf-8") as file:
             log = contextlib.redirect_stdout(command_line.Log(sys.stdout, file))
-            with log, nifti.notices.together():
+            with log, nifti.notices.grouped():
                 return fit_and_test(settings, device, resume)
 
 

@@ -27,7 +27,7 @@ from engine import command_line  # noqa: E402
 from engine.ranges import POSITIVE, Number  # noqa: E402
 from imaging import layouts  # noqa: E402
 from losses import dice_bce  # noqa: E402
-from recipes import kept_features  # noqa: E402
+from recipes import cached_features  # noqa: E402
 from tokenizer import CLIPTokenizer  # noqa: E402
 
 PROMPTS = [
@@ -128,7 +128,7 @@ def epochs(models: dict, kinds: dict, args) -> dict:
     settings = recipes.CLIPSEG["origin"]
     plain = recipes.clipseg_recipe(models["ours"], settings)
     towers = recipes.clipseg_towers
-    kept = kept_features.cache_features(plain, models["ours"], towers, [dataset], options)
+    kept = cached_features.cache_features(plain, models["ours"], towers, [dataset], options)
     functions = {}
     for name, recipe in (("official", plain), ("ours", kept)):
         step = kinds["step"][name]

@@ -469,7 +469,7 @@ class EveryPrompt(torch.utils.data.Dataset):
         return len(self.dataset)
 
     def __getitem__(self, i: int) -> dict[str, dict]:
-        return self.recipe.ask_each(self.recipe, self.dataset, i, self.sources)
+        return self.recipe.items_by_source(self.recipe, self.dataset, i, self.sources)
 
 
 def study(model, recipe, dataset, settings, title: str, main=None) -> tuple[dict, list]:
@@ -503,7 +503,7 @@ def study(model, recipe, dataset, settings, title: str, main=None) -> tuple[dict
                     settings.tolerance,
                 )
                 if is_main and output is not None:
-                    per_prompt = recipe.each(model, item, output).cpu().numpy()  # (Q,H,W)
+                    per_prompt = recipe.predict_each(model, item, output).cpu().numpy()  # (Q,H,W)
                     components += score_parts(
                         item, per_prompt, output[1], model.config.threshold, settings.tolerance
                     )

@@ -6,8 +6,9 @@
 The name of the file depends on all that decides its content: with another weight, setting or image
 it is another file. A killed run leaves complete rows, and the next run continues after them.
 
-The file is a .npy of records, each a row and the CRC-32 of its index and bytes. `keep` checks all
-rows and computes damaged ones again; `Rows` checks each row the first time a process reads it.
+The file is a .npy of records, each a row and the CRC-32 of its index and bytes. `cache_rows` checks
+all rows and computes damaged ones again; `CachedRows` checks each row the first time a process
+reads it.
 """
 
 import hashlib
@@ -179,7 +180,7 @@ def _runs(numbers: list[int]) -> list[tuple[int, int]]:
 
 
 def _compute(path: Path, n: int, compute: Callable, what: str, kind: np.dtype) -> None:
-    """Write the file of `keep`, continuing the one that a killed run left."""
+    """Write the file of `cache_rows`, continuing the one that a killed run left."""
     part = path.with_suffix(".part")
     start = whole_rows(part, n, kind)
     tensors = compute(start) if start < n else ()
@@ -235,7 +236,7 @@ def _write_header(file: BinaryIO, n: int, dtype: np.dtype) -> None:
 
 
 class CachedRows:
-    """The rows of a file that `keep` wrote, as tensors.
+    """The rows of a file that `cache_rows` wrote, as tensors.
 
     The file is not memory-mapped: if a mapped file becomes shorter, the process that reads it dies.
     """
@@ -252,7 +253,7 @@ class CachedRows:
         """Return row i in the dtype of the file.
 
         Each process checks a row when it reads it for the first time. Raises OSError if the file
-        was damaged since `keep` checked it.
+        was damaged since `cache_rows` checked it.
         """
         if self._header is None:
             self._open()

@@ -433,8 +433,8 @@ def mask_reading(lists: dict[str, list], settings) -> data.MaskReading:
             except (ValueError, OSError) as error:
                 print(f"{root}: {split} does not count for how masks are read ({error})")
                 continue
-            reading.others += entries
-            reading.other_counts = np.concatenate([reading.other_counts, counts])
+            reading.unopened += entries
+            reading.unopened_counts = np.concatenate([reading.unopened_counts, counts])
     return reading
 
 

@@ -444,7 +444,7 @@ def sixteen_bit_colours(path: Path, orientation: int | None = None) -> np.ndarra
 
     They are uint16, except in TIFFs that tifffile reads. Returns None for all other files. Pillow
     keeps only the high bytes of such channels; decoding the file again with swapped bytes gives the
-    low ones. orientation: as for `upright`. Raises as `open_image` does, and ValueError for
+    low ones. orientation: as for `turn_upright`. Raises as `open_image` does, and ValueError for
     channels that cannot be read in this way.
     """
     header = open_image(path, decode=False)

@@ -252,10 +252,10 @@ class Entry:
     label: int | None = None  # set: the mask is a class map and this class index is the target
     group: str | None = None  # patient
     classes: tuple[str, ...] = ("target",)  # one foreground class, or the background and others
-    numbers: bool = False  # the mask holds indices of `classes`
-    more: tuple[Path, ...] = ()  # volume: files of the further channels
+    has_class_indices: bool = False  # the mask holds indices of `classes`
+    more_channels: tuple[Path, ...] = ()  # volume: files of the further channels
     labels: tuple[int, ...] | None = None  # volume: numbers in the label map, in order, and
-    unnamed: tuple[int, ...] = ()  # further numbers that are read as background
+    background_numbers: tuple[int, ...] = ()  # further numbers that are read as background
     regions: tuple[tuple[int, ...], ...] | None = None  # class that may overlap -> its `labels`
     modality: str | None = None  # volume: from dataset.json
     mask_orientation: str | None = None  # image: value of --mask-orientation
@@ -724,7 +724,7 @@ def with_classes(root: Path, entries: list[Entry]) -> list[Entry]:
     named = []
     for entry in entries:
         if entry.label is None:
-            entry = replace(entry, classes=classes, numbers=True)
+            entry = replace(entry, classes=classes, has_class_indices=True)
         named.append(entry)
     return named
 
@@ -824,7 +824,7 @@ def _numbers_by_name(labels: dict) -> dict[str, tuple[int, ...]]:
 
 
 def _parse_labels(labels: dict, overlapping: bool = False) -> dict:
-    """Return the fields classes, labels, unnamed and regions of Entry from dataset.json.
+    """Return the fields classes, labels, background_numbers and regions of Entry from dataset.json.
 
     overlapping: every class is a region, even if each has a single number. Raises ValueError if
     these are not labels.
@@ -837,7 +837,7 @@ def _parse_labels(labels: dict, overlapping: bool = False) -> dict:
     if len(backgrounds) != 1:
         raise ValueError("labels need one background, of number 0")
     background = backgrounds[0]
-    unnamed = tuple(number for number in numbers.pop(background) if number)
+    background_numbers = tuple(number for number in numbers.pop(background) if number)
     if not numbers:
         raise ValueError("labels name no class besides the background")
 
@@ -848,7 +848,7 @@ def _parse_labels(labels: dict, overlapping: bool = False) -> dict:
         names.sort(key=numbers.get)
 
     all_numbers = tuple(sorted({0}.union(*numbers.values())))
-    in_both = {*unnamed} & {*all_numbers}
+    in_both = {*background_numbers} & {*all_numbers}
     if in_both:
         raise ValueError(f"label {min(in_both)} belongs to the background and to a class")
     if not all(numbers.values()):
@@ -862,7 +862,12 @@ def _parse_labels(labels: dict, overlapping: bool = False) -> dict:
     classes = (background, *names)
     if len(classes) == 2 and not has_regions:
         classes = classes[1:]
-    return {"classes": classes, "labels": all_numbers, "unnamed": unnamed, "regions": regions}
+    return {
+        "classes": classes,
+        "labels": all_numbers,
+        "background_numbers": background_numbers,
+        "regions": regions,
+    }
 
 
 def _indices_of(numbers: tuple[int, ...], all_numbers: tuple[int, ...]) -> tuple[int, ...]:
@@ -886,7 +891,7 @@ def as_overlapping(entry: Entry, names: list[str]) -> Entry:
     In older versions a list of numbers for the background made every class a region. `names` are
     the classes of such a run, background first. All other entries are returned unchanged.
     """
-    if entry.regions is not None or not entry.unnamed:
+    if entry.regions is not None or not entry.background_numbers:
         return entry
     numbers = {name: k for k, name in enumerate(foreground(entry.classes), 1)}
     if {*numbers} != {*names[1:]}:
@@ -1035,8 +1040,8 @@ def read_volumes(root: Path, group_regex: str | None = None) -> dict[str, list[E
                 name = (label.parent.relative_to(root) / name).as_posix()
             group = _match_group(image.name, group_regex)
             first, *more = channels[image]
-            entry = Entry(name, first, label, {}, root, group=group, more=tuple(more))
-            entries[split].append(replace(entry, numbers=True, **fields))
+            entry = Entry(name, first, label, {}, root, group=group, more_channels=tuple(more))
+            entries[split].append(replace(entry, has_class_indices=True, **fields))
     return entries
 
 
@@ -1069,7 +1074,7 @@ def missing_files(entries: list[Entry]) -> list[Path]:
     """Return the files of the entries that do not exist, without repetition."""
     files = []
     for entry in entries:
-        files += [entry.image, *entry.more, entry.mask]
+        files += [entry.image, *entry.more_channels, entry.mask]
     return [file for file in dict.fromkeys(files) if not file.is_file()]
 
 
@@ -1191,8 +1196,8 @@ def random_parts(entries: list[Entry], n: int, seed: int = 0) -> list[list[int]]
 def split_fold(entries: list[Entry], text: str) -> tuple[list[Entry], list[Entry]]:
     """Return the training and validation entries of fold k of n, written "k/n", k from 0.
 
-    The folds are those of nnU-Net's splits_final.json if the data set has it, else `parts`. Raises
-    ValueError for another text and for a file that does not fit.
+    The folds are those of nnU-Net's splits_final.json if the data set has it, else `random_parts`.
+    Raises ValueError for another text and for a file that does not fit.
     """
     match = re.fullmatch(r"(\d+)/(\d+)", text)
     k = int(match[1]) if match else 0
@@ -1237,8 +1242,8 @@ def train_and_val(
 ) -> tuple[list[Entry], list[Entry]]:
     """Return the training and validation entries of one or several data sets.
 
-    fold_of: "k/n", see `fold`, which divides train and val together into new parts. A data set
-    without validation entries gives up a random tenth of train (by patient if known, else by
+    fold_of: "k/n", see `split_fold`, which divides train and val together into new parts. A data
+    set without validation entries gives up a random tenth of train (by patient if known, else by
     image), with a message. Raises ValueError if there is too little to train on.
     """
     train = []

@@ -49,14 +49,14 @@ def name_files(files: dict[Path, str]) -> str:
 class Notices:
     """Facts that a user must know about files that are read all the same.
 
-    A fact is printed at once, or at the end of `together` in one line for all of its files. A
+    A fact is printed at once, or at the end of `grouped` in one line for all of its files. A
     process prints a fact about a file once, however often it reads the file.
     """
 
     def __init__(self):
         self.waiting = {}  # sentence -> {file: detail}
         self.known = set()  # (sentence, file)
-        self.depth = 0  # of nested `together` blocks
+        self.depth = 0  # of nested `grouped` blocks
 
     def add(self, sentence: str, file: Path, detail: str = "") -> None:
         """Add a fact about a file, with a detail that is shown in parentheses."""
@@ -75,7 +75,7 @@ class Notices:
             print(f"{name_files(files)}: {sentence}", flush=True)
 
     @contextmanager
-    def together(self, folder: Path | None = None, becomes: Path | None = None):
+    def grouped(self, folder: Path | None = None, becomes: Path | None = None):
         """Hold facts back until the end of the block, even if it ends with an error.
 
         folder: a temporary folder that will be renamed to `becomes`; its files are printed with

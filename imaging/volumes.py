@@ -464,7 +464,7 @@ class VolumeSet:
     @property
     def channels(self) -> int:
         """The number of channels of the first volume."""
-        return self.grids[0].channels + len(self.entries[0].more)
+        return self.grids[0].channels + len(self.entries[0].more_channels)
 
     def subset(self, indices) -> "VolumeSet":
         """Return a set of these volumes."""
@@ -508,7 +508,7 @@ class VolumeSet:
     def _check_headers(self, channels: int) -> None:
         """Raise ValueError, one line, if a header already shows that a volume cannot be used."""
         for entry, grid in zip(self.entries, self.grids, strict=True):
-            count = grid.channels + sum(read_grid(path).channels for path in entry.more)
+            count = grid.channels + sum(read_grid(path).channels for path in entry.more_channels)
             check_channels(entry.image, count, channels)
             check_grid(read_grid(entry.mask), grid)
 
@@ -525,10 +525,10 @@ class VolumeSet:
         """Return the path with which the names of the prepared files of entry i begin."""
         entry = self.entries[i]
         content = b""
-        for path in (entry.image, *entry.more, entry.mask):
+        for path in (entry.image, *entry.more_channels, entry.mask):
             for file in files_of(path):
                 content += _hash(file)
-        content += repr((self._numbers(i), entry.unnamed)).encode() + settings
+        content += repr((self._numbers(i), entry.background_numbers)).encode() + settings
         return cache / hashlib.sha256(content).hexdigest()[:24]
 
     def _numbers(self, i: int) -> tuple[int, ...]:
@@ -557,8 +557,8 @@ class VolumeSet:
         """Write STEM.image.npy, .mask.npy, .truth.npy, .voxels.npy and, last, .npz."""
         entry = self.entries[i]
         numbers = self._numbers(i)
-        image, grid = read_volume((entry.image, *entry.more), fill)  # (C,X,Y,Z)
-        truth = read_labels(entry.mask, grid, numbers, entry.unnamed)  # (X,Y,Z)
+        image, grid = read_volume((entry.image, *entry.more_channels), fill)  # (C,X,Y,Z)
+        truth = read_labels(entry.mask, grid, numbers, entry.background_numbers)  # (X,Y,Z)
         facts = {
             "hu": hu_facts(image),
             "digest": _digest(image),
@@ -695,7 +695,7 @@ class VolumeSet:
         """Return `grey` of the image of entry i."""
         entry = self.entries[i]
         fill = fill_value(preprocess, self.channels)
-        image, _ = read_volume((entry.image, *entry.more), fill)
+        image, _ = read_volume((entry.image, *entry.more_channels), fill)
         return grey(image, preprocess)
 
 

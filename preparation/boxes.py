@@ -141,7 +141,7 @@ def component_boxes(entries, args) -> Iterator[tuple]:
         mask = data.read_truth(entry, threshold)
         classes = range(1, len(names) + 1)
         for component in boxes_and_points.components(mask, classes, args.min_area):
-            name = names[component.label - 1] if entry.numbers else ""
+            name = names[component.label - 1] if entry.has_class_indices else ""
             yield entry.image, name, component.box
 
 

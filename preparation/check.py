@@ -747,7 +747,7 @@ def volume_facts(entry, findings):
     """Return the VolumeFacts of an entry, or None if one of its files cannot be used: a finding."""
     image = None
     try:
-        image, grid = nifti.read_volume((entry.image, *entry.more))
+        image, grid = nifti.read_volume((entry.image, *entry.more_channels))
         if "CT" in (entry.modality or "").upper():
             volumes.notice_if_not_hu(entry.image, volumes.hu_facts(image))
     except (ValueError, OSError) as error:
@@ -757,7 +757,7 @@ def volume_facts(entry, findings):
         if image is None:  # the label map cannot be compared with it, but it may be damaged too
             nifti.check_whole(entry.mask)
             return None
-        labels = nifti.read_labels(entry.mask, grid, entry.labels, entry.unnamed)
+        labels = nifti.read_labels(entry.mask, grid, entry.labels, entry.background_numbers)
     except (ValueError, OSError) as error:
         add_error(error, findings)
         return None

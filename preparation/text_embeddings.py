@@ -153,7 +153,7 @@ def classes_of_data(root: Path) -> tuple[str, ...]:
     """
     split = next(iter(layouts.find_splits(root)), "train")
     entries = layouts.read_entries(root, split)
-    if not entries or not entries[0].numbers:
+    if not entries or not entries[0].has_class_indices:
         raise ValueError(f"{root}: a data set without names of classes; give --classes")
     return layouts.foreground(entries[0].classes)
 

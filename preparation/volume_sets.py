@@ -123,7 +123,7 @@ def write_data_set(out, about, splits, put, title):
         cases += splits[split]
 
     grids = []
-    with atomic_files.atomic_folder(out) as part, nifti.notices.together(part, out):
+    with atomic_files.atomic_folder(out) as part, nifti.notices.grouped(part, out):
         for image, label in tqdm(cases, desc=out.name, unit="volume", disable=None, leave=False):
             for name in filter(None, (image, label)):
                 (part / name).parent.mkdir(parents=True, exist_ok=True)

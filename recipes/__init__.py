@@ -12,7 +12,7 @@ Each file here connects a model, or several similar ones, to the training loop. 
                opened, which classes fit, how a prediction is prompted
 
 base.py describes these three with their defaults. images.py has what models of images share,
-kept_features.py caches the features of frozen encoders, and loading.py reads runs that were
+cached_features.py caches the features of frozen encoders, and loading.py reads runs that were
 stopped. The loop itself (train.py, engine/) never asks which model it trains. To add a model, write
 its file and add its row here.
 """

@@ -194,9 +194,9 @@ class Recipe:
     groups: Callable
 
     # Loading an image: sample -> the tensors of its image. Cached features can replace it.
-    look: Callable | None = None
+    load_image: Callable | None = None
     # Tokenizing: prompt -> its tensors. Cached text embeddings can replace it.
-    read: Callable | None = None
+    tokenize: Callable | None = None
     # texts -> token ids (B,T); None for models without text
     tokenizer: Callable | None = None
     # items -> batch; None: stack their tensors
@@ -204,7 +204,7 @@ class Recipe:
     # {name: path} of files that are copied into the run folder
     files: dict[str, Path] = field(default_factory=dict)
     # further entries of a run's config.json
-    about: dict = field(default_factory=dict)
+    config_entries: dict = field(default_factory=dict)
 
     # Tests.
     # (model, recipe, dataset, settings, name) -> rows, summary, {name: rows of a further table}
@@ -214,13 +214,13 @@ class Recipe:
     # (dataset, settings) -> names of all prompts that every entry has, such as p6 or boxes
     sources: Callable = nothing
     # (recipe, dataset, i, sources) -> {source: item of entry i with the prompts of this source}
-    ask_each: Callable = nothing
+    items_by_source: Callable = nothing
     # (model, item) -> tensors that `predict` can reuse for other prompts of the same image
     encode: Callable = nothing
     # (sample, source) -> tensors of prompts made from the ground truth, or read from files
-    ask: Callable | None = None
+    make_prompts: Callable | None = None
     # (model, item, output) -> probabilities (Q,H,W) of the mask of each prompt
-    each: Callable | None = None
+    predict_each: Callable | None = None
 
 
 def parameter_groups(model: nn.Module, settings: Protocol) -> list[dict]:
@@ -386,7 +386,7 @@ class Family:
     recipe: Callable  # (model, settings) -> Recipe
     backbone: Callable  # (name of a parameter) -> True if `--train decoder` freezes it
     sides: tuple[int, int] = (1, 1)  # smallest side of an image, and the factor of all sides
-    keeps: bool = False  # has encode_image, so its features can be cached
+    can_cache: bool = False  # has encode_image, so its features can be cached
     lora: dict = field(default_factory=dict)  # arguments of add_lora; {}: all linear layers
     second_file: str | None = None  # option (clip, decoder) for a second file of weights
 
@@ -397,19 +397,19 @@ class Family:
 
     # --- the command line ---
 
-    def check_given(self, values: dict, model: str, refused: dict = REFUSED) -> None:
+    def refuse_foreign(self, values: dict, model: str, refused: dict = REFUSED) -> None:
         """Raise ValueError, one line, if options are used that only other models take.
 
         values: {name of an option: value}. model: the model's name in the message. refused: {group
         of options: message}.
         """
         for group, refusal in refused.items():
-            used = [name for name in group if self.is_given(name, values.get(name))]
+            used = [name for name in group if self.is_set(name, values.get(name))]
             if used and group not in self.options:
                 flag = "--" + used[0].replace("_", "-")
                 raise ValueError(refusal.format(flag=flag, model=model))
 
-    def is_given(self, option: str, value) -> bool:
+    def is_set(self, option: str, value) -> bool:
         """Return True if the value of an option is not its default."""
         is_off = value is None or value is False or value == []
         first_protocol = next(iter(self.protocols.values()))
@@ -470,7 +470,9 @@ class Family:
         """Return True if every image of a prediction needs a text."""
         return False
 
-    def ask_in_prediction(self, recipe: Recipe, cases: list, classes: list | None, args) -> tuple:
+    def prompts_for_prediction(
+        self, recipe: Recipe, cases: list, classes: list | None, args
+    ) -> tuple:
         """Return how images are prompted in a prediction, and the classes of the masks.
 
         The first is a function, sample -> tensors that are added to those of `inputs`. cases:
@@ -480,7 +482,7 @@ class Family:
 
     # --- predictions of volumes ---
 
-    def numbers_asked(self, model: nn.Module, classes: list[str], names: list[str] | None):
+    def chosen_classes(self, model: nn.Module, classes: list[str], names: list[str] | None):
         """Return the indices of the classes to predict, from 0 without background; None: all.
 
         classes: the model's. names: of --classes. Raises ValueError, one line, if the model always

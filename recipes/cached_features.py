@@ -146,11 +146,11 @@ def cache_features(recipe: Recipe, model, frozen: Callable, sets: list[Dataset],
     features = CachedFeatures({}, {})
     for dataset in sets:
         views = options.views if dataset is sets[0] else ["original"]
-        features.images |= encoder.encode_images(dataset, views, recipe.look)
-    if recipe.read is None:
-        return replace(recipe, inputs=partial(recipe.inputs, look=features.load_image))
+        features.images |= encoder.encode_images(dataset, views, recipe.load_image)
+    if recipe.tokenize is None:
+        return replace(recipe, inputs=partial(recipe.inputs, load_image=features.load_image))
 
     texts = texts_of(sets, options.prompt, options.views)
-    features.texts |= encoder.encode_texts(texts, recipe.read)
-    inputs = partial(recipe.inputs, look=features.load_image, read=features.load_text)
+    features.texts |= encoder.encode_texts(texts, recipe.tokenize)
+    inputs = partial(recipe.inputs, load_image=features.load_image, tokenize=features.load_text)
     return replace(recipe, inputs=inputs)

@@ -134,8 +134,8 @@ def biomedclipseg_recipe(model: biomedclipseg.BiomedCLIPSeg, settings: Protocol)
     files = {}
     if config.vocabulary:
         files["vocab.txt"] = bert_vocabulary(config)
-    about = {"decoder": model.decoder_source}  # None: it started untrained
-    return replace(recipe, files=files, about=about)
+    config_entries = {"decoder": model.decoder_source}  # None: it started untrained
+    return replace(recipe, files=files, config_entries=config_entries)
 
 
 FAMILY = PromptedFamily(
@@ -145,7 +145,7 @@ FAMILY = PromptedFamily(
     recipe=clipseg_recipe,
     backbone=clipseg_towers,
     sides=(16, 16),
-    keeps=True,
+    can_cache=True,
     tokenizer=clip_tokenizer,
     second_file="clip",
 )
@@ -156,7 +156,7 @@ BIOMED_FAMILY = PromptedFamily(
     recipe=biomedclipseg_recipe,
     backbone=clipseg_towers,
     sides=(16, 16),
-    keeps=True,
+    can_cache=True,
     tokenizer=bert_tokenizer,
     second_file="decoder",
 )

@@ -59,12 +59,14 @@ def scoring_fields(sample) -> dict:
     return item
 
 
-def image_inputs(sample, train, rng, config, look, read, augment, views, preprocess_mask) -> dict:
+def image_inputs(
+    sample, train, rng, config, load_image, tokenize, augment, views, preprocess_mask
+) -> dict:
     """Return the item of a sample: inputs of the model, target and what scoring needs.
 
-    It contains the results of `look` for the image and of `read` for the prompt, and, if the sample
-    has a mask, "mask" (1,S,S) float32: 0 and 1, or class indices; 255 is ignored. In evaluation it
-    also contains the result of `for_scores`.
+    It contains the results of `load_image` for the image and of `tokenize` for the prompt, and, if
+    the sample has a mask, "mask" (1,S,S) float32: 0 and 1, or class indices; 255 is ignored. In
+    evaluation it also contains the result of `scoring_fields`.
     """
     if train:
         sample = random_view(sample, views_of_classes(views, sample["classes"]), rng)
@@ -72,13 +74,13 @@ def image_inputs(sample, train, rng, config, look, read, augment, views, preproc
     if train and augment is not None:
         item, prompt = augmented_inputs(sample, rng, config, augment)
     else:
-        item = look(sample)
+        item = load_image(sample)
         prompt = sample["prompt"]
         if sample.get("mask") is not None:
             item["mask"] = preprocess_mask(sample["mask"], config)  # (1,S,S)
 
-    if read:
-        item |= read(prompt)
+    if tokenize:
+        item |= tokenize(prompt)
     if not train:
         item |= scoring_fields(sample)
     return item
@@ -165,18 +167,18 @@ def texts_per_batch(dataset: Dataset, kind: str, batch_size: int) -> float:
     return sum(1 - (1 - p) ** batch_size for p in probabilities.values())
 
 
-def image_recipe(file, model, settings: Protocol, forward: Callable, read=None) -> Recipe:
+def image_recipe(file, model, settings: Protocol, forward: Callable, tokenize=None) -> Recipe:
     """Return the recipe of a model for images.
 
     file: the model's module, with `preprocess` and `preprocess_mask`. forward: (model, batch) ->
     logits. read: (prompt) -> {name: tensor}, for models that read texts.
     """
-    look = partial(preprocessed_image, config=model.config, preprocess=file.preprocess)
+    load_image = partial(preprocessed_image, config=model.config, preprocess=file.preprocess)
     inputs = partial(
         image_inputs,
         config=model.config,
-        look=look,
-        read=read,
+        load_image=load_image,
+        tokenize=tokenize,
         augment=settings.augment,
         views=settings.views,
         preprocess_mask=file.preprocess_mask,
@@ -188,21 +190,21 @@ def image_recipe(file, model, settings: Protocol, forward: Callable, read=None) 
         loss=settings.loss,
         predict=partial(image_predict, forward=forward),
         groups=parameter_groups,
-        look=look,
-        read=read,
+        load_image=load_image,
+        tokenize=tokenize,
     )
 
 
 def prompted_recipe(file, model: nn.Module, settings: Protocol, tokenizer) -> Recipe:
     """Return the recipe of a model that segments images by texts. file: the model's module."""
-    read = partial(prompt_tokens, tokenizer=tokenizer)
-    recipe = image_recipe(file, model, settings, prompted_forward, read)
+    tokenize = partial(prompt_tokens, tokenizer=tokenizer)
+    recipe = image_recipe(file, model, settings, prompted_forward, tokenize)
     return replace(
         recipe,
         tokenizer=tokenizer,
         caption=quoted_prompt,
         sources=common_prompt_types,
-        ask_each=items_of_types,
+        items_by_source=items_of_types,
         encode=encode_image,
     )
 
@@ -230,7 +232,7 @@ def items_of_types(recipe: Recipe, dataset: Dataset, i: int, kinds: list[str]) -
     items = {}
     for kind in kinds:
         text = entry.text(kind)
-        items[kind] = item | recipe.read(text) | {"prompt": text}
+        items[kind] = item | recipe.tokenize(text) | {"prompt": text}
     return items
 
 

@@ -131,11 +131,11 @@ def targets_at_logits(masks: Tensor, config) -> Tensor:
     return targets
 
 
-def sam_inputs(sample, train: bool, rng, config, settings, look) -> dict:
-    """Return the item of a sample: its image as `look` returns it, its prompts and their targets.
+def sam_inputs(sample, train: bool, rng, config, settings, load_image) -> dict:
+    """Return the item of a sample: the result of `load_image`, its prompts and their targets.
 
     mask: the targets, float32 (Q,1,s,s), or (Q,1,H,W) with `settings.full_size`.
-    In evaluation, the item also has what scoring needs: the keys of `for_scores`, prompt (the
+    In evaluation, the item also has what scoring needs: the keys of `scoring_fields`, prompt (the
     source of the prompts), classes, and parts (Q,H,W) uint8, the masks of the prompts.
     """
     if train:
@@ -145,7 +145,7 @@ def sam_inputs(sample, train: bool, rng, config, settings, look) -> dict:
             sample = sample | {"image": image, "mask": mask}
 
     source = settings.sam_prompts
-    item = look(sample)
+    item = load_image(sample)
     if not train:
         item |= scoring_fields(sample) | {"prompt": source, "classes": sample["classes"]}
     if "mask" not in sample:
@@ -416,20 +416,20 @@ def load_sam(weights, variant, settings: Protocol, overrides: dict, train_set) -
 def sam_recipe(model: sam_decoder.SAM, settings: Protocol) -> Recipe:
     """Return the recipe of a model under the settings of a run."""
     context = {"config": model.config, "settings": settings}
-    look = partial(preprocessed_image, config=model.config, preprocess=sam_decoder.preprocess)
+    load_image = partial(preprocessed_image, config=model.config, preprocess=sam_decoder.preprocess)
     return Recipe(
-        inputs=partial(sam_inputs, look=look, **context),
+        inputs=partial(sam_inputs, load_image=load_image, **context),
         forward=sam_forward,
         loss=partial(settings.loss, **context),
         predict=sam_predict,
         groups=parameter_groups,
         collate=collate_prompts,
-        ask=partial(tensors_from_source, **context),
-        each=predict_each,
-        look=look,
+        make_prompts=partial(tensors_from_source, **context),
+        predict_each=predict_each,
+        load_image=load_image,
         test=evaluate.prompted_test,
         sources=sam_sources,
-        ask_each=items_of_every_source,
+        items_by_source=items_of_every_source,
         encode=encode_image,
     )
 
@@ -454,7 +454,7 @@ def with_file_prompts(recipe, tests: dict, boxes: str | None, points: str | None
         names.append(layouts.name_in_images(entry.image, entry.root))
     sizes = [tuple(row[2:4]) for row in dataset.rows]
     prompts, _ = read_image_prompts((boxes, points), images, names, sizes, dataset.classes)
-    return replace(recipe, ask=partial(recipe.ask, from_files=prompts))
+    return replace(recipe, make_prompts=partial(recipe.make_prompts, from_files=prompts))
 
 
 def read_image_prompts(
@@ -520,7 +520,7 @@ def items_of_every_source(
     item = recipe.inputs(sample, train=False, rng=None)
     items = {}
     for source in sources:
-        items[source] = item | recipe.ask(sample, source) | {"prompt": source}
+        items[source] = item | recipe.make_prompts(sample, source) | {"prompt": source}
     return items
 
 
@@ -598,7 +598,9 @@ class SAMFamily(Family):
             return with_file_prompts(recipe, data_sets.tests, settings.boxes, settings.points)
         return recipe
 
-    def ask_in_prediction(self, recipe: Recipe, cases: list, classes: list | None, args) -> tuple:
+    def prompts_for_prediction(
+        self, recipe: Recipe, cases: list, classes: list | None, args
+    ) -> tuple:
         """Prompt by the files of --boxes and --points, or by the whole image."""
         if args.boxes or args.points:
             images = [file for _, file, _ in cases]
@@ -606,7 +608,7 @@ class SAMFamily(Family):
             names = image_names(images, args.inputs)
             sheets = (args.boxes, args.points)
             prompts, classes = read_image_prompts(sheets, images, names, sizes, classes)
-            return partial(recipe.ask, source="given boxes", from_files=prompts), classes
+            return partial(recipe.make_prompts, source="given boxes", from_files=prompts), classes
 
         if classes and len(classes) > 1:
             raise ValueError(
@@ -614,7 +616,7 @@ class SAMFamily(Family):
                 f"{', '.join(classes[1:])} is meant"
             )
         print("no --boxes or --points: the prompt is the box around each whole image")
-        return partial(recipe.ask, source="image"), classes or ["target"]
+        return partial(recipe.make_prompts, source="image"), classes or ["target"]
 
 
 FAMILY = SAMFamily(
@@ -624,6 +626,6 @@ FAMILY = SAMFamily(
     sam_recipe,
     not_mask_decoder,
     sides=(16, 16),
-    keeps=True,
+    can_cache=True,
     lora={"chosen": qkv_weight, "thirds": (0, 2)},  # queries and values, as in SAMed
 )

@@ -273,7 +273,7 @@ class UniversalFamily(VolumeFamily):
                     f"{hint}"
                 )
 
-    def numbers_asked(self, model: nn.Module, classes: list[str], names: list[str] | None):
+    def chosen_classes(self, model: nn.Module, classes: list[str], names: list[str] | None):
         """Return the indices of --classes, from 0 without the background; None without the option.
 
         Raises ValueError, one line, for a class that the model does not have.

@@ -71,7 +71,7 @@ def test_nothing_is_mirrored_whose_class_tells_a_side():
 def test_no_view_is_mirrored_whose_class_tells_a_side():
     picture = torch.zeros(3, 8, 8, dtype=torch.uint8)
     picture[:, :, 6:] = 200
-    how = dict(config=None, look=lambda s: {"image": s["image"]}, read=None, augment=None)
+    how = dict(config=None, load_image=lambda s: {"image": s["image"]}, tokenize=None, augment=None)
     how |= dict(views=("original", "hflip"), preprocess_mask=lambda mask, _: mask)
     found = {}
     for classes in ("stomach", "liver"), ("left lung", "right lung"):

@@ -304,7 +304,9 @@ def test_boxes_of_files_of_one_name_are_read_back(patients, tmp_path):
     }  # fmt: skip
     dataset = data.open_dataset(layouts.read_entries(patients, "test"), tmp_path / "cache")
     recipe = sam.sam_recipe(sam_decoder.SAM(SAM), sam.PROTOCOLS["default"])
-    asking = sam.with_file_prompts(recipe, {"test": dataset}, str(tmp_path / "boxes.csv"), None).ask
+    asking = sam.with_file_prompts(
+        recipe, {"test": dataset}, str(tmp_path / "boxes.csv"), None
+    ).make_prompts
     for i, x0 in enumerate((2, 12, 22, 5)):
         ((box, _, _),) = asking(dataset.sample(i, ""), source="given boxes")["shown"]
         assert box.tolist() == [x0, 3, x0 + 6, 8]

@@ -385,14 +385,14 @@ def test_the_same_prompts_from_files_give_the_same_answers(maps, tmp_path, capsy
     files = {"boxes": (boxes, None), "points": (None, points), "both": (boxes, points)}
     what = {"boxes": "box", "points": "point", "both": "box or point"}
     for kind, pair in files.items():
-        asking = sam.with_file_prompts(recipe, {"maps": dataset}, *pair).ask
+        asking = sam.with_file_prompts(recipe, {"maps": dataset}, *pair).make_prompts
         line = f"1 of 3 images have no {what[kind]}, and their masks are empty (empty.png)"
         assert line in capsys.readouterr().out
         for i in range(3):
             sample = dataset.sample(i, "")
             item = recipe.inputs(sample, train=False, rng=None)
             with torch.no_grad():
-                expected, _ = recipe.predict(model, item | recipe.ask(sample, kind))
+                expected, _ = recipe.predict(model, item | recipe.make_prompts(sample, kind))
                 ours, _ = recipe.predict(model, item | asking(sample, f"given {kind}"))
             close(ours, expected)
             is_empty = dataset.entries[i].name == "empty"

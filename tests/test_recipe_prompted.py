@@ -19,7 +19,7 @@ import train
 from engine import evaluate
 from imaging import layouts
 from options import resolve
-from recipes import FAMILIES, cris, images, kept_features
+from recipes import FAMILIES, cached_features, cris, images
 from recipes import clipseg as clipseg_recipes
 from tokenizer import CHARACTERS, CLIPTokenizer, WordPieceTokenizer
 
@@ -161,7 +161,7 @@ def test_kept_features_are_those_of_the_image_and_the_text(demo, options):
     recipe = clipseg_recipes.clipseg_recipe(net, settings)
     asked = replace(options, prompt="p6", train="decoder", views=["original"])
     asked = replace(asked, feature_dtype="float16")
-    kept = kept_features.cache_features(
+    kept = cached_features.cache_features(
         recipe, net, clipseg_recipes.clipseg_towers, [dataset], asked
     )
     for i in range(5):

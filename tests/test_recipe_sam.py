@@ -167,11 +167,11 @@ def test_an_evaluation_asks_the_same_every_time(maps, tmp_path):
     tight = [c.box for c in boxes_and_points.components(sample["mask"].numpy(), (1, 2))]
     scale = 64 / 64  # the longest side is the frame's
     close(one["boxes"], torch.tensor(np.array(tight)) * scale, 1e-5)
-    jittered = [recipe.ask(sample, "jittered boxes")["boxes"] for _ in range(2)]
+    jittered = [recipe.make_prompts(sample, "jittered boxes")["boxes"] for _ in range(2)]
     assert torch.equal(*jittered) and not torch.equal(jittered[0], one["boxes"])
     assert (jittered[0] - one["boxes"]).abs().max() <= 10
-    other = recipe.ask(dataset.sample(1, ""), "jittered boxes")["boxes"]
-    tight = recipe.ask(dataset.sample(1, ""), "boxes")["boxes"]
+    other = recipe.make_prompts(dataset.sample(1, ""), "jittered boxes")["boxes"]
+    tight = recipe.make_prompts(dataset.sample(1, ""), "boxes")["boxes"]
     assert not torch.equal(other - tight, jittered[0] - one["boxes"])
 
 

@@ -68,11 +68,11 @@ def test_what_is_not_annotated_has_no_gradient():
 def test_background_may_be_several_numbers(tmp_path):
     (entry,) = layouts.read_entries(data_set(tmp_path, LIVER), "train")
     assert entry.classes == ("liver",) and entry.regions is None
-    assert entry.labels == (0, 2) and entry.unnamed == (1,)
+    assert entry.labels == (0, 2) and entry.background_numbers == (1,)
     region = layouts.as_regions(entry)
     assert region.classes == ("background", "liver") and region.regions == ((1,),)
     grid = nifti.read_grid(entry.image)
-    read = nifti.read_labels(entry.mask, grid, entry.labels, entry.unnamed)
+    read = nifti.read_labels(entry.mask, grid, entry.labels, entry.background_numbers)
     assert np.array_equal(read, phantom(0)[1] == 2)
 
 

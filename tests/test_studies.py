@@ -149,7 +149,9 @@ def test_the_base_knows_nothing_of_the_new_class(study):
     }
     entry = found["train"][0]
     assert entry.classes == ("background", "right kidney", "liver") and entry.modality == "CT"
-    truth = nifti.read_labels(entry.mask, nifti.read_grid(entry.image), entry.labels, entry.unnamed)
+    truth = nifti.read_labels(
+        entry.mask, nifti.read_grid(entry.image), entry.labels, entry.background_numbers
+    )
     assert truth[0, 0, :3].tolist() == [0, 1, 2] and entry.regions == ((1,), (2,))
 
 
@@ -163,7 +165,9 @@ def test_few_shot_sets_hold_k_volumes_with_the_new_class_alone(study):
     assert cases(data, "test") == ["ct7", "ct8"]
     entry = found["train"][0]
     assert entry.classes == ("background", "spleen")
-    truth = nifti.read_labels(entry.mask, nifti.read_grid(entry.image), entry.labels, entry.unnamed)
+    truth = nifti.read_labels(
+        entry.mask, nifti.read_grid(entry.image), entry.labels, entry.background_numbers
+    )
     assert truth[0, 0, :3].tolist() == [1, 0, 0]
 
 
@@ -187,7 +191,7 @@ def test_files_of_several_channels_stay_together(study, root, tmp_path):
     for name in ("base", "k2-draw1"):
         for entries in layouts.read_volumes(study.out / "data" / name).values():
             for entry in entries:
-                ends = [path.name.split("_")[1] for path in (entry.image, *entry.more)]
+                ends = [path.name.split("_")[1] for path in (entry.image, *entry.more_channels)]
                 assert ends == ["0000.nii.gz", "0001.nii.gz"] and entry.modality == "T1, T2"
 
 

@@ -634,7 +634,7 @@ def made_predictions(monkeypatch, cases):
     entries = [SimpleNamespace(root="x")]
     dataset = SimpleNamespace(classes=("target",), entries=entries)
     options = SimpleNamespace(threshold="auto", min_area=1, val_distances=False, tolerance=1.0)
-    recipe = SimpleNamespace(ask=None)
+    recipe = SimpleNamespace(make_prompts=None)
     model = SimpleNamespace(config=SimpleNamespace(threshold=0.5))
     return model, recipe, dataset, options
 

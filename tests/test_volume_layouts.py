@@ -41,7 +41,7 @@ def test_a_decathlon_task(tmp_path):
     assert (a.name, b.name) == ("a", "b")
     assert a.image == root / "imagesTr/a.nii.gz" and a.mask == root / "labelsTr/a.nii.gz"
     assert a.classes == ("background", "liver", "spleen") and a.labels == (0, 1, 2)
-    assert a.regions is None and a.modality == "CT" and a.more == ()
+    assert a.regions is None and a.modality == "CT" and a.more_channels == ()
     (c,) = layouts.read_entries(root, "test")  # d has no label
     assert c.name == "c"
 
@@ -87,19 +87,19 @@ def test_regions_overlap(tmp_path):
 def test_a_background_of_several_numbers_makes_no_regions(tmp_path, labels):
     (a, _) = layouts.read_entries(decathlon(tmp_path, labels), "train")
     assert a.classes == ("background", "liver", "spleen") and a.labels == (0, 1, 2)
-    assert a.regions is None and a.unnamed == (3,)
+    assert a.regions is None and a.background_numbers == (3,)
 
 
 def test_regions_and_a_background_of_several_numbers(tmp_path):
     labels = {"background": [0, 3], "TC": [1, 4], "WT": [1, 2, 4]}
     (a, _) = layouts.read_entries(decathlon(tmp_path, labels), "train")
     assert a.classes == ("background", "TC", "WT") and a.labels == (0, 1, 2, 4)
-    assert a.regions == ((1, 3), (1, 2, 3)) and a.unnamed == (3,)
+    assert a.regions == ((1, 3), (1, 2, 3)) and a.background_numbers == (3,)
 
 
 def test_a_list_of_one_number_is_that_number(tmp_path):
     (a, _) = layouts.read_entries(decathlon(tmp_path, {"background": [0], "x": [2]}), "train")
-    assert (a.classes, a.labels, a.regions, a.unnamed) == (("x",), (0, 2), None, ())
+    assert (a.classes, a.labels, a.regions, a.background_numbers) == (("x",), (0, 2), None, ())
     (a, _) = layouts.read_entries(decathlon(tmp_path, {"background": 0, "x": [2, 2]}), "train")
     assert a.regions is None and a.labels == (0, 2)
 
@@ -118,7 +118,11 @@ def test_a_run_with_regions_from_such_a_background_can_be_tested(tmp_path):
     (a, _) = layouts.read_entries(decathlon(tmp_path, labels), "train")
     names = ["background", "spleen", "liver"]
     old = layouts.as_overlapping(a, names)
-    assert old.classes == tuple(names) and old.regions == ((2,), (1,)) and old.unnamed == (3,)
+    assert (
+        old.classes == tuple(names)
+        and old.regions == ((2,), (1,))
+        and old.background_numbers == (3,)
+    )
     assert layouts.as_overlapping(a, ["background", "kidney"]) == a
     (plain, _) = layouts.read_entries(decathlon(tmp_path), "train")  # classes that never overlapped
     assert layouts.as_overlapping(plain, ["background", "liver", "spleen"]) == plain
@@ -135,8 +139,8 @@ def test_nnunet_lists_no_files(tmp_path):
     assert list(layouts.find_splits(root)) == ["train", "test"]
     p1, p10 = layouts.read_entries(root, "train")
     assert p1.image == root / "imagesTr/p1_0000.nii.gz"
-    assert p1.more == (root / "imagesTr/p1_0001.nii.gz",) and p1.modality == "T1, T2"
-    assert p10.more == (root / "imagesTr/p10_0001.nii.gz",)
+    assert p1.more_channels == (root / "imagesTr/p1_0001.nii.gz",) and p1.modality == "T1, T2"
+    assert p10.more_channels == (root / "imagesTr/p10_0001.nii.gz",)
     assert [entry.name for entry in layouts.read_entries(root, "test")] == ["p2"]
 
 
@@ -178,7 +182,10 @@ def test_years_are_no_channels_in_a_data_set(tmp_path):
     files = [f"{kind}/m_201{k}.nii.gz" for kind in ("imagesTr", "labelsTr") for k in (8, 9)]
     root = make(tmp_path, files, {"labels": ORGANS})
     entries = layouts.read_entries(root, "train")
-    assert [(entry.name, entry.more) for entry in entries] == [("m_2018", ()), ("m_2019", ())]
+    assert [(entry.name, entry.more_channels) for entry in entries] == [
+        ("m_2018", ()),
+        ("m_2019", ()),
+    ]
 
 
 def test_validation_of_the_list_and_folds_of_nnunet(tmp_path):

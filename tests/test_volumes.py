@@ -559,7 +559,7 @@ def test_axes_that_differ_are_those_of_the_sform(tmp_path, capsys):
 
 def test_a_line_names_three_files_and_counts_the_rest(tmp_path, capsys):
     paths = [header_file(tmp_path / f"{k}.nii.gz", np.eye(4))[0] for k in range(5)]
-    with nifti.notices.together():
+    with nifti.notices.grouped():
         for path in paths * 2:
             nifti.read_grid(path)
         assert capsys.readouterr().out == ""
@@ -568,7 +568,7 @@ def test_a_line_names_three_files_and_counts_the_rest(tmp_path, capsys):
     assert " and 2 more: the sform is the bare" in line
     nifti.read_volume(paths[4])
     assert capsys.readouterr().out == ""
-    with pytest.raises(KeyError), nifti.notices.together():
+    with pytest.raises(KeyError), nifti.notices.grouped():
         nifti.read_grid(header_file(tmp_path / "6.nii.gz", np.eye(4))[0])
         raise KeyError
     assert "6.nii.gz" in capsys.readouterr().out  # also where an error ends the block
@@ -953,7 +953,7 @@ def test_ct_that_is_not_in_hu_is_said_of_every_run(tmp_path, capsys):
         write(entry.image, (image + 1024).astype(np.uint16))
     for _ in range(2):  # the second one finds them prepared
         entries[2] = replace(entries[2], modality="MR")
-        with nifti.notices.together():
+        with nifti.notices.grouped():
             prepare(entries, tmp_path / "cache").check_hu()
         out = capsys.readouterr().out
         lines = [line for line in out.splitlines() if "Hounsfield" in line]
@@ -1458,7 +1458,7 @@ def test_grids_are_compared_at_their_corners(capsys):
 
     for own in (affine, flipped):
         nifti.check_grid(grid_of(own, name="same.nii.gz"), image)
-    with nifti.notices.together():
+    with nifti.notices.grouped():
         for k in range(4):
             nifti.check_grid(grid_of(moved, name=f"near{k}.nii.gz"), image)
     near = "near0.nii.gz, near1.nii.gz, near2.nii.gz and 1 more: "
