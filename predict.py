@@ -248,7 +248,7 @@ def entries_of(path: Path, args, run: dict) -> list[layouts.Entry]:
     """Return the entries of a data set that are to be predicted, and print which these are.
 
     Without --split they are those of the test split, or all images if the data set has no splits.
-    Raises as `layouts.annotations` does.
+    Raises as `layouts.read_entries` does.
     """
     if args.split is None and layouts.is_undivided(path):
         entries = layouts.list_all_images(path)

@@ -99,7 +99,7 @@ def mask_entries(folder: Path, images: Images, args) -> list[layouts.Entry]:
             raise ValueError(
                 f"--instances: {class_file} names class numbers; remove one of the two"
             )
-        fields |= {"classes": layouts.read_classes(class_file), "numbers": True}
+        fields |= {"classes": layouts.read_classes(class_file), "has_class_indices": True}
     elif not args.instances:
         refuse_palettes(masks)
 

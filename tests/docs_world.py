@@ -23,6 +23,7 @@ from PIL import Image
 
 import swin_unetr3d
 import universal
+from engine.lora import add_lora, save_adapter
 from recipes import FAMILIES
 
 COMMIT = "0" * 40
@@ -186,6 +187,15 @@ def write_runs(world: Path) -> None:
         for folder in folders:
             path = world / "runs" / folder
             write_run(path, row.kind, row.model().state_dict(), row.mini)
+    write_adapter(world / "runs/clipseg-busi-lora-lora_rank8")
+
+
+def write_adapter(folder: Path) -> None:
+    """Write the adapter of a run with `--train lora`."""
+    folder.mkdir()
+    model = contract.ROWS["clipseg"].model()
+    add_lora(model, 8, frozen=lambda name: name.startswith("clip."))
+    save_adapter(model, folder / "adapter.safetensors")
 
 
 def build(world: Path) -> None:

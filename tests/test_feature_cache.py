@@ -254,7 +254,7 @@ def test_killed_at_any_moment(tmp_path):
         "    print(start, flush=True)\n"
         "    for i in range(start, 40):\n"
         "        time.sleep(0.02); yield torch.full((1000,), float(i))\n"
-        "feature_cache.keep(Path(sys.argv[1]), 40, compute, '')\n"
+        "feature_cache.cache_rows(Path(sys.argv[1]), 40, compute, '')\n"
     )
     path = tmp_path / "key.npy"
     command, starts = [sys.executable, "-c", program, str(path)], []
@@ -304,7 +304,7 @@ def test_two_runs_at_once_share_one_computation(tmp_path):
         "def compute(start):\n"
         "    for i in range(start, 6):\n"
         "        time.sleep(0.2); print('row', i, flush=True); yield torch.full((2, 3), float(i))\n"
-        f"rows = feature_cache.keep(Path({str(tmp_path / 'key.npy')!r}), 6, compute, 'six')\n"
+        f"rows = feature_cache.cache_rows(Path({str(tmp_path / 'key.npy')!r}), 6, compute, 'six')\n"
         "assert (rows[:, 0, 0] == [0, 1, 2, 3, 4, 5]).all(), rows[:, 0, 0]\n"
     )
     both = [

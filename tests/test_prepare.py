@@ -247,7 +247,7 @@ def test_two_to_four_blobs_apart(demo):
         assert np.sum(thick, 0).max() == 1
 
 
-@pytest.mark.parametrize("trait", ["colour", "size", "shape", "place"])
+@pytest.mark.parametrize("trait", ["colour", "size", "shape", "position"])
 def test_target_is_drawn_like_the_others(demo, trait):
     """Given an image's blobs, each is the target with one chance in their number."""
     pairs = targets(demo)
@@ -1174,7 +1174,7 @@ import data, prepare
 from imaging import image_files, layouts
 assert prepare.main(["check", sys.argv[1]]) == 1
 cache = pathlib.Path(sys.argv[2])
-for entry in layouts.annotations(sys.argv[1], "train")[:6]:
+for entry in layouts.read_entries(sys.argv[1], "train")[:6]:
     for read in (
         lambda: data.open_dataset([entry], cache),
         lambda: data.mask_counts([entry], cache),
