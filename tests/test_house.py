@@ -1,4 +1,4 @@
-"""Rules for every file: minimum versions, files that work alone, shared blocks, function length."""
+"""Rules for every file: order of imports, files that work alone, shared blocks, function length."""
 
 import ast
 import re
