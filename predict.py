@@ -10,7 +10,8 @@ Images become PNG masks at their own size: 0 and 255, or class indices in a pale
 and classes.json. Volumes become NIfTI label maps on their own grid with classes.json; overlapping
 classes get one file each. Existing files are never overwritten. Inputs that cannot be read are
 listed at the end (exit status 1; 2 if none could be predicted). docs/training.md has the details.
-Defaults are in brackets: [run] is the value of the run in --weights.
+Defaults are in brackets: [run] is the setting of the run in --weights, [weights] what the weights
+were published or trained with, [recipe] the setting of the model's recipe.
 """
 
 if __name__ == "__main__":
@@ -67,25 +68,40 @@ def parse() -> argparse.Namespace:
 
 def add_common_options(add: Callable) -> None:
     """Add the options that most people need."""
-    add("inputs", metavar="INPUT", nargs="+", help="images, volumes, folders of them, data sets")
-    add("--weights", metavar="SOURCE", required=True, help="run folder, file, or hub id")
-    add("--out", metavar="DIR", required=True, help="folder for the masks")
+    add("inputs", metavar="INPUT", nargs="+", help="image, volume, folder of them, or data set")
+    add(
+        "--weights",
+        metavar="SOURCE",
+        required=True,
+        help="trained model: run folder, file, or hub id",
+    )
+    add("--out", metavar="DIR", required=True, help="folder that the masks are written to")
     add(
         "--prompt",
         metavar="TEXT",
-        help="what to find, for models that read text; data sets: also p0 to p9 [run]",
+        help="text that describes the target; for data sets also p0 to p9 [run]",
     )
     add(
         "--threshold",
         metavar="X",
         type=Number(above=0, below=1),
-        help="foreground is above this probability [weights]",
+        help="pixels or voxels above this probability are foreground [weights]",
     )
     add(
-        "--split", metavar="NAME", help="split of a data set [test; all images if it has no splits]"
+        "--split",
+        metavar="NAME",
+        help="split of a data set to predict [test, or all images without splits]",
     )
-    add("--overlays", action="store_true", help="also draw the masks: NAME_overlay.png")
-    add("--skip-existing", action="store_true", help="continue an earlier call with this --out")
+    add(
+        "--overlays",
+        action="store_true",
+        help="also save images with the masks drawn on: NAME_overlay.png",
+    )
+    add(
+        "--skip-existing",
+        action="store_true",
+        help="continue a stopped call: skip inputs with masks in --out",
+    )
     add("-h", "--help", action="help", help="show this help and exit")
 
 
@@ -95,17 +111,22 @@ def add_model_options(add: Callable) -> None:
         "--model",
         metavar="NAME",
         choices=sorted(FAMILIES),
-        help=f"{', '.join(sorted(FAMILIES))} [run]",
+        help=f"model of --weights: {', '.join(sorted(FAMILIES))} [run]",
     )
-    add("--boxes", metavar="FILE", help="SAM: CSV or JSON file of boxes [a box around each image]")
+    add("--boxes", metavar="FILE", help="SAM: CSV or JSON file of boxes [one box, the whole image]")
     add("--points", metavar="FILE", help="SAM: CSV or JSON file of points, alone or with --boxes")
     add("--clip", metavar="FILE", help="CLIP ViT-B/16 for CLIPSeg's --weights rd64-uni-refined.pth")
     add(
         "--decoder",
         metavar="SOURCE",
-        help="CLIPSeg with the decoder, if --weights are BiomedCLIP alone (biomedclipseg)",
+        help="biomedclipseg: CLIPSeg with the decoder, if --weights have none",
     )
-    add("--device", metavar="NAME", default="auto", help="auto, cpu, cuda, cuda:1, mps [auto]")
+    add(
+        "--device",
+        metavar="NAME",
+        default="auto",
+        help="device to run on: auto, cpu, cuda, cuda:1, mps [auto]",
+    )
 
 
 def add_file_options(add: Callable) -> None:
@@ -113,14 +134,14 @@ def add_file_options(add: Callable) -> None:
     add(
         "--probabilities",
         action="store_true",
-        help="also NAME_probability: 16-bit PNG (value / 65535), or float32 NIfTI; of several "
-        "classes the highest, without the background",
+        help="also save probabilities: NAME_probability, 16-bit PNG (value / 65535) or float32 "
+        "NIfTI; with several classes the highest, background excluded",
     )
     add(
         "--mask-threshold",
         metavar="N",
         type=GREY_LEVEL,
-        help="overlays of a data set: foreground of its masks is above this value [run]",
+        help="grey level above which a data set's own masks are foreground, for --overlays [run]",
     )
 
 
@@ -134,21 +155,21 @@ def add_volume_options(add: Callable) -> None:
     add(
         "--organ-rules",
         action="store_true",
-        help="keep what anatomy allows: one piece per organ, tumours within organs (overlapping "
-        "classes)",
+        help="overlapping classes: keep what anatomy allows, such as one piece per organ and "
+        "tumours only within organs",
     )
     add("--classes", metavar="NAME", nargs="+", help="Universal Model: predict only these classes")
     add(
         "--overlap",
         metavar="X",
         type=Number(at_least=0, below=1),
-        help="overlap of neighbouring windows, as a share [run]",
+        help="overlap of neighbouring sliding windows, as a share [run]",
     )
     add(
         "--window-batch",
         metavar="N",
         type=POSITIVE,
-        help="windows that are predicted at once; fewer need less memory [recipe]",
+        help="sliding windows predicted at once; fewer need less memory [recipe]",
     )
 
 

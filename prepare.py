@@ -1,7 +1,7 @@
 """Make and check data sets.
 
     python prepare.py demo                      make data/demo: synthetic endoscopy with prompts
-    python prepare.py check data/demo [DATA]    read whole data sets and report problems
+    python prepare.py check data/demo           read whole data sets and report problems
     python prepare.py uw-madison DOWNLOAD       make data/uw_madison: MR slices with class maps
     python prepare.py duke-dme DOWNLOAD         make data/duke_dme: OCT, retinal layers and fluid
     python prepare.py duke-amd DOWNLOAD         make data/duke_amd: OCT, drusen
@@ -9,8 +9,8 @@
     python prepare.py btcv RAW                  make data/btcv: abdominal CT, with a split
     python prepare.py demo-volumes              make data/demo_volumes: synthetic abdominal CT
     python prepare.py boxes MASKS --like DATA   make boxes.csv: boxes around masks, for SAM
-    python prepare.py text-codes --data DATA    make text_codes.safetensors: class names, encoded
-                                                by CLIP; with --subsets all lists of classes
+    python prepare.py text-codes --data DATA    make text_codes.safetensors: CLIP's embeddings of
+                                                the class names
 
 `demo` makes the layout of the medvlsm study (arXiv 2308.07706), with text prompts:
 
@@ -24,14 +24,18 @@
 
     images{Tr,Ts}/NAME.nii.gz  labels{Tr,Ts}/NAME.nii.gz  dataset.json, which lists the splits
 
-`check` reads all of these and writes nothing. Exit status: 0 fine, 1 problems found, 2 could not
-run (one line on stderr).
+`check` reads all of these and writes nothing. Exit status: 0 if all is well, 1 if `check` found
+problems, 2 if the command could not run (one line on stderr says why).
+
+`python prepare.py COMMAND --help` explains a command and its options.
 """
 
 if __name__ == "__main__":
     from engine import startup
 
     startup.guard_imports()  # the imports below take seconds
+
+import inspect
 
 from engine import command_line
 from preparation import (
@@ -68,7 +72,8 @@ def parser():
     def command(run, help):
         """Add the command that calls run(args); return the function that adds its options."""
         name = run.__name__.replace("_", "-")
-        subparser = commands.add_parser(name, help=help, description=run.__doc__)
+        description = inspect.getdoc(run)
+        subparser = commands.add_parser(name, help=help, description=description)
         subparser.set_defaults(run=run)
         return subparser.add_argument
 

@@ -1,9 +1,9 @@
-"""Run a study: many runs of train.py as one command, which continues where it was stopped.
+"""Run a study: many runs of train.py as one command, which can be stopped and continued.
 
     python studies.py few-shot --data data/demo_volumes --new-class spleen --k 1 2 4 8 --draws 3
         --text-codes text_codes.safetensors --variant mini --weights none --out runs/few-shot
 
-Options that are not a study's own are train.py's, and hold for all of its runs.
+All other options are passed to train.py and hold for all runs of the study.
 `python studies.py few-shot --help` explains the study.
 """
 
@@ -271,35 +271,39 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
 
 # --- few-shot: its runs --------------------------------------------------------------------------
 
-FEW_SHOT = """Compare what helps a model to learn a further organ from K volumes.
+FEW_SHOT = """Compare methods that learn one more organ from K volumes.
 
-Each method is first trained on all classes but the new one: its base model. Voxels of the new class
-are background there. Then it learns the new class alone from K volumes of the training split in
-which nothing else is annotated, with the same number of steps for every K. Its last weights are
-tested on the new class and, before and after, on the others: what is forgotten. The volumes are
-drawn several times; those of a smaller K are among those of a larger one, and all methods get the
-same. Methods:
+1. Train a base model of each method on all classes but the new one. Voxels of the new class are
+   background there.
+2. Fine-tune it on the new class alone, with K volumes of the training split in which nothing else
+   is annotated. The number of steps is the same for every K.
+3. Test its last weights on the new class. Test the other classes before and after step 2, which
+   shows how much was forgotten.
 
-    text         the Universal Model, which knows classes by CLIP's embedding of their names; with
-                 K = 0 the base model predicts the new class from its embedding alone
-    text+mlp     the same with the layers that the few-shot study called attention (fewshot3d.py)
-    random       the Universal Model with a random embedding for each class
-    random+mlp   the same layers, without text
-    plain        Swin UNETR with a sigmoid per class; the new class gets a new head in place of the
-                 others, which are lost, not forgotten
+The K volumes are drawn several times. The volumes of a smaller K are among those of a larger one,
+and all methods get the same volumes. Methods:
+
+    text         Universal Model, which knows classes by CLIP's embedding of their names; with K = 0
+                 the base model predicts the new class from its embedding alone
+    text+mlp     text, and the layers that the few-shot study called attention (fewshot3d.py)
+    random       Universal Model with a random embedding for each class
+    random+mlp   random, and the same layers as text+mlp
+    plain        Swin UNETR with a sigmoid per class; the new class gets a new head, which replaces
+                 those of the other classes, so that forgetting cannot be measured
 
 Without --from-plain each base model is trained from --weights, at --base-lr for --base-epochs. With
-it only plain's is; the others start from it and train for this many epochs, which takes less time
-and leaves less to chance. --variant and --weights are for runs that do not start from a base model,
---train, --lora-rank and --adapter-dim for those that do. All trained layers share one learning
-rate. The study is void if --weights know the new class: use none, or a Swin UNETR (such as its
-encoder) that was trained without it.
+--from-plain only the base model of plain is; the others start from it, which takes less time and
+depends less on chance. --variant and --weights apply to runs that do not start from a base model;
+--train, --lora-rank and --adapter-dim to those that do. All trained layers share one learning rate.
+--weights must not know the new class: use none, or a Swin UNETR (such as its encoder) that was
+trained without it.
 
---out gets data/ (for each set of volumes a dataset.json and a link to --data), the runs
-(METHOD/base, METHOD/k2-draw1; without last.pt, which only resuming needs), results.csv (a row for
-each method, K, draw, class and case), table.md and few_shot.png.
+The folder --out gets data/ (for each set of volumes a dataset.json and a link to --data), the runs
+(METHOD/base, METHOD/k2-draw1; without last.pt, which is only needed to resume), results.csv (a row
+for each method, K, draw, class and case), table.md and few_shot.png.
 
-All options of train.py may follow; `python train.py --help` lists them.
+All options of train.py can be added; `python train.py --help` lists them. Defaults are in brackets:
+[recipe] is the setting of the model's recipe.
 """
 
 METHODS = {  # method -> options of train.py
@@ -867,7 +871,7 @@ def parse() -> tuple[argparse.Namespace, dict]:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     few_shot_parser = commands.add_parser(
         "few-shot",
-        help="learn a further organ from K volumes: compare methods, measure forgetting",
+        help="compare methods that learn one more organ from K volumes",
         description=FEW_SHOT,
         usage="python studies.py few-shot --data DIR --new-class NAME --weights SOURCE [options]",
     )
@@ -883,15 +887,17 @@ def add_few_shot_options(add: Callable) -> None:
         metavar="DIR",
         type=Path,
         required=True,
-        help="data set of volumes with a test split",
+        help="folder of a data set of volumes that has a test split",
     )
-    add("--new-class", metavar="NAME", required=True, help="class of --data that is learned last")
+    add(
+        "--new-class", metavar="NAME", required=True, help="class of --data to learn from K volumes"
+    )
     add(
         "--out",
         metavar="DIR",
         type=Path,
         default=Path("runs/few-shot"),
-        help="folder of the study [%(default)s]",
+        help="folder for the runs and results of the study [%(default)s]",
     )
     add(
         "--k",
@@ -906,22 +912,32 @@ def add_few_shot_options(add: Callable) -> None:
         metavar="N",
         type=POSITIVE,
         default=3,
-        help="random draws of the volumes [%(default)s]",
+        help="number of times that the K volumes are drawn at random [%(default)s]",
     )
     add(
         "--steps",
         metavar="N",
         type=POSITIVE,
         default=200,
-        help="optimizer steps of each few-shot run [%(default)s]",
+        help="optimizer steps that each run on K volumes takes [%(default)s]",
     )
-    add("--base-epochs", metavar="N", type=POSITIVE, help="epochs of a base run [recipe]")
-    add("--base-lr", metavar="X", type=Number(above=0), help="learning rate of a base run [--lr]")
+    add(
+        "--base-epochs",
+        metavar="N",
+        type=POSITIVE,
+        help="epochs that a base model is trained for [recipe]",
+    )
+    add(
+        "--base-lr",
+        metavar="X",
+        type=Number(above=0),
+        help="learning rate of base models [value of --lr]",
+    )
     add(
         "--from-plain",
         metavar="EPOCHS",
         type=POSITIVE,
-        help="start the other base models from plain's and train them for this many epochs",
+        help="start the other base models from plain's, and train them for this many epochs [off]",
     )
     add(
         "--methods",
@@ -931,11 +947,17 @@ def add_few_shot_options(add: Callable) -> None:
         default=[*METHODS],
         help=f"methods to compare [{' '.join(METHODS)}]",
     )
-    add("--jobs", metavar="N", type=POSITIVE, default=1, help="runs at a time [%(default)s]")
+    add(
+        "--jobs",
+        metavar="N",
+        type=POSITIVE,
+        default=1,
+        help="number of runs that train at the same time [%(default)s]",
+    )
     add(
         "--text-codes",
         metavar="FILE",
-        help="text embeddings of all classes, from `prepare.py text-codes`",
+        help="file of `prepare.py text-codes` with all classes, for the methods with text",
     )
 
 

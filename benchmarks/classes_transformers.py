@@ -1,14 +1,15 @@
 """SegFormer, UPerNet, DPT, BEiT against transformers: same weights, equal outputs, then time.
 
-    python benchmarks/classes_transformers.py                              # the README's table
+    python benchmarks/classes_transformers.py                    # the table in docs/benchmarks.md
     python benchmarks/classes_transformers.py --model segformer --variant b0 --size 512
     python benchmarks/classes_transformers.py --model dpt --variant large-ade --size 288 --step
 
-Forward: evaluation mode, no gradients, 150 classes. Step: training mode, 4 classes as in the
-GI-tract study (--classes), both with the same loss, cross entropy at the labels' size on logits
-upsampled bilinearly, and the same AdamW. In that study the auxiliary heads of transformers'
-UPerNet, DPT and BEiT are in no loss, nor are they here; but transformers runs them, in evaluation
-too, and we have none.
+Forward: evaluation mode, no gradients, 150 classes.
+Step: training mode, 4 classes as in the GI-tract study. Both models have the same loss (cross
+entropy at the size of the labels, on logits upsampled bilinearly) and the same AdamW.
+
+transformers' UPerNet, DPT and BEiT have auxiliary heads and run them in evaluation, too. As in the
+GI-tract study, they take no part in the loss. Our models have none.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
-from common import HEADER, ROOT, in_turns, machine, memory_rows, peak_memory, row
+from common import HEADER, ROOT, in_turns, machine, peak_memory, print_memory_rows, row
 
 sys.path.insert(0, str(ROOT))
 
@@ -29,9 +30,11 @@ from engine.ranges import POSITIVE
 
 @dataclass(frozen=True)
 class Case:
-    model: str  # file
+    """One row of the table."""
+
+    model: str  # name of the file
     variant: str
-    size: int  # side of the images
+    size: int  # height and width of the images
     batch: int = 1
     step: bool = False
     classes: int = 150
@@ -54,80 +57,150 @@ TABLE = [
     Case("dpt", "large-ade", 288, 2, True, 4),
     Case("beit", "base", 288, 2, True, 4),
 ]
-MEMORY = TABLE[6]  # whose peak memory is in the table too
-# What transformers' classes have and their output does not depend on.
-NOT_OURS = r"auxiliary_head\.|neck\.fusion_stage\.layers\.0\.residual_layer1\.|dpt\.layernorm\."
+MEMORY_CASE = TABLE[6]  # its peak memory is measured, too
+# Weights of transformers' classes that do not influence their output.
+UNUSED = r"auxiliary_head\.|neck\.fusion_stage\.layers\.0\.residual_layer1\.|dpt\.layernorm\."
 CLASSES = {"segformer": "SegFormer", "upernet": "UPerNet", "dpt": "DPT", "beit": "BEiT"}
 
 
 def our_model(case: Case) -> torch.nn.Module:
-    """Random weights that all do something: those of a new model would hide what norms do."""
+    """Return our model with random weights, all of which influence the output.
+
+    The weights of a new model would not do: its norms start as identities.
+    """
     file = importlib.import_module(case.model)
-    model = getattr(file, CLASSES[case.model])(
-        replace(file.VARIANTS[case.variant], num_classes=case.classes)
-    )
+    config = replace(file.VARIANTS[case.variant], num_classes=case.classes)
+    model = getattr(file, CLASSES[case.model])(config)
+
     torch.manual_seed(0)
     for name, p in model.named_parameters():
-        noise, scale = torch.randn(p.shape), name.endswith("weight")  # of norms
-        p.data = scale + 0.1 * noise if p.ndim < 2 else noise / p[0].numel() ** 0.5
+        noise = torch.randn(p.shape)
+        if p.ndim >= 2:
+            p.data = noise / p[0].numel() ** 0.5
+        elif name.endswith("weight"):  # of a norm
+            p.data = 1 + 0.1 * noise
+        else:
+            p.data = 0.1 * noise
     return model.train(case.step)
 
 
-def official_settings(case: Case, c):
-    """transformers' class for a variant, its configuration; `c` is our Config."""
-    import transformers as t
+def segformer_settings(c):
+    """Return transformers' SegFormer class and its configuration for our Config `c`."""
+    from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
-    labels = {"num_labels": c.num_classes}
+    config = SegformerConfig(
+        hidden_sizes=c.widths,
+        depths=c.depths,
+        decoder_hidden_size=c.decoder_dim,
+        num_labels=c.num_classes,
+    )
+    return SegformerForSemanticSegmentation, config
+
+
+def upernet_settings(c):
+    """Return transformers' UPerNet class and its configuration for our Config `c`."""
+    from transformers import ConvNextConfig, UperNetConfig, UperNetForSemanticSegmentation
+
+    backbone = ConvNextConfig(
+        hidden_sizes=list(c.widths),
+        depths=list(c.depths),
+        out_features=["stage1", "stage2", "stage3", "stage4"],
+    )
+    config = UperNetConfig(
+        backbone_config=backbone,
+        auxiliary_in_channels=c.widths[2],
+        num_labels=c.num_classes,
+    )
+    return UperNetForSemanticSegmentation, config
+
+
+VIT_LARGE = {
+    "hidden_size": 1024,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "intermediate_size": 4096,
+}
+
+
+def dpt_settings(c):
+    """Return transformers' DPT class and its configuration for our Config `c`, DPT-large."""
+    from transformers import DPTConfig, DPTForSemanticSegmentation
+
+    config = DPTConfig(
+        **VIT_LARGE,
+        image_size=384,
+        backbone_out_indices=[5, 11, 17, 23],
+        qkv_bias=True,
+        use_batch_norm_in_fusion_residual=c.fusion_norm,
+        neck_hidden_sizes=[256, 512, 1024, 1024],
+        num_labels=c.num_classes,
+    )
+    return DPTForSemanticSegmentation, config
+
+
+def beit_settings(c, variant: str):
+    """Return transformers' BEiT class and its configuration for our Config `c`."""
+    from transformers import BeitConfig, BeitForSemanticSegmentation
+
+    if variant == "large":
+        sizes = VIT_LARGE | {"out_indices": [7, 11, 15, 23]}
+    else:
+        sizes = {"out_indices": [3, 5, 7, 11]}
+    config = BeitConfig(
+        **sizes,
+        image_size=640,
+        use_relative_position_bias=True,
+        num_labels=c.num_classes,
+    )
+    return BeitForSemanticSegmentation, config
+
+
+def official_settings(case: Case, c):
+    """Return transformers' class and its configuration for our Config `c`."""
     if case.model == "segformer":
-        sizes = {"hidden_sizes": c.widths, "depths": c.depths, "decoder_hidden_size": c.decoder_dim}
-        return t.SegformerForSemanticSegmentation, t.SegformerConfig(**sizes, **labels)
+        return segformer_settings(c)
     if case.model == "upernet":
-        stages = [f"stage{i}" for i in (1, 2, 3, 4)]
-        backbone = t.ConvNextConfig(
-            hidden_sizes=list(c.widths), depths=list(c.depths), out_features=stages
-        )
-        more = {"backbone_config": backbone, "auxiliary_in_channels": c.widths[2]}
-        config = t.UperNetConfig(**more, **labels)
-        return t.UperNetForSemanticSegmentation, config
-    large = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16}
-    large["intermediate_size"] = 4096
+        return upernet_settings(c)
     if case.model == "dpt":
-        large |= {"image_size": 384, "backbone_out_indices": [5, 11, 17, 23], "qkv_bias": True}
-        large |= {"use_batch_norm_in_fusion_residual": c.fusion_norm}
-        large |= {"neck_hidden_sizes": [256, 512, 1024, 1024]}
-        return t.DPTForSemanticSegmentation, t.DPTConfig(**large, **labels)
-    base = {"out_indices": [3, 5, 7, 11]}
-    sizes = large | {"out_indices": [7, 11, 15, 23]} if case.variant == "large" else base
-    config = t.BeitConfig(image_size=640, use_relative_position_bias=True, **sizes, **labels)
-    return t.BeitForSemanticSegmentation, config
+        return dpt_settings(c)
+    return beit_settings(c, case.variant)
 
 
 def official_model(case: Case, ours) -> torch.nn.Module:
-    """transformers' class with our weights."""
+    """Return transformers' model with our weights. Raise ValueError if they do not fit."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    kind, config = official_settings(case, ours.config)
+    model_class, config = official_settings(case, ours.config)
     state = importlib.import_module(case.model).to_official(ours.state_dict())
-    arguments = {"config": config, "state_dict": state, "output_loading_info": True}
-    model, told = kind.from_pretrained(None, **arguments)
-    lacking = {name for name in told["missing_keys"] if not re.match(NOT_OURS, name)}
-    if lacking or told["unexpected_keys"] or told["mismatched_keys"]:
-        raise ValueError(f"{case}: transformers' class does not take our weights: {told}")
+    model, report = model_class.from_pretrained(
+        None, config=config, state_dict=state, output_loading_info=True
+    )
+
+    missing = [name for name in report["missing_keys"] if not re.match(UNUSED, name)]
+    if missing or report["unexpected_keys"] or report["mismatched_keys"]:
+        raise ValueError(f"{case}: our weights do not fit transformers' class: {report}")
     return model.train(case.step)
 
 
+def both_models(case: Case) -> dict:
+    """Return {"official": model, "ours": model} with the same weights."""
+    ours = our_model(case)
+    return {"official": official_model(case, ours), "ours": ours}
+
+
 def logits_of(model, image):
+    """Return the logits (B,K,H,W) of either model."""
     out = model(image)
     return out if isinstance(out, torch.Tensor) else out.logits
 
 
-def work(case: Case, model):
-    """-> the function that is timed."""
+def build_step(case: Case, model):
+    """Return the function to time; a forward pass returns its logits."""
     generator = torch.Generator().manual_seed(1)
     shape = (case.batch, case.size, case.size)
-    image = torch.randn(case.batch, 3, *shape[1:], generator=generator)
+    image = torch.randn(case.batch, 3, case.size, case.size, generator=generator)
     labels = torch.randint(case.classes, shape, generator=generator)
 
     def forward():
@@ -150,58 +223,79 @@ def work(case: Case, model):
 
 
 def check_equal(case: Case, models: dict) -> float:
-    """The largest difference of two logits over the largest logit, in evaluation mode."""
-    plain = replace(case, step=False)
-    outputs = [work(plain, model.eval())() for model in models.values()]
+    """Return the largest difference of two logits as a share of the largest logit.
+
+    In evaluation mode. Raise AssertionError if it is above 1e-5.
+    """
+    forward_case = replace(case, step=False)
+    expected = build_step(forward_case, models["official"].eval())()
+    actual = build_step(forward_case, models["ours"].eval())()
     for model in models.values():
         model.train(case.step)
-    torch.testing.assert_close(*outputs, rtol=0, atol=1e-5 * outputs[0].abs().max().item())
-    return ((outputs[0] - outputs[1]).abs().max() / outputs[0].abs().max()).item()
+
+    largest = expected.abs().max()
+    torch.testing.assert_close(expected, actual, rtol=0, atol=1e-5 * largest.item())
+    return ((expected - actual).abs().max() / largest).item()
 
 
-def both(case: Case) -> dict:
-    ours = our_model(case)
-    return {"official": official_model(case, ours), "ours": ours}
+def parse() -> argparse.Namespace:
+    """Return the command line. Raise ValueError if --model lacks --variant or --size."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    help = "model to measure (default: the whole table in docs/benchmarks.md)"
+    add("--model", choices=CLASSES, help=help)
+    help = "variant of --model, a key of VARIANTS in its file"
+    add("--variant", metavar="NAME", help=help)
+    add("--size", type=POSITIVE, metavar="PX", help="height and width of the images for --model")
+    help = "images in a batch of --model (default: %(default)s)"
+    add("--batch", type=POSITIVE, default=1, metavar="N", help=help)
+    help = "measure a training step of --model (default: a forward pass)"
+    add("--step", action="store_true", help=help)
+    help = "number of classes of --model (default: 150, with --step 4)"
+    add("--classes", type=POSITIVE, metavar="K", help=help)
+    help = "timed rounds after the warm-up (default: %(default)s)"
+    add("--rounds", type=POSITIVE, default=5, metavar="N", help=help)
+    help = "CPU threads (default: %(default)s)"
+    add("--threads", type=POSITIVE, default=2, metavar="N", help=help)
+    # For child processes: implementation, case.
+    add("--memory", nargs=2, help=argparse.SUPPRESS)
+
+    args = parser.parse_args()
+    if args.model and not (args.variant and args.size):
+        raise ValueError("--model needs --variant and --size")
+    return args
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", choices=CLASSES, help="one row; without it the README's table")
-    parser.add_argument("--variant", help="key of its VARIANTS")
-    parser.add_argument("--size", type=POSITIVE, help="side of the images")
-    parser.add_argument("--batch", type=POSITIVE, default=1)
-    parser.add_argument("--step", action="store_true", help="a training step")
-    parser.add_argument("--classes", type=POSITIVE, help="150, in steps 4")
-    parser.add_argument("--rounds", type=POSITIVE, default=5)
-    parser.add_argument("--threads", type=POSITIVE, default=2)
-    parser.add_argument(
-        "--memory", nargs=2, help=argparse.SUPPRESS
-    )  # whose, of what: a child of ours
-    args = parser.parse_args()
+    args = parse()
     torch.set_num_threads(args.threads)
-    cases, measured = TABLE, [MEMORY]
+    cases = TABLE
+    memory_case = MEMORY_CASE
     if args.model:
-        if not (args.variant and args.size):
-            raise ValueError("--model needs --variant and --size")
         classes = args.classes or (4 if args.step else 150)
-        cases = [Case(args.model, args.variant, args.size, args.batch, args.step, classes)]
-        measured = cases
+        case = Case(args.model, args.variant, args.size, args.batch, args.step, classes)
+        cases = [case]
+        memory_case = case
+
     if args.memory:
-        whose, what = args.memory
-        (case,) = (case for case in measured if str(case) == what)
-        model = our_model(case)
-        model = model if whose == "ours" else official_model(case, model)
-        print(peak_memory(work(case, model)))
+        implementation, _ = args.memory
+        model = our_model(memory_case)
+        if implementation == "official":
+            model = official_model(memory_case, model)
+        print(peak_memory(build_step(memory_case, model)))
         return 0
-    print(f"{machine()}\nfloat32; equal: largest difference over largest logit\n\n{HEADER}")
-    equal = []
+
+    print(f"{machine()}\nfloat32\n\n{HEADER}")
+    comparisons = []
     for case in cases:
-        models = both(case)
-        equal.append(f"{case}: equal to {check_equal(case, models):.1e}")
-        times = in_turns({name: work(case, model) for name, model in models.items()}, args.rounds)
+        models = both_models(case)
+        error = check_equal(case, models)
+        comparisons.append(f"{case}: outputs differ by {error:.1e} of the largest logit")
+        steps = {name: build_step(case, model) for name, model in models.items()}
+        times = in_turns(steps, args.rounds)
         print(row(str(case), times["official"], times["ours"], "s"), flush=True)
-    memory_rows([str(case) for case in measured])
-    print("\n" + "\n".join(equal))
+    print_memory_rows([str(memory_case)])
+    print("\n" + "\n".join(comparisons))
     return 0
 
 

@@ -1,11 +1,11 @@
-"""CRIS against the official code: same weights, same input, equal outputs, then time and memory.
+"""CRIS against the official code: same weights, equal outputs, then time and memory.
 
     git clone https://github.com/DerrickWang005/CRIS.pytorch
     python benchmarks/cris_official.py --official CRIS.pytorch
 
-Forward: evaluation mode, no gradients. Training step: forward, loss, backward, Adam. The two take
-turns in one process; memory is measured in a process of its own each, as the peak over what was
-there before.
+Forward: evaluation mode, no gradients. Training step: forward, loss, backward, Adam. The two models
+take turns in one process. Memory is the peak over the memory before the step, measured in a fresh
+process for each model.
 """
 
 import argparse
@@ -16,7 +16,16 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from common import HEADER, ROOT, in_turns, machine, memory_rows, peak_memory, row, settle
+from common import (
+    HEADER,
+    ROOT,
+    in_turns,
+    machine,
+    peak_memory,
+    print_memory_rows,
+    row,
+    set_up_torch,
+)
 from torch import nn
 
 sys.path.insert(0, str(ROOT))
@@ -25,9 +34,11 @@ import cris  # noqa: E402
 from engine import command_line  # noqa: E402
 from engine.ranges import POSITIVE  # noqa: E402
 
+KINDS = ("forward", "training step")
+
 
 def our_model(variant: str) -> cris.CRIS:
-    """Untrained, but with norms that do not start as identities."""
+    """Return an untrained model whose batch norms are not identities."""
     torch.manual_seed(0)
     model = cris.CRIS(cris.VARIANTS[variant])
     for module in model.modules():
@@ -37,19 +48,25 @@ def our_model(variant: str) -> cris.CRIS:
 
 
 def official_model(checkout: str, ours: cris.CRIS) -> nn.Module:
-    """The official class with our weights."""
-    sys.modules.setdefault("loguru", types.SimpleNamespace(logger=None))  # it logs nothing here
+    """Return the official model with our weights."""
+    sys.modules.setdefault("loguru", types.SimpleNamespace(logger=None))  # imported, not used here
     sys.path.insert(0, checkout)
     from model.segmenter import CRIS
 
-    c, state = ours.config, cris.to_official(ours.state_dict())
-    clip = {k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")}
+    c = ours.config
+    state = cris.to_official(ours.state_dict())
+    clip = {}
+    for name, tensor in state.items():
+        if name.startswith("backbone."):
+            clip[name.removeprefix("backbone.")] = tensor
+
     settings = types.SimpleNamespace(
         clip_pretrain="", word_len=17, word_dim=c.state_dim, vis_dim=c.dim, num_head=c.heads,
         fpn_in=[8 * c.width, 16 * c.width, c.state_dim], fpn_out=[c.dim // 2, c.dim, 2 * c.dim],
         num_layers=c.decoder_layers, dim_ffn=c.ffn_dim, dropout=c.dropout, intermediate=False,
     )  # fmt: skip
-    archive = mock.Mock()  # it reads CLIP from a TorchScript archive and nowhere else
+    # The official class reads CLIP from a TorchScript archive. Hand it our weights in place of one.
+    archive = mock.Mock()
     archive.eval.return_value.state_dict.return_value = clip
     with mock.patch("torch.jit.load", return_value=archive):
         model = CRIS(settings)
@@ -57,8 +74,33 @@ def official_model(checkout: str, ours: cris.CRIS) -> nn.Module:
     return model
 
 
-def training_step(model: nn.Module, image, tokens, mask):
-    optimizer = torch.optim.Adam((p for p in model.parameters() if p.requires_grad), lr=1e-5)
+def random_batch(size: int, device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return image (B,3,416,416), tokens (B,17), mask (B,1,416,416). Texts differ in length."""
+    image = torch.randn(size, 3, 416, 416, device=device)
+    mask = (torch.rand(size, 1, 416, 416, device=device) > 0.5).float()
+    texts = []
+    for i in range(size):
+        text = [49406, *range(320, 335 - 3 * (i % 3)), 49407]
+        padding = [0] * (17 - len(text))
+        texts.append(text + padding)
+    return image, torch.tensor(texts, device=device), mask
+
+
+def build_step(kind: str, model: nn.Module, batch: tuple):
+    """Return the function to time, and set the mode of the model. A forward pass returns logits."""
+    image, tokens, mask = batch
+
+    def forward():
+        with torch.no_grad():
+            return model(image, tokens)
+
+    if kind == "forward":
+        model.eval()
+        return forward
+
+    model.train()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(parameters, lr=1e-5)
 
     def step():
         if isinstance(model, cris.CRIS):
@@ -74,62 +116,69 @@ def training_step(model: nn.Module, image, tokens, mask):
     return step
 
 
-def forward_step(model: nn.Module, image, tokens):
-    def step():
-        with torch.no_grad():
-            return model(image, tokens)
+def check_equal(models: dict, batch: tuple) -> None:
+    """Print how much the logits differ. Raise AssertionError if it is too much."""
+    expected = build_step("forward", models["official"], batch)()
+    actual = build_step("forward", models["ours"], batch)()
+    difference = (expected - actual).abs().max()
+    deviation = expected.std()
+    print(f"logits differ by at most {difference:.1e}; their standard deviation is {deviation:.1e}")
+    torch.testing.assert_close(expected, actual, rtol=0, atol=1e-3 * deviation.item())
 
-    return step
 
-
-def main() -> int:
+def parse() -> argparse.Namespace:
+    """Return the command line. Raise ValueError if --official is no checkout."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--official", required=True, help="checkout of the official repository")
-    parser.add_argument("--variant", default="rn50", choices=("rn50", "rn101"))
-    parser.add_argument("--batch-size", type=POSITIVE, default=2)
-    parser.add_argument("--rounds", type=POSITIVE, default=7)
-    parser.add_argument("--threads", type=POSITIVE, default=2)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument(
-        "--memory", nargs=2, help=argparse.SUPPRESS
-    )  # whose, of what: a child of ours
+    add = parser.add_argument
+    help = "folder of a checkout of github.com/DerrickWang005/CRIS.pytorch"
+    add("--official", required=True, metavar="DIR", help=help)
+    help = "variant of CRIS (default: %(default)s)"
+    add("--variant", default="rn50", choices=("rn50", "rn101"), help=help)
+    help = "images in a batch (default: %(default)s)"
+    add("--batch-size", type=POSITIVE, default=2, metavar="N", help=help)
+    help = "timed rounds after the warm-up (default: %(default)s)"
+    add("--rounds", type=POSITIVE, default=7, metavar="N", help=help)
+    help = "CPU threads (default: %(default)s)"
+    add("--threads", type=POSITIVE, default=2, metavar="N", help=help)
+    help = "device to run on: cpu or cuda (default: %(default)s)"
+    add("--device", default="cpu", metavar="NAME", help=help)
+    # For child processes: implementation, kind of step.
+    add("--memory", nargs=2, help=argparse.SUPPRESS)
+
     args = parser.parse_args()
     if not (Path(args.official) / "model" / "segmenter.py").exists():
         raise ValueError(
             f"{args.official} has no model/segmenter.py; name a checkout of CRIS.pytorch"
         )
-    settle(args)
+    return args
 
-    models = {"ours": our_model(args.variant)}
-    models["official"] = official_model(args.official, models["ours"])
-    models = {name: model.to(args.device) for name, model in models.items()}
-    image = torch.randn(args.batch_size, 3, 416, 416, device=args.device)
-    mask = (torch.rand(args.batch_size, 1, 416, 416, device=args.device) > 0.5).float()
-    text = [[49406, *range(320, 335 - 3 * (i % 3)), 49407] for i in range(args.batch_size)]
-    tokens = torch.tensor([t + [0] * (17 - len(t)) for t in text], device=args.device)  # (B,17)
-    kinds = {
-        "forward": lambda m: forward_step(m.eval(), image, tokens),
-        "training step": lambda m: training_step(m.train(), image, tokens, mask),
-    }
+
+def main() -> int:
+    args = parse()
+    set_up_torch(args)
+    ours = our_model(args.variant)
+    official = official_model(args.official, ours)
+    models = {"ours": ours.to(args.device), "official": official.to(args.device)}
+    batch = random_batch(args.batch_size, args.device)
+    del ours, official
+
     if args.memory:
-        whose, kind = args.memory
-        model = models.pop(whose)
-        models.clear()
-        print(peak_memory(kinds[kind](model)))
+        implementation, kind = args.memory
+        model = models.pop(implementation)
+        models.clear()  # frees the other model
+        print(peak_memory(build_step(kind, model, batch)))
         return 0
 
-    a, b = (forward_step(models[name].eval(), image, tokens)() for name in ("official", "ours"))
     print(f"{machine()}\n{args.variant}, {args.batch_size} images of 416 px, float32")
-    print(
-        f"largest difference of logits: {(a - b).abs().max():.1e} at a deviation of {a.std():.1e}"
-    )
-    torch.testing.assert_close(a, b, rtol=0, atol=1e-3 * a.std().item())
+    check_equal(models, batch)
     print(f"\n{HEADER}")
-    for kind, build in kinds.items():
-        times = in_turns({name: build(models[name]) for name in models}, args.rounds)
+    for kind in KINDS:
+        steps = {name: build_step(kind, model, batch) for name, model in models.items()}
+        times = in_turns(steps, args.rounds)
         print(row(kind, times["official"], times["ours"], "s"), flush=True)
     models.clear()
-    memory_rows(kinds)
+    del steps  # frees both models
+    print_memory_rows(KINDS)
     return 0
 
 

@@ -1,10 +1,11 @@
-"""What the training loop costs on top of the bare model: decoding, augmentation, transfer, logging.
+"""Measure what the training loop costs in addition to the bare model.
 
     python benchmarks/loop.py --data data/kvasir_polyp --batch-size 4 --steps 5 --rounds 5
 
-Bare: forward, loss, backward, clipping and optimiser on one batch that is already there. Loop: the
-same steps as train.py takes them. Both alternate in one process; medians are compared. Then
-validation of 100 images against the bare forward passes on their ready inputs.
+Bare: forward, loss, backward, clipping and optimiser, always with the same batch in memory. Loop:
+the same steps as in train.py, with decoding, augmentation, transfer and logging. Both alternate in
+one process; medians are compared. Then the validation of 100 images is compared with bare forward
+passes of inputs in memory.
 """
 
 import argparse
@@ -12,14 +13,11 @@ import statistics
 import sys
 import tempfile
 from dataclasses import replace
-from pathlib import Path
 
 import torch
+from common import ROOT, in_turns, machine, now
 
-ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-
-from common import in_turns, machine, now  # noqa: E402
 
 import data  # noqa: E402
 from engine import command_line  # noqa: E402
@@ -31,16 +29,30 @@ from recipes import FAMILIES  # noqa: E402
 from train import Options, Run, resolve  # noqa: E402
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="cris")
-    parser.add_argument("--data", required=True)
-    parser.add_argument("--size", type=POSITIVE)
-    parser.add_argument("--batch-size", type=POSITIVE, default=4)
-    parser.add_argument("--steps", type=POSITIVE, default=5, help="steps a round")
-    parser.add_argument("--rounds", type=POSITIVE, default=5)
-    parser.add_argument("--images", type=POSITIVE, default=100, help="images validated")
-    args = parser.parse_args()
+def parse() -> argparse.Namespace:
+    """Return the command line."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    add = parser.add_argument
+    help = "model to train, as for train.py (default: %(default)s)"
+    add("--model", default="cris", metavar="NAME", help=help)
+    help = "folder of a data set of images with prompts"
+    add("--data", required=True, metavar="DIR", help=help)
+    help = "height and width of the network's input (default: that of the model)"
+    add("--size", type=POSITIVE, metavar="PX", help=help)
+    help = "images in a training batch (default: %(default)s)"
+    add("--batch-size", type=POSITIVE, default=4, metavar="N", help=help)
+    help = "training steps in a round (default: %(default)s)"
+    add("--steps", type=POSITIVE, default=5, metavar="N", help=help)
+    help = "timed rounds after the warm-up (default: %(default)s)"
+    add("--rounds", type=POSITIVE, default=5, metavar="N", help=help)
+    help = "images to validate (default: %(default)s)"
+    add("--images", type=POSITIVE, default=100, metavar="N", help=help)
+    return parser.parse_args()
+
+
+def start_run(args) -> Run:
+    """Return a run of train.py with an untrained model, ready for its first step."""
     options = Options(
         model=args.model,
         data=[args.data],
@@ -49,56 +61,80 @@ def main() -> int:
         batch_size=args.batch_size,
     )
     settings = resolve(replace(options, out=tempfile.mkdtemp(), workers=2))
-    family, device = FAMILIES[args.model], pick_device("auto")
-    lists = dict(zip(("train", "val"), layouts.train_and_val([args.data], seed=0), strict=True))
-    train_set, val_set = data.open_datasets(lists).values()
-    config = settings.config | ({"image_size": args.size} if args.size else {})
-    model = family.load("none", None, settings, config, train_set).to(device)
+    train_entries, val_entries = layouts.train_and_val([args.data], seed=0)
+    datasets = data.open_datasets({"train": train_entries, "val": val_entries})
+
+    config = dict(settings.config)
+    if args.size:
+        config["image_size"] = args.size
+    family = FAMILIES[args.model]
+    model = family.load("none", None, settings, config, datasets["train"])
+    model = model.to(pick_device("auto"))
     recipe = family.recipe(model, settings)
-    run = Run(settings, model, recipe, train_set, val_set)
-    items = data.Items(train_set, settings.prompt, recipe.inputs, train=True, seed=0)
+    return Run(settings, model, recipe, datasets["train"], datasets["val"])
+
+
+def time_training(run: Run, args) -> None:
+    """Print the time of a training step, bare and in the loop."""
+    settings = run.settings
+    train_set = run.train_set
+    items = data.Items(train_set, settings.prompt, run.recipe.inputs, train=True, seed=0)
     order = data.train_batches(len(train_set), settings.batch_size, 1000, 0, 0)
-    batches = iter(data.make_loader(items, order, settings.workers, device))
-    batch = {key: value.to(device) for key, value in next(batches).items()}
+    batches = iter(data.make_loader(items, order, settings.workers, run.device))
+    batch = {key: value.to(run.device) for key, value in next(batches).items()}
     run.train_mode()
 
     def bare():
-        run.batch, run.sums = 0, {}
+        run.batch = 0
+        run.sums = {}
         for _ in range(args.steps):
             run.optimizer_step(iter([batch]))
 
     def loop():
-        run.batch, run.sums = 0, {}
+        run.batch = 0
+        run.sums = {}
         for _ in range(args.steps):
             run.optimizer_step(batches)
             run.mean_loss()
 
     seconds = in_turns({"bare": bare, "loop": loop}, args.rounds)
-    bare_step, loop_step = (
-        statistics.median(seconds[name]) / args.steps for name in ("bare", "loop")
-    )
-    print(f"{machine()}, batch {settings.batch_size} at {model.config.image_size} px")
+    bare_step = statistics.median(seconds["bare"]) / args.steps
+    loop_step = statistics.median(seconds["loop"]) / args.steps
+    print(f"{machine()}, batch {settings.batch_size} at {run.model.config.image_size} px")
     print("\n| | bare | in the loop | ratio |\n| --- | --- | --- | --- |")
-    images = settings.batch_size / loop_step
-    ratio = loop_step / bare_step
-    step = f"{bare_step:.3f} s | {loop_step:.3f} s ({images:.2f} images/s)"
-    print(f"| training step | {step} | {ratio:.3f} |")
+    speed = settings.batch_size / loop_step
+    cells = f"{bare_step:.3f} s | {loop_step:.3f} s ({speed:.2f} images/s)"
+    print(f"| training step | {cells} | {loop_step / bare_step:.3f} |")
 
-    part = val_set.subset(list(range(min(args.images, len(val_set)))))
-    items = data.Items(part, settings.prompt, recipe.inputs, train=False, seed=0)
-    ready = [items[0, i] for i in range(len(part))]
-    model.eval()
-    begun = now()
+
+def time_validation(run: Run, args) -> None:
+    """Print the time of one image in bare forward passes and in a validation."""
+    count = min(args.images, len(run.val_set))
+    part = run.val_set.subset(list(range(count)))
+    items = data.Items(part, run.settings.prompt, run.recipe.inputs, train=False, seed=0)
+    inputs = [items[0, i] for i in range(count)]
+    run.model.eval()
+
+    start = now()
     with torch.no_grad():
-        for item in ready:
-            recipe.forward(model, {k: item[k][None].to(device) for k in ("image", "tokens")})
+        for item in inputs:
+            batch = {key: item[key][None].to(run.device) for key in ("image", "tokens")}
+            run.recipe.forward(run.model, batch)
     middle = now()
-    evaluate(model, recipe, part, settings, False, "validate")
-    ended = now()
-    bare_image = (middle - begun) / len(part)
-    loop_image = (ended - middle) / len(part)
+    evaluate(run.model, run.recipe, part, run.settings, False, "validate")
+    end = now()
+
+    bare_image = (middle - start) / count
+    loop_image = (end - middle) / count
     ratio = loop_image / bare_image
-    print(f"| validation, an image | {bare_image:.3f} s | {loop_image:.3f} s | {ratio:.3f} |")
+    print(f"| validation, one image | {bare_image:.3f} s | {loop_image:.3f} s | {ratio:.3f} |")
+
+
+def main() -> int:
+    args = parse()
+    run = start_run(args)
+    time_training(run, args)
+    time_validation(run, args)
     return 0
 
 

@@ -1,13 +1,13 @@
 """Swin UNETR against MONAI's SwinUNETR: same weights, equal outputs, then time and memory.
 
-    python benchmarks/swin_unetr3d_monai.py                 # the README's table
+    python benchmarks/swin_unetr3d_monai.py                 # the table in docs/benchmarks.md
     python benchmarks/swin_unetr3d_monai.py --only step memory --rounds 9
-    python benchmarks/swin_unetr3d_monai.py --device cuda   # bfloat16 too
+    python benchmarks/swin_unetr3d_monai.py --device cuda   # also in bfloat16
 
-base with one channel and 14 classes, merging as MONAI since 1.5.0 has it, MONAI's other options
-left as they are. Forward: evaluation mode, no gradients. Step: training mode, cross entropy and all
-gradients, no optimiser. "checkpointed" is our model with `checkpointing = True` against the same
-official.
+The variant base with one channel and 14 classes. Patches are merged as in MONAI since 1.5.0; its
+other options have their defaults. Forward: evaluation mode, no gradients. Step: training mode,
+cross entropy and all gradients, no optimiser. In the row "checkpointed" our model has
+`checkpointing = True`, MONAI's has not.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from dataclasses import replace
 import monai
 import torch
 import torch.nn.functional as F
-from common import HEADER, ROOT, in_fresh_process, in_turns, machine, peak_memory, row, settle
+from common import HEADER, ROOT, in_fresh_process, in_turns, machine, peak_memory, row, set_up_torch
 
 sys.path.insert(0, str(ROOT))
 
@@ -25,18 +25,20 @@ import swin_unetr3d
 from engine import command_line
 from engine.ranges import POSITIVE
 
-TABLE = {"forward": (96, 64), "step": (64,), "memory": (64,)}  # sides of the volume
-# The largest difference of two outputs over the largest output.
+TABLE = {"forward": (96, 64), "step": (64,), "memory": (64,)}  # side of the volume in voxels
+# The largest difference that is accepted, as a share of the largest output.
 TOLERANCE = {"float32": 1e-5, "bfloat16": 5e-2}
 
 
 def our_model() -> torch.nn.Module:
+    """Return an untrained model."""
     torch.manual_seed(0)
     config = replace(swin_unetr3d.VARIANTS["base"], merging="merging")
     return swin_unetr3d.SwinUNETR(config)
 
 
 def official_model(ours) -> torch.nn.Module:
+    """Return MONAI's model with our weights."""
     from monai.networks.nets import SwinUNETR
 
     c = ours.config
@@ -45,8 +47,8 @@ def official_model(ours) -> torch.nn.Module:
     return model
 
 
-def work(model, part: str, side: int, dtype: str, device: str):
-    """-> the function that is timed, which returns the logits."""
+def build_step(model, part: str, side: int, dtype: str, device: str):
+    """Return the function to time, which returns the logits."""
     generator = torch.Generator().manual_seed(1)
     volume = torch.rand(1, 1, side, side, side, generator=generator).to(device)
     labels = torch.randint(14, (1, side, side, side), generator=generator).to(device)
@@ -56,9 +58,6 @@ def work(model, part: str, side: int, dtype: str, device: str):
         with torch.no_grad(), autocast:
             return model.eval()(volume)
 
-    if part == "forward":
-        return forward
-
     def step():
         with autocast:
             logits = model.train()(volume)
@@ -67,51 +66,78 @@ def work(model, part: str, side: int, dtype: str, device: str):
         loss.backward()
         return logits.detach()
 
-    return step
+    return forward if part == "forward" else step
 
 
-def equal(kind: tuple, functions: dict) -> str:
-    """One line on how much the outputs differ; ValueError if it is too much."""
-    expected, found = functions["official"]().float(), functions["ours"]().float()
-    error = ((expected - found).abs().max() / expected.abs().max()).item()
-    if not error <= TOLERANCE[kind[2]]:
-        raise ValueError(f"{kind}: outputs differ by {error:.1e} of the largest")
-    return f"{' '.join(map(str, kind))}: outputs differ by {error:.1e} of the largest"
+def compare(name: str, functions: dict, tolerance: float) -> str:
+    """Return how much the outputs differ, in one line. Raise ValueError if it is too much."""
+    expected = functions["official"]().float()
+    actual = functions["ours"]().float()
+    error = ((expected - actual).abs().max() / expected.abs().max()).item()
+    message = f"{name}: outputs differ by {error:.1e} of the largest value"
+    if not error <= tolerance:  # so that NaN is refused, too
+        raise ValueError(message)
+    return message
+
+
+def print_memory(name: str, side: int, dtype: str) -> None:
+    """Print the peak memory of a training step, with our model as it is and checkpointed."""
+    peaks = {}
+    for implementation in ("official", "ours", "checkpointed"):
+        peak = in_fresh_process("--memory", implementation, str(side), dtype)
+        peaks[implementation] = [peak]
+    print(row(f"{name}, step", peaks["official"], peaks["ours"], "MB"))
+    checkpointed = row(
+        f"{name}, step, checkpointed", peaks["official"], peaks["checkpointed"], "MB"
+    )
+    print(checkpointed, flush=True)
+
+
+def parse() -> argparse.Namespace:
+    """Return the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    help = "parts to measure (default: forward step memory)"
+    add("--only", nargs="+", choices=TABLE, default=list(TABLE), help=help)
+    help = "device to run on (default: %(default)s)"
+    add("--device", choices=("cpu", "cuda"), default="cpu", help=help)
+    help = "timed rounds after the warm-up (default: %(default)s)"
+    add("--rounds", type=POSITIVE, default=5, metavar="N", help=help)
+    help = "CPU threads (default: %(default)s)"
+    add("--threads", type=POSITIVE, default=2, metavar="N", help=help)
+    # For child processes: implementation, side, precision.
+    add("--memory", nargs=3, help=argparse.SUPPRESS)
+    return parser.parse_args()
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="+", choices=TABLE, default=list(TABLE))
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--rounds", type=POSITIVE, default=5)
-    parser.add_argument("--threads", type=POSITIVE, default=2)
-    parser.add_argument("--memory", nargs=3, help=argparse.SUPPRESS)  # whose, side, type: a child
-    args = parser.parse_args()
-    settle(args)
+    args = parse()
+    set_up_torch(args)
     ours = our_model().to(args.device)
     if args.memory:
-        whose, side, dtype = args.memory
-        ours.checkpointing = whose == "checkpointed"
-        model = official_model(ours).to(args.device) if whose == "official" else ours
-        step = work(model, "step", int(side), dtype, args.device)
-        print(peak_memory(step))
+        implementation, side, dtype = args.memory
+        ours.checkpointing = implementation == "checkpointed"
+        model = official_model(ours).to(args.device) if implementation == "official" else ours
+        print(peak_memory(build_step(model, "step", int(side), dtype, args.device)))
         return 0
+
     print(f"{machine()}, monai {monai.__version__}\n\n{HEADER}")
-    told, models = [], {"official": official_model(ours).to(args.device), "ours": ours}
+    models = {"official": official_model(ours).to(args.device), "ours": ours}
     dtypes = TOLERANCE if args.device == "cuda" else ["float32"]
-    for part, side, dtype in [(p, s, d) for p in args.only for s in TABLE[p] for d in dtypes]:
+    kinds = [(part, side, dtype) for part in args.only for side in TABLE[part] for dtype in dtypes]
+    comparisons = []
+    for part, side, dtype in kinds:
         name = f"{part} {side}³ {dtype}"
         if part == "memory":
-            whose = "official", "ours", "checkpointed"
-            peak = [[in_fresh_process("--memory", w, str(side), dtype)] for w in whose]
-            print(row(f"{name}, step", peak[0], peak[1], "MB"))
-            print(row(f"{name}, step, checkpointed", peak[0], peak[2], "MB"), flush=True)
+            print_memory(name, side, dtype)
             continue
-        functions = {w: work(m, part, side, dtype, args.device) for w, m in models.items()}
-        told.append(equal((part, side, dtype), functions))
+        functions = {}
+        for implementation, model in models.items():
+            functions[implementation] = build_step(model, part, side, dtype, args.device)
+        comparisons.append(compare(name, functions, TOLERANCE[dtype]))
         times = in_turns(functions, args.rounds)
         print(row(name, times["official"], times["ours"], "s"), flush=True)
-    print("", *told, sep="\n")
+    print("", *comparisons, sep="\n")
     return 0
 
 

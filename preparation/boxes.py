@@ -203,14 +203,15 @@ def box_row(image: str, class_name: str, box: np.ndarray) -> dict:
 
 
 def boxes(args):
-    """Make a box for each connected component of masks: prompts for SAM from another model.
+    """Make box prompts for SAM: one box around each connected component of masks.
 
     MASKS are folders: predictions of predict.py (binary masks, or class maps with classes.json),
-    masks of other programs with the names of their images, or the masks of the data set itself.
-    With --instances each value in a mask is one object. MASKS may also be a JSON file that lists
-    boxes: an annotation file with bbox, or a COCO file. The output has the columns image, class
-    (empty for binary masks), x0, y0, x1, y1, in pixels from 0, both corners inside the box. Images
-    without components have no row.
+    masks of other programs named like their images, or the masks of the data set itself. MASKS may
+    also be JSON files that list boxes: annotation files with bbox, or COCO files.
+
+    The output has the columns image, class (empty for binary masks), x0, y0, x1, y1. Coordinates
+    are in pixels and start at 0; both corners are inside the box. Images without components have no
+    row.
     """
     atomic_files.refuse_existing(args.out)
     if args.instances and args.mask_threshold is not None:
@@ -244,27 +245,32 @@ def boxes(args):
 
 def options(command):
     """Describe `prepare.py boxes`."""
-    add = command(boxes, "make boxes for SAM from masks")
+    add = command(boxes, "make a file of box prompts for SAM from masks")
     add(
         "masks",
         type=Path,
         nargs="+",
         metavar="MASKS",
-        help="folder of masks (such as predict.py writes), or a JSON file that lists boxes",
+        help="folder of masks, such as predict.py writes, or a JSON file that lists boxes",
     )
-    add("--out", type=Path, default="boxes.csv", metavar="FILE", help="output (%(default)s)")
+    help = "CSV file to write (default: %(default)s)"
+    add("--out", type=Path, default="boxes.csv", metavar="FILE", help=help)
     add(
         "--like",
         required=True,
         metavar="DATA",
-        help="the images of the masks: a data set (its test split), DATA:SPLIT, or a folder",
+        help="images of the masks: a data set (its test split), DATA:SPLIT, or a folder of images",
     )
-    add("--instances", action="store_true", help="each value in a mask is one object")
+    add(
+        "--instances",
+        action="store_true",
+        help="make one box for each value in a mask instead of each component",
+    )
     add(
         "--min-area",
         type=POSITIVE,
         default=20,
         metavar="N",
-        help="smallest component that gets a box, in pixels (%(default)s)",
+        help="smallest object that gets a box, in pixels (default: %(default)s)",
     )
     add("--mask-threshold", type=GREY_LEVEL, metavar="N", help=MASK_THRESHOLD)

@@ -78,14 +78,15 @@ def swin_unetr_cases(pairs, where):
 
 
 def btcv(args):
-    """Lay out BTCV's abdominal CT, 13 organs, as the Decathlon does, with a split.
+    """Split BTCV's abdominal CT with 13 organs, and write it in the Decathlon's layout.
 
-    RAW is the folder RawData. --split swin-unetr: 24 volumes to train (0001-0010, 0021-0034) and 6
-    to validate (0035-0040), as for the released Swin UNETR. Its authors report the Dice of these
-    six volumes, which also chose their epoch: there is no test split; compare with --test OUT:val.
-    --split case splits the volumes at random: 70 % train, 15 % val, 15 % test. The images of
-    Testing/ have no labels. Files get a second name (a hard link), or are copied where that is
-    impossible. With --labels universal_labels.json the classes have the Universal Model's names.
+    --split swin-unetr takes 24 volumes to train (0001-0010, 0021-0034) and 6 to validate
+    (0035-0040), as for the released Swin UNETR. It has no test split: the authors report the Dice
+    of the six val volumes, with which they also chose the epoch. Compare with --test DIR:val.
+    --split case splits the volumes at random: 70 % train, 15 % val, 15 % test.
+
+    The images of Testing/ have no labels. Files are hard-linked, or copied where that is
+    impossible. With --labels universal_labels.json the classes get the Universal Model's names.
     """
     atomic_files.refuse_existing(args.out)
     about = relabelled(BTCV_ABOUT, args.labels)
@@ -111,11 +112,21 @@ def btcv(args):
 
 def options(command):
     """Describe `prepare.py btcv`."""
-    add = command(btcv, "lay out BTCV's abdominal CT with a split")
-    add("raw", type=Path, metavar="RAW", help="folder RawData, with Training/ and Testing/ in it")
-    add("--out", type=Path, default="data/btcv", help="folder to make (%(default)s)")
-    help = "Swin UNETR's 24 and 6 volumes, or a random split (%(default)s)"
+    add = command(btcv, "split BTCV's abdominal CT")
+    add(
+        "raw",
+        type=Path,
+        metavar="RAW",
+        help="folder RawData of the download, with Training/ and Testing/",
+    )
+    help = "folder of the new data set (default: %(default)s)"
+    add("--out", type=Path, default="data/btcv", metavar="DIR", help=help)
+    help = "Swin UNETR's 24 train and 6 val volumes, or a random split (default: %(default)s)"
     add("--split", choices=("swin-unetr", "case"), default="swin-unetr", help=help)
-    add("--seed", type=SEED, default=0, metavar="N", help="seed of --split case (%(default)s)")
-    help = "classes made of the labels, e.g. universal_labels.json"
+    help = "random seed of --split case (default: %(default)s)"
+    add("--seed", type=SEED, default=0, metavar="N", help=help)
+    help = (
+        "JSON file that maps this data set's labels to other classes, such as "
+        "universal_labels.json (default: keep the labels)"
+    )
     add("--labels", type=Path, metavar="FILE", help=help)

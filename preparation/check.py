@@ -26,7 +26,8 @@ from engine.ranges import GREY_LEVEL
 from imaging import image_files, layouts, nifti, volumes
 
 MASK_THRESHOLD = (
-    "grey level, 0 to 255, above which a binary mask is foreground; without it the values decide"
+    "binary masks: pixels above this grey level, 0 to 255, are foreground (default: chosen from "
+    "the grey levels of the masks)"
 )
 MOST_LINES = 10  # printed per kind of finding; the rest are counted
 SPLIT_ORDER = ("train", "val", "valid", "test")
@@ -905,7 +906,7 @@ def show_findings(findings):
 def check(args):
     """Read whole data sets of images or volumes and report what is wrong with them.
 
-    The exit status is 1 if there are findings.
+    Nothing is written. The exit status is 1 if problems were found.
     """
     refuse_misuse(args)
     findings = defaultdict(list)
@@ -925,19 +926,23 @@ def check(args):
 
 def options(command):
     """Describe `prepare.py check`."""
-    add = command(check, "read data sets and report what is wrong")
-    help = "folder with images/ and masks/, or with dataset.json"
+    add = command(check, "read data sets and report problems")
+    help = "folder of a data set, with images/ and masks/ or with dataset.json"
     add("data", type=Path, nargs="+", metavar="DATA", help=help)
     help = (
-        "how masks without an EXIF tag are stored if the size does not tell: like the image as "
-        "stored, or upright; without this option they are turned and listed"
+        "how masks of EXIF-rotated images lie, where their size does not show it: stored (not yet "
+        "rotated, like the image file) or upright (default: stored, and such masks are listed)"
     )
     add("--mask-orientation", choices=image_files.ORIENTATIONS, help=help)
-    help = "count the prompts that this model cuts at its text length: cris, clipseg, biomedclipseg"
+    help = (
+        "also count the prompts that are too long for this model and are cut: cris, clipseg, "
+        "biomedclipseg (default: do not count them)"
+    )
     add("--model", metavar="NAME", help=help)
     add("--mask-threshold", type=GREY_LEVEL, metavar="N", help=MASK_THRESHOLD)
     help = (
-        "regular expression for the patient in an image's name (its first group, else all that "
-        "matches); a patient in two splits is a finding. Default: `group` of the entries"
+        "regular expression that finds the patient in an image's name: its first group, or the "
+        "whole match; reports patients that are in two splits (default: the field `group` of "
+        "annotation files)"
     )
     add("--group-regex", metavar="REGEX", help=help)

@@ -246,12 +246,13 @@ def split_cases_at_random(pairs, seed, where):
 def msd(args):
     """Split a task of the Medical Segmentation Decathlon: 70 % train, 15 % val, 15 % test.
 
-    RAW is one task, Task09_Spleen.tar or what it unpacks to. The labels of its test images are
-    withheld, so the test split is drawn at random from the labelled volumes, like the others; the
-    images without labels are listed, too, for predict.py OUT/imagesTs. No volume is changed or
-    encoded again: files of a folder get a second name (a hard link), or are copied where that is
-    impossible. --labels names a file such as universal_labels.json, which says for each task what
-    classes its numbers make: those of the Universal Model, whose organs include their tumors.
+    RAW is one task, such as Task09_Spleen.tar or its unpacked folder. The challenge withholds the
+    labels of its test images, so all three splits are drawn at random from the labelled volumes.
+    The images without labels are kept for `predict.py DIR/imagesTs`.
+
+    Volumes are not changed: files of an unpacked folder are hard-linked, or copied where that is
+    impossible. With --labels universal_labels.json the labels become the classes of the Universal
+    Model, in which an organ includes its tumors.
     """
     atomic_files.refuse_existing(args.out)
     with opened(args.raw) as source:
@@ -274,8 +275,17 @@ def msd(args):
 def options(command):
     """Describe `prepare.py msd`."""
     add = command(msd, "split a task of the Medical Segmentation Decathlon")
-    add("raw", type=Path, metavar="RAW", help="Task09_Spleen.tar, or the folder it unpacks to")
-    add("--out", type=Path, required=True, help="folder to make")
-    add("--seed", type=SEED, default=0, metavar="N", help="seed of the split (%(default)s)")
-    help = "classes made of the labels, e.g. universal_labels.json"
+    add(
+        "raw",
+        type=Path,
+        metavar="RAW",
+        help="archive of a task, such as Task09_Spleen.tar, or the unpacked folder",
+    )
+    add("--out", type=Path, required=True, metavar="DIR", help="folder of the new data set")
+    help = "random seed of the split (default: %(default)s)"
+    add("--seed", type=SEED, default=0, metavar="N", help=help)
+    help = (
+        "JSON file that maps this data set's labels to other classes, such as "
+        "universal_labels.json (default: keep the labels)"
+    )
     add("--labels", type=Path, metavar="FILE", help=help)

@@ -360,7 +360,11 @@ def compare_files(folder: Path, files: Iterator[tuple[str, bytes]]) -> None:
 
 
 def demo(args) -> int:
-    """Write a demo set, complete or not at all; a folder with other content is left alone."""
+    """Write a small synthetic data set of endoscopy images with text prompts.
+
+    Each image shows several blobs, and its prompt describes one of them. A folder that already has
+    other content is refused and left as it is.
+    """
     files = demo_files(args.images, args.size, args.objects, args.seed)
     if args.out.exists() and any(args.out.iterdir()):
         compare_files(args.out, files)
@@ -391,39 +395,39 @@ def object_counts(text: str) -> tuple[int, int]:
 
 def options(command) -> None:
     """Add the options of `prepare.py demo`."""
-    add = command(demo, "write a small synthetic data set")
+    add = command(demo, "make a small synthetic data set of images with prompts")
     add(
         "--out",
         type=Path,
         default="data/demo",
         metavar="DIR",
-        help="folder to make (default: %(default)s)",
+        help="folder of the new data set (default: %(default)s)",
     )
     add(
         "--images",
         type=Number(True, 30),
         default=1000,
         metavar="N",
-        help="number of images in all splits (default: %(default)s)",
+        help="number of images, all splits together (default: %(default)s)",
     )
     add(
         "--size",
         type=Number(True, 64),
         default=128,
         metavar="PX",
-        help="height and width of the images (default: %(default)s)",
+        help="height and width of the images in pixels (default: %(default)s)",
     )
     add(
         "--objects",
         type=object_counts,
         default="2-4",
         metavar="A-B",
-        help="number of blobs per image (default: %(default)s)",
+        help="number of blobs per image, 1 to 4 or a range (default: %(default)s)",
     )
     add(
         "--seed",
         type=SEED,
         default=0,
         metavar="N",
-        help="seed; the same seed gives the same bytes (default: %(default)s)",
+        help="random seed; the same seed gives identical files (default: %(default)s)",
     )

@@ -174,10 +174,9 @@ def draw_volume(rng):
 
 
 def demo_volumes(args):
-    """Write a small synthetic data set of abdominal CT: whole, or not at all.
+    """Write a small synthetic data set of abdominal CT in the Decathlon's layout.
 
-    Two thirds of the volumes train, a sixth validates, a sixth tests. The same seed gives the same
-    bytes.
+    Two thirds of the volumes train, a sixth validates and a sixth tests.
     """
     import nibabel
 
@@ -209,8 +208,10 @@ def demo_volumes(args):
 
 def options(command):
     """Describe `prepare.py demo-volumes`."""
-    add = command(demo_volumes, "write a small synthetic data set of CT volumes")
-    add("--out", type=Path, default="data/demo_volumes", help="folder to make (%(default)s)")
-    help = "number of volumes (%(default)s)"
+    add = command(demo_volumes, "make a small synthetic data set of CT volumes")
+    help = "folder of the new data set (default: %(default)s)"
+    add("--out", type=Path, default="data/demo_volumes", metavar="DIR", help=help)
+    help = "number of volumes, all splits together (default: %(default)s)"
     add("--volumes", type=Number(True, 3), default=24, metavar="N", help=help)
-    add("--seed", type=SEED, default=0, metavar="N", help="same seed, same bytes (%(default)s)")
+    help = "random seed; the same seed gives identical files (default: %(default)s)"
+    add("--seed", type=SEED, default=0, metavar="N", help=help)

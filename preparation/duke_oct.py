@@ -303,8 +303,9 @@ def write_volumes(volumes: VolumeSet, out: Path) -> int:
 def duke_dme(args) -> int:
     """Make class maps of seven retinal layers and fluid from Duke's OCT with macular edema.
 
-    The usual split: subjects 1 to 5 for training, 6 to 10 for testing; the last of the former, 5,
-    is held out for validation. Only slices with layers outlined by the annotator are used.
+    Subjects 1 to 4 train, 5 validates and 6 to 10 test: the usual split into 1 to 5 and 6 to 10,
+    with one training subject held out for validation. Only slices in which the annotator outlined
+    layers are used.
     """
     atomic_files.refuse_existing(args.out)
     files = find_volumes(args.download, r"(Subject)_(\d\d)\.mat")
@@ -326,12 +327,12 @@ def duke_dme(args) -> int:
 
 
 def duke_amd(args) -> int:
-    """Make class maps of retina and drusen complex from Duke's OCT of age-related degeneration.
+    """Make class maps of retina and drusen complex from Duke's OCT of macular degeneration (AMD).
 
     The RPE-drusen complex (RPEDC) reaches from the inner border of the pigment epithelium and its
     drusen to Bruch's membrane (BM). Patients are split at random, 70 % train, 15 % val, 15 % test,
-    those with AMD and controls separately. Neighbouring slices are 0.067 mm apart and look alike,
-    hence --every 10: about 3,000 of 30,000 slices.
+    with the same shares for AMD patients and controls. Neighbouring slices are 0.067 mm apart and
+    look alike, so only one in ten is used by default: about 3,000 of 30,000 slices.
     """
     atomic_files.refuse_existing(args.out)
     pattern = r"Farsiu_Ophthalmology_2013_(AMD|Control)_Subject_(\d+)\.mat"
@@ -367,20 +368,20 @@ def options(command) -> None:
         "download",
         type=Path,
         metavar="DOWNLOAD",
-        help="unpacked download, a folder with Subject_01.mat to Subject_10.mat",
+        help="folder of the unpacked download, with Subject_01.mat to Subject_10.mat",
     )
     add(
         "--out",
         type=Path,
         default="data/duke_dme",
         metavar="DIR",
-        help="folder to make (default: %(default)s)",
+        help="folder of the new data set (default: %(default)s)",
     )
     add(
         "--annotator",
         choices=("1", "2"),
         default="1",
-        help="annotator to take layers and fluid from (default: %(default)s)",
+        help="annotator whose layers and fluid become the masks (default: %(default)s)",
     )
 
     add = command(duke_amd, "make class maps from the Duke OCT scans with drusen")
@@ -388,26 +389,26 @@ def options(command) -> None:
         "download",
         type=Path,
         metavar="DOWNLOAD",
-        help="folder with Farsiu_Ophthalmology_2013_AMD_Subject_1001.mat and so on",
+        help="folder with the files Farsiu_Ophthalmology_2013_AMD_Subject_1001.mat, ...",
     )
     add(
         "--out",
         type=Path,
         default="data/duke_amd",
         metavar="DIR",
-        help="folder to make (default: %(default)s)",
+        help="folder of the new data set (default: %(default)s)",
     )
     add(
         "--every",
         type=POSITIVE,
         default=10,
         metavar="N",
-        help="use the first of every N annotated slices; 1: all (default: %(default)s)",
+        help="take one of every N annotated slices, 1 for all (default: %(default)s)",
     )
     add(
         "--seed",
         type=SEED,
         default=0,
         metavar="N",
-        help="seed of the random split (default: %(default)s)",
+        help="random seed of the split (default: %(default)s)",
     )

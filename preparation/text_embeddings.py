@@ -199,13 +199,14 @@ def describe_codes(codes: dict[str, Tensor]) -> str:
 
 
 def text_codes(args):
-    """Write the text codes of classes for the Universal Model, and print how similar they are.
+    """Encode class names with CLIP for the Universal Model, and print how similar the codes are.
 
-    The classes are given by name, are those of data sets, or are the 32 of --study universal, two
-    of which have the typos of the released codes in their text. The released codes and weights use
-    the default template. The template '{}' is the bare name, which the few-shot study used for some
-    codes. With --subsets, each subset of the classes gets a text, and the default template is the
-    bare list.
+    Give one of --classes, --data and --study. A text code is the embedding of a text with the name
+    of the class. The released weights use the default template; with --study universal, two texts
+    have the same typos as the released codes. The template '{}' is the name alone, as the few-shot
+    study used it for some codes.
+
+    With --subsets, each subset of the classes is encoded as one text, a list of names.
     """
     atomic_files.refuse_existing(args.out)
     template = args.template or ("{}" if args.subsets else TEMPLATE)
@@ -242,16 +243,21 @@ def write_codes(path: Path, codes: dict[str, Tensor], metadata: dict[str, str]) 
 
 def options(command):
     """Describe `prepare.py text-codes`."""
-    add = command(text_codes, "make text codes of classes for the Universal Model")
-    add("--classes", nargs="+", metavar="NAME", help="names of classes")
-    add("--data", type=Path, nargs="+", metavar="DATA", help="take the classes of these data sets")
-    help = "take the 32 classes of the Universal Model"
+    add = command(text_codes, "encode class names with CLIP for the Universal Model")
+    add("--classes", nargs="+", metavar="NAME", help="encode these class names")
+    help = "encode the class names of these data sets"
+    add("--data", type=Path, nargs="+", metavar="DATA", help=help)
+    help = "encode the 32 class names of the Universal Model"
     add("--study", choices=("universal",), help=help)
-    help = f"text, with {{}} for the name ({TEMPLATE}; with --subsets {{}})"
+    help = (
+        "text that is encoded for each class, with {} in place of its name "
+        f"(default: {TEMPLATE}; with --subsets: {{}})"
+    )
     add("--template", metavar="TEXT", help=help)
-    help = "make a text for each subset of the classes, for text_swin_unetr"
+    help = "encode the list of names of each subset of the classes, for text_swin_unetr"
     add("--subsets", action="store_true", help=help)
-    help = "CLIP ViT-B/32: hub id, file or folder (%(default)s)"
-    add("--weights", default=WEIGHTS, help=help)
+    help = "weights of CLIP ViT-B/32: hub id, file or folder (default: %(default)s)"
+    add("--weights", default=WEIGHTS, metavar="SOURCE", help=help)
     out = Path("text_codes.safetensors")
-    add("--out", type=Path, default=out, metavar="FILE", help="file to write (%(default)s)")
+    help = "safetensors file to write (default: %(default)s)"
+    add("--out", type=Path, default=out, metavar="FILE", help=help)

@@ -235,10 +235,12 @@ def uw_madison(args) -> int:
     """Make class maps of stomach, small and large bowel from Kaggle's UW-Madison GI Tract data.
 
     --split case puts all slices of a patient into one split: 70 % train, 15 % val, 15 % test.
-    --split slice is the tutorial's protocol: 80 % of each patient's slices train, 20 % val. It
-    leaks, because the neighbours of every val slice are trained on. Slices without organs are left
-    out of both, as in the tutorial, so that false positives in them are neither trained on nor
-    counted; --keep-empty keeps them.
+    --split slice follows the tutorial: 80 % of each patient's slices train, 20 % val. It
+    leaks: the model is trained on the neighbours of every val slice, so that scores on val say
+    nothing about new patients.
+
+    Slices without organs are left out, as in the tutorial, so that false positives in them are
+    neither trained on nor counted; --keep-empty keeps them.
     """
     atomic_files.refuse_existing(args.out)
     slices = find_slices(args.download)
@@ -270,32 +272,32 @@ def options(command) -> None:
         "download",
         type=Path,
         metavar="DOWNLOAD",
-        help="unpacked download, a folder with train.csv and train/",
+        help="folder of the unpacked download, with train.csv and train/",
     )
     add(
         "--out",
         type=Path,
         default="data/uw_madison",
         metavar="DIR",
-        help="folder to make (default: %(default)s)",
+        help="folder of the new data set (default: %(default)s)",
     )
     add(
         "--split",
         choices=ENDS,
         default="case",
-        help="put whole patients (case) or single slices into the splits (default: %(default)s)",
+        help="put whole patients (case) or single slices into splits (default: %(default)s)",
     )
     add(
         "--window",
         choices=("scan", "slice"),
         default="scan",
-        help="scale grey values per scan, or per slice as the tutorial does (default: %(default)s)",
+        help="scale grey levels per scan, or per slice as the tutorial does (default: %(default)s)",
     )
-    add("--keep-empty", action="store_true", help="keep slices without organs")
+    add("--keep-empty", action="store_true", help="keep slices without organs (default: leave out)")
     add(
         "--seed",
         type=SEED,
         default=0,
         metavar="N",
-        help="seed of the random split (default: %(default)s)",
+        help="random seed of the split (default: %(default)s)",
     )

@@ -1,7 +1,7 @@
 """A folder in which the examples of README.md and docs/ run within seconds.
 
-It holds small data sets, photos and volumes under the names that the examples use, run folders of
-small models, and a cache of the hub in which official ids lead to small models in official form.
+It has small data sets, photos and volumes under the names that the examples use, run folders of
+small models, and a cache of the hub in which official ids are small models in the official format.
 """
 
 import os

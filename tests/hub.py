@@ -1,12 +1,12 @@
-"""A stand-in for the Hugging Face hub on this machine: what its client asks for, over real HTTP.
+"""A local stand-in for the Hugging Face hub that answers its client over real HTTP.
 
     with Hub(folder) as hub:                                  # folder/owner/name/revision/file
         subprocess.run(..., env=hub.environment(home))        # a process that knows no other hub
 
-Answers as the hub does: /api/models/ID[/revision/REV] with the files and their sizes, and
-/ID/resolve/REV/FILE with ETag, X-Repo-Commit and byte ranges; weights lie behind a redirect to
-another host, the "CDN", which is this server under its other name. What is missing is named in
-X-Error-Code. `requests` lists what was asked for; `cut = n` breaks every transfer at byte n.
+It answers like the hub: /api/models/ID[/revision/REV] with the files and their sizes, and
+/ID/resolve/REV/FILE with ETag, X-Repo-Commit and byte ranges. Weights are redirected to another
+host, the "CDN", which is this server under its other name. X-Error-Code says what is missing.
+`requests` lists all requests; `cut = n` breaks every transfer at byte n.
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""Augmentation keeps mask and prompt true."""
+"""Augmentation moves the mask with the image and keeps the prompt correct."""
 
 import numpy as np
 import pytest

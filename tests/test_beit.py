@@ -1,4 +1,4 @@
-"""BEiT against transformers, through the real loading code."""
+"""BEiT against transformers, loaded by the real loading code."""
 
 import json
 import re

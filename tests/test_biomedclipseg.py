@@ -1,4 +1,4 @@
-"""BiomedCLIPSeg against the study's own numbers and against timm, open_clip and transformers."""
+"""BiomedCLIPSeg against the numbers of the study, timm, open_clip and transformers."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""Prompts for SAM: what components, boxes and points must be, which files of boxes are refused."""
+"""Prompts for SAM: components, boxes and points, and which files of boxes are refused."""
 
 import json
 

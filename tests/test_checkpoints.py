@@ -1,4 +1,4 @@
-"""What holds of the weights of all models: no code runs, no number is lost, a message says why."""
+"""Weights of all models: no code is run, no number is lost, errors are explained in one line."""
 
 import ast
 import pickle

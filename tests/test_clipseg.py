@@ -1,4 +1,4 @@
-"""CLIPSeg against what the official code computed and computes, through the real loading code."""
+"""CLIPSeg against stored and live outputs of the official code, with the real loading code."""
 
 import contextlib
 import json

@@ -1,4 +1,4 @@
-"""CRIS against what the official code computed, through the real loading code."""
+"""CRIS against stored outputs of the official code, loaded by the real loading code."""
 
 import contextlib
 import copy

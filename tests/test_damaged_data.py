@@ -1,17 +1,17 @@
 """Damaged files through check, train and predict: no traceback, no hang, no file passed over.
 
-Of each kind of file mutants are made, with a seed: bits flipped, ranges cut, zeroed or repeated,
-values of JSON exchanged for others. Every program that reads the file must
+Seeded mutants are made of each kind of file: bits flipped, ranges cut, zeroed or repeated, values
+of JSON replaced. Every program that reads the file must
 
 - end in time, with the exit status 0, 1 (check: findings) or 2 (refused);
 - print one line on stderr, "error: …", if the status is 2, else nothing;
 - name the file, or the data set or run that it belongs to, if the status is not 0;
 - not end with 0 without naming it if another reader cannot read the file (REFERENCE).
 
-A process of its own (this file as a script) imports the programs once and is forked for each
-command, so that none sees what another one has left in memory. A failure prints the mutant's number
-and the command. FUZZ="png 17" in the environment runs that mutant alone and keeps its files,
-FUZZ_SEED chooses other mutants.
+A separate process (this file as a script) imports the programs once and is forked for each command,
+so that commands share no memory. A failure prints the number of the mutant and the command.
+FUZZ="png 17" in the environment runs that mutant alone and keeps its files; FUZZ_SEED chooses other
+mutants.
 """
 
 import csv

@@ -1,4 +1,4 @@
-"""Files that this project wrote and reads again: edited, cut, or of another version."""
+"""Files that this project writes and reads again: edited, cut, or of another version."""
 
 import copy
 import json

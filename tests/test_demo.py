@@ -1,4 +1,4 @@
-"""The demo: its tables, its exit status, and what it learns."""
+"""The demo: its tables, its exit status, and that it learns to read."""
 
 import sys
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""A small CLIPSeg learns to read on the demo set, where nothing but the text names the target."""
+"""A small CLIPSeg learns to read on the demo set, where only the text identifies the target."""
 
 import pytest
 from conftest import rows

@@ -1,6 +1,6 @@
 """How densely the code is written, counted over all files but tests, benchmarks and notebooks.
 
-The bounds are a little above what nanoGPT, segment-anything and timm have.
+The limits are a little above the values of nanoGPT, segment-anything and timm.
 """
 
 import ast

@@ -1,4 +1,4 @@
-"""DPT against transformers' live class, through the real loading code."""
+"""DPT against transformers, loaded by the real loading code."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""prepare.py duke-dme and duke-amd: MATLAB files written here, label maps computed by hand."""
+"""prepare.py duke-dme and duke-amd, on MATLAB files made here and label maps computed by hand."""
 
 import json
 import subprocess

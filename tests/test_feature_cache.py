@@ -1,4 +1,4 @@
-"""Kept features: computed once, gone on with after a kill, noticed when anything changes."""
+"""Cached features: computed once, completed after a kill, recomputed when an input changes."""
 
 import os
 import pickle

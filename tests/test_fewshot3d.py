@@ -1,4 +1,4 @@
-"""The few-shot study's attention and text options: its numbers, its mistakes, what mends them."""
+"""The few-shot study's attention and text options: its numbers, its mistakes, our corrections."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""The rules of the house, for every file: floors, lone files, shared blocks, size of functions."""
+"""Rules for every file: order of imports, files that work alone, shared blocks, function length."""
 
 import ast
 import re

@@ -1,4 +1,4 @@
-"""Weights from the hub, in processes whose only hub is tests/hub.py: fetched, kept, refused."""
+"""Weights from the hub, in processes that only know tests/hub.py: downloads, cache, refusals."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""Image files as they really are: every format, damaged ones, names and JSON of other systems."""
+"""Image files as they occur: every format, damaged files, names and JSON of other systems."""
 
 import io
 import json

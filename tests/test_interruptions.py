@@ -1,4 +1,4 @@
-"""What interrupts a program: one line that says what is safe and how to go on, and no leftovers."""
+"""Interrupted programs print one line that says how to continue, and leave no partial files."""
 
 import errno
 import json

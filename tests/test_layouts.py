@@ -1,4 +1,4 @@
-"""Class maps: what a folder is recognised as, how masks are read, what is refused, folds."""
+"""Class maps: how a folder is recognised, how masks are read, what is refused, folds."""
 
 import json
 from types import SimpleNamespace

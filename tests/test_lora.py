@@ -1,4 +1,4 @@
-"""LoRA: starts as nothing, trains alone, merges into the plain model, is kept in a small file."""
+"""LoRA: changes nothing at first, trains alone, merges into the plain model, makes small files."""
 
 import json
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Losses against monai and hand-computed numbers."""
+"""Losses against monai and numbers computed by hand."""
 
 import pytest
 import torch

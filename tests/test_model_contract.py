@@ -1,16 +1,16 @@
-"""What a model file is: everything that holds for each of them.
+"""The contract of a model file: tests that every model passes.
 
-A model is part of this house if its row of the table `ROWS` passes the tests of this file:
+A model belongs to this repository if its row of the table `ROWS` passes the tests of this file:
 
-- its file works where no other file of ours and no package but torch is, and says which files to
-  copy with it; there it segments an image or a volume, with a tokenizer's real tokens;
-- every official tensor has its place in ours: names and shapes go to the official ones and back;
-- every form in which its checkpoints are published loads to the same numbers and settings, and what
-  no file tells is printed;
-- a tensor that is missing, renamed, further, of another shape, not finite or of integers is refused
-  by name, in one line; tensors of other floating-point types are taken;
-- its kind of file is recognised, and another model's file is refused;
-- gradients reach every parameter that may train.
+- its file works without our other files and with no package but torch, except for the files that it
+  names to be copied with it; alone it segments an image or a volume, with real tokens;
+- every official tensor is used: names and shapes are converted to ours and back;
+- every published format of its checkpoints loads to the same numbers and settings, and settings
+  that are in no file are printed;
+- a tensor that is missing, renamed, unexpected, not finite, integer or of another shape is refused
+  by name, in one line; other floating-point types are accepted;
+- its kind of file is recognised, and files of other models are refused;
+- gradients reach every trainable parameter.
 
 A new model adds a row here and a file in forms/ with its forms of a checkpoint. What is special
 about a model, and that its numbers are the official ones, is tested in the model's own test file.

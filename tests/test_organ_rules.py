@@ -1,4 +1,4 @@
-"""Rules for organs: volumes made by hand, the official formulas on random ones, the program."""
+"""Rules for organs, on hand-made volumes, against the official formulas, and in the program."""
 
 import nibabel
 import numpy as np

@@ -1,4 +1,4 @@
-"""Masks for images of every kind, and what is refused."""
+"""predict.py: masks for images of every kind, and what is refused."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""predict.py on whole folders: bad inputs, what exists already, subfolders, runs without a best."""
+"""predict.py on folders: bad inputs, existing files, subfolders, runs without best weights."""
 
 import errno
 import json

@@ -1,4 +1,4 @@
-"""prepare.py: what the demo promises, and what `check` finds in spoilt data sets."""
+"""prepare.py: the properties of the demo set, and what `check` finds in faulty data sets."""
 
 import colorsys
 import json

@@ -1,4 +1,4 @@
-"""prepare.py boxes: masks as predict.py writes them -> a file that prompts.read_boxes reads."""
+"""prepare.py boxes: from masks as predict.py writes them to a file of prompts for SAM."""
 
 import json
 import shutil

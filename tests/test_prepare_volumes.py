@@ -1,4 +1,4 @@
-"""prepare.py msd, btcv, demo-volumes: downloads written here, volumes of a few voxels."""
+"""prepare.py msd, btcv and demo-volumes, on downloads made here with volumes of a few voxels."""
 
 import gzip
 import json

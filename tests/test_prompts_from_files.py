@@ -1,4 +1,4 @@
-"""Boxes and points of files: their formats, how they pair, and what SAM answers to them."""
+"""Boxes and points from files: their formats, how they are paired, and SAM's predictions."""
 
 import json
 from dataclasses import replace

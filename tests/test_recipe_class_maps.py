@@ -1,4 +1,4 @@
-"""Class maps in the loop: losses, augmentation, scores, pictures, what is refused."""
+"""Class maps in the training loop: losses, augmentation, scores, pictures, what is refused."""
 
 import json
 import math

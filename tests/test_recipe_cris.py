@@ -1,4 +1,4 @@
-"""With one text for all images CRIS collapses in evaluation, unless its text norm is kept as is."""
+"""With one text for all images CRIS collapses in evaluation, unless its text norm is unchanged."""
 
 from dataclasses import replace
 

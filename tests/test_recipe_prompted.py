@@ -1,4 +1,4 @@
-"""CLIPSeg and BiomedCLIPSeg in the loop: what trains, kept features, negatives, prompt study."""
+"""CLIPSeg and BiomedCLIPSeg in training: parts, cached features, negatives, prompt study."""
 
 import json
 import re

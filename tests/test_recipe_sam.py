@@ -1,4 +1,4 @@
-"""SAM in the loop: prompts in batches, kept features and their views, losses, scores, commands."""
+"""SAM in training: prompts in batches, cached features and views, losses, scores, commands."""
 
 import json
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Volumes through the loop: crops and losses, a run, its scores and files, what is refused."""
+"""Volumes in training: crops and losses, a run, its scores and files, what is refused."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Data sets that annotate different classes, in one training of the Universal Model."""
+"""The Universal Model trained on several data sets that annotate different classes."""
 
 import json
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""SAM against what the official code computed and computes, through the real loading code."""
+"""SAM against stored and live outputs of the official code, with the real loading code."""
 
 import json
 from dataclasses import asdict, replace

@@ -1,4 +1,4 @@
-"""SegFormer against transformers, live, through the real loading code."""
+"""SegFormer against transformers, loaded by the real loading code."""
 
 import json
 from dataclasses import replace

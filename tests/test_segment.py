@@ -1,4 +1,4 @@
-"""One call from an image or a volume to probabilities and mask, equal to what predict.py writes."""
+"""`segment`: from an image or a volume to probabilities and mask, equal to predict.py's files."""
 
 import struct
 import zlib

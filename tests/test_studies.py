@@ -1,4 +1,4 @@
-"""studies.py: data sets, draws, what runs are told, numbers, resuming, refusals; one real one."""
+"""studies.py: data sets, draws, options of runs, numbers, resuming, refusals; one real study."""
 
 import json
 import threading

@@ -1,4 +1,4 @@
-"""Swin UNETR against MONAI, live, and against what its older versions gave, through the loader."""
+"""Swin UNETR against MONAI and stored outputs of its older versions, with the real loading code."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""prepare.py text-codes: the tower against transformers and open_clip through real files."""
+"""prepare.py text-codes: the text tower against transformers and open_clip, from real files."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Swin UNETR with a text through the loop: texts from a file, a run, predictions, misuse."""
+"""Swin UNETR with a text: texts from a file, a run, predictions, misuse."""
 
 import json
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Losses for SAM and topology: the study's numbers, gudhi, monai, what a tear and a hole cost."""
+"""Topological losses and SAM's: the study's numbers, gudhi, monai, the cost of tears and holes."""
 
 import json
 from itertools import combinations, permutations

@@ -1,4 +1,4 @@
-"""The training program: what it leaves behind, what resuming gives, what it refuses."""
+"""train.py: the files that it writes, resuming, and what is refused."""
 
 import errno
 import json

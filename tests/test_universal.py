@@ -1,4 +1,4 @@
-"""The Universal Model: official numbers through the loader, its head, its classes, its files."""
+"""The Universal Model: official numbers, loading, its head, its classes, its files."""
 
 import copy
 import json

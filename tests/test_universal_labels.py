@@ -1,4 +1,4 @@
-"""prepare.py msd and btcv with --labels: what universal_labels.json makes of the downloads."""
+"""prepare.py msd and btcv with --labels: how universal_labels.json maps their labels."""
 
 import json
 from pathlib import Path

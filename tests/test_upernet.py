@@ -1,4 +1,4 @@
-"""UPerNet against transformers' live class, through the real loading code."""
+"""UPerNet against transformers, loaded by the real loading code."""
 
 import json
 import re

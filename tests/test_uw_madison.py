@@ -1,4 +1,4 @@
-"""prepare.py uw-madison: downloads in Kaggle's form, written here, run lengths made by hand."""
+"""prepare.py uw-madison, on downloads in Kaggle's form made here and run lengths made by hand."""
 
 import csv
 import json

@@ -1,5 +1,7 @@
-"""Folders of volumes -> entries: the Decathlon's, nnU-Net's, BTCV's. The files' contents are not
-read here."""
+"""Folders of volumes -> entries: the layouts of the Decathlon, nnU-Net and BTCV.
+
+The contents of the volumes are not read here.
+"""
 
 import json
 import unicodedata

@@ -1,4 +1,4 @@
-"""Volumes against nibabel and MONAI: where voxels come from and where they go back to."""
+"""Volumes against nibabel and MONAI: reading, resampling, and the way back to the file's grid."""
 
 import gzip
 import itertools

@@ -1,4 +1,4 @@
-"""Data sets whose items are tokens, in a file that another process imports quickly."""
+"""Data sets of tokens, in a file of their own that another process imports quickly."""
 
 from tokenizer import CLIPTokenizer
 
