@@ -150,7 +150,7 @@ def write_data(world: Path) -> None:
         Image.open(image).convert("RGB").save(world / "photos" / f"{image.stem}.jpg")
     shutil.copyfile(next((world / "photos").iterdir()), world / "photo.jpg")
     rows = [f"{photo.name},foreground,10,12,40,44" for photo in (world / "photos").iterdir()]
-    (world / "boxes.csv").write_text("\n".join(["image,class,x0,y0,x1,y1", *rows]) + "\n")
+    (world / "photos.csv").write_text("\n".join(["image,class,x0,y0,x1,y1", *rows]) + "\n")
 
     for folder in ("images", "masks"):  # a user's own data: two folders and nothing else
         (world / "data/mine" / folder).mkdir(parents=True)

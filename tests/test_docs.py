@@ -139,6 +139,8 @@ def quick(arguments: list[str]) -> list[str]:
         return [*arguments, "--out", resolved.out]
 
     added = ["--out", resolved.out, *QUICK]
+    if given.get("weights") == "none":
+        added += ["--variant", "mini"]
     if resolved.model in VOLUME_MODELS:
         added += QUICK_VOLUMES
     elif resolved.model not in NO_SIZE:
