@@ -66,7 +66,10 @@ MODELS = {
 SUMMARIES = {
     "cris": ("CRIS: image + phrase → mask", "OpenAI's CLIP, CRIS checkpoints"),
     "clipseg": ("CLIPSeg: image + phrase or example → mask", "`CIDAS/clipseg-*`, `rd64-uni*.pth`"),
-    "biomedclipseg": ("CLIPSeg's decoder on BiomedCLIP", "BiomedCLIP, the study's checkpoints"),
+    "biomedclipseg": (
+        "CLIPSeg on BiomedCLIP: image + phrase → mask",
+        "BiomedCLIP, CLIPSeg's decoder",
+    ),
     "segformer": ("SegFormer b0–b5: image → class map", "`nvidia/segformer-*`, `nvidia/mit-*`"),
     "upernet": ("UPerNet on ConvNeXt: image → class map", "`openmmlab/upernet-convnext-*`"),
     "dpt": ("DPT-large: image → class map", "`Intel/dpt-large*`, isl-org's `.pt`"),
@@ -74,7 +77,7 @@ SUMMARIES = {
     "sam_decoder": ("SAM, MedSAM: image + boxes, points → masks", "`facebook/sam-vit-*`, MedSAM"),
     "swin_unetr3d": ("Swin UNETR: volume → organs", "MONAI's BTCV, BraTS21, `model_swinvit.pt`"),
     "universal": ("Universal Model: volume + class names → masks", "the authors' Swin UNETR"),
-    "fewshot3d": ("the few-shot study's text variants of both", "the study's own, Swin UNETR's"),
+    "fewshot3d": ("few-shot text variants of the two above", "Swin UNETR's, the study's own"),
 }
 
 
