@@ -324,7 +324,7 @@ class Options:
     )
 
     device: str = option("run", "auto", "auto, cpu, cuda, cuda:1, mps")
-    workers: int = option("run", 2, "processes that load data", at_least=0)
+    workers: int = option("run", 2, "processes that load data", at_least=0, at_most=256)
     dtype: str | None = option(
         "run", None, f"precision of training on a GPU: {', '.join(DTYPES)}", choices=DTYPES
     )

@@ -59,7 +59,7 @@ WRONG = {  # option -> values that it must not take
     "prompts_per_image": ["-1"],
     "crops_per_volume": ["0"],
     "window_batch": ["0"],
-    "workers": ["-1", "two"],
+    "workers": ["-1", "two", "1000000"],
     "seed": ["-1", "99999999999999999999", "nan"],
     "overlays": ["-1"],
     "mask_threshold": ["-1", "256", "0.5"],
