@@ -1,6 +1,7 @@
 """Make and check data sets.
 
     python prepare.py demo                      make data/demo: synthetic endoscopy with prompts
+    python prepare.py import FOLDER --out DATA  bring your own images and masks into our layout
     python prepare.py check data/demo           read whole data sets and report problems
     python prepare.py uw-madison DOWNLOAD       make data/uw_madison: MR slices with class maps
     python prepare.py duke-dme DOWNLOAD         make data/duke_dme: OCT, retinal layers and fluid
@@ -46,6 +47,7 @@ from preparation import (
     demo,
     demo_volumes,
     duke_oct,
+    import_folder,
     text_embeddings,
     uw_madison,
 )
@@ -53,6 +55,7 @@ from preparation import (
 # Each file describes its commands in `options`. --help lists them in this order.
 COMMAND_FILES = (
     demo,
+    import_folder,
     check,
     uw_madison,
     duke_oct,
@@ -69,9 +72,12 @@ def parser():
     top = command_line.Parser(__doc__)
     commands = top.add_subparsers(metavar="COMMAND", required=True)
 
-    def command(run, help):
-        """Add the command that calls run(args); return the function that adds its options."""
-        name = run.__name__.replace("_", "-")
+    def command(run, help, name=None):
+        """Add the command that calls run(args); return the function that adds its options.
+
+        name: of the command (default: that of the function).
+        """
+        name = name or run.__name__.replace("_", "-")
         description = inspect.getdoc(run)
         subparser = commands.add_parser(name, help=help, description=description)
         subparser.set_defaults(run=run)

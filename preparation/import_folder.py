@@ -1,0 +1,431 @@
+"""Bring a user's own images and masks into our layout: `prepare.py import`.
+
+The formats that are recognised are in pairs.py (masks as image files), tool_exports.py (files of
+annotation tools) and import_volumes.py (volumes and DICOM). What all 2-D formats share is here: the
+choice of a format, the random split, the files that are written and the sheet of overlays.
+"""
+
+import csv
+import json
+import shlex
+import shutil
+from argparse import Namespace
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from engine.ranges import GREY_LEVEL
+from imaging import atomic_files, image_files, layouts, pictures
+from imaging.files import read_text
+from preparation.check import MASK_THRESHOLD
+from preparation.readings import Case, Format, ImageReading, Object, Reading, VolumeReading
+
+FORMATS: tuple[Format, ...] = ()
+MOST_OVERLAYS = 12
+ENOUGH_FOR_SPLITS = 3  # images or patients; fewer are all for training
+
+
+# --- recognising ----------------------------------------------------------------------------------
+
+
+def choose_reading(folder: Path, args: Namespace) -> Reading:
+    """Return the only way to read a folder.
+
+    Raises ValueError, one line, if no format or several formats fit.
+    """
+    formats = FORMATS
+    if args.format:
+        formats = [format for format in FORMATS if format.name == args.format]
+
+    readings = []
+    for format in formats:
+        readings += format.recognise(folder, args)
+
+    if not readings:
+        kind = f"a folder of the format {args.format}" if args.format else "any known format"
+        raise ValueError(
+            f"{folder}: not {kind}; it holds {describe_content(folder)}; name the files with "
+            "--images 'GLOB' --masks 'GLOB'"
+        )
+    if len(readings) > 1:
+        choices = "; ".join(f"--format {r.format}: {r.summary[0]}" for r in readings)
+        raise ValueError(f"{folder}: can be read in {len(readings)} ways; choose one: {choices}")
+    return readings[0]
+
+
+def describe_content(folder: Path) -> str:
+    """Return the most frequent kinds of files below a folder, "12 .png, 3 .txt"."""
+    endings = Counter(path.suffix.lower() or "unnamed" for path in layouts.files_below(folder))
+    if not endings:
+        return "no files"
+    return ", ".join(f"{n} {ending}" for ending, n in endings.most_common(5))
+
+
+# --- patients and splits --------------------------------------------------------------------------
+
+
+def read_groups(path: Path, cases: list[Case], folder: Path) -> list[Case]:
+    """Return the cases with the patients of a CSV file with the columns image and group.
+
+    An image is named by its path within the folder or its file name, with or without the ending.
+    Raises ValueError, one line, for other columns, unknown or ambiguous images, and images that
+    the file does not list.
+    """
+    rows = list(csv.DictReader(read_text(path).splitlines()))
+    if not rows or not {"image", "group"} <= set(rows[0]):
+        raise ValueError(f"{path}: expected a header line image,group and a line for each image")
+
+    indices = {}  # a name of an image -> indices of the cases with that name
+    for i, case in enumerate(cases):
+        relative = case.image.relative_to(folder).as_posix()
+        names = {case.name, case.image.name, case.image.stem, relative}
+        for name in names:
+            indices.setdefault(name, []).append(i)
+
+    groups = {}
+    for number, row in enumerate(rows, 2):
+        name = (row["image"] or "").strip()
+        group = (row["group"] or "").strip()
+        matches = indices.get(name, [])
+        if len(matches) != 1:
+            problem = f"{len(matches)} images have" if matches else "no image has"
+            raise ValueError(f"{path}, line {number}: {problem} the name {name!r}")
+        if not group:
+            raise ValueError(f"{path}, line {number}: has no group")
+        groups[matches[0]] = group
+
+    missing = [case.image for i, case in enumerate(cases) if i not in groups]
+    if missing:
+        raise ValueError(f"{path}: has no line for {missing[0]}, and {len(missing) - 1} more")
+    return [replace(case, group=groups[i]) for i, case in enumerate(cases)]
+
+
+def with_splits(cases: list) -> list:
+    """Return the cases with a split each: that of their folder, or a random one by patient.
+
+    Random splits are those of layouts.py for a folder without splits: 80 / 10 / 10 %, seed 0. Of
+    fewer than ten patients or images, val and test get one each. Fewer than three are for training.
+    Raises ValueError, one line, if only some cases have a split.
+    """
+    without = [case for case in cases if not case.split]
+    if not without:
+        return cases
+    if len(without) < len(cases):
+        raise ValueError(
+            f"{without[0].name}: lies in no split folder, but {len(cases) - len(without)} other "
+            "images do; move it into one of the folders, or remove the folders"
+        )
+
+    entries = []
+    for case in cases:
+        path = Path(case.name)
+        entries.append(layouts.Entry(case.name, path, path, {}, path, group=case.group or None))
+    units = len({entry.group or entry.name for entry in entries})
+    if units < ENOUGH_FOR_SPLITS:
+        return [replace(case, split="train") for case in cases]
+
+    split_of_index = dict.fromkeys(range(len(cases)), "train")
+    parts = layouts.random_parts(entries, min(units, 10))
+    split_of_index |= dict.fromkeys(parts[0], "test")
+    split_of_index |= dict.fromkeys(parts[1], "val")
+    return [replace(case, split=split_of_index[i]) for i, case in enumerate(cases)]
+
+
+def with_plain_names(cases: list) -> list:
+    """Return the cases with names that are single file names: "a/b" becomes "a_b".
+
+    Raises ValueError, one line, if two cases get the same name.
+    """
+    named = []
+    earlier = {}  # lower-case name -> name in the folder; some disks ignore the case
+    for case in cases:
+        name = layouts.check_name(case.name.replace("/", "_"), "name")
+        if name.lower() in earlier:
+            other = earlier[name.lower()]
+            raise ValueError(f"{case.name} and {other}: would both be written as {name}")
+        earlier[name.lower()] = case.name
+        named.append(replace(case, name=name))
+    return named
+
+
+# --- writing images -------------------------------------------------------------------------------
+
+
+def write_image(case: Case, folder: Path) -> tuple[Path, np.ndarray]:
+    """Write the image of a case into a folder. Return the file and the pixels, uint8 (H,W,3).
+
+    A file without an EXIF rotation is copied, byte for byte; all others become PNG files.
+    """
+    if case.read_pixels:
+        target = folder / f"{case.name}.png"
+        Image.fromarray(case.read_pixels()).save(target)
+        return target, image_files.read_image(target)
+
+    pixels = image_files.read_image(case.image)  # (H,W,3), upright
+    header = image_files.open_image(case.image, decode=False)
+    if image_files.exif_orientation(header) != 1:
+        target = folder / f"{case.name}.png"
+        Image.fromarray(pixels).save(target)
+    else:
+        target = folder / f"{case.name}{case.image.suffix.lower()}"
+        shutil.copyfile(case.image, target)
+    return target, pixels
+
+
+def class_map(objects: list[Object], classes: tuple[str, ...], size: tuple) -> np.ndarray:
+    """Return the class indices of an image, uint8 (H,W): 0 is the background.
+
+    A later object covers earlier ones.
+    """
+    indices = np.zeros(size, np.uint8)
+    for item in objects:
+        indices[item.mask] = classes.index(item.class_name) + 1
+    return indices
+
+
+def covered_pixels(objects: list[Object], indices: np.ndarray, classes: tuple[str, ...]) -> int:
+    """Return how many pixels of objects are covered by an object of another class."""
+    is_covered = np.zeros(indices.shape, bool)
+    for item in objects:
+        is_covered |= item.mask & (indices != classes.index(item.class_name) + 1)
+    return int(is_covered.sum())
+
+
+def union(objects: list[Object], size: tuple) -> np.ndarray:
+    """Return the pixels of all objects, bool (H,W)."""
+    mask = np.zeros(size, bool)
+    for item in objects:
+        mask |= item.mask
+    return mask
+
+
+def grouped_objects(objects: list[Object], each: str, size: tuple) -> list[tuple[str, Object]]:
+    """Return (ending of the file name, object) of each mask to be written with --each.
+
+    each: "mask" for every object, "class" for every class.
+    """
+    if each == "mask":
+        return [(str(k), item) for k, item in enumerate(objects, 1)]
+
+    by_class = {}
+    for item in objects:
+        by_class.setdefault(item.class_name, []).append(item)
+    grouped = []
+    for name, items in by_class.items():
+        ending = name.replace(" ", "_").replace("/", "_") or "object"
+        grouped.append((ending, Object(name, union(items, size))))
+    return grouped
+
+
+class ImageWriter:
+    """Writes the cases of a reading into images/, masks/ and anns/ of a folder."""
+
+    def __init__(self, reading: ImageReading, part: Path, args: Namespace):
+        self.classes = reading.classes
+        self.images = part / "images"
+        self.masks = part / "masks"
+        self.args = args
+        self.is_class_map = len(reading.classes) > 1 and not args.each
+        self.entries = {}  # split -> items of its annotation file
+        self.covered = 0  # images in which objects of several classes overlap
+        self.empty = 0  # images without objects
+        self.cards = []  # overlays for the sheet
+
+    def write(self, case: Case, has_overlay: bool) -> None:
+        """Write a case, and draw it if it is among those of the sheet."""
+        image, pixels = write_image(case, self.images)
+        size = pixels.shape[:2]
+        objects = case.read_objects(size)
+        for item in objects:
+            if item.mask.shape != size:
+                shape = f"{item.mask.shape[1]}x{item.mask.shape[0]}"
+                raise ValueError(f"{case.image}: {size[1]}x{size[0]}, but its mask is {shape}")
+        self.empty += not any(item.mask.any() for item in objects)
+
+        if self.args.each and not objects:
+            image.unlink()  # nothing to prompt for
+        elif self.args.each:
+            self.write_each(case, image, objects, size)
+        elif self.is_class_map:
+            indices = class_map(objects, self.classes, size)
+            self.covered += covered_pixels(objects, indices, self.classes) > 0
+            self.add(case, image, case.name, indices, "")
+        else:
+            mask = union(objects, size)
+            name = self.classes[0] if self.classes else ""
+            self.add(case, image, case.name, np.uint8(255) * mask, name)
+
+        if has_overlay and image.exists():
+            self.draw(case, pixels, objects)
+
+    def write_each(self, case: Case, image: Path, objects: list[Object], size: tuple) -> None:
+        """Write one mask and one entry for every object or class of an image."""
+        for ending, item in grouped_objects(objects, self.args.each, size):
+            name = f"{case.name}_{ending}"
+            self.add(case, image, name, np.uint8(255) * item.mask, item.class_name)
+
+    def add(self, case: Case, image: Path, name: str, mask: np.ndarray, class_name: str) -> None:
+        """Write a mask, uint8 (H,W), and add its entry to the annotations."""
+        target = self.masks / f"{name}.png"
+        if target.exists():
+            raise ValueError(f"{case.image}: a second mask would be written as {target.name}")
+        Image.fromarray(mask).save(target)
+
+        prompts = {}
+        if not self.is_class_map:
+            prompts["p0"] = ""
+            prompt = self.args.prompt or class_name
+            if prompt:
+                prompts["p1"] = prompt
+        entry = {"img_name": image.name, "mask_name": target.name, "prompts": prompts}
+        if case.group:
+            entry["group"] = case.group
+        self.entries.setdefault(case.split, []).append(entry)
+
+    def draw(self, case: Case, pixels: np.ndarray, objects: list[Object]) -> None:
+        """Add an overlay of the objects to the sheet."""
+        size = pixels.shape[:2]
+        names = self.classes or ("",)
+        masks = np.zeros((len(names), *size), bool)  # (K,H,W)
+        for item in objects:
+            masks[names.index(item.class_name)] |= item.mask
+        overlay = pictures.overlay(pixels, masks, masks)
+        self.cards.append(pictures.captioned(overlay, case.name))
+
+
+def write_images(reading: ImageReading, args: Namespace) -> list[str]:
+    """Write a reading of images to args.out, whole or not at all. Return lines about it."""
+    cases = with_splits(with_plain_names(reading.cases))
+    drawn = np.random.default_rng(0).permutation(len(cases))[:MOST_OVERLAYS].tolist()
+
+    with atomic_files.atomic_folder(args.out) as part:
+        for name in ("images", "masks", "anns"):
+            (part / name).mkdir(parents=True)
+        writer = ImageWriter(reading, part, args)
+        for i, case in enumerate(tqdm(cases, desc=args.out.name, unit="image", disable=None)):
+            writer.write(case, i in drawn)
+
+        tables = dict(reading.tables)
+        if writer.is_class_map:
+            names = ("background", *reading.classes)
+            tables["classes.json"] = {str(k): name for k, name in enumerate(names)}
+        for split, entries in writer.entries.items():
+            tables[f"anns/{split}.json"] = entries
+        for name, content in tables.items():
+            text = json.dumps(content, indent=1, ensure_ascii=False)
+            (part / name).write_text(text + "\n", encoding="utf-8")
+
+        description = describe(reading, cases, writer)
+        (part / "README.txt").write_text("\n".join(description) + "\n", encoding="utf-8")
+        pictures.save_picture(part / "overview.png", pictures.sheet(writer.cards))
+    return description
+
+
+def describe(reading: ImageReading, cases: list[Case], writer: ImageWriter) -> list[str]:
+    """Return the lines of README.txt: what was recognised and what was written."""
+    lines = [f"Read as {reading.format}: {reading.summary[0]}", *reading.summary[1:]]
+    for split, entries in writer.entries.items():
+        images = len({entry["img_name"] for entry in entries})
+        lines.append(f"{split}: {images} images, {len(entries)} masks")
+    if reading.classes:
+        lines.append(f"classes: {', '.join(reading.classes)}")
+    groups = {case.group for case in cases if case.group}
+    if groups:
+        lines.append(f"patients: {len(groups)}")
+    if writer.empty:
+        omitted = ", left out" if writer.args.each else ""
+        lines.append(f"images without objects: {writer.empty}{omitted}")
+    if writer.covered:
+        lines.append(
+            f"objects of several classes overlap in {writer.covered} images; the one that comes "
+            "later in the files covers the others"
+        )
+    return lines
+
+
+# --- command line ---------------------------------------------------------------------------------
+
+
+def refuse_misuse(args: Namespace) -> None:
+    """Raise ValueError or FileNotFoundError, one line, before the folder is read."""
+    if not args.folder.is_dir():
+        raise FileNotFoundError(f"{args.folder}: no such folder; unpack an archive first")
+    atomic_files.refuse_existing(args.out)
+    if args.out.resolve().is_relative_to(args.folder.resolve()):
+        raise ValueError(f"--out {args.out}: lies within {args.folder}; choose another folder")
+    if bool(args.images) != bool(args.masks):
+        raise ValueError("--images and --masks: give both, the images and their masks")
+
+
+def refuse_useless(reading: Reading, args: Namespace) -> None:
+    """Raise ValueError, one line, for options that have no effect on a reading."""
+    if isinstance(reading, VolumeReading):
+        for name in ("prompt", "each", "mask_threshold"):
+            if getattr(args, name) is not None:
+                flag = f"--{name.replace('_', '-')}"
+                raise ValueError(f"{flag}: has no effect on volumes; remove it")
+    elif args.prompt and len(reading.classes) > 1 and not args.each:
+        raise ValueError(
+            f"--prompt: the masks have several classes ({', '.join(reading.classes)}); add --each "
+            "mask, or remove --prompt"
+        )
+
+
+def import_folder(args):
+    """Bring your own images and masks, or volumes, into the layout that train.py reads.
+
+    The format of the folder is recognised from its content. If several formats fit, nothing is
+    written and --format chooses one. Files are copied; FOLDER itself is not changed. Look at
+    overview.png in the new folder, then run `prepare.py check` on it.
+    """
+    refuse_misuse(args)
+    reading = choose_reading(args.folder, args)
+    refuse_useless(reading, args)
+    if args.groups:
+        cases = read_groups(args.groups, reading.cases, args.folder)
+        reading = replace(reading, cases=cases)
+
+    if isinstance(reading, VolumeReading):
+        raise NotImplementedError
+    lines = write_images(reading, args)
+    print(f"{args.out}: ", end="")
+    print("\n".join(lines))
+    print(f"overlays to look at: {args.out / 'overview.png'}")
+    print(f"next: python prepare.py check {shlex.quote(str(args.out))}")
+    return 0
+
+
+def options(command):
+    """Describe `prepare.py import`."""
+    add = command(import_folder, "bring your own images and masks into our layout", name="import")
+    add("folder", type=Path, metavar="FOLDER", help="folder with images and masks, or volumes")
+    help = "folder to write, such as data/mine"
+    add("--out", type=Path, required=True, metavar="DATA", help=help)
+    names = ", ".join(format.name for format in FORMATS)
+    help = f"how to read FOLDER: {names} (default: the one that fits)"
+    add("--format", choices=[format.name for format in FORMATS], metavar="NAME", help=help)
+    help = "pattern of the image files within FOLDER, such as 'scans/*.png'; with --masks"
+    add("--images", metavar="GLOB", help=help)
+    help = (
+        "pattern of the mask files within FOLDER, such as 'outlines/*_roi.png'; the stars stand "
+        "for the same text as in --images"
+    )
+    add("--masks", metavar="GLOB", help=help)
+    help = "CSV file with the columns image and group: the patient of each image"
+    add("--groups", type=Path, metavar="FILE", help=help)
+    help = "text prompt of all masks (default: the name of their class, if FOLDER has it)"
+    add("--prompt", metavar="TEXT", help=help)
+    help = (
+        "write one mask and one entry for every object (mask) or every class (class) of an image, "
+        "for models with text prompts (default: one mask for each image)"
+    )
+    add("--each", nargs="?", const="mask", choices=("mask", "class"), help=help)
+    help = "names of the class numbers 1, 2, … in masks, separated by commas"
+    add("--classes", metavar="NAMES", help=help)
+    help = "leave out images without a mask or annotation (default: refuse them)"
+    add("--skip-unpaired", action="store_true", help=help)
+    add("--mask-threshold", type=GREY_LEVEL, metavar="N", help=MASK_THRESHOLD)

@@ -1,0 +1,204 @@
+"""prepare.py import: what all formats of images share, tested with a format made here."""
+
+import json
+
+import numpy as np
+import pytest
+from conftest import command
+from PIL import Image
+
+import prepare
+from imaging import layouts
+from preparation import import_folder
+from preparation.readings import Case, Format, ImageReading, Object
+
+SIZE = (24, 32)  # H, W
+
+
+def box(x0, y0, x1, y1):
+    """bool (H,W), True in a box with both corners inside."""
+    mask = np.zeros(SIZE, bool)
+    mask[y0 : y1 + 1, x0 : x1 + 1] = True
+    return mask
+
+
+def photos(folder, n=12):
+    """A folder of n different pictures of 32x24 pixels."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for k in range(n):
+        pixels = rng.integers(0, 255, (*SIZE, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / f"photo{k:02d}.png")
+    return folder
+
+
+def reading_of(folder, objects, classes=(), **fields):
+    """A reading in which every picture of a folder has the same objects."""
+    cases = []
+    for path in sorted(folder.glob("*.png")):
+        cases.append(Case(path.stem, path, lambda size: objects, **fields))
+    return ImageReading("made", [f"{len(cases)} pictures"], cases, classes)
+
+
+@pytest.fixture
+def make(monkeypatch, capsys, tmp_path):
+    """Run `prepare.py import` on readings made here. Return the status, the output, the errors."""
+
+    def run(readings, *options):
+        made = Format("made", "made by a test", lambda folder, args: readings)
+        monkeypatch.setattr(import_folder, "FORMATS", (made,))
+        arguments = ["import", tmp_path / "photos", "--out", tmp_path / "mine", *options]
+        return command(monkeypatch, capsys, prepare, *arguments)
+
+    photos(tmp_path / "photos")
+    return run
+
+
+def entries_of(root):
+    """{split: items of its annotation file}"""
+    return {path.stem: json.loads(path.read_text()) for path in (root / "anns").iterdir()}
+
+
+def mask_of(root, entry):
+    return np.asarray(Image.open(root / "masks" / entry["mask_name"]))
+
+
+def test_objects_without_classes_become_one_mask(make, tmp_path):
+    objects = [Object("", box(0, 0, 3, 3)), Object("", box(8, 8, 9, 9))]
+    status, text, error = make([reading_of(tmp_path / "photos", objects)], "--prompt", "a polyp")
+    assert status == 0, error
+    splits = entries_of(tmp_path / "mine")
+    assert {split: len(items) for split, items in splits.items()} == {
+        "train": 8,
+        "val": 2,
+        "test": 2,
+    }
+    entry = splits["train"][0]
+    assert entry["prompts"] == {"p0": "", "p1": "a polyp"}
+    mask = mask_of(tmp_path / "mine", entry)
+    assert mask.dtype == np.uint8 and mask.shape == SIZE
+    assert (mask == 255).sum() == 16 + 4 and (mask > 0).sum() == 20
+    source = tmp_path / "photos" / entry["img_name"]
+    assert (tmp_path / "mine/images" / entry["img_name"]).read_bytes() == source.read_bytes()
+    assert (tmp_path / "mine/overview.png").is_file()
+    assert layouts.read_entries(tmp_path / "mine", "val")
+
+
+def test_a_later_object_covers_earlier_ones_of_other_classes(make, tmp_path):
+    objects = [Object("liver", box(0, 0, 9, 9)), Object("tumour", box(5, 5, 12, 9))]
+    reading = reading_of(tmp_path / "photos", objects, ("tumour", "liver"))
+    status, text, error = make([reading])
+    assert status == 0, error
+    assert "overlap in 12 images" in text
+    classes = json.loads((tmp_path / "mine/classes.json").read_text())
+    assert classes == {"0": "background", "1": "tumour", "2": "liver"}
+    mask = mask_of(tmp_path / "mine", entries_of(tmp_path / "mine")["test"][0])
+    assert (mask == 1).sum() == 8 * 5 and (mask == 2).sum() == 100 - 25
+
+
+def test_each_class_and_each_object_become_entries(make, tmp_path):
+    objects = [
+        Object("liver", box(0, 0, 9, 9)),
+        Object("tumour", box(5, 5, 12, 9)),
+        Object("liver", box(20, 20, 21, 21)),
+    ]
+    reading = reading_of(tmp_path / "photos", objects, ("tumour", "liver"))
+    assert make([reading], "--each", "class")[0] == 0
+    by_name = {e["mask_name"]: e for e in sum(entries_of(tmp_path / "mine").values(), [])}
+    assert len(by_name) == 24 and not (tmp_path / "mine/classes.json").exists()
+    entry = by_name["photo03_liver.png"]
+    assert entry["img_name"] == "photo03.png" and entry["prompts"] == {"p0": "", "p1": "liver"}
+    assert (mask_of(tmp_path / "mine", entry) == 255).sum() == 104
+
+    assert make([reading], "--out", tmp_path / "objects", "--each")[0] == 0
+    by_name = {e["mask_name"]: e for e in sum(entries_of(tmp_path / "objects").values(), [])}
+    assert len(by_name) == 36
+    assert (mask_of(tmp_path / "objects", by_name["photo03_3.png"]) == 255).sum() == 4
+
+
+def test_patients_stay_in_one_split(make, tmp_path):
+    lines = ["image,group"]
+    for k in range(12):
+        lines.append(f"photo{k:02d}.png,patient {k // 3}")
+    (tmp_path / "groups.csv").write_text("\n".join(lines))
+    reading = reading_of(tmp_path / "photos", [Object("", box(0, 0, 3, 3))])
+    assert make([reading], "--groups", tmp_path / "groups.csv")[0] == 0
+    splits = entries_of(tmp_path / "mine")
+    patients = {split: {e["group"] for e in items} for split, items in splits.items()}
+    assert {split: len(names) for split, names in patients.items()} == {
+        "train": 2,
+        "val": 1,
+        "test": 1,
+    }
+    assert len(set.union(*patients.values())) == 4
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("image,patient\nphoto00,a", "expected a header line image,group"),
+        ("image,group\nphoto00,a", "has no line for"),
+        ("image,group\nphoto99,a", "line 2: no image has the name 'photo99'"),
+        ("image,group\nphoto00,", "line 2: has no group"),
+    ],
+)
+def test_faulty_lists_of_patients_are_refused(make, tmp_path, text, words):
+    (tmp_path / "groups.csv").write_text(text)
+    reading = reading_of(tmp_path / "photos", [Object("", box(0, 0, 3, 3))])
+    status, _, error = make([reading], "--groups", tmp_path / "groups.csv")
+    assert status == 2 and words in error and error.count("\n") == 1
+    assert not (tmp_path / "mine").exists()
+
+
+def test_splits_of_the_folder_are_kept(make, tmp_path):
+    reading = reading_of(tmp_path / "photos", [Object("", box(0, 0, 3, 3))], split="val")
+    assert make([reading])[0] == 0
+    assert {s: len(items) for s, items in entries_of(tmp_path / "mine").items()} == {"val": 12}
+
+
+def test_rotated_photos_become_upright(make, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotate by 90 degrees to the right to see it upright
+    pixels = np.zeros((*SIZE[::-1], 3), np.uint8)
+    pixels[:, :5] = 200  # the left columns become the upper rows
+    path = tmp_path / "photos/turned.jpg"
+    Image.fromarray(pixels).save(path, exif=exif, quality=95)
+
+    case = Case("turned", path, lambda size: [Object("", box(0, 0, 3, 3))])
+    assert make([ImageReading("made", ["1 picture"], [case])])[0] == 0
+    written = np.asarray(Image.open(tmp_path / "mine/images/turned.png"))
+    assert written.shape == (*SIZE, 3)
+    assert written[:4].min() > 150 and written[7:].max() < 60
+
+
+def test_a_mask_of_another_size_is_refused_by_name(make, tmp_path):
+    reading = reading_of(tmp_path / "photos", [Object("", np.ones((5, 5), bool))])
+    status, _, error = make([reading])
+    assert status == 2 and "photo00.png: 32x24, but its mask is 5x5" in error
+    assert not (tmp_path / "mine").exists()
+
+
+def test_no_format_and_several_formats_are_refused(make, tmp_path):
+    status, _, error = make([])
+    assert status == 2 and "12 .png" in error and "--images 'GLOB'" in error
+    one = reading_of(tmp_path / "photos", [])
+    status, _, error = make([one, one])
+    assert status == 2 and "can be read in 2 ways" in error and "--format made" in error
+
+
+def test_the_same_import_gives_the_same_folder_and_never_overwrites(make, tmp_path):
+    reading = reading_of(tmp_path / "photos", [Object("", box(0, 0, 3, 3))])
+    assert make([reading])[0] == 0
+    assert make([reading], "--out", tmp_path / "again")[0] == 0
+    files = sorted(p.relative_to(tmp_path / "mine") for p in (tmp_path / "mine").rglob("*.*"))
+    assert len(files) == 12 + 12 + 3 + 2
+    for name in files:
+        assert (tmp_path / "mine" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+    status, _, error = make([reading])
+    assert status == 2 and "exists already" in error
+
+
+def test_a_folder_within_the_source_is_refused(make, tmp_path):
+    reading = reading_of(tmp_path / "photos", [])
+    status, _, error = make([reading], "--out", tmp_path / "photos/mine")
+    assert status == 2 and "lies within" in error
