@@ -160,13 +160,14 @@ def test_a_class_that_no_volume_of_a_batch_annotates_learns_nothing(tmp_path):
 # --- a training ----------------------------------------------------------------------------------
 
 
-def train_pooled(root, epochs):
+def train_pooled(root, epochs, crops_per_volume=1):
     """A run on two sets: both organs are in all volumes, each set has the labels of one."""
     sets = [str(data_set(root / name, x)) for name, x in (("kidney", KIDNEY), ("liver", LIVER))]
     options = {"model": "universal", "variant": "mini", "weights": "none", "codes": "random"}
-    options |= {"data": sets, "size": [64, 32, 32], "spacing": [5.0] * 3, "crops_per_volume": 1}
+    options |= {"data": sets, "size": [64, 32, 32], "spacing": [5.0] * 3}
+    options |= {"crops_per_volume": crops_per_volume}
     options |= {"workers": 0, "overlap": 0.0, "overlays": 1, "out": str(root / "run")}
-    options |= {"epochs": epochs, "eval_every": epochs, "lr": 4e-3, "cache": str(root / "cache")}
+    options |= {"epochs": epochs, "eval_every": epochs, "lr": 1e-3, "cache": str(root / "cache")}
     summary = train.run(train.Options(**options))
     data_set(root / "both", BOTH)
     return root, summary
@@ -187,8 +188,12 @@ def scores_of(monkeypatch, capsys, root, out, *more):
 
 @pytest.mark.slow
 def test_a_class_of_one_set_is_found_in_the_other(tmp_path, monkeypatch, capsys):
-    """Had its voxels been background where nobody labels it, it would be lost in half of them."""
-    root, summary = train_pooled(tmp_path, 20)
+    """Had its voxels been background where nobody labels it, it would be lost in half of them.
+
+    Two seeds gave Dice of 1.00 for the liver. At 4 times the learning rate and a third of the
+    epochs it was 0 on some processors.
+    """
+    root, summary = train_pooled(tmp_path, 60, crops_per_volume=2)
     assert set(summary["tests"]) == {"kidney", "liver"}
     assert {row["class"] for row in rows(root / "run/test/per_image.csv")} == {
         "left kidney",
