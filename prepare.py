@@ -3,6 +3,7 @@
     python prepare.py demo                      make data/demo: synthetic endoscopy with prompts
     python prepare.py import FOLDER --out DATA  bring your own images and masks into our layout
     python prepare.py check data/demo           read whole data sets and report problems
+    python prepare.py annotate DATA             write text prompts from masks and images
     python prepare.py uw-madison DOWNLOAD       make data/uw_madison: MR slices with class maps
     python prepare.py duke-dme DOWNLOAD         make data/duke_dme: OCT, retinal layers and fluid
     python prepare.py duke-amd DOWNLOAD         make data/duke_amd: OCT, drusen
@@ -40,6 +41,7 @@ import inspect
 
 from engine import command_line
 from preparation import (
+    annotate,
     boxes,
     btcv,
     check,
@@ -57,6 +59,7 @@ COMMAND_FILES = (
     demo,
     import_folder,
     check,
+    annotate,
     uw_madison,
     duke_oct,
     decathlon,
