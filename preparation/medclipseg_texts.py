@@ -190,7 +190,7 @@ def with_texts(entries: list[dict], sheets: dict[str, Sheet]) -> list[dict]:
 
 
 def part_of(entries: list[dict], sheet: Sheet) -> list[dict]:
-    """Return the entries with the images of a spreadsheet."""
+    """Return the entries whose images are in a spreadsheet."""
     return [entry for entry in entries if name_of(entry["img_name"]) in sheet.texts]
 
 
@@ -232,27 +232,13 @@ def add_texts(folder: Path, annotations: Annotations, split: str) -> dict[str, S
 def add_parts(
     folder: Path, annotations: Annotations, split: str, sheets: dict[str, Sheet]
 ) -> Iterator[str]:
-    """Add to `annotations.new` the splits that are a part of `split`; yield their names.
-
-    They are train_10, val_10, … as listed, and test_m if only a part of test has texts.
-    """
-    if not sheets:
-        return
-    entries = annotations.new[split]
-    whole = next(iter(sheets.values()))
-    if split == "test":
-        listed = part_of(entries, whole)
-        if len(listed) < len(entries):
-            annotations.new["test_m"] = listed
-            yield "test_m"
-        return
-
+    """Add the listed parts of a split to `annotations.new`, such as train_10; yield their names."""
     for share in SHARES:
         path = folder / f"{split.title()}_text_{share}.xlsx"
-        if path.is_file():
+        if path.is_file() and sheets:
             part = read_texts(path)
-            check_part(part, whole)
-            annotations.new[f"{split}_{share}"] = part_of(entries, part)
+            check_part(part, sheets[ORIGINAL])
+            annotations.new[f"{split}_{share}"] = part_of(annotations.new[split], part)
             yield f"{split}_{share}"
 
 
@@ -308,7 +294,7 @@ def medclipseg_texts(args):
     Entries of train, val and test get the prompt type m_original; those of test also
     m_contradictory, m_missing_location, m_overdescriptive and m_underdescriptive. The lists of 10,
     25 and 50 % of the images become the splits train_10, val_10, …, for example for train.py
-    --data DATA:train_10. If only a part of test has texts, this part becomes the split test_m.
+    --data DATA:train_10.
 
     Nothing is written if a spreadsheet does not fit the data set.
     """
