@@ -87,6 +87,7 @@ def save_shared(path):
     """A spreadsheet with shared strings, as Excel writes it."""
     save_sheet(path, [])
     changes = {SHEET: lambda _: SHARED.encode(), STRINGS: lambda _: LISTED.encode()}
+    changes["xl/_rels/workbook.xml.rels"] = lambda x: x.replace(b'"/xl/worksheets', b'"worksheets')
     changes["[Content_Types].xml"] = lambda x: x.replace(b"</Types>", OVERRIDE.encode())
     repack(path, changes)
 
