@@ -186,7 +186,7 @@ class Part:
         self.size = None  # of the whole file, in bytes
         self.version = None  # tag or date of the file on the server
         if self.path.is_file() and self.about.is_file():
-            content = read_json(self.about)
+            content = read_json(self.about)  # written by `start`
             self.size = content.get("size")
             self.version = content.get("version")
 
