@@ -74,7 +74,10 @@ class Options:
     # The options that most people need.
     model: str = option("common", "cris", ", ".join(sorted(FAMILIES)), choices=sorted(FAMILIES))
     data: list[str] = option(
-        "common", [], "folders to train and validate on; several are pooled", metavar="DIR"
+        "common",
+        [],
+        "data sets to train and validate on, DIR or DIR:SPLIT; several are pooled",
+        metavar="DIR",
     )
     weights: str | None = option(
         "common",

@@ -13,6 +13,8 @@
     python prepare.py boxes MASKS --like DATA   make boxes.csv: boxes around masks, for SAM
     python prepare.py text-codes --data DATA    make text_codes.safetensors: CLIP's embeddings of
                                                 the class names
+    python prepare.py medclipseg-texts --texts FOLDER --data DATA
+                                                add MedCLIPSeg's texts to DATA as prompt types
 
 `demo` makes the layout of the medvlsm study (arXiv 2308.07706), with text prompts:
 
@@ -50,6 +52,7 @@ from preparation import (
     demo_volumes,
     duke_oct,
     import_folder,
+    medclipseg_texts,
     text_embeddings,
     uw_madison,
 )
@@ -67,6 +70,7 @@ COMMAND_FILES = (
     demo_volumes,
     boxes,
     text_embeddings,
+    medclipseg_texts,
 )
 
 

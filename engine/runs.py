@@ -185,7 +185,7 @@ def patients_of(run: dict, paths: list) -> str | None:
     compared by the names of their folders.
     """
     options = run.get("options", {})
-    trained = {Path(root).name for root in options.get("data", ())}
+    trained = {Path(layouts.path_and_split(path)[0]).name for path in options.get("data", ())}
     names = {Path(layouts.path_and_split(path)[0]).name for path in paths}
     return options.get("group_regex") if names & trained else None
 
@@ -297,8 +297,9 @@ def open_data(settings, family) -> DataSets:
 def _open_overfit(settings, family) -> DataSets:
     """Return the first cases of --data as training, validation and test set."""
     entries = []
-    for root in settings.data:
-        entries += layouts.read_entries(root, "train", settings.group_regex)
+    for data_set in settings.data:
+        root, split = layouts.training_split(data_set)
+        entries += layouts.read_entries(root, split, settings.group_regex)
     name = "--overfit: train, val and test are the same"
     one = open_together({name: entries[: settings.overfit]}, settings, family)[name]
     print("  such scores show that the code works; they say nothing about new cases")
@@ -328,6 +329,8 @@ def list_tests(settings) -> dict[str, list]:
     tests = {}
     for data_set in settings.test or settings.data:
         path, split = layouts.path_and_split(data_set)
+        if not settings.test and layouts.split_role(split) == "train":  # --data PATH:train_10
+            split = "test"
         if not settings.test and not settings.eval and "test" not in layouts.find_splits(path):
             print(f"{path}: no test split, so it is not tested on; name another with --test")
             continue
@@ -423,7 +426,8 @@ def mask_reading(lists: dict[str, list], settings) -> data.MaskReading:
     opened = set()
     for entries in lists.values():
         opened |= {entry.mask for entry in entries}
-    for root in settings.data:
+    for data_set in settings.data:
+        root, _ = layouts.training_split(data_set)
         for split in sorted({"train", "val", "test"} & layouts.find_splits(root).keys()):
             try:
                 entries = unopened_entries(root, split, settings.group_regex, opened)

@@ -100,9 +100,23 @@ def same_name_different_index(classes: tuple[str, ...], other_classes: tuple[str
     return any(indices.get(plain_name(name), k) != k for k, name in enumerate(classes))
 
 
+# p0, p1, … are the types of the medvlsm study. Names that start with m_ are those of others, such
+# as MedCLIPSeg's m_original.
+NAMED_TYPE = r"m_[a-z_]+"
+PROMPT_TYPE = rf"(?:p\d+|{NAMED_TYPE})"
+
+
+def is_named_type(text: str) -> bool:
+    """Return True for one prompt type with a name instead of a number, such as m_original."""
+    return re.fullmatch(NAMED_TYPE, text) is not None
+
+
 def is_prompt_type(text: str) -> bool:
-    """Return True if a prompt option names types (p6, "p6,p3", random) instead of being a text."""
-    return re.fullmatch(r"random|p\d+(,p\d+)*", text) is not None
+    """Return True if a prompt option names types instead of being a text.
+
+    Such options are p6, "p6,p3", m_original, "m_original,p6" and random.
+    """
+    return re.fullmatch(rf"random|{PROMPT_TYPE}(,{PROMPT_TYPE})*", text) is not None
 
 
 def prompt_option(text: str) -> str:
@@ -116,7 +130,7 @@ def prompt_option(text: str) -> str:
     if is_prompt_type(canonical):
         return canonical
 
-    kind = r"(p\s*\d+|random)"
+    kind = rf"(p\s*\d+|{NAMED_TYPE}|random)"
     gap = r"[\s,;|/+&]+"
     if re.fullmatch(f"{kind}({gap}{kind})*", canonical):
         raise ValueError(f"--prompt {text!r}: write prompt types like p6 or p6,p1, or random alone")
@@ -261,9 +275,12 @@ class Entry:
     mask_orientation: str | None = None  # image: value of --mask-orientation
 
     def types(self, kind: str) -> list[str]:
-        """Return the prompt types of an option: those it lists; for `random` all but empty p0."""
+        """Return the prompt types of an option: those it lists.
+
+        For `random` these are all but the empty p0 and named types.
+        """
         if kind == "random":
-            return [name for name in self.prompts if name != "p0"]
+            return [name for name in self.prompts if name != "p0" and not is_named_type(name)]
         return kind.split(",")
 
     def texts(self, kind: str) -> list[str]:
@@ -1121,12 +1138,44 @@ def is_undivided(root: Path) -> bool:
     return not has_volumes(root) and {*find_splits(root).values()} == {Path(root)}
 
 
-def path_and_split(text: str) -> tuple[str, str]:
-    """Return path and split of PATH[:split] on the command line; the test split by default."""
+def path_and_split(text: str, default: str = "test") -> tuple[str, str]:
+    """Return path and split of PATH[:SPLIT] on the command line. default: the split of a PATH."""
     path, _, split = text.rpartition(":")
     if path and not Path(text).is_dir():
         return path, split
-    return text, "test"
+    return text, default
+
+
+def split_role(split: str) -> str:
+    """Return what a split is for: train, val or, for all other names, test.
+
+    A part of a split has its role: train_10 is for training.
+    """
+    start = split.split("_")[0]
+    return {"train": "train", "val": "val", "valid": "val"}.get(start, "test")
+
+
+def training_split(data_set: str) -> tuple[str, str]:
+    """Return path and split of --data PATH[:SPLIT]; the split train by default.
+
+    Raises ValueError if the split is not one to train on.
+    """
+    path, split = path_and_split(str(data_set), "train")
+    if split_role(split) != "train":
+        raise ValueError(
+            f"--data {data_set}: splits to train on are called train or train_NAME; use --test to "
+            "test on others"
+        )
+    return path, split
+
+
+def validation_split(root: Path, split: str) -> str:
+    """Return the validation split for a training split.
+
+    For train_10 it is val_10 if the data set has this split, else val.
+    """
+    own = split.replace("train", "val", 1)
+    return own if own in find_splits(root) else "val"
 
 
 def read_entries(root: Path, split: str, group_regex: str | None = None) -> list[Entry]:
@@ -1240,23 +1289,29 @@ def _fold_of_file(
 def train_and_val(
     roots, seed: int, group_regex: str | None = None, fold_of: str | None = None
 ) -> tuple[list[Entry], list[Entry]]:
-    """Return the training and validation entries of one or several data sets.
+    """Return the training and validation entries of one or several data sets, PATH[:SPLIT].
 
+    Of PATH:train_10 the split train_10 is for training; this is printed, with the validation split.
     fold_of: "k/n", see `split_fold`, which divides train and val together into new parts. A data
     set without validation entries gives up a random tenth of train (by patient if known, else by
     image), with a message. Raises ValueError if there is too little to train on.
     """
     train = []
     val = []
-    for root in roots:
-        train_of_root = read_entries(root, "train", group_regex)
+    for data_set in roots:
+        root, split = training_split(data_set)
+        val_split = validation_split(root, split)
+        train_of_root = read_entries(root, split, group_regex)
         val_of_root = []
-        if "val" in find_splits(root):
-            val_of_root = read_entries(root, "val", group_regex)
+        if val_split in find_splits(root):
+            val_of_root = read_entries(root, val_split, group_regex)
+        if split != "train":
+            print(f"{root}: training on the split {split}, validating on {val_split}")
+
         if fold_of:
             train_of_root, val_of_root = split_fold(train_of_root + val_of_root, fold_of)
         if not train_of_root:
-            raise ValueError(f"{root}: its split train is empty")
+            raise ValueError(f"{root}: its split {split} is empty")
         if not val_of_root:
             train_of_root, val_of_root = _hold_out(root, train_of_root, seed)
         train += train_of_root

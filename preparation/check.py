@@ -447,7 +447,8 @@ def check_prompt_types(root, splits, shares, findings):
         for prompt_type in texts:
             if prompt_type in known:
                 lacking = [entry.name for entry in prompted if not entry.prompts.get(prompt_type)]
-                if lacking:
+                is_elsewhere = layouts.is_named_type(prompt_type) and len(lacking) == len(prompted)
+                if lacking and not is_elsewhere:  # some types are those of test splits alone
                     line = f"{file}: {prompt_type} is missing in {count_and_names(lacking)}"
                     findings["prompt types that entries lack"].append(line)
             else:
@@ -455,7 +456,7 @@ def check_prompt_types(root, splits, shares, findings):
                 if users:
                     occurrence = f"{file}: {prompt_type!r} in {count_and_names(users)}"
                     findings["unknown prompt types"].append(
-                        f"{occurrence}; the types are p0, p1, ..."
+                        f"{occurrence}; the types are p0, p1, ... and m_NAME"
                     )
     return {prompt_type: texts[prompt_type] for prompt_type in known}
 
@@ -465,7 +466,7 @@ def check_prompt_types(root, splits, shares, findings):
 
 def role_of(split):
     """Return the role of a split: train, val or, for all others, test."""
-    return {"train": "train", "val": "val", "valid": "val"}.get(split, "test")
+    return layouts.split_role(split)
 
 
 def check_patients(splits, findings):

@@ -224,6 +224,20 @@ def common_prompt_types(dataset: Dataset, settings) -> list[str]:
     return common
 
 
+def check_training_types(dataset: Dataset, prompt: str) -> None:
+    """Raise ValueError, one line, if an entry lacks one of the prompt types to train with."""
+    if not is_prompt_type(prompt):
+        return
+    for entry in dataset.entries:
+        for kind in entry.types(prompt):
+            if not entry.prompts.get(kind):
+                available = ", ".join(entry.prompts) or "none"
+                raise ValueError(
+                    f"{entry.root.name}, {entry.name}: no prompt of type {kind} to train with, "
+                    f"only {available}; types that only the test split has are for --eval"
+                )
+
+
 def items_of_types(recipe: Recipe, dataset: Dataset, i: int, kinds: list[str]) -> dict[str, dict]:
     """Return {prompt type: item} of entry i. The image is loaded once."""
     entry = dataset.entries[i]
@@ -286,8 +300,12 @@ class PromptedFamily(Family):
     ) -> Recipe:
         """Let the data sets compare prompts by their tokens, and print which prompts are cut.
 
-        Raise ValueError if --negatives finds no other image's prompt that differs to the model.
+        Raise ValueError if an entry of the training split lacks a prompt type, or if --negatives
+        finds no other image's prompt that differs to the model.
         """
+        if not settings.eval:
+            check_training_types(data_sets.parts["train"], settings.prompt)
+
         texts = set()
         for dataset in data_sets.all:
             dataset.compare_prompts_by(recipe.tokenizer)

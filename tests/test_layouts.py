@@ -313,19 +313,92 @@ def test_paths_within_the_images_folder(tmp_path):
         ("P6,P3", "p6,p3"),
         ("P10 ,p1,", "p10,p1"),
         ("Random", "random"),
+        ("m_original", "m_original"),
+        ("M_Original, P6,m_missing_location", "m_original,p6,m_missing_location"),
         # texts
         ("", ""),
         ("P6 polyp", "P6 polyp"),
         ("one pink polyp, left", "one pink polyp, left"),
         ("Polyp", "Polyp"),
         ("random noise", "random noise"),
+        ("m_original polyp", "m_original polyp"),
+        ("M_1 tumour", "M_1 tumour"),
+        ("m_", "m_"),
+        ("m_2", "m_2"),
     ],
 )
 def test_prompt_types_are_read_in_any_case(typed, expected):
     assert layouts.prompt_option(typed) == expected
 
 
-@pytest.mark.parametrize("typed", ["p6 p1", "P6;P1", "p 6", "p6,random", "p1 p2,p3", "p6/p3"])
+MISWRITTEN = ["p6 p1", "P6;P1", "p 6", "p6,random", "p1 p2,p3", "p6/p3"]
+MISWRITTEN += ["m_original p6", "random,m_original", "m_original/m_contradictory"]
+
+
+@pytest.mark.parametrize("typed", MISWRITTEN)
 def test_what_only_looks_like_prompt_types_is_refused(typed):
     with pytest.raises(ValueError, match="write prompt types like p6 or p6,p1"):
         layouts.prompt_option(typed)
+
+
+def test_random_draws_numbered_types_alone(tmp_path):
+    prompts = {"p0": "", "p1": "polyp", "m_original": "one polyp", "p6": ["a", "b"]}
+    root = listed(tmp_path, {"img_name": "a.png", "mask_name": "a.png", "prompts": prompts})
+    (entry,) = layouts.read_entries(root, "train")
+    assert entry.types("random") == ["p1", "p6"]
+    assert entry.texts("random") == ["polyp", "a", "b"]
+    assert entry.text("m_original,p6") == "one polyp"
+    with pytest.raises(ValueError, match="no prompt of type m_other, only p0, p1, m_original, p6"):
+        entry.text("m_other")
+
+
+# --- other splits to train on ---------------------------------------------------------------------
+
+
+def with_parts(root, **names):
+    """A data set whose splits have images of these names."""
+    (root / "anns").mkdir(parents=True)
+    for split, images in names.items():
+        entries = [{"img_name": f"{n}.png", "mask_name": f"{n}.png", "prompts": {}} for n in images]
+        (root / "anns" / f"{split}.json").write_text(json.dumps(entries))
+    return root
+
+
+@pytest.mark.parametrize(
+    "splits, chosen, expected",
+    [
+        ({"train": "abcd", "val": "ef", "train_10": "a", "val_10": "f"}, ":train_10", ("a", "f")),
+        ({"train": "abcd", "val": "ef", "train_10": "ab"}, ":train_10", ("ab", "ef")),
+        ({"train": "abcd", "val": "ef", "train_10": "ab"}, ":train", ("abcd", "ef")),
+        ({"train": "abcd", "val": "ef", "val_10": "f"}, "", ("abcd", "ef")),
+    ],
+)
+def test_a_part_of_train_has_its_own_validation(tmp_path, capsys, splits, chosen, expected):
+    root = with_parts(tmp_path / "set", **splits)
+    train, val = layouts.train_and_val([f"{root}{chosen}"], 0)
+    assert ("".join(e.name for e in train), "".join(e.name for e in val)) == expected
+    printed = capsys.readouterr().out
+    if chosen == ":train_10":
+        val_split = "val_10" if "val_10" in splits else "val"
+        assert printed == f"{root}: training on the split train_10, validating on {val_split}\n"
+    else:
+        assert printed == ""
+
+
+def test_only_splits_for_training_are_trained_on(tmp_path):
+    root = with_parts(tmp_path / "set", train="ab", val="c", test="d", testA="d", train_10="")
+    for split in ("test", "testA", "val", "trainer"):
+        with pytest.raises(ValueError, match="splits to train on are called train or train_NAME"):
+            layouts.train_and_val([f"{root}:{split}"], 0)
+    with pytest.raises(FileNotFoundError, match="train_20.json: no such annotation file"):
+        layouts.train_and_val([f"{root}:train_20"], 0)
+    with pytest.raises(ValueError, match="its split train_10 is empty"):
+        layouts.train_and_val([f"{root}:train_10"], 0)
+
+
+def test_roles_of_splits():
+    train = ["train", "train_10"]
+    val = ["val", "val_10", "valid"]
+    test = ["test", "testA", "test_train", "trainer", "other_blob"]
+    for role, splits in {"train": train, "val": val, "test": test}.items():
+        assert {layouts.split_role(split) for split in splits} == {role}

@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -428,6 +429,60 @@ def test_pooled_sets_train_together(options, demo, tmp_path):
         train.run(options)
     summary = train.run(replace(options, test=[f"{demo}:val"]))
     assert summary["tests"]["demo:val"]["dice"]["n"] == len(layouts.read_entries(demo, "val"))
+
+
+@pytest.fixture
+def parts(demo, tmp_path):
+    """The demo set with a part of train, and a prompt type that only test has."""
+    root = tmp_path / "parts"
+    shutil.copytree(demo, root)
+    entries = {split: json.loads((root / f"anns/{split}.json").read_text()) for split in SPLITS}
+    for entry in entries["test"]:
+        entry["prompts"]["m_other"] = "something else"
+    for split, listed in entries.items():
+        for entry in listed:
+            entry["prompts"]["m_original"] = entry["prompts"]["p6"]
+        (root / f"anns/{split}.json").write_text(json.dumps(listed))
+    (root / "anns/train_10.json").write_text(json.dumps(entries["train"][:4]))
+    (root / "anns/val_10.json").write_text(json.dumps(entries["val"][:3]))
+    return root
+
+
+SPLITS = ("train", "val", "test")
+
+
+def test_a_part_of_train_is_trained_on_and_tested_on_all_of_test(parts, options, capsys):
+    options = replace(options, data=[f"{parts}:train_10"], epochs=1, prompt="m_original")
+    summary = train.run(options)
+    printed = capsys.readouterr().out
+    assert "training on the split train_10, validating on val_10" in printed
+    assert re.search(r"^train: 4 ", printed, re.MULTILINE)
+    assert re.search(r"^val: 3 ", printed, re.MULTILINE)
+    count = len(layouts.read_entries(parts, "test"))
+    assert summary["tests"]["parts"]["dice"]["n"] == count
+
+    # the same data set names the same test, here with texts that only test has
+    again = replace(options, weights=options.out, variant=None, eval=True, epochs=None, lr=None)
+    again = replace(again, batch_size=None, out=f"{options.out}-eval", prompt="m_other,p6")
+    summary = train.run(again)
+    assert summary["tests"]["parts"]["dice"]["n"] == count
+    table = rows(f"{again.out}/test/per_image.csv")
+    assert {row["prompt"] for row in table} == {"something else"}
+
+
+def test_the_first_cases_of_a_part_are_overfitted(parts, options, capsys):
+    train.run(replace(options, data=[f"{parts}:train_10"], overfit=9, epochs=1))
+    assert "the same: 4 " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("prompt", ["m_other", "m_original,m_other"])
+def test_types_of_test_alone_are_not_trained(parts, prompt, options, monkeypatch, capsys):
+    wrong = replace(options, data=[str(parts)], prompt=prompt)
+    code, _, err = command(monkeypatch, capsys, train, *arguments(wrong))
+    assert code == 2 and err.startswith("error: ") and err.count("\n") == 1
+    assert "no prompt of type m_other to train with, only p0, " in err
+    assert "types that only the test split has are for --eval" in err
+    assert not Path(options.out).exists()
 
 
 def test_busi_s_one_bit_masks_are_scored_at_their_own_size(real_data, options):
