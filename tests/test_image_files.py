@@ -18,7 +18,7 @@ from PIL import ExifTags, Image
 import data
 import predict
 from imaging import image_files, layouts
-from preparation import check
+from preparation import check_images
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # pytest undoes data.py's filter
 COLOURS = np.random.default_rng(0).integers(0, 255, (24, 32, 3), dtype=np.uint8)
@@ -394,7 +394,7 @@ def test_folders_of_other_files_are_refused_with_counts(tmp_path):
     line = one_line(layouts.read_entries, root, "train")
     assert "train/images: no images in this folder, only 2 .xyz; images end in .png" in line
     findings = defaultdict(list)
-    check.read_splits(root, None, findings)
+    check_images.read_splits(root, None, findings)
     assert findings["splits that cannot be used"] == [line]
 
 

@@ -22,7 +22,9 @@ import prepare
 from engine import command_line
 from imaging import atomic_files, layouts
 from preparation import demo as demo_set
-from preparation.check import NEAR, NEAR_KIND, image_facts
+from preparation.check_findings import NEAR_KIND
+from preparation.check_images import image_facts
+from preparation.check_leaks import NEAR
 from preparation.demo import demo_files, draw_blobs
 
 IMAGES, SIZE = 300, 96
