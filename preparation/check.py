@@ -1,54 +1,174 @@
 """Read whole data sets and report what is wrong with them: `prepare.py check`."""
 
-from collections import defaultdict
+import shlex
 from pathlib import Path
 
 from engine.ranges import GREY_LEVEL
 from imaging import image_files, layouts
-from preparation.check_findings import show_findings
+from preparation import check_findings
+from preparation.check_classes import DataSet, check_training_splits, is_too_small
+from preparation.check_findings import ERROR, KINDS, WARNING, Findings
 from preparation.check_images import check_images
-from preparation.check_leaks import check_near, check_overlap
-from preparation.check_prompts import tokenizers_of
+from preparation.check_leaks import check_near, check_overlap, check_patients, published_split
+from preparation.check_prompts import default_prompt, tokenizers_of
 from preparation.check_volumes import check_volumes
 
 MASK_THRESHOLD = (
     "binary masks: pixels above this grey level, 0 to 255, are foreground (default: chosen from "
     "the grey levels of the masks)"
 )
+READERS = ("cris", "clipseg", "biomedclipseg")  # models that read prompts
+OPTIONS_OF_IMAGES = ("model", "mask_orientation", "mask_threshold")
+
+# --- before anything is read ----------------------------------------------------------------------
 
 
-def refuse_misuse(args):
+def flag_of(name: str) -> str:
+    """Return an option as it is typed."""
+    return f"--{name.replace('_', '-')}"
+
+
+def describe_foreign_folder(root: Path) -> str:
+    """Return the error about a folder that is no data set: what it holds, and what to do."""
+    if not root.exists():
+        return f"{root}: no such folder"
+    if not root.is_dir():
+        return f"{root}: is a file; give the folder of a data set"
+
+    content = sorted(path for path in root.iterdir() if not layouts.is_hidden(path))
+    for folder in content:
+        if folder.is_dir() and (layouts.has_volumes(folder) or layouts.find_splits(folder)):
+            return f"{root}: no data set here, but {folder} is one; give that folder"
+
+    holds = layouts.count_kinds(content) if content else "nothing"
+    need = "images/ and masks/ with files of the same names, and optionally anns/*.json"
+    return f"{root}: no data set here (it holds {holds}); expected {need}; see docs/data.md"
+
+
+def refuse_misuse(args) -> None:
     """Raise FileNotFoundError or ValueError, one line, before any data set is read."""
     for root in args.data:
         if not layouts.has_volumes(root) and not layouts.find_splits(root):
-            need = "images/ and masks/, with anns/*.json or within train/, val/, test/"
-            raise FileNotFoundError(f"{root}: no data set here; expected {need}")
+            raise FileNotFoundError(describe_foreign_folder(root))
+        published_split(root)
+
     if all(layouts.has_volumes(root) for root in args.data):
-        for name in ("model", "mask_orientation", "mask_threshold"):
+        for name in OPTIONS_OF_IMAGES:
             if getattr(args, name) is not None:
-                flag = f"--{name.replace('_', '-')}"
-                raise ValueError(f"{flag}: has no effect on volumes; remove it")
+                raise ValueError(f"{flag_of(name)}: has no effect on volumes; remove it")
+
+
+# --- what to do next ------------------------------------------------------------------------------
+
+
+def describe_next_step(args, data_sets: list[DataSet], findings: Findings) -> str:
+    """Return what to do about the first kind of errors, or the command that trains."""
+    kinds = [*findings.of_level(ERROR)]
+    if args.strict:
+        kinds += findings.of_level(WARNING)
+    if not kinds:
+        return train_command(args, data_sets)
+
+    first = kinds[0]
+    return f"{KINDS[first].advice}; then run check again"
+
+
+def group_option(args) -> list[str]:
+    """Return --group-regex as it was given."""
+    return ["--group-regex", args.group_regex] if args.group_regex else []
+
+
+def train_command(args, data_sets: list[DataSet]) -> str:
+    """Return the command that trains a model on the data sets that have the classes of the first.
+
+    Those without a training split are tested.
+    """
+    trained = {}  # path as it was typed -> data set
+    tested = []
+    for path, data_set in zip(args.data, data_sets, strict=True):
+        if data_set.classes() != data_sets[0].classes():
+            continue
+        if "train" in data_set.splits:
+            trained[str(path)] = data_set
+        else:
+            tested.append(str(path))
+
+    model = args.model or default_model(data_sets[0])
+    words = ["python", "train.py", "--model", model, "--data", *(trained or ["TRAINING_SET"])]
+    if any(map(is_too_small, trained.values())):
+        words += ["--overfit", "1"]
+    elif tested:
+        words += ["--test", *tested]
+    if model in READERS and default_prompt(data_sets[0].splits):
+        words += ["--prompt", default_prompt(data_sets[0].splits)]
+    for name in ("mask_orientation", "mask_threshold"):
+        if getattr(args, name) is not None:
+            words += [flag_of(name), str(getattr(args, name))]
+    return shlex.join([*words, *group_option(args)])
+
+
+def default_model(data_set: DataSet) -> str:
+    """Return a model that suits a data set: for volumes, texts or class maps."""
+    if data_set.has_volumes:
+        return "swin_unetr3d"
+    has_texts = any(any(counter) for counter in data_set.texts.values())
+    is_binary = len(data_set.classes()) == 1
+    return "clipseg" if has_texts and is_binary else "segformer"
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+def check_data_set(root: Path, args, tokenizers: dict, findings: Findings) -> DataSet:
+    """Check one data set and print what it holds."""
+    if layouts.has_volumes(root):
+        data_set = check_volumes(root, args, findings)
+    else:
+        data_set = check_images(root, args, tokenizers, findings)
+
+    source = published_split(root)
+    check_patients(data_set.splits, source is not None, findings)
+    if source is not None:
+        data_set.rows.insert(len(data_set.splits), ("split from", " ".join(source.split())))
+    print(check_findings.printable(str(root)))
+    for heading, text in data_set.rows:
+        print(check_findings.printable(f"  {heading:13} {text}"))
+    return data_set
+
+
+def check_between(data_sets: list[DataSet], findings: Findings) -> None:
+    """Add findings about images that two splits share, in one data set or in two."""
+    images = []
+    published = set()
+    for data_set in data_sets:
+        images += data_set.images
+        if published_split(data_set.root) is not None:
+            published.add(data_set.root.resolve())
+    reported = check_overlap(images, published, findings)
+    check_near(images, reported, findings)
 
 
 def check(args):
     """Read whole data sets of images or volumes and report what is wrong with them.
 
-    Nothing is written. The exit status is 1 if problems were found.
+    Errors make training fail or its scores dishonest; warnings are worth a look. The exit status is
+    1 if there are errors. Nothing is written.
     """
     refuse_misuse(args)
-    findings = defaultdict(list)
-    seen = []
+    findings = Findings()
     tokenizers = tokenizers_of(args.model)
+    data_sets = []
     for root in args.data:
-        if layouts.has_volumes(root):
-            seen += check_volumes(root, args, findings)
-        else:
-            seen += check_images(root, args, tokenizers, findings)
-    reported = check_overlap(seen, findings)
-    check_near(seen, reported, findings)
+        data_sets.append(check_data_set(root, args, tokenizers, findings))
+    check_between(data_sets, findings)
+    check_training_splits(data_sets, findings)
+    for line in check_findings.describe_findings(findings):
+        print(check_findings.printable(line))
 
-    show_findings(findings)
-    return 1 if any(findings.values()) else 0
+    next_step = describe_next_step(args, data_sets, findings)
+    print(f"next: {check_findings.printable(next_step)}")
+    has_errors = findings.count(ERROR) or (args.strict and findings.count(WARNING))
+    return 1 if has_errors else 0
 
 
 def options(command):
@@ -62,8 +182,8 @@ def options(command):
     )
     add("--mask-orientation", choices=image_files.ORIENTATIONS, help=help)
     help = (
-        "also count the prompts that are too long for this model and are cut: cris, clipseg, "
-        "biomedclipseg (default: do not count them)"
+        "also show how many tokens this model makes of the prompts, and which it cuts: cris, "
+        "clipseg, biomedclipseg (default: do not count them)"
     )
     add("--model", metavar="NAME", help=help)
     add("--mask-threshold", type=GREY_LEVEL, metavar="N", help=MASK_THRESHOLD)
@@ -73,3 +193,4 @@ def options(command):
         "annotation files)"
     )
     add("--group-regex", metavar="REGEX", help=help)
+    add("--strict", action="store_true", help="exit with status 1 for warnings, too")

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from itertools import chain
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -19,13 +20,15 @@ from tqdm import tqdm
 import data
 from imaging import image_files, layouts
 from preparation.check_classes import (
+    DataSet,
     check_classes,
     check_foreground,
+    count_maps_with_class,
     describe_shares,
     describe_splits,
 )
-from preparation.check_findings import add_error, show, width_by_height
-from preparation.check_leaks import check_patients, digest_of, thumbnail_details, unique_images
+from preparation.check_findings import TURNED, Findings, width_by_height
+from preparation.check_leaks import digest_of, split_images, thumbnail_details
 from preparation.check_prompts import check_prompt_types, check_tokens, compare_with_prompts
 
 SPLIT_ORDER = ("train", "val", "valid", "test")
@@ -134,7 +137,10 @@ def read_splits(root, group_regex, findings):
             kind = "entries listed twice" if is_repeated else "files that are no images"
             findings[kind].append(line)
         if not splits[split]:
-            findings["splits without entries"].append(f"{paths[split]}: has no entries")
+            kind = "splits without entries"
+            if split == "train":
+                kind = "training split without entries"
+            findings[kind].append(f"{paths[split]}: has no entries")
     return splits
 
 
@@ -150,7 +156,7 @@ def read_files(read, jobs, title, findings):
         pairs = zip(jobs, results, strict=True)
         for path, facts in tqdm(pairs, title, total=len(jobs), disable=None, leave=False):
             if isinstance(facts, Exception):
-                add_error(facts, findings)
+                findings.add_unusable(facts)
             else:
                 facts_by_path[path] = facts
     return facts_by_path
@@ -251,25 +257,25 @@ def check_pixels(images, masks, findings):
             line = f"{path}: its EXIF data is damaged, so that it is read as stored, not turned"
             findings["images with damaged EXIF data"].append(line)
 
-    kind = "masks turned like their images, though they may be upright (see --mask-orientation)"
     for path, facts in masks.items():
         if facts.is_turned:
             line = f"{path}: has no EXIF tag and its image's orientation does not change the size"
-            findings[kind].append(line)
+            findings[TURNED].append(line)
 
 
-def check_masks(root, splits, masks, findings, threshold=None):
-    """Check what masks hold. Return foreground shares {(split, name): share} and the rule's words.
+def check_masks(data_set, splits, masks, threshold, findings):
+    """Check what masks hold; put shares and thresholds into the data set.
 
-    The rule by which masks are read is that of training, data.mask_rule, over all splits together;
-    the shares are {} if there is none. threshold: value of --mask-threshold. Raise ValueError if
-    it has no effect.
+    Return the words of the rule by which masks are read, and the row about classes, if any. The
+    rule is that of training, data.mask_rule, over all splits together. splits: those whose folders
+    are not swapped. threshold: value of --mask-threshold. Raise ValueError if it has no effect.
     """
+    root = data_set.root
     readable = []  # (split, entry)
     for split, entries in splits.items():
         readable += [(split, entry) for entry in entries if entry.mask in masks]
     if not readable:
-        return {}, data.BY_NUMBER
+        return data.BY_NUMBER, []
 
     entries = [entry for _, entry in readable]
     counts = np.stack([masks[entry.mask].counts for entry in entries])  # (n,3,256)
@@ -279,15 +285,15 @@ def check_masks(root, splits, masks, findings, threshold=None):
     for kind, line in decision.errors + decision.notes:
         findings[kind].append(line)
     if decision.errors and decision.rule != data.BY_NUMBER:
-        return {}, "by no rule"
+        return "by no rule", []
 
     values = counts[:, 0]  # (n,256)
     limits = data.mask_thresholds(entries, values, decision.rule).tolist()
-    shares = {}
     presence = defaultdict(list)  # split -> for each of its masks, which classes it holds
     for (split, entry), row, limit in zip(readable, values, limits, strict=True):
         foreground = data.foreground_pixels(entry, row, limit)
-        shares[split, entry.name] = foreground / row.sum()
+        data_set.shares[split, entry.name] = foreground / row.sum()
+        data_set.thresholds[split, entry.name] = limit
         classes = len(entry.classes)
         presence[split].append(row[1:classes] > 0 if classes > 1 else [foreground > 0])
 
@@ -298,9 +304,13 @@ def check_masks(root, splits, masks, findings, threshold=None):
                 kind, line = contradiction
                 findings[kind].append(f"{line} ({split})")
 
-    check_classes(root, layouts.foreground(entries[0].classes), presence, findings)
-    check_foreground(root, shares, findings)
-    return shares, decision.rule
+    names = layouts.foreground(entries[0].classes)
+    check_classes(root, names, presence, findings)
+    check_foreground(root, data_set.shares, findings)
+    rows = []
+    if len(names) > 1:
+        rows.append(("classes", count_maps_with_class(names, presence, "masks")))
+    return decision.rule, rows
 
 
 # --- all of a data set ----------------------------------------------------------------------------
@@ -314,13 +324,8 @@ def modes(facts):
     return ", ".join(f"{mode} {n}" for mode, n in counts)
 
 
-def describe_pictures(splits, images, masks, shares, rule, texts):
-    """Yield (heading, text) about a data set of images.
-
-    images, masks: {path: facts}; shares and rule: see `check_masks`; texts: see
-    `check_prompt_types`.
-    """
-    yield from describe_splits(splits)
+def describe_files(images, masks, rule):
+    """Yield (heading, text) about images and masks, {path: facts}. rule: see `check_masks`."""
     if images:
         sizes = sorted((facts.size for facts in images.values()), key=math.prod)
         ends = f"{width_by_height(sizes[0])} to {width_by_height(sizes[-1])}"
@@ -336,30 +341,33 @@ def describe_pictures(splits, images, masks, shares, rule, texts):
         words = rule.replace(data.GIVEN, "> ")
         yield "masks", f"{len(masks)}, {modes(masks.values())}; {listed}; read {words}"
 
-    yield from describe_shares(splits, shares)
+
+def describe_texts(texts):
+    """Yield (prompt type, text) with the number of its texts and an example."""
     for prompt_type, counter in texts.items():
         example = textwrap.shorten(next(iter(counter), ""), 70)
         noun = "texts" if len(counter) > 1 else "text"
         yield prompt_type, f'{len(counter)} {noun}: "{example}"'
 
 
-def check_images(root, args, tokenizers, findings):
-    """Check a data set of images, print what it holds and return `unique_images` of it."""
+def check_images(root: Path, args, tokenizers: dict, findings: Findings) -> DataSet:
+    """Check a data set of images and return it. tokenizers: see `tokenizers_of`."""
     splits = read_splits(root, args.group_regex, findings)
     for split, entries in splits.items():
         splits[split] = data.with_mask_orientation(entries, args.mask_orientation)
     correct, images = read_pictures(root, splits, findings)
     masks = read_masks(correct, images, findings)
-
     check_sizes(correct, images, masks, findings)
     check_pixels(images, masks, findings)
-    shares, rule = check_masks(root, correct, masks, findings, args.mask_threshold)
-    texts = check_prompt_types(root, splits, shares, findings)
-    check_patients(splits, findings)
 
-    show(str(root))
-    for heading, text in describe_pictures(splits, images, masks, shares, rule, texts):
-        show(f"  {heading:13} {text}")
-    for heading, text in check_tokens(root, args.model, tokenizers, texts, findings):
-        show(f"  {heading:13} {text}")
-    return unique_images(splits, images)
+    data_set = DataSet(root, splits=splits, images=split_images(splits, images))
+    data_set.rows += describe_splits(splits)
+    rule, rows_of_classes = check_masks(data_set, correct, masks, args.mask_threshold, findings)
+    data_set.rows += describe_files(images, masks, rule)
+    data_set.rows += rows_of_classes
+    data_set.rows += describe_shares(splits, data_set.shares)
+
+    data_set.texts = check_prompt_types(root, splits, data_set.shares, findings)
+    data_set.rows += describe_texts(data_set.texts)
+    data_set.rows += check_tokens(root, args.model, tokenizers, data_set.texts, findings)
+    return data_set

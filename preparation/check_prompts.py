@@ -97,7 +97,7 @@ def tokenizers_of(model):
 
 
 def check_tokens(root, model, tokenizers, texts, findings):
-    """Yield (heading, text) about prompts that a model cuts, or that are equal to it.
+    """Yield (heading, text) about the lengths of prompts, and those that a model cuts or mixes up.
 
     texts: see `check_prompt_types`. Prompts that the default recipe cuts are findings as well.
     """
@@ -107,19 +107,52 @@ def check_tokens(root, model, tokenizers, texts, findings):
 
     for recipes, tokenizer in tokenizers.items():
         lines = []
+        is_any_cut = False
         for prompt_type, counter in texts.items():
+            if not counter:
+                continue
+            lines.append((prompt_type, describe_lengths(counter, tokenizer)))
             different = {tuple(tokenizer(text)[0].tolist()) for text in counter}
             if len(different) < len(counter):
                 text = f"{len(counter)} texts, only {len(different)} to the model"
                 lines.append((prompt_type, text))
             cuts = describe_cuts(counter, tokenizer)
             if cuts:
+                is_any_cut = True
                 lines.append((prompt_type, cuts))
             if cuts and "default" in recipes.split(", "):
-                findings[f"prompts that {model} cuts"].append(f"{root}: {prompt_type}, {cuts}")
+                line = f"{root}: {prompt_type}, {cuts} ({model})"
+                findings["prompts that the model cuts"].append(line)
 
         text = f"takes {tokenizer.length} tokens of a prompt (--recipe {recipes})"
-        if not lines:
+        if not is_any_cut:
             text += "; no text is cut"
         yield model, text
         yield from lines
+
+
+def describe_lengths(texts, tokenizer) -> str:
+    """Return "5 to 14 tokens, median 9" of some texts; the marks of start and end count."""
+    lengths = sorted(tokenizer.count(text) for text in texts)
+    median = lengths[len(lengths) // 2]
+    if lengths[0] == lengths[-1]:
+        return f"{median} tokens"
+    return f"{lengths[0]} to {lengths[-1]} tokens, median {median}"
+
+
+def default_prompt(splits: dict[str, list]) -> str | None:
+    """Return the value of --prompt to train with: a type that all entries with texts have.
+
+    None if it is p6, which is the default of train.py, or if there are no texts.
+    """
+    complete = None
+    for entry in chain(*splits.values()):
+        if not texts_of_entry(entry):
+            continue
+        types = {kind for kind, listed in entry.prompts.items() if any(map(str.strip, listed))}
+        complete = types if complete is None else complete & types
+
+    if complete is None or "p6" in complete:
+        return None
+    known = [kind for kind in complete if layouts.is_prompt_type(kind)]
+    return max(known, key=lambda kind: (len(kind), kind), default="random")

@@ -5,19 +5,22 @@ from collections import Counter, defaultdict
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from itertools import chain
+from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from imaging import layouts, nifti, volumes
 from preparation.check_classes import (
+    DataSet,
     check_classes,
     check_foreground,
+    count_maps_with_class,
     describe_shares,
     describe_splits,
 )
-from preparation.check_findings import add_error, show
-from preparation.check_leaks import check_patients, digest_of, unique_images
+from preparation.check_findings import Findings
+from preparation.check_leaks import digest_of, split_images
 
 
 @dataclass
@@ -37,7 +40,7 @@ def volume_facts(entry, findings):
         if "CT" in (entry.modality or "").upper():
             volumes.notice_if_not_hu(entry.image, volumes.hu_facts(image))
     except (ValueError, OSError) as error:
-        add_error(error, findings)
+        findings.add_unusable(error)
 
     try:
         if image is None:  # the label map cannot be compared with it, but it may be damaged too
@@ -45,7 +48,7 @@ def volume_facts(entry, findings):
             return None
         labels = nifti.read_labels(entry.mask, grid, entry.labels, entry.background_numbers)
     except (ValueError, OSError) as error:
-        add_error(error, findings)
+        findings.add_unusable(error)
         return None
 
     counts = np.bincount(labels.ravel(), minlength=256)
@@ -67,7 +70,7 @@ def read_cases(splits, findings):
             with redirect_stdout(io.StringIO()) as printed:
                 facts = volume_facts(entry, findings)
         except MemoryError:
-            add_error(ValueError(f"{entry.image}: does not fit into memory"), findings)
+            findings.add_unusable(ValueError(f"{entry.image}: does not fit into memory"))
             continue
         if facts:
             facts_by_image[entry.image] = facts
@@ -76,45 +79,47 @@ def read_cases(splits, findings):
     return facts_by_image
 
 
-def check_labels(root, splits, facts, findings):
-    """Check what label maps hold.
+def check_labels(data_set, facts, findings):
+    """Check what label maps hold; put the shares of foreground into the data set.
 
-    facts: {image: VolumeFacts}. Return foreground shares {(split, name): share} and {class: number
-    of label maps that hold it}.
+    facts: {image: VolumeFacts}. Return `count_maps_with_class`, "" without a label map.
     """
-    first = next(chain(*splits.values()))
+    first = next(chain(*data_set.splits.values()))
     names = layouts.foreground(first.classes)
     regions = first.regions or [(k,) for k in range(1, len(first.labels))]  # labels of each class
-    shares = {}
     presence = defaultdict(list)  # split -> for each of its label maps, which classes it holds
-    for split, entries in splits.items():
-        for entry in entries:
-            if entry.image not in facts:
-                continue
-            counts = facts[entry.image].counts
-            foreground = counts[1:255].sum()
-            shares[split, entry.name] = foreground / counts.sum()
-            presence[split].append([counts[list(labels)].any() for labels in regions])
-            if counts[255] and not foreground:
-                line = f"{entry.mask}: holds 0 and 255 alone, and 255 does not count ({split})"
-                findings["label maps of 0 and 255 alone"].append(line)
+    void = []  # lines about label maps without a class that hold 255
+    has_void_beside_class = False
+    for split, entry in data_set.entries():
+        if entry.image not in facts:
+            continue
+        counts = facts[entry.image].counts
+        foreground = counts[1:255].sum()
+        data_set.shares[split, entry.name] = foreground / counts.sum()
+        presence[split].append([counts[list(labels)].any() for labels in regions])
+        if counts[255] and foreground:
+            has_void_beside_class = True
+        elif counts[255]:
+            line = f"{entry.mask}: holds 0 and 255 alone, and 255 does not count ({split})"
+            void.append(line)
 
-    if presence:
-        check_classes(root, names, presence, findings)
-        check_foreground(root, shares, findings)
+    # Where other maps hold 255 beside a class, it marks voxels that do not count; else training
+    # takes it for the number of a class and stops.
+    if void and has_void_beside_class:
+        findings["label maps of ignored voxels alone"] += void
+    elif void:
+        findings["label maps of 0 and 255 alone"] += void
+    if not presence:
+        return ""
+    check_classes(data_set.root, names, presence, findings)
+    check_foreground(data_set.root, data_set.shares, findings)
+    return count_maps_with_class(names, presence, "label maps")
 
-    maps_with_class = dict.fromkeys(names, 0)
-    for row in chain(*presence.values()):
-        for name, has_class in zip(names, row, strict=True):
-            maps_with_class[name] += int(has_class)
-    return shares, maps_with_class
 
-
-def describe_cases(splits, facts, shares, maps_with_class):
-    """Yield (heading, text) about a data set of volumes. Arguments are as of `check_labels`."""
-    yield from describe_splits(splits, "volumes")
+def describe_cases(data_set, facts, classes):
+    """Yield (heading, text) about volumes. facts: {image: VolumeFacts}; classes: a text."""
     by_image = {}
-    for entry in chain(*splits.values()):
+    for _, entry in data_set.entries():
         if entry.image in facts:
             by_image[entry.image] = entry
     if not by_image:
@@ -122,11 +127,43 @@ def describe_cases(splits, facts, shares, maps_with_class):
 
     grids = [facts[image].grid for image in by_image]
     yield "volumes", volumes.VolumeSet(list(by_image.values()), grids).describe()
+    yield "grids", describe_grids(grids)
     channels = sorted({fact.channels for fact in facts.values()})
     yield "channels", " or ".join(map(str, channels))
-    listed = ", ".join(f"{name} in {n}" for name, n in maps_with_class.items())
-    yield "classes", f"{listed}, of {len(shares)} label maps"
-    yield from describe_shares(splits, shares, "a volume")
+    yield "label values", describe_values(by_image, facts)
+    yield "classes", classes
+    yield from describe_shares(data_set.splits, data_set.shares, "a volume")
+
+
+def describe_grids(grids):
+    """Return the number of different grids and how the files store the axes: "1; LAS 2, RAS 1"."""
+    import nibabel
+
+    different = set()
+    orientations = Counter()
+    for grid in grids:
+        spacing = tuple(round(side, 3) for side in grid.spacing)
+        different.add((grid.size, spacing))
+        orientations["".join(nibabel.aff2axcodes(grid.affine))] += 1
+
+    listed = ", ".join(f"{codes} {n}" for codes, n in orientations.most_common())
+    return f"{len(different)} of size and spacing; stored {listed}"
+
+
+def describe_values(by_image, facts):
+    """Return the numbers in the label maps that are classes, and 255: "0, 1, 2".
+
+    by_image: {image: entry}. Numbers that are read as background count as 0.
+    """
+    values = set()
+    for image, entry in by_image.items():
+        counts = facts[image].counts
+        for k, number in enumerate(entry.labels):
+            if counts[k]:
+                values.add(number)
+        if counts[255]:
+            values.add(255)
+    return ", ".join(map(str, sorted(values)))
 
 
 def check_channels(facts, findings):
@@ -139,21 +176,19 @@ def check_channels(facts, findings):
             findings["volumes with other channels"].append(line)
 
 
-def check_volumes(root, args, findings):
-    """Check a data set of volumes, print what it holds and return `unique_images` of it."""
+def check_volumes(root: Path, args, findings: Findings) -> DataSet:
+    """Check a data set of volumes and return it."""
     try:
         splits = layouts.read_volumes(root, args.group_regex)
     except (ValueError, OSError) as error:
         findings["splits that cannot be used"].append(str(error))
-        show(str(root))
-        return []
+        return DataSet(root, has_volumes=True)
 
     facts = read_cases(splits, findings)
-    shares, maps_with_class = check_labels(root, splits, facts, findings)
-    check_patients(splits, findings)
+    images = split_images(splits, facts)
+    data_set = DataSet(root, splits=splits, images=images, has_volumes=True)
+    classes = check_labels(data_set, facts, findings)
     check_channels(facts, findings)
-
-    show(str(root))
-    for heading, text in describe_cases(splits, facts, shares, maps_with_class):
-        show(f"  {heading:13} {text}")
-    return unique_images(splits, facts)
+    data_set.rows += describe_splits(splits, "volumes")
+    data_set.rows += describe_cases(data_set, facts, classes)
+    return data_set

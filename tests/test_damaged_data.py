@@ -637,7 +637,7 @@ def complaint(file: Path, whole, readable: bool, command: list, result: tuple) -
         return "lines on stderr"
     if status == 0 and not readable and file.name not in out:
         return "ends with 0 and no word about a file that other readers cannot read"
-    named = err if status == 2 else out[out.rfind("findings: ") :] + err
+    named = err if status == 2 else out[out.rfind("\nerrors: ") :] + err
     if status and file.name not in named and (whole is None or str(whole) not in named):
         return "does not name the file"
     return None
