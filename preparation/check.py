@@ -5,7 +5,7 @@ from pathlib import Path
 
 from engine.ranges import GREY_LEVEL
 from imaging import image_files, layouts
-from preparation import check_findings
+from preparation import check_findings, check_report
 from preparation.check_classes import DataSet, check_training_splits, is_too_small
 from preparation.check_findings import ERROR, KINDS, WARNING, Findings
 from preparation.check_images import check_images
@@ -56,6 +56,10 @@ def refuse_misuse(args) -> None:
         for name in OPTIONS_OF_IMAGES:
             if getattr(args, name) is not None:
                 raise ValueError(f"{flag_of(name)}: has no effect on volumes; remove it")
+    for name in ("report", "html"):
+        path = getattr(args, name)
+        if path is not None and path.exists():
+            raise ValueError(f"{flag_of(name)} {path}: exists already; choose another name")
 
 
 # --- what to do next ------------------------------------------------------------------------------
@@ -130,9 +134,8 @@ def check_data_set(root: Path, args, tokenizers: dict, findings: Findings) -> Da
     check_patients(data_set.splits, source is not None, findings)
     if source is not None:
         data_set.rows.insert(len(data_set.splits), ("split from", " ".join(source.split())))
-    print(check_findings.printable(str(root)))
-    for heading, text in data_set.rows:
-        print(check_findings.printable(f"  {heading:13} {text}"))
+    for line in check_report.describe_data_set(data_set):
+        print(check_findings.printable(line))
     return data_set
 
 
@@ -152,9 +155,10 @@ def check(args):
     """Read whole data sets of images or volumes and report what is wrong with them.
 
     Errors make training fail or its scores dishonest; warnings are worth a look. The exit status is
-    1 if there are errors. Nothing is written.
+    1 if there are errors. Only --report and --html write anything.
     """
     refuse_misuse(args)
+
     findings = Findings()
     tokenizers = tokenizers_of(args.model)
     data_sets = []
@@ -166,6 +170,14 @@ def check(args):
         print(check_findings.printable(line))
 
     next_step = describe_next_step(args, data_sets, findings)
+    if args.report or args.html:
+        report = check_report.make_report(data_sets, findings, next_step)
+        if args.report:
+            check_report.write_folder(args.report, report)
+            print(f"wrote {args.report}")
+        if args.html:
+            check_report.write_page(args.html, report)
+            print(f"wrote {args.html}")
     print(f"next: {check_findings.printable(next_step)}")
     has_errors = findings.count(ERROR) or (args.strict and findings.count(WARNING))
     return 1 if has_errors else 0
@@ -194,3 +206,7 @@ def options(command):
     )
     add("--group-regex", metavar="REGEX", help=help)
     add("--strict", action="store_true", help="exit with status 1 for warnings, too")
+    help = "also write a folder with overlays, a histogram of the targets' sizes and all findings"
+    add("--report", type=Path, metavar="FOLDER", help=help)
+    help = "also write the same as one page in HTML, with its pictures inside"
+    add("--html", type=Path, metavar="FILE", help=help)
