@@ -12,6 +12,7 @@ from preparation.check_images import check_images
 from preparation.check_leaks import check_near, check_overlap, check_patients, published_split
 from preparation.check_prompts import default_prompt, tokenizers_of
 from preparation.check_volumes import check_volumes
+from preparation.fix_splits import fix_splits
 
 MASK_THRESHOLD = (
     "binary masks: pixels above this grey level, 0 to 255, are foreground (default: chosen from "
@@ -19,6 +20,7 @@ MASK_THRESHOLD = (
 )
 READERS = ("cris", "clipseg", "biomedclipseg")  # models that read prompts
 OPTIONS_OF_IMAGES = ("model", "mask_orientation", "mask_threshold")
+OPTIONS_OF_REPORTS = ("model", "mask_orientation", "mask_threshold", "strict", "report", "html")
 
 # --- before anything is read ----------------------------------------------------------------------
 
@@ -56,6 +58,10 @@ def refuse_misuse(args) -> None:
         for name in OPTIONS_OF_IMAGES:
             if getattr(args, name) is not None:
                 raise ValueError(f"{flag_of(name)}: has no effect on volumes; remove it")
+    if args.fix_splits:
+        for name in OPTIONS_OF_REPORTS:
+            if getattr(args, name) not in (None, False):
+                raise ValueError(f"{flag_of(name)}: has no effect with --fix-splits; remove it")
     for name in ("report", "html"):
         path = getattr(args, name)
         if path is not None and path.exists():
@@ -74,6 +80,9 @@ def describe_next_step(args, data_sets: list[DataSet], findings: Findings) -> st
         return train_command(args, data_sets)
 
     first = kinds[0]
+    if first in check_findings.FIXABLE:
+        words = ["python", "prepare.py", "check", *map(str, args.data)]
+        return shlex.join([*words, *group_option(args), "--fix-splits"])
     return f"{KINDS[first].advice}; then run check again"
 
 
@@ -155,9 +164,13 @@ def check(args):
     """Read whole data sets of images or volumes and report what is wrong with them.
 
     Errors make training fail or its scores dishonest; warnings are worth a look. The exit status is
-    1 if there are errors. Only --report and --html write anything.
+    1 if there are errors. Only --report, --html and --fix-splits write anything.
     """
     refuse_misuse(args)
+    if args.fix_splits:
+        for root in args.data:
+            fix_splits(root, args.group_regex)
+        return 0
 
     findings = Findings()
     tokenizers = tokenizers_of(args.model)
@@ -210,3 +223,8 @@ def options(command):
     add("--report", type=Path, metavar="FOLDER", help=help)
     help = "also write the same as one page in HTML, with its pictures inside"
     add("--html", type=Path, metavar="FILE", help=help)
+    help = (
+        "instead of checking, remove from anns/train.json (and val) the entries whose image or "
+        "patient is in test or val; the former file stays as train.json.before"
+    )
+    add("--fix-splits", action="store_true", help=help)

@@ -25,7 +25,7 @@ SHARED_PATIENTS = "patients in several splits"
 PUBLISHED_IMAGES = "images that a published split has in several splits"
 PUBLISHED_PATIENTS = "patients that a published split has in several splits"
 FIXABLE = (SHARED_IMAGES, SHARED_NAMES, SHARED_PATIENTS, PUBLISHED_IMAGES, PUBLISHED_PATIENTS)
-REMOVE_SHARED = "remove them from train (and val)"
+REMOVE_SHARED = "remove them from train (and val): --fix-splits does it, or names the files"
 
 # All kinds of findings, in the order in which they are printed.
 KINDS = {
