@@ -66,6 +66,8 @@ def refuse_misuse(args) -> None:
         path = getattr(args, name)
         if path is not None and path.exists():
             raise ValueError(f"{flag_of(name)} {path}: exists already; choose another name")
+    if args.html is not None and args.html == args.report:
+        raise ValueError(f"--html {args.html}: is also the folder of --report; choose another name")
 
 
 # --- what to do next ------------------------------------------------------------------------------

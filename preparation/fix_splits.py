@@ -101,9 +101,13 @@ def describe_moves(root: Path, splits: dict[str, list], removals: Removals) -> s
             if entry.name in removals.get(split, {}):
                 file = entry.image.relative_to(entry.root).as_posix()
                 files.append(f"{file} ({split})")
-    place = "dataset.json" if layouts.has_volumes(root) else "folders"
+    place = "in folders"
+    if layouts.has_volumes(root):
+        place = "in dataset.json"
+    elif layouts.is_undivided(root):
+        place = "drawn at random"
     return (
-        f"{root}: --fix-splits edits anns/*.json, but the splits of this data set are in {place}; "
+        f"{root}: --fix-splits edits anns/*.json, but the splits of this data set are {place}; "
         f"move or remove these images with their masks: {', '.join(files)}"
     )
 

@@ -9,6 +9,7 @@ import re
 import shlex
 import shutil
 
+import nibabel
 import numpy as np
 import pytest
 from conftest import ROOT, command, contents
@@ -53,6 +54,26 @@ def write_set(root, splits, **prompts):
             item = {"img_name": f"{name}.png", "mask_name": f"{name}.png", "prompts": prompts}
             items.append(item | {"group": patient, "bbox": [1, 2, 3, 4]})
         (root / "anns" / f"{split}.json").write_text(json.dumps(items))
+    return root
+
+
+def write_scans(root, **lists):
+    """Write volumes (20,18,16) of two organs, turned to LPS. lists: of dataset.json, numbers."""
+    about = {"labels": {"0": "background", "1": "liver", "2": "spleen"}}
+    for key, numbers in lists.items():
+        about[key] = []
+        for k in numbers:
+            labels = np.zeros((20, 18, 16), np.uint8)
+            labels[4:12, 4:12, 4:12] = 1
+            labels[12:15, 4:12, 4:12] = 2
+            noise = np.random.default_rng(k).integers(-99, 99, labels.shape, dtype=np.int16)
+            for folder, voxels in (("imagesTr", noise + 200 * labels), ("labelsTr", labels)):
+                (root / folder).mkdir(parents=True, exist_ok=True)
+                image = nibabel.Nifti1Image(voxels, np.diag([-3.0, -3, 4, 1]))
+                nibabel.save(image, root / folder / f"c{k}.nii.gz")
+            item = {"image": f"imagesTr/c{k}.nii.gz", "label": f"labelsTr/c{k}.nii.gz"}
+            about[key].append(item)
+    (root / "dataset.json").write_text(json.dumps(about))
     return root
 
 
@@ -245,6 +266,22 @@ def test_splits_in_folders_are_fixed_by_hand(tmp_path, check):
     )
 
 
+def test_splits_that_are_drawn_or_listed_are_fixed_by_hand(tmp_path, check):
+    root = tmp_path / "set"
+    rng = np.random.default_rng(0)
+    for k in range(10):
+        write_pair(root, f"i{k}", rng)
+    (copied,) = [entry.image for entry in layouts.read_entries(root, "test")]
+    shutil.copy(copied, layouts.read_entries(root, "train")[0].image)
+    error = refused(check, root, "--fix-splits")
+    assert "are drawn at random; move or remove" in error and error.count(".png (train)") == 1
+
+    root = write_scans(tmp_path / "scans", test=(0,), training=(1, 0))
+    error = refused(check, root, "--fix-splits")
+    assert error.endswith("are in dataset.json; move or remove these images with their masks: "
+                          "imagesTr/c0.nii.gz (train)\n")  # fmt: skip
+
+
 def test_options_without_effect_on_a_fix_are_refused(leaking, check, tmp_path):
     for words in (["--strict"], ["--model", "cris"], ["--html", tmp_path / "x.html"]):
         error = refused(check, leaking, "--fix-splits", *words)
@@ -273,6 +310,10 @@ def test_a_published_split_excuses_its_own_data_set_alone(leaking, tmp_path, che
     shutil.copy(leaking / "images/alone.png", other / "images/x.png")
     status, text, _ = check(leaking, other)
     assert status == 1 and "images shared by data sets" in kinds(text)
+    other = write_set(tmp_path / "third", {"train": {"y": 1, "z": 3}, "test": {"x": 2}})
+    shutil.copy(other / "images/y.png", other / "images/x.png")
+    status, text, _ = check(leaking, other)
+    assert status == 1 and "  images in several splits: 1\n" in text
     (leaking / "source.json").write_text('{"url": "https://example.org"}')
     assert "images in several splits" in kinds(check(leaking)[1])
 
@@ -464,6 +505,14 @@ def test_a_page_is_complete_and_names_are_text(many, check, tmp_path):
     assert last in words
 
 
+def test_both_reports_need_names_of_their_own(many, check, tmp_path):
+    out = tmp_path / "out"
+    error = refused(check, many, "--report", out, "--html", out)
+    assert f"--html {out}: is also the folder of --report; choose another name" in error
+    assert check(many, "--report", out, "--html", out / "page.html")[0] == 1
+    assert {"report.txt", "page.html"} < {*contents(out)}
+
+
 def test_a_nasty_name_is_escaped_in_findings(many, check, tmp_path):
     (many / "anns/lost.json").unlink()
     mask = many / "masks" / f"{NASTY}.png"
@@ -497,24 +546,7 @@ def test_a_report_of_unreadable_data_is_written(tmp_path, check):
 
 
 def test_volumes_are_drawn(tmp_path, check):
-    import nibabel
-
-    root = tmp_path / "scans"
-    cases = []
-    for k in range(2):
-        rng = np.random.default_rng(k)
-        labels = np.zeros((20, 18, 16), np.uint8)
-        labels[4:12, 4:12, 4:12] = 1
-        labels[12:15, 4:12, 4:12] = 2
-        image = rng.integers(-99, 99, labels.shape, dtype=np.int16) + 200 * labels
-        for folder, voxels in (("imagesTr", image), ("labelsTr", labels)):
-            (root / folder).mkdir(parents=True, exist_ok=True)
-            flipped = np.diag([-3.0, -3, 4, 1])
-            nibabel.save(nibabel.Nifti1Image(voxels, flipped), root / folder / f"c{k}.nii.gz")
-        cases.append({"image": f"imagesTr/c{k}.nii.gz", "label": f"labelsTr/c{k}.nii.gz"})
-    about = {"labels": {"0": "background", "1": "liver", "2": "spleen"}, "training": cases}
-    (root / "dataset.json").write_text(json.dumps(about))
-
+    root = write_scans(tmp_path / "scans", training=(0, 1))
     status, text, _ = check(root, "--report", tmp_path / "out")
     assert status == 0 and "  grids         1 of size and spacing; stored LPS 2\n" in text
     assert "  label values  0, 1, 2\n" in text
