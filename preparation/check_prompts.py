@@ -105,13 +105,15 @@ def check_tokens(root, model, tokenizers, texts, findings):
         return
     from recipes.images import describe_cuts  # here, as importing every model takes a second
 
+    first = next(iter(tokenizers.values()))  # the others differ in the length that they cut at
     for recipes, tokenizer in tokenizers.items():
         lines = []
         is_any_cut = False
         for prompt_type, counter in texts.items():
             if not counter:
                 continue
-            lines.append((prompt_type, describe_lengths(counter, tokenizer)))
+            if tokenizer is first:
+                lines.append((prompt_type, describe_lengths(counter, tokenizer)))
             different = {tuple(tokenizer(text)[0].tolist()) for text in counter}
             if len(different) < len(counter):
                 text = f"{len(counter)} texts, only {len(different)} to the model"

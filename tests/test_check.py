@@ -571,6 +571,8 @@ def test_token_lengths_are_shown(tmp_path, check):
     assert ["p0", "2 tokens"] in lines and ["p1", "3 tokens"] in lines
     assert ["p2", "3 to 82 tokens, median 6"] in lines
     assert "p2            1 of 3 texts are cut" in text
+    text = check(root, "--model", "cris")[1]  # cuts at 77 tokens, or at 17
+    assert text.count("1 of 3 texts are cut") == 3 and text.count("3 to 82 tokens") == 1
 
 
 # --- near-duplicates -----------------------------------------------------------------------------
