@@ -60,7 +60,8 @@ def refuse_misuse(args) -> None:
                 raise ValueError(f"{flag_of(name)}: has no effect on volumes; remove it")
     if args.fix_splits:
         for name in OPTIONS_OF_REPORTS:
-            if getattr(args, name) not in (None, False):
+            value = getattr(args, name)
+            if value is not None and value is not False:  # 0 is a threshold
                 raise ValueError(f"{flag_of(name)}: has no effect with --fix-splits; remove it")
     for name in ("report", "html"):
         path = getattr(args, name)

@@ -14,6 +14,7 @@ from preparation.check_prompts import texts_of_entry
 
 MOST_FOREGROUND = 0.6  # share of all pixels of a split; above it, masks are probably inverted
 
+Splits = dict[str, list[Entry]]
 Shares = dict[tuple[str, str], float]  # (split, name of the entry) -> share of its foreground
 
 
@@ -23,7 +24,7 @@ class DataSet:
 
     root: Path
     rows: list[tuple[str, str]] = field(default_factory=list)  # heading, text: what is printed
-    splits: dict[str, list[Entry]] = field(default_factory=dict)  # those that can be used
+    splits: Splits = field(default_factory=dict)  # those that can be used
     images: list[SplitImage] = field(default_factory=list)  # those that can be read
     shares: Shares = field(default_factory=dict)
     thresholds: dict[tuple[str, str], int] = field(default_factory=dict)  # data.mask_thresholds
@@ -120,7 +121,7 @@ def count_maps_with_class(names, presence: dict[str, list], noun: str) -> str:
     return f"{listed}, of {total} {noun}"
 
 
-def describe_splits(splits: dict[str, list], noun: str = "images") -> Iterator[tuple[str, str]]:
+def describe_splits(splits: Splits, noun: str = "images") -> Iterator[tuple[str, str]]:
     """Yield (split, text) with the number of its entries, images and, if known, patients."""
     earlier = {}  # split -> its images
     for split, entries in splits.items():
@@ -137,7 +138,7 @@ def describe_splits(splits: dict[str, list], noun: str = "images") -> Iterator[t
 
 
 def describe_shares(
-    splits: dict[str, list], shares: Shares, noun: str = "an image"
+    splits: Splits, shares: Shares, noun: str = "an image"
 ) -> Iterator[tuple[str, str]]:
     """Yield (heading, text) about the shares of foreground."""
     if not shares:

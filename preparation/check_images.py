@@ -7,6 +7,7 @@ import io
 import math
 import textwrap
 from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -19,8 +20,10 @@ from tqdm import tqdm
 
 import data
 from imaging import image_files, layouts
+from imaging.layouts import Entry
 from preparation.check_classes import (
     DataSet,
+    Splits,
     check_classes,
     check_foreground,
     count_maps_with_class,
@@ -65,13 +68,13 @@ class MaskFacts:
 # --- single image files ---------------------------------------------------------------------------
 
 
-def main_levels(grey):
+def main_levels(grey: Image.Image) -> int:
     """Return how many grey levels 99 % of an image's pixels have, the most frequent ones first."""
     counts = np.sort(grey.histogram())[::-1]
     return int(np.searchsorted(counts.cumsum(), 0.99 * counts.sum())) + 1
 
 
-def image_facts(path):
+def image_facts(path: Path) -> ImageFacts | Exception:
     """Return the ImageFacts of a file, or the error that says why it cannot be read."""
     try:
         pixels, has_non_finite = image_files.load_image(path)
@@ -91,7 +94,7 @@ def image_facts(path):
         return ValueError(f"{path}: does not fit into memory")
 
 
-def mask_facts(entry, image):
+def mask_facts(entry: Entry, image: ImageFacts | None) -> MaskFacts | Exception:
     """Return the MaskFacts of an entry's mask, or the error that says why it cannot be read.
 
     image: the ImageFacts of the entry's image, None if it cannot be read.
@@ -112,13 +115,13 @@ def mask_facts(entry, image):
 # --- reading a data set of images -----------------------------------------------------------------
 
 
-def split_order(split):
+def split_order(split: str) -> tuple[int, str]:
     """Return a sort key: train, val and test come first, other splits follow by name."""
     position = SPLIT_ORDER.index(split) if split in SPLIT_ORDER else len(SPLIT_ORDER)
     return position, split
 
 
-def read_splits(root, group_regex, findings):
+def read_splits(root: Path, group_regex: str | None, findings: Findings) -> Splits:
     """Return {split: its entries} of a data set; splits that cannot be used are findings."""
     paths = layouts.find_splits(root)
     splits = {}
@@ -144,7 +147,7 @@ def read_splits(root, group_regex, findings):
     return splits
 
 
-def read_files(read, jobs, title, findings):
+def read_files(read: Callable, jobs: dict[Path, tuple], title: str, findings: Findings) -> dict:
     """Call read(*arguments) for each path of jobs, {path: arguments}, in threads.
 
     Return {path: facts}; a path for which `read` returns an error is a finding instead. title: of
@@ -162,13 +165,13 @@ def read_files(read, jobs, title, findings):
     return facts_by_path
 
 
-def read_images(splits, findings):
+def read_images(splits: Splits, findings: Findings) -> dict[Path, ImageFacts]:
     """Return {path: ImageFacts} of the images that can be read; the others are findings."""
     jobs = {entry.image: (entry.image,) for entry in chain(*splits.values())}
     return read_files(image_facts, jobs, "images", findings)
 
 
-def read_masks(splits, images, findings):
+def read_masks(splits: Splits, images: dict, findings: Findings) -> dict[Path, MaskFacts]:
     """Return {path: MaskFacts} of the masks that can be read; the others are findings."""
     jobs = {}
     for entry in chain(*splits.values()):
@@ -176,7 +179,7 @@ def read_masks(splits, images, findings):
     return read_files(mask_facts, jobs, "masks", findings)
 
 
-def are_names_swapped(entries):
+def are_names_swapped(entries: list[Entry]) -> bool:
     """Return True if most images lie in the folder of masks, by their names, and masks in theirs.
 
     Their endings differ, so the files seem to be missing where they are expected.
@@ -190,7 +193,7 @@ def are_names_swapped(entries):
     return swapped > len(entries) / 2
 
 
-def are_contents_swapped(entries, images):
+def are_contents_swapped(entries: list[Entry], images: dict[Path, ImageFacts]) -> bool:
     """Return True if images have as few grey levels as masks, and their masks as many as images."""
     levels = [images[entry.image].levels for entry in entries if entry.image in images]
     if not levels or np.median(levels) > LEVELS_OF_MASKS:
@@ -204,7 +207,7 @@ def are_contents_swapped(entries, images):
     return bool(levels) and np.median(levels) >= LEVELS_OF_IMAGES
 
 
-def read_pictures(root, splits, findings):
+def read_pictures(root: Path, splits: Splits, findings: Findings) -> tuple[Splits, dict]:
     """Return the splits whose images and masks are not swapped, and {path: ImageFacts}.
 
     A swap is the only finding about the masks of a split: all others would follow from it.
@@ -235,7 +238,7 @@ def read_pictures(root, splits, findings):
 # --- images and masks -----------------------------------------------------------------------------
 
 
-def check_sizes(splits, images, masks, findings):
+def check_sizes(splits: Splits, images: dict, masks: dict, findings: Findings) -> None:
     """Add a finding for each mask that does not have the size of its image."""
     for split, entries in splits.items():
         for entry in entries:
@@ -247,7 +250,7 @@ def check_sizes(splits, images, masks, findings):
                 findings["masks and images of different sizes"].append(line)
 
 
-def check_pixels(images, masks, findings):
+def check_pixels(images: dict, masks: dict, findings: Findings) -> None:
     """Add findings for images with NaN or damaged EXIF data, and for masks turned on a guess."""
     for path, facts in images.items():
         if facts.has_non_finite:
@@ -263,7 +266,9 @@ def check_pixels(images, masks, findings):
             findings[TURNED].append(line)
 
 
-def check_masks(data_set, splits, masks, threshold, findings):
+def check_masks(
+    data_set: DataSet, splits: Splits, masks: dict, threshold: int | None, findings: Findings
+) -> tuple[str, list]:
     """Check what masks hold; put shares and thresholds into the data set.
 
     Return the words of the rule by which masks are read, and the row about classes, if any. The
@@ -316,7 +321,7 @@ def check_masks(data_set, splits, masks, threshold, findings):
 # --- all of a data set ----------------------------------------------------------------------------
 
 
-def modes(facts):
+def modes(facts: Iterable) -> str:
     """Return the modes of images or masks and their counts: "RGB", or "RGB 12, L 3" if several."""
     counts = Counter(fact.mode for fact in facts).most_common()
     if len(counts) == 1:
@@ -324,7 +329,7 @@ def modes(facts):
     return ", ".join(f"{mode} {n}" for mode, n in counts)
 
 
-def describe_files(images, masks, rule):
+def describe_files(images: dict, masks: dict, rule: str) -> Iterator[tuple[str, str]]:
     """Yield (heading, text) about images and masks, {path: facts}. rule: see `check_masks`."""
     if images:
         sizes = sorted((facts.size for facts in images.values()), key=math.prod)
@@ -342,7 +347,7 @@ def describe_files(images, masks, rule):
         yield "masks", f"{len(masks)}, {modes(masks.values())}; {listed}; read {words}"
 
 
-def describe_texts(texts):
+def describe_texts(texts: dict[str, Counter]) -> Iterator[tuple[str, str]]:
     """Yield (prompt type, text) with the number of its texts and an example."""
     for prompt_type, counter in texts.items():
         example = textwrap.shorten(next(iter(counter), ""), 70)

@@ -1,19 +1,24 @@
 """Check the text prompts of a data set: their types, and how a model reads them."""
 
 from collections import Counter, defaultdict
+from collections.abc import Iterator
 from itertools import chain
+from pathlib import Path
 
 from imaging import layouts
-from preparation.check_findings import count_and_names
+from imaging.layouts import Entry
+from preparation.check_findings import Findings, count_and_names
 
 
-def texts_of_entry(entry):
+def texts_of_entry(entry: Entry) -> list[str]:
     """Return all texts of an entry that are not empty, as p0 is."""
     texts = chain(*entry.prompts.values())
     return [text for text in texts if text.strip()]
 
 
-def compare_with_prompts(entry, foreground, largest, limit):
+def compare_with_prompts(
+    entry: Entry, foreground: int, largest: int, limit: int
+) -> tuple[str, str] | None:
     """Return a finding (kind, line) if a binary mask contradicts its prompts, else None.
 
     An empty mask contradicts prompts that ask for something, a mask with foreground contradicts a
@@ -40,7 +45,9 @@ def compare_with_prompts(entry, foreground, largest, limit):
     return kind, f"{entry.mask}: no pixel {wanted}, the largest is {largest}"
 
 
-def check_prompt_types(root, splits, shares, findings):
+def check_prompt_types(
+    root: Path, splits: dict[str, list[Entry]], shares: dict, findings: Findings
+) -> dict[str, Counter]:
     """Return {prompt type: Counter of its texts} over all splits, p0 first.
 
     Add findings for types that entries lack and for unknown types. shares: of foreground, {(split,
@@ -76,7 +83,7 @@ def check_prompt_types(root, splits, shares, findings):
     return {prompt_type: texts[prompt_type] for prompt_type in known}
 
 
-def tokenizers_of(model):
+def tokenizers_of(model: str | None) -> dict:
     """Return {recipes: tokenizer} of a model, one for each text length; {} if `model` is None.
 
     Also {} if the model's vocabulary is not available; a line says so. Raise ValueError if the
@@ -96,7 +103,9 @@ def tokenizers_of(model):
         return {}
 
 
-def check_tokens(root, model, tokenizers, texts, findings):
+def check_tokens(
+    root: Path, model: str | None, tokenizers: dict, texts: dict[str, Counter], findings: Findings
+) -> Iterator[tuple[str, str]]:
     """Yield (heading, text) about the lengths of prompts, and those that a model cuts or mixes up.
 
     texts: see `check_prompt_types`. Prompts that the default recipe cuts are findings as well.

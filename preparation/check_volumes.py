@@ -2,6 +2,7 @@
 
 import io
 from collections import Counter, defaultdict
+from collections.abc import Iterator
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from itertools import chain
@@ -11,8 +12,10 @@ import numpy as np
 from tqdm import tqdm
 
 from imaging import layouts, nifti, volumes
+from imaging.layouts import Entry
 from preparation.check_classes import (
     DataSet,
+    Splits,
     check_classes,
     check_foreground,
     count_maps_with_class,
@@ -32,7 +35,7 @@ class VolumeFacts:
     thumbnail: None = None  # only images are compared by thumbnails
 
 
-def volume_facts(entry, findings):
+def volume_facts(entry: Entry, findings: Findings) -> VolumeFacts | None:
     """Return the VolumeFacts of an entry, or None if one of its files cannot be used: a finding."""
     image = None
     try:
@@ -55,7 +58,7 @@ def volume_facts(entry, findings):
     return VolumeFacts(grid, len(image), digest_of(image), counts)
 
 
-def read_cases(splits, findings):
+def read_cases(splits: Splits, findings: Findings) -> dict[Path, VolumeFacts]:
     """Return {image: VolumeFacts} of the cases whose files can be used; the others are findings.
 
     What is printed about files that can be used is a finding as well.
@@ -79,7 +82,7 @@ def read_cases(splits, findings):
     return facts_by_image
 
 
-def check_labels(data_set, facts, findings):
+def check_labels(data_set: DataSet, facts: dict, findings: Findings) -> str:
     """Check what label maps hold; put the shares of foreground into the data set.
 
     facts: {image: VolumeFacts}. Return `count_maps_with_class`, "" without a label map.
@@ -116,7 +119,7 @@ def check_labels(data_set, facts, findings):
     return count_maps_with_class(names, presence, "label maps")
 
 
-def describe_cases(data_set, facts, classes):
+def describe_cases(data_set: DataSet, facts: dict, classes: str) -> Iterator[tuple[str, str]]:
     """Yield (heading, text) about volumes. facts: {image: VolumeFacts}; classes: a text."""
     by_image = {}
     for _, entry in data_set.entries():
@@ -135,7 +138,7 @@ def describe_cases(data_set, facts, classes):
     yield from describe_shares(data_set.splits, data_set.shares, "a volume")
 
 
-def describe_grids(grids):
+def describe_grids(grids: list[nifti.Grid]) -> str:
     """Return the number of different grids and how the files store the axes: "1; LAS 2, RAS 1"."""
     import nibabel
 
@@ -150,7 +153,7 @@ def describe_grids(grids):
     return f"{len(different)} of size and spacing; stored {listed}"
 
 
-def describe_values(by_image, facts):
+def describe_values(by_image: dict[Path, Entry], facts: dict) -> str:
     """Return the numbers in the label maps that are classes, and 255: "0, 1, 2".
 
     by_image: {image: entry}. Numbers that are read as background count as 0.
@@ -166,7 +169,7 @@ def describe_values(by_image, facts):
     return ", ".join(map(str, sorted(values)))
 
 
-def check_channels(facts, findings):
+def check_channels(facts: dict[Path, VolumeFacts], findings: Findings) -> None:
     """Add a finding for each volume with another number of channels than most. {path: facts}."""
     channels = Counter(fact.channels for fact in facts.values())
     for path, fact in facts.items():

@@ -283,7 +283,9 @@ def test_splits_that_are_drawn_or_listed_are_fixed_by_hand(tmp_path, check):
 
 
 def test_options_without_effect_on_a_fix_are_refused(leaking, check, tmp_path):
-    for words in (["--strict"], ["--model", "cris"], ["--html", tmp_path / "x.html"]):
+    page = tmp_path / "x.html"
+    threshold = ["--mask-threshold", "0"]
+    for words in (["--strict"], ["--model", "cris"], ["--html", page], threshold):
         error = refused(check, leaking, "--fix-splits", *words)
         assert f"{words[0]}: has no effect with --fix-splits" in error
 
