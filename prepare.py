@@ -28,8 +28,8 @@
 
     images{Tr,Ts}/NAME.nii.gz  labels{Tr,Ts}/NAME.nii.gz  dataset.json, which lists the splits
 
-`check` reads all of these and writes nothing. Exit status: 0 if all is well, 1 if `check` found
-problems, 2 if the command could not run (one line on stderr says why).
+`check` reads all of these. Exit status: 0 if all is well, 1 if `check` found errors, 2 if the
+command could not run (one line on stderr says why).
 
 `python prepare.py COMMAND --help` explains a command and its options.
 """

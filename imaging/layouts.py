@@ -530,9 +530,7 @@ def _parse_entry(root: Path, split: str, item: dict, group_regex: str | None) ->
     if label is not None and not (type(label) is int and 0 <= label < 255):
         raise TypeError(f"label {label!r} of {mask} is not a whole number from 0 to 254")
 
-    name = os.path.splitext(mask)[0]
-    if label is not None:
-        name += f"-{label}"
+    name = entry_name(mask, label)
     image_file = _find_in_split(root, "images", image, split)
     mask_file = _find_in_split(root, "masks", mask, split)
     prompts = _parse_prompts(item["prompts"])
@@ -543,6 +541,12 @@ def _parse_entry(root: Path, split: str, item: dict, group_regex: str | None) ->
             raise TypeError(f"group {group!r} of {mask} is neither a text nor a whole number")
         group = str(group)
     return Entry(name, image_file, mask_file, prompts, root, label, group)
+
+
+def entry_name(mask: str, label: int | None) -> str:
+    """Return the name of an entry, from `mask_name` and `label` in its annotation file."""
+    name = os.path.splitext(mask)[0]
+    return name if label is None else f"{name}-{label}"
 
 
 def _find_in_split(root: Path, folder: str, name: str, split: str) -> Path:

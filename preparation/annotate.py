@@ -30,7 +30,7 @@ from engine.ranges import GREY_LEVEL
 from imaging import atomic_files, image_files, layouts, pictures
 from imaging.files import read_json
 from preparation import mask_words
-from preparation.check import MASK_THRESHOLD, split_order
+from preparation.check_images import MASK_THRESHOLD, split_order
 from preparation.demo import png
 from preparation.volume_sets import link
 

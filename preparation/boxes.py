@@ -13,7 +13,8 @@ import data
 from engine import tables
 from engine.ranges import GREY_LEVEL, POSITIVE
 from imaging import atomic_files, boxes_and_points, image_files, layouts
-from preparation.check import MASK_THRESHOLD, width_by_height
+from preparation.check_findings import width_by_height
+from preparation.check_images import MASK_THRESHOLD
 
 
 @dataclass(frozen=True)

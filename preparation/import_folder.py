@@ -21,7 +21,7 @@ from tqdm import tqdm
 from engine.ranges import GREY_LEVEL
 from imaging import atomic_files, image_files, layouts, pictures
 from imaging.files import read_text
-from preparation.check import MASK_THRESHOLD
+from preparation.check_images import MASK_THRESHOLD
 from preparation.readings import Case, Format, ImageReading, Object, Reading, VolumeReading
 
 FORMATS: tuple[Format, ...] = ()

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from engine.ranges import SEED
 from imaging import atomic_files, image_files, pictures
 from preparation import volume_sets
-from preparation.check import count_and_names, width_by_height
+from preparation.check_findings import count_and_names, width_by_height
 from preparation.demo import png
 
 # Class indices as in the LearnOpenCV tutorial on this data; 0 is the background.

@@ -3,7 +3,7 @@
 Seeded mutants are made of each kind of file: bits flipped, ranges cut, zeroed or repeated, values
 of JSON replaced. Every program that reads the file must
 
-- end in time, with the exit status 0, 1 (check: findings) or 2 (refused);
+- end in time, with the exit status 0, 1 (check: errors) or 2 (refused);
 - print one line on stderr, "error: …", if the status is 2, else nothing;
 - name the file, or the data set or run that it belongs to, if the status is not 0;
 - not end with 0 without naming it if another reader cannot read the file (REFERENCE).
@@ -637,7 +637,7 @@ def complaint(file: Path, whole, readable: bool, command: list, result: tuple) -
         return "lines on stderr"
     if status == 0 and not readable and file.name not in out:
         return "ends with 0 and no word about a file that other readers cannot read"
-    named = err if status == 2 else out[out.rfind("findings: ") :] + err
+    named = err if status == 2 else out[out.rfind("\nerrors: ") :] + err
     if status and file.name not in named and (whole is None or str(whole) not in named):
         return "does not name the file"
     return None

@@ -22,7 +22,10 @@ import prepare
 from engine import command_line
 from imaging import atomic_files, layouts
 from preparation import demo as demo_set
-from preparation.check import NEAR, NEAR_KIND, image_facts
+from preparation.check_findings import KINDS
+from preparation.check_findings import NEAR as NEAR_KIND
+from preparation.check_images import image_facts
+from preparation.check_leaks import NEAR
 from preparation.demo import demo_files, draw_blobs
 
 IMAGES, SIZE = 300, 96
@@ -439,14 +442,48 @@ def copy(good, tmp_path):
 
 
 def check(capsys, *roots, model=None):
-    """Exit status and printed text of `check`, which must leave every file as it was."""
+    """Exit status and printed text of `check`, which must leave every file as it was.
+
+    The status must be 1 if and only if there are errors.
+    """
     folders = [root for root in roots if isinstance(root, Path)]
     before = [stamps(root) for root in folders]
     capsys.readouterr()
     options = ["--model", model] if model else []
     status = prepare.main(["check", *map(str, roots), *options])
     assert [stamps(root) for root in folders] == before
-    return status, capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert status == int(bool(findings_of(text, "errors")))
+    return status, text
+
+
+SECTION = r"(?m)^(errors|warnings): (none|\d+)$\n((?:^ .*\n)*)"
+
+
+def sections_of(text):
+    """{"errors": (number, its lines), "warnings": ...} of what `check` prints."""
+    found = {}
+    for level, number, lines in re.findall(SECTION, text):
+        found[level] = 0 if number == "none" else int(number), lines.splitlines()
+    return found
+
+
+def findings_of(text, *levels):
+    """{kind: number} of the printed findings, of some levels or of all."""
+    sections = sections_of(text)
+    assert list(sections) == ["errors", "warnings"]
+    counts = {}
+    for level in levels or sections:
+        total, lines = sections[level]
+        kinds = [line.strip().rpartition(": ") for line in lines if re.match("  [^ ]", line)]
+        of_level = {kind: int(n) for kind, _, n in kinds}
+        assert sum(of_level.values()) == total
+        assert all(KINDS[kind].level == level for kind in of_level)
+        counts |= of_level
+    return counts
+
+
+CLEAN = "\nerrors: none\nwarnings: none\nnext: python train.py --model {} --data {}\n"
 
 
 def edit(root, split, change):
@@ -463,8 +500,8 @@ def change_masks(root, change, names="*.png"):
 
 def test_good_set(good, capsys):
     status, text = check(capsys, good)
-    assert status == 0 and text.endswith("findings: none\n")
-    lines = dict(line.split(maxsplit=1) for line in text.splitlines()[1:-1])
+    assert status == 0 and text.endswith(CLEAN.format("clipseg", good))
+    lines = dict(line.split(maxsplit=1) for line in text.splitlines()[1:-3])
     assert lines["train"] == "18 entries, 18 images"
     assert lines["other_blob"] == "10 entries, 10 images, all of them in test"
     assert lines["images"] == "30, RGB; 64x64 to 64x64, median 64x64"
@@ -577,34 +614,57 @@ def mixed_rules(root):
     return "/set: 2 masks hold 0 and 1 (00018.png), others go up to 255; each file is read by"
 
 
-DEFECTS = [
-    *(truncated_image, truncated_mask, missing_mask, missing_image, size_mismatch, empty_mask),
-    *(denied_mask, same_picture, same_file, same_stem, near_name, missing_type, empty_list),
-    *(unknown_type, not_json, no_list, name_twice, entry_twice, mixed_rules),
-]
+DEFECTS = {  # -> kind of the only finding
+    truncated_image: "files that cannot be used",
+    truncated_mask: "files that cannot be used",
+    missing_mask: "missing files",
+    missing_image: "missing files",
+    size_mismatch: "masks and images of different sizes",
+    empty_mask: "empty masks whose prompts ask for something",
+    denied_mask: "prompts that deny what the mask shows",
+    same_picture: "images in several splits",
+    same_file: "images in several splits",
+    same_stem: "images in several splits",
+    near_name: "images named alike in several splits",
+    missing_type: "prompt types that entries lack",
+    empty_list: "prompt types that entries lack",
+    unknown_type: "unknown prompt types",
+    not_json: "splits that cannot be used",
+    no_list: "splits that cannot be used",
+    name_twice: "splits that cannot be used",
+    entry_twice: "entries listed twice",
+    mixed_rules: "masks of two ranges",
+}
+WARNINGS = {empty_mask, denied_mask, missing_type, empty_list, unknown_type, entry_twice}
+WARNINGS |= {mixed_rules}
 
 
 @pytest.mark.parametrize("defect", DEFECTS, ids=lambda defect: defect.__name__)
 def test_every_defect_is_found(copy, capsys, defect):
     expected = defect(copy)
     status, text = check(capsys, copy)
-    findings = text[text.index("findings: ") :].splitlines()
-    assert status == 1 and findings[0] == "findings: 1"
-    assert len(findings) == 3 and expected in findings[2], findings
+    kind = DEFECTS[defect]
+    level = "warnings" if defect in WARNINGS else "errors"
+    assert findings_of(text) == findings_of(text, level) == {kind: 1}
+    _, lines = sections_of(text)[level]
+    assert lines[0] == f"  {kind}: 1" and expected in lines[1]
+    assert lines[2] == f"    -> {KINDS[kind].advice}" and len(lines) == 3
+    assert status == (level == "errors")
+    assert prepare.main(["check", str(copy), "--strict"]) == 1
 
 
 def test_a_type_without_any_text(copy, capsys):
     for path in (copy / "anns").iterdir():
         edit(copy, path.stem, lambda e: [entry["prompts"].update(p7=[]) for entry in e])
     status, text = check(capsys, copy)
-    assert status == 1 and "findings: 5" in text
+    assert findings_of(text) == {"prompt types that entries lack": 5}
     assert "anns/train.json: p7 is missing in 18 (00000, 00001, 00002, 00003, 00004, ...)" in text
 
 
 def test_all_masks_missing_stays_short(copy, capsys):
     shutil.rmtree(copy / "masks")
     status, text = check(capsys, copy)
-    assert status == 1 and "findings: 40" in text and "and 30 more" in text
+    assert findings_of(text) == {"missing files": 40} and "and 30 more" in text
     assert text.count("/masks/0") == 10
 
 
@@ -656,10 +716,8 @@ def test_class_map_with_labels(copy, capsys):
     assert check(capsys, copy)[0] == 0
     edit(copy, "other_blob", lambda e: e[0].update(label=3))
     status, text = check(capsys, copy)
-    assert (
-        status == 1
-        and f"{test[0]['mask_name']}: no pixel == 3, the largest is 2 (other_blob)" in text
-    )
+    assert findings_of(text) == {"empty masks whose prompts ask for something": 1}
+    assert f"{test[0]['mask_name']}: no pixel == 3, the largest is 2 (other_blob)" in text
 
 
 def test_prompts_that_a_model_cuts_are_counted(copy, capsys):
@@ -671,12 +729,12 @@ def test_prompts_that_a_model_cuts_are_counted(copy, capsys):
     assert status == 0 and "tokens" not in text
 
     status, text = check(capsys, copy, model="clipseg")
-    assert "  prompts that clipseg cuts: 1\n" in text
-    assert f"{copy.resolve()}: p5, 1 of 1 texts are cut" in text
+    assert findings_of(text, "warnings") == {"prompts that the model cuts": 1}
+    assert f"{copy}: p5, 1 of 1 texts are cut" in text and text.count("(clipseg)") == 1
     lines = [line.split(maxsplit=1) for line in text.splitlines()]
     heading = ["clipseg", "takes 77 tokens of a prompt (--recipe default, origin)"]
-    assert status == 1 and lines.count(heading) == 1
-    described = lines[: lines.index(["findings:", "1"])]
+    assert status == 0 and lines.count(heading) == 1
+    described = lines[: lines.index(["errors:", "none"])]
     cut = [line for line in described if " cut " in line[-1]]
     assert len(cut) == 1 and cut[0][0] == "p5"
     assert cut[0][1].startswith("1 of 1 texts are cut at the model's 77 tokens; “red red red")
@@ -684,7 +742,7 @@ def test_prompts_that_a_model_cuts_are_counted(copy, capsys):
 
     _, text = check(capsys, copy, model="cris")
     refcoco = text[text.index("takes 17 tokens of a prompt (--recipe refcoco)") :]
-    refcoco = refcoco[: refcoco.index("findings: 1\n")]  # of the default recipe's 77 tokens
+    refcoco = refcoco[: refcoco.index("errors: none\n")]  # of the default recipe's 77 tokens
     kinds = [line.split()[0] for line in refcoco.splitlines() if " cut " in line]
     assert kinds == ["p3", "p4", "p5"]
     assert "takes 77 tokens of a prompt (--recipe default, origin)" in text
@@ -713,8 +771,12 @@ def test_a_set_without_long_prompts_has_none_cut(good, capsys):
 def test_split_without_entries(copy, capsys):
     (copy / "anns" / "val.json").write_text("[]")
     status, text = check(capsys, copy)
-    assert status == 1 and "val           0 entries, 0 images" in text
-    assert "splits without entries: 1\n" in text and "anns/val.json: has no entries" in text
+    assert status == 0 and "val           0 entries, 0 images" in text
+    assert findings_of(text) == {"splits without entries": 1}
+    assert "anns/val.json: has no entries" in text
+    (copy / "anns" / "train.json").write_text("[]")
+    kinds = {"training split without entries": 1, "splits without entries": 1}
+    assert findings_of(check(capsys, copy)[1]) == kinds
 
 
 def test_overlap_across_data_sets(good, tmp_path, capsys):
@@ -723,9 +785,9 @@ def test_overlap_across_data_sets(good, tmp_path, capsys):
     for path in (other / "anns").glob("*.json"):
         path.unlink()
     (other / "anns" / "test.json").write_text(json.dumps(annotations(good, "train")[:3]))
-    assert check(capsys, other)[0] == 0
+    assert findings_of(check(capsys, other)[1]) == {"no training split": 1}
     status, text = check(capsys, good, other)
-    assert status == 1 and "findings: 3" in text
+    assert status == 1 and findings_of(text) == {"images shared by data sets": 3}
     assert f"{other.resolve()}/images/00000.png (test): also in train as {good.resolve()}" in text
 
 
@@ -749,7 +811,7 @@ def test_masks_whose_orientation_nothing_tells(copy, capsys):
     shares = []
     for words in [], ["--mask-orientation", "stored"], ["--mask-orientation", "upright"]:
         status, text = check(capsys, copy, *words)
-        assert status == (not words)
+        assert status == 0 and bool(findings_of(text)) == (not words)
         shares.append(re.search("foreground .*", text)[0])
         if not words:
             count = len(annotations(copy, "train"))
@@ -767,8 +829,8 @@ def test_images_with_pixels_that_are_no_numbers(copy, capsys):
     rewrite_images(copy, spoil)
     status, text = check(capsys, copy)
     count = len(annotations(copy, "train"))
-    assert status == 1 and f"findings: {count}\n" in text
-    assert f"images with NaN or infinite pixels: {count}\n" in text
+    assert status == 0
+    assert findings_of(text) == {"images with NaN or infinite pixels": count}
 
 
 def test_files_of_several_pages(copy, capsys):
@@ -819,7 +881,7 @@ def test_exit_status_of_the_program(copy):
 def test_busi(capsys, real_data):
     """Two of its images are one: one is trained on, the other one tested on."""
     status, text = check(capsys, real_data / "busi")
-    assert status == 1 and "findings: 1\n" in text
+    assert status == 0 and findings_of(text) == {NEAR_KIND: 1}
     assert re.search("images/4_malignant.png \\(test\\): nearly .*/images/5_malignant.png", text)
     assert "train         18 entries, 18 images" in text
     assert "22, 1; 0, 255; read > 127" in text  # 1-bit masks
@@ -829,7 +891,7 @@ def test_busi(capsys, real_data):
 def test_kvasir(capsys, real_data):
     """Two frames of one video, two seconds apart: one is trained on, the other one tested on."""
     status, text = check(capsys, real_data / "kvasir_polyp")
-    assert status == 1 and "findings: 1\n" in text
+    assert status == 0 and findings_of(text) == {NEAR_KIND: 1}
     near = "cju77k828z46w0871r0avuoo9.jpg \\(test\\): nearly .*/cju30bmab08bi0835mvlr6e0r.jpg"
     assert re.search(near, text)
     assert "train         800 entries, 800 images" in text and "332x487 to 1920x1072" in text
@@ -913,7 +975,7 @@ def test_check_reads_void_as_training_does(tmp_path, capsys):
     prepare.main(["check", str(pairs_of(tmp_path / "set", masks, LESION))])
     said = capsys.readouterr().out
     assert "read by number" in said and "9.3% of an image in the mean, 0.0% to 14.0%" in said
-    assert "empty masks   1 (val)" in said and "findings: none" in said
+    assert "empty masks   1 (val)" in said and not findings_of(said)
 
 
 def test_check_takes_a_threshold(tmp_path, capsys):
@@ -940,13 +1002,6 @@ def test_a_threshold_without_effect_is_refused(tmp_path, capsys):
 
 
 # --- what is wrong in other ways -----------------------------------------------------------------
-
-
-def findings_of(text):
-    """{kind: number} of the printed findings."""
-    lines = text[text.index("findings: ") :].splitlines()[1:]
-    kinds = [line.rpartition(": ") for line in lines if re.match("  [^ ]", line)]
-    return {kind.strip(): int(n) for kind, _, n in kinds}
 
 
 def shade(rng, size=(60, 80)):
@@ -1037,7 +1092,7 @@ def test_copies_that_differ_a_little_are_found(tmp_path, capsys, kind, n):
         mask.paste(255, (3, 3, 20, 20))
         mask.save(root / "test" / "masks" / f"test{k}.png")
     status, text = check(capsys, root)
-    assert status == 1 and findings_of(text) == {NEAR_KIND: 4}
+    assert status == 0 and findings_of(text) == {NEAR_KIND: 4}
     assert "/test0.jpg (test): nearly " in text and "/train0.png (train)" in text
     assert text.count(": nearly ") == 3 and "    and 1 more" in text
 
@@ -1093,11 +1148,11 @@ def test_patients_by_their_names(tmp_path, capsys):
     assert findings_of(capsys.readouterr().out) == {"patients in several splits": 8}
 
 
-@pytest.mark.parametrize("content", ["{}", "[]", '"train"', "5", "null", "[[]]", ""])
+@pytest.mark.parametrize("content", ["{}", '"train"', "5", "null", "[[]]", ""])
 def test_a_split_that_is_no_list(copy, capsys, content):
     (copy / "anns" / "val.json").write_text(content)
     status, text = check(capsys, copy)
-    assert status == 1 and "anns/val.json" in text[text.index("findings: ") :]
+    assert status == 1 and "anns/val.json" in text[text.index("errors: ") :]
     assert sum(findings_of(text).values()) == 1
 
 
@@ -1128,7 +1183,7 @@ def test_classes_that_no_mask_holds(tmp_path, capsys):
         names,
     )
     status, text = check(capsys, root)
-    assert status == 1 and findings_of(text) == {"classes that no mask holds": 2}
+    assert status == 0 and findings_of(text) == {"classes that no mask holds": 2}
     assert "no mask of train holds 'rim', only val\n" in text
     assert "no mask holds 'vessel'\n" in text
 
@@ -1138,7 +1193,8 @@ def test_no_mask_with_foreground(tmp_path, capsys):
     for path in root.glob("*/masks/*.png"):
         Image.new("L", (80, 60)).save(path)
     status, text = check(capsys, root)
-    assert status == 1 and findings_of(text) == {"classes that no mask holds": 1}
+    assert status == 1 and findings_of(text) == {"training split without foreground": 1}
+    assert "all 4 masks of train are empty" in text
 
 
 def test_inverted_masks(tmp_path, capsys):
@@ -1146,7 +1202,7 @@ def test_inverted_masks(tmp_path, capsys):
     for path in (root / "val" / "masks").iterdir():
         Image.fromarray(255 - np.asarray(Image.open(path))).save(path)
     status, text = check(capsys, root)
-    assert status == 1 and findings_of(text) == {"foreground above 60%": 1}
+    assert status == 0 and findings_of(text) == {"foreground above 60%": 1}
     assert "of val is foreground; are the masks inverted" in text
 
 
@@ -1193,7 +1249,7 @@ for entry in layouts.read_entries(sys.argv[1], "train")[:6]:
         timeout=100,
     )
     assert done.returncode == 0, done.stderr
-    assert "findings: 6\n" in done.stdout
+    assert "errors: 6\n" in done.stdout
     for path in special:
         lines = [line for line in done.stdout.splitlines() if str(path) in line]
         assert len([line for line in lines if line.startswith("refused: ")]) >= 2, lines
@@ -1226,7 +1282,7 @@ def test_check_goes_on_without_a_vocabulary(good, capsys, monkeypatch):
 
     monkeypatch.setattr(biomedclipseg, "find_vocabulary", fail)
     status, text = check(capsys, good, model="biomedclipseg")
-    assert status == 0 and text.endswith("findings: none\n")
+    assert status == 0 and text.endswith(CLEAN.format("biomedclipseg", good))
     line = "--model biomedclipseg: prompts that are cut are not counted ("
     assert text.startswith(line) and "could not be downloaded" in text.splitlines()[0]
 
@@ -1281,7 +1337,7 @@ def scans(tmp_path):
 
 def test_good_volumes(scans, capsys):
     status, text = check(capsys, scans)
-    assert status == 0 and text.endswith("findings: none\n")
+    assert status == 0 and text.endswith(CLEAN.format("swin_unetr3d", scans))
     assert "  train         2 entries, 2 volumes\n  val           1 entries, 1 volumes\n" in text
     assert "  volumes       4 volumes of 20x18x16 voxels of 3x3x4 mm\n" in text
     assert "  classes       kidney in 4, liver in 4, of 4 label maps\n" in text
@@ -1370,12 +1426,16 @@ VOLUME_DEFECTS = [
 ]
 
 
+VOLUME_WARNINGS = ("remarks about volumes that can be used", "classes that no mask holds")
+
+
 @pytest.mark.parametrize("defect", VOLUME_DEFECTS, ids=lambda defect: defect.__name__)
 def test_every_defect_of_volumes_is_found(scans, capsys, defect):
     kind, line = defect(scans)
     status, text = check(capsys, scans)
-    assert status == 1 and findings_of(text) == {kind: 1}, text
-    assert line in text[text.index("findings: ") :]
+    assert findings_of(text) == {kind: 1}, text
+    assert status == (kind not in VOLUME_WARNINGS)
+    assert line in text[text.index("errors: ") :]
 
 
 def test_both_files_of_a_case_are_named(scans, capsys):
