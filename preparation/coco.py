@@ -83,7 +83,7 @@ def read_export(contents: dict[Path, dict]) -> Export:
         notes.append(f"crowd regions, which count as objects: {crowds}")
     if thin:
         notes.append(f"outlines of fewer than three points, which cover nothing: {thin}")
-    return Export("coco", TITLE, images, tuple(classes), notes, means_stored=True)
+    return Export("coco", TITLE, files[0].path, images, tuple(classes), notes, means_stored=True)
 
 
 def merge_categories(files: list["CocoFile"]) -> dict[int, str]:
@@ -203,7 +203,9 @@ class CocoFile:
                     size = (whole_number(item.get("height")), whole_number(item.get("width")))
             name = item["file_name"].strip()
             drawn = self.shapes.get(id, [])
-            images.append(ListedImage(name, self.path, location, size, drawn))
+            images.append(
+                ListedImage(name, self.path, location, size, drawn, subset=self.path.stem)
+            )
         return images
 
 

@@ -55,7 +55,7 @@ def recognise(folder: Path, args: Namespace) -> list[Reading]:
         return []
 
     notes = tool_exports.counted("shapes that are no areas, skipped", skipped)
-    export = Export("cvat", TITLE, images, tuple(classes), notes)
+    export = Export("cvat", TITLE, images[0].file, images, tuple(classes), notes)
     return [tool_exports.reading(export, ImageIndex(folder), args)]
 
 

@@ -172,7 +172,8 @@ def read_tables(tables: list[Table], samples: int, folder: Path, args: Namespace
     notes = ["codes are read column by column, from 1: look at overview.png"]
     if samples:
         notes.append(f"sample_submission files, skipped: {samples}")
-    export = Export("kaggle-rle", TITLE, images, tuple(classes), notes, has_splits=False)
+    file = tables[0].path
+    export = Export("kaggle-rle", TITLE, file, images, tuple(classes), notes, has_splits=False)
     if args.classes and classes:
         export = with_names(export, args.classes)
         args = Namespace(**vars(args) | {"classes": None})

@@ -101,6 +101,7 @@ class Reader:
     def __init__(self, index: ImageIndex, skip_unpaired: bool):
         self.index = index
         self.skip_unpaired = skip_unpaired
+        self.file = None  # the first one
         self.images = []
         self.skipped = Counter()  # types of regions that are no areas
         self.cancelled = 0
@@ -108,6 +109,7 @@ class Reader:
 
     def read(self, path: Path, tasks: list[dict]) -> None:
         """Read the tasks of a file."""
+        self.file = self.file or path
         for count, task in enumerate(tasks):
             location = f"{path}, task {task.get('id', count)}"
             with errors_at(location):
@@ -144,10 +146,12 @@ class Reader:
     def read_task(self, path: Path, location: str, task: dict, annotation: dict) -> ListedImage:
         """Return the image of a task with the regions of an annotation."""
         results = list_of(annotation, "result")
+        for result in results:
+            value_of({"a region": result}, "a region", dict, "an object")
         sizes = set()
         drawn = []
         for count, result in enumerate(results):
-            with errors_at(f"region {result_id(result, count)}"):
+            with errors_at(f"region {result.get('id', count)}"):
                 kind = area_kind(result, results)
                 if kind is None:
                     self.skipped[str(result.get("type"))] += 1
@@ -168,7 +172,7 @@ class Reader:
 
     def image_name(self, task: dict, results: list) -> str:
         """Return the path of the image of a task, by the name that a file of the folder has."""
-        targets = {result.get("to_name") for result in results if isinstance(result, dict)}
+        targets = {result.get("to_name") for result in results}
         paths = {}
         for key, value in task["data"].items():
             if isinstance(value, str) and layouts.is_image(Path(image_path(value))):
@@ -180,8 +184,7 @@ class Reader:
 
         (path,) = paths.values()
         own_name = UPLOAD.sub("", path.name, count=1)
-        has_file = self.index.key(path.name) in self.index.by_name
-        return str(path if has_file else path.with_name(own_name))
+        return str(path if self.index.has(path.name) else path.with_name(own_name))
 
     def export(self) -> Export:
         """Return what was read."""
@@ -193,15 +196,10 @@ class Reader:
             notes.append(f"cancelled annotations, left out: {self.cancelled}")
         if self.without:
             notes.append(f"tasks that are not annotated, left out: {self.without}")
-        return Export("label-studio", TITLE, self.images, tuple(sorted(labels)), notes)
+        return Export("label-studio", TITLE, self.file, self.images, tuple(sorted(labels)), notes)
 
 
 # --- regions --------------------------------------------------------------------------------------
-
-
-def result_id(result, count: int) -> str:
-    """Return the id of a region, else its number in the annotation."""
-    return str(result.get("id", count)) if isinstance(result, dict) else str(count)
 
 
 def area_kind(result: dict, results: list) -> str | None:

@@ -51,7 +51,7 @@ def recognise(folder: Path, args: Namespace) -> list[Reading]:
     for image in images:
         labels |= {shape.class_name for shape in image.shapes}
     notes = tool_exports.counted("shapes that are no areas, skipped", skipped)
-    export = Export("labelme", TITLE, images, tuple(sorted(labels)), notes)
+    export = Export("labelme", TITLE, images[0].file, images, tuple(sorted(labels)), notes)
     return [tool_exports.reading(export, ImageIndex(folder), args)]
 
 

@@ -4,15 +4,15 @@ coco.py, labelme.py, cvat.py, label_studio.py and kaggle_rle.py each read the fi
 an `Export`. Here its images are searched in the folder and the shapes become objects.
 
 - An image is named by its path. If FOLDER has no such path, the file name alone decides, and that
-  is counted in the summary: annotators' machines have other folders. Only files below FOLDER are
-  ever opened.
+  is counted in the summary: annotators' machines have other folders. Where some of the paths fit,
+  all must, except for absolute ones. Only files below FOLDER are ever opened.
 - An image that the export lists but FOLDER lacks is an error. An image of FOLDER that the export
   does not list is one, too, unless --skip-unpaired leaves it out.
 - A photo may be stored turned (EXIF). The size in the export says whether its coordinates are those
   of the stored or of the upright image. Where both have this size (a square, a half turn), each
   tool has its rule: COCO means the stored image, all others the upright one.
-- The split is that of the tool (CVAT's subsets), else that in the path of the export's file
-  (train/_annotations.coco.json, instances_val2017.json), else that in the path of the image.
+- The split is that of the tool (CVAT's subsets) or of the export's name (instances_val2017.json),
+  else that of a folder around the export (train/_annotations.coco.json), else around the image.
 """
 
 import os
@@ -22,7 +22,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import numpy as np
 
@@ -54,7 +54,7 @@ class ListedImage:
     location: str  # for messages: "a.json, image 3"
     size: tuple[int, int] | None  # (H, W) that the coordinates are for; None: not stated
     shapes: list[Shape]  # in the order in which they are drawn
-    subset: str = ""  # the tool's split
+    subset: str = ""  # the tool's split, or a name that may contain one
     read_pixels: Callable[[], np.ndarray] | None = None  # of an image that the export contains
 
 
@@ -64,6 +64,7 @@ class Export:
 
     format: str  # "coco"
     title: str  # "COCO JSON"
+    file: Path  # the first one
     images: list[ListedImage]
     classes: tuple[str, ...]
     notes: list[str] = field(default_factory=list)  # lines of the summary
@@ -100,20 +101,19 @@ def split_of_words(text: str) -> str:
     return splits.pop() if len(splits) == 1 else ""
 
 
-def split_of_path(path: Path) -> str:
-    """Return the split in the innermost part of a relative path that names one, else ""."""
-    for part in reversed([*path.parts[:-1], path.stem]):
-        split = split_of_words(part)
+def split_of_folders(path: Path) -> str:
+    """Return the split that the innermost of the folders on a relative path names, else ""."""
+    for name in reversed(path.parts[:-1]):
+        split = split_of_words(name)
         if split:
             return split
     return ""
 
 
-def split_of_image(listed: ListedImage, image: Path, folder: Path) -> str:
-    """Return the split of an image: the tool's, else that of the export's file, else its own."""
+def split_of_export(listed: ListedImage, folder: Path) -> str:
+    """Return the split that the tool, its file or a folder around the file names, else ""."""
     split = split_of_words(listed.subset)
-    split = split or split_of_path(listed.file.relative_to(folder))
-    return split or split_of_path(image.relative_to(folder))
+    return split or split_of_folders(listed.file.relative_to(folder))
 
 
 # --- images ---------------------------------------------------------------------------------------
@@ -129,55 +129,70 @@ class ImageIndex:
         self.folder = folder
         self.key = key
         self.files = []
-        self.by_name = {}  # file name, and file name without ending -> files
+        self.by_name = {}  # file name -> files
+        self.by_stem = {}  # file name without its ending -> files
         for path in layouts.files_below(folder, with_masks=True):
             if layouts.is_image(path) and path.is_file():
                 self.files.append(path)
-                for name in {path.name, path.stem}:
-                    self.by_name.setdefault(key(name), []).append(path)
+                self.by_name.setdefault(key(path.name), []).append(path)
+                self.by_stem.setdefault(key(path.stem), []).append(path)
 
-    def find(self, listed: ListedImage, subset: str) -> tuple[Path | None, bool]:
+    def has(self, name: str) -> bool:
+        """Return True if a file has this name."""
+        return self.key(name) in self.by_name
+
+    def find(self, listed: ListedImage) -> tuple[Path | None, bool]:
         """Return the file of an image, None if it is missing, and True if its path fits as well.
 
         Of several files of the same name, that with the longest path in common is taken, then that
-        in a folder named like the subset. Raises ValueError if several remain.
+        in a folder named like the subset or split. Raises ValueError if several remain.
         """
-        name = PurePosixPath(listed.name.replace("\\", "/"))
+        name = posix_path(listed.name)
+        key = self.key(name.name)
+        candidates = self.by_name.get(key) or self.by_stem.get(key, [])
         beside = Path(os.path.normpath(listed.file.parent / name))
-        if beside in self.by_name.get(self.key(name.name), []):
+        if beside in candidates:
             return beside, True
 
-        candidates = self.by_name.get(self.key(name.name), [])
-        longest = max([self.common_parts(path, name) for path in candidates], default=0)
-        fitting = [path for path in candidates if self.common_parts(path, name) == longest]
+        longest = max([common_parts(path, name) for path in candidates], default=0)
+        fitting = [path for path in candidates if common_parts(path, name) == longest]
         if len(fitting) > 1:
-            fitting = [path for path in fitting if self.lies_in(path, subset)] or fitting
+            fitting = [path for path in fitting if self.lies_in_subset(path, listed)] or fitting
         if len(fitting) > 1:
             names = " and ".join(str(path) for path in fitting[:2])
             raise ValueError(f"{listed.location}: {listed.name} may be {names}; keep one of them")
         if not fitting:
             return None, False
-        parts = [part for part in name.parts if part not in ("..", "/")]
-        return fitting[0], longest >= len(parts)
+        return fitting[0], longest >= len(name.parts)
 
-    def common_parts(self, path: Path, name: PurePosixPath) -> int:
-        """Return how many parts at the end of a path are those of a name, at least 1."""
-        count = 1
-        pairs = zip(path.parts[-2::-1], name.parts[-2::-1], strict=False)
-        for part, other in pairs:
-            if layouts.composed(part) != layouts.composed(other):
-                break
-            count += 1
-        return count
-
-    def lies_in(self, path: Path, subset: str) -> bool:
-        """Return True if a folder on the path is named like a subset or the split that it means."""
-        folders = path.relative_to(self.folder).parts[:-1]
-        split = split_of_words(subset)
-        for name in folders:
-            if name.lower() == subset.lower() or (split and split_of_words(name) == split):
+    def lies_in_subset(self, path: Path, listed: ListedImage) -> bool:
+        """Return True if a folder on the path is named like the subset or the split of an image."""
+        split = split_of_export(listed, self.folder)
+        for name in path.relative_to(self.folder).parts[:-1]:
+            if name.lower() == listed.subset.lower() or (split and split_of_words(name) == split):
                 return True
         return False
+
+
+def posix_path(name: str) -> PurePosixPath:
+    """Return the path in an export, which may be in Windows' notation."""
+    return PurePosixPath(name.replace("\\", "/"))
+
+
+def is_of_another_machine(name: str) -> bool:
+    """Return True for a path that is absolute or leaves its folder."""
+    windows = PureWindowsPath(name)  # understands / and \
+    return bool(windows.drive or windows.root) or ".." in windows.parts
+
+
+def common_parts(path: Path, name: PurePosixPath) -> int:
+    """Return how many parts at the end of a path are those of a name, at least 1."""
+    count = 1
+    for part, other in zip(path.parts[-2::-1], name.parts[-2::-1], strict=False):
+        if layouts.composed(part) != layouts.composed(other):
+            break
+        count += 1
+    return count
 
 
 def find_images(export: Export, index: ImageIndex) -> tuple[dict[Path, ListedImage], list[str]]:
@@ -187,11 +202,11 @@ def find_images(export: Export, index: ImageIndex) -> tuple[dict[Path, ListedIma
     Raises FileNotFoundError or ValueError, one line, for missing and ambiguous images.
     """
     images = {}
-    loose = []
+    loose = []  # images that fit by file name alone
     missing = []
+    has_folders = False  # True if the folders of some image fit
     for listed in export.images:
-        subset = listed.subset or listed.file.relative_to(index.folder).with_suffix("").as_posix()
-        path, is_exact = index.find(listed, subset)
+        path, is_exact = index.find(listed)
         if path is None and listed.read_pixels:
             images[listed.file] = listed
             continue
@@ -205,16 +220,19 @@ def find_images(export: Export, index: ImageIndex) -> tuple[dict[Path, ListedIma
                 f"{path}: annotated twice, by {other} and by {listed.location}; keep one of them"
             )
         images[path] = replace(listed, read_pixels=None)
+        has_folders |= is_exact and len(posix_path(listed.name).parts) > 1
         if not is_exact:
-            loose.append(listed.name)
+            loose.append(listed)
 
+    if has_folders:
+        missing += [listed for listed in loose if not is_of_another_machine(listed.name)]
     if missing:
         more = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise FileNotFoundError(
             f"{missing[0].location}: no image {missing[0].name} below {index.folder}{more}; copy "
             "the annotated images into the folder"
         )
-    return images, loose
+    return images, [listed.name for listed in loose]
 
 
 def choose_frame(listed: ListedImage, image: Path, upright: tuple, means_stored: bool) -> tuple:
@@ -282,19 +300,19 @@ def named_classes(export: Export, counts: Counter) -> tuple[str, ...]:
             classes.append(name)
         elif counts[name]:
             raise ValueError(
-                f"{export.images[0].file}: has {counts[name]} objects of the class {name}; the "
+                f"{export.file}: has {counts[name]} objects of the class {name}; the "
                 "background is where no object is: remove these, or rename the class"
             )
 
+    if not export.images:
+        raise ValueError(f"{export.file}: lists no images; {'; '.join(export.notes)}")
     if not counts:
         raise ValueError(
-            f"{export.images[0].file}: lists {len(export.images)} images, but no areas; "
+            f"{export.file}: lists {len(export.images)} images, but no areas; "
             + "; ".join(export.notes or ["export polygons or masks"])
         )
     if len(classes) > MOST_CLASSES:
-        raise ValueError(
-            f"{export.images[0].file}: has {len(classes)} classes; a mask holds {MOST_CLASSES}"
-        )
+        raise ValueError(f"{export.file}: has {len(classes)} classes; a mask holds {MOST_CLASSES}")
     return tuple(classes)
 
 
@@ -327,7 +345,10 @@ def reading(export: Export, index: ImageIndex, args: Namespace) -> ImageReading:
     cases = []
     for name, path in zip(plain_names(paths), paths, strict=True):
         listed = images[path]
-        split = split_of_image(listed, path, index.folder) if export.has_splits else ""
+        split = ""
+        if export.has_splits:
+            split = split_of_export(listed, index.folder)
+            split = split or split_of_folders(path.relative_to(index.folder))
         draw = partial(read_objects, listed, path, export.means_stored)
         cases.append(Case(name, path, draw, split, read_pixels=listed.read_pixels))
 
