@@ -540,66 +540,7 @@ def test_labelme_uses_the_pixels_in_the_file_if_the_image_is_missing(make, masks
     refused(make("--out", tmp_path / "two"), "a.json: no image lost.jpg below")
 
 
-LABELME_ @ pytest.mark.parametrize("tool", ["coco", "labelme"])
-
-
-def test_each_tool_has_its_rule_where_the_size_does_not_decide(make, masks, source, tool):
-    exif = Image.Exif()
-    exif[0x0112] = 3  # seen turned by half
-    photo(source / "a.png", exif=exif)
-    if tool == "coco":
-        write_json(source / "a.json", coco(["a.png"], [(0, 0, outline(BOX))]))
-    else:
-        labelme(source / "a.json", [("x", "polygon", BOX, {})], "a.png")
-    status, text, error = make()
-    assert status == 0, error
-    assert ("is stored turned (EXIF)" in text) == (tool == "coco")
-    expected = np.rot90(BOX_MASK, 2) if tool == "coco" else BOX_MASK
-    assert (masks()["a"] == 255 * expected).all()
-
-
-def test_an_image_of_another_folder_does_not_replace_a_missing_one(make, source):
-    names = ["case1/scan.png", "case2/scan_b.png"]
-    photo(source / "images/case2/scan_b.png")
-    photo(source / "images/case3/scan.png")
-    annotations = [(0, 0, outline(BOX)), (1, 0, outline(BOX))]
-    write_json(source / "x.json", coco(names, annotations))
-    refused(make(), "x.json, image 0: no image case1/scan.png below")
-    write_json(source / "x.json", coco(["/home/me/case1/scan.png", names[1]], annotations))
-    assert make()[0] == 0
-
-
-def test_file_names_of_images_say_nothing_about_splits(make, source, tmp_path):
-    for name in ("test_1", "train", "val-2"):
-        photo(source / f"{name}.png")
-        labelme(source / f"{name}.json", [("x", "polygon", BOX, {})], f"{name}.png")
-    assert make()[0] == 0
-    assert {s: len(items) for s, items in entries(tmp_path / "mine").items()} == {
-        "train": 1,
-        "val": 1,
-        "test": 1,
-    }
-
-
-def test_outlines_without_three_points_cover_nothing_and_are_counted(make, masks, source):
-    photo(source / "a.png")
-    fields = {"segmentation": [flat(BOX), [1, 1, 9, 9]]}
-    alone = {"segmentation": [[1, 1, 9, 9]]}
-    write_json(source / "x.json", coco(["a.png"], [(0, 0, fields), (0, 0, alone)]))
-    status, text, _ = make()
-    assert status == 0 and "fewer than three points, which cover nothing: 2" in text
-    assert "1 images, 1 objects" in text and (masks()["a"] == 255 * BOX_MASK).all()
-
-
-def test_two_tools_for_the_same_images_need_a_choice(make, source):
-    photo(source / "a.png")
-    write_json(source / "coco.json", coco(["a.png"], [(0, 0, outline(BOX))]))
-    labelme(source / "a.json", [("x", "polygon", BOX, {})], "a.png")
-    refused(make(), "2 ways", "--format coco: COCO JSON: 1 images", "--format labelme: LabelMe")
-    assert make("--format", "labelme")[0] == 0
-
-
-FAULTS = [
+LABELME_FAULTS = [
     (("x", "polygon", [[1, 2], [3, 4]], {}), "is a polygon of 2 points"),
     (("x", "blob", [[1, 2]], {}), "has the unknown type blob"),
     (("", "polygon", BOX, {}), "label is empty"),
