@@ -34,7 +34,7 @@ def flat(points):
 
 BOX = [[4, 6], [20, 6], [20, 30], [4, 30]]  # a polygon along the borders of pixels
 BOX_MASK = rectangle(4, 6, 20, 30)
-RING = rectangle(30, 10, 60, 40) & ~rectangle(40, 20, 50, 30)  # an object with a hole
+RING = rectangle(30, 10, 60, 40) & ~rectangle(40, 15, 50, 35)  # an object with a hole
 
 
 def photo(path, size=SIZE, **options):
@@ -140,6 +140,7 @@ def test_ellipses_are_turned_clockwise():
     assert (turned[4:44, 12:52] == np.rot90(flat_one[4:44, 12:52])).all()
     tilted = shapes.ellipse((32.0, 24.0, 20.0, 5.0, 45.0), SIZE)
     assert tilted[34, 42] and tilted[13, 21] and not tilted[13, 42]  # down to the right
+    assert tilted.sum() == pytest.approx(np.pi * 20 * 5, rel=0.02)
     corners = shapes.box_outline((10, 10, 30, 20), 90, (10, 10))
     assert np.allclose(corners, [[10, 10], [10, 30], [0, 30], [0, 10]])
 
