@@ -49,11 +49,10 @@ def recognise(folder: Path, args: Namespace) -> list[Reading]:
 
 
 def is_coco(content) -> bool:
-    """Return True for an object with the lists images and annotations."""
-    if not isinstance(content, dict):
+    """Return True for an object with images and annotations, one of which at least is a list."""
+    if not isinstance(content, dict) or not {"images", "annotations"} <= content.keys():
         return False
-    lists = [content.get("images"), content.get("annotations")]
-    return all(isinstance(value, list) for value in lists)
+    return isinstance(content["images"], list) or isinstance(content["annotations"], list)
 
 
 def read_export(contents: dict[Path, dict]) -> Export:
@@ -113,16 +112,18 @@ class CocoFile:
         self.crowds = 0
         self.thin = 0  # outlines of fewer than three points
 
-        for number, item in enumerate(content["images"]):
+        with errors_at(str(path)):
+            images = list_of(content, "images")
+            categories = list_of(content, "categories")
+            annotations = list_of(content, "annotations")
+        for number, item in enumerate(images):
             with errors_at(f"{path}, image {number}"):
                 self.add(self.listed, item, "two images")
                 text_of(item, "file_name")
-        with errors_at(str(path)):
-            categories = list_of(content, "categories")
         for number, item in enumerate(categories):
             with errors_at(f"{path}, category {number}"):
                 self.add_category(item)
-        for number, item in enumerate(content["annotations"]):
+        for number, item in enumerate(annotations):
             location = f"{path}, annotation {number}"
             with errors_at(location):
                 self.add_annotation(item, location)

@@ -47,7 +47,7 @@ def recognise(folder: Path, args: Namespace) -> list[Reading]:
         if text.lstrip().startswith("[") and any(key in text for key in KEYS):
             content = read_json(path)
             refuse_minimal(path, content)
-            if content and all(is_task(item) for item in content):
+            if any(is_task(item) for item in content):
                 contents[path] = content
     if not contents:
         return []
@@ -111,8 +111,10 @@ class Reader:
         """Read the tasks of a file."""
         self.file = self.file or path
         for count, task in enumerate(tasks):
-            location = f"{path}, task {task.get('id', count)}"
+            id = task.get("id", count) if isinstance(task, dict) else count
+            location = f"{path}, task {id}"
             with errors_at(location):
+                value_of(task, "data", dict, "an object")
                 annotation = self.choose_annotation(task)
                 if annotation is not None:
                     self.images.append(self.read_task(path, location, task, annotation))
@@ -120,7 +122,7 @@ class Reader:
     def choose_annotation(self, task: dict) -> dict | None:
         """Return the annotation that counts, None to leave the task out."""
         remaining = []
-        for annotation in annotations_of(task):
+        for annotation in list_of({"annotations": annotations_of(task)}, "annotations"):
             if value_of({"annotation": annotation}, "annotation", dict, "an object"):
                 is_cancelled = annotation.get("was_cancelled") or annotation.get("skipped")
                 self.cancelled += bool(is_cancelled)
@@ -172,7 +174,7 @@ class Reader:
 
     def image_name(self, task: dict, results: list) -> str:
         """Return the path of the image of a task, by the name that a file of the folder has."""
-        targets = {result.get("to_name") for result in results}
+        targets = [result.get("to_name") for result in results]
         paths = {}
         for key, value in task["data"].items():
             if isinstance(value, str) and layouts.is_image(Path(image_path(value))):

@@ -71,12 +71,13 @@ def read_file(path: Path, content: dict, skipped: Counter) -> ListedImage:
         location = f"{path}, shape {number}"
         with errors_at(location):
             label = text_of(item, "label")
-            kind = item.get("shape_type") or "polygon"
+            kind = text_of(item, "shape_type") if "shape_type" in item else "polygon"
             if kind in NO_AREAS:
                 skipped[kind] += 1
                 continue
-            group = item.get("group_id")
-            key = (label, number, "alone") if group is None else (label, group, "group")
+            key = (label, number, "alone")
+            if item.get("group_id") is not None:
+                key = (label, value_of(item, "group_id", int | str, "a number"), "group")
             parts.setdefault(key, []).append(drawing(item, kind))
             locations.setdefault(key, location)
 

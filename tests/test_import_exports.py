@@ -439,6 +439,8 @@ def test_ambiguous_names_and_options_without_effect_are_refused(make, source):
     refused(make(), "x.json: has two categories polyp")
     write_json(source / "y.json", coco(["b.png"], [], ("tool",)))
     refused(make(), "y.json: category 0 is tool, but polyp in", "x.json")
+    write_json(source / "x.json", coco(["a.png"], []) | {"annotations": {}})
+    refused(make(), "x.json: annotations is an object, expected a list")
     write_json(source / "x.json", coco([3], []))
     refused(make(), "x.json, image 0: file_name is a number, expected a text")
 
@@ -545,6 +547,7 @@ LABELME_FAULTS = [
     (("x", "polygon", [[1, 2], [3, 4]], {}), "is a polygon of 2 points"),
     (("x", "blob", [[1, 2]], {}), "has the unknown type blob"),
     (("", "polygon", BOX, {}), "label is empty"),
+    (("x", "polygon", BOX, {"group_id": []}), "group_id is a list, expected a number"),
     (("x", "polygon", [[1, 2], [3, None], [4, 5]], {}), "'None' is not a number"),
     (("x", "mask", [[30, 10], [99, 39]], {"mask": "AAAA"}), "leaves its image"),
     (("x", "mask", [[30, 10], [59, 39]], {"mask": "AAAA"}), "mask is not an image file"),
@@ -735,6 +738,7 @@ def test_faulty_label_studio_files_are_refused(make, source, tmp_path):
         (task(7, "a.png", good | {"was_cancelled": True}), "x.json, task 7: is not annotated"),
         (task(7, "b.png", good), "x.json, task 7: no image b.png"),
         (task(7, "a.txt", good), "data names 0 images"),
+        (task(7, "a.png", {"result": [LS_POLYGON | {"to_name": []}, 3]}), "a region is a number"),
         (task(7, "a.png", {"result": [3]}), "task 7: a region is a number"),
         (task(7, "a.png", {"result": [{"type": "polygonlabels"}]}), "region 0: has no value"),
         (task(7, "a.png", {"result": [turned]}), "region r0: its image was turned"),
@@ -750,6 +754,8 @@ def test_faulty_label_studio_files_are_refused(make, source, tmp_path):
         refused(make(), words)
     assert not (tmp_path / "mine").exists()
 
+    write_json(path, [task(1, "a.png", good), {"id": 2, "annotations": []}])
+    refused(make(), "x.json, task 2: has no data")
     photo(source / "b.png")
     write_json(path, [task(1, "a.png", good), task(2, "b.png")])
     status, text, _ = make("--skip-unpaired")
