@@ -123,11 +123,11 @@ class Reader:
         """Return the annotation that counts, None to leave the task out."""
         remaining = []
         for annotation in list_of({"annotations": annotations_of(task)}, "annotations"):
-            if value_of({"annotation": annotation}, "annotation", dict, "an object"):
-                is_cancelled = annotation.get("was_cancelled") or annotation.get("skipped")
-                self.cancelled += bool(is_cancelled)
-                if not is_cancelled:
-                    remaining.append(annotation)
+            value_of({"annotation": annotation}, "annotation", dict, "an object")
+            is_cancelled = bool(annotation.get("was_cancelled") or annotation.get("skipped"))
+            self.cancelled += is_cancelled
+            if not is_cancelled:
+                remaining.append(annotation)
 
         if len(remaining) > 1:
             marked = [annotation for annotation in remaining if annotation.get("ground_truth")]
