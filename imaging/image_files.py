@@ -513,8 +513,11 @@ def load_image(path: Path) -> tuple[np.ndarray, bool]:
     colours = sixteen_bit_colours(path)
     if colours is not None:
         return stretch(colours[..., :3], path)
+    return as_rgb(turn_upright(open_image(path)), path)
 
-    image = turn_upright(open_image(path))
+
+def as_rgb(image: Image.Image, path: Path) -> tuple[np.ndarray, bool]:
+    """Return a decoded image as `load_image` does; path: its file, for messages."""
     if image.mode == "F" or image.mode.startswith("I"):  # floats, 16- and 32-bit integers
         grey, non_finite = stretch(grey_values(image), path)  # (H,W)
         return np.repeat(grey[..., None], 3, axis=2), non_finite

@@ -1,8 +1,9 @@
 """Bring a user's own images and masks into our layout: `prepare.py import`.
 
-The formats that are recognised are in pairs.py (masks as image files), tool_exports.py (files of
-annotation tools) and import_volumes.py (volumes and DICOM). What all 2-D formats share is here: the
-choice of a format, the random split, the files that are written and the sheet of overlays.
+The formats that are recognised are in pairs.py (masks as image files), coco.py, labelme.py,
+cvat.py, label_studio.py and kaggle_rle.py (files of annotation tools) and import_volumes.py
+(volumes and DICOM). What all 2-D formats share is here: the choice of a format, the random split,
+the files that are written and the sheet of overlays.
 """
 
 import csv
@@ -21,10 +22,17 @@ from tqdm import tqdm
 from engine.ranges import GREY_LEVEL
 from imaging import atomic_files, image_files, layouts, pictures
 from imaging.files import read_text
+from preparation import coco, cvat, kaggle_rle, label_studio, labelme
 from preparation.check_images import MASK_THRESHOLD
 from preparation.readings import Case, Format, ImageReading, Object, Reading, VolumeReading
 
-FORMATS: tuple[Format, ...] = ()
+FORMATS: tuple[Format, ...] = (
+    coco.FORMAT,
+    labelme.FORMAT,
+    cvat.FORMAT,
+    label_studio.FORMAT,
+    kaggle_rle.FORMAT,
+)
 MOST_OVERLAYS = 12
 ENOUGH_FOR_SPLITS = 3  # images or patients; fewer are all for training
 
