@@ -288,7 +288,7 @@ class ImageWriter:
             prompts["p0"] = ""
             prompt = self.args.prompt or class_name
             if prompt:
-                prompts["p1"] = prompt
+                prompts["p1"] = prompt if mask.any() else f"no {prompt}"
         entry = {"img_name": image.name, "mask_name": target.name, "prompts": prompts}
         if case.group:
             entry["group"] = case.group

@@ -202,3 +202,10 @@ def test_a_folder_within_the_source_is_refused(make, tmp_path):
     reading = reading_of(tmp_path / "photos", [])
     status, _, error = make([reading], "--out", tmp_path / "photos/mine")
     assert status == 2 and "lies within" in error
+
+
+def test_an_image_without_objects_has_a_prompt_that_says_so(make, tmp_path):
+    assert make([reading_of(tmp_path / "photos", [])], "--prompt", "polyp")[0] == 0
+    (entry, *_) = entries_of(tmp_path / "mine")["train"]
+    assert entry["prompts"] == {"p0": "", "p1": "no polyp"}
+    assert not mask_of(tmp_path / "mine", entry).any()
