@@ -498,7 +498,7 @@ def test_a_test_of_volumes_is_measured_as_stored(tmp_path, monkeypatch, capsys):
     table = rows(out / "test/measurements.csv")
     assert [row["mask"] for row in table] == ["prediction", "ground truth"] * 2
     called(monkeypatch, capsys, "--weights", weights, root, "--out", tmp_path / "masks")
-    (file,) = (tmp_path / "masks").glob("*.nii.gz")
+    (file,) = (tmp_path / "masks").rglob("*.nii.gz")
     predicted = np.asarray(nibabel.load(file).dataobj)
     for row in table:
         source = labels if row["mask"] == "ground truth" else predicted
