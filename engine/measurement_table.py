@@ -11,6 +11,11 @@ from imaging import files
 MEASUREMENTS = "measurements.csv"
 
 
+def name_cell(name: str) -> str:
+    """Return the name of a case as UTF-8; bytes of another encoding are written as \\udcff."""
+    return name.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 class MeasurementTable:
     """Rows of measurements by case and class, in memory and in a file.
 
@@ -55,7 +60,7 @@ class MeasurementTable:
     def has(self, name: str, cells: dict) -> bool:
         """Return True if there is a row with these cells for every class of a case."""
         for class_name in self.classes:
-            row = self.rows.get((name, class_name))
+            row = self.rows.get((name_cell(name), class_name))
             if row is None:
                 return False
             for column, value in cells.items():
@@ -65,6 +70,7 @@ class MeasurementTable:
 
     def add(self, name: str, rows: list[dict]) -> None:
         """Add the rows of a case, or replace those of an earlier call."""
+        name = name_cell(name)
         for row in rows:
             self.rows[name, row["class"]] = {"name": name} | row
         self.is_changed = True
@@ -76,7 +82,7 @@ class MeasurementTable:
         """
         others = dict(self.rows)
         ordered = []
-        for key in itertools.product(names, self.classes):
+        for key in itertools.product(map(name_cell, names), self.classes):
             if key in others:
                 ordered.append(others.pop(key))
         tables.write_csv(self.path, [*others.values(), *ordered])

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import os
 import shutil
 
 import nibabel
@@ -326,6 +327,19 @@ def test_masks_of_an_older_version_are_measured(run, photos, tmp_path, monkeypat
     assert contents(out) == expected
     called(monkeypatch, capsys, *given, "--skip-existing")  # nothing is left to do
     assert contents(out) == expected
+
+
+def test_names_of_files_may_be_odd(run, tmp_path, monkeypatch, capsys):
+    names = ['a,b "c"\n.png', "ä.png", os.fsdecode(b"\xff.png")]  # the last one is Latin-1
+    for k, name in enumerate(names):
+        photo(tmp_path / "in/x.png", seed=k)
+        os.replace(tmp_path / "in/x.png", tmp_path / "in" / name)
+    given = ["--weights", run, tmp_path / "in", "--out", tmp_path / "out"]
+    called(monkeypatch, capsys, *given)
+    written = {row["name"] for row in rows(tmp_path / "out/measurements.csv")}
+    assert written == {'a,b "c"\n', "ä", "\\udcff"}
+    said, _ = called(monkeypatch, capsys, *given, "--skip-existing")
+    assert "3 of 3 images are predicted already" in said
 
 
 def test_another_pixel_size_measures_again(run, photos, tmp_path, monkeypatch, capsys):
