@@ -28,9 +28,10 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from imaging import layouts, pictures
+from imaging import layouts, measurements, pictures
 from imaging.atomic_files import atomic_write, checksums, is_intact, remove_leftovers
 from imaging.image_files import (
+    grey_levels,
     has_damaged_exif,
     load_image,
     load_mask,
@@ -749,6 +750,15 @@ class Dataset:
         image, _ = self.pixels(i)
         resized = Image.fromarray(image).resize((w, h))
         return pictures.overlay(np.asarray(resized), truth, masks)
+
+    def measuring(self, i: int, preprocess: Callable, pixel_size=None) -> Callable:
+        """Return the function that measures masks of entry i, for `measure_classes`.
+
+        preprocess: unused here, for volumes. pixel_size: see `measure_image`.
+        """
+        image, _ = self.pixels(i)
+        grey = grey_levels(image)  # (H,W)
+        return partial(measurements.measure_image, grey=grey, pixel_size=pixel_size)
 
     # Prompts of targets that are absent from an image (--negatives).
 

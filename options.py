@@ -322,6 +322,14 @@ class Options:
         above=0,
         note="(mm of volumes, pixels of images)",
     )
+    pixel_size: list[float] | None = option(
+        "evaluation",
+        None,
+        "width and height of an image's pixel in mm, to measure masks",
+        nargs=2,
+        metavar=("X", "Y"),
+        above=0,
+    )
     overlays: int = option(
         "evaluation", 3, "worst, median and best cases to draw, N of each", at_least=0
     )
@@ -624,6 +632,7 @@ def check_used(options: Options, settings: Protocol, family) -> None:
         "adapter_dim": settings.train != "adapters",
         "warmup": settings.schedule == "plateau",
         "nsd_tolerance": computes_no_distances,
+        "pixel_size": options.prompt_study or options.score_size == "network",
     }
     for name, is_idle in has_no_effect.items():
         if is_idle and getattr(options, name):
@@ -643,7 +652,10 @@ def check_used(options: Options, settings: Protocol, family) -> None:
 
 
 # Options that may differ between a run and its continuation without changing any number.
-FREE = {"resume", "out", "workers", "device", "cache", "save_every", "overlays", "checkpointing"}
+FREE = {
+    "resume", "out", "workers", "device", "cache", "save_every", "overlays", "checkpointing",
+    "pixel_size",
+}  # fmt: skip
 
 
 def check_same(folder: Path, old: dict, new: dict) -> None:

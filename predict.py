@@ -8,8 +8,9 @@
 
 Images become PNG masks at their own size: 0 and 255, or class indices in a palette with legend.png
 and classes.json. Volumes become NIfTI label maps on their own grid with classes.json; overlapping
-classes get one file each. Existing files are never overwritten. Inputs that cannot be read are
-listed at the end (exit status 1; 2 if none could be predicted). docs/training.md has the details.
+classes get one file each. measurements.csv holds the area or volume, the diameter and more of every
+mask. Existing files are never overwritten. Inputs that cannot be read are listed at the end (exit
+status 1; 2 if none could be predicted). docs/training.md has the details.
 Defaults are in brackets: [run] is the setting of the run in --weights, [weights] what the weights
 were published or trained with, [recipe] the setting of the model's recipe.
 """
@@ -25,6 +26,7 @@ import io
 import os
 import re
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout
@@ -40,9 +42,20 @@ from tqdm import tqdm
 import data
 from engine import command_line, tables
 from engine.evaluate import each_is, to_masks
-from engine.ranges import GREY_LEVEL, POSITIVE, Number
+from engine.measurement_table import MEASUREMENTS, MeasurementTable
+from engine.ranges import GREY_LEVEL, LENGTH, POSITIVE, Number
 from engine.runs import check_threshold, num_classes, patients_of, pick_device, read_run
-from imaging import atomic_files, files, image_files, layouts, nifti, organ_rules, pictures, volumes
+from imaging import (
+    atomic_files,
+    files,
+    image_files,
+    layouts,
+    measurements,
+    nifti,
+    organ_rules,
+    pictures,
+    volumes,
+)
 from recipes import FAMILIES, second_file
 from recipes.base import BOX_OPTIONS, IMAGE_OPTIONS, TEXT_OPTIONS, VOLUME_OPTIONS
 from recipes.images import describe_cuts
@@ -136,6 +149,13 @@ def add_file_options(add: Callable) -> None:
         action="store_true",
         help="also save probabilities: NAME_probability, 16-bit PNG (value / 65535) or float32 "
         "NIfTI; with several classes the highest, background excluded",
+    )
+    add(
+        "--pixel-size",
+        metavar=("X", "Y"),
+        nargs=2,
+        type=LENGTH,
+        help="width and height of an image's pixel in mm, for measurements.csv",
     )
     add(
         "--mask-threshold",
@@ -392,17 +412,24 @@ def one_line(error: Exception, name: str) -> str:
 class Batch:
     """The files of one call: those that exist, those to write, and the inputs that failed.
 
-    An input that fails does not end the call; all of them are listed at the end.
+    An input that fails does not end the call; all of them are listed at the end. The measurements
+    of all cases are in one file. It is replaced when a case is finished, but not more often than
+    every few seconds, and a case without measurements is not finished: after a kill it is predicted
+    again.
     """
 
     LISTED = 20  # failed inputs that are listed at the end
+    SAVE_EVERY = 10.0  # seconds between two writings of the measurements
 
-    def __init__(self, args, unit: str, cases: dict[str, dict[str, Path]], shared: dict):
+    def __init__(
+        self, args, unit: str, cases: dict[str, dict[str, Path]], shared: dict, classes: tuple
+    ):
         """Check all files before anything is written.
 
         unit: "image" or "volume". cases: name -> the case's files by kind, in the order in which
-        they are written. shared: file -> content, for files that belong to all cases. Raises
-        ValueError, one line, if a file cannot be written.
+        they are written. shared: file -> content, for files that belong to all cases. classes: the
+        predicted ones, without background. Raises ValueError, one line, if a file cannot be
+        written.
         """
         self.out = Path(args.out)
         self.unit = unit
@@ -413,7 +440,8 @@ class Batch:
 
         if not cases:
             raise ValueError(f"the inputs hold no {unit}s, so there is nothing to predict")
-        paths = [*shared]
+        table_path = self.out / MEASUREMENTS
+        paths = [table_path, *shared]
         for case_files in cases.values():
             paths += case_files.values()
         check_outputs(paths, self.out, args.skip_existing)
@@ -421,9 +449,15 @@ class Batch:
             if path.exists() and not has_content(path, content):
                 raise ValueError(f"{path}: is of other classes; choose another --out")
 
+        columns = {"image": measurements.IMAGE_COLUMNS, "volume": measurements.VOLUME_COLUMNS}
+        self.table = MeasurementTable(table_path, columns[unit], classes)
+        self.saved_at = time.monotonic()
+        cells = measurements.pixel_cells(args.pixel_size) if unit == "image" else {}
+
         self.finished = set()  # names of the cases that an earlier call has predicted
         for name, case_files in cases.items():
-            if all(path.exists() for path in case_files.values()):
+            is_written = all(path.exists() for path in case_files.values())
+            if is_written and self.table.has(name, cells):
                 self.finished.add(name)
         if self.finished:
             count = f"{len(self.finished)} of {len(cases)} {unit}s"
@@ -432,14 +466,14 @@ class Batch:
     def run(self, predict_case: Callable) -> int:
         """Predict all cases that are not finished and write their files. Return the exit status.
 
-        predict_case: name of a case -> {kind: function that writes the file of this kind}; its
-        errors about an input are collected. Raises OSError, one line, if a file cannot be written,
-        and ValueError, one line, if no input could be predicted.
+        predict_case: name of a case -> {kind: function that writes the file of this kind}, and the
+        rows of its measurements; its errors about an input are collected. Raises OSError, one line,
+        if a file cannot be written, and ValueError, one line, if no input could be predicted.
         """
         remaining = [name for name in self.cases if name not in self.finished]
         for name in tqdm(remaining, desc="predict", unit=self.unit, disable=None):
             try:
-                writers = predict_case(name)
+                writers, rows = predict_case(name)
             except (ValueError, OSError) as error:
                 self.failed.append(one_line(error, name))
                 continue
@@ -454,7 +488,15 @@ class Batch:
                 self.write(path, writers[kind])
             del writers  # gigabytes for volumes
             self.written += 1
+            self.table.add(name, rows)
+            if time.monotonic() - self.saved_at > self.SAVE_EVERY:
+                self.write_measurements()
         return self.conclude()
+
+    def write_measurements(self) -> None:
+        """Replace the table of measurements."""
+        self.save(self.table.path, lambda _: self.table.write(self.cases))
+        self.saved_at = time.monotonic()
 
     def write_shared(self) -> None:
         """Write the files that belong to all cases, if they are missing."""
@@ -463,8 +505,11 @@ class Batch:
 
     def write(self, path: Path, save: Callable) -> None:
         """Write a file with save(path), unless an earlier call has written it."""
-        if path.exists():
-            return
+        if not path.exists():
+            self.save(path, save)
+
+    def save(self, path: Path, save: Callable) -> None:
+        """Write a file with save(path). Raises OSError, one line, if that fails."""
         try:
             if not self.out.is_dir():
                 raise FileNotFoundError(f"the folder {self.out} is gone")
@@ -486,6 +531,8 @@ class Batch:
             raise ValueError(f"none of {len(self.failed)} {self.unit}s could be predicted; {first}")
 
         self.write_shared()
+        if self.table.is_changed:
+            self.write_measurements()
         masks = {"image": "masks", "volume": "volumes"}[self.unit]
         print(f"{self.written} {masks} in {self.out}", flush=True)
         if not self.failed:
@@ -526,7 +573,7 @@ def predict_images(family, run: dict, second: dict, args) -> int:
     if len(predictor.classes) > 1:
         shared[Path(args.out) / "legend.png"] = pictures.legend(predictor.classes[1:])
         shared[Path(args.out) / "classes.json"] = dict(enumerate(predictor.classes))
-    batch = Batch(args, "image", outputs, shared)
+    batch = Batch(args, "image", outputs, shared, layouts.foreground(predictor.classes))
     prompts = {prompt for _, _, prompt in cases}
     cut_prompts = describe_cuts(prompts, predictor.recipe.tokenizer)
     if cut_prompts:
@@ -615,14 +662,13 @@ def truth_of(truth: tuple | None, n: int) -> np.ndarray | None:
     return each_is(data.read_truth(*truth), range(1, n + 1))  # (n,H,W)
 
 
-def draw_pictures(probabilities, config, image, args, truth=None, prompts=()) -> dict:
+def draw_pictures(probabilities, masks, image, args, truth=None, prompts=()) -> dict:
     """Return the pictures of an image by the kinds of `image_outputs`.
 
-    probabilities: float32 (K,H,W), background first if there are several classes. image: uint8
-    (H,W,3). For the overlay: truth, an item of `ground_truths`; prompts, as for
-    `pictures.draw_prompts`.
+    probabilities: float32 (K,H,W), background first if there are several classes. masks: of
+    `to_masks`. image: uint8 (H,W,3). For the overlay: truth, an item of `ground_truths`; prompts,
+    as for `pictures.draw_prompts`.
     """
-    masks = to_masks(probabilities, config)  # (K,H,W)
     K = len(probabilities)
     drawn = {}
     if K == 1:
@@ -669,16 +715,18 @@ class ImagePredictor:
         self.make_prompts, classes = family.prompts_for_prediction(
             self.recipe, cases, run.get("classes"), args
         )
-        self.classes = tuple(classes or [f"class {index}" for index in range(count)])
+        unnamed = [f"class {index}" for index in range(count)] if count > 1 else ["target"]
+        self.classes = tuple(classes or unnamed)
         check_threshold(count, args.threshold)
         n = len(layouts.foreground(self.classes))
         if any(len(layouts.foreground(entry.classes)) != n for entry, _ in truths.values()):
             print("--overlays: the ground truth has other classes than the model and is not drawn")
 
-    def predict(self, name: str) -> dict[str, Callable]:
-        """Return functions that write the files of a case, by the kinds of `image_outputs`.
+    def predict(self, name: str) -> tuple[dict[str, Callable], list[dict]]:
+        """Return functions that write the files of a case, and the rows of its measurements.
 
-        Raises OSError or ValueError, one line, for an input that cannot be read.
+        The functions are by the kinds of `image_outputs`. Raises OSError or ValueError, one line,
+        for an input that cannot be read.
         """
         file, prompt = self.cases[name]
         image, has_non_finite = image_files.load_image(file)  # (H,W,3)
@@ -700,12 +748,25 @@ class ImagePredictor:
 
         truth = self.truths.get(name)
         prompts = item.get("shown", ())
-        drawn = draw_pictures(probabilities, self.model.config, image, self.args, truth, prompts)
+        masks = to_masks(probabilities, self.model.config)  # (K,H,W)
+        drawn = draw_pictures(probabilities, masks, image, self.args, truth, prompts)
         if has_non_finite:
             self.non_finite.append(file)
         if image_files.has_damaged_exif(file):
             self.damaged_exif.append(file)
-        return {kind: partial(pictures.save_picture, picture=drawn[kind]) for kind in drawn}
+        writers = {kind: partial(pictures.save_picture, picture=drawn[kind]) for kind in drawn}
+        return writers, self.measure(masks, probabilities, image)
+
+    def measure(self, masks: np.ndarray, probabilities: np.ndarray, image: np.ndarray) -> list:
+        """Return the rows of measurements of an image's masks (K,H,W). image: uint8 (H,W,3)."""
+        classes = layouts.foreground(self.classes)
+        n = len(classes)
+        measure = partial(
+            measurements.measure_image,
+            grey=image_files.grey_levels(image),
+            pixel_size=self.args.pixel_size,
+        )
+        return measurements.measure_classes(classes, masks[-n:], probabilities[-n:], measure)
 
     def say_how_images_were_read(self) -> None:
         """Print which images hold NaN or infinite pixels, and which have damaged EXIF data."""
@@ -736,7 +797,7 @@ def predict_volumes(family, run: dict, second: dict, args) -> int:
         legend = pictures.legend(tuple(predictor.classes[1:]))
         shared[Path(args.out) / "legend.png"] = legend
     outputs = {name: volume_outputs(name, endings, args) for name in cases}
-    batch = Batch(args, "volume", outputs, shared)
+    batch = Batch(args, "volume", outputs, shared, tuple(predictor.classes[1:]))
     return batch.run(lambda name: predictor.predict(cases[name]))
 
 
@@ -914,11 +975,12 @@ class VolumePredictor:
         outputs = 1 if self.config.overlapping else self.config.num_classes
         check_threshold(outputs, args.threshold)
 
-    def predict(self, paths: list[Path]) -> dict[str, Callable]:
-        """Return functions that write the files of one volume, by the kinds of `volume_outputs`.
+    def predict(self, paths: list[Path]) -> tuple[dict[str, Callable], list[dict]]:
+        """Return functions that write the files of a volume, and the rows of its measurements.
 
-        paths: the files of its channels. Raises OSError or ValueError, one line, for an input that
-        cannot be read or has other channels than the model.
+        The functions are by the kinds of `volume_outputs`. paths: the files of its channels. Raises
+        OSError or ValueError, one line, for an input that cannot be read or has other channels than
+        the model.
         """
         config = self.config
         channels = sum(nifti.read_grid(path).channels for path in paths)
@@ -936,12 +998,27 @@ class VolumePredictor:
             item["asked"] = self.chosen
         with torch.no_grad():
             probabilities = self.recipe.predict(self.model, item)[0]  # (K,X,Y,Z)
-        return self.writers(probabilities, image, grid)
-
-    def writers(self, probabilities, image: np.ndarray, grid) -> dict[str, Callable]:
-        """Return the functions of `predict`. probabilities (K,X,Y,Z), image (C,X,Y,Z)."""
-        is_overlapping = self.config.overlapping
         maps = self.label_maps(probabilities, grid)  # (n,X,Y,Z)
+        rows = self.measure(maps, probabilities, image[0], grid)
+        return self.writers(maps, probabilities, image, grid), rows
+
+    def measure(self, maps: np.ndarray, probabilities, intensity: np.ndarray, grid) -> list:
+        """Return the rows of measurements of label maps (n,X,Y,Z). intensity (X,Y,Z)."""
+        if self.config.overlapping:
+            masks = maps.view(bool)  # (K,X,Y,Z)
+        else:
+            masks = (maps[0] == label for label in self.labels[1:])  # one at a time
+        classes = self.classes[1:]
+        foreground = probabilities[-len(classes) :].numpy()
+        measure = partial(measurements.measure_volume, intensity=intensity, grid=grid)
+        return measurements.measure_classes(classes, masks, foreground, measure)
+
+    def writers(self, maps: np.ndarray, probabilities, image: np.ndarray, grid) -> dict:
+        """Return the functions of `predict` for label maps (n,X,Y,Z).
+
+        probabilities (K,X,Y,Z), image (C,X,Y,Z).
+        """
+        is_overlapping = self.config.overlapping
         writers = {}
         for i, label_map in enumerate(maps):
             writers[f"mask{i}"] = partial(nifti.write, volume=label_map, grid=grid)

@@ -572,7 +572,13 @@ FIRST_FILES = (
     "metrics.csv",
     "curves.png",
 )
-TEST_FILES = {"per_image.csv", "per_component.csv", "per_prompt.csv", "overlays"}
+TEST_FILES = {
+    "per_image.csv",
+    "per_component.csv",
+    "per_prompt.csv",
+    "measurements.csv",
+    "overlays",
+}
 
 
 def can_resume(settings: Settings) -> bool:

@@ -1,6 +1,7 @@
 """Score a model on data sets: validation, tests, and the test folder of a run."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import metrics
 from engine.runs import num_classes
 from engine.tables import ABSENT, INTERVALS, score_table, study_table, write_csv, write_json
 from imaging import layouts, pictures
+from imaging.measurements import measure_classes
 
 # --- predictions ---------------------------------------------------------------------------------
 
@@ -29,9 +31,11 @@ def predictions(model, recipe, dataset, settings, title: str):
     loader = data.make_loader(items, order, workers, device)
     model.eval()
 
-    for item in tqdm(loader, title, len(dataset), unit="image", disable=None, leave=False):
+    items = tqdm(loader, title, len(dataset), unit="image", disable=None, leave=False)
+    for i, item in enumerate(items):
         if has_no_prompts(item):
             continue
+        item["index"] = i
         if settings.score_size == "network":
             item |= {"size": item["mask"].shape[-2:], "truth": item["mask"].round()}
 
@@ -180,10 +184,12 @@ def score_parts(
 # --- scores of a data set ------------------------------------------------------------------------
 
 
-def evaluate(model, recipe, dataset, settings, all_scores: bool, title: str) -> list[dict]:
+def evaluate(
+    model, recipe, dataset, settings, all_scores: bool, title: str, measured=None
+) -> list[dict]:
     """Return the scores of every entry and class, a row each.
 
-    all_scores: also the slow ones, see `score`.
+    all_scores: also the slow ones, see `score`. measured: `Measurements` that get the masks.
     """
     rows = []
     for item, probabilities, loss in predictions(model, recipe, dataset, settings, title):
@@ -192,6 +198,8 @@ def evaluate(model, recipe, dataset, settings, all_scores: bool, title: str) -> 
         scores = score(item, masks, dataset.classes, scored_probabilities, settings.tolerance)
         for row in scores:
             rows.append(row | {"loss": loss})
+        if measured is not None:
+            measured.add(item, masks, probabilities)
         # Free the memory before the next volume is predicted.
         del item, probabilities, masks, scored_probabilities
     return check_not_empty(rows, dataset, settings)
@@ -231,6 +239,37 @@ def say_if_empty(rows: list[dict], model, dataset, settings, title: str) -> None
         if settings.threshold != "auto":
             message += "; --threshold auto chooses the threshold and the epoch in validation"
     print(message)
+
+
+# --- measurements ---------------------------------------------------------------------------------
+
+
+@dataclass
+class Measurements:
+    """The rows of measurements.csv of a test set."""
+
+    dataset: data.Dataset
+    settings: object
+    preprocess: Callable  # of the model
+    rows: list[dict] = field(default_factory=list)
+
+    def add(self, item: dict, masks: np.ndarray, probabilities: np.ndarray) -> None:
+        """Measure the masks (K,*size) of an entry, and the ground truth.
+
+        Nothing is measured at the network's size, as its pixels are not those of the image.
+        """
+        if self.settings.score_size == "network":
+            return
+        classes = layouts.foreground(item.get("classes", self.dataset.classes))
+        n = len(classes)
+        measure = self.dataset.measuring(item["index"], self.preprocess, self.settings.pixel_size)
+
+        case = case_columns(item)
+        truths = truth_masks(item, n)  # (n,*size)
+        predicted = measure_classes(classes, masks[-n:], probabilities[-n:], measure)
+        true = measure_classes(classes, truths, None, measure)
+        for pair in zip(predicted, true, strict=True):
+            self.rows += [case | row for row in pair]
 
 
 # --- validation ----------------------------------------------------------------------------------
@@ -339,11 +378,11 @@ def test(model, recipe, tests: dict, settings) -> dict:
     """
     folder = Path(settings.out) / "test"
     summaries = {}  # test set -> summary
-    tables = {"image": []}  # name of a table -> rows
+    tables = {"per_image": []}  # name of a table -> rows
     scored = {}  # test set -> rows
     for name, dataset in tests.items():
         rows, summaries[name], further_tables = recipe.test(model, recipe, dataset, settings, name)
-        for table, table_rows in ({"image": rows} | further_tables).items():
+        for table, table_rows in ({"per_image": rows} | further_tables).items():
             columns = tables.setdefault(table, [])
             columns.extend({"test": name} | row for row in table_rows)
         write_tables(folder, tables)  # the next test may fail
@@ -366,25 +405,28 @@ def test(model, recipe, tests: dict, settings) -> dict:
 def plain_test(model, recipe, dataset, settings, name: str) -> tuple[list, dict, dict]:
     """Test models without prompts, or with one text per image: print a table of scores.
 
-    Returns the rows, the summary, and no further tables.
+    Returns the rows, the summary, and a further table: "measurements".
     """
     title = f"test {name}"
-    rows = evaluate(model, recipe, dataset, settings, True, title)
+    measured = Measurements(dataset, settings, model.preprocess)
+    rows = evaluate(model, recipe, dataset, settings, True, title, measured)
     summary = summarise_rows(rows, dataset, settings)
     prompt = f", prompt {settings.prompt}" if settings.prompt else ""
     print(f"{title}{prompt}:\n{score_table(summary)}")
     say_if_empty(rows, model, dataset, settings, title)
-    return rows, summary, {}
+    return rows, summary, {"measurements": measured.rows}
 
 
 def prompted_test(model, recipe, dataset, settings, name: str) -> tuple[list, dict, dict]:
     """Test SAM: print the scores of images and components, and compare the kinds of prompts.
 
     Returns the rows and the summary for the run's own --sam-prompts, and further tables:
-    "component", a row per component, and "prompt", a row per kind of prompt and image.
+    "per_component", a row per component, "per_prompt", a row per kind of prompt and image, and
+    "measurements".
     """
     main = settings.sam_prompts
-    by_source, components = study(model, recipe, dataset, settings, f"test {name}", main)
+    measured = Measurements(dataset, settings, model.preprocess)
+    by_source, components = study(model, recipe, dataset, settings, f"test {name}", main, measured)
     rows = check_not_empty(by_source[main], dataset, settings)
     summary = summarise_rows(rows, dataset, settings)
     print(f"test {name}, prompted by {main}:\n{score_table(summary)}")
@@ -404,7 +446,8 @@ def prompted_test(model, recipe, dataset, settings, name: str) -> tuple[list, di
         if source_rows:
             summary["prompts"][source] = summarise_rows(source_rows, dataset, settings)
     print(f"  by kind of prompt, all classes of an image:\n{study_table(summary['prompts'])}")
-    return rows, summary, {"component": components, "prompt": every_row}
+    further_tables = {"per_component": components, "per_prompt": every_row}
+    return rows, summary, further_tables | {"measurements": measured.rows}
 
 
 def prompt_study(model, recipe, tests: dict, settings) -> dict:
@@ -432,18 +475,18 @@ def prompt_study(model, recipe, tests: dict, settings) -> dict:
         print(study_table(summaries[name], examples))
         say_if_empty(every_row, model, dataset, settings, f"test {name}")
     folder = Path(settings.out) / "test"
-    return write_summary(folder, model, settings, summaries, {"image": table})
+    return write_summary(folder, model, settings, summaries, {"per_image": table})
 
 
 def write_tables(folder: Path, tables: dict) -> None:
-    """Write per_NAME.csv for each table that has rows."""
+    """Write NAME.csv for each table that has rows."""
     for name, rows in tables.items():
         if rows:
-            write_csv(folder / f"per_{name}.csv", rows)
+            write_csv(folder / f"{name}.csv", rows)
 
 
 def write_summary(folder: Path, model, settings, summaries: dict, tables: dict) -> dict:
-    """Write summary.json and the tables (of SAM three of them). Return the summary."""
+    """Write summary.json and the tables. Return the summary."""
     names = ("model", "weights", "recipe", "prompt", "sam_prompts", "score_size")
     summary = {name: getattr(settings, name) for name in names}
     summary |= {"threshold": model.config.threshold, "tests": summaries}
@@ -472,11 +515,13 @@ class EveryPrompt(torch.utils.data.Dataset):
         return self.recipe.items_by_source(self.recipe, self.dataset, i, self.sources)
 
 
-def study(model, recipe, dataset, settings, title: str, main=None) -> tuple[dict, list]:
+def study(
+    model, recipe, dataset, settings, title: str, main=None, measured=None
+) -> tuple[dict, list]:
     """Return the rows of scores for each kind of prompt, and for `main` those of its components.
 
     `main` gets all scores, the other kinds only those that count pixels. `Recipe.encode` runs once
-    per image, for all prompts.
+    per image, for all prompts. measured: `Measurements` that get the masks of `main`.
     """
     sources = recipe.sources(dataset, settings)
     every = EveryPrompt(dataset, recipe, sources)
@@ -485,7 +530,7 @@ def study(model, recipe, dataset, settings, title: str, main=None) -> tuple[dict
     components = []
     model.eval()
 
-    for items in tqdm(loader, title, unit="image", disable=None, leave=False):
+    for i, items in enumerate(tqdm(loader, title, unit="image", disable=None, leave=False)):
         with torch.no_grad():
             encoded = recipe.encode(model, items[sources[0]])
             for source, item in items.items():
@@ -495,6 +540,8 @@ def study(model, recipe, dataset, settings, title: str, main=None) -> tuple[dict
                 probabilities = output_probabilities.cpu().numpy()  # (K,*size)
                 masks = to_masks(probabilities, model.config)
                 is_main = source == main
+                if is_main and measured is not None:
+                    measured.add(item | {"index": i}, masks, probabilities)
                 rows[source] += score(
                     item,
                     masks,

@@ -146,4 +146,5 @@ class Flag(Values):
 
 POSITIVE = Number(whole=True, at_least=1)
 SEED = Number(whole=True, at_least=0, at_most=2**63 - 1)  # torch takes no larger one
+LENGTH = Number(above=0)
 GREY_LEVEL = Number(whole=True, at_least=0, at_most=255)

@@ -747,9 +747,16 @@ def colour_table(name: str) -> np.ndarray:
     return matplotlib.colormaps[matplotlib_name](np.arange(256) / 255, bytes=True)[:, :3]
 
 
+def grey_levels(image: np.ndarray) -> np.ndarray:
+    """Return the brightness of an image, uint8 (H,W,3) -> uint8 (H,W).
+
+    It is 0.299 red + 0.587 green + 0.114 blue (ITU-R 601).
+    """
+    return np.asarray(Image.fromarray(image).convert("L"))
+
+
 def pseudocolor(image: np.ndarray, name: str | None) -> np.ndarray:
     """Show the grey levels of an image, uint8 (H,W,3), in the colours of a map; None: no change."""
     if name is None:
         return image
-    grey = np.asarray(Image.fromarray(image).convert("L"))  # (H,W)
-    return colour_table(name)[grey]  # (H,W,3)
+    return colour_table(name)[grey_levels(image)]  # (H,W,3)

@@ -698,6 +698,19 @@ class VolumeSet:
         image, _ = read_volume((entry.image, *entry.more_channels), fill)
         return grey(image, preprocess)
 
+    # --- measurements ---
+
+    def measuring(self, i: int, preprocess: Callable, pixel_size=None) -> Callable:
+        """Return the function that measures masks of volume i, for `measure_classes`.
+
+        pixel_size: unused here, of images.
+        """
+        from imaging import measurements  # here, as above
+
+        fill = fill_value(preprocess, self.channels)
+        image, grid = read_volume(self.entries[i].image, fill)  # (C',X,Y,Z)
+        return partial(measurements.measure_volume, intensity=image[0], grid=grid)
+
 
 def grey(image: np.ndarray, preprocess: Callable) -> np.ndarray:
     """Return grey levels to look at: float32 (C,X,Y,Z) -> uint8 (X,Y,Z).

@@ -137,6 +137,7 @@ class Settings(Protocol):
     score_size: str
     val_distances: bool
     nsd_tolerance: float | None
+    pixel_size: list[float] | None
     overlays: int
     save_every: float
 
@@ -352,7 +353,7 @@ BOX_OPTIONS = (
     "points",
     "topology",
 )
-IMAGE_OPTIONS = ("pseudocolor", "views", "mask_orientation", "mask_threshold")
+IMAGE_OPTIONS = ("pseudocolor", "views", "mask_orientation", "mask_threshold", "pixel_size")
 VOLUME_OPTIONS = (
     "crops_per_volume", "crop_ratio", "spacing", "intensity", "overlap", "window_batch",
     "checkpointing", "largest_component", "organ_rules", "classes",

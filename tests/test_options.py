@@ -43,6 +43,7 @@ WRONG = {  # option -> values that it must not take
     "nsd_tolerance": ["0", "-1", "nan", "inf"],
     "save_every": ["-1", "nan", "inf"],
     "spacing": ["0", "-1", "nan", "inf"],
+    "pixel_size": ["0", "-1", "nan", "inf"],
     "crop_ratio": ["-1", "nan", "inf"],
     "size": ["-64", "0", "1.5", "64px"],
     "patience": ["-1", "1e3", "1.0"],
@@ -91,8 +92,9 @@ def test_a_number_out_of_its_range_is_one_line_that_names_the_option(name, monke
 def test_python_refuses_the_same_values_in_the_same_words(name, monkeypatch, capsys):
     for text in WRONG[name]:
         given = NUMBERS[name].read(text)
-        if SPECS[name].metadata["argparse"].get("nargs") == 3:
-            given = [given, 1.0, 1.0]
+        count = SPECS[name].metadata["argparse"].get("nargs")
+        if isinstance(count, int):
+            given = [given, *[1.0] * (count - 1)]
         with pytest.raises(ValueError, match=re.escape(flag(name))) as told:
             resolve(Options(data=["a"], **{name: given}))
         if "nargs" not in SPECS[name].metadata["argparse"]:

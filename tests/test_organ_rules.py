@@ -287,7 +287,7 @@ def test_some_classes_alone(run, tmp_path, monkeypatch, capsys):
     files = {path.name for path in (tmp_path / "some").iterdir()}
     assert files == {
         "ct_liver_tumor.nii.gz", "ct_spleen.nii.gz", "ct_probability.nii.gz", "ct_overlay.png",
-        "legend.png",
+        "legend.png", "measurements.csv",
     }  # fmt: skip
     # Fewer classes are products of other shapes, which may round otherwise: by 1e-5 of the logits'
     # scale at most, see test_universal.py, and a probability moves by a quarter of its logit.

@@ -86,7 +86,12 @@ def test_broken_photos_are_listed_and_the_rest_is_done(run, photos, tmp_path, mo
     for line, name in zip(lines, ("a.png", "lost.png", "stack.tif"), strict=True):
         assert line.startswith(f"  {photos / name}")
     assert "not readable as an image" in lines[0] and "2 pages" in lines[2]
-    assert contents(out) == {name: file for name, file in expected.items() if name != "a.png"}
+    without = [line for line in expected["measurements.csv"].splitlines() if line[:2] != b"a,"]
+    table = b"\r\n".join([*without, b""])
+    assert contents(out) == {
+        name: file for name, file in (expected | {"measurements.csv": table}).items()
+        if name != "a.png"
+    }  # fmt: skip
 
     # The same call goes on with --skip-existing alone.
     (photos / "stack.tif").unlink()
@@ -178,7 +183,7 @@ def test_a_broken_ground_truth_is_of_its_image_alone(run, tmp_path, monkeypatch,
     assert "1 of 3 images" in error and "masks/1.png: not readable" in error
     written = {path.name for path in (tmp_path / "out").iterdir()}
     assert written == {"classes.json", "legend.png", "0.png", "0_overlay.png", "2.png",
-                       "2_overlay.png"}  # fmt: skip
+                       "2_overlay.png", "measurements.csv"}  # fmt: skip
 
 
 def test_a_broken_image_does_not_keep_sam_from_the_others(tmp_path, monkeypatch, capsys):
@@ -194,45 +199,51 @@ def test_a_broken_image_does_not_keep_sam_from_the_others(tmp_path, monkeypatch,
     given = ["--weights", weights, tmp_path / "in", "--boxes", tmp_path / "boxes.csv"]
     _, error = called(monkeypatch, capsys, *given, "--out", tmp_path / "out", status=1)
     assert "1 of 3 images" in error and "b.png: not readable" in error
-    assert {*contents(tmp_path / "out")} == {"a.png", "g/a.png"}
+    assert {*contents(tmp_path / "out")} == {"a.png", "g/a.png", "measurements.csv"}
 
 
 # --- what exists already --------------------------------------------------------------------------
 
 
-def test_a_call_continues_wherever_it_was_killed(run, photos, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("save_every", [-1, 10])
+def test_a_call_continues_wherever_it_was_killed(
+    save_every, run, photos, tmp_path, monkeypatch, capsys
+):
+    """With save_every -1 the measurements are written after each case, else at the end."""
+    monkeypatch.setattr(predict.Batch, "SAVE_EVERY", save_every)
     given = ["--weights", run, photos, "--overlays", "--probabilities"]
     whole = tmp_path / "expected"
-    order = []  # of the files
+    order = []  # of the files, and their content
     rename = os.replace
 
     def record(source, target):
-        order.append(target)
+        order.append((target, source.read_bytes()))
         rename(source, target)
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", record)
         called(monkeypatch, capsys, *given, "--out", whole)
     expected = contents(whole)
-    assert len(order) == len(expected) == 14
+    tables = 4 if save_every < 0 else 1
+    assert len(expected) == 15 and len(order) == 14 + tables
 
     for count in range(len(order) + 1):
         out = tmp_path / str(count)
-        for path in order[:count]:
+        for path, content in order[:count]:
             copy = out / path.relative_to(whole)
             copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, copy)
+            copy.write_bytes(content)
         out.mkdir(exist_ok=True)
         (out / ".lock").touch()
         if count < len(order):  # what a kill leaves of the file that was being written
-            path = out / order[count].relative_to(whole)
+            path = out / order[count][0].relative_to(whole)
             path.parent.mkdir(parents=True, exist_ok=True)
             path.with_name(f".{path.name}.0123abcd").write_bytes(b"half")
-        masks = [path for path in order[:count] if "_" not in path.name]
         said, _ = called(monkeypatch, capsys, *given, "--out", out, "--skip-existing")
         assert contents(out) == expected
-        done = sum(path.suffix == ".png" and path.name != "legend.png" for path in masks)
-        assert f"{4 - done} masks in" in said  # a mask is the last file of its case
+        done = sum(path.name == "measurements.csv" for path, _ in order[:count])
+        done = 4 if tables == done else done
+        assert f"{4 - done} masks in" in said  # the measurements are the last thing of a case
 
 
 def test_nothing_of_another_model_is_continued(run, photos, tmp_path, monkeypatch, capsys):
@@ -256,7 +267,8 @@ def test_existing_files_stay_as_they_are(run, photos, tmp_path, monkeypatch, cap
     given = ["--weights", run, photos / "a.png", "--out", out, "--skip-existing", "--overlays"]
     said, _ = called(monkeypatch, capsys, *given)
     assert "1 masks in" in said
-    assert contents(out) == before | {"a_overlay.png": (out / "a_overlay.png").read_bytes()}
+    added = {"a_overlay.png": (out / "a_overlay.png").read_bytes()}
+    assert contents(out) == before | added
     (out / "a.png").unlink()
     (out / "a.png").mkdir()
     _, error = called(monkeypatch, capsys, *given, status=2)
@@ -298,7 +310,7 @@ def test_sigkill_at_any_moment_leaves_nothing_behind(run, tmp_path):
     assert os.waitpid(started([*given, tmp_path / "expected"]), 0)[1] == 0
     seconds = time.time() - begin
     expected = contents(tmp_path / "expected")
-    assert len(expected) == 38
+    assert len(expected) == 39
     moments = random.Random(0)
     for k in range(20):
         number = started([*given, tmp_path / f"{k}"])
@@ -328,7 +340,7 @@ def test_sub_folders_are_mirrored_and_the_rest_is_counted(
     said, _ = called(monkeypatch, capsys, *given)
     assert "skipped files that are not images: 1 without an ending, 1 .dcm, 1 .txt" in said
     names = {"a.png", "b.png", "g/a.png", "g/h/c.png", "link/z.png"}
-    assert {*contents(out)} == names | {"classes.json", "legend.png"}
+    assert {*contents(out)} == names | {"classes.json", "legend.png", "measurements.csv"}
     said, _ = called(monkeypatch, capsys, *given, "--skip-existing")  # masks are no input
     assert "5 of 5 images are predicted already" in said
     _, error = called(monkeypatch, capsys, "--weights", run, photos, "--out", photos, status=2)
@@ -472,7 +484,7 @@ def test_a_cut_volume_does_not_end_the_batch(scans, tmp_path, monkeypatch, capsy
     assert "two.nii.gz: 2 channels, the model takes 1; choose a model" in two
     kinds = (".nii.gz", "_probability.nii.gz", "_overlay.png")
     names = {f"{case}{kind}" for case in ("a", "g/A", "g/h/c") for kind in kinds}
-    assert {*contents(out)} == names | {"classes.json", "legend.png"}
+    assert {*contents(out)} == names | {"classes.json", "legend.png", "measurements.csv"}
     before = contents(out)
 
     (folder / "b.nii.gz").write_bytes(whole)
@@ -483,7 +495,9 @@ def test_a_cut_volume_does_not_end_the_batch(scans, tmp_path, monkeypatch, capsy
     said, _ = called(monkeypatch, capsys, *given, "--skip-existing")
     assert "3 of 4 volumes are predicted already" in said and "1 volumes in" in said
     added = {f"b{kind}": (out / f"b{kind}").read_bytes() for kind in kinds}
-    assert contents(out) == before | added
+    table = (out / "measurements.csv").read_bytes()
+    assert {*before["measurements.csv"].splitlines()} < {*table.splitlines()}
+    assert contents(out) == before | added | {"measurements.csv": table}
 
 
 def test_without_any_good_volume_nothing_is_written(scans, tmp_path, monkeypatch, capsys):
@@ -504,7 +518,7 @@ def test_a_test_of_volumes_without_labels_is_predicted(scans, tmp_path, monkeypa
     given = ["--weights", scans, root, "--out", tmp_path / "out"]
     said, _ = called(monkeypatch, capsys, *given)
     assert f"{root / 'imagesTs'}: 1 volume files" in said
-    assert {*contents(tmp_path / "out")} == {"classes.json", "b.nii.gz"}
+    assert {*contents(tmp_path / "out")} == {"classes.json", "b.nii.gz", "measurements.csv"}
 
 
 def test_channels_belong_together_in_their_folder(tmp_path, monkeypatch, capsys):
@@ -515,7 +529,9 @@ def test_channels_belong_together_in_their_folder(tmp_path, monkeypatch, capsys)
         volume(tmp_path / f"in/p3/BraTS_{end}.nii.gz")
     given = ["--weights", weights, tmp_path / "in", "--out", tmp_path / "out"]
     _, error = called(monkeypatch, capsys, *given, status=1)
-    assert {*contents(tmp_path / "out")} == {"classes.json", "p1/x.nii.gz", "p2/x.nii.gz"}
+    assert {*contents(tmp_path / "out")} == {
+        "classes.json", "p1/x.nii.gz", "p2/x.nii.gz", "measurements.csv"
+    }  # fmt: skip
     assert "2 of 4 volumes" in error
     assert "BraTS_flair.nii.gz: 1 channels, the model takes 2; name the files of a case " in error
     assert "CASE_0000.nii.gz" in error and "(of BraTS: FLAIR, T1ce, T1, T2)" in error
@@ -537,7 +553,7 @@ def test_regions_that_differ_by_signs_have_files_of_their_own(tmp_path, monkeypa
     volume(tmp_path / "in/x.nii.gz")
     given = ["--weights", weights, tmp_path / "in", "--out", tmp_path / "out"]
     called(monkeypatch, capsys, *given)
-    expected = {"x_ER+.nii.gz", "x_ER-.nii.gz", "x_right_kidney.nii.gz"}
+    expected = {"x_ER+.nii.gz", "x_ER-.nii.gz", "x_right_kidney.nii.gz", "measurements.csv"}
     assert {*contents(tmp_path / "out")} == expected
 
 

@@ -382,6 +382,14 @@ def test_an_image_without_an_object_is_neither_asked_for_nor_scored(tmp_path, as
     assert {row["name"] for row in rows(folder / "per_image.csv")} == {"a0", "a1"}
     found = [row["name"] for row in rows(folder / "per_prompt.csv") if row["prompt"] == "image"]
     assert found == ["a0", "a1", "e"]
+    measured = rows(folder / "measurements.csv")
+    kinds = [(row["name"], row["mask"], row["prompt"]) for row in measured]
+    assert kinds == [
+        ("a0", "prediction", "boxes"), ("a0", "ground truth", "boxes"),
+        ("a1", "prediction", "boxes"), ("a1", "ground truth", "boxes"),
+    ]  # fmt: skip
+    for row, name in ((measured[1], "a0"), (measured[3], "a1")):
+        assert int(row["area_px"]) == masks[name].sum() > 0
     assert not list((folder / "overlays").glob("*_e.png"))
     with pytest.raises(ValueError, match="no image has a component of 9999 pixels or more"):
         train.run(replace(asked, data=[str(root)], out=asked.out + "-2", min_area=9999))
@@ -560,6 +568,12 @@ def test_predict_asks_by_boxes_or_by_the_whole_image(asked, maps, tmp_path, monk
         "1": "one",
         "2": "two",
     }
+    measured = rows(out / "measurements.csv")
+    assert {row["class"] for row in measured} == {"one", "two"} and len(measured) == 12
+    for row in measured:
+        indices = np.asarray(Image.open(out / f"{row['name']}.png"))
+        k = ["background", "one", "two"].index(row["class"])
+        assert int(row["area_px"]) == (indices == k).sum()
     # The same as asking the model itself, on the colours that it was trained on.
     model = sam_decoder.SAM.from_pretrained(asked.out)
     coloured = image_files.pseudocolor(image_files.read_image(folder / "a0.png"), "bone")

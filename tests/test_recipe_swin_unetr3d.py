@@ -266,7 +266,8 @@ def test_a_background_of_several_numbers_leaves_one_label_map(tmp_path, monkeypa
     arguments = ["--weights", tmp_path / "run", "--out", tmp_path / "p", "--overlap", 0, root]
     code, _, error = command(monkeypatch, capsys, predict, *arguments)
     assert code == 0, error
-    assert {*contents(tmp_path / "p")} == {"case2.nii.gz", "classes.json"}
+    names = {"case2.nii.gz", "classes.json", "measurements.csv"}
+    assert {*contents(tmp_path / "p")} == names
     names = json.loads((tmp_path / "p/classes.json").read_text())
     assert names == {"0": "background", "2": "liver", "5": "left kidney"}
     found = np.asarray(nibabel.load(tmp_path / "p/case2.nii.gz").dataobj)
