@@ -165,42 +165,34 @@ class Archive:
         """Return the place of a member in `names`, from 0: a key to sort by."""
         return self._positions[name]
 
-    def below(self, folder: str) -> list[str]:
-        """Return the names of all members in a folder and its sub-folders; "" for all."""
-        prefix = f"{folder}/" if folder else ""
-        return [name for name in self.names if name.startswith(prefix)]
+    def files_in(self, folder: str) -> dict[str, str]:
+        """Return {file name: member} of a folder without its sub-folders; "" for the root."""
+        files = {}
+        for name in self.names:
+            parent, _, file_name = name.rpartition("/")
+            if parent == folder:
+                files[file_name] = name
+        return files
 
     def folders(self) -> set[str]:
-        """Return the paths of all folders with members in or below them, without the root."""
-        folders = set()
-        for name in self.names:
-            for parent in PurePosixPath(name).parents:
-                folders.add(parent.as_posix())
-        folders.discard(".")
-        return folders
+        """Return the paths of all folders that hold files, without the root."""
+        folders = {name.rpartition("/")[0] for name in self.names}
+        return folders - {""}
+
+    def folders_named(self, tail: str) -> list[str]:
+        """Return the folders whose paths end with the path `tail`, sorted.
+
+        The tail "Kvasir-SEG/images" names the folder "download/Kvasir-SEG/images".
+        """
+        folders = []
+        for folder in self.folders():
+            if folder == tail or folder.endswith(f"/{tail}"):
+                folders.append(folder)
+        return sorted(folders)
 
     def folder(self, *tails: str) -> str:
-        """Return the only folder that one of the tails names, the first tail that fits.
-
-        The tail "Kvasir-SEG/images" fits the folder "download/Kvasir-SEG/images"; a second tail
-        "images" also fits if Kvasir-SEG itself was given. Raises FileNotFoundError if none fits,
-        ValueError if several folders fit.
-        """
-        folders = self.folders()
-        for tail in tails:
-            fitting = []
-            for folder in folders:
-                if folder == tail or folder.endswith(f"/{tail}"):
-                    fitting.append(folder)
-            if len(fitting) == 1:
-                return fitting[0]
-            if fitting:
-                listed = ", ".join(sorted(fitting)[:3])
-                raise ValueError(
-                    f"{self.path}: holds {len(fitting)} folders {tail} ({listed}); give the "
-                    "folder that holds the right one"
-                )
-        raise FileNotFoundError(f"{self.path}: has no folder {tails[0]}; it holds {self.summary()}")
+        """Return the only folder that the first fitting tail names, see `find_folder`."""
+        return find_folder([self], *tails)[1]
 
     def summary(self) -> str:
         """Return what is inside, for messages: "12 .jpg, 3 .csv in images, masks"."""
@@ -376,3 +368,27 @@ def open_archives(paths: Iterable[Path]) -> Iterator[list[Archive]]:
     finally:
         for archive in opened:
             archive.close()
+
+
+def find_folder(opened: list[Archive], *tails: str) -> tuple[Archive, str]:
+    """Return the archive and the path of the only folder that a tail names, the first that fits.
+
+    With the tails "Kvasir-SEG/images" and "images" the download may be the folder Kvasir-SEG itself
+    as well as one that holds it. Raises FileNotFoundError if no folder fits, ValueError if several
+    do.
+    """
+    for tail in tails:
+        fitting = []
+        for archive in opened:
+            fitting += [(archive, folder) for folder in archive.folders_named(tail)]
+        if len(fitting) == 1:
+            return fitting[0]
+        if fitting:
+            listed = ", ".join(folder for _, folder in fitting[:3])
+            raise ValueError(
+                f"{fitting[0][0].path}: holds {len(fitting)} folders {tail} ({listed}); give the "
+                "folder that holds the right one"
+            )
+
+    content = "; ".join(f"{archive.path} holds {archive.summary()}" for archive in opened)
+    raise FileNotFoundError(f"no folder {tails[0]}: {content}")

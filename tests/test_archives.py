@@ -76,12 +76,14 @@ def test_members_are_the_same_in_every_kind(kind, tmp_path):
 
         assert archive.folder("Set/images", "images") == "Set/images"
         assert archive.folder("Other/images", "masks") == "Set/masks"
-        assert sorted(archive.below("Set/images")) == ["Set/images/a.jpg", "Set/images/b 1.jpg"]
+        images = {"a.jpg": "Set/images/a.jpg", "b 1.jpg": "Set/images/b 1.jpg"}
+        assert archive.files_in("Set/images") == images
+        assert archive.files_in("") == {}
         assert archive.folders() == {"Set", "Set/images", "Set/masks"}
         assert archive.summary() == "2 .jpg, 1 .png, 1 .txt in Set" or kind == "folder"
         positions = [archive.position(name) for name in archive.names]
         assert positions == [0, 1, 2, 3]
-        with pytest.raises(FileNotFoundError, match="has no folder labels; it holds 2 .jpg, 1 .pn"):
+        with pytest.raises(FileNotFoundError, match="^no folder labels: .* holds 2 .jpg, 1 .png"):
             archive.folder("labels")
         with pytest.raises(FileNotFoundError, match="has no Set/c.jpg; it holds 2 .jpg"):
             archive.read("Set/c.jpg")
@@ -106,6 +108,12 @@ def test_two_folders_that_fit(tmp_path):
         assert archive.folder("two/images", "images") == "two/images"
         with pytest.raises(ValueError, match="holds 2 folders images .one/images, two/images.; gi"):
             archive.folder("images")
+    images = write_zip(tmp_path / "images.zip", {"images/a": b""})
+    masks = write_zip(tmp_path / "masks.zip", {"masks/a": b""})
+    with archives.open_archives([images, masks]) as opened:
+        assert archives.find_folder(opened, "Set/masks", "masks") == (opened[1], "masks")
+        with pytest.raises(FileNotFoundError, match="^no folder x: .*images.zip holds 1 other in"):
+            archives.find_folder(opened, "x")
 
 
 @pytest.mark.parametrize("kind", ["a.zip", "a.tar", "a.tar.gz"])

@@ -1,0 +1,301 @@
+"""prepare.py kvasir-polyp and so on: the data sets of the medvlsm study from miniature archives."""
+
+import json
+import shutil
+import tarfile
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import command, contents
+from medvlsm_world import (
+    blob,
+    encoded,
+    item,
+    picture,
+    polyp_prompts,
+    shares,
+    write_annotations,
+    write_files,
+    write_zip,
+)
+from PIL import Image
+
+import prepare
+from preparation import medvlsm
+
+KVASIR_NAMES = [f"cju{n}k00003n{n}99dr2w9i7c.jpg" for n in (5, 1, 9, 0, 3, 7, 2, 8)]
+IGNORED = {"__MACOSX/Kvasir-SEG/._images": b"x", "Kvasir-SEG/kavsir_bboxes.json": b"{}"}
+
+
+def kvasir(stray=0):
+    """The archive's files and the study's entries; masks are grey JPEG files of three channels."""
+    files, items = dict(IGNORED), []
+    for seed, name in enumerate(KVASIR_NAMES):
+        mask, box = blob(seed)
+        files[f"Kvasir-SEG/images/{name}"] = encoded(picture(seed), "jpg")
+        files[f"Kvasir-SEG/masks/{name}"] = encoded(np.repeat(mask[..., None], 3, 2) * WHITE, "jpg")
+        items.append(item(name, name, box, polyp_prompts()))
+    return files, items
+
+
+WHITE = np.uint8(255)
+
+
+def convert(name, raw, annotations, out, *options) -> None:
+    paths = raw if isinstance(raw, list) else [raw]
+    arguments = [name, "--raw", *map(str, paths), "--annotations", str(annotations)]
+    assert prepare.main([*arguments, "--out", str(out), *options]) == 0
+
+
+def check(folder) -> None:
+    """`prepare.py check` without findings."""
+    assert prepare.main(["check", str(folder)]) == 0
+
+
+def refused(run, name, raw, annotations, out, *options) -> str:
+    """The line that a refused command prints; nothing is written."""
+    paths = raw if isinstance(raw, list) else [raw]
+    before = sorted(out.parent.iterdir())
+    words = [name, "--raw", *paths, "--annotations", annotations, "--out", out, *options]
+    status, _, err = run(prepare, *words)
+    assert status == 2 and err.startswith("error: ") and err.count("\n") == 1, err
+    assert sorted(out.parent.iterdir()) == before
+    return err
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    return partial(command, monkeypatch, capsys)
+
+
+def entries(folder, split) -> list:
+    return json.loads((folder / "anns" / f"{split}.json").read_text())
+
+
+def mask_of(folder, name) -> np.ndarray:
+    """A mask as it is stored: only 0 and 255, one channel."""
+    image = Image.open(folder / "masks" / name)
+    pixels = np.asarray(image)
+    assert image.format == "PNG" and image.mode == "L" and set(np.unique(pixels)) <= {0, 255}
+    return pixels == 255
+
+
+# --- Kvasir-SEG -----------------------------------------------------------------------------------
+
+
+def test_kvasir(tmp_path, capsys):
+    files, items = kvasir()
+    raw = write_zip(tmp_path / "kvasir-seg.zip", files)
+    study = write_annotations(tmp_path / "medvlsm/data/kvasir_polyp/anns", shares(items))
+    convert("kvasir-polyp", raw, tmp_path / "medvlsm", tmp_path / "out")
+    printed = capsys.readouterr().out
+    assert "train: 4 annotations, but the study's file has 800" in printed
+
+    out = tmp_path / "out"
+    for seed, name in enumerate(KVASIR_NAMES):
+        assert (out / "images" / name).read_bytes() == files[f"Kvasir-SEG/images/{name}"]
+        assert (mask_of(out, f"{Path(name).stem}.png") == blob(seed)[0]).all()
+    assert [entry["img_name"] for entry in entries(out, "train")] == KVASIR_NAMES[:4]
+    first = entries(out, "test")[0]
+    assert first == {
+        "img_name": KVASIR_NAMES[-2],
+        "mask_name": f"{Path(KVASIR_NAMES[-2]).stem}.png",
+        "prompts": polyp_prompts(),
+    }
+    source = json.loads((out / "source.json").read_text())
+    assert source["source"] == "https://datasets.simula.no/kvasir-seg"
+    assert "medvlsm" in source["published_split"] and source["archives"] == ["kvasir-seg.zip"]
+    assert (
+        (out / "README.txt").read_text().startswith("Kvasir-SEG, polyps in colonoscopy\ntrain: 4")
+    )
+    names = {path.name for path in out.iterdir()}
+    assert names == {"images", "masks", "anns", "source.json", "README.txt"}
+    check(out)
+
+    # The same from the unpacked folder, one level up and down, from a tar, spelled with _.
+    folder = write_files(tmp_path / "download", files)
+    with tarfile.open(tmp_path / "kvasir.tar.gz", "w:gz") as archive:
+        archive.add(folder / "Kvasir-SEG", "Kvasir-SEG")
+    forms = [folder, folder / "Kvasir-SEG", tmp_path / "kvasir.tar.gz"]
+    for number, (path, anns) in enumerate(zip(forms, (study, study.parent, study), strict=True)):
+        other = tmp_path / f"out{number}"
+        convert("kvasir_polyp", path, anns, other)
+        same = contents(out) | {"source.json": contents(other)["source.json"]}
+        assert contents(other) == same
+
+
+def test_running_numbers_of_2023(tmp_path):
+    """The form of 2023: files renamed in the order of their names, testA.json, keys such as P0."""
+    files, items = kvasir()
+    raw = write_zip(tmp_path / "kvasir-seg.zip", files)
+    write_annotations(tmp_path / "anns", shares(items))
+    convert("kvasir-polyp", raw, tmp_path / "anns", tmp_path / "now")
+
+    older = {}
+    for split, split_items in shares(items).items():
+        older[split] = []
+        for entry in split_items:
+            number = sorted(KVASIR_NAMES).index(entry["img_name"])
+            prompts = {key.upper(): value for key, value in entry["prompts"].items()}
+            names = {"img_name": f"{number}.jpg", "mask_name": f"{number}.png"}
+            older[split].append(entry | names | {"prompts": prompts})
+    older = {"train": older["train"], "val": older["val"], "testA": older["test"]}
+    folder = tmp_path / "medvlsm2023/datasets/anns/kvasir_polyp_80_10_10"
+    write_annotations(folder, older | {"testB": older["testA"]})
+    convert("kvasir-polyp", raw, tmp_path / "medvlsm2023", tmp_path / "older")
+    for split in ("train", "val", "test"):
+        assert entries(tmp_path / "older", split) == entries(tmp_path / "now", split)
+    assert not (tmp_path / "older/anns/testB.json").exists()
+
+    older["train"][0]["img_name"] = "8.jpg"
+    write_annotations(folder, older)
+    with pytest.raises(ValueError, match=r"has 8 images, but the annotations of 2023 name 8.jpg"):
+        convert("kvasir-polyp", raw, folder, tmp_path / "third")
+
+
+def test_what_is_refused(tmp_path, run):
+    files, items = kvasir()
+    raw = write_zip(tmp_path / "kvasir-seg.zip", files)
+    anns = write_annotations(tmp_path / "anns", shares(items))
+    out = tmp_path / "new/out"
+    out.parent.mkdir()
+    say = partial(refused, run, "kvasir-polyp")
+
+    # archives that are missing, cut off, of another data set, or lack a file
+    assert "a.zip: no such archive or folder" in say(tmp_path / "a.zip", anns, out)
+    (tmp_path / "cut.zip").write_bytes(raw.read_bytes()[:3000])
+    assert "cut.zip: listing its members failed" in say(tmp_path / "cut.zip", anns, out)
+    other = write_zip(tmp_path / "other.zip", {"PNG/Original/1.png": b"", "PNG/x/1.png": b""})
+    err = say(other, anns, out)
+    assert "no folder Kvasir-SEG/images" in err and "other.zip holds 2 .png in PNG" in err
+    less = {name: content for name, content in files.items() if "cju9k" not in name}
+    err = say(write_zip(tmp_path / "less.zip", less), anns, out)
+    assert "less.zip: Kvasir-SEG/images: lacks 1 (cju9k00003n999dr2w9i7c) of 8 files" in err
+
+    # files that are damaged
+    for place, content in (("images", b"\xff\xd8\xff"), ("masks", b"no image")):
+        name = f"Kvasir-SEG/{place}/{KVASIR_NAMES[2]}"
+        path = write_zip(tmp_path / "damaged.zip", files | {name: content})
+        assert f"damaged.zip: {name}: not readable as an image" in say(path, anns, out)
+    label_map = encoded(np.eye(48, 64, dtype=np.uint8) * 3, "png")
+    name = f"Kvasir-SEG/masks/{KVASIR_NAMES[2]}"
+    err = say(write_zip(tmp_path / "labels.zip", files | {name: label_map}), anns, out)
+    assert f"labels.zip: {name}: holds values up to 3; expected a mask of 0 and 255" in err
+
+    # masks of other images
+    shifted = dict(files)
+    for first, second in zip(KVASIR_NAMES, KVASIR_NAMES[1:] + KVASIR_NAMES[:1], strict=True):
+        shifted[f"Kvasir-SEG/masks/{first}"] = files[f"Kvasir-SEG/masks/{second}"]
+    err = say(write_zip(tmp_path / "shifted.zip", shifted), anns, out)
+    assert "this is the archive or the annotations of another data set" in err
+
+    # annotations that are missing, damaged or of another form
+    assert "no annotation files of kvasir_polyp, such as data" in say(raw, out.parent, out)
+    (anns / "val.json").unlink()
+    assert "val.json: no such annotation file, but others are there" in say(raw, anns, out)
+    for content, message in (
+        ("[", "val.json: is not valid JSON"),
+        ("{}", "val.json: holds an object; expected a list"),
+        ('[{"img_name": "a"}]', "val.json, entry 0: has no 'mask_name'; expected a list"),
+        (json.dumps([items[0] | {"img_name": "../a"}]), "leaves its folder"),
+        (json.dumps([items[0] | {"prompts": {"p1": 1}}]), "prompt p1 is neither a text nor a list"),
+        (json.dumps([items[0] | {"prompts": []}]), "entry 0: prompts are a list"),
+    ):
+        (anns / "val.json").write_text(content)
+        assert message in say(raw, anns, out)
+
+    # outputs
+    write_annotations(anns, shares(items))
+    folder = write_files(tmp_path / "download", files)
+    assert "lies within" in refused(run, "kvasir-polyp", folder, anns, folder / "out")
+    out.mkdir()
+    (out / "a").write_text("")
+    assert "exists already" in say(raw, anns, out)
+
+
+def test_killed_and_run_again(tmp_path, monkeypatch):
+    files, items = kvasir()
+    raw = write_zip(tmp_path / "kvasir-seg.zip", files)
+    anns = write_annotations(tmp_path / "anns", shares(items))
+    convert("kvasir-polyp", raw, anns, tmp_path / "whole")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(medvlsm, "write_json", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            convert("kvasir-polyp", raw, anns, tmp_path / "out")
+    part = tmp_path / ".out.part"  # what kill -9 leaves
+    write_files(part, {"images/old.png": b"x", ".members/0.png": b"x"})
+    convert("kvasir-polyp", raw, anns, tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert not part.exists()
+
+
+# --- annotations from the internet ----------------------------------------------------------------
+
+
+@pytest.fixture
+def site(tmp_path, monkeypatch):
+    """A local server instead of raw.githubusercontent.com: its folder and the paths it was sent."""
+    requests = []
+
+    class Handler(SimpleHTTPRequestHandler):
+        def __init__(self, *arguments, **details):
+            super().__init__(*arguments, directory=str(tmp_path / "site"), **details)
+
+        def do_GET(self):
+            requests.append(self.path)
+            super().do_GET()
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(medvlsm, "RAW", f"http://127.0.0.1:{server.server_port}")
+    yield tmp_path / "site", requests
+    server.shutdown()
+    server.server_close()
+
+
+def test_annotations_are_downloaded_once(tmp_path, site, run):
+    folder, requests = site
+    files, items = kvasir()
+    raw = write_zip(tmp_path / "kvasir-seg.zip", files)
+    address = f"{medvlsm.COMMIT}/data/kvasir_polyp/anns"
+    write_annotations(folder / address, shares(items))
+    arguments = ["kvasir-polyp", "--raw", raw, "--cache", tmp_path / "cache", "--out"]
+
+    status, out, _ = run(prepare, *arguments, tmp_path / "out")
+    assert status == 0
+    assert f"{medvlsm.RAW}/{address}/test.json, licence MIT" in out
+    assert requests == [f"/{address}/{split}.json" for split in ("train", "val", "test")]
+    assert [entry["img_name"] for entry in entries(tmp_path / "out", "train")] == KVASIR_NAMES[:4]
+
+    shutil.rmtree(folder)
+    status, out, _ = run(prepare, *arguments, tmp_path / "again")
+    assert status == 0 and "downloading" not in out and len(requests) == 3
+    assert contents(tmp_path / "again") == contents(tmp_path / "out")
+
+
+def test_without_internet(tmp_path, site, run, monkeypatch):
+    folder, _ = site
+    raw = write_zip(tmp_path / "kvasir-seg.zip", kvasir()[0])
+    arguments = ["kvasir-polyp", "--raw", raw, "--cache", tmp_path / "cache", "--out"]
+    status, _, err = run(prepare, *arguments, tmp_path / "out")
+    assert status == 2 and err.count("\n") == 1
+    assert "train.json: could not be downloaded (HTTP Error 404" in err
+    assert "give its folder with --annotations" in err
+
+    address = folder / medvlsm.COMMIT / "data/kvasir_polyp/anns"
+    write_files(address, {"train.json": b"<html>log in</html>"})
+    status, _, err = run(prepare, *arguments, tmp_path / "out")
+    assert status == 2 and "train.json: is not valid JSON" in err
+
+    monkeypatch.setattr(medvlsm, "RAW", "http://127.0.0.1:9")
+    status, _, err = run(prepare, *arguments, tmp_path / "out")
+    assert status == 2 and "could not be downloaded (<urlopen error" in err
+    assert not (tmp_path / "out").exists() and not (tmp_path / "cache").exists()
