@@ -1,5 +1,6 @@
 """prepare.py kvasir-polyp and so on: the data sets of the medvlsm study from miniature archives."""
 
+import io
 import json
 import shutil
 import tarfile
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from conftest import command, contents
 from medvlsm_world import (
+    GENERAL,
     blob,
     encoded,
     item,
@@ -299,3 +301,234 @@ def test_without_internet(tmp_path, site, run, monkeypatch):
     status, _, err = run(prepare, *arguments, tmp_path / "out")
     assert status == 2 and "could not be downloaded (<urlopen error" in err
     assert not (tmp_path / "out").exists() and not (tmp_path / "cache").exists()
+
+
+# --- the other polyp sets -------------------------------------------------------------------------
+
+
+def clinicdb(names=range(1, 13)):
+    """Kaggle's files of ClinicDB: frames 1 to 12 of four sequences, and the study's entries."""
+    files, items = {}, []
+    rows = ["frame_id,sequence_id,png_image_path,png_mask_path,tif_image_path,tif_mask_path"]
+    for n in names:
+        mask, box = blob(n)
+        image = picture(100 + n)
+        files[f"PNG/Original/{n}.png"] = encoded(image, "png")
+        files[f"PNG/Ground Truth/{n}.png"] = encoded(mask * WHITE, "png")
+        files[f"TIF/Original/{n}.tif"] = tiff(image)
+        files[f"TIF/Ground Truth/{n}.tif"] = encoded(mask * WHITE, "tif")
+        paths = [f"/{kind}/{n}.{ending}" for kind, ending in CLINICDB_PATHS]
+        rows.append(",".join([str(n), str((n - 1) // 3 + 1), *paths]))
+        items.append(item(f"{n}.png", f"{n}.png", box, polyp_prompts()))
+    files["metadata.csv"] = "\n".join(rows).encode()
+    return files, items
+
+
+CLINICDB_PATHS = (
+    ("PNG/Original", "png"),
+    ("PNG/Ground Truth", "png"),
+    ("TIF/Original", "tif"),
+    ("TIF/Ground Truth", "tif"),
+)
+
+
+def tiff(pixels) -> bytes:
+    """Three channels that are not marked as colours, as in the original archive."""
+    tifffile = pytest.importorskip("tifffile")
+    file = io.BytesIO()
+    tifffile.imwrite(file, pixels, photometric="minisblack", planarconfig="contig")
+    return file.getvalue()
+
+
+def test_clinicdb(tmp_path, capsys):
+    files, items = clinicdb()
+    raw = write_zip(tmp_path / "archive.zip", files)
+    splits = {"train": items[:6], "val": items[6:9], "test": items[9:]}
+    anns = write_annotations(tmp_path / "anns", splits)
+    convert("clinicdb-polyp", raw, anns, tmp_path / "out")
+    assert "LEAK" not in capsys.readouterr().out
+    for n in range(1, 13):
+        assert (mask_of(tmp_path / "out", f"{n}.png") == blob(n)[0]).all()
+    assert [entry["group"] for entry in entries(tmp_path / "out", "train")] == [*"111222"]
+    check(tmp_path / "out")
+
+    mixed = {"train": items[1:11], "val": [], "test": [items[0], items[11]]}
+    write_annotations(tmp_path / "mixed", mixed)
+    convert("clinicdb-polyp", raw, tmp_path / "mixed", tmp_path / "mixed_out")
+    assert "LEAK: 2 of 2 test images are frames of sequences that" in capsys.readouterr().out
+    assert not (tmp_path / "mixed_out/anns/val.json").exists()
+
+
+def test_clinicdb_by_sequence(tmp_path, capsys, run):
+    files, items = clinicdb(range(1, 31))
+    raw = write_zip(tmp_path / "archive.zip", files)
+    anns = write_annotations(tmp_path / "anns", shares(items))
+    convert("clinicdb-polyp", raw, anns, tmp_path / "out", "--split", "sequence")
+    sequences = {}
+    for split in ("train", "val", "test"):
+        found = entries(tmp_path / "out", split)
+        sequences[split] = {(int(entry["img_name"][:-4]) - 1) // 3 + 1 for entry in found}
+        assert len(found) == 3 * len(sequences[split])
+    assert {split: len(groups) for split, groups in sequences.items()} == SEQUENCE_COUNTS
+    assert set.union(*sequences.values()) == set(range(1, 11))
+    source = json.loads((tmp_path / "out/source.json").read_text())
+    assert source["published_split"].startswith("sequences at random")
+    assert "LEAK" not in capsys.readouterr().out
+
+    del files["metadata.csv"]
+    raw = write_zip(tmp_path / "other.zip", files)
+    err = refused(run, "clinicdb-polyp", raw, anns, tmp_path / "none", "--split", "sequence")
+    assert "other.zip has no metadata.csv that tells the sequence of each frame" in err
+
+
+SEQUENCE_COUNTS = {"train": 8, "val": 1, "test": 1}
+
+
+def test_original_tiffs_of_clinicdb(tmp_path, capsys):
+    files, items = clinicdb()
+    originals = {}
+    for name, content in files.items():
+        if name.startswith("TIF/"):
+            originals[name.replace("TIF/", "CVC-ClinicDB/")] = content
+    anns = write_annotations(tmp_path / "anns", shares(items))
+    raw = write_zip(tmp_path / "CVC-ClinicDB.zip", originals)
+    convert("clinicdb-polyp", raw, anns, tmp_path / "out")
+    for n in range(1, 13):
+        image = Image.open(tmp_path / f"out/images/{n}.png")
+        assert (np.asarray(image) == picture(100 + n)).all()
+    assert "without metadata.csv the sequences are unknown" in capsys.readouterr().out
+    check(tmp_path / "out")
+
+
+def bkai():
+    """Kaggle's files of BKAI: masks are JPEG files, red or green on black, and four faults."""
+    files, items = {}, []
+    for n in range(12):
+        name = f"{n:032x}.jpeg"
+        mask, box = blob(n, (96, 128))
+        colours = np.zeros((96, 128, 3), np.uint8)
+        colours[mask] = (255, 0, 0) if n % 2 else (0, 255, 0)
+        files[f"train/train/{name}"] = encoded(picture(200 + n, (96, 128)), "jpeg")
+        files[f"train_gt/train_gt/{name}"] = encoded(colours, "jpeg", quality=95, subsampling=0)
+        items.append(item(name, name, box, polyp_prompts()))
+    files["test/test/x.jpeg"] = b"x"
+    files["sample_submission.csv"] = b"x"
+
+    denied = {"p0": ""} | dict.fromkeys(("p1", "p2", "p3", "p4", "p5", "p6"), "no polyp")
+    items[9]["prompts"] = denied | dict.fromkeys(("p7", "p8", "p9"), ["no polyp"])
+    train, val, test = items[:8], items[8:10], items[10:]
+    splits = {"train": [*train, train[0], val[0], test[0]], "val": val, "test": test}
+    return files, splits
+
+
+def test_bkai(tmp_path, capsys):
+    files, splits = bkai()
+    raw = write_zip(tmp_path / "archive.zip", files)
+    anns = write_annotations(tmp_path / "anns", splits)
+    convert("bkai_polyp", raw, anns, tmp_path / "out")
+    printed = capsys.readouterr().out
+    first, eighth, tenth = (splits[split][0]["img_name"] for split in ("train", "val", "test"))
+    assert f"train listed 1 ({first}) twice; they are listed once" in printed
+    assert f"train and val share 1 ({eighth}); --fix-splits leaves them out of train" in printed
+    assert f"train and test share 1 ({tenth})" in printed
+    denied = splits["val"][1]["img_name"]
+    assert (
+        f'prompts that said "no polyp" over a polyp were replaced by "polyp": {denied}' in printed
+    )
+
+    out = tmp_path / "out"
+    assert len(entries(out, "train")) == 10
+    for n in range(12):  # JPEG blurs the border of a colour by a pixel
+        errors = mask_of(out, f"{n:032x}.png") ^ blob(n, (96, 128))[0]
+        assert errors.sum() <= 0.01 * errors.size
+    prompts = entries(out, "val")[1]["prompts"]
+    assert prompts["p1"] == "polyp" and prompts["p9"] == GENERAL and len(prompts) == 10
+
+    convert("bkai-polyp", raw, anns, tmp_path / "fixed", "--fix-splits")
+    assert f"train: left out 1 ({tenth}), which are in test" in capsys.readouterr().out
+    names = [entry["img_name"] for entry in entries(tmp_path / "fixed", "train")]
+    assert names == [entry["img_name"] for entry in splits["train"][:8]]
+    check(tmp_path / "fixed")
+
+
+PRANET_SETS = {
+    "cvc300-polyp": ("CVC-300", range(149, 157)),
+    "colondb-polyp": ("CVC-ColonDB", range(1, 11)),
+    "etis-polyp": ("ETIS-LaribPolypDB", range(1, 11)),
+}
+
+
+def pranet() -> dict[str, bytes]:
+    """PraNet's TestDataset.zip, which holds several data sets with the same file names."""
+    files = {}
+    for number, (folder, names) in enumerate(PRANET_SETS.values()):
+        for n in names:
+            pixels = picture(1000 * number + n)
+            mask = blob(1000 * number + n)[0] * WHITE
+            files[f"TestDataset/{folder}/images/{n}.png"] = encoded(pixels, "png")
+            files[f"TestDataset/{folder}/masks/{n}.png"] = encoded(mask, "png")
+    files["TestDataset/Kvasir/images/cju.png"] = b"x"
+    return files
+
+
+@pytest.mark.parametrize("name", ["colondb-polyp", "etis-polyp"])
+def test_colondb_and_etis(name, tmp_path, run):
+    raw = write_zip(tmp_path / "TestDataset.zip", pranet())
+    number = list(PRANET_SETS).index(name)
+    items = []
+    for n in PRANET_SETS[name][1]:
+        box = blob(1000 * number + n)[1]
+        items.append(item(f"{n}.png", f"{n}.png", box, polyp_prompts()))
+    splits = {"train": items[:2], "val": [], "test": items[2:]}
+    study = f"medvlsm/data/{name.replace('-', '_')}/anns"
+    anns = write_annotations(tmp_path / study, splits)
+    write_annotations(anns, {"testB": splits["test"][:2]})
+    convert(name, raw, tmp_path / "medvlsm", tmp_path / "out")
+    out = tmp_path / "out"
+    assert {path.name for path in (out / "anns").iterdir()} == {"train.json", "test.json"}
+    assert len(entries(out, "test")) == 8
+    for n in PRANET_SETS[name][1]:
+        assert (mask_of(out, f"{n}.png") == blob(1000 * number + n)[0]).all()
+    check(out)
+
+    # The archive of the other data set has files of the same names: the boxes tell.
+    other = "etis-polyp" if name == "colondb-polyp" else "colondb-polyp"
+    err = refused(run, other, raw, anns, tmp_path / "other")
+    assert "the annotations at" in err and "of another data set" in err
+
+
+def cvc300():
+    items = []
+    for number, n in enumerate(PRANET_SETS["cvc300-polyp"][1]):
+        items.append(item(f"{number}.jpg", f"{number}.png", blob(n)[1], polyp_prompts()))
+    return items
+
+
+def test_cvc300(tmp_path, site, run, capsys):
+    folder, requests = site
+    raw = write_zip(tmp_path / "TestDataset.zip", pranet())
+    older = f"{medvlsm.COMMIT_OF_2023}/datasets/anns/cvc300_polyp_0_0_100"
+    write_annotations(folder / older, {"testA": cvc300()})
+    arguments = ["cvc300-polyp", "--raw", raw, "--cache", tmp_path / "cache", "--out"]
+    status, _, _ = run(prepare, *arguments, tmp_path / "out")
+    assert status == 0 and requests == [f"/{older}/testA.json"]
+
+    names = [f"{n}.png" for n in PRANET_SETS["cvc300-polyp"][1]]
+    assert [entry["img_name"] for entry in entries(tmp_path / "out", "test")] == names
+    for n in PRANET_SETS["cvc300-polyp"][1]:
+        assert (mask_of(tmp_path / "out", f"{n}.png") == blob(n)[0]).all()
+    check(tmp_path / "out")
+
+    # The study's newer file is a copy of ColonDB's.
+    items = [item(f"{n}.png", f"{n}.png", blob(n)[1], polyp_prompts()) for n in range(1, 11)]
+    copy = {"train": items[:2], "val": [], "test": items[2:]}
+    write_annotations(tmp_path / "medvlsm/data/cvc300_polyp/anns", copy)
+    err = refused(run, "cvc300-polyp", raw, tmp_path / "medvlsm", tmp_path / "copy")
+    assert "10 entries are not those of cvc300_polyp, the study's file is a copy of ColonDB" in err
+    assert f"the right file is {medvlsm.RAW}/{older}/testA.json" in err
+
+    # Names in another order do not fit the boxes.
+    turned = [entry | {"img_name": f"{7 - k}.jpg"} for k, entry in enumerate(cvc300())]
+    write_annotations(tmp_path / "turned", {"testA": turned})
+    err = refused(run, "cvc300-polyp", raw, tmp_path / "turned", tmp_path / "turned_out")
+    assert "is the archive or the annotations of another data set" in err
