@@ -45,12 +45,14 @@ from engine import command_line
 from preparation import (
     boxes,
     btcv,
+    busi,
     check,
     decathlon,
     demo,
     demo_volumes,
     duke_oct,
     import_folder,
+    isic,
     polyps,
     text_embeddings,
     uw_madison,
@@ -67,6 +69,8 @@ COMMAND_FILES = (
     btcv,
     demo_volumes,
     polyps,
+    isic,
+    busi,
     boxes,
     text_embeddings,
 )

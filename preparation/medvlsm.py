@@ -21,7 +21,7 @@ import json
 import shutil
 import urllib.request
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
@@ -41,6 +41,7 @@ COMMIT_OF_2023 = "06dc997abe31c91ad0f69b7a13d2092437ae163e"
 ANNOTATION_LICENCE = "MIT (github.com/naamiinepal/medvlsm)"
 SECONDS = 30  # without an answer of the server
 SPLITS = ("train", "val", "test")
+MASK_RULE = "the largest of the colour channels above 127"
 BOX_TOLERANCE = 2  # pixels between the corner of a mask and that of the study's box
 
 
@@ -303,12 +304,22 @@ Convert = Callable[[list[Path], Path], np.ndarray | None]
 
 
 @dataclass(frozen=True)
+class File:
+    """A member of an archive."""
+
+    archive: Archive
+    member: str
+
+
+Files = dict[str, File]  # by stem, or by another name
+
+
+@dataclass(frozen=True)
 class Job:
-    """A file to be made from members of an archive."""
+    """A file to be made from members of archives."""
 
     target: str  # in the new data set, such as "images/a.jpg"
-    archive: Archive
-    members: tuple[str, ...]
+    sources: tuple[File, ...]
     convert: Convert
 
 
@@ -322,9 +333,27 @@ class Conversion:
     split_source: str
     jobs: dict[str, Job] = field(default_factory=dict)  # target -> job
 
-    def add(self, target: str, archive: Archive, members, convert: Convert) -> None:
+    def add(self, target: str, sources: Iterable[File], convert: Convert) -> None:
         """Add a file to be made; a target that is there already stays as it is."""
-        self.jobs.setdefault(target, Job(target, archive, tuple(members), convert))
+        self.jobs.setdefault(target, Job(target, tuple(sources), convert))
+
+    def add_image(self, annotation: Annotation, source: File) -> None:
+        """Add the image of an annotation, to be copied."""
+        self.add(f"images/{annotation.image}", [source], copy_image)
+
+    def add_mask(self, annotation: Annotation, sources: list[File]) -> None:
+        """Add the mask of an annotation: the union of the sources."""
+        self.add(f"masks/{annotation.mask}", sources, convert_masks)
+
+    def use_png_masks(self) -> list[Annotation]:
+        """Give all masks the ending .png, in which they are written. Return all annotations."""
+        for split, annotations in self.splits.items():
+            renamed = []
+            for annotation in annotations:
+                mask = PurePosixPath(annotation.mask).with_suffix(".png").as_posix()
+                renamed.append(replace(annotation, mask=mask))
+            self.splits[split] = renamed
+        return all_annotations(self.splits)
 
 
 def copy_image(sources: list[Path], target: Path) -> None:
@@ -381,22 +410,22 @@ def run_job(job: Job, part: Path) -> tuple[int, int] | None:
     scratch.mkdir(exist_ok=True)
     target.parent.mkdir(parents=True, exist_ok=True)
 
-    sources = []
-    for number, member in enumerate(job.members):
+    paths = []
+    for number, source in enumerate(job.sources):
         # Endings of two parts, such as .nii.gz, say what kind of file it is.
-        endings = "".join(PurePosixPath(member).suffixes[-2:])
-        source = scratch / f"{number}{endings}"
-        job.archive.extract(member, source)
-        sources.append(source)
+        endings = "".join(PurePosixPath(source.member).suffixes[-2:])
+        path = scratch / f"{number}{endings}"
+        source.archive.extract(source.member, path)
+        paths.append(path)
 
     try:
-        mask = job.convert(sources, target)
+        mask = job.convert(paths, target)
     except (ValueError, OSError) as error:
         if atomic_files.is_full_disk(error):
             raise
         message = str(error)
-        for source, member in zip(sources, job.members, strict=True):
-            message = message.replace(str(source), f"{job.archive.path}: {member}")
+        for path, source in zip(paths, job.sources, strict=True):
+            message = message.replace(str(path), f"{source.archive.path}: {source.member}")
         raise ValueError(message) from None
     return None if mask is None else corner_of(mask)
 
@@ -446,7 +475,8 @@ def write_data_set(conversion: Conversion, data_set: DataSet, source: dict, out:
     """
 
     def place(job: Job) -> tuple[str, int]:
-        return str(job.archive.path), job.archive.position(job.members[0])
+        first = job.sources[0]
+        return str(first.archive.path), first.archive.position(first.member)
 
     with atomic_files.atomic_folder(out) as part:
         part.mkdir()
@@ -502,10 +532,27 @@ def describe(conversion: Conversion, data_set: DataSet, source: dict) -> list[st
 # --- files that annotations name ------------------------------------------------------------------
 
 
-def with_png_mask(annotation: Annotation) -> Annotation:
-    """Return an annotation whose mask has the ending .png: all masks are written in this format."""
-    mask = PurePosixPath(annotation.mask).with_suffix(".png")
-    return replace(annotation, mask=mask.as_posix())
+def stem_of(name: str) -> str:
+    """Return the file name of a path without its ending."""
+    return PurePosixPath(name).stem
+
+
+def files_by_stem(opened: list[Archive], tails: tuple[str, ...]) -> tuple[Files, str]:
+    """Return {stem: File} of the only folder that a tail names, and its place for messages.
+
+    Raises FileNotFoundError or ValueError, one line, as `archives.find_folder` does and for two
+    files of one stem.
+    """
+    archive, folder = archives.find_folder(opened, *tails)
+    files = {}
+    for file_name, member in archive.files_in(folder).items():
+        stem = stem_of(file_name)
+        if stem in files:
+            raise ValueError(
+                f"{archive.path}: {member} and {files[stem].member} have the same stem; remove one"
+            )
+        files[stem] = File(archive, member)
+    return files, f"{archive.path}: {folder}"
 
 
 def all_annotations(splits: Splits) -> list[Annotation]:

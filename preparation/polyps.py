@@ -19,9 +19,9 @@ from pathlib import PurePosixPath
 
 import numpy as np
 
-from preparation import archives, medvlsm, volume_sets
+from preparation import medvlsm, volume_sets
 from preparation.archives import Archive
-from preparation.medvlsm import Annotation, Conversion, DataSet, Splits
+from preparation.medvlsm import Conversion, DataSet, Files, Splits, files_by_stem, stem_of
 
 STUDY_SPLIT = "a random split by the medvlsm study (github.com/naamiinepal/medvlsm)"
 TEST_ONLY = (
@@ -134,49 +134,29 @@ ETIS = PolypSet(
 POLYP_SETS = (KVASIR, CLINICDB, BKAI, CVC300, COLONDB, ETIS)
 
 
-# --- files ----------------------------------------------------------------------------------------
+# --- running numbers -----------------------------------------------------------------------------
 
 
-def files_by_stem(opened: list[Archive], *tails: str) -> tuple[Archive, str, dict[str, str]]:
-    """Return the archive, the path and {stem: member} of the folder that a tail names.
-
-    Raises FileNotFoundError or ValueError, one line.
-    """
-    archive, folder = archives.find_folder(opened, *tails)
-    members = {}
-    for file_name, member in archive.files_in(folder).items():
-        stem = PurePosixPath(file_name).stem
-        if stem in members:
-            raise ValueError(f"{archive.path}: {member} and {members[stem]} have the same stem")
-        members[stem] = member
-    return archive, folder, members
-
-
-def stem_of(name: str) -> str:
-    """Return the file name of a path without its ending."""
-    return PurePosixPath(name).stem
-
-
-def with_original_names(splits: Splits, images: dict[str, str], where: str) -> Splits:
+def with_original_names(splits: Splits, images: Files, where: str) -> Splits:
     """Return annotations of running numbers with the names of the archive.
 
-    images: {stem: member} of the archive. The number k stands for the k-th file in the order of the
-    names as text. Raises ValueError, one line, for names that are no such numbers.
+    The number k stands for the k-th image in the order of the names as text. Raises ValueError, one
+    line, for names that are no such numbers.
     """
-    stems = sorted(images, key=lambda stem: PurePosixPath(images[stem]).name)
+    names = sorted(images.values(), key=lambda file: PurePosixPath(file.member).name)
     renamed = {}
     for split, annotations in splits.items():
         renamed[split] = []
         for annotation in annotations:
             number = stem_of(annotation.image)
-            if not number.isdecimal() or int(number) >= len(stems):
+            if not number.isdecimal() or int(number) >= len(names):
                 raise ValueError(
-                    f"{where}: has {len(stems)} images, but the annotations of 2023 name "
+                    f"{where}: has {len(names)} images, but the annotations of 2023 name "
                     f"{annotation.image}; expected running numbers from 0"
                 )
-            stem = stems[int(number)]
-            image = PurePosixPath(images[stem]).name
-            renamed[split].append(replace(annotation, image=image, mask=f"{stem}.png"))
+            image = PurePosixPath(names[int(number)].member).name
+            mask = f"{stem_of(image)}.png"
+            renamed[split].append(replace(annotation, image=image, mask=mask))
     return renamed
 
 
@@ -299,11 +279,8 @@ def plan(
     polyps: PolypSet, opened: list[Archive], splits: Splits, is_older: bool, args: Namespace
 ) -> Conversion:
     """Return the conversion of a polyp set; see medvlsm.Plan."""
-    image_archive, image_folder, images = files_by_stem(opened, *polyps.image_folders)
-    mask_archive, mask_folder, masks = files_by_stem(opened, *polyps.mask_folders)
-    image_place = f"{image_archive.path}: {image_folder}"
-    mask_place = f"{mask_archive.path}: {mask_folder}"
-
+    images, image_place = files_by_stem(opened, polyps.image_folders)
+    masks, mask_place = files_by_stem(opened, polyps.mask_folders)
     if is_older and polyps.facts.has_running_numbers:
         splits = with_original_names(splits, images, image_place)
     named = [stem_of(annotation.image) for annotation in medvlsm.all_annotations(splits)]
@@ -312,16 +289,13 @@ def plan(
 
     notes = medvlsm.unused_note(images, named, "images")
     splits = with_truthful_prompts(splits, notes)
-    rule = "the largest of the colour channels above 127"
-    conversion = Conversion(splits, notes, rule, polyps.facts.split_source)
+    conversion = Conversion(splits, notes, medvlsm.MASK_RULE, polyps.facts.split_source)
     if polyps is CLINICDB:
         add_sequences(conversion, opened, args)
-
-    for split, annotations in conversion.splits.items():
-        named_masks = [medvlsm.with_png_mask(annotation) for annotation in annotations]
-        conversion.splits[split] = named_masks
-        for annotation in named_masks:
-            add_files(conversion, annotation, (image_archive, images), (mask_archive, masks))
+    for annotation in conversion.use_png_masks():
+        stem = stem_of(annotation.image)
+        conversion.add_image(annotation, images[stem])
+        conversion.add_mask(annotation, [masks[stem]])
     return conversion
 
 
@@ -339,20 +313,6 @@ def add_sequences(conversion: Conversion, opened: list[Archive], args: Namespace
         )
     conversion.splits = splits
     conversion.notes += sequence_note(splits)
-
-
-def add_files(conversion: Conversion, annotation: Annotation, images, masks) -> None:
-    """Add the image and the mask of an annotation to the files of a conversion.
-
-    images, masks: (archive, {stem: member}).
-    """
-    stem = stem_of(annotation.image)
-    image_archive, members = images
-    target = f"images/{annotation.image}"
-    conversion.add(target, image_archive, [members[stem]], medvlsm.copy_image)
-    mask_archive, members = masks
-    target = f"masks/{annotation.mask}"
-    conversion.add(target, mask_archive, [members[stem]], medvlsm.convert_masks)
 
 
 def options(command) -> None:

@@ -532,3 +532,177 @@ def test_cvc300(tmp_path, site, run, capsys):
     write_annotations(tmp_path / "turned", {"testA": turned})
     err = refused(run, "cvc300-polyp", raw, tmp_path / "turned", tmp_path / "turned_out")
     assert "is the archive or the annotations of another data set" in err
+
+
+# --- BUSI -----------------------------------------------------------------------------------------
+
+
+def busi_prompts(kind: str) -> dict:
+    place = "in the breast ultrasound image."
+    if kind == "normal":  # texts, where the others have lists
+        return {"p0": ""} | dict.fromkeys((f"p{k}" for k in range(1, 7)), f"No tumor {place}")
+    shape = {"benign": "regular", "malignant": "irregular"}[kind]
+    return {
+        "p0": "",
+        "p1": f"Tumor {place}",
+        "p2": [f"{kind.capitalize()} tumor {place}", f"{shape.capitalize()}-shaped tumor {place}"],
+        "p3": [f"One {kind} tumor {place}", f"One {shape}-shaped tumor {place}"],
+        "p4": [f"One small {kind} tumor {place}", f"One small {shape}-shaped tumor {place}"],
+        "p5": [f"One small {kind} tumor at the center {place}"] * 2,
+        "p6": [f"One small oval-shaped {kind} tumor at the center {place}"] * 2,
+    }
+
+
+def busi():
+    """Kaggle's files of BUSI: 1-bit masks, several for one image, empty ones of normal breasts."""
+    files, items, masks = {}, [], {}
+    kinds = ["benign", "malignant", "normal"] * 4
+    for seed, kind in enumerate(kinds):
+        number = seed // 3 + 1
+        mask, box = blob(300 + seed)
+        if kind == "normal":
+            mask, box = np.zeros_like(mask), [64, 48, 0, 0]
+        base = f"Dataset_BUSI_with_GT/{kind}/{kind} ({number})"
+        files[f"{base}.png"] = encoded(picture(300 + seed), "png")
+        if (kind, number) == ("benign", 2):  # two tumours
+            first, second = mask.copy(), mask.copy()
+            columns = np.flatnonzero(mask.any(0))
+            first[:, columns[len(columns) // 2] :] = False
+            second &= ~first
+            files[f"{base}_mask.png"] = encoded(first, "png")
+            files[f"{base}_mask_1.png"] = encoded(second, "png")
+        else:
+            files[f"{base}_mask.png"] = encoded(mask, "png")
+        name = f"{number}_{kind}.png"
+        masks[name] = mask
+        items.append(item(name, name, box, busi_prompts(kind)))
+    return files, items, masks
+
+
+def test_busi(tmp_path, capsys, run):
+    files, items, masks = busi()
+    raw = write_zip(tmp_path / "archive.zip", files)
+    anns = write_annotations(tmp_path / "busi/anns", shares(items[:-1]))
+    convert("busi", raw, tmp_path, tmp_path / "out")
+    printed = capsys.readouterr().out
+    assert "images with several masks, which were merged: 1 (2_benign)" in printed
+    assert "images without annotations, left out: 1 (4_normal)" in printed
+    out = tmp_path / "out"
+    for entry in items[:-1]:
+        name = entry["img_name"]
+        assert (mask_of(out, name) == masks[name]).all()
+        number, kind = name.removesuffix(".png").split("_")
+        member = f"Dataset_BUSI_with_GT/{kind}/{kind} ({number}).png"
+        assert (out / "images" / name).read_bytes() == files[member]
+    assert not mask_of(out, "1_normal.png").any()
+    assert entries(out, "train")[2]["prompts"] == busi_prompts("normal")
+    check(out)
+
+    folder = write_files(tmp_path / "download", files) / "Dataset_BUSI_with_GT"
+    convert("busi", folder, anns, tmp_path / "again")
+    assert contents(tmp_path / "again/masks") == contents(out / "masks")
+
+    say = partial(refused, run, "busi")
+    (folder / "normal/normal (1)_mask.png").unlink()
+    assert "normal (1).png (1_normal) lacks its image or its mask" in say(folder, anns, out / "x")
+    shutil.copytree(folder / "benign", folder / "copy")
+    assert "holds benign/benign (1).png and copy/benign (1).png" in say(folder, anns, out / "x")
+    shutil.rmtree(folder / "copy")
+    shutil.rmtree(folder / "normal")
+    err = say(folder, anns, out / "x")
+    assert "lacks 3 (1_normal, 2_normal, 3_normal) of 11 files" in err
+
+
+# --- ISIC and DFU ---------------------------------------------------------------------------------
+
+
+def isic():
+    """The four archives of ISIC 2016, part 1, and the study's entries with their two faults."""
+    parts, splits = {}, {"Training": [], "Test": []}
+    for part, numbers in (("Training", range(0, 20, 2)), ("Test", (3, 11, 13))):
+        data, truth = {}, {}
+        for n in numbers:
+            name = f"ISIC_{n:07}"
+            mask, box = blob(400 + n)
+            folder = f"ISBI2016_ISIC_Part1_{part}"
+            data[f"{folder}_Data/{name}.jpg"] = encoded(picture(400 + n), "jpg")
+            truth[f"{folder}_GroundTruth/{name}_Segmentation.png"] = encoded(mask * WHITE, "png")
+            prompts = polyp_prompts() | {"p1": "skin melanoma"}
+            entry = item(f"{name}.jpg", f"{name}_Segmentation.png", box, prompts)
+            splits[part].append(entry)
+        parts |= {f"{folder}_Data.zip": data, f"{folder}_GroundTruth.zip": truth}
+    train = splits["Training"]
+    again = train[0] | {"segment_id": "other"}
+    study = {"train": [*train[:8], again], "val": train[8:], "test": [*splits["Test"], train[7]]}
+    return parts, study
+
+
+def test_isic(tmp_path, capsys, run):
+    parts, splits = isic()
+    raw = [write_zip(tmp_path / name, files) for name, files in parts.items()]
+    anns = write_annotations(tmp_path / "medvlsm/data/isic/anns", splits)
+    convert("isic", raw, tmp_path / "medvlsm", tmp_path / "out", "--fix-splits")
+    printed = capsys.readouterr().out
+    assert "train listed 1 (ISIC_0000000_Segmentation.png) twice" in printed
+    assert "train: left out 1 (ISIC_0000014.jpg), which are in test" in printed
+    out = tmp_path / "out"
+    assert [len(entries(out, split)) for split in ("train", "val", "test")] == [7, 2, 4]
+    for n in (*range(0, 20, 2), 3, 11, 13):
+        assert (mask_of(out, f"ISIC_{n:07}_Segmentation.png") == blob(400 + n)[0]).all()
+    source = json.loads((out / "source.json").read_text())
+    assert "challenge" in source["published_split"] and len(source["archives"]) == 4
+    check(out)
+
+    folder = tmp_path / "download"  # unpacked, all in one folder
+    for files in parts.values():
+        write_files(folder, files)
+    convert("isic", folder, anns, tmp_path / "again", "--fix-splits")
+    assert contents(tmp_path / "again/masks") == contents(out / "masks")
+
+    err = refused(run, "isic", raw[:3], anns, tmp_path / "none")
+    assert "no folder ISBI2016_ISIC_Part1_Test_GroundTruth: " in err and "; " in err
+
+
+def test_isic_of_2023(tmp_path, run):
+    parts, splits = isic()
+    raw = [write_zip(tmp_path / name, files) for name, files in parts.items()]
+    numbers = {f"ISIC_{2 * k:07}": k for k in range(10)}
+    numbers |= {f"ISIC_{n:07}": 900 + k for k, n in enumerate((3, 11, 13))}
+    older = {"train": splits["train"][:8], "val": splits["val"], "testA": splits["test"][:3]}
+    for split_items in older.values():
+        for k, entry in enumerate(split_items):
+            number = numbers[entry["img_name"][:-4]]
+            split_items[k] = entry | {"img_name": f"{number}.jpg", "mask_name": f"{number}.png"}
+    anns = write_annotations(tmp_path / "isic_90_10_d", older)
+    convert("isic", raw, anns, tmp_path / "out")
+    names = [entry["img_name"] for entry in entries(tmp_path / "out", "test")]
+    assert names == ["ISIC_0000003.jpg", "ISIC_0000011.jpg", "ISIC_0000013.jpg"]
+    assert entries(tmp_path / "out", "val")[1]["mask_name"] == "ISIC_0000018_Segmentation.png"
+    check(tmp_path / "out")
+
+    older["val"][0]["img_name"] = "10.jpg"
+    write_annotations(anns, older)
+    err = refused(run, "isic", raw, anns, tmp_path / "none")
+    assert "10.jpg is no number of one of the 10 images for training (from 0) or 3 for" in err
+
+
+def test_dfu(tmp_path, run):
+    files, items = {}, []
+    release = "DFUC2022_train_release"
+    for n in range(8):
+        name = f"{100001 + 3 * n}"
+        mask, _ = blob(500 + n)
+        files[f"{release}/DFUC2022_train_images/{name}.jpg"] = encoded(picture(500 + n), "jpg")
+        files[f"{release}/DFUC2022_train_masks/{name}.png"] = encoded(mask * WHITE, "png")
+        prompts = polyp_prompts() | {"p1": "foot ulcer"}
+        items.append(item(f"{name}.jpg", f"{name}.png", None, prompts))
+    raw = write_zip(tmp_path / f"{release}.zip", files)
+    anns = write_annotations(tmp_path / "anns", shares(items))
+    convert("dfu", raw, anns, tmp_path / "out")
+    for n in range(8):
+        assert (mask_of(tmp_path / "out", f"{100001 + 3 * n}.png") == blob(500 + n)[0]).all()
+    check(tmp_path / "out")
+
+    del files[f"{release}/DFUC2022_train_masks/100004.png"]
+    err = refused(run, "dfu", write_zip(tmp_path / "less.zip", files), anns, tmp_path / "none")
+    assert "masks: lacks 1 (100004) of 8 files" in err
