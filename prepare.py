@@ -47,6 +47,7 @@ from preparation import (
     btcv,
     busi,
     check,
+    chexlocalize,
     decathlon,
     demo,
     demo_volumes,
@@ -71,6 +72,7 @@ COMMAND_FILES = (
     polyps,
     isic,
     busi,
+    chexlocalize,
     boxes,
     text_embeddings,
 )

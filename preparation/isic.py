@@ -30,8 +30,8 @@ ISIC = DataSet(
     licence="see the site",
     archive="ISBI2016_ISIC_Part1_{Training,Test}_{Data,GroundTruth}.zip, four of them",
     counts={"train": 810, "val": 90, "test": 379},
-    split_source="test: the ISIC 2016 challenge; val: a tenth of its training images, at random, by "
-    "the medvlsm study",
+    split_source="test: the ISIC 2016 challenge; val: a random tenth of its training images, by "
+    "medvlsm's authors",
     older_name="isic_90_10_d",
     has_running_numbers=True,
 )

@@ -298,9 +298,9 @@ def count_notes(splits: Splits, data_set: DataSet) -> list[str]:
 
 # --- conversion -----------------------------------------------------------------------------------
 
-# Makes the file `target` from the members of an archive, which were written to files. Returns the
-# mask, bool (H,W), if that is what it makes.
-Convert = Callable[[list[Path], Path], np.ndarray | None]
+# Makes the file `target` from the members of archives, which were written to files. Returns the
+# corner of a mask as Annotation has it, in the pixels of the study's boxes, or None.
+Convert = Callable[[list[Path], Path], tuple[int, int] | None]
 
 
 @dataclass(frozen=True)
@@ -388,8 +388,8 @@ def save_mask(mask: np.ndarray, target: Path) -> None:
     Image.fromarray(np.uint8(255) * mask).save(target)
 
 
-def convert_masks(sources: list[Path], target: Path) -> np.ndarray:
-    """Write the union of mask files as one mask, and return it."""
+def convert_masks(sources: list[Path], target: Path) -> tuple[int, int]:
+    """Write the union of mask files as one mask, and return its corner."""
     mask = binary_mask(sources[0])
     for source in sources[1:]:
         other = binary_mask(source)
@@ -397,11 +397,11 @@ def convert_masks(sources: list[Path], target: Path) -> np.ndarray:
             raise ValueError(f"{source}: has another size than the first mask of this image")
         mask |= other
     save_mask(mask, target)
-    return mask
+    return corner_of(mask)
 
 
 def run_job(job: Job, part: Path) -> tuple[int, int] | None:
-    """Make a file in the folder `part`. Return the corner of a mask, as in Annotation.
+    """Make a file in the folder `part`. Return the corner of a mask, see Convert.
 
     Raises ValueError or OSError, one line, that names the archive and the member.
     """
@@ -419,7 +419,7 @@ def run_job(job: Job, part: Path) -> tuple[int, int] | None:
         paths.append(path)
 
     try:
-        mask = job.convert(paths, target)
+        return job.convert(paths, target)
     except (ValueError, OSError) as error:
         if atomic_files.is_full_disk(error):
             raise
@@ -427,7 +427,6 @@ def run_job(job: Job, part: Path) -> tuple[int, int] | None:
         for path, source in zip(paths, job.sources, strict=True):
             message = message.replace(str(path), f"{source.archive.path}: {source.member}")
         raise ValueError(message) from None
-    return None if mask is None else corner_of(mask)
 
 
 def corner_of(mask: np.ndarray) -> tuple[int, int]:

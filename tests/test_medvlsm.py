@@ -706,3 +706,71 @@ def test_dfu(tmp_path, run):
     del files[f"{release}/DFUC2022_train_masks/100004.png"]
     err = refused(run, "dfu", write_zip(tmp_path / "less.zip", files), anns, tmp_path / "none")
     assert "masks: lacks 1 (100004) of 8 files" in err
+
+
+# --- CheXlocalize ---------------------------------------------------------------------------------
+
+OUTLINED = {"Cardiomegaly": (10, 8, 90, 70), "Pleural Effusion": (60, 30, 120, 95)}
+
+
+def square(x0, y0, x1, y1) -> list:
+    """A polygon, with the decimals that the real ones have."""
+    return [[x0 + 0.1, y0 + 0.2], [x1 + 0.3, y0 + 0.2], [x1 + 0.3, y1 + 0.4], [x0 + 0.1, y1 + 0.4]]
+
+
+def chexlocalize():
+    """The download's files; the study's boxes belong to images whose shorter side is 512."""
+    files, items, outlines = {}, [], {"val": {}, "test": {}}
+    for n in range(8):
+        patient, view = f"patient6454{n}", ("frontal", "lateral")[n % 2]
+        name = f"{patient}_study1_view{1 + n % 2}_{view}"
+        part = "val" if n < 4 else "test"
+        path = f"CheXpert/{part}/{patient}/study1/view{1 + n % 2}_{view}.jpg"
+        files[path] = encoded(picture(600 + n, (128, 160))[..., 0], "jpg")
+        outlines[part][name] = {"img_size": [128, 160]}
+        for finding, (x0, y0, x1, y1) in list(OUTLINED.items())[: 1 + n % 2]:
+            polygons = [square(x0 + n, y0, x1, y1), square(1, 1, 5, 5)]
+            outlines[part][name][finding] = polygons
+            mask = f"{name}_{finding.lower().replace(' ', '_')}.png"
+            prompts = {"p0": "", "p1": f"{finding} in a chest Xray.", "p6": f"{finding}. "}
+            items.append(item(f"{name}.jpg", mask, [4, 4, 4 * (x1 + 1), 4 * (y1 + 1)], prompts))
+    for part, content in outlines.items():
+        files[f"CheXlocalize/gt_annotations_{part}.json"] = json.dumps(content).encode()
+        files[f"CheXlocalize/gt_segmentations_{part}.json"] = b"{}"
+    files["CheXpert/val_labels.csv"] = b"x"
+    return files, items
+
+
+def test_chexlocalize(tmp_path, run):
+    files, items = chexlocalize()
+    folder = write_files(tmp_path / "chexlocalize", files)
+    splits = {"train": items[:6], "val": items[6:9], "test": items[9:]}
+    anns = write_annotations(tmp_path / "anns", splits)
+    convert("chexlocalize", folder, anns, tmp_path / "out")
+    out = tmp_path / "out"
+    expected = np.zeros((128, 160), bool)  # patient 1: a polygon's outline belongs to it
+    expected[30:96, 61:121] = True
+    expected[1:6, 1:6] = True
+    mask = mask_of(out, "patient64541_study1_view2_lateral_pleural_effusion.png")
+    assert (mask == expected).all()
+    entry = entries(out, "train")[0]
+    assert entry["group"] == "patient64540" and entry["prompts"]["p6"] == "Cardiomegaly. "
+    assert len(list((out / "images").iterdir())) == 8
+    check(out)
+
+    say = partial(refused, run, "chexlocalize")
+    small = files | {
+        "CheXpert/val/patient64540/study1/view1_frontal.jpg": encoded(picture(1), "jpg")
+    }
+    raw = write_zip(tmp_path / "small.zip", small)
+    err = say(raw, anns, tmp_path / "x")
+    assert "view1_frontal.jpg: 64x48, but its outlines are drawn on 160x128; CheXpert-small" in err
+    del files["CheXlocalize/gt_annotations_test.json"]
+    err = say(write_zip(tmp_path / "half.zip", files), anns, tmp_path / "x")
+    assert "outlines: lacks 6 (patient64544_study1_view1_frontal_cardiomegaly, " in err
+    name = "CheXlocalize/gt_annotations_val.json"
+    err = say(write_zip(tmp_path / "other.zip", files | {name: b'{"a": []}'}), anns, tmp_path / "x")
+    assert 'other.zip: CheXlocalize/gt_annotations_val.json: expected {"patient1_' in err
+    del files[name]
+    err = say(write_zip(tmp_path / "none.zip", files), anns, tmp_path / "x")
+    assert "no gt_annotations_val.json or gt_annotations_test.json: " in err
