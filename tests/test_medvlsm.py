@@ -1,5 +1,6 @@
 """prepare.py kvasir-polyp and so on: the data sets of the medvlsm study from miniature archives."""
 
+import gzip
 import io
 import json
 import shutil
@@ -9,6 +10,7 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pytest
 from conftest import command, contents
@@ -27,6 +29,7 @@ from medvlsm_world import (
 from PIL import Image
 
 import prepare
+from imaging import layouts
 from preparation import medvlsm
 
 KVASIR_NAMES = [f"cju{n}k00003n{n}99dr2w9i7c.jpg" for n in (5, 1, 9, 0, 3, 7, 2, 8)]
@@ -774,3 +777,162 @@ def test_chexlocalize(tmp_path, run):
     del files[name]
     err = say(write_zip(tmp_path / "none.zip", files), anns, tmp_path / "x")
     assert "no gt_annotations_val.json or gt_annotations_test.json: " in err
+
+
+# --- CAMUS ----------------------------------------------------------------------------------------
+
+SHAPES = {1: "oval", 2: "triangle", 3: "square"}
+PEOPLE = {
+    1: ("F", 56, "Good"),
+    2: ("M", 73, "Medium"),
+    51: ("M", 18, "Poor"),
+    53: ("F", 80, "Good"),
+}
+PEOPLE |= {451: ("M", 61, "Good"), 452: ("F", 20, "Poor")}
+AGES = {56: "fifty-six", 73: "seventy-three", 18: "eighteen", 80: "eighty"}
+AGES |= {61: "sixty-one", 20: "twenty"}
+
+
+def camus_prompts(patient: int, label: int, view: str, phase: str) -> dict:
+    """p0 to p7, word for word as in the study's files."""
+    name = {1: "Left ventricular cavity", 2: "Myocardium", 3: "Left atrium cavity"}[label]
+    sex, age, quality = PEOPLE[patient]
+    person = {"F": "female", "M": "male"}[sex]
+    prompts = {"p0": ""} | {f"p{k}": [] for k in range(1, 8)}
+    for place in ("of the heart", "in the cardiac ultrasound"):
+        chambers = "in two-chamber view" if view == "2CH" else "in four-chamber view"
+        cycle = "at end of the diastole cycle" if phase == "ED" else "at end of the systole cycle"
+        texts = [f"{name} {place}.", f"{name} {chambers} {place}."]
+        texts.append(f"{name} {chambers} {place} {cycle}.")
+        texts.append(f"{name} {chambers} {place} {cycle} of a {person}.")
+        texts.append(f"{name} {chambers} {place} {cycle} of a {AGES[age]}-year-old {person}.")
+        end = f"{cycle} of a {AGES[age]}-year-old {person} with {quality.lower()} image quality."
+        texts.append(f"{name} {chambers} {place} {end}")
+        texts.append(f"{name} of {SHAPES[label]} shape {chambers} {place} {end}")
+        for k, text in enumerate(texts, 1):
+            prompts[f"p{k}"].append(text)
+    return prompts
+
+
+def camus_labels(seed: int) -> np.ndarray:
+    """A label map, uint8 (H,W), with three structures below each other."""
+    labels = np.zeros((90, 70), np.uint8)
+    for label in (1, 2, 3):
+        left = 5 + (7 * seed + 11 * label) % 30
+        labels[25 * label - 15 : 25 * label, left : left + 25] = label
+    return labels
+
+
+def nifti(pixels: np.ndarray) -> bytes:
+    """A NIfTI file of one slice (H,W); its first axis is the column."""
+    image = nibabel.Nifti1Image(np.ascontiguousarray(pixels.T), np.diag([0.3, 0.15, 1, 1]))
+    return gzip.compress(image.to_bytes(), mtime=0)
+
+
+def camus():
+    """Files of CAMUS_public, and the study's val and test entries."""
+    files, splits = {"CAMUS_public/database_split/subgroup_testing.txt": b"patient0451"}, {}
+    for patient, (sex, age, quality) in PEOPLE.items():
+        name = f"patient{patient:04}"
+        folder = f"CAMUS_public/database_nifti/{name}"
+        for seed, view in enumerate(("2CH", "4CH")):
+            info = f"ED: 1\nES: 18\nNbFrame: 18\nSex: {sex}\nAge: {age}\nImageQuality: {quality}\n"
+            files[f"{folder}/Info_{view}.cfg"] = f"{info}EF: 54\nFrameRate: 48.1\n".encode()
+            files[f"{folder}/{name}_{view}_half_sequence.nii.gz"] = b"x"
+            files[f"{folder}/{name}_{view}_half_sequence_gt.nii.gz"] = b"x"
+            for k, phase in enumerate(("ED", "ES")):
+                number = 10 * patient + 2 * seed + k
+                pixels = picture(number, (90, 70))[..., 0]
+                files[f"{folder}/{name}_{view}_{phase}.nii.gz"] = nifti(pixels)
+                files[f"{folder}/{name}_{view}_{phase}_gt.nii.gz"] = nifti(camus_labels(number))
+                for label in (1, 2, 3):
+                    split, shift = "test" if patient > 450 else "val", 450 * (patient > 450)
+                    if 50 < patient <= 450:
+                        split = "train"
+                    image = f"patient{patient - shift:04}_{view}_{phase}"
+                    mask = f"mask_{label}/{image}_gt.png"
+                    prompts = camus_prompts(patient, label, view, phase)
+                    entry = {"img_name": f"{image}.png", "mask_name": mask, "prompts": prompts}
+                    splits.setdefault(split, []).append(entry)
+    return files, splits
+
+
+def test_camus(tmp_path, capsys):
+    files, splits = camus()
+    raw = write_zip(tmp_path / "CAMUS_public.zip", files)
+    anns = write_annotations(tmp_path / "medvlsm/data/camus/anns", splits)
+    convert("camus", raw, tmp_path / "medvlsm", tmp_path / "whole")
+    check(tmp_path / "whole")
+
+    # Without train.json the train entries are the same but for p7, which a network made.
+    train = splits["train"]
+    (anns / "train.json").unlink()
+    convert("camus", raw, anns, tmp_path / "out")
+    printed = capsys.readouterr().out
+    assert "train: 24 entries of 2 patients were made from the Info files" in printed
+    out = tmp_path / "out"
+    written = {entry["mask_name"]: entry for entry in entries(out, "train")}
+    assert len(written) == len(train) == 24
+    for entry in train:
+        made = written[f"train/{entry['mask_name']}"]
+        assert made["img_name"] == f"train/{entry['img_name']}"
+        assert made["prompts"] | {"p7": entry["prompts"]["p7"]} == entry["prompts"]
+    test = entries(out, "test")[1]
+    assert test["img_name"] == "test/patient0001_2CH_ED.png" and test["group"] == "patient0451"
+    assert test["mask_name"] == "test/mask_2/patient0001_2CH_ED_gt.png"
+    assert test["prompts"] == camus_prompts(451, 2, "2CH", "ED")
+
+    assert (
+        mask_of(out, "test/mask_2/patient0001_2CH_ED_gt.png") == (camus_labels(4510) == 2)
+    ).all()
+    assert (
+        mask_of(out, "train/mask_3/patient0053_4CH_ES_gt.png") == (camus_labels(533) == 3)
+    ).all()
+    image = np.asarray(Image.open(out / "images/train/patient0002_4CH_ED.png"))
+    assert (image == picture(22, (90, 70))[..., 0]).all()
+
+    # The study's own annotation files find the same files.
+    write_annotations(out / "anns", {split: splits[split] for split in ("val", "test")})
+    for split in ("val", "test"):
+        for entry in layouts.read_annotations(out, split):
+            assert entry.image.is_file() and entry.mask.is_file()
+            assert f"/{'test' if split == 'test' else 'train'}/" in entry.image.as_posix()
+
+
+def test_camus_of_other_patients(tmp_path, run, capsys):
+    files, splits = camus()
+    anns = write_annotations(tmp_path / "anns", splits)
+    folder = "CAMUS_public/database_nifti/patient0451"
+    info = b"Sex: M\nAge: 62\nImageQuality: Good\n"
+    others = files | {f"{folder}/Info_2CH.cfg": info, f"{folder}/Info_4CH.cfg": info}
+    raw = write_zip(tmp_path / "other.zip", others)
+    say = partial(refused, run, "camus")
+    err = say(raw, anns, tmp_path / "x")
+    assert "patient0451 of the archive: its Info file would give 'Left ventricular cavity" in err
+    assert "sixty-two" in err and "sixty-one" in err and "--without-test leaves out" in err
+    convert("camus", raw, anns, tmp_path / "out", "--without-test")
+    assert {path.name for path in (tmp_path / "out/anns").iterdir()} == {"train.json", "val.json"}
+
+    info = b"Sex: M\nAge: 61\nImageQuality: Medium\n"
+    raw = write_zip(tmp_path / "quality.zip", files | {f"{folder}/Info_2CH.cfg": info})
+    convert("camus", raw, anns, tmp_path / "quality")
+    line = "image quality in the prompts differs from that of the Info files: 1 (patient0451 2CH)"
+    assert line in capsys.readouterr().out
+
+    for name, content, message in (
+        ("Info_2CH.cfg", b"Sex: M\n", "Info_2CH.cfg: expected lines such as Sex: F, Age: 56 and"),
+        ("patient0451_2CH_ED_gt.nii.gz", nifti(np.full((9, 9), 4, np.uint8)), "holds label 4; exp"),
+        ("patient0451_2CH_ED.nii.gz", nifti(np.full((9, 9), 300, np.int16)), "values from 300 to"),
+        ("patient0451_2CH_ED.nii.gz", nifti(np.zeros((9, 9, 2), np.int16)), "expected one slice"),
+        ("patient0451_2CH_ED.nii.gz", files[f"{folder}/patient0451_2CH_ED.nii.gz"][:99], "NIfTI ("),
+    ):
+        raw = write_zip(tmp_path / "a.zip", files | {f"{folder}/{name}": content})
+        err = say(raw, anns, tmp_path / "x")
+        assert message in err and f"a.zip: {folder}/{name}" in err
+
+    less = {name: content for name, content in files.items() if "patient0452" not in name}
+    err = say(write_zip(tmp_path / "less.zip", less), anns, tmp_path / "x")
+    assert "the archive lacks 2 (patient0452 2CH, patient0452 4CH)" in err
+    older = {"training/patient0001/patient0001_2CH_ED.mhd": b"x"}
+    err = say(write_zip(tmp_path / "training.zip", older), anns, tmp_path / "x")
+    assert "Older releases in other formats (.mhd) are not read" in err
