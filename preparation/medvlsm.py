@@ -194,7 +194,8 @@ def fetch_annotations(data_set: DataSet, cache: Path) -> Splits:
     """Return the annotations of a data set from the internet, or from earlier downloads."""
     splits = {}
     for split, address in data_set.addresses().items():
-        target = cache / "medvlsm" / COMMIT / data_set.name / f"{split}.json"
+        commit = COMMIT_OF_2023 if data_set.is_older else COMMIT
+        target = cache / "medvlsm" / commit / data_set.name / f"{split}.json"
         try:
             content = fetch(address, target)
         except NotPublished:
@@ -333,6 +334,7 @@ class Conversion:
     notes: list[str]
     mask_rule: str  # for README.txt
     split_source: str
+    is_published: bool = True  # the split; False for one that was made here
     jobs: dict[str, Job] = field(default_factory=dict)  # target -> job
 
     def add(self, target: str, sources: Iterable[File], convert: Convert) -> None:
@@ -609,11 +611,12 @@ def make_data_set(data_set: DataSet, plan: Plan, args: Namespace) -> int:
             "name": data_set.name,
             "source": data_set.site,
             "licence": data_set.licence,
-            "archives": [archive.path.name for archive in opened],
+            "archives": [archive.path.resolve().name for archive in opened],
             "annotations": origin,
             "annotations_licence": ANNOTATION_LICENCE,
-            "published_split": conversion.split_source,
         }
+        key = "published_split" if conversion.is_published else "split"
+        source[key] = conversion.split_source
         lines = write_data_set(conversion, data_set, source, args.out)
     print(f"{args.out}: " + "\n".join(lines))
     print(f"next: python prepare.py check {args.out}")

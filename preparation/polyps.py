@@ -306,6 +306,7 @@ def add_sequences(conversion: Conversion, opened: list[Archive], args: Namespace
         where = ", ".join(str(archive.path) for archive in opened)
         splits = split_by_sequence(splits, where)
         conversion.split_source = "sequences at random, seed 0, by prepare.py"
+        conversion.is_published = False
     elif not any(annotation.group for annotation in medvlsm.all_annotations(splits)):
         conversion.notes.append(
             "LEAK: the study's test images are frames of sequences that are in train, so that "

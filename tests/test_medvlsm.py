@@ -3,9 +3,12 @@
 import gzip
 import io
 import json
+import os
+import re
 import shutil
 import tarfile
 import threading
+from argparse import Namespace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -29,8 +32,14 @@ from medvlsm_world import (
 from PIL import Image
 
 import prepare
+import train
 from imaging import layouts
 from preparation import medvlsm
+from preparation.busi import BUSI
+from preparation.camus import CAMUS, Info, make_prompts, number_words, parts_of
+from preparation.chexlocalize import CHEXLOCALIZE
+from preparation.isic import DFU, ISIC
+from preparation.polyps import CVC300, POLYP_SETS, with_truthful_prompts
 
 KVASIR_NAMES = [f"cju{n}k00003n{n}99dr2w9i7c.jpg" for n in (5, 1, 9, 0, 3, 7, 2, 8)]
 IGNORED = {"__MACOSX/Kvasir-SEG/._images": b"x", "Kvasir-SEG/kavsir_bboxes.json": b"{}"}
@@ -375,7 +384,7 @@ def test_clinicdb_by_sequence(tmp_path, capsys, run):
     assert {split: len(groups) for split, groups in sequences.items()} == SEQUENCE_COUNTS
     assert set.union(*sequences.values()) == set(range(1, 11))
     source = json.loads((tmp_path / "out/source.json").read_text())
-    assert source["published_split"].startswith("sequences at random")
+    assert source["split"].startswith("sequences at random") and "published_split" not in source
     assert "LEAK" not in capsys.readouterr().out
 
     del files["metadata.csv"]
@@ -829,7 +838,7 @@ def nifti(pixels: np.ndarray) -> bytes:
     return gzip.compress(image.to_bytes(), mtime=0)
 
 
-def camus():
+def camus_download():
     """Files of CAMUS_public, and the study's val and test entries."""
     files, splits = {"CAMUS_public/database_split/subgroup_testing.txt": b"patient0451"}, {}
     for patient, (sex, age, quality) in PEOPLE.items():
@@ -858,7 +867,7 @@ def camus():
 
 
 def test_camus(tmp_path, capsys):
-    files, splits = camus()
+    files, splits = camus_download()
     raw = write_zip(tmp_path / "CAMUS_public.zip", files)
     anns = write_annotations(tmp_path / "medvlsm/data/camus/anns", splits)
     convert("camus", raw, tmp_path / "medvlsm", tmp_path / "whole")
@@ -900,7 +909,7 @@ def test_camus(tmp_path, capsys):
 
 
 def test_camus_of_other_patients(tmp_path, run, capsys):
-    files, splits = camus()
+    files, splits = camus_download()
     anns = write_annotations(tmp_path / "anns", splits)
     folder = "CAMUS_public/database_nifti/patient0451"
     info = b"Sex: M\nAge: 62\nImageQuality: Good\n"
@@ -936,3 +945,110 @@ def test_camus_of_other_patients(tmp_path, run, capsys):
     older = {"training/patient0001/patient0001_2CH_ED.mhd": b"x"}
     err = say(write_zip(tmp_path / "training.zip", older), anns, tmp_path / "x")
     assert "Older releases in other formats (.mhd) are not read" in err
+
+
+# --- the study's own files, and training ----------------------------------------------------------
+
+REAL_COUNTS = {  # of commit dc36a3af83, counted when this was written
+    "kvasir_polyp": (800, 100, 100),
+    "clinicdb_polyp": (490, 61, 61),
+    "bkai_polyp": (800, 100, 100),
+    "colondb_polyp": (20, 0, 360),
+    "etis_polyp": (20, 0, 176),
+    "isic": (810, 90, 379),
+    "dfu": (1600, 200, 200),
+    "busi": (624, 78, 78),
+    "chexlocalize": (1279, 446, 452),
+}
+REPEATED = {"bkai_polyp": 1, "isic": 1}  # entries
+SHARED = {
+    "bkai_polyp": (2, 1, 0),
+    "isic": (0, 3, 0),
+}  # images of train, val; train, test; val, test
+
+
+@pytest.fixture(scope="module")
+def study() -> Path:
+    """A copy of github.com/naamiinepal/medvlsm."""
+    folder = os.environ.get("MEDVLSM", "")
+    if not folder or not Path(folder, "data").is_dir():
+        pytest.skip("set MEDVLSM to a copy of github.com/naamiinepal/medvlsm")
+    return Path(folder)
+
+
+DATA_SETS = [polyps.facts for polyps in POLYP_SETS] + [ISIC, DFU, BUSI, CAMUS, CHEXLOCALIZE]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", REAL_COUNTS)
+def test_the_files_of_the_study(name, study):
+    (data_set,) = (facts for facts in DATA_SETS if facts.name == name)
+    args = Namespace(annotations=study)
+    splits, is_older, _ = medvlsm.read_annotations(data_set, args)
+    assert not is_older
+    assert tuple(len(splits[split]) for split in medvlsm.SPLITS) == REAL_COUNTS[name]
+    assert medvlsm.count_notes(splits, data_set) == []
+
+    notes = []
+    unique = medvlsm.without_repeats(splits, notes)
+    assert len(notes) == (name in REPEATED)
+    repeated = sum(map(len, splits.values())) - sum(map(len, unique.values()))
+    assert repeated == REPEATED.get(name, 0)
+    images = {split: {a.image for a in annotations} for split, annotations in unique.items()}
+    shared = [
+        len(images["train"] & images["val"]),
+        len(images["train"] & images["test"]),
+        len(images["val"] & images["test"]),
+    ]
+    assert tuple(shared) == SHARED.get(name, (0, 0, 0))
+    fixed = medvlsm.without_overlap(unique, True, notes)
+    assert len(fixed["test"]) == REAL_COUNTS[name][2]
+    assert len(medvlsm.without_overlap(fixed, False, [])) == 3
+
+    if name == "bkai_polyp":
+        mended = with_truthful_prompts(unique, notes)
+        assert "no polyp" not in str(mended) and notes[-1].count(".jpeg") == 6
+
+
+@pytest.mark.slow
+def test_the_copy_of_colondb(study):
+    with pytest.raises(ValueError, match="cvc300_polyp, the study's file is a copy of ColonDB's"):
+        medvlsm.read_annotations(CVC300.facts, Namespace(annotations=study))
+
+
+@pytest.mark.slow
+def test_the_sentences_of_camus(study):
+    splits, _, _ = medvlsm.read_annotations(CAMUS, Namespace(annotations=study))
+    assert len(splits["val"]) == len(splits["test"]) == 600
+    ages = {number_words(number): number for number in range(150)}
+    for annotation in medvlsm.all_annotations(splits):
+        _, label, view, phase = parts_of(annotation)
+        words = re.search(r"of a (\S+)-year-old (\w+) with (\w+) im", annotation.prompts["p6"][0])
+        info = Info(words[2], ages[words[1]], words[3])
+        expected = make_prompts(label, view, phase, info)
+        assert expected == {k: v for k, v in annotation.prompts.items() if k != "p7"}
+
+
+@pytest.mark.slow
+def test_the_whole_of_kvasir(study, real_data, tmp_path, capsys):
+    raw = tmp_path / "Kvasir-SEG"
+    raw.mkdir()
+    for kind in ("images", "masks"):
+        (raw / kind).symlink_to(real_data / "kvasir_polyp" / kind)
+    convert("kvasir-polyp", raw, study, tmp_path / "out")
+    printed = capsys.readouterr().out
+    assert "800 images" in printed and "another box" not in printed and "but the" not in printed
+    assert len(list((tmp_path / "out/masks").iterdir())) == 1000
+
+
+def test_two_steps_of_training(tmp_path, monkeypatch, capsys, untested):
+    files, items = kvasir()
+    raw = write_zip(tmp_path / "kvasir-seg.zip", files)
+    anns = write_annotations(tmp_path / "anns", shares(items))
+    convert("kvasir-polyp", raw, anns, tmp_path / "out")
+    words = ["--model", "clipseg", "--variant", "mini", "--weights", "none", "--size", 32]
+    words += ["--data", tmp_path / "out", "--prompt", "p6", "--epochs", 1, "--batch-size", 2]
+    words += ["--out", tmp_path / "run", "--cache", tmp_path / "cache", "--device", "cpu"]
+    status, _, err = command(monkeypatch, capsys, train, *words)
+    assert status == 0, err
+    assert (tmp_path / "run/best.safetensors").is_file()
