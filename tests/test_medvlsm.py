@@ -231,6 +231,22 @@ def test_what_is_refused(tmp_path, run):
     assert "exists already" in say(raw, anns, out)
 
 
+@pytest.mark.parametrize(
+    ("pixels", "expected"),
+    [
+        ([[0, 127, 128, 255]], [[False, False, True, True]]),
+        ([[[0, 0, 0], [127, 127, 127], [0, 128, 0], [255, 0, 0]]], [[False, False, True, True]]),
+        ([[0, 0]], [[False, False]]),
+        ([[False, True]], [[False, True]]),
+    ],
+)
+def test_the_rule_of_masks(pixels, expected, tmp_path):
+    values = np.array(pixels)
+    image = values if values.dtype == bool else values.astype(np.uint8)
+    Image.fromarray(image).save(tmp_path / "a.png")
+    assert medvlsm.binary_mask(tmp_path / "a.png").tolist() == expected
+
+
 def test_killed_and_run_again(tmp_path, monkeypatch):
     files, items = kvasir()
     raw = write_zip(tmp_path / "kvasir-seg.zip", files)
