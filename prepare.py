@@ -9,8 +9,9 @@
     python prepare.py msd RAW --out DATA        split a task of the Medical Segmentation Decathlon
     python prepare.py btcv RAW                  make data/btcv: abdominal CT, with a split
     python prepare.py demo-volumes              make data/demo_volumes: synthetic abdominal CT
-    python prepare.py kvasir-polyp --raw ZIP    make data/kvasir_polyp; as well clinicdb-polyp,
-                                                bkai-polyp, cvc300-polyp, colondb-polyp, etis-polyp
+    python prepare.py kvasir-polyp --raw ZIP    make data/kvasir_polyp; likewise clinicdb-polyp,
+                                                bkai-polyp, cvc300-polyp, colondb-polyp, etis-polyp,
+                                                isic, dfu, busi, camus, chexlocalize
     python prepare.py boxes MASKS --like DATA   make boxes.csv: boxes around masks, for SAM
     python prepare.py text-codes --data DATA    make text_codes.safetensors: CLIP's embeddings of
                                                 the class names

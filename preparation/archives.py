@@ -42,6 +42,9 @@ DAMAGE = (
 )  # fmt: skip
 
 
+PACKED = (".zip", ".tar", ".tgz", ".tar.gz")
+
+
 class Archive:
     """The members of a zip or tar archive, or the files of a folder. Close it after use.
 
@@ -390,5 +393,16 @@ def find_folder(opened: list[Archive], *tails: str) -> tuple[Archive, str]:
                 "folder that holds the right one"
             )
 
-    content = "; ".join(f"{archive.path} holds {archive.summary()}" for archive in opened)
-    raise FileNotFoundError(f"no folder {tails[0]}: {content}")
+    raise FileNotFoundError(f"no folder {tails[0]}: {contents(opened)}")
+
+
+def contents(opened: list[Archive]) -> str:
+    """Return what archives hold, for messages about what they lack."""
+    lines = []
+    for archive in opened:
+        line = f"{archive.path} holds {archive.summary()}"
+        packed = [name for name in archive.names if name.lower().endswith(PACKED)]
+        if packed:
+            line += f" (give an archive like {packed[0]} itself)"
+        lines.append(line)
+    return "; ".join(lines)

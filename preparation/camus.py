@@ -32,7 +32,7 @@ from PIL import Image
 
 from imaging.files import decode_text
 from preparation import medvlsm
-from preparation.archives import Archive
+from preparation.archives import Archive, contents
 from preparation.check import count_and_names
 from preparation.medvlsm import Annotation, Conversion, DataSet, File, Files, Splits, stem_of
 
@@ -126,10 +126,9 @@ def find_files(opened: list[Archive]) -> Files:
                 )
             files[name] = File(archive, member)
     if not files:
-        content = "; ".join(f"{archive.path} holds {archive.summary()}" for archive in opened)
         raise FileNotFoundError(
-            f"no database_nifti/patient0001/patient0001_2CH_ED.nii.gz: {content}. Older releases "
-            "in other formats (.mhd) are not read"
+            f"no database_nifti/patient0001/patient0001_2CH_ED.nii.gz: {contents(opened)}. Older "
+            "releases in other formats (.mhd) are not read"
         )
     return files
 

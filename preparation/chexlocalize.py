@@ -25,7 +25,7 @@ from PIL import Image, ImageDraw
 from imaging import image_files
 from imaging.files import decode_text, parse_json
 from preparation import medvlsm
-from preparation.archives import Archive
+from preparation.archives import Archive, contents
 from preparation.check import count_and_names, width_by_height
 from preparation.medvlsm import Conversion, DataSet, File, Files, Splits, stem_of
 
@@ -75,8 +75,7 @@ def read_outlines(opened: list[Archive]) -> dict[str, tuple[tuple[int, int], lis
                 content = parse_json(decode_text(archive.read(member), place), place)
                 outlines |= parse_outlines(content, place)
     if not outlines:
-        content = "; ".join(f"{archive.path} holds {archive.summary()}" for archive in opened)
-        raise FileNotFoundError(f"no {' or '.join(OUTLINES)}: {content}")
+        raise FileNotFoundError(f"no {' or '.join(OUTLINES)}: {contents(opened)}")
     return outlines
 
 

@@ -114,6 +114,13 @@ def test_two_folders_that_fit(tmp_path):
         assert archives.find_folder(opened, "Set/masks", "masks") == (opened[1], "masks")
         with pytest.raises(FileNotFoundError, match="^no folder x: .*images.zip holds 1 other in"):
             archives.find_folder(opened, "x")
+    write_folder(tmp_path / "folder", {"images.zip": b"", "a.txt": b""})
+    message = "give an archive like images.zip itself"
+    with (
+        archives.open_archive(tmp_path / "folder") as archive,
+        pytest.raises(FileNotFoundError, match=message),
+    ):
+        archive.folder("images")
 
 
 @pytest.mark.parametrize("kind", ["a.zip", "a.tar", "a.tar.gz"])
