@@ -10,13 +10,16 @@
     python prepare.py msd RAW --out DATA        split a task of the Medical Segmentation Decathlon
     python prepare.py btcv RAW                  make data/btcv: abdominal CT, with a split
     python prepare.py demo-volumes              make data/demo_volumes: synthetic abdominal CT
+    python prepare.py kvasir-polyp --raw ZIP    make data/kvasir_polyp; likewise clinicdb-polyp,
+                                                bkai-polyp, cvc300-polyp, colondb-polyp, etis-polyp,
+                                                isic, dfu, busi, camus, chexlocalize
     python prepare.py boxes MASKS --like DATA   make boxes.csv: boxes around masks, for SAM
     python prepare.py text-codes --data DATA    make text_codes.safetensors: CLIP's embeddings of
                                                 the class names
     python prepare.py medclipseg-texts --texts FOLDER --data DATA
                                                 add MedCLIPSeg's texts to DATA as prompt types
 
-`demo` makes the layout of the medvlsm study (arXiv 2308.07706), with text prompts:
+`demo` and the data sets of the medvlsm study (arXiv 2308.07706) have its layout, with text prompts:
 
     images/  masks/  anns/{train,val,test}.json: [{"img_name", "mask_name", "prompts": {...}}, ...]
 
@@ -40,19 +43,25 @@ if __name__ == "__main__":
     startup.guard_imports()  # the imports below take seconds
 
 import inspect
+import sys
 
 from engine import command_line
 from preparation import (
     annotate,
     boxes,
     btcv,
+    busi,
+    camus,
     check,
+    chexlocalize,
     decathlon,
     demo,
     demo_volumes,
     duke_oct,
     import_folder,
+    isic,
     medclipseg_texts,
+    polyps,
     text_embeddings,
     uw_madison,
 )
@@ -68,6 +77,11 @@ COMMAND_FILES = (
     decathlon,
     btcv,
     demo_volumes,
+    polyps,
+    isic,
+    busi,
+    camus,
+    chexlocalize,
     boxes,
     text_embeddings,
     medclipseg_texts,
@@ -97,7 +111,9 @@ def parser():
 
 def main(argv=None):
     """Run one command and return its exit status."""
-    args = parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else list(argv)
+    words[:1] = [word.replace("_", "-") for word in words[:1]]  # data sets may be spelled with _
+    args = parser().parse_args(words)
     return args.run(args)
 
 

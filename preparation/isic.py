@@ -1,0 +1,135 @@
+"""ISIC 2016 (skin lesions) and DFU 2022 (foot ulcers) for the medvlsm study.
+
+ISIC: the four archives of part 1 of the challenge, images `ISIC_0000000.jpg` and masks
+`ISIC_0000000_Segmentation.png`, 900 for training and 379 for tests. The study's annotations list
+three images for training as test images, too, and one twice for training. Its files of 2023 have
+1279 different running numbers, in the order of the names, with other names in these places: so the
+four are probably copies of images under other names. Nothing is renamed here; --fix-splits leaves
+such images out of train.
+
+DFU: `DFUC2022_train_images/100001.jpg` and `DFUC2022_train_masks/100001.png`. The masks of the
+challenge's test images are not public: all three splits are cut from its training images.
+
+What was compared with real files: the names and counts of the annotations, no image. The archives
+could not be downloaded here.
+"""
+
+from argparse import Namespace
+from collections import ChainMap
+from dataclasses import replace
+from pathlib import PurePosixPath
+
+from preparation import medvlsm
+from preparation.archives import Archive
+from preparation.medvlsm import Conversion, DataSet, Files, Splits, files_by_stem, stem_of
+
+ISIC = DataSet(
+    name="isic",
+    title="ISIC 2016, skin lesions in dermoscopy",
+    site="https://challenge.isic-archive.com/data",
+    licence="see the site",
+    archive="ISBI2016_ISIC_Part1_{Training,Test}_{Data,GroundTruth}.zip, four of them",
+    counts={"train": 810, "val": 90, "test": 379},
+    split_source="test: the ISIC 2016 challenge; val: a random tenth of its training images, by "
+    "medvlsm's authors",
+    older_name="isic_90_10_d",
+    has_running_numbers=True,
+)
+ISIC_PARTS = ("ISBI2016_ISIC_Part1_Training", "ISBI2016_ISIC_Part1_Test")
+FIRST_TEST_NUMBER = 900  # of the running numbers of 2023; images for training come before
+ENDING = "_Segmentation"
+
+DFU = DataSet(
+    name="dfu",
+    title="DFU 2022, foot ulcers in photographs",
+    site="https://dfu-challenge.github.io/dfuc2022.html, by form",
+    licence="by the form",
+    archive="DFUC2022_train_release.zip",
+    counts={"train": 1600, "val": 200, "test": 200},
+    split_source="a random split of the challenge's training images, by the medvlsm study",
+    older_name="dfu-2022_80_10_10",
+)
+
+
+# --- ISIC -----------------------------------------------------------------------------------------
+
+
+def isic_files(opened: list[Archive]) -> tuple[list[Files], list[Files]]:
+    """Return the images and the masks, for training and for tests, by the stem of the image.
+
+    Raises FileNotFoundError or ValueError, one line.
+    """
+    images = []
+    masks = []
+    for part in ISIC_PARTS:
+        images.append(files_by_stem(opened, (f"{part}_Data",))[0])
+        named, _ = files_by_stem(opened, (f"{part}_GroundTruth",))
+        masks.append({stem.removesuffix(ENDING): file for stem, file in named.items()})
+    return images, masks
+
+
+def with_isic_names(splits: Splits, images: list[Files]) -> Splits:
+    """Return annotations of 2023, running numbers, with the names of ISIC.
+
+    Raises ValueError, one line, for other names.
+    """
+    training = sorted(images[0])
+    tests = sorted(images[1])
+    names = dict(enumerate(training)) | dict(enumerate(tests, FIRST_TEST_NUMBER))
+    renamed = {}
+    for split, annotations in splits.items():
+        renamed[split] = []
+        for annotation in annotations:
+            number = stem_of(annotation.image)
+            if not number.isdecimal() or int(number) not in names:
+                raise ValueError(
+                    f"anns/{split}: {annotation.image} is no number of one of the {len(training)} "
+                    f"images for training (from 0) or {len(tests)} for tests (from "
+                    f"{FIRST_TEST_NUMBER})"
+                )
+            stem = names[int(number)]
+            named = replace(annotation, image=f"{stem}.jpg", mask=f"{stem}{ENDING}.png")
+            renamed[split].append(named)
+    return renamed
+
+
+def plan_isic(opened: list[Archive], splits: Splits, is_older: bool, args: Namespace) -> Conversion:
+    """Return the conversion of ISIC; see medvlsm.Plan."""
+    image_parts, mask_parts = isic_files(opened)
+    if is_older:
+        splits = with_isic_names(splits, image_parts)
+    place = ", ".join(str(archive.path) for archive in opened)
+    return plan_pairs(ISIC, splits, ChainMap(*image_parts), ChainMap(*mask_parts), place)
+
+
+def plan_pairs(data_set: DataSet, splits: Splits, images, masks, place: str) -> Conversion:
+    """Return a conversion of images and masks by the stem of the image.
+
+    place: the archives, for messages. Raises FileNotFoundError, one line, for missing files.
+    """
+    named = [stem_of(annotation.image) for annotation in medvlsm.all_annotations(splits)]
+    medvlsm.refuse_missing(named, images, f"{place}, images")
+    medvlsm.refuse_missing(named, masks, f"{place}, masks")
+    notes = medvlsm.unused_note(images, named, "images")
+    conversion = Conversion(splits, notes, medvlsm.MASK_RULE, data_set.split_source)
+    for annotation in conversion.use_png_masks():
+        stem = stem_of(annotation.image)
+        conversion.add_image(annotation, images[stem])
+        conversion.add_mask(annotation, [masks[stem]])
+    return conversion
+
+
+# --- DFU ------------------------------------------------------------------------------------------
+
+
+def plan_dfu(opened: list[Archive], splits: Splits, is_older: bool, args: Namespace) -> Conversion:
+    """Return the conversion of DFU; see medvlsm.Plan."""
+    images, place = files_by_stem(opened, ("DFUC2022_train_images",))
+    masks, _ = files_by_stem(opened, ("DFUC2022_train_masks",))
+    return plan_pairs(DFU, splits, images, masks, str(PurePosixPath(place).parent))
+
+
+def options(command) -> None:
+    """Add the commands `prepare.py isic` and `prepare.py dfu`."""
+    medvlsm.add_command(command, ISIC, plan_isic, "--raw takes all four archives.")
+    medvlsm.add_command(command, DFU, plan_dfu)

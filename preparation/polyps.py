@@ -1,0 +1,331 @@
+"""The six polyp sets of the medvlsm study: Kvasir-SEG, ClinicDB, BKAI, CVC-300, ColonDB, ETIS.
+
+What was compared with real files: all 1000 images and masks of Kvasir-SEG and their annotations. No
+archive itself could be downloaded here, and no file of the other five sets: their folders and file
+names are those that their sites and other programs describe.
+
+Running numbers: for the annotations of 2023 the study renamed the files of four sets to 0.jpg,
+1.jpg, … in the order of their names, as text. Comparing its two generations of files confirms this
+for all 1000 names of Kvasir-SEG and all 612 of ClinicDB. The names of CVC-300 exist only in this
+form; here the boxes of the annotations confirm them while the masks are written.
+"""
+
+import csv
+import io
+from argparse import Namespace
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import PurePosixPath
+
+import numpy as np
+
+from preparation import medvlsm, volume_sets
+from preparation.archives import Archive
+from preparation.medvlsm import Conversion, DataSet, Files, Splits, files_by_stem, stem_of
+
+STUDY_SPLIT = "a random split by the medvlsm study (github.com/naamiinepal/medvlsm)"
+TEST_ONLY = (
+    "a test set: PraNet and the medvlsm study train on other data; the study's train file holds 20 "
+    "images of it"
+)
+PRANET = "PraNet's test data, github.com/DengPingFan/PraNet, section 3.1.2 of its README"
+SEQUENCES = "metadata.csv"  # of ClinicDB: columns png_image_path, sequence_id and others
+SHARES = {"test": 0.1, "val": 0.2, "train": 1}  # --split sequence: where each split ends
+
+
+@dataclass(frozen=True)
+class PolypSet:
+    """A data set and where its files are."""
+
+    facts: DataSet
+    image_folders: tuple[str, ...]  # ends of paths in the archive; the first that fits counts
+    mask_folders: tuple[str, ...]
+
+
+KVASIR = PolypSet(
+    DataSet(
+        name="kvasir_polyp",
+        title="Kvasir-SEG, polyps in colonoscopy",
+        site="https://datasets.simula.no/kvasir-seg",
+        licence="research and education, see the site",
+        archive="kvasir-seg.zip",
+        counts={"train": 800, "val": 100, "test": 100},
+        split_source=STUDY_SPLIT,
+        older_name="kvasir_polyp_80_10_10",
+        has_running_numbers=True,
+    ),
+    image_folders=("Kvasir-SEG/images", "images"),
+    mask_folders=("Kvasir-SEG/masks", "masks"),
+)
+CLINICDB = PolypSet(
+    DataSet(
+        name="clinicdb_polyp",
+        title="CVC-ClinicDB, polyps in colonoscopy",
+        site="https://www.kaggle.com/datasets/balraj98/cvcclinicdb",
+        licence="see the site",
+        archive="archive.zip of Kaggle, or CVC-ClinicDB with the original TIFF files",
+        counts={"train": 490, "val": 61, "test": 61},
+        split_source=STUDY_SPLIT,
+        older_name="clinicdb_polyp_80_10_10",
+        has_running_numbers=True,
+    ),
+    image_folders=("PNG/Original", "TIF/Original", "Original"),
+    mask_folders=("PNG/Ground Truth", "TIF/Ground Truth", "Ground Truth"),
+)
+BKAI = PolypSet(
+    DataSet(
+        name="bkai_polyp",
+        title="BKAI-IGH NeoPolyp, polyps in colonoscopy",
+        site="https://www.kaggle.com/datasets/magiccard/bkai-igh",
+        licence="see the site",
+        archive="archive.zip of Kaggle",
+        counts={"train": 800, "val": 100, "test": 100},
+        split_source=STUDY_SPLIT,
+        older_name="bkai_polyp_80_10_10",
+        has_running_numbers=True,
+    ),
+    image_folders=("train/train", "train"),
+    mask_folders=("train_gt/train_gt", "train_gt"),
+)
+CVC300 = PolypSet(
+    DataSet(
+        name="cvc300_polyp",
+        title="CVC-300, polyps in colonoscopy",
+        site=PRANET,
+        licence="see the site",
+        archive="TestDataset.zip of PraNet",
+        counts={"test": 60},
+        split_source="a test set: PraNet and the medvlsm study train on other data",
+        older_name="cvc300_polyp_0_0_100",
+        has_running_numbers=True,
+        is_older=True,
+    ),
+    image_folders=("CVC-300/images", "images"),
+    mask_folders=("CVC-300/masks", "masks"),
+)
+COLONDB = PolypSet(
+    DataSet(
+        name="colondb_polyp",
+        title="CVC-ColonDB, polyps in colonoscopy",
+        site=PRANET,
+        licence="see the site",
+        archive="TestDataset.zip of PraNet",
+        counts={"train": 20, "val": 0, "test": 360},
+        split_source=TEST_ONLY,
+        older_name="cvccolondb_polyp_51_0_949",
+    ),
+    image_folders=("CVC-ColonDB/images", "images"),
+    mask_folders=("CVC-ColonDB/masks", "masks"),
+)
+ETIS = PolypSet(
+    DataSet(
+        name="etis_polyp",
+        title="ETIS-LaribPolypDB, polyps in colonoscopy",
+        site=PRANET,
+        licence="see the site",
+        archive="TestDataset.zip of PraNet",
+        counts={"train": 20, "val": 0, "test": 176},
+        split_source=TEST_ONLY,
+        older_name="etis_polyp_10_0_90",
+    ),
+    image_folders=("ETIS-LaribPolypDB/images", "images"),
+    mask_folders=("ETIS-LaribPolypDB/masks", "masks"),
+)
+POLYP_SETS = (KVASIR, CLINICDB, BKAI, CVC300, COLONDB, ETIS)
+
+
+# --- running numbers -----------------------------------------------------------------------------
+
+
+def with_original_names(splits: Splits, images: Files, where: str) -> Splits:
+    """Return annotations of running numbers with the names of the archive.
+
+    The number k stands for the k-th image in the order of the names as text. Raises ValueError, one
+    line, for names that are no such numbers.
+    """
+    names = sorted(images.values(), key=lambda file: PurePosixPath(file.member).name)
+    renamed = {}
+    for split, annotations in splits.items():
+        renamed[split] = []
+        for annotation in annotations:
+            number = stem_of(annotation.image)
+            if not number.isdecimal() or int(number) >= len(names):
+                raise ValueError(
+                    f"{where}: has {len(names)} images, but the annotations of 2023 name "
+                    f"{annotation.image}; expected running numbers from 0"
+                )
+            image = PurePosixPath(names[int(number)].member).name
+            mask = f"{stem_of(image)}.png"
+            renamed[split].append(replace(annotation, image=image, mask=mask))
+    return renamed
+
+
+# --- faults of the annotations --------------------------------------------------------------------
+
+
+def rebuilt_prompts(general: str | list[str]) -> dict[str, str | list[str]]:
+    """Return prompts for a polyp that is only known to be there.
+
+    general: p7 of another entry, the class with general descriptions. Size, colour, shape, number
+    and location would have to be computed from the image and the mask; until then p2 to p6 repeat
+    p1, and p8 and p9 repeat p7.
+    """
+    prompts = {"p0": ""}
+    prompts |= dict.fromkeys(("p1", "p2", "p3", "p4", "p5", "p6"), "polyp")
+    return prompts | dict.fromkeys(("p7", "p8", "p9"), general)
+
+
+def with_truthful_prompts(splits: Splits, notes: list[str]) -> Splits:
+    """Return the annotations with prompts that do not deny a polyp which the mask shows."""
+    general = None
+    for annotation in medvlsm.all_annotations(splits):
+        if annotation.prompts.get("p1") == "polyp" and "p7" in annotation.prompts:
+            general = annotation.prompts["p7"]
+            break
+
+    mended = {}
+    names = []
+    for split, annotations in splits.items():
+        mended[split] = []
+        for annotation in annotations:
+            denies = annotation.prompts.get("p1") == "no polyp"
+            if denies and annotation.corner != (0, 0) and general is not None:
+                annotation = replace(annotation, prompts=rebuilt_prompts(general))
+                names.append(annotation.image)
+            mended[split].append(annotation)
+    if names:
+        notes.append(
+            f'prompts that said "no polyp" over a polyp were replaced by "polyp": '
+            f"{', '.join(names)}"
+        )
+    return mended
+
+
+# --- ClinicDB's sequences -------------------------------------------------------------------------
+
+
+def read_sequences(opened: list[Archive]) -> dict[str, str]:
+    """Return {stem of an image: sequence} from ClinicDB's metadata.csv; {} without this file.
+
+    Raises ValueError, one line, for a table of another form.
+    """
+    tables = []
+    for archive in opened:
+        for name in archive.names:
+            if PurePosixPath(name).name == SEQUENCES:
+                tables.append((archive, name))
+    if not tables:
+        return {}
+
+    archive, name = tables[0]
+    try:
+        rows = csv.DictReader(io.StringIO(archive.read(name).decode("utf-8-sig")))
+        return {stem_of(row["png_image_path"]): row["sequence_id"] for row in rows}
+    except (KeyError, TypeError, UnicodeDecodeError, csv.Error):
+        raise ValueError(
+            f"{archive.path}: {name} is no table with the columns png_image_path and sequence_id"
+        ) from None
+
+
+def with_sequences(splits: Splits, sequences: dict[str, str]) -> Splits:
+    """Return the annotations with their video sequences as groups."""
+    grouped = {}
+    for split, annotations in splits.items():
+        grouped[split] = []
+        for annotation in annotations:
+            sequence = sequences.get(stem_of(annotation.image), "")
+            grouped[split].append(replace(annotation, group=sequence))
+    return grouped
+
+
+def split_by_sequence(splits: Splits, where: str) -> Splits:
+    """Return the annotations in random splits that share no sequence, always the same ones.
+
+    Raises ValueError, one line, if the archive does not tell the sequences.
+    """
+    annotations = medvlsm.all_annotations(splits)
+    if not all(annotation.group for annotation in annotations):
+        raise ValueError(
+            f"--split sequence: {where} has no {SEQUENCES} that tells the sequence of each frame; "
+            f"take the archive of {CLINICDB.facts.site}"
+        )
+
+    sequences = sorted({annotation.group for annotation in annotations})
+    split_of = volume_sets.split_at_random(sequences, SHARES, np.random.default_rng(0))
+    new_splits = {split: [] for split in medvlsm.SPLITS}
+    for annotation in annotations:
+        new_splits[split_of[annotation.group]].append(annotation)
+    return new_splits
+
+
+def sequence_note(splits: Splits) -> list[str]:
+    """Return a warning if frames of a test sequence are in train; [] if not or unknown."""
+    trained = {annotation.group for annotation in splits.get("train", [])} - {""}
+    tested = splits.get("test", [])
+    leaking = [annotation for annotation in tested if annotation.group in trained]
+    if not leaking:
+        return []
+    return [
+        f"LEAK: {len(leaking)} of {len(tested)} test images are frames of sequences that are in "
+        "train, so that scores are too high; --split sequence makes a split without shared "
+        "sequences"
+    ]
+
+
+# --- commands -------------------------------------------------------------------------------------
+
+
+def plan(
+    polyps: PolypSet, opened: list[Archive], splits: Splits, is_older: bool, args: Namespace
+) -> Conversion:
+    """Return the conversion of a polyp set; see medvlsm.Plan."""
+    images, image_place = files_by_stem(opened, polyps.image_folders)
+    masks, mask_place = files_by_stem(opened, polyps.mask_folders)
+    if is_older and polyps.facts.has_running_numbers:
+        splits = with_original_names(splits, images, image_place)
+    named = [stem_of(annotation.image) for annotation in medvlsm.all_annotations(splits)]
+    medvlsm.refuse_missing(named, images, image_place)
+    medvlsm.refuse_missing(named, masks, mask_place)
+
+    notes = medvlsm.unused_note(images, named, "images")
+    splits = with_truthful_prompts(splits, notes)
+    conversion = Conversion(splits, notes, medvlsm.MASK_RULE, polyps.facts.split_source)
+    if polyps is CLINICDB:
+        add_sequences(conversion, opened, args)
+    for annotation in conversion.use_png_masks():
+        stem = stem_of(annotation.image)
+        conversion.add_image(annotation, images[stem])
+        conversion.add_mask(annotation, [masks[stem]])
+    return conversion
+
+
+def add_sequences(conversion: Conversion, opened: list[Archive], args: Namespace) -> None:
+    """Add ClinicDB's sequences to a conversion, and split by them if --split asks for it."""
+    splits = with_sequences(conversion.splits, read_sequences(opened))
+    if args.split == "sequence":
+        where = ", ".join(str(archive.path) for archive in opened)
+        splits = split_by_sequence(splits, where)
+        conversion.split_source = "sequences at random, seed 0, by prepare.py"
+        conversion.is_published = False
+    elif not any(annotation.group for annotation in medvlsm.all_annotations(splits)):
+        conversion.notes.append(
+            "LEAK: the study's test images are frames of sequences that are in train, so that "
+            f"scores are too high; without {SEQUENCES} the sequences are unknown"
+        )
+    conversion.splits = splits
+    conversion.notes += sequence_note(splits)
+
+
+def options(command) -> None:
+    """Add the commands of the six polyp sets."""
+    for polyps in POLYP_SETS:
+        facts = polyps.facts
+        add = medvlsm.add_command(command, facts, partial(plan, polyps))
+        if polyps is CLINICDB:
+            add(
+                "--split",
+                choices=("study", "sequence"),
+                default="study",
+                help="study: the published split, whose test frames come from sequences in train; "
+                "sequence: a split by video sequence (default: %(default)s)",
+            )
