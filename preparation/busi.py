@@ -18,7 +18,7 @@ from pathlib import PurePosixPath
 
 from preparation import medvlsm
 from preparation.archives import Archive
-from preparation.check import count_and_names
+from preparation.check_findings import count_and_names
 from preparation.medvlsm import Conversion, DataSet, File, Splits, stem_of
 
 BUSI = DataSet(

@@ -33,7 +33,7 @@ from PIL import Image
 from imaging.files import decode_text
 from preparation import medvlsm
 from preparation.archives import Archive, contents
-from preparation.check import count_and_names
+from preparation.check_findings import count_and_names
 from preparation.medvlsm import Annotation, Conversion, DataSet, File, Files, Splits, stem_of
 
 CAMUS = DataSet(

@@ -26,7 +26,7 @@ from imaging import image_files
 from imaging.files import decode_text, parse_json
 from preparation import medvlsm
 from preparation.archives import Archive, contents
-from preparation.check import count_and_names, width_by_height
+from preparation.check_findings import count_and_names, width_by_height
 from preparation.medvlsm import Conversion, DataSet, File, Files, Splits, stem_of
 
 CHEXLOCALIZE = DataSet(

@@ -33,7 +33,7 @@ from imaging import atomic_files, image_files, layouts
 from imaging.files import decode_text, parse_json
 from preparation import archives
 from preparation.archives import Archive
-from preparation.check import count_and_names
+from preparation.check_findings import count_and_names
 
 RAW = "https://raw.githubusercontent.com/naamiinepal/medvlsm"
 COMMIT = "dc36a3af83035efa344c8ce26397528ad173569e"
