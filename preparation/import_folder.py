@@ -52,9 +52,18 @@ def choose_reading(folder: Path, args: Namespace) -> Reading:
         formats = [format for format in FORMATS if format.name == name]
 
     readings = []
+    errors = []
     for format in formats:
-        readings += format.recognise(folder, args)
+        try:
+            readings += format.recognise(folder, args)
+        except (ValueError, FileNotFoundError) as error:
+            errors.append(error)
 
+    if errors and readings:
+        choices = "; ".join(f"--format {r.format}: {r.summary[0]}" for r in readings)
+        raise ValueError(f"{errors[0]}; or choose {choices}")
+    if errors:
+        raise errors[0]
     if not readings:
         kind = f"a folder of the format {args.format}" if args.format else "any known format"
         raise ValueError(

@@ -4,9 +4,10 @@ People write `images/ masks/`, `Original/ "Ground Truth"/`, `x_mask.png`, `mask_
 else. What is compared here is in lower case and in Unicode form NFC.
 """
 
+import functools
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os.path import commonprefix
 from pathlib import Path
 
@@ -47,6 +48,7 @@ def holds_no_data(name: str) -> bool:
 # --- folders --------------------------------------------------------------------------------------
 
 
+@functools.cache
 def role_of_folder(name: str) -> str:
     """Return what a folder holds by its name: "mask", "image", or "" for all other names."""
     text = re.sub(NO_WORD, "", name.lower())
@@ -62,6 +64,7 @@ def role_of_folder(name: str) -> str:
     return ""
 
 
+@functools.cache
 def rest_of_folder(name: str) -> str:
     """Return the name of a folder without words of roles: "left" of leftMask, "a" of a_images."""
     rest = []
@@ -81,17 +84,32 @@ def split_in_words(name: str) -> str:
     return ""
 
 
+@functools.cache
+def split_of_name(name: str) -> str:
+    """Return the split that a folder is named after: "train" of Train and "a. Training Set".
+
+    Names with any other word are none: test strips are not the test split.
+    """
+    words = []
+    for word in words_of(name):
+        word = re.sub("(data)?sets?$", "", word)
+        if len(word) > 1 and word != "data":
+            words.append(word)
+    return SPLIT_NAMES.get(words[0], "") if len(words) == 1 else ""
+
+
 @dataclass(frozen=True)
 class File:
     """An image file, which may be an image or a mask."""
 
     path: Path
     folders: tuple[str, ...]  # in which it lies, within the folder of the user
+    outer: tuple[str, ...] = ()  # folders around these that all files have in common
 
     @property
     def root(self) -> Path:
         """Return the folder of the user."""
-        return self.path.parents[len(self.folders)]
+        return self.path.parents[len(self.outer) + len(self.folders)]
 
     @property
     def stem(self) -> str:
@@ -125,11 +143,18 @@ class File:
 
     @property
     def split(self) -> str:
-        for name in self.folders:
-            if name.lower() in SPLIT_NAMES:
-                return SPLIT_NAMES[name.lower()]
+        for name in (*self.outer, *self.folders):
+            if split_of_name(name):
+                return split_of_name(name)
         i = self.role_index()
         return "" if i is None else split_in_words(self.folders[i])
+
+
+def without_outer_folders(files: list[File]) -> list[File]:
+    """Return the files without the folders that all of them lie in, as archives often have."""
+    shared = commonprefix([file.folders for file in files])
+    n = len(shared)
+    return [replace(file, folders=file.folders[n:], outer=file.folders[:n]) for file in files]
 
 
 def exact_place(file: File) -> tuple[str, ...]:

@@ -31,6 +31,7 @@ BACKGROUND = {"background", "_background_", "bg", "unlabeled", "unlabelled"}
 NO_CLASS = {"__ignore__", "_ignore_", "ignore"}  # labelme lists it before the background
 
 BLACK = 0x000000
+GREY = 0x010101  # times a grey level
 VOID = 0xE0E0C0  # the border of objects in VOC's masks, which does not count
 COLOUR_NAMES = {
     0xFF0000: "red", 0x00FF00: "green", 0x0000FF: "blue", 0xFFFF00: "yellow", 0x00FFFF: "cyan",
@@ -423,24 +424,36 @@ def read_numbers(name_of: dict[int, str], mask: MaskFile, image: Path) -> list[O
 class Colours:
     """The colours of all masks."""
 
-    noise: int  # levels by which colours that belong together may differ
+    is_lossy: bool  # some mask is a JPEG
     pixels: Counter = field(default_factory=Counter)  # 0xRRGGBB -> pixels, not of rare colours
     flat: Counter = field(default_factory=Counter)  # the same without edges
     palettes: list = field(default_factory=list)  # {index: colour}, of palette images
     is_coloured: bool = False  # some mask is not grey
     has_one_palette: bool = False  # all coloured masks are palette images of one palette
 
+    @property
+    def noise(self) -> int:
+        """Return the levels by which colours that belong together may differ."""
+        return NOISE[self.is_lossy]
+
     def main(self) -> list[int]:
-        """Return the colours that fill areas or long lines, most frequent first, black excluded."""
+        """Return the colours that fill areas or long lines, most frequent first, black excluded.
+
+        The colours of soft edges, which lie between two others, are none of them.
+        """
         coloured = {c: n for c, n in self.pixels.items() if not is_near(c, BLACK, self.noise)}
         total = sum(coloured.values())
         total_flat = sum(self.flat[colour] for colour in coloured)
+
         chosen = []
         for colour in sorted(coloured, key=lambda c: (-self.flat[c], -self.pixels[c], c)):
             fills_area = self.flat[colour] >= max(1, FLAT_SHARE * total_flat)
-            is_line = self.noise < data.COLOUR_NOISE and coloured[colour] >= THIN_SHARE * total
-            is_new = not any(is_near(colour, other, self.noise) for other in chosen)
-            if is_new and (fills_area or is_line):
+            may_be_line = not self.is_lossy and coloured[colour] >= THIN_SHARE * total
+            if not fills_area and not may_be_line:
+                continue
+            if any(is_near(colour, other, self.noise) for other in chosen):
+                continue
+            if fills_area or not is_blend(colour, [BLACK, *chosen], self.noise):
                 chosen.append(colour)
         return chosen
 
@@ -455,8 +468,8 @@ class Colours:
         return sorted(colours, key=lambda colour: (position.get(colour, 256), colour))
 
     def are_several(self) -> bool:
-        """Return True if the masks hold several colours, not only grey levels."""
-        return self.is_coloured and len(self.in_order()) > 1
+        """Return True if the masks hold several colours, VOID included, not only grey levels."""
+        return self.is_coloured and len(self.main()) > 1
 
 
 def channels(colour: int) -> tuple[int, int, int]:
@@ -468,6 +481,18 @@ def is_near(colour: int, other: int, distance: int) -> bool:
     """Return True if two colours differ by at most `distance` in each channel."""
     pairs = zip(channels(colour), channels(other), strict=True)
     return all(abs(a - b) <= distance for a, b in pairs)
+
+
+def is_blend(colour: int, others: list[int], distance: int) -> bool:
+    """Return True if a colour lies between two others, within a distance in each channel."""
+    point = np.array(channels(colour))
+    ends = rgb(np.array(others))  # (n,3)
+    start = ends[:, None]
+    direction = ends[None] - start  # (n,n,3)
+    length = np.maximum(1, (direction**2).sum(axis=2))  # (n,n)
+    position = ((point - start) * direction).sum(axis=2) / length
+    nearest = start + position.clip(0, 1)[..., None] * direction
+    return bool((np.abs(nearest - point).max(axis=2) <= distance).any())
 
 
 def hexadecimal(colour: int) -> str:
@@ -497,24 +522,29 @@ def scan_file(path: Path) -> tuple | None:
     if not is_coloured_file(path):
         return None
     codes = load_colours(path, None)
-    colours, positions, counts = np.unique(codes, return_inverse=True, return_counts=True)
-    positions = positions.reshape(codes.shape)
-    flat = np.bincount(positions[data.flat_pixels(codes)], minlength=len(colours))
+    is_flat = data.flat_pixels(codes)
+    grey = codes & 255
+    if (codes == grey * GREY).all():  # much faster than sorting
+        colours = np.arange(256) * GREY
+        counts = np.bincount(grey.ravel(), minlength=256)
+        flat = np.bincount(grey[is_flat], minlength=256)
+    else:
+        colours, positions, counts = np.unique(codes, return_inverse=True, return_counts=True)
+        flat = np.bincount(positions.reshape(codes.shape)[is_flat], minlength=len(colours))
 
     palette = None
     stored = image_files.turn_upright(image_files.open_image(path))
     if stored.mode == "P":
         indices, first = np.unique(np.asarray(stored), return_index=True)
         palette = dict(zip(indices.tolist(), codes.ravel()[first].tolist(), strict=True))
-    frequent = np.argsort(-counts, kind="stable")[:MOST_SCANNED]
+    frequent = np.argsort(-counts, kind="stable")[: min(MOST_SCANNED, np.count_nonzero(counts))]
     return colours[frequent], counts[frequent], flat[frequent], palette
 
 
 def scan_colours(masks: list) -> Colours:
     """Return the colours of all masks that are not grey."""
     paths = [entry.mask for entry in masks]
-    is_lossy = any(path.suffix.lower() in data.LOSSY for path in paths)
-    result = Colours(NOISE[is_lossy])
+    result = Colours(any(path.suffix.lower() in data.LOSSY for path in paths))
     coloured = 0
     bar = tqdm(total=len(paths), desc="colours", unit="mask", disable=None, leave=False)
     with ThreadPoolExecutor() as pool:
@@ -549,44 +579,45 @@ def agree(palettes: list[dict[int, int]]) -> bool:
     return True
 
 
-def coloured_values(masks: list, colours: Colours, names: Names) -> Values:
-    """Return how masks of colours are read.
+def colour_names(masks: list, colours: Colours, names: Names) -> dict[int, str]:
+    """Return {colour: class} of masks of colours, by the user's names or by the colours' own.
 
-    Raises ValueError, one line, for masks without a background, for colours without a name if a
-    file or --classes names some, and for too many colours.
+    Raises ValueError, one line, for names of other things, for masks without a background, and for
+    too many colours.
     """
-    main = colours.main()
-    lines = []
     if names.by_colour:
-        name_of = names.by_colour
-        source = names.source
-    else:
-        if names.source == "--classes":
-            shown = ",".join(f"NAME={hexadecimal(colour)}" for colour in main[:SHOWN])
-            raise ValueError(f"--classes: the masks hold colours; write --classes '{shown}'")
-        if names.source:
-            lines.append(f"{names.source} is not used: it names no colours")
-        name_of = named_by_colour(colours.in_order())
-        source = "their colours"
-        has_black = any(is_near(colour, BLACK, colours.noise) for colour in colours.pixels)
-        if not has_black:
-            shown = ",".join(f"NAME={hexadecimal(colour)}" for colour in main[:SHOWN])
-            raise ValueError(
-                f"{masks[0].mask.parent}: masks of {len(main)} colours without black as the "
-                f"background; name all colours, one of them background: --classes '{shown}'"
-            )
-    if len(name_of) > MOST_CLASSES:
-        raise ValueError(
-            f"{masks[0].mask.parent}: masks hold {len(name_of)} colours, more than "
-            f"{MOST_CLASSES} classes; are these files masks?"
-        )
+        return names.by_colour
 
-    name_of = {BLACK: "background", **name_of}
+    folder = masks[0].mask.parent
+    main = colours.main()
+    shown = ",".join(f"NAME={hexadecimal(colour)}" for colour in main[:SHOWN])
+    if names.source == "--classes":
+        raise ValueError(f"{folder}: masks hold colours; write --classes '{shown}'")
+    if not any(is_near(colour, BLACK, colours.noise) for colour in colours.pixels):
+        raise ValueError(
+            f"{folder}: masks of {len(main)} colours without black as the background; name all "
+            f"colours, one of them background: --classes '{shown}'"
+        )
+    if len(main) > MOST_CLASSES:
+        raise ValueError(
+            f"{folder}: masks hold {len(main)} colours, but there are at most {MOST_CLASSES} "
+            "classes; colours of objects instead of classes are not read"
+        )
+    return named_by_colour(colours.in_order())
+
+
+def coloured_values(masks: list, colours: Colours, names: Names) -> Values:
+    """Return how masks of colours are read. Raises ValueError as `colour_names` does."""
+    name_of = {BLACK: "background", **colour_names(masks, colours, names)}
     table = {hexadecimal(colour): name for colour, name in name_of.items()}
     classes = [name for name in dict.fromkeys(name_of.values()) if not is_background(name)]
     listed = [f"{colour} {name}" for colour, name in table.items() if not is_background(name)]
-    lines.insert(0, f"masks of colours, named by {source}: {', '.join(listed)}")
-    if VOID in main and VOID not in name_of:
+
+    source = names.source if names.by_colour else "their colours"
+    lines = [f"masks of colours, named by {source}: {', '.join(listed)}"]
+    if names.source and not names.by_colour:
+        lines.append(f"{names.source} is not used: it names no colours")
+    if VOID in colours.main() and VOID not in name_of:
         name_of[VOID] = IGNORED
         table[hexadecimal(VOID)] = IGNORED
         lines.append(f"pixels of {hexadecimal(VOID)} are ignored in training")

@@ -28,9 +28,10 @@ from preparation.mask_names import (
     loose_place,
     names_a_mask,
     pair_by_pattern,
+    without_outer_folders,
 )
 from preparation.mask_values import MaskFile, Pair
-from preparation.readings import Case, Format, ImageReading, Reading, split_of_folder
+from preparation.readings import Case, Format, ImageReading, Reading
 
 NAME_FILES = "name the files with --images 'GLOB' --masks 'GLOB'"
 SAMPLE = 8  # files that are read to see if they are masks
@@ -79,7 +80,7 @@ def list_files(folder: Path) -> tuple[list[File], list[str]]:
 
 def describe_places(files: list[File]) -> str:
     """Return the folders of files: "masks/", or "3 folders (train/masks/, …)"."""
-    names = sorted({"/".join((*file.folders, "")) for file in files})
+    names = sorted({"/".join((*file.outer, *file.folders, "")) for file in files})
     if len(names) > 2:
         return f"{len(names)} folders ({names[0]}, …)"
     return " and ".join(name or "the folder itself" for name in names)
@@ -118,8 +119,8 @@ def pair_folders(files: list[File]) -> Pairing | None:
     if not pairing.matches:
         example = f"such as {images[0].path.name} and {masks[0].path.name}"
         raise ValueError(
-            f"{images[0].root}: {describe_numbers(images, masks)}, but no two names fit together, {example}; "
-            f"{NAME_FILES}"
+            f"{images[0].root}: {describe_numbers(images, masks)}, but no two names fit together, "
+            f"{example}; {NAME_FILES}"
         )
     if others:
         pairing.notes.append(f"not read: {len(others)} images in {describe_places(others)}")
@@ -187,9 +188,11 @@ def match_loosely(images: list[File], masks: list[File]) -> list[Match]:
 
 def place_of_parent(file: File) -> tuple[str, ...]:
     """Return the place of an image in a folder without a role: that of the folder's parent."""
-    inner = file.folders[-1] if file.folders else ""
-    split = File(file.path, (inner,)).split
-    return (*file.folders[:-1], split) if split else file.folders[:-1]
+    if not file.folders:
+        return ()
+    parent = loose_place(File(file.path, file.folders[:-1]))
+    split = File(file.path, file.folders[-1:]).split
+    return (*parent, split) if split else parent
 
 
 def locate(place: tuple, images_of: dict) -> tuple[tuple | None, str]:
@@ -219,10 +222,10 @@ def name_series(masks: list[tuple[File, str]]) -> list[tuple[File, str]]:
     if not all(kinds.values()) or len({*kinds.values()}) < len(kinds):
         names = [describe_places([mask for mask, _ in items]) for items in series.values()]
         example = series[next(iter(series))][0][0]
-        pattern = "/".join((*example.folders, f"*{example.path.suffix}"))
+        pattern = example.path.relative_to(example.root).with_name(f"*{example.path.suffix}")
         raise ValueError(
-            f"{example.root}: the masks could be those in {' or in '.join(names)}; choose with --images 'GLOB' "
-            f"--masks '{pattern}'"
+            f"{example.root}: the masks could be those in {' or in '.join(names)}; choose with "
+            f"--images 'GLOB' --masks '{pattern.as_posix()}'"
         )
     return [(mask, class_name or mask.kind) for mask, class_name in masks]
 
@@ -449,7 +452,7 @@ def pair_globs(files: list[File], args: Namespace) -> Pairing:
             pairing.matches.append(Match(image_of[texts], mask, class_name))
         else:
             pairing.left_masks.append(mask)
-    is_one_each = "{" not in args.masks
+    is_one_each = "{object}" not in args.masks
     refuse_second_masks(pairing.matches, is_one_each)
     return pairing
 
@@ -488,6 +491,7 @@ def pairing_of(name: str, folder: Path, args: Namespace) -> Pairing | None:
     if args.images:
         return None
 
+    files = without_outer_folders(files)
     pairing = pair_folders(files)
     format_name = "folders"
     if pairing is None:
@@ -502,7 +506,7 @@ def pairing_of(name: str, folder: Path, args: Namespace) -> Pairing | None:
     return pairing if format_name == name else None
 
 
-def complete_pairs(pairing: Pairing, folder: Path, skip_unpaired: bool) -> list[Pair]:
+def complete_pairs(pairing: Pairing, skip_unpaired: bool) -> list[Pair]:
     """Return the images that have masks, and add to the notes how many have none.
 
     Raises ValueError, one line, for images without a mask and masks without an image, unless
@@ -523,9 +527,7 @@ def complete_pairs(pairing: Pairing, folder: Path, skip_unpaired: bool) -> list[
     pairs = []
     for image, masks in masks_of.items():
         masks.sort(key=lambda mask: (mask.class_name, mask.path))
-        relative = image.path.relative_to(folder).parent
-        split = image.split or split_of_folder(relative)
-        pairs.append(Pair(names[image], image.path, tuple(masks), split))
+        pairs.append(Pair(names[image], image.path, tuple(masks), image.split))
     return pairs
 
 
@@ -574,7 +576,7 @@ def recognise(name: str, folder: Path, args: Namespace) -> list[Reading]:
     pairing = pairing_of(name, folder, args)
     if pairing is None:
         return []
-    pairs = complete_pairs(pairing, folder, args.skip_unpaired)
+    pairs = complete_pairs(pairing, args.skip_unpaired)
     values = mask_values.read_values(pairs, folder, args)
     is_known = not values.is_map or (folder / "classes.json").is_file()
     if name == "folders" and is_known and is_read_already(folder, args):
