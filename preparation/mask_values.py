@@ -174,6 +174,8 @@ def parse_names(text: str, source: str) -> Names:
     fits = [NUMBER_LINE.fullmatch(line) for line in lines]
     if any(fits) and all(fits[1:]):
         by_number = {int(match[1]): match[2].strip() for match in filter(None, fits)}
+    elif source.lower().endswith(".csv"):
+        return NO_NAMES  # some other table
     else:
         by_number = numbered(lines)
     if len({*by_number.values()}) < len(by_number):
@@ -331,8 +333,9 @@ def class_files(pairs: list[Pair], masks: list, stated: list[str], args: Namespa
     for _, line in rule.errors:
         path = line.partition(": ")[0]
         raise ValueError(
-            f"{path}: holds several values, but its name states one class; set --mask-threshold, "
-            "or remove the others"
+            f"{path}: holds several values, but folders or names state the classes "
+            f"{', '.join(stated)}; if these are no classes, choose the masks with --images 'GLOB' "
+            "--masks 'GLOB', else set --mask-threshold"
         )
 
     of_class = Counter(mask.class_name for pair in pairs for mask in pair.masks)
@@ -340,6 +343,8 @@ def class_files(pairs: list[Pair], masks: list, stated: list[str], args: Namespa
     values = binary_values(masks, counts, rule, NO_NAMES)
     order = {name: k for k, name in enumerate(stated)}
     lines = [f"masks of classes: {about}", *values.lines]
+    if len(stated) > 1:
+        lines.append("where classes overlap, a later one of this list covers the others")
     return OrderedValues(values.read, tuple(stated), lines, is_map=True, order=order)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from PIL import Image
 
 from imaging import image_files, layouts
+from imaging.files import read_text
 from preparation import mask_values
 from preparation.check import LEVELS_OF_MASKS, main_levels
 from preparation.mask_names import (
@@ -115,6 +116,8 @@ def pair_folders(files: list[File]) -> Pairing | None:
     matches = match_exactly(images, masks)
     if matches is None:
         matches = match_loosely(images, masks)
+    if not matches and len({image.stem for image in images}) == len(images):
+        matches = match_names(images, [(mask, "") for mask in masks])  # by the file names alone
     pairing = with_additions(Pairing(images, matches), masks)
     if not pairing.matches:
         example = f"such as {images[0].path.name} and {masks[0].path.name}"
@@ -585,9 +588,13 @@ def recognise(name: str, folder: Path, args: Namespace) -> list[Reading]:
             f"{folder}; --format folders imports it all the same"
         )
 
+    splits, source = stated_splits(folder, pairs)
+    if splits:
+        pairing.notes.append(f"splits are those of {source}")
     cases = []
     for pair in pairs:
-        cases.append(Case(pair.name, pair.image, values.reader_of(pair), pair.split))
+        split, group = splits.get(pair.image, (pair.split, ""))
+        cases.append(Case(pair.name, pair.image, values.reader_of(pair), split, group))
     summary = [first_line(pairing, pairs), *values.lines, *pairing.notes]
     return [ImageReading(name, summary, cases, values.classes, values.tables)]
 
@@ -604,6 +611,32 @@ def is_read_already(folder: Path, args: Namespace) -> bool:
     except (ValueError, OSError):
         return False
     return bool(splits)
+
+
+def stated_splits(folder: Path, pairs: list[Pair]) -> tuple[dict[Path, tuple[str, str]], str]:
+    """Return {image: (split, patient)} and the files that state them; {} and "" without such files.
+
+    They are the annotation files of a data set in our layout, or VOC's ImageSets/Segmentation.
+    Splits of other names than train, val and test repeat images of these.
+    """
+    splits = {}
+    if (folder / "anns").is_dir():
+        image_of = {pair.image.resolve(): pair.image for pair in pairs}
+        for split in ("train", "val", "test"):
+            if split not in layouts.find_splits(folder):
+                continue
+            for entry in layouts.read_entries(folder, split):
+                splits[image_of.get(entry.image.resolve())] = (split, entry.group or "")
+        return splits, "anns/"
+
+    image_of = {layouts.composed(pair.image.stem): pair.image for pair in pairs}
+    for path in layouts.files_below(folder, with_masks=True):
+        is_list = path.suffix == ".txt" and path.stem in ("train", "val", "test")
+        if is_list and path.parts[-3:-1] == ("ImageSets", "Segmentation"):
+            for line in read_text(path).split():
+                splits[image_of.get(layouts.composed(line))] = (path.stem, "")
+    splits.pop(None, None)  # images without a mask
+    return splits, "ImageSets/Segmentation/"
 
 
 def format_of(name: str, about: str) -> Format:

@@ -109,6 +109,7 @@ FOLDERS = {
     "VOC": ("JPEGImages/a_{k}.jpg", "SegmentationClass/a_{k}.png"),
     "x and x_mask": ("polyps/{k}.jpg", "polyps_mask/{k}.png"),
     "wrapped twice": ("data/polyps/{k}.jpg", "data/polyps_mask/{k}.png"),
+    "REFUGE": ("Training400/Glaucoma/g{k}.jpg", "Annotation-Training400/Masks/Glaucoma/g{k}.bmp"),
     "HAM10000": (
         "HAM_images_part_1/I_{k}.jpg",
         "HAM_segmentations_lesion_x/I_{k}_segmentation.png",
@@ -245,6 +246,8 @@ CLASSES = {
     "names with mask": ("all/{k}.jpg", "all/{k}_mask_{c}.png"),
     "names in folders": ("images/{k}.png", "labels/{k}_{c}.png"),
     "first in names": ("images/{k}.png", "labels/{c}-{k}.png"),
+    "COVID-QU": ("x/images/{k}.png", "x/{c} masks/{k}.png"),
+    "Montgomery": ("Set/CXR_png/M_{k}.png", "Set/ManualMask/{c}Mask/M_{k}.png"),
     "IDRiD": ("1. Original Images/a. Set/I{k}.jpg", "2. Masks/a. Set/{c}/I{k}_{c}x.tif"),
     "folder for each image": ("images/{k}.png", "masks/{k}/{c}.png"),
 }
@@ -651,6 +654,7 @@ def test_several_values_in_a_mask_of_one_class_are_refused(bring, tmp_path):
         save(tmp_path / f"raw/masks/liver/{k}.png", organs(k))
     status, _, error = bring()
     assert status == 2 and "masks/liver/0.png: holds several values" in error
+    assert "state the classes liver" in error
 
 
 def test_pages_are_refused(bring, tmp_path):
@@ -666,6 +670,38 @@ def test_our_own_layout_needs_no_import(bring, tmp_path):
     status, _, error = bring()
     assert status == 2 and "needs no import" in error and "prepare.py check" in error
     assert bring("--prompt", "a polyp")[0] == 0
+
+
+def test_splits_of_voc_are_kept(bring, tmp_path):
+    raw = tmp_path / "raw"
+    draw_pairs(raw, "VOC/JPEGImages/2007_{k}.jpg", "VOC/SegmentationClass/2007_{k}.png", 6)
+    lists = raw / "VOC/ImageSets/Segmentation"
+    lists.mkdir(parents=True)
+    (lists / "train.txt").write_text("2007_0\n2007_1\n2007_2\n2007_5\n")
+    (lists / "val.txt").write_text("2007_3\n2007_4\n")
+    (lists / "trainval.txt").write_text("2007_3\n")
+    status, text, _ = bring()
+    assert status == 0 and "splits are those of ImageSets/Segmentation/" in text
+    for k, (split, _) in by_number(tmp_path / "mine").items():
+        assert split == ("val" if k in (3, 4) else "train")
+
+
+def test_splits_and_patients_of_our_annotation_files_are_kept(bring, tmp_path):
+    raw = tmp_path / "raw"
+    draw_pairs(raw, "images/{k}.png", "masks/{k}.png", 9)
+    for number, split in enumerate(("train", "val", "test", "testA")):
+        entries = []
+        for k in range(9):
+            if k % 3 == number % 3:
+                entry = {"img_name": f"{k}.png", "mask_name": f"{k}.png", "prompts": {}}
+                entries.append({**entry, "group": f"patient {k}"})
+        (raw / "anns").mkdir(exist_ok=True)
+        (raw / f"anns/{split}.json").write_text(json.dumps(entries))
+    assert "needs no import" in bring()[2]
+    assert bring("--format", "folders")[0] == 0
+    for split, entry, _ in written(tmp_path / "mine"):
+        k = int(entry["img_name"][0])
+        assert split == ("train", "val", "test")[k % 3] and entry["group"] == f"patient {k}"
 
 
 def test_overlays_are_not_read(bring, tmp_path):
