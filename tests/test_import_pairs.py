@@ -381,6 +381,34 @@ def test_soft_edges_belong_to_the_nearest_colour(bring, tmp_path):
         assert (indices == expected).mean() > 0.95
 
 
+@pytest.mark.parametrize(("ending", "change"), [("png", 6), ("jpg", 30)])
+def test_colours_that_differ_by_noise_are_one_class(bring, tmp_path, ending, change):
+    """A map that was saved as JPEG holds slightly other colours, also if it is a PNG again."""
+
+    def draw(k):
+        return np.where(coloured(k) > 200, np.uint8(255 - change * (k % 2)), coloured(k))
+
+    for k in range(4):
+        big = np.kron(draw(k), np.ones((4, 4, 1), np.uint8))
+        save(tmp_path / f"raw/images/{k}.png", Image.fromarray(photo(k)).resize((256, 192)))
+        save(tmp_path / f"raw/labels/{k}.{ending}", big)
+    status, _, error = bring()
+    assert status == 0, error
+    assert len(json.loads((tmp_path / "mine/classes.json").read_text())) == 4
+
+
+def test_hidden_colours_of_transparent_pixels_are_background(bring, tmp_path):
+    def draw(k):
+        pixels = np.dstack([coloured(k), black_white(organs(k) > 0)])
+        pixels[organs(k) == 0] = (9, 200, 77, 0)
+        return pixels
+
+    draw_maps(tmp_path / "raw", draw)
+    assert bring()[0] == 0
+    for k, (_, indices) in by_number(tmp_path / "mine").items():
+        assert (indices == np.array([0, 3, 1, 2])[organs(k)]).all()
+
+
 def test_thin_lines_of_two_colours_are_classes(bring, tmp_path):
     def draw(k):
         pixels = np.zeros((*SIZE, 3), np.uint8)
@@ -574,8 +602,13 @@ def test_wrong_patterns_are_refused(bring, tmp_path, images, masks, words):
 
 def test_masks_that_the_pattern_of_images_fits_too_are_masks(bring, tmp_path):
     draw_pairs(tmp_path / "raw", "{k}.png", "{k}_outline.png", 4)
-    assert bring("--images", "*.png", "--masks", "*_outline.png")[0] == 0
+    patterns = ["--images", "*.png", "--masks", "*_outline.png"]
+    assert bring(*patterns)[0] == 0
     assert len(by_number(tmp_path / "mine")) == 4
+
+    (tmp_path / "raw/2.png").unlink()
+    status, _, error = bring(*patterns, out="other")
+    assert status == 2 and "2_outline.png: no image belongs to this mask" in error
 
 
 # --- refusals -------------------------------------------------------------------------------------
@@ -596,6 +629,13 @@ def test_missing_and_leftover_masks_are_refused_or_left_out(bring, tmp_path):
     assert status == 0
     assert "left out: 1 image without a mask" in text and "left out: 1 mask without an" in text
     assert sorted(by_number(tmp_path / "mine")) == [0, 3, 5]
+
+
+def test_the_mask_of_image_10_is_not_that_of_image_1(bring, tmp_path):
+    draw_pairs(tmp_path / "raw", "images/{k}.png", "labels/{k}_seg.png")
+    (tmp_path / "raw/images/10.png").unlink()
+    status, _, error = bring()
+    assert status == 2 and "labels/10_seg.png: no image belongs to this mask" in error
 
 
 def test_two_folders_of_masks_are_refused(bring, tmp_path):
