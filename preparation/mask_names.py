@@ -29,6 +29,12 @@ NO_DATA = re.compile("overlay|visuali[sz]ation|preview|thumbnail|segmentationobj
 SHORT_NO_DATA = {"viz", "vis"}
 
 
+# Names of folders or files that tell several masks of the same thing apart.
+NO_CLASS = re.compile(
+    r"\d|.*(ator|rater|reader|observer|expert|grader|human|machine|refined|coarse|fine|old|new)\d*$"
+)
+
+
 def words_of(text: str) -> list[str]:
     """Return the words of a name in lower case: "Ground Truth_1" has ground, truth and 1."""
     return re.findall(r"[^\W_]+", text.lower())
@@ -43,6 +49,11 @@ def holds_no_data(name: str) -> bool:
     """Return True for the name of a folder or file of overlays, previews or numbers of objects."""
     words = words_of(name)
     return NO_DATA.search("".join(words)) is not None or not SHORT_NO_DATA.isdisjoint(words)
+
+
+def may_name_class(text: str) -> bool:
+    """Return True unless a text tells annotators or versions apart: 1stho, expert2, refined."""
+    return bool(text) and NO_CLASS.match(text) is None
 
 
 # --- folders --------------------------------------------------------------------------------------

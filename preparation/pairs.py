@@ -27,6 +27,7 @@ from preparation.mask_names import (
     holds_no_data,
     is_named_by_words_alone,
     loose_place,
+    may_name_class,
     names_a_mask,
     pair_by_pattern,
     without_outer_folders,
@@ -63,19 +64,25 @@ class Pairing:
 # --- files of a folder ----------------------------------------------------------------------------
 
 
-def list_files(folder: Path) -> tuple[list[File], list[str]]:
-    """Return the image files below a folder, and notes about those that are no data."""
+def list_files(folder: Path) -> list[File]:
+    """Return the image files below a folder."""
+    files = []
+    for path in filter(layouts.is_image, layouts.files_below(folder, with_masks=True)):
+        files.append(File(path, path.relative_to(folder).parts[:-1]))
+    return files
+
+
+def without_overlays(all_files: list[File]) -> tuple[list[File], list[str]]:
+    """Return the files that may be data, and notes about the others."""
     files = []
     left_out = Counter()
-    for path in layouts.files_below(folder, with_masks=True):
-        if not layouts.is_image(path):
-            continue
-        folders = path.relative_to(folder).parts[:-1]
-        no_data = [name for name in (*folders, path.stem) if holds_no_data(name)]
+    for file in all_files:
+        no_data = [name for name in (*file.folders, file.stem) if holds_no_data(name)]
         if no_data:
-            left_out[f"{no_data[0]}/" if no_data[0] in folders else "overlays or previews"] += 1
+            is_folder = no_data[0] in file.folders
+            left_out[f"{no_data[0]}/" if is_folder else "overlays or previews"] += 1
         else:
-            files.append(File(path, folders))
+            files.append(file)
     return files, [f"not read: {n} images, {name}" for name, n in left_out.items()]
 
 
@@ -161,9 +168,10 @@ def match_exactly(images: list[File], masks: list[File]) -> list[Match] | None:
         if len({file.folders for file in group}) > 1:
             return None
 
+    may_be_alone = all(len(group) == 1 for group in images_of.values())
     matches = []
     for place, group in images_of.items():
-        matches += match_names(group, [(mask, "") for mask in masks_of[place]])
+        matches += match_names(group, [(mask, "") for mask in masks_of[place]], may_be_alone)
     return matches
 
 
@@ -221,8 +229,8 @@ def name_series(masks: list[tuple[File, str]]) -> list[tuple[File, str]]:
     if len(series) < 2:
         return masks
 
-    kinds = {name: items[0][0].kind for name, items in series.items()}
-    if not all(kinds.values()) or len({*kinds.values()}) < len(kinds):
+    kinds = [items[0][0].kind for items in series.values()]
+    if not all(map(may_name_class, kinds)) or len({*kinds}) < len(kinds):
         names = [describe_places([mask for mask, _ in items]) for items in series.values()]
         example = series[next(iter(series))][0][0]
         pattern = example.path.relative_to(example.root).with_name(f"*{example.path.suffix}")
@@ -250,11 +258,16 @@ def pair_beside(files: list[File]) -> Pairing | None:
     if not masks or (needs_proof and not look_like_masks(ordered)):
         return None
 
+    images_of = {}
+    for place, group in groups.items():
+        images_of[place] = [file for file in group if file not in masks]
+    may_be_alone = all(len(images) == 1 for images in images_of.values())
+
     pairing = Pairing([], [])
-    for group in groups.values():
-        images = [file for file in group if file not in masks]
+    for place, images in images_of.items():
+        masks_here = [(file, "") for file in groups[place] if file in masks]
         pairing.images += images
-        pairing.matches += match_names(images, [(file, "") for file in group if file in masks])
+        pairing.matches += match_names(images, masks_here, may_be_alone)
     pairing = with_additions(pairing, ordered)
     return pairing if pairing.matches else None
 
@@ -321,13 +334,19 @@ def look_like_masks(files: list[File]) -> bool:
 # --- names ----------------------------------------------------------------------------------------
 
 
-def match_names(images: list[File], masks: list[tuple[File, str]]) -> list[Match]:
-    """Return the matches of the images and the masks, with their classes, of one place."""
+def match_names(
+    images: list[File], masks: list[tuple[File, str]], may_be_alone: bool = False
+) -> list[Match]:
+    """Return the matches of the images and the masks, with their classes, of one place.
+
+    may_be_alone: the masks of a single image may have any name.
+    """
     named = by_stem(images)
     matches = []
     for mask, class_name in masks:
         folder = class_name.lower()
-        if folder in named and (mask.stem == folder or mask.stem not in named):  # masks/x/1.png
+        names_image = folder != "" and folder in named
+        if names_image and (mask.stem == folder or mask.stem not in named):  # masks/x/1.png
             image = named[folder]
             matches.append(Match(image, mask, addition=addition(mask.stem), is_alone=True))
             continue
@@ -337,7 +356,7 @@ def match_names(images: list[File], masks: list[tuple[File, str]]) -> list[Match
             rest = "" if rest == folder else rest
             matches.append(Match(image, mask, class_name, rest))
 
-    if not matches and len(images) == 1:  # ID/images/ID.png, ID/masks/*.png
+    if not matches and may_be_alone:  # ID/images/ID.png, ID/masks/*.png
         for mask, class_name in masks:
             matches.append(Match(images[0], mask, class_name, addition(mask.stem), is_alone=True))
     if not matches:
@@ -358,7 +377,7 @@ def with_additions(pairing: Pairing, masks: list[File]) -> Pairing:
     for match in matches:
         images_of.setdefault(match.addition, set()).add(match.image)
     is_common = len(images_of) == 1 and all(len(images) > 1 for images in images_of.values())
-    are_classes = 1 < len(images_of) <= MOST_CLASSES and "" not in images_of
+    are_classes = 1 < len(images_of) <= MOST_CLASSES and all(map(may_name_class, images_of))
     are_classes &= all(len(images) > 1 for images in images_of.values())
 
     accepted = []
@@ -455,23 +474,23 @@ def pair_globs(files: list[File], args: Namespace) -> Pairing:
             pairing.matches.append(Match(image_of[texts], mask, class_name))
         else:
             pairing.left_masks.append(mask)
-    is_one_each = "{object}" not in args.masks
-    refuse_second_masks(pairing.matches, is_one_each)
+    if "{object}" not in args.masks:
+        refuse_second_masks(pairing.matches)
     return pairing
 
 
-def refuse_second_masks(matches: list[Match], is_one_each: bool = False) -> None:
-    """Raise ValueError, one line, if an image has two masks that are not numbered objects.
-
-    is_one_each: not even numbered ones are allowed.
-    """
-    seen = {}
+def refuse_second_masks(matches: list[Match]) -> None:
+    """Raise ValueError, one line, if an image has two masks that are not numbered objects."""
+    seen = {}  # (image, class) -> {stem: mask}
     for match in matches:
         if match.is_alone and not match.class_name:
             continue
-        first = seen.setdefault((match.image, match.class_name), match.mask)
-        are_numbered = without_numbers(first.path) == without_numbers(match.mask.path)
-        if first is not match.mask and (is_one_each or not are_numbered):
+        masks = seen.setdefault((match.image, match.class_name), {})
+        first = masks.get(match.mask.stem) or next(iter(masks.values()), match.mask)
+        is_repeated = match.mask.stem in masks
+        masks[match.mask.stem] = match.mask
+        is_numbered = without_numbers(first.path) == without_numbers(match.mask.path)
+        if is_repeated or not is_numbered:
             raise ValueError(
                 f"{match.image.path}: its mask could be {first.path.name} or "
                 f"{match.mask.path.name}; choose with --images 'GLOB' --masks 'GLOB'"
@@ -488,12 +507,13 @@ def without_numbers(path: Path) -> str:
 
 def pairing_of(name: str, folder: Path, args: Namespace) -> Pairing | None:
     """Return the pairs of a folder in a format, None if it has another one."""
-    files, notes = list_files(folder)
+    files = list_files(folder)
     if name == "globs":
         return pair_globs(files, args) if args.images else None
     if args.images:
         return None
 
+    files, notes = without_overlays(files)
     files = without_outer_folders(files)
     pairing = pair_folders(files)
     format_name = "folders"

@@ -578,7 +578,9 @@ def test_patterns_name_classes_and_objects(bring, tmp_path):
     for k in range(3):
         save(raw / f"a/{k}.png", photo(k))
         for c, number in ("liver", 1), ("tumour", 2):
-            save(raw / f"b/{c}/{k}-{number + 4}.png", black_white(organs(k) == number))
+            rows = ROWS < 24
+            save(raw / f"b/{c}/{k}-upper.png", black_white((organs(k) == number) & rows))
+            save(raw / f"b/{c}/{k}-preview.png", black_white((organs(k) == number) & ~rows))
     status, _, error = bring("--images", "a/*.png", "--masks", "b/{class}/*-{object}.png")
     assert status == 0, error
     for k, (_, indices) in by_number(tmp_path / "mine").items():
@@ -652,6 +654,42 @@ def test_two_masks_of_an_image_with_different_words_are_refused(bring, tmp_path)
     draw_pairs(tmp_path / "raw", "{k}.png", "{k}_gt.png", 4)
     status, _, error = bring()
     assert status == 2 and "0_gt.png or 0_mask.png" in error
+
+
+@pytest.mark.parametrize(
+    "masks", ["masks{n}/{k}.png", "expert{n}_masks/{k}.png", "{n}st_manual/{k}.png"]
+)
+def test_masks_of_several_people_are_no_classes(bring, tmp_path, masks):
+    for n in 1, 2:
+        draw_pairs(tmp_path / "raw", "images/{k}.png", masks.replace("{n}", str(n)), 4)
+    status, _, error = bring()
+    assert status == 2 and "the masks could be those in" in error
+
+
+def test_two_observers_of_chase_are_no_classes(bring, tmp_path):
+    for observer in "1st", "2nd":
+        draw_pairs(tmp_path / "raw", "Image_{k:02d}L.jpg", f"Image_{{k:02d}}L_{observer}HO.png", 4)
+    status, _, error = bring()
+    assert status == 2 and "not any known format" in error
+    assert bring("--images", "*.jpg", "--masks", "*_1stHO.png")[0] == 0
+    assert len(by_number(tmp_path / "mine")) == 4
+
+
+def test_masks_of_one_name_in_two_folders_are_not_objects(bring, tmp_path):
+    for folder in "a", "b":
+        draw_pairs(
+            tmp_path / "raw", "Training/x/{k}.png", f"Notes-Training/{folder} masks/{{k}}.png"
+        )
+    status, _, error = bring()
+    assert status == 2 and "choose with --images 'GLOB'" in error
+
+
+def test_a_mask_with_another_name_belongs_to_no_image(bring, tmp_path):
+    draw_pairs(tmp_path / "raw", "a/images/{k}.png", "a/masks/{k}.png", 4)
+    save(tmp_path / "raw/b/images/scan.png", photo(9))
+    save(tmp_path / "raw/b/masks/tumour.png", black_white(disc(9)))
+    status, _, error = bring()
+    assert status == 2 and "b/images/scan.png: no mask belongs to this image" in error
 
 
 def test_names_that_do_not_fit_are_refused(bring, tmp_path):
