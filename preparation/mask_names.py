@@ -123,6 +123,11 @@ class File:
         return self.path.parents[len(self.outer) + len(self.folders)]
 
     @property
+    def name(self) -> str:
+        """Return the path within the folder of the user."""
+        return "/".join((*self.outer, *self.folders, self.path.name))
+
+    @property
     def stem(self) -> str:
         return layouts.composed(self.path.stem).lower()
 

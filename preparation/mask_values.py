@@ -68,14 +68,14 @@ class Pair:
     split: str
 
 
-Read = Callable[[MaskFile, Path], list[Object]]
+Read = Callable[[MaskFile, Path, tuple[int, int]], list[Object]]
 
 
 @dataclass(frozen=True)
 class Values:
     """How all masks of a folder are read."""
 
-    read: Read  # return the objects of a mask; second argument: its image
+    read: Read  # return the objects of a mask, given its image and the image's size (H, W)
     classes: tuple[str, ...]
     lines: list[str]  # for the summary
     tables: dict[str, object] = field(default_factory=dict)
@@ -89,14 +89,17 @@ class Values:
         """Return the objects of an image of size (H, W). Raises ValueError for another size."""
         objects = []
         for mask in pair.masks:
-            for item in self.read(mask, pair.image):
-                if item.mask.shape != size:
-                    raise ValueError(
-                        f"{mask.path}: {width_by_height(item.mask.shape)}, but its image "
-                        f"{pair.image} is {width_by_height(size)}"
-                    )
-                objects.append(item)
-        return objects
+            objects += self.read(mask, pair.image, size)
+        return [item for item in objects if item.mask.any()]
+
+
+def check_size(pixels: np.ndarray, mask: MaskFile, image: Path, size: tuple[int, int]) -> None:
+    """Raise ValueError, one line, if a mask (H,W) has another size than its image."""
+    if pixels.shape != size:
+        raise ValueError(
+            f"{mask.path}: {width_by_height(pixels.shape)}, but its image {image} is "
+            f"{width_by_height(size)}"
+        )
 
 
 # --- names of classes -----------------------------------------------------------------------------
@@ -300,10 +303,15 @@ def binary_values(masks: list, counts: np.ndarray, rule: data.MaskRule, names: N
 
 
 def read_binary(
-    threshold_of: dict[Path, int], classes: tuple[str, ...], mask: MaskFile, image: Path
+    threshold_of: dict[Path, int],
+    classes: tuple[str, ...],
+    mask: MaskFile,
+    image: Path,
+    size: tuple[int, int],
 ) -> list[Object]:
     """Return the foreground of a binary mask as one object."""
     values, _ = image_files.load_mask(mask.path, image)  # (H,W)
+    check_size(values, mask, image, size)
     name = mask.class_name or (classes[0] if classes else "")
     return [Object(name, values > threshold_of[mask.path])]
 
@@ -413,11 +421,14 @@ def refuse_unknown(masks: list, counts: np.ndarray, number: int, names: Names) -
     )
 
 
-def read_numbers(name_of: dict[int, str], mask: MaskFile, image: Path) -> list[Object]:
+def read_numbers(
+    name_of: dict[int, str], mask: MaskFile, image: Path, size: tuple[int, int]
+) -> list[Object]:
     """Return the objects of a mask of class numbers."""
     values, _ = image_files.load_mask(mask.path, image, numbers=True)  # (H,W)
+    check_size(values, mask, image, size)
     objects = [Object(name, values == number) for number, name in name_of.items()]
-    if 255 not in name_of and (values == 255).any():
+    if 255 not in name_of:
         objects.append(Object(IGNORED, values == 255))
     return objects
 
@@ -646,7 +657,9 @@ def named_by_colour(colours: list[int]) -> dict[int, str]:
     return named
 
 
-def read_colours(name_of: dict[int, str], noise: int, mask: MaskFile, image: Path) -> list[Object]:
+def read_colours(
+    name_of: dict[int, str], noise: int, mask: MaskFile, image: Path, size: tuple[int, int]
+) -> list[Object]:
     """Return the objects of a mask of colours.
 
     Every pixel gets the nearest colour. Raises ValueError, one line, for an area of another colour
@@ -654,6 +667,7 @@ def read_colours(name_of: dict[int, str], noise: int, mask: MaskFile, image: Pat
     mostly of others, such as a photo.
     """
     codes = load_colours(mask.path, image)  # (H,W)
+    check_size(codes, mask, image, size)
     known = np.array([*name_of])
     names = [*name_of.values()]
 

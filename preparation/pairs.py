@@ -6,6 +6,7 @@ names state, and refuses what does not fit.
 """
 
 import re
+import shlex
 from argparse import Namespace
 from collections import Counter
 from dataclasses import dataclass, field
@@ -427,7 +428,7 @@ def matches_of(files: list[File], pattern: re.Pattern) -> dict[File, tuple[tuple
     """Return {file: (texts that the stars stand for, class)} of the files that fit a pattern."""
     fitting = {}
     for file in files:
-        match = pattern.fullmatch("/".join((*file.folders, file.path.name)))
+        match = pattern.fullmatch(file.name)
         if match:
             texts = match.groupdict()
             class_name = texts.pop("class", "")
@@ -456,7 +457,7 @@ def pair_globs(files: list[File], args: Namespace) -> Pairing:
     images = matches_of([file for file in files if file not in masks], image_pattern)
     for name, pattern, fitting in (("images", args.images, images), ("masks", args.masks, masks)):
         if not fitting:
-            first = "/".join((*files[0].folders, files[0].path.name)) if files else "none"
+            first = files[0].name if files else "none"
             raise ValueError(
                 f"--{name} {pattern}: fits none of {count(files, 'image file')}, such as {first}"
             )
@@ -492,8 +493,8 @@ def refuse_second_masks(matches: list[Match]) -> None:
         is_numbered = without_numbers(first.path) == without_numbers(match.mask.path)
         if is_repeated or not is_numbered:
             raise ValueError(
-                f"{match.image.path}: its mask could be {first.path.name} or "
-                f"{match.mask.path.name}; choose with --images 'GLOB' --masks 'GLOB'"
+                f"{match.image.path}: its mask could be {first.name} or {match.mask.name}; choose "
+                "with --images 'GLOB' --masks 'GLOB'"
             )
 
 
@@ -539,6 +540,8 @@ def complete_pairs(pairing: Pairing, skip_unpaired: bool) -> list[Pair]:
     for match in pairing.matches:
         masks_of.setdefault(match.image, []).append(MaskFile(match.mask.path, match.class_name))
     without = [image for image in pairing.images if image not in masks_of]
+    if not masks_of:
+        skip_unpaired = False  # nothing would be left
     if not skip_unpaired:
         refuse_unpaired(without, pairing)
     if without:
@@ -605,7 +608,7 @@ def recognise(name: str, folder: Path, args: Namespace) -> list[Reading]:
     if name == "folders" and is_known and is_read_already(folder, args):
         raise ValueError(
             f"{folder}: needs no import, it is a data set already: python prepare.py check "
-            f"{folder}; --format folders imports it all the same"
+            f"{shlex.quote(str(folder))}; --format folders imports it all the same"
         )
 
     splits, source = stated_splits(folder, pairs)

@@ -726,6 +726,21 @@ def test_a_mask_of_another_size_is_refused(bring, tmp_path):
     assert status == 2 and "label/2.png: 30x20, but its image" in error and "64x48" in error
 
 
+def test_an_empty_map_of_another_size_is_refused(bring, tmp_path):
+    draw_maps(tmp_path / "raw", coloured)
+    save(tmp_path / "raw/labels/2.png", np.zeros((20, 30, 3), np.uint8))
+    status, _, error = bring()
+    assert status == 2 and "labels/2.png: 30x20, but its image" in error
+
+
+def test_each_class_leaves_out_classes_that_an_image_lacks(bring, tmp_path):
+    draw_maps(tmp_path / "raw", lambda k: organs(k) * np.uint8(k > 0) % (3 if k > 5 else 4))
+    assert bring("--classes", "a,b,c", "--each", "class")[0] == 0
+    names = sorted(entry["mask_name"] for _, entry, _ in written(tmp_path / "mine"))
+    assert len(names) == 5 * 3 + 6 * 2 and "1_c.png" in names and "7_c.png" not in names
+    assert not (tmp_path / "mine/images/0.png").exists()
+
+
 def test_several_values_in_a_mask_of_one_class_are_refused(bring, tmp_path):
     for k in range(4):
         save(tmp_path / f"raw/images/{k}.png", photo(k))
