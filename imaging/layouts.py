@@ -411,10 +411,10 @@ def print_skipped(folder: Path, noun: str, files: list[Path]) -> None:
 def files_below(folder: Path, without: Path | None = None, with_masks: bool = False) -> list[Path]:
     """Return the files of a folder and of its sub-folders, sorted.
 
-    Hidden files and folders are skipped, and so is the folder `without`. Without `with_masks`,
-    folders of masks next to those of their images (LABEL_FOLDERS) are skipped with a message. Links
-    to folders are followed, but never into a folder that is being listed. Raises OSError if a
-    folder cannot be read.
+    Hidden files and folders are skipped, and so is the folder `without`. Folders of masks next to
+    those of their images (LABEL_FOLDERS) are skipped with a message, unless `with_masks`. Links to
+    folders are followed, but never into a folder that is being listed. Raises OSError if a folder
+    cannot be read.
     """
 
     def fail(error: OSError):

@@ -22,11 +22,20 @@ from tqdm import tqdm
 from engine.ranges import GREY_LEVEL
 from imaging import atomic_files, image_files, layouts, pictures
 from imaging.files import read_text
-from preparation import coco, cvat, kaggle_rle, label_studio, labelme
+from preparation import coco, cvat, kaggle_rle, label_studio, labelme, pairs
 from preparation.check_images import MASK_THRESHOLD
-from preparation.readings import Case, Format, ImageReading, Object, Reading, VolumeReading
+from preparation.readings import (
+    IGNORED,
+    Case,
+    Format,
+    ImageReading,
+    Object,
+    Reading,
+    VolumeReading,
+)
 
 FORMATS: tuple[Format, ...] = (
+    *pairs.FORMATS,
     coco.FORMAT,
     labelme.FORMAT,
     cvat.FORMAT,
@@ -46,13 +55,23 @@ def choose_reading(folder: Path, args: Namespace) -> Reading:
     Raises ValueError, one line, if no format or several formats fit.
     """
     formats = FORMATS
-    if args.format:
-        formats = [format for format in FORMATS if format.name == args.format]
+    name = "globs" if args.images else args.format
+    if name:
+        formats = [format for format in FORMATS if format.name == name]
 
     readings = []
+    errors = []
     for format in formats:
-        readings += format.recognise(folder, args)
+        try:
+            readings += format.recognise(folder, args)
+        except (ValueError, FileNotFoundError) as error:
+            errors.append(error)
 
+    if errors and readings:
+        choices = "; ".join(f"--format {r.format}: {r.summary[0]}" for r in readings)
+        raise ValueError(f"{errors[0]}; or choose {choices}")
+    if errors:
+        raise errors[0]
     if not readings:
         kind = f"a folder of the format {args.format}" if args.format else "any known format"
         raise ValueError(
@@ -67,10 +86,31 @@ def choose_reading(folder: Path, args: Namespace) -> Reading:
 
 def describe_content(folder: Path) -> str:
     """Return the most frequent kinds of files below a folder, "12 .png, 3 .txt"."""
-    endings = Counter(path.suffix.lower() or "unnamed" for path in layouts.files_below(folder))
+    files = layouts.files_below(folder, with_masks=True)
+    endings = Counter(path.suffix.lower() or "unnamed" for path in files)
     if not endings:
         return "no files"
     return ", ".join(f"{n} {ending}" for ending, n in endings.most_common(5))
+
+
+def advice(folder: Path) -> str | None:
+    """Return a line that says how a folder could be imported, None if no format fits.
+
+    Raises nothing, so that it can be added to any message.
+    """
+    unset = ("format", "images", "masks", "groups", "prompt", "each", "classes", "mask_threshold")
+    args = Namespace(**dict.fromkeys(unset), skip_unpaired=False)
+    command = f"python prepare.py import {shlex.quote(str(folder))} --out data/NAME"
+    try:
+        readings = []
+        for format in FORMATS:
+            readings += format.recognise(folder, args)
+    except (ValueError, OSError) as error:
+        return f"{command} reads such folders, but: {error}"
+    if not readings:
+        return None
+    ways = " or ".join(f"{reading.format}: {reading.summary[0]}" for reading in readings)
+    return f"{command} reads it as {ways}"
 
 
 # --- patients and splits --------------------------------------------------------------------------
@@ -241,18 +281,22 @@ class ImageWriter:
         self.entries = {}  # split -> items of its annotation file
         self.covered = 0  # images in which objects of several classes overlap
         self.empty = 0  # images without objects
+        self.ignored = 0  # images with ignored pixels that the masks cannot mark
         self.cards = []  # overlays for the sheet
 
     def write(self, case: Case, has_overlay: bool) -> None:
         """Write a case, and draw it if it is among those of the sheet."""
         image, pixels = write_image(case, self.images)
         size = pixels.shape[:2]
-        objects = case.read_objects(size)
-        for item in objects:
+        everything = case.read_objects(size)
+        objects = [item for item in everything if item.class_name != IGNORED]
+        ignored = [item for item in everything if item.class_name == IGNORED]
+        for item in everything:
             if item.mask.shape != size:
                 shape = f"{item.mask.shape[1]}x{item.mask.shape[0]}"
                 raise ValueError(f"{case.image}: {size[1]}x{size[0]}, but its mask is {shape}")
         self.empty += not any(item.mask.any() for item in objects)
+        self.ignored += bool(ignored) and not self.is_class_map
 
         if self.args.each and not objects:
             image.unlink()  # nothing to prompt for
@@ -261,6 +305,7 @@ class ImageWriter:
         elif self.is_class_map:
             indices = class_map(objects, self.classes, size)
             self.covered += covered_pixels(objects, indices, self.classes) > 0
+            indices[union(ignored, size)] = 255
             self.add(case, image, case.name, indices, "")
         else:
             mask = union(objects, size)
@@ -347,6 +392,8 @@ def describe(reading: ImageReading, cases: list[Case], writer: ImageWriter) -> l
     if writer.empty:
         omitted = ", left out" if writer.args.each else ""
         lines.append(f"images without objects: {writer.empty}{omitted}")
+    if writer.ignored:
+        lines.append(f"images in which ignored pixels became background: {writer.ignored}")
     if writer.covered:
         lines.append(
             f"objects of several classes overlap in {writer.covered} images; the one that comes "
@@ -367,6 +414,8 @@ def refuse_misuse(args: Namespace) -> None:
         raise ValueError(f"--out {args.out}: lies within {args.folder}; choose another folder")
     if bool(args.images) != bool(args.masks):
         raise ValueError("--images and --masks: give both, the images and their masks")
+    if args.images and args.format not in (None, "globs"):
+        raise ValueError(f"--format {args.format}: --images and --masks name the files; remove it")
 
 
 def refuse_useless(reading: Reading, args: Namespace) -> None:
@@ -420,7 +469,8 @@ def options(command):
     add("--images", metavar="GLOB", help=help)
     help = (
         "pattern of the mask files within FOLDER, such as 'outlines/*_roi.png'; the stars stand "
-        "for the same text as in --images"
+        "for the same texts as in --images (* without /, **/ for any folders), {class} for the "
+        "name of a class, {object} for any text of one of several masks of an image"
     )
     add("--masks", metavar="GLOB", help=help)
     help = "CSV file with the columns image and group: the patient of each image"
@@ -432,7 +482,10 @@ def options(command):
         "for models with text prompts (default: one mask for each image)"
     )
     add("--each", nargs="?", const="mask", choices=("mask", "class"), help=help)
-    help = "names of the class numbers 1, 2, … in masks, separated by commas"
+    help = (
+        "names of the class numbers 1, 2, … in masks, separated by commas, or of colours, such as "
+        "liver=#ff0000,kidney=#00ff00"
+    )
     add("--classes", metavar="NAMES", help=help)
     help = "leave out images without a mask or annotation (default: refuse them)"
     add("--skip-unpaired", action="store_true", help=help)

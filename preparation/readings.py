@@ -17,13 +17,15 @@ SPLIT_NAMES = {
     "val": "val", "valid": "val", "validation": "val",
     "test": "test", "testing": "test",
 }  # fmt: skip
+IGNORED = "(ignored)"  # class_name of pixels that do not count in training
 
 
 @dataclass(frozen=True)
 class Object:
     """The pixels of one object, or of all objects of a class, in one image."""
 
-    class_name: str  # "" if there is only one kind of object and the folder does not name it
+    # "" if there is only one kind of object and the folder does not name it, or IGNORED
+    class_name: str
     mask: np.ndarray  # bool (H,W)
 
 
