@@ -20,7 +20,7 @@ from tqdm import tqdm
 import data
 from imaging import image_files, layouts
 from imaging.files import read_text
-from preparation.check import width_by_height
+from preparation.check_findings import width_by_height
 from preparation.readings import IGNORED, Object
 
 CLASS_FILES = {

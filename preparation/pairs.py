@@ -17,7 +17,7 @@ from PIL import Image
 from imaging import image_files, layouts
 from imaging.files import read_text
 from preparation import mask_values
-from preparation.check import LEVELS_OF_MASKS, main_levels
+from preparation.check_images import LEVELS_OF_MASKS, main_levels
 from preparation.mask_names import (
     File,
     Place,
