@@ -5,7 +5,7 @@ from pathlib import Path
 
 from engine.ranges import GREY_LEVEL
 from imaging import image_files, layouts
-from preparation import check_findings, check_report
+from preparation import check_findings, check_report, import_folder
 from preparation.check_classes import DataSet, check_training_splits, is_too_small
 from preparation.check_findings import ERROR, KINDS, WARNING, Findings
 from preparation.check_images import MASK_THRESHOLD, check_images
@@ -38,6 +38,9 @@ def describe_foreign_folder(root: Path) -> str:
         if folder.is_dir() and (layouts.has_volumes(folder) or layouts.find_splits(folder)):
             return f"{root}: no data set here, but {folder} is one; give that folder"
 
+    advice = import_folder.advice(root)
+    if advice:
+        return f"{root}: not in our layout yet; {advice}"
     holds = layouts.count_kinds(content) if content else "nothing"
     need = "images/ and masks/ with files of the same names, and optionally anns/*.json"
     return f"{root}: no data set here (it holds {holds}); expected {need}; see docs/data.md"

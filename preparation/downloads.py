@@ -113,25 +113,22 @@ def where_to_get(name: str) -> str:
 def raw_or_download(args: Namespace, name: str) -> list[Path]:
     """Return the archives of a data set: those of --raw, or downloaded ones.
 
-    args: with `raw`, a list of paths or None, and `download`, a folder or None. Raises ValueError,
-    one line, if both or none is given or if there are no direct links; otherwise as `download`.
+    args: with `raw`, a list of paths or None, and for data sets with direct links `download`, a
+    folder or None. Raises ValueError, one line, if both or none is given; otherwise as `download`.
     """
-    if args.raw and args.download:
+    folder = getattr(args, "download", None)  # commands without direct links lack the option
+    if args.raw and folder:
         raise ValueError("--raw and --download: give one of the two")
     if args.raw:
         return args.raw
-    if not args.download:
+    if not folder:
         raise ValueError(f"--raw is missing: {where_to_get(name)}")
 
-    where = where_to_get(name)
     source = SOURCES[name]
-    if not source.files:
-        raise ValueError(f"--download: no direct link is known; {where}")
-
     print(f"{source.title}, from {source.page}, licence: {source.licence}")
     paths = []
     for file in source.files:
-        path = Path(args.download) / name / file.name
+        path = Path(folder) / name / file.name
         download(file.url, path, file.size, file.sha256)
         paths.append(path)
     return paths

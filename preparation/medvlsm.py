@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from imaging import atomic_files, image_files, layouts
 from imaging.files import decode_text, parse_json
-from preparation import archives
+from preparation import archives, downloads, mask_words
 from preparation.archives import Archive
 from preparation.check_findings import count_and_names
 
@@ -336,6 +336,9 @@ class Conversion:
     split_source: str
     is_published: bool = True  # the split; False for one that was made here
     jobs: dict[str, Job] = field(default_factory=dict)  # target -> job
+    wrong_prompts: set[str] = field(default_factory=set)  # masks that mask_words.py describes
+    target: str = ""  # for these words, such as "polyp"
+    general: list[str] = field(default_factory=list)  # descriptions for p7 to p9
 
     def add(self, target: str, sources: Iterable[File], convert: Convert) -> None:
         """Add a file to be made; a target that is there already stays as it is."""
@@ -492,6 +495,7 @@ def write_data_set(conversion: Conversion, data_set: DataSet, source: dict, out:
         shutil.rmtree(part / ".members", ignore_errors=True)
 
         conversion.notes += compare_corners(conversion.splits, corners)
+        rewrite_prompts(conversion, part)
         write_json(part / "source.json", source)
         for split, annotations in conversion.splits.items():
             if annotations:
@@ -500,6 +504,23 @@ def write_data_set(conversion: Conversion, data_set: DataSet, source: dict, out:
         lines = describe(conversion, data_set, source)
         (part / "README.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return lines
+
+
+def rewrite_prompts(conversion: Conversion, part: Path) -> None:
+    """Describe the masks with wrong prompts from their files in the folder `part`."""
+    for split, annotations in conversion.splits.items():
+        rewritten = []
+        for annotation in annotations:
+            if annotation.mask in conversion.wrong_prompts:
+                image = image_files.read_image(part / "images" / annotation.image)
+                mask = binary_mask(part / "masks" / annotation.mask)
+                words = mask_words.describe(image, mask)
+                prompts = mask_words.make_prompts(
+                    words, conversion.target, conversion.general, mask_words.ENGLISH
+                )
+                annotation = replace(annotation, prompts=prompts)
+            rewritten.append(annotation)
+        conversion.splits[split] = rewritten
 
 
 def write_json(path: Path, content) -> None:
@@ -596,6 +617,7 @@ def make_data_set(data_set: DataSet, plan: Plan, args: Namespace) -> int:
     """Run the command of a data set. Return 0."""
     args.out = args.out or Path("data") / data_set.name
     atomic_files.refuse_existing(args.out)
+    args.raw = downloads.raw_or_download(args, data_set.name)
     with archives.open_archives(args.raw) as opened:
         for archive in opened:
             if args.out.resolve().is_relative_to(archive.path.resolve()):
@@ -649,10 +671,11 @@ def add_command(command, data_set: DataSet, plan: Plan, details: str = ""):
         "--raw",
         type=Path,
         nargs="+",
-        required=True,
         metavar="DOWNLOAD",
         help="archive as the site gives it (zip or tar), or its unpacked folder",
     )
+    if downloads.SOURCES[data_set.name].files:
+        downloads.add_option(add)
     help = f"folder of the new data set (default: data/{data_set.name})"
     add("--out", type=Path, metavar="DIR", help=help)
     help = (

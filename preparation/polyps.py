@@ -163,42 +163,30 @@ def with_original_names(splits: Splits, images: Files, where: str) -> Splits:
 # --- faults of the annotations --------------------------------------------------------------------
 
 
-def rebuilt_prompts(general: str | list[str]) -> dict[str, str | list[str]]:
-    """Return prompts for a polyp that is only known to be there.
-
-    general: p7 of another entry, the class with general descriptions. Size, colour, shape, number
-    and location would have to be computed from the image and the mask; until then p2 to p6 repeat
-    p1, and p8 and p9 repeat p7.
-    """
-    prompts = {"p0": ""}
-    prompts |= dict.fromkeys(("p1", "p2", "p3", "p4", "p5", "p6"), "polyp")
-    return prompts | dict.fromkeys(("p7", "p8", "p9"), general)
-
-
-def with_truthful_prompts(splits: Splits, notes: list[str]) -> Splits:
-    """Return the annotations with prompts that do not deny a polyp which the mask shows."""
-    general = None
+def general_texts(splits: Splits) -> list[str]:
+    """Return the general descriptions of polyps in p7, such as "which is a growth of tissue"."""
     for annotation in medvlsm.all_annotations(splits):
-        if annotation.prompts.get("p1") == "polyp" and "p7" in annotation.prompts:
-            general = annotation.prompts["p7"]
-            break
+        texts = annotation.prompts.get("p7", [])
+        if annotation.prompts.get("p1") == "polyp" and isinstance(texts, list):
+            return [text.removeprefix("polyp ") for text in texts]
+    return []
 
-    mended = {}
-    names = []
-    for split, annotations in splits.items():
-        mended[split] = []
-        for annotation in annotations:
-            denies = annotation.prompts.get("p1") == "no polyp"
-            if denies and annotation.corner != (0, 0) and general is not None:
-                annotation = replace(annotation, prompts=rebuilt_prompts(general))
-                names.append(annotation.image)
-            mended[split].append(annotation)
-    if names:
+
+def find_denials(splits: Splits, notes: list[str]) -> set[str]:
+    """Return the masks over which prompts say "no polyp" although there is one."""
+    masks = set()
+    images = []
+    for annotation in medvlsm.all_annotations(splits):
+        has_polyp = annotation.corner not in (None, (0, 0))
+        if has_polyp and annotation.prompts.get("p1") == "no polyp":
+            masks.add(annotation.mask)
+            images.append(annotation.image)
+    if images:
         notes.append(
-            f'prompts that said "no polyp" over a polyp were replaced by "polyp": '
-            f"{', '.join(names)}"
+            'prompts that said "no polyp" over a polyp were replaced by those of `prepare.py '
+            f"annotate`: {', '.join(images)}"
         )
-    return mended
+    return masks
 
 
 # --- ClinicDB's sequences -------------------------------------------------------------------------
@@ -288,7 +276,6 @@ def plan(
     medvlsm.refuse_missing(named, masks, mask_place)
 
     notes = medvlsm.unused_note(images, named, "images")
-    splits = with_truthful_prompts(splits, notes)
     conversion = Conversion(splits, notes, medvlsm.MASK_RULE, polyps.facts.split_source)
     if polyps is CLINICDB:
         add_sequences(conversion, opened, args)
@@ -296,6 +283,10 @@ def plan(
         stem = stem_of(annotation.image)
         conversion.add_image(annotation, images[stem])
         conversion.add_mask(annotation, [masks[stem]])
+
+    conversion.wrong_prompts = find_denials(conversion.splits, conversion.notes)
+    conversion.target = "polyp"
+    conversion.general = general_texts(conversion.splits)
     return conversion
 
 

@@ -647,3 +647,20 @@ def test_other_annotations_of_real_data(check, real_data, tmp_path):
     status, text, _ = check(tmp_path)
     assert status == 0 and kinds(text) == [check_findings.NEAR]
     assert next_command(text)[0].prompt == "p1"
+
+
+def test_the_error_about_a_foreign_folder_says_how_to_import_it(tmp_path, monkeypatch, capsys):
+    for folder in ("image", "label"):
+        (tmp_path / "mine" / folder).mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for k in range(4):
+        pixels = rng.integers(0, 255, (24, 32, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"mine/image/{k}.jpg")
+        mask = np.zeros((24, 32), np.uint8)
+        mask[4:9, 5:12] = 255
+        Image.fromarray(mask).save(tmp_path / f"mine/label/{k}.png")
+    status, _, error = command(monkeypatch, capsys, prepare, "check", tmp_path / "mine")
+    assert status == 2 and error.count("\n") == 1
+    assert (
+        f"prepare.py import {tmp_path}/mine --out data/NAME reads it as folders: 4 images" in error
+    )

@@ -357,7 +357,6 @@ def test_what_is_missing_is_one_line(tmp_path):
     for words, name, message in [
         ((), "busi", "--raw is missing: BUSI is at https://www.kaggle.com/datasets/aryashah2k/"),
         ((), "isic", "--raw is missing: ISIC 2016, part 1 is at https://challenge"),
-        (("--download",), "camus", "--download: no direct link is known; CAMUS is at "),
         (("--download", "--raw", "a"), "isic", "--raw and --download: give one of the two"),
     ]:
         with pytest.raises(ValueError) as caught:

@@ -39,7 +39,7 @@ from preparation.busi import BUSI
 from preparation.camus import CAMUS, Info, make_prompts, number_words, parts_of
 from preparation.chexlocalize import CHEXLOCALIZE
 from preparation.isic import DFU, ISIC
-from preparation.polyps import CVC300, POLYP_SETS, with_truthful_prompts
+from preparation.polyps import CVC300, POLYP_SETS, find_denials
 
 KVASIR_NAMES = [f"cju{n}k00003n{n}99dr2w9i7c.jpg" for n in (5, 1, 9, 0, 3, 7, 2, 8)]
 IGNORED = {"__MACOSX/Kvasir-SEG/._images": b"x", "Kvasir-SEG/kavsir_bboxes.json": b"{}"}
@@ -460,9 +460,7 @@ def test_bkai(tmp_path, capsys):
     assert f"train and val share 1 ({eighth}); --fix-splits leaves them out of train" in printed
     assert f"train and test share 1 ({tenth})" in printed
     denied = splits["val"][1]["img_name"]
-    assert (
-        f'prompts that said "no polyp" over a polyp were replaced by "polyp": {denied}' in printed
-    )
+    assert f"over a polyp were replaced by those of `prepare.py annotate`: {denied}" in printed
 
     out = tmp_path / "out"
     assert len(entries(out, "train")) == 10
@@ -470,7 +468,9 @@ def test_bkai(tmp_path, capsys):
         errors = mask_of(out, f"{n:032x}.png") ^ blob(n, (96, 128))[0]
         assert errors.sum() <= 0.01 * errors.size
     prompts = entries(out, "val")[1]["prompts"]
-    assert prompts["p1"] == "polyp" and prompts["p9"] == GENERAL and len(prompts) == 10
+    assert prompts["p1"] == "polyp" and prompts["p7"] == GENERAL and len(prompts) == 10
+    assert prompts["p6"].startswith("one ") and " polyp, located in " in prompts["p6"]
+    assert prompts["p9"][0].endswith(" of the image") and "no polyp" not in str(prompts)
 
     convert("bkai-polyp", raw, anns, tmp_path / "fixed", "--fix-splits")
     assert f"train: left out 1 ({tenth}), which are in test" in capsys.readouterr().out
@@ -1022,8 +1022,7 @@ def test_the_files_of_the_study(name, study):
     assert len(medvlsm.without_overlap(fixed, False, [])) == 3
 
     if name == "bkai_polyp":
-        mended = with_truthful_prompts(unique, notes)
-        assert "no polyp" not in str(mended) and notes[-1].count(".jpeg") == 6
+        assert len(find_denials(unique, notes)) == 6 and notes[-1].count(".jpeg") == 6
 
 
 @pytest.mark.slow
