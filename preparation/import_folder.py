@@ -21,10 +21,23 @@ from tqdm import tqdm
 from engine.ranges import GREY_LEVEL
 from imaging import atomic_files, image_files, layouts, pictures
 from imaging.files import read_text
+from preparation import import_volumes, total_segmentator
 from preparation.check import MASK_THRESHOLD
-from preparation.readings import Case, Format, ImageReading, Object, Reading, VolumeReading
+from preparation.readings import (
+    Case,
+    Format,
+    ImageReading,
+    Object,
+    Reading,
+    VolumeCase,
+    VolumeReading,
+)
+from preparation.volume_pairs import ENDINGS
 
-FORMATS: tuple[Format, ...] = ()
+FORMATS: tuple[Format, ...] = (
+    *import_volumes.FORMATS,
+    *total_segmentator.FORMATS,
+)
 MOST_OVERLAYS = 12
 ENOUGH_FOR_SPLITS = 3  # images or patients; fewer are all for training
 
@@ -68,10 +81,20 @@ def describe_content(folder: Path) -> str:
 # --- patients and splits --------------------------------------------------------------------------
 
 
-def read_groups(path: Path, cases: list[Case], folder: Path) -> list[Case]:
+def names_of(case, folder: Path) -> set[str]:
+    """Return the names that a CSV file may use for the image of a case."""
+    if not isinstance(case, Case):
+        names = {case.name, Path(case.name).name}
+        return names | {name + ending for name in names for ending in ENDINGS}
+    relative = case.image.relative_to(folder).as_posix()
+    return {case.name, case.image.name, case.image.stem, relative}
+
+
+def read_groups(path: Path, cases: list, folder: Path) -> list:
     """Return the cases with the patients of a CSV file with the columns image and group.
 
-    An image is named by its path within the folder or its file name, with or without the ending.
+    An image is named by its path within the folder or its file name, with or without the ending. A
+    volume is named as it will be written.
     Raises ValueError, one line, for other columns, unknown or ambiguous images, and images that
     the file does not list.
     """
@@ -81,9 +104,7 @@ def read_groups(path: Path, cases: list[Case], folder: Path) -> list[Case]:
 
     indices = {}  # a name of an image -> indices of the cases with that name
     for i, case in enumerate(cases):
-        relative = case.image.relative_to(folder).as_posix()
-        names = {case.name, case.image.name, case.image.stem, relative}
-        for name in names:
+        for name in names_of(case, folder):
             indices.setdefault(name, []).append(i)
 
     groups = {}
@@ -98,7 +119,7 @@ def read_groups(path: Path, cases: list[Case], folder: Path) -> list[Case]:
             raise ValueError(f"{path}, line {number}: has no group")
         groups[matches[0]] = group
 
-    missing = [case.image for i, case in enumerate(cases) if i not in groups]
+    missing = [case.name for i, case in enumerate(cases) if i not in groups]
     if missing:
         raise ValueError(f"{path}: has no line for {missing[0]}, and {len(missing) - 1} more")
     return [replace(case, group=groups[i]) for i, case in enumerate(cases)]
@@ -368,6 +389,8 @@ def refuse_useless(reading: Reading, args: Namespace) -> None:
             if getattr(args, name) is not None:
                 flag = f"--{name.replace('_', '-')}"
                 raise ValueError(f"{flag}: has no effect on volumes; remove it")
+    elif args.modality:
+        raise ValueError("--modality: has no effect on images; remove it")
     elif args.prompt and len(reading.classes) > 1 and not args.each:
         raise ValueError(
             f"--prompt: the masks have several classes ({', '.join(reading.classes)}); add --each "
@@ -390,13 +413,33 @@ def import_folder(args):
         reading = replace(reading, cases=cases)
 
     if isinstance(reading, VolumeReading):
-        raise NotImplementedError
-    lines = write_images(reading, args)
-    print(f"{args.out}: ", end="")
-    print("\n".join(lines))
+        import_volumes.write_volumes(reading, cases_of_volumes(reading), args)
+    else:
+        lines = write_images(reading, args)
+        print(f"{args.out}: ", end="")
+        print("\n".join(lines))
     print(f"overlays to look at: {args.out / 'overview.png'}")
-    print(f"next: python prepare.py check {shlex.quote(str(args.out))}")
+    print(f"next: {next_command(reading, args.out)}")
     return 0
+
+
+def cases_of_volumes(reading: VolumeReading) -> list[VolumeCase]:
+    """Return the cases with the names and splits with which they are written.
+
+    Volumes without labels are listed in the test split, for predict.py.
+    """
+    cases = with_plain_names(reading.cases)
+    labelled = [case for case in cases if case.write_labels]
+    unlabelled = [replace(case, split="test") for case in cases if not case.write_labels]
+    return with_splits(labelled) + unlabelled
+
+
+def next_command(reading: Reading, out: Path) -> str:
+    """Return the command that should follow the import."""
+    is_volumes = isinstance(reading, VolumeReading)
+    if is_volumes and not any(case.write_labels for case in reading.cases):
+        return f"python predict.py --weights RUN --out masks {shlex.quote(str(out / 'imagesTs'))}"
+    return f"python prepare.py check {shlex.quote(str(out))}"
 
 
 def options(command):
@@ -426,6 +469,8 @@ def options(command):
     add("--each", nargs="?", const="mask", choices=("mask", "class"), help=help)
     help = "names of the class numbers 1, 2, … in masks, separated by commas"
     add("--classes", metavar="NAMES", help=help)
+    help = "modality of volumes, such as CT or MR (default: from the files)"
+    add("--modality", metavar="NAME", help=help)
     help = "leave out images without a mask or annotation (default: refuse them)"
     add("--skip-unpaired", action="store_true", help=help)
     add("--mask-threshold", type=GREY_LEVEL, metavar="N", help=MASK_THRESHOLD)
