@@ -391,13 +391,13 @@ def print_skipped(folder: Path, noun: str, files: list[Path]) -> None:
         print(f"{folder}: skipped files that are not {noun}s: {count_kinds(files)}")
 
 
-def files_below(folder: Path, without: Path | None = None, with_labels: bool = False) -> list[Path]:
+def files_below(folder: Path, without: Path | None = None, with_masks: bool = False) -> list[Path]:
     """Return the files of a folder and of its sub-folders, sorted.
 
     Hidden files and folders are skipped, and so is the folder `without`. Folders of masks next to
-    those of their images (LABEL_FOLDERS) are skipped with a message, except with `with_labels`.
-    Links to folders are followed, but never into a folder that is being listed. Raises OSError if a
-    folder cannot be read.
+    those of their images (LABEL_FOLDERS) are skipped with a message, unless `with_masks`. Links to
+    folders are followed, but never into a folder that is being listed. Raises OSError if a folder
+    cannot be read.
     """
 
     def fail(error: OSError):
@@ -415,7 +415,7 @@ def files_below(folder: Path, without: Path | None = None, with_labels: bool = F
             target = (parent / name).resolve()
             if name.startswith(".") or target == excluded or target in open_folders:
                 continue
-            if not with_labels and LABEL_FOLDERS.get(name) in subfolders:
+            if LABEL_FOLDERS.get(name) in subfolders and not with_masks:
                 print(f"{parent / name}: skipped, it holds the masks of {LABEL_FOLDERS[name]}/")
                 continue
             entered.append(name)

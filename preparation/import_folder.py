@@ -21,7 +21,7 @@ from tqdm import tqdm
 from engine.ranges import GREY_LEVEL
 from imaging import atomic_files, image_files, layouts, pictures
 from imaging.files import read_text
-from preparation import import_volumes, total_segmentator
+from preparation import dicom_images, dicom_series, import_volumes, total_segmentator
 from preparation.check import MASK_THRESHOLD
 from preparation.readings import (
     Case,
@@ -37,6 +37,8 @@ from preparation.volume_pairs import ENDINGS
 FORMATS: tuple[Format, ...] = (
     *import_volumes.FORMATS,
     *total_segmentator.FORMATS,
+    *dicom_series.FORMATS,
+    *dicom_images.FORMATS,
 )
 MOST_OVERLAYS = 12
 ENOUGH_FOR_SPLITS = 3  # images or patients; fewer are all for training
@@ -251,6 +253,8 @@ class ImageWriter:
         self.masks = part / "masks"
         self.args = args
         self.is_class_map = len(reading.classes) > 1 and not args.each
+        self.has_masks = reading.has_masks
+        self.spacings = []  # lines of spacing.csv
         self.entries = {}  # split -> items of its annotation file
         self.covered = 0  # images in which objects of several classes overlap
         self.empty = 0  # images without objects
@@ -267,7 +271,9 @@ class ImageWriter:
                 raise ValueError(f"{case.image}: {size[1]}x{size[0]}, but its mask is {shape}")
         self.empty += not any(item.mask.any() for item in objects)
 
-        if self.args.each and not objects:
+        if not self.has_masks:
+            pass
+        elif self.args.each and not objects:
             image.unlink()  # nothing to prompt for
         elif self.args.each:
             self.write_each(case, image, objects, size)
@@ -280,6 +286,8 @@ class ImageWriter:
             name = self.classes[0] if self.classes else ""
             self.add(case, image, case.name, np.uint8(255) * mask, name)
 
+        if case.spacing and image.exists():
+            self.spacings.append((image.name, *case.spacing))
         if has_overlay and image.exists():
             self.draw(case, pixels, objects)
 
@@ -320,11 +328,13 @@ class ImageWriter:
 
 def write_images(reading: ImageReading, args: Namespace) -> list[str]:
     """Write a reading of images to args.out, whole or not at all. Return lines about it."""
-    cases = with_splits(with_plain_names(reading.cases))
+    cases = with_plain_names(reading.cases)
+    if reading.has_masks:
+        cases = with_splits(cases)
     drawn = np.random.default_rng(0).permutation(len(cases))[:MOST_OVERLAYS].tolist()
 
     with atomic_files.atomic_folder(args.out) as part:
-        for name in ("images", "masks", "anns"):
+        for name in ("images", "masks", "anns") if reading.has_masks else ("images",):
             (part / name).mkdir(parents=True)
         writer = ImageWriter(reading, part, args)
         for i, case in enumerate(tqdm(cases, desc=args.out.name, unit="image", disable=None)):
@@ -340,6 +350,11 @@ def write_images(reading: ImageReading, args: Namespace) -> list[str]:
             text = json.dumps(content, indent=1, ensure_ascii=False)
             (part / name).write_text(text + "\n", encoding="utf-8")
 
+        if writer.spacings:
+            lines = ["image,x_mm,y_mm"]
+            for name, x, y in writer.spacings:
+                lines.append(f"{name},{x:g},{y:g}")
+            (part / "spacing.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
         description = describe(reading, cases, writer)
         (part / "README.txt").write_text("\n".join(description) + "\n", encoding="utf-8")
         pictures.save_picture(part / "overview.png", pictures.sheet(writer.cards))
@@ -357,6 +372,10 @@ def describe(reading: ImageReading, cases: list[Case], writer: ImageWriter) -> l
     groups = {case.group for case in cases if case.group}
     if groups:
         lines.append(f"patients: {len(groups)}")
+    if writer.spacings:
+        lines.append(f"images with a spacing in mm, in spacing.csv: {len(writer.spacings)}")
+    if not reading.has_masks:
+        return [*lines, f"images without masks, for predict.py: {len(cases)}"]
     if writer.empty:
         omitted = ", left out" if writer.args.each else ""
         lines.append(f"images without objects: {writer.empty}{omitted}")
@@ -436,9 +455,14 @@ def cases_of_volumes(reading: VolumeReading) -> list[VolumeCase]:
 
 def next_command(reading: Reading, out: Path) -> str:
     """Return the command that should follow the import."""
-    is_volumes = isinstance(reading, VolumeReading)
-    if is_volumes and not any(case.write_labels for case in reading.cases):
-        return f"python predict.py --weights RUN --out masks {shlex.quote(str(out / 'imagesTs'))}"
+    images = None
+    if isinstance(reading, VolumeReading):
+        if not any(case.write_labels for case in reading.cases):
+            images = out / "imagesTs"
+    elif not reading.has_masks:
+        images = out / "images"
+    if images:
+        return f"python predict.py --weights RUN --out masks {shlex.quote(str(images))}"
     return f"python prepare.py check {shlex.quote(str(out))}"
 
 

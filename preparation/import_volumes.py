@@ -188,28 +188,15 @@ def unlabelled_pairs(files: list[Path], folder: Path, args: Namespace) -> list[P
 
 
 def path_name(path: Path, folder: Path) -> str:
-    """Return the path of a volume within a folder, without its ending."""
-    relative = path.relative_to(folder)
-    return relative.with_name(volume_pairs.stem_of(path)).as_posix()
+    """Return the path of a file in a folder without its ending and folders such as images."""
+    parts, _ = volume_pairs.folder_parts(path.relative_to(folder).parent)
+    return volume_pairs.join_key([*parts, volume_pairs.stem_of(path)])
 
 
 def reading_of_pairs(kind: str, folder: Path, args: Namespace, pairs: list[Pair]) -> VolumeReading:
     """Return the reading of pairs. Raises ValueError, one line, if the classes have no names."""
     label_files = [pair.label for pair in pairs if pair.label]
-    segmentations = [path for path in label_files if path.name.lower().endswith(".seg.nrrd")]
-    names = []
-    if segmentations and len(segmentations) < len(label_files):
-        others = sorted(set(label_files) - set(segmentations))
-        raise ValueError(f"{others[0]}: no .seg.nrrd, unlike {segmentations[0]}; save all alike")
-    if segmentations:
-        names = chosen_names(segment_names(segmentations), args, folder)
-        labels = numbered(names)
-    elif label_files:
-        labels = read_class_names(folder, args, label_files)
-    else:
-        labels = {"0": "background"}
-
-    numbers = {name: number for number, name in enumerate(names, 1)}
+    labels, numbers = name_classes(folder, args, label_files)
     cases = []
     for pair in pairs:
         write_labels = None
@@ -221,6 +208,26 @@ def reading_of_pairs(kind: str, folder: Path, args: Namespace, pairs: list[Pair]
     modality, reason = modality_of(pairs, args)
     summary = [f"{count_cases(cases)}, {layouts.count_kinds(label_files or files_of(pairs))}"]
     return VolumeReading(kind, [*summary, *reason], cases, labels, modality)
+
+
+def name_classes(
+    folder: Path, args: Namespace, label_files: list[Path]
+) -> tuple[dict, dict[str, int]]:
+    """Return the labels of dataset.json and, of .seg.nrrd files, {name of a segment: number}.
+
+    Raises ValueError, one line, if the classes have no names.
+    """
+    if not label_files:
+        return {"0": "background"}, {}
+    segmentations = [path for path in label_files if path.name.lower().endswith(".seg.nrrd")]
+    others = sorted(set(label_files) - set(segmentations))
+    if segmentations and others:
+        raise ValueError(f"{others[0]}: no .seg.nrrd, unlike {segmentations[0]}; save all alike")
+    if not segmentations:
+        return read_class_names(folder, args, label_files), {}
+
+    names = chosen_names(segment_names(segmentations), args, folder)
+    return numbered(names), {name: number for number, name in enumerate(names, 1)}
 
 
 def files_of(pairs: list[Pair]) -> list[Path]:

@@ -63,11 +63,11 @@ class Pair:
 
 
 def stem_of(path: Path) -> str:
-    """Return the name of a volume file without its ending."""
+    """Return the name of a file without its ending; a UID as a name has none."""
     for ending in ENDINGS:
         if path.name.lower().endswith(ending):
             return path.name[: -len(ending)]
-    return path.stem
+    return path.name if path.suffix[1:].isdigit() else path.stem
 
 
 def words_of(stem: str) -> list[str]:
@@ -80,15 +80,11 @@ def words_of(stem: str) -> list[str]:
     return [word for word in words if word]
 
 
-def named(path: Path, folder: Path, drop_channels: bool = False) -> Named:
-    """Return what the path of a file within a folder says.
-
-    drop_channels: leave the words for channels, and numbers such as _0000 of images, out of keys.
-    """
-    relative = path.relative_to(folder)
+def folder_parts(relative: Path) -> tuple[list[str], bool]:
+    """Return the folders of a relative path without words such as images, and True for labels."""
     is_label = False
     parts = []
-    for part in relative.parts[:-1]:
+    for part in relative.parts:
         word = part.lower().replace("_", "").replace("-", "")
         kind, rest = DECATHLON.get(word, ("", part))
         if word in LABEL_WORDS | IMAGE_WORDS:
@@ -96,7 +92,15 @@ def named(path: Path, folder: Path, drop_channels: bool = False) -> Named:
             rest = ""
         is_label |= kind == "label"
         parts.append(rest)
+    return parts, is_label
 
+
+def named(path: Path, folder: Path, drop_channels: bool = False) -> Named:
+    """Return what the path of a file within a folder says.
+
+    drop_channels: leave the words for channels, and numbers such as _0000 of images, out of keys.
+    """
+    parts, is_label = folder_parts(path.relative_to(folder).parent)
     words = words_of(stem_of(path))
     is_label |= path.name.lower().endswith(".seg.nrrd")
     is_label |= any(word.lower() in LABEL_WORDS for word in words)
@@ -146,7 +150,7 @@ def glob_key(pattern: str, path: Path) -> str | None:
 
 def volume_files(folder: Path) -> list[Path]:
     """Return the files below a folder that end like volumes, sorted."""
-    files = layouts.files_below(folder, with_labels=True)
+    files = layouts.files_below(folder, with_masks=True)
     return [path for path in files if path.name.lower().endswith(ENDINGS)]
 
 
