@@ -173,8 +173,9 @@ def read_pixels(path: Path, raw: bool = True) -> tuple[np.ndarray, object]:
     try:
         return pydicom.pixels.pixel_array(data, raw=raw), data
     except Exception as error:
-        if "missing dependencies" in str(error):
+        if syntax.is_compressed and "Unable to dec" in str(error):
             raise ValueError(
-                f"{path}: its compression, {syntax.name}, needs more packages: {CODECS}"
+                f"{path}: its compression, {syntax.name}, needs more packages: {CODECS} (or the "
+                "file is damaged)"
             ) from None
         raise unreadable(path, error) from None

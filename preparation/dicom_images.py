@@ -149,9 +149,10 @@ def recognise(folder: Path, args: Namespace) -> list[ImageReading]:
     """Return the reading of a folder of DICOM images, [] without such images."""
     paths = [] if args.images else dicom_files.dicom_paths(folder)
     headers = dicom_files.read_headers(paths)
+    no_images = {*dicom_files.NO_IMAGES, *dicom_files.CONVERTERS}
     by_key = {}
     for header in headers:
-        if "Rows" in header.data and header.modality not in dicom_files.NO_IMAGES:
+        if "Rows" in header.data and header.modality not in no_images:
             by_key.setdefault(volume_pairs.named(header.path, folder).key, []).append(header)
 
     masks = mask_files(folder, set(by_key)) if by_key else {}
@@ -160,6 +161,8 @@ def recognise(folder: Path, args: Namespace) -> list[ImageReading]:
         if key in masks or not files[0].is_slice:
             images[key] = files
     if not images:
+        if not by_key:
+            dicom_files.refuse_annotations(headers)
         return []
     refuse_several(images)
     refuse_unpaired(images, masks, headers, args)

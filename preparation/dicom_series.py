@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from imaging import layouts
 from preparation import dicom_files, import_volumes, itk_files, volume_pairs
 from preparation.dicom_files import Header
 from preparation.readings import Format, VolumeCase, VolumeReading, split_of_folder
@@ -294,6 +295,11 @@ def recognise(folder: Path, args: Namespace) -> list[VolumeReading]:
     all_series = find_series([header for header in headers if header.is_slice], folder)
     series = [item for item in all_series if not item.is_localizer]
     if not series:
+        if all_series and not any(map(layouts.is_image, layouts.files_below(folder))):
+            raise ValueError(
+                f"{folder}: its DICOM series are localizers or have fewer than {FEWEST} slices; "
+                "single slices need masks as PNG files of the same name"
+            )
         return []
 
     label_of = match_labels(series, folder)

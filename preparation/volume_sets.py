@@ -85,7 +85,8 @@ def describe_volumes(splits, about, grids):
     for key, value in about["labels"].items():  # {"1": "liver"}, or {"liver": [1, 2]}
         if key not in ("0", "background"):
             classes.append(f"{key} {value}")
-    yield f"classes: {', '.join(classes)}"
+    if classes:
+        yield f"classes: {', '.join(classes)}"
 
     sizes = axis_ranges([grid.size for grid in grids], "d")
     yield f"voxels: {sizes} (to the right, front, head)"

@@ -333,6 +333,12 @@ def test_localizers_and_reports_are_left_out(imported, tmp_path):
     assert sorted(entries(tmp_path / "mine")) == ["P0_3", "P1", "P2"]
 
 
+def test_localizers_alone_are_refused(imported, tmp_path):
+    for z, data in enumerate(slices_of(scan()[0])[:2]):
+        save(data, tmp_path / f"source/{z}.dcm")
+    refused(imported(), tmp_path, "fewer than 3 slices", "masks as PNG")
+
+
 # --- faulty series --------------------------------------------------------------------------------
 
 
@@ -430,6 +436,9 @@ def test_annotations_in_dicom_are_refused_with_a_converter(
 ):
     write_series(tmp_path / "source", scan()[0])
     save(header(modality, "1.2.840.10008.5.1.4.1.1.66.4", "x", 9), tmp_path / "source/a.dcm")
+    refused(imported(), tmp_path, "a.dcm", word)
+    for path in (tmp_path / "source").glob("IM*"):
+        path.unlink()
     refused(imported(), tmp_path, "a.dcm", word)
 
 
