@@ -239,6 +239,20 @@ def test_names_come_from_a_file_of_the_folder(imported, tmp_path):
     assert json.loads((tmp_path / "mine/dataset.json").read_text())["labels"] == names
 
 
+def test_names_come_from_the_dataset_json_of_files_that_train_does_not_read(imported, tmp_path):
+    for k in range(3):
+        for kind, array in zip(("imagesTr", "labelsTr"), scan(k), strict=True):
+            (tmp_path / "source" / kind).mkdir(parents=True, exist_ok=True)
+            path = tmp_path / f"source/{kind}/a{k}.nrrd"
+            SimpleITK.WriteImage(itk_image(array), str(path))
+    about = {"labels": {"background": 0, "liver": 1, "tumour": 2}}
+    (tmp_path / "source/dataset.json").write_text(json.dumps(about))
+    status, _, error = imported()
+    assert status == 0, error
+    assert json.loads((tmp_path / "mine/dataset.json").read_text())["labels"] == about["labels"]
+    assert sorted(entries(tmp_path / "mine")) == ["a0", "a1", "a2"]
+
+
 # --- faulty folders -------------------------------------------------------------------------------
 
 
