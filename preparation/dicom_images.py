@@ -160,9 +160,11 @@ def recognise(folder: Path, args: Namespace) -> list[ImageReading]:
     for key, files in by_key.items():
         if key in masks or not files[0].is_slice:
             images[key] = files
-    if not images:
-        if not by_key:
-            dicom_files.refuse_annotations(headers)
+    if not by_key:
+        dicom_files.refuse_annotations(headers)
+    has_slices = any(header.is_slice for header in headers)
+    is_chosen = masks or args.format == "dicom-images"
+    if not images or (has_slices and not is_chosen):  # such as a dose report among slices
         return []
     refuse_several(images)
     refuse_unpaired(images, masks, headers, args)

@@ -158,9 +158,9 @@ def recognise_pairs(kind: str, folder: Path, args: Namespace) -> list[VolumeRead
 
 
 def has_mask_folders(files: list[Path]) -> bool:
-    """Return True for TotalSegmentator's folders; see total_segmentator.py."""
-    folders = {path.parent for path in files}
-    return any(folder.name == "segmentations" and folder.parent in folders for folder in folders)
+    """Return True for TotalSegmentator's folders: one volume beside a folder segmentations/."""
+    count = Counter(path.parent for path in files)
+    return any(folder.name == "segmentations" and count[folder.parent] == 1 for folder in count)
 
 
 def refuse_known_layout(folder: Path) -> None:

@@ -142,6 +142,8 @@ def patients(root, n=3):
         write_series(root / f"images/P{k}", image, patient=f"ID-{9 - k}")
         (root / "labels").mkdir(exist_ok=True)
         label = nibabel.Nifti1Image(labels, affine_of())
+        if k == 1:  # stored in another direction, as by dcm2niix
+            label = label.as_reoriented([[0, 1], [1, -1], [2, 1]])
         nibabel.save(label, root / f"labels/P{k}.nii.gz")
     return root
 
@@ -177,6 +179,10 @@ def test_series_become_volumes_that_check_accepts(
     status, text, _ = command(monkeypatch, capsys, prepare, "check", tmp_path / "mine")
     assert status == 0, text
 
+    assert imported(*LIVER, "--out", tmp_path / "again")[0] == 0
+    for name, content in contents(tmp_path / "again").items():
+        if name != "dataset.json":  # it has the name of the folder
+            assert content == (tmp_path / "mine" / name).read_bytes()
     everything = b"".join(contents(tmp_path / "mine").values())
     for word in (b"Doe", b"Jane", b"ID-7", b"19560102", b"Hospital"):
         assert word not in everything
@@ -325,10 +331,14 @@ def test_localizers_and_reports_are_left_out(imported, tmp_path):
         save(data, tmp_path / f"source/images/P0/{data.SOPInstanceUID}")
     report = header("SR", "1.2.840.10008.5.1.4.1.1.88.11", "ID-9", 99)
     save(report, tmp_path / "source/images/P0/report.dcm")
+    dose = put_pixels(
+        header("CT", "1.2.840.10008.5.1.4.1.1.7", "ID-9", 5), np.zeros((9, 9), np.uint8)
+    )
+    save(dose, tmp_path / "source/images/P0/dose.dcm")
     save(report, tmp_path / "source/DICOMDIR")
     status, text, error = imported(*LIVER)
     assert status == 0, error
-    assert "24 CT" not in text and "26 CT, 1 SR" in text
+    assert "24 CT" not in text and "27 CT, 1 SR" in text
     assert "localizers or without a label map: 1" in text
     assert sorted(entries(tmp_path / "mine")) == ["P0_3", "P1", "P2"]
 

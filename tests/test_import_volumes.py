@@ -134,6 +134,7 @@ LAYOUTS = {  # image, label map of case k; the names that are written
     "endings": ("P{0}/scan_{0}.nii.gz", "P{0}/scan_{0}_seg.nii.gz", "scan_{0}"),
     "flat": ("a{}.nii.gz", "a{}_mask.nii.gz", "a{}"),
     "nnunet": ("imagesTr/a{}_0000.nii.gz", "labelsTr/a{}.nii.gz", "a{}"),
+    "beside": ("a{}.nii.gz", "segmentations/a{}.nii.gz", "a{}"),
     "sister": ("img/img000{}.nii.gz", "masks/label000{}.nii.gz", "img000{}"),
 }
 
