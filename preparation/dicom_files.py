@@ -7,6 +7,7 @@ order of their PatientID.
 
 import functools
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,8 @@ from imaging import layouts
 
 ENDINGS = (".dcm", ".dicom", ".ima")
 SLICES = ("CT", "MR", "PT")  # modalities of volumes
-NO_IMAGES = ("SR", "PR", "KO", "RTPLAN", "RTDOSE", "REG", "DOC")
+LABELS = ("SEG", "RTSTRUCT")  # segmentations and contours
+NO_IMAGES = (*LABELS, "SR", "PR", "KO", "RTPLAN", "RTDOSE", "REG", "DOC")
 CODECS = "pip install pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg"
 TAGS = [
     "SOPClassUID", "Modality", "ImageType", "PatientID", "StudyInstanceUID", "SeriesInstanceUID",
@@ -48,6 +50,11 @@ class Header:
         )
         has_frames = "PerFrameFunctionalGroupsSequence" in self.data
         return self.modality in SLICES and "Rows" in self.data and (has_position or has_frames)
+
+    @property
+    def is_label(self) -> bool:
+        """Return True for segmentations and contours."""
+        return self.modality in LABELS
 
     @property
     def patient(self) -> str:
@@ -119,6 +126,17 @@ def unreadable(path: Path, error: Exception) -> ValueError:
     return ValueError(f"{path}: not readable as DICOM ({reason}); replace the file")
 
 
+@contextmanager
+def complete_header(path: Path):
+    """Turn the errors about missing parts of a header into a ValueError of one line."""
+    try:
+        yield
+    except (AttributeError, TypeError, IndexError, KeyError) as error:
+        raise ValueError(
+            f"{path}: its header is not complete ({error}); export the file again"
+        ) from None
+
+
 def count_modalities(headers: list[Header]) -> str:
     """Return the number of files of each modality: "120 CT, 3 SR"."""
     counts = Counter(header.modality or "without modality" for header in headers)
@@ -129,27 +147,6 @@ def number_patients(headers: list[Header]) -> dict[str, str]:
     """Return {PatientID: "patient 1"}, numbered in the order of the sorted IDs."""
     patients = sorted({header.patient for header in headers})
     return {patient: f"patient {k}" for k, patient in enumerate(patients, 1)}
-
-
-# --- annotations in DICOM -------------------------------------------------------------------------
-
-CONVERTERS = {  # modality -> what it is, and a program that converts it
-    "SEG": "a DICOM segmentation; dcmqi writes label maps (segimage2itkimage --outputType nii "
-    "--mergeSegments)",
-    "RTSTRUCT": "contours of radiotherapy; dcmrtstruct2nii or plastimatch convert write label maps "
-    "in NIfTI",
-}
-
-
-def refuse_annotations(headers: list[Header]) -> None:
-    """Raise ValueError, one line, for segmentations and contours in DICOM."""
-    for header in headers:
-        if header.modality in CONVERTERS:
-            about = CONVERTERS[header.modality]
-            raise ValueError(
-                f"{header.path}: is {about}; put them into a folder labels/, named like the "
-                "series' folder, and move this file away"
-            )
 
 
 # --- pixels ---------------------------------------------------------------------------------------

@@ -24,6 +24,12 @@ CENTIMETRES = 3  # PhysicalUnitsXDirection of ultrasound
 def read_pixels(path: Path) -> np.ndarray:
     """Return the pixels of a single image as a viewer shows them: uint8 (H,W) or (H,W,3)."""
     pixels, data = dicom_files.read_pixels(path, raw=False)
+    with dicom_files.complete_header(path):
+        return displayed(pixels, data)
+
+
+def displayed(pixels: np.ndarray, data) -> np.ndarray:
+    """Return decoded pixels as a viewer shows them: uint8 (H,W) or (H,W,3)."""
     if data.PhotometricInterpretation == "PALETTE COLOR":
         from pydicom.pixels import apply_color_lut
 
@@ -149,10 +155,9 @@ def recognise(folder: Path, args: Namespace) -> list[ImageReading]:
     """Return the reading of a folder of DICOM images, [] without such images."""
     paths = [] if args.images else dicom_files.dicom_paths(folder)
     headers = dicom_files.read_headers(paths)
-    no_images = {*dicom_files.NO_IMAGES, *dicom_files.CONVERTERS}
     by_key = {}
     for header in headers:
-        if "Rows" in header.data and header.modality not in no_images:
+        if "Rows" in header.data and header.modality not in dicom_files.NO_IMAGES:
             by_key.setdefault(volume_pairs.named(header.path, folder).key, []).append(header)
 
     masks = mask_files(folder, set(by_key)) if by_key else {}
@@ -160,14 +165,18 @@ def recognise(folder: Path, args: Namespace) -> list[ImageReading]:
     for key, files in by_key.items():
         if key in masks or not files[0].is_slice:
             images[key] = files
-    if not by_key:
-        dicom_files.refuse_annotations(headers)
+    labels = [header for header in headers if header.is_label]
+    if labels and not by_key:
+        raise ValueError(
+            f"{labels[0].path}: is a {labels[0].modality} file, but the images that it was drawn "
+            "on are missing; put their series into the folder"
+        )
     has_slices = any(header.is_slice for header in headers)
     is_chosen = masks or args.format == "dicom-images"
     if not images or (has_slices and not is_chosen):  # such as a dose report among slices
         return []
     refuse_several(images)
-    refuse_unpaired(images, masks, headers, args)
+    refuse_unpaired(images, masks, args)
     if masks:
         images = {key: files for key, files in images.items() if key in masks}
 
@@ -202,13 +211,10 @@ def refuse_several(images: dict[str, list[Header]]) -> None:
             )
 
 
-def refuse_unpaired(images: dict, masks: dict, headers: list[Header], args: Namespace) -> None:
-    """Raise ValueError, one line, for images without a mask and the reverse."""
-    if not masks:
-        dicom_files.refuse_annotations(headers)
-        return
+def refuse_unpaired(images: dict, masks: dict, args: Namespace) -> None:
+    """Raise ValueError, one line, for images without a mask and the reverse, if there are masks."""
     unpaired = sorted(images.keys() ^ masks.keys())
-    if unpaired and not args.skip_unpaired:
+    if masks and unpaired and not args.skip_unpaired:
         key = unpaired[0]
         path = images[key][0].path if key in images else masks[key]
         kind = "mask" if key in images else "DICOM image"
@@ -231,6 +237,8 @@ def make_cases(
         objects = no_objects
         if masks:
             objects = partial(read_objects, masks[key], names, args.mask_threshold)
+        with dicom_files.complete_header(header.path):
+            spacing = spacing_of(header)
         case = Case(
             import_volumes.path_name(header.path, folder),
             header.path,
@@ -238,7 +246,7 @@ def make_cases(
             split_of_folder(relative),
             patients[header.patient],
             partial(read_pixels, header.path),
-            spacing_of(header),
+            spacing,
         )
         cases.append(case)
     return cases

@@ -1,4 +1,4 @@
-"""Read series of DICOM slices as volumes, with label maps in NIfTI, NRRD or MetaImage.
+"""Read series of DICOM slices as volumes, with their label maps.
 
 Slices belong to a series by SeriesInstanceUID. They are sorted by their position along the normal
 of ImageOrientationPatient, from which their distance is taken as well. Voxels are in the units of
@@ -7,6 +7,7 @@ the header, Hounsfield units of CT. A series with a missing, repeated or tilted 
 
 from argparse import Namespace
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from imaging import layouts
-from preparation import dicom_files, import_volumes, itk_files, volume_pairs
+from preparation import dicom_files, dicom_labels, import_volumes, itk_files, volume_pairs
 from preparation.dicom_files import Header
 from preparation.readings import Format, VolumeCase, VolumeReading, split_of_folder
 from preparation.volume_pairs import Pair
@@ -259,33 +260,60 @@ def find_series(headers: list[Header], folder: Path) -> list[Series]:
     return sorted(series, key=lambda item: item.name)
 
 
-def match_labels(series: list[Series], folder: Path) -> dict[int, Path]:
-    """Return {index of a series: its label map}.
+def find_labels(
+    series: list[Series], headers: list[Header], folder: Path, args: Namespace
+) -> dict[int, Path]:
+    """Return {index of a series: its label map}: other files, else segmentations in DICOM.
 
     Raises ValueError, one line, if a label map fits no series or several, or a series has two.
     """
     files = [volume_pairs.named(path, folder) for path in volume_pairs.volume_files(folder)]
     if any(file.is_label for file in files):
         files = [file for file in files if file.is_label]
+    candidates = {file.path: series_of_name(series, file.key) for file in files}
+    if not candidates:
+        for header in headers:
+            if header.is_label:
+                candidates[header.path] = series_of_reference(series, header.path)
 
     label_of = {}
-    for file in files:
-        path = file.path
-        indices = [i for i, item in enumerate(series) if item.key == file.key]
+    for path, indices in candidates.items():
+        if not indices and args.skip_unpaired:
+            continue
         if len(indices) != 1:
-            name = plain(file.key.split("/")[-1])
-            by_name = [i for i, item in enumerate(series) if name in item.names]
-            indices = by_name or indices
-        if len(indices) != 1:
-            number = len(indices) or "no"
             raise ValueError(
-                f"{path}: {number} series of DICOM files fit this label map; name it like the "
-                "folder, the PatientID or the SeriesInstanceUID of one"
+                f"{path}: {len(indices) or 'no'} series of DICOM files fit this label map; name it "
+                "like the folder, the PatientID or the SeriesInstanceUID of one"
             )
         if indices[0] in label_of:
-            raise ValueError(f"{path}: a second label map besides {label_of[indices[0]]}")
+            raise ValueError(
+                f"{path}: a second label map besides {label_of[indices[0]]}; move one away"
+            )
         label_of[indices[0]] = path
     return label_of
+
+
+def series_of_name(series: list[Series], key: str) -> list[int]:
+    """Return the indices of the series that fit the key of a label map."""
+    indices = [i for i, item in enumerate(series) if item.key == key]
+    if len(indices) == 1:
+        return indices
+    name = plain(key.split("/")[-1])
+    return [i for i, item in enumerate(series) if name in item.names] or indices
+
+
+def series_of_reference(series: list[Series], path: Path) -> list[int]:
+    """Return the indices of the series that a SEG or RTSTRUCT file refers to, else of its study."""
+    uid, study = dicom_labels.referenced_series(path)
+    of_series = []
+    of_study = []
+    for i, item in enumerate(series):
+        data = item.headers[0].data
+        if data.get("SeriesInstanceUID") == uid:
+            of_series.append(i)
+        if data.get("StudyInstanceUID") == study:
+            of_study.append(i)
+    return of_series or of_study
 
 
 def recognise(folder: Path, args: Namespace) -> list[VolumeReading]:
@@ -302,52 +330,71 @@ def recognise(folder: Path, args: Namespace) -> list[VolumeReading]:
             )
         return []
 
-    label_of = match_labels(series, folder)
-    if not label_of:
-        dicom_files.refuse_annotations(headers)
-    unpaired = [i for i in range(len(series)) if i not in label_of]
-    if label_of and unpaired and not args.skip_unpaired:
-        raise ValueError(
-            f"{series[unpaired[0]].folder}: the series {series[unpaired[0]].name} has no label "
-            f"map, and {len(unpaired) - 1} more series lack theirs; add it, or leave such series "
-            "out with --skip-unpaired"
-        )
-
-    chosen = sorted(label_of) or range(len(series))
-    label_files = [label_of.get(i) for i in chosen]
-    labels, numbers = import_volumes.name_classes(folder, args, sorted(label_of.values()))
-    cases = make_cases([series[i] for i in chosen], label_files, numbers, folder)
-    modalities = {series[i].headers[0].modality for i in chosen}
-    if len(modalities) > 1:
-        raise ValueError(
-            f"{folder}: holds series of {' and '.join(sorted(modalities))}; import each from a "
-            "folder of its own"
-        )
+    label_of = find_labels(series, headers, folder, args)
+    refuse_unlabelled(series, label_of, args)
+    if label_of:
+        series = [series[i] for i in sorted(label_of)]
+    label_files = [label_of[i] for i in sorted(label_of)]
+    labels, numbers = name_classes(folder, args, label_files)
+    cases = make_cases(series, label_files, numbers, folder)
+    modality = args.modality or modality_of(series, folder)
 
     count = dicom_files.count_modalities(headers)
     summary = [f"{import_volumes.count_cases(cases)}, DICOM files: {count}"]
     left_out = len(all_series) - len(cases)
     if left_out:
         summary.append(f"series left out, localizers or without a label map: {left_out}")
-    modality = args.modality or modalities.pop()
+    if label_files:
+        summary.append(f"label maps: {layouts.count_kinds(label_files)}")
     return [VolumeReading("dicom", summary, cases, labels, modality)]
 
 
+def refuse_unlabelled(series: list[Series], label_of: dict[int, Path], args: Namespace) -> None:
+    """Raise ValueError, one line, if only some series have a label map."""
+    unlabelled = [item for i, item in enumerate(series) if i not in label_of]
+    if label_of and unlabelled and not args.skip_unpaired:
+        raise ValueError(
+            f"{unlabelled[0].folder}: the series {unlabelled[0].name} has no label map, and "
+            f"{len(unlabelled) - 1} more series lack theirs; add it, or leave such series out with "
+            "--skip-unpaired"
+        )
+
+
+def name_classes(
+    folder: Path, args: Namespace, label_files: list[Path]
+) -> tuple[dict, dict[str, int]]:
+    """Return the labels of dataset.json and, of files that name their classes, {name: number}."""
+    if not any(map(dicom_files.is_dicom, label_files)):
+        return import_volumes.name_classes(folder, args, label_files)
+    names = [dicom_labels.class_names(path) for path in label_files]
+    return import_volumes.number_names(names, args, folder)
+
+
+def modality_of(series: list[Series], folder: Path) -> str:
+    """Return the modality of all series. Raises ValueError, one line, if there are several."""
+    modalities = sorted({item.headers[0].modality for item in series})
+    if len(modalities) > 1:
+        raise ValueError(
+            f"{folder}: holds series of {' and '.join(modalities)}; import each from a folder of "
+            "its own"
+        )
+    return modalities[0]
+
+
 def make_cases(
-    series: list[Series], labels: list[Path | None], numbers: dict[str, int], folder: Path
+    series: list[Series], label_files: list[Path], numbers: dict[str, int], folder: Path
 ) -> list[VolumeCase]:
     """Return the cases of series. Raises ValueError, one line, for a series with gaps.
 
-    labels: the label map of each series. numbers: name of a segment in them -> its number.
+    label_files: those of the series, or []. numbers: name of a class in them -> its number.
     """
     patients = dicom_files.number_patients([item.headers[0] for item in series])
     cases = []
-    for item, label in zip(series, labels, strict=True):
+    for k, item in enumerate(series):
         slices = sorted_slices(item)
         write_labels = None
-        if label:
-            pair = Pair(item.name, (slices[0].path,), label)
-            write_labels = partial(import_volumes.write_label_map, pair, numbers)
+        if label_files:
+            write_labels = label_writer(item, label_files[k], numbers)
         group = patients[item.headers[0].patient]
         split = split_of_folder(item.folder.relative_to(folder))
         write_image = partial(write_series, slices)
@@ -355,10 +402,19 @@ def make_cases(
     return cases
 
 
+def label_writer(series: Series, label: Path, numbers: dict[str, int]) -> Callable:
+    """Return the function that writes the label map of a series."""
+    if dicom_files.is_dicom(label):
+        return partial(dicom_labels.write_labels, label, numbers)
+    pair = Pair(series.name, (series.headers[0].path,), label)
+    return partial(import_volumes.write_label_map, pair, numbers)
+
+
 FORMATS = (
     Format(
         "dicom",
-        "series of CT, MR or PET slices in DICOM, label maps in NIfTI, NRRD or MetaImage",
+        "series of CT, MR or PET slices, label maps in DICOM (SEG, RTSTRUCT), NIfTI, NRRD or "
+        "MetaImage",
         recognise,
     ),
 )

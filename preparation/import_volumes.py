@@ -225,9 +225,21 @@ def name_classes(
         raise ValueError(f"{others[0]}: no .seg.nrrd, unlike {segmentations[0]}; save all alike")
     if not segmentations:
         return read_class_names(folder, args, label_files), {}
+    return number_names([segment_names(path) for path in segmentations], args, folder)
 
-    names = chosen_names(segment_names(segmentations), args, folder)
-    return numbered(names), {name: number for number, name in enumerate(names, 1)}
+
+def number_names(
+    names_of_files: list[list[str]], args: Namespace, folder: Path
+) -> tuple[dict, dict[str, int]]:
+    """Return the labels of dataset.json, and {name: number}, of files that name their classes.
+
+    Names are numbered in the order in which they first appear, or in that of --classes.
+    """
+    names = {}
+    for of_file in names_of_files:
+        names |= dict.fromkeys(of_file)
+    chosen = chosen_names(list(names), args, folder)
+    return numbered(chosen), {name: number for number, name in enumerate(chosen, 1)}
 
 
 def files_of(pairs: list[Pair]) -> list[Path]:
@@ -247,13 +259,9 @@ def count_cases(cases: list[VolumeCase]) -> str:
     return f"{labelled} volumes with label maps" + (f", {unlabelled} without" * bool(unlabelled))
 
 
-def segment_names(files: list[Path]) -> list[str]:
-    """Return the names of the segments of .seg.nrrd files, in the order in which they appear."""
-    names = {}
-    for path in files:
-        for segment in itk_files.read_segments(path):
-            names.setdefault(segment.name, path)
-    return list(names)
+def segment_names(path: Path) -> list[str]:
+    """Return the names of the segments of a .seg.nrrd file."""
+    return [segment.name for segment in itk_files.read_segments(path)]
 
 
 def modality_of(pairs: list[Pair], args: Namespace) -> tuple[str, list[str]]:

@@ -139,15 +139,15 @@ def read_segments(path: Path) -> list[Segment]:
     return segments
 
 
-COVERED = "segments overlap; the one that comes later in the file covers the others"
+COVERED = "segments overlap; the one with the higher number covers the others"
 
 
 def write_segments(source: Path, target: Path, image: Path, numbers: dict[str, int]) -> None:
     """Write a .seg.nrrd file as a label map on the grid of an image.
 
-    numbers: name of a segment -> its number in the label map; other segments are left out. A later
-    segment covers earlier ones; how many voxels that concerns is printed. Raises ValueError, one
-    line, if the voxels are not among those of the image.
+    numbers: name of a segment -> its number in the label map; other segments are left out. A higher
+    number covers lower ones; how many voxels that concerns is printed. Raises ValueError, one line,
+    if the voxels are not among those of the image.
     """
     grid = nifti.read_grid(image)
     stored = read_itk(source)
@@ -156,11 +156,12 @@ def write_segments(source: Path, target: Path, image: Path, numbers: dict[str, i
 
     labels = np.zeros(layers.shape[:3], np.uint8)
     covered = 0
-    for segment in read_segments(source):
-        if segment.name in numbers:
-            mask = layers[..., segment.layer] == segment.number
+    segments = {segment.name: segment for segment in read_segments(source)}
+    for name, number in numbers.items():
+        if name in segments:
+            mask = layers[..., segments[name].layer] == segments[name].number
             covered += np.count_nonzero(labels[mask])
-            labels[mask] = numbers[segment.name]
+            labels[mask] = number
     if covered:
         nifti.notices.add(COVERED, source, f"{covered:,} voxels")
 

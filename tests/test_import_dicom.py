@@ -437,19 +437,193 @@ def test_a_compression_without_its_decoder_is_refused_with_the_packages(
     refused(imported(*LIVER), tmp_path, "IM0003.dcm", "JPEG Lossless", "pip install pylibjpeg")
 
 
-@pytest.mark.parametrize("modality, word", [("SEG", "dcmqi"), ("RTSTRUCT", "plastimatch")])
-def test_annotations_in_dicom_are_refused_with_a_converter(
-    imported,
-    tmp_path,
-    modality,
-    word,
-):
+# --- segmentations and contours in DICOM ----------------------------------------------------------
+
+
+def referring(modality, sop_class, image, patient):
+    """The header of a file that refers to the series of an image."""
+    data = header(modality, sop_class, patient, 77)
+    data.StudyInstanceUID = image.StudyInstanceUID
+    data.FrameOfReferenceUID = image.FrameOfReferenceUID
+    reference = Dataset()
+    reference.SeriesInstanceUID = image.SeriesInstanceUID
+    if modality == "SEG":
+        data.ReferencedSeriesSequence = [reference]
+        return data
+    study = Dataset()
+    study.RTReferencedSeriesSequence = [reference]
+    frame = Dataset()
+    frame.RTReferencedStudySequence = [study]
+    data.ReferencedFrameOfReferenceSequence = [frame]
+    return data
+
+
+def sequence_of(**fields):
+    """A sequence of one item."""
+    item = Dataset()
+    for name, value in fields.items():
+        setattr(item, name, value)
+    return [item]
+
+
+def segmentation(image, masks, patient="ID-1"):
+    """A SEG file of {name: mask (X,Y,Z)}, without frames of empty slices, from the last slice."""
+    data = referring("SEG", "1.2.840.10008.5.1.4.1.1.66.4", image, patient)
+    data.SegmentationType = "BINARY"
+    shared = Dataset()
+    orientation = image.ImageOrientationPatient
+    shared.PlaneOrientationSequence = sequence_of(ImageOrientationPatient=orientation)
+    shared.PixelMeasuresSequence = sequence_of(PixelSpacing=image.PixelSpacing)
+    data.SharedFunctionalGroupsSequence = [shared]
+
+    data.SegmentSequence = []
+    data.PerFrameFunctionalGroupsSequence = []
+    frames = []
+    for number, (name, mask) in enumerate(masks.items(), 1):
+        data.SegmentSequence += sequence_of(SegmentNumber=number, SegmentLabel=name)
+        for z in reversed(range(mask.shape[2])):
+            if not mask[:, :, z].any():
+                continue
+            frame = Dataset()
+            position = ORIGIN + DIRECTION[:, 2] * SPACING[2] * z
+            frame.PlanePositionSequence = sequence_of(ImagePositionPatient=position.tolist())
+            frame.SegmentIdentificationSequence = sequence_of(ReferencedSegmentNumber=number)
+            data.PerFrameFunctionalGroupsSequence.append(frame)
+            frames.append(mask[:, :, z].T)
+    bits = pixels.pack_bits(np.array(frames, np.uint8).ravel())
+    data.Rows, data.Columns = frames[0].shape
+    data.NumberOfFrames = len(frames)
+    data.SamplesPerPixel = 1
+    data.PhotometricInterpretation = "MONOCHROME2"
+    data.BitsAllocated = data.BitsStored = 1
+    data.HighBit = data.PixelRepresentation = 0
+    data.PixelData = bits
+    return data
+
+
+def test_segmentations_in_dicom_are_read(imported, tmp_path):
+    for k in range(3):
+        image, labels = scan(k)
+        datasets = write_series(tmp_path / f"source/P{k}/CT", image, patient=f"ID-{k}")
+        tumour = np.zeros(labels.shape, np.uint8)
+        tumour[8:12, 6:8, 3:5] = 1
+        masks = {"Tumour": tumour, "Liver": labels}
+        drawn = segmentation(datasets[0], masks, f"ID-{k}")
+        save(drawn, tmp_path / f"source/P{k}/segmentation.dcm")
+    status, text, error = imported("--classes", "Liver,Tumour")
+    assert status == 0, error
+    assert "3 volumes with label maps" in text and "24 CT, 3 SEG" in text
+    assert "P1/segmentation.dcm (12 voxels)" in text and "higher number" in text
+    for k in range(3):
+        _, _, label = entries(tmp_path / "mine")[f"P{k}"]
+        expected = scan(k)[1]
+        expected[8:12, 6:8, 3:5] = 2
+        np.testing.assert_array_equal(voxels(label), expected)
+
+    assert imported("--out", tmp_path / "all")[0] == 0  # in the order of the file: liver covers
+    labels = voxels(entries(tmp_path / "all")["P0"][2])
+    assert (labels == 2).sum() == scan()[1].sum()
+
+
+def test_a_segmentation_of_other_voxels_is_refused(imported, tmp_path):
+    image, labels = scan()
+    datasets = write_series(tmp_path / "source/CT", image, patient="ID-1")
+    drawn = segmentation(datasets[0], {"Liver": labels})
+    path = save(drawn, tmp_path / "source/seg.dcm")
+    assert imported("--out", tmp_path / "right")[0] == 0
+    (item,) = drawn.SharedFunctionalGroupsSequence
+    item.PixelMeasuresSequence[0].PixelSpacing = [1.1, 0.81]
+    save(drawn, path)
+    refused(imported(), tmp_path, "seg.dcm: a frame does not lie on a slice of its series")
+    drawn.SegmentationType = "FRACTIONAL"
+    save(drawn, path)
+    refused(imported(), tmp_path, "type fractional", "3D Slicer")
+
+
+def contours(image, structures, patient="ID-1"):
+    """An RTSTRUCT file of {name: [(slice, corners in voxels (x, y))]}."""
+    data = referring("RTSTRUCT", "1.2.840.10008.5.1.4.1.1.481.3", image, patient)
+    data.StructureSetROISequence = []
+    data.ROIContourSequence = []
+    for number, (name, polygons) in enumerate(structures.items(), 5):
+        data.StructureSetROISequence += sequence_of(ROINumber=number, ROIName=name)
+        drawn = []
+        for z, corners in polygons:
+            points = []
+            for x, y in corners:
+                points += (ORIGIN + DIRECTION @ (np.array([x, y, z]) * SPACING)).round(6).tolist()
+            drawn += sequence_of(
+                ContourGeometricType="CLOSED_PLANAR",
+                NumberOfContourPoints=len(corners),
+                ContourData=points,
+            )
+        drawn += sequence_of(ContourGeometricType="POINT", ContourData=[0, 0, 0])
+        item = sequence_of(ReferencedROINumber=number)[0]
+        item.ContourSequence = drawn
+        data.ROIContourSequence.append(item)
+    return data
+
+
+def rectangle(x0, y0, x1, y1):
+    """Corners around the centres of the voxels x0 to x1 and y0 to y1."""
+    return [(x0 - 0.5, y0 - 0.5), (x1 + 0.5, y0 - 0.5), (x1 + 0.5, y1 + 0.5), (x0 - 0.5, y1 + 0.5)]
+
+
+def test_contours_are_filled(imported, tmp_path):
+    image, _ = scan()
+    structures = {
+        "Ring": [(z, rectangle(4, 3, 12, 10)) for z in (2, 3)]
+        + [(z, rectangle(6, 5, 8, 7)) for z in (2, 3)],  # a hole
+        "Triangle": [(5, [(2.5, 1.5), (8.5, 1.5), (2.5, 7.5)])],
+        "Unused": [],
+    }
+    for k in range(3):
+        datasets = write_series(tmp_path / f"source/P{k}", image, patient=f"ID-{k}")
+        drawn = contours(datasets[0], structures, f"ID-{k}")
+        save(drawn, tmp_path / f"source/P{k}/rtstruct.dcm")
+    status, text, error = imported("--classes", "Ring,Triangle")
+    assert status == 0, error
+    labels = voxels(entries(tmp_path / "mine")["P1"][2])
+    expected = np.zeros(image.shape, np.uint8)
+    expected[4:13, 3:11, 2:4] = 1
+    expected[6:9, 5:8, 2:4] = 0
+    for x, y in itertools.product(range(3, 9), range(2, 8)):
+        if (x - 2.5) + (y - 1.5) < 6:  # below the long side
+            expected[x, y, 5] = 2
+    on_the_side = {(x, y) for x, y in itertools.product(range(18), range(14)) if x + y == 10}
+    for x, y in on_the_side:
+        expected[x, y, 5] = labels[x, y, 5]  # either is right
+    np.testing.assert_array_equal(labels, expected)
+    assert (labels == 2).sum() >= 15
+
+
+@pytest.mark.parametrize("part", ["SegmentSequence", "PerFrameFunctionalGroupsSequence"])
+def test_incomplete_segmentations_are_refused(imported, tmp_path, part):
+    image, labels = scan()
+    datasets = write_series(tmp_path / "source/CT", image, patient="ID-1")
+    drawn = segmentation(datasets[0], {"Liver": labels})
+    delattr(drawn, part)
+    save(drawn, tmp_path / "source/seg.dcm")
+    refused(imported(), tmp_path, "seg.dcm: its header is not complete", part)
+
+
+def test_contours_between_slices_are_refused(imported, tmp_path):
+    datasets = write_series(tmp_path / "source", scan()[0], patient="ID-1")
+    drawn = contours(datasets[0], {"Heart": [(2.5, rectangle(3, 3, 6, 6))]})
+    save(drawn, tmp_path / "source/rtstruct.dcm")
+    refused(imported(), tmp_path, "a contour of Heart", "slice 2.50 of 8")
+
+
+@pytest.mark.parametrize("modality", ["SEG", "RTSTRUCT"])
+def test_labels_without_their_series_are_refused(imported, tmp_path, modality):
+    other = slices_of(scan()[0], patient="someone else")[0]
     write_series(tmp_path / "source", scan()[0])
-    save(header(modality, "1.2.840.10008.5.1.4.1.1.66.4", "x", 9), tmp_path / "source/a.dcm")
-    refused(imported(), tmp_path, "a.dcm", word)
+    data = referring(modality, "1.2.840.10008.5.1.4.1.1.66.4", other, "someone else")
+    save(data, tmp_path / "source/a.dcm")
+    refused(imported(), tmp_path, "a.dcm: no series of DICOM files fit")
     for path in (tmp_path / "source").glob("IM*"):
         path.unlink()
-    refused(imported(), tmp_path, "a.dcm", word)
+    refused(imported(), tmp_path, f"a.dcm: is a {modality} file, but the images", "are missing")
 
 
 # --- single images --------------------------------------------------------------------------------
