@@ -5,7 +5,9 @@ head), NIfTI in RAS. 3D Slicer's .seg.nrrd files name their segments, may overla
 and cover only a part of the image's grid.
 """
 
-import re
+import os
+import sys
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,7 +38,8 @@ def read_itk(path: Path):
     """
     itk = simple_itk(path)
     try:
-        image = itk.ReadImage(str(path))
+        with quiet_stderr():
+            image = itk.ReadImage(str(path))
     except RuntimeError as error:
         raise ValueError(f"{path}: not readable ({last_line(error)}); replace the file") from None
     if image.GetDimension() != 3 or image.GetDepth() < 2:
@@ -45,10 +48,27 @@ def read_itk(path: Path):
     return image
 
 
+@contextmanager
+def quiet_stderr():
+    """Hide what the C++ code of ITK prints about a file; the error that it raises is enough."""
+    sys.stderr.flush()
+    saved = os.dup(2)
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 2)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(nothing)
+
+
 def last_line(error: Exception) -> str:
     """Return the part of an error of ITK that says what is wrong, in one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return re.sub(r"^(ITK ERROR|Error|Exception)[^:]*:\s*", "", lines[-1]) if lines else "damaged"
+    if not lines or lines[-1].startswith("Reason:"):  # an unrelated number of the system
+        return "its header or voxels are damaged, missing or not whole"
+    return lines[-1].removeprefix("sitk::ERROR: ")
 
 
 def affine_of(image) -> np.ndarray:
@@ -118,7 +138,8 @@ def read_segments(path: Path) -> list[Segment]:
     reader = itk.ImageFileReader()
     reader.SetFileName(str(path))
     try:
-        reader.ReadImageInformation()
+        with quiet_stderr():
+            reader.ReadImageInformation()
     except RuntimeError as error:
         raise ValueError(f"{path}: not readable ({last_line(error)}); replace the file") from None
     fields = {key: reader.GetMetaData(key) for key in reader.GetMetaDataKeys()}

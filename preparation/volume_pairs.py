@@ -124,7 +124,7 @@ def without_channel(words: list[str], is_label: bool) -> tuple[list[str], str]:
 def join_key(parts: list[str]) -> str:
     """Join the parts of a key, without empty ones and repetitions: a/a becomes a."""
     joined = []
-    for part in parts:
+    for part in map(layouts.composed, parts):
         if part and part not in joined[-1:]:
             joined.append(part)
     return "/".join(joined)

@@ -3,6 +3,7 @@
 import datetime
 import itertools
 import json
+import sys
 
 import nibabel
 import numpy as np
@@ -421,6 +422,12 @@ def test_truncated_files_are_refused(imported, tmp_path):
     refused(imported(*LIVER), tmp_path, "IM0003.dcm: not readable as DICOM")
     path.write_bytes(b"")
     refused(imported(*LIVER), tmp_path, "IM0003.dcm: not readable as DICOM")
+
+
+def test_a_missing_package_is_named(imported, tmp_path, monkeypatch):
+    patients(tmp_path / "source")
+    monkeypatch.setitem(sys.modules, "pydicom", None)
+    refused(imported(*LIVER), tmp_path, ".dcm: DICOM files need pydicom: pip install pydicom")
 
 
 def test_a_compression_without_its_decoder_is_refused_with_the_packages(

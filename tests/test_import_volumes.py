@@ -3,6 +3,7 @@
 import itertools
 import json
 import shutil
+import sys
 
 import nibabel
 import numpy as np
@@ -14,6 +15,7 @@ from PIL import Image
 import prepare
 import train
 from imaging import layouts, nifti
+from preparation import itk_files
 
 SIZE = (20, 16, 12)
 # Axes turned about all three directions, 1.5 x 1.5 x 3 mm.
@@ -155,6 +157,14 @@ def test_names_pair_images_and_label_maps(imported, tmp_path, layout):
         np.testing.assert_array_equal(voxels(image), scan(k)[0])
         np.testing.assert_array_equal(voxels(label), scan(k)[1])
         assert image.read_bytes()[:2] == b"\x1f\x8b"  # compressed, as the name says
+
+
+def test_names_that_look_the_same_are_equal(imported, tmp_path):
+    image, labels = scan(0)
+    save(tmp_path / "source/images/K\u00f6ln.nii.gz", image)
+    save(tmp_path / "source/labels/Ko\u0308ln.nii.gz", labels)  # as macOS writes it
+    assert imported(*LIVER_AND_TUMOUR)[0] == 0
+    assert list(entries(tmp_path / "mine")) == ["K\u00f6ln"]
 
 
 def test_globs_name_files_of_any_kind(imported, tmp_path):
@@ -464,6 +474,23 @@ def test_a_truncated_file_is_refused(imported, tmp_path, ending):
     path = tmp_path / f"source/a1{ending}"
     path.write_bytes(path.read_bytes()[:3000])
     refused(imported(*LIVER_AND_TUMOUR), tmp_path, f"a1{ending}: not readable")
+
+
+def test_errors_of_itk_are_one_line(tmp_path, capfd):
+    path = tmp_path / "a.mha"
+    SimpleITK.WriteImage(itk_image(scan(0)[0]), str(path))
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="a.mha: not readable .its header or voxels are damaged"):
+        itk_files.read_itk(path)
+    assert capfd.readouterr().err == ""
+
+
+def test_a_missing_package_is_named(imported, tmp_path, monkeypatch):
+    (tmp_path / "source").mkdir()
+    SimpleITK.WriteImage(itk_image(scan(0)[0]), str(tmp_path / "source/a.nrrd"))
+    SimpleITK.WriteImage(itk_image(scan(0)[1]), str(tmp_path / "source/a_seg.nrrd"))
+    monkeypatch.setitem(sys.modules, "SimpleITK", None)
+    refused(imported(*LIVER_AND_TUMOUR), tmp_path, "a.nrrd", "pip install SimpleITK")
 
 
 def segmentation(labels, segments, crop=((0, 0, 0), SIZE)):
