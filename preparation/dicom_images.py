@@ -113,7 +113,7 @@ def read_objects(
     """
     mask = image_files.read_mask(path, numbers=bool(names))
     if names:
-        numbers = [int(number) for number in np.unique(mask) if number not in (0, 255)]
+        numbers = [int(number) for number in np.unique(mask) if number]
         unnamed = [number for number in numbers if number > len(names)]
         if unnamed:
             raise ValueError(f"{path}: holds {unnamed[0]}, --classes names 1 to {len(names)}")

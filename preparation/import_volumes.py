@@ -27,6 +27,7 @@ MOST_PICTURES = 12  # volumes in overview.png
 CARD = 640  # pixels, width of a picture there
 SIDE = 160  # voxels; longer sides are thinned for overview.png
 AIR = -500  # HU; MR and other volumes have no such voxels
+MODALITY_WORDS = {"CT": {"ct"}, "MR": {"mr", "mri", *volume_pairs.CHANNELS}}
 MOST_LEGEND = 30  # classes
 
 # --- class names ----------------------------------------------------------------------------------
@@ -83,6 +84,7 @@ def read_class_names(folder: Path, args: Namespace, labels: list[Path]) -> dict:
     if (folder / "dataset.json").is_file():
         content = read_json(folder / "dataset.json")
         if isinstance(content, dict) and isinstance(content.get("labels"), dict):
+            check_labels(content["labels"], folder / "dataset.json")
             return content["labels"]
     if (folder / "classes.json").is_file():
         names = layouts.read_classes(folder / "classes.json")
@@ -109,6 +111,14 @@ def numbers_of(labels: dict) -> set[int]:
         named_number = key if isinstance(value, str) and not value.isdigit() else value
         numbers.update(layouts.label_numbers(key, named_number))
     return numbers
+
+
+def check_labels(labels: dict, path: Path) -> None:
+    """Raise ValueError, one line, if the labels of a dataset.json have no numbers."""
+    try:
+        numbers_of(labels)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def count_numbers(path: Path, name: object) -> dict[int, int]:
@@ -256,7 +266,8 @@ def count_cases(cases: list[VolumeCase]) -> str:
     unlabelled = len(cases) - labelled
     if not labelled:
         return f"{unlabelled} volumes without label maps"
-    return f"{labelled} volumes with label maps" + (f", {unlabelled} without" * bool(unlabelled))
+    text = f"{labelled} volumes with label maps"
+    return f"{text}, {unlabelled} without" if unlabelled else text
 
 
 def segment_names(path: Path) -> list[str]:
@@ -272,14 +283,16 @@ def modality_of(pairs: list[Pair], args: Namespace) -> tuple[str, list[str]]:
     if pair.channels:
         return ", ".join(pair.channels), [f"channels, in this order: {', '.join(pair.channels)}"]
 
-    names = [*pair.images[0].parts[-2:-1], *volume_pairs.words_of(pair.images[0].name)]
+    image = pair.images[0]
+    names = [*image.parts[-2:-1], *volume_pairs.words_of(image.name)]
     words = {name.lower() for name in names}
-    if words & {"mr", "mri", *volume_pairs.CHANNELS}:
-        return "MR", ["modality: MR, as a file name says"]
+    for modality, known in MODALITY_WORDS.items():
+        if words & known:
+            return modality, [f"modality: {modality}, as the name of {image.name} says"]
     with tempfile.TemporaryDirectory() as temporary:
-        voxels, _ = nifti.read_volume(as_nifti(pair.images[0], Path(temporary)))
-    smallest = f"{pair.images[0].name} reaches {voxels.min():g}"
-    if voxels.min() < AIR or "ct" in words:
+        voxels, _ = nifti.read_volume(as_nifti(image, Path(temporary)))
+    smallest = f"{image.name} reaches {voxels.min():g}"
+    if voxels.min() < AIR:
         return "CT", [f"modality: CT, as {smallest} (--modality sets another one)"]
     return "unknown", [f"modality: unknown, {smallest}; --modality CT or MR sets it"]
 
@@ -456,6 +469,8 @@ def write_volumes(reading: VolumeReading, cases: list[VolumeCase], args: Namespa
     groups = {case.group for case in cases if case.group}
     if groups:
         title.append(f"patients: {len(groups)}")
+    elif not any(case.split for case in reading.cases):
+        title.append("split by volume; --groups FILE keeps the volumes of a patient together")
     volume_sets.write_data_set(args.out, about, writer.splits, writer.put, title, writer.finish)
 
 

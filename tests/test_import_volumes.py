@@ -95,6 +95,7 @@ def test_sister_folders_become_a_data_set_that_check_accepts(
     status, text, error = imported(*LIVER_AND_TUMOUR)
     assert status == 0, error
     assert "10 volumes with label maps" in text and "CT, as p0.nii.gz reaches -1000" in text
+    assert "split by volume; --groups FILE" in text
     assert contents(source) == before
 
     about = json.loads((tmp_path / "mine/dataset.json").read_text())
@@ -240,6 +241,25 @@ def test_the_modality_is_that_of_the_option(imported, tmp_path):
     sister_folders(tmp_path / "source", 3)
     assert imported(*LIVER_AND_TUMOUR, "--modality", "MR")[0] == 0
     assert json.loads((tmp_path / "mine/dataset.json").read_text())["modality"] == {"0": "MR"}
+
+
+def test_an_unknown_modality_is_said(imported, tmp_path):
+    for k in range(3):
+        image, labels = scan(k)
+        save(tmp_path / f"source/images/p{k}.nii.gz", image + 1000)
+        save(tmp_path / f"source/labels/p{k}.nii.gz", labels)
+    status, text, error = imported(*LIVER_AND_TUMOUR)
+    assert status == 0, error
+    assert "modality: unknown, p0.nii.gz reaches 0; --modality CT or MR sets it" in text
+    (tmp_path / "source/images").rename(tmp_path / "source/mr")
+    status, text, error = imported(*LIVER_AND_TUMOUR, "--out", tmp_path / "named")
+    assert status == 0 and "modality: MR, as the name of p0.nii.gz says" in text, error
+
+
+def test_faulty_labels_of_a_dataset_json_are_refused(imported, tmp_path):
+    sister_folders(tmp_path / "source", 3)
+    (tmp_path / "source/dataset.json").write_text('{"labels": {"background": 0, "liver": 1.5}}')
+    refused(imported(), tmp_path, "dataset.json: label liver is 1.5")
 
 
 def test_names_come_from_a_file_of_the_folder(imported, tmp_path):
