@@ -659,7 +659,9 @@ def blob(path, top=255):
 
 def test_x_rays_with_masks_become_a_data_set(imported, tmp_path, monkeypatch, capsys):
     for k in range(12):
-        data, _ = x_ray(f"ID-{k // 2}", WindowCenter=1000 + 50 * k, WindowWidth=900)
+        data, _ = x_ray(f"ID-{k // 2}", WindowCenter=1000 + 50 * k, WindowWidth=2500)
+        noise = np.random.default_rng(k).integers(0, 4096, SIZE, np.uint16)
+        pixels.set_pixel_data(data, noise, "MONOCHROME2", 12)
         save(data, tmp_path / f"source/images/x{k}.dcm")
         blob(tmp_path / f"source/masks/x{k}.png")
     before = contents(tmp_path / "source")
@@ -680,6 +682,7 @@ def test_x_rays_with_masks_become_a_data_set(imported, tmp_path, monkeypatch, ca
     mask = np.asarray(Image.open(tmp_path / "mine/masks/x5.png"))
     assert (mask == 255).sum() == 150 and (mask > 0).sum() == 150
     status, text, _ = command(monkeypatch, capsys, prepare, "check", tmp_path / "mine")
+    assert status == 0, text
     assert b"Doe" not in b"".join(contents(tmp_path / "mine").values())
 
 
