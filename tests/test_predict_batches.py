@@ -14,7 +14,7 @@ import nibabel
 import numpy as np
 import pytest
 import torch
-from conftest import command, contents, write_run
+from conftest import assert_same_scores, command, contents, write_run
 from PIL import Image
 
 import predict
@@ -609,18 +609,6 @@ def test_the_last_weights_of_a_run_without_a_validation(
         json.loads((tmp_path / name / "test/summary.json").read_text()) for name in ("eval", "run")
     )
     assert_same_scores(ours["tests"], theirs["tests"])
-
-
-def assert_same_scores(ours, theirs):
-    """In another place of the memory, sums of floats may differ in their last bits."""
-    if isinstance(ours, dict):
-        assert ours.keys() == theirs.keys()
-        for name, value in ours.items():
-            assert_same_scores(value, theirs[name])
-    elif isinstance(ours, float):
-        assert ours == pytest.approx(theirs, rel=1e-12, nan_ok=True)
-    else:
-        assert ours == theirs
 
 
 def test_a_run_without_any_weights_says_so(run, photos, tmp_path, monkeypatch, capsys):
