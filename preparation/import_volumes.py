@@ -1,7 +1,8 @@
-"""Bring a user's volumes into our layout: the formats of NIfTI, NRRD and MetaImage, and writing.
+"""Import a user's volumes into our layout: read NIfTI, NRRD and MetaImage, write the data set.
 
-volume_pairs.py finds the image and the label map of a case, itk_files.py converts what SimpleITK
-reads, total_segmentator.py reads one mask for each class, dicom_series.py reads DICOM.
+volume_pairs.py finds the image and the label map of a case. itk_files.py converts formats that only
+SimpleITK reads. total_segmentator.py reads folders of one mask for each class, dicom_series.py
+reads DICOM.
 """
 
 import gzip
@@ -25,8 +26,8 @@ from preparation.volume_pairs import Pair
 
 MOST_PICTURES = 12  # volumes in overview.png
 CARD = 640  # pixels, width of a picture there
-SIDE = 160  # voxels; longer sides are thinned for overview.png
-AIR = -500  # HU; MR and other volumes have no such voxels
+SIDE = 160  # voxels; overview.png skips voxels of longer sides
+AIR = -500  # HU; only CT has voxels below this
 MODALITY_WORDS = {"CT": {"ct"}, "MR": {"mr", "mri", *volume_pairs.CHANNELS}}
 MOST_LEGEND = 30  # classes
 
@@ -34,17 +35,19 @@ MOST_LEGEND = 30  # classes
 
 
 def parse_classes(text: str) -> dict[str, str]:
-    """Return {"0": "background", number: name} of --classes: "liver,tumour" or "1=liver,4=tumour".
+    """Return {"0": "background", number: name} from --classes.
 
-    Raises ValueError, one line, for other texts, and for a name or number that is repeated.
+    text: "liver,tumour" or "1=liver,4=tumour". Raises ValueError, one line, for other texts and
+    for a repeated name or number.
     """
     labels = {"0": "background"}
-    names = [name.strip() for name in text.split(",")]
-    for position, name in enumerate(names, 1):
-        number, _, numbered_name = name.rpartition("=")
+    for position, item in enumerate(text.split(","), 1):
+        number, _, name = item.rpartition("=")
         number = number.strip() or str(position)
-        name = numbered_name.strip()
-        if not name or not re.fullmatch(r"[1-9]\d{0,4}", number) or number == "255":
+        name = name.strip()
+
+        is_number = re.fullmatch(r"[1-9]\d{0,4}", number) and number != "255"
+        if not name or not is_number:
             raise ValueError(f"--classes {text!r}: expected liver,tumour or 1=liver,4=tumour")
         if number in labels or name in labels.values():
             raise ValueError(f"--classes {text!r}: {name} or {number} is repeated")
@@ -53,17 +56,18 @@ def parse_classes(text: str) -> dict[str, str]:
 
 
 def chosen_names(all_names: list[str], args: Namespace, where: Path) -> list[str]:
-    """Return the names that --classes lists, all without it; for files that name their classes.
+    """Return the names that --classes chooses from all_names, or all of them without --classes.
 
     Raises ValueError, one line, for names that do not occur, and for more than 254.
     """
     names = all_names
     if args.classes:
         names = [name.strip() for name in args.classes.split(",")]
-    unknown = [name for name in names if name not in all_names]
-    if unknown:
-        known = layouts.shorten(", ".join(all_names), 300)
-        raise ValueError(f"--classes: {where} has no {unknown[0]!r}, only {known}")
+
+    for name in names:
+        if name not in all_names:
+            known = layouts.shorten(", ".join(all_names), 300)
+            raise ValueError(f"--classes: {where} has no {name!r}, only {known}")
     if len(names) > 254:
         raise ValueError(f"{where}: has {len(names)} classes, at most 254; choose with --classes")
     return names
@@ -71,21 +75,26 @@ def chosen_names(all_names: list[str], args: Namespace, where: Path) -> list[str
 
 def numbered(names: list[str]) -> dict[str, str]:
     """Return {"0": "background", "1": first name, …}."""
-    return {str(k): name for k, name in enumerate(["background", *names])}
+    labels = {"0": "background"}
+    for number, name in enumerate(names, 1):
+        labels[str(number)] = name
+    return labels
 
 
 def read_class_names(folder: Path, args: Namespace, labels: list[Path]) -> dict:
-    """Return the labels of dataset.json from --classes, or from a file of the folder.
+    """Return the labels for dataset.json from --classes, or from a file in the folder.
 
     Raises ValueError, one line, with the numbers in the label maps, if nothing names the classes.
     """
     if args.classes:
         return parse_classes(args.classes)
+
     if (folder / "dataset.json").is_file():
         content = read_json(folder / "dataset.json")
         if isinstance(content, dict) and isinstance(content.get("labels"), dict):
             check_labels(content["labels"], folder / "dataset.json")
             return content["labels"]
+
     if (folder / "classes.json").is_file():
         names = layouts.read_classes(folder / "classes.json")
         return numbered(list(layouts.foreground(names)))
@@ -97,6 +106,7 @@ def read_class_names(folder: Path, args: Namespace, labels: list[Path]) -> dict:
     numbers = sorted(numbers - {0, 255})
     if not numbers:
         raise ValueError(f"{folder}: its {len(labels)} label maps hold no class, only 0 or 255")
+
     example = ",".join(f"{number}=NAME" for number in numbers[:4])
     raise ValueError(
         f"{folder}: its {len(labels)} label maps hold the numbers {', '.join(map(str, numbers))}; "
@@ -105,7 +115,7 @@ def read_class_names(folder: Path, args: Namespace, labels: list[Path]) -> dict:
 
 
 def numbers_of(labels: dict) -> set[int]:
-    """Return the numbers that the labels of a dataset.json name, in either direction."""
+    """Return the numbers in the labels of a dataset.json: {number: name} or {name: number}."""
     numbers = {0}
     for key, value in labels.items():
         named_number = key if isinstance(value, str) and not value.isdigit() else value
@@ -122,12 +132,13 @@ def check_labels(labels: dict, path: Path) -> None:
 
 
 def count_numbers(path: Path, name: object) -> dict[int, int]:
-    """Return {number: voxels} of a label map in NIfTI.
+    """Count the voxels of every number in a NIfTI label map: {number: voxels}.
 
-    name: of the label map, for messages. Raises ValueError, one line, for negative numbers,
+    name: the label map's name in messages. Raises ValueError, one line, for negative numbers,
     fractions and several channels.
     """
     voxels, _ = nifti.read_volume(path)  # (C,X,Y,Z)
+
     rounded = np.rint(voxels)
     is_label_map = len(voxels) == 1 and rounded.min() >= 0 and rounded.max() < 2**16
     if not is_label_map or np.abs(voxels - rounded).max() > 1e-3:
@@ -135,21 +146,28 @@ def count_numbers(path: Path, name: object) -> dict[int, int]:
             f"{name}: holds {len(voxels)} channels of {voxels.min():g} to {voxels.max():g}; a "
             "label map has one, of whole class numbers"
         )
+
     counts = np.bincount(rounded.astype(np.uint16).ravel())
-    return {int(number): int(counts[number]) for number in np.flatnonzero(counts)}
+    present = np.flatnonzero(counts)
+    return dict(zip(present.tolist(), counts[present].tolist(), strict=True))
 
 
 # --- formats --------------------------------------------------------------------------------------
 
 
 def kind_of(files: list[Path]) -> str:
-    """Return the format of volume files: mha or nrrd if there is one of these, else nifti."""
-    names = [path.name.lower() for path in files]
-    if any(name.endswith((".mha", ".mhd")) for name in names):
-        return "mha"
-    if any(name.endswith((".nrrd", ".nhdr")) for name in names):
-        return "nrrd"
-    return "nifti" if names else ""
+    """Return the format of volume files: mha if there is one, else nrrd, else nifti.
+
+    Return "" if there are no files.
+    """
+    kind = "nifti" if files else ""
+    for path in files:
+        name = path.name.lower()
+        if name.endswith((".mha", ".mhd")):
+            return "mha"
+        if name.endswith((".nrrd", ".nhdr")):
+            kind = "nrrd"
+    return kind
 
 
 def recognise_pairs(kind: str, folder: Path, args: Namespace) -> list[VolumeReading]:
@@ -159,6 +177,7 @@ def recognise_pairs(kind: str, folder: Path, args: Namespace) -> list[VolumeRead
         return []
     if not args.images:
         refuse_known_layout(folder)
+
     pairs = volume_pairs.find_pairs(files, folder, args)
     if not pairs and kind != "nifti":
         pairs = unlabelled_pairs(files, folder, args)
@@ -174,14 +193,15 @@ def has_mask_folders(files: list[Path]) -> bool:
 
 
 def refuse_known_layout(folder: Path) -> None:
-    """Raise ValueError, one line, for a folder that train.py reads as it is."""
+    """Raise ValueError, one line, for a folder that train.py reads without an import."""
     if not layouts.has_volumes(folder):
         return
     try:
         splits = layouts.read_volumes(folder)
         layouts.check_files_exist(sum(splits.values(), []))
-    except (ValueError, OSError):  # only dataset.json's labels are of use
+    except (ValueError, OSError):  # only the labels of its dataset.json are useful
         return
+
     count = sum(map(len, splits.values()))
     raise ValueError(
         f"{folder}: train.py reads this folder as it is ({count} volumes with labels); check it "
@@ -191,10 +211,15 @@ def refuse_known_layout(folder: Path) -> None:
 
 def unlabelled_pairs(files: list[Path], folder: Path, args: Namespace) -> list[Pair]:
     """Return the cases of volumes without label maps, [] if some files are label maps."""
-    names = [volume_pairs.named(path, folder) for path in files]
-    if args.images or any(name.is_label for name in names):
+    if args.images:
         return []
-    return [Pair(path_name(path, folder), (path,), None) for path in files]
+
+    pairs = []
+    for path in files:
+        if volume_pairs.named(path, folder).is_label:
+            return []
+        pairs.append(Pair(path_name(path, folder), (path,), None))
+    return pairs
 
 
 def path_name(path: Path, folder: Path) -> str:
@@ -207,32 +232,41 @@ def reading_of_pairs(kind: str, folder: Path, args: Namespace, pairs: list[Pair]
     """Return the reading of pairs. Raises ValueError, one line, if the classes have no names."""
     label_files = [pair.label for pair in pairs if pair.label]
     labels, numbers = name_classes(folder, args, label_files)
+
     cases = []
     for pair in pairs:
+        write_image = partial(write_channels, pair.images)
         write_labels = None
         if pair.label:
             write_labels = partial(write_label_map, pair, numbers)
-        cases.append(
-            VolumeCase(pair.name, partial(write_channels, pair.images), write_labels, pair.split)
-        )
+        cases.append(VolumeCase(pair.name, write_image, write_labels, pair.split))
+
     modality, reason = modality_of(pairs, args)
-    summary = [f"{count_cases(cases)}, {layouts.count_kinds(label_files or files_of(pairs))}"]
-    return VolumeReading(kind, [*summary, *reason], cases, labels, modality)
+    kinds = layouts.count_kinds(label_files or files_of(pairs))
+    summary = [f"{count_cases(cases)}, {kinds}", *reason]
+    return VolumeReading(kind, summary, cases, labels, modality)
 
 
 def name_classes(
     folder: Path, args: Namespace, label_files: list[Path]
 ) -> tuple[dict, dict[str, int]]:
-    """Return the labels of dataset.json and, of .seg.nrrd files, {name of a segment: number}.
+    """Return the labels for dataset.json, and {name of a segment: number} for .seg.nrrd files.
 
     Raises ValueError, one line, if the classes have no names.
     """
     if not label_files:
         return {"0": "background"}, {}
-    segmentations = [path for path in label_files if path.name.lower().endswith(".seg.nrrd")]
-    others = sorted(set(label_files) - set(segmentations))
+
+    segmentations = []
+    others = []
+    for path in label_files:
+        if path.name.lower().endswith(".seg.nrrd"):
+            segmentations.append(path)
+        else:
+            others.append(path)
+
     if segmentations and others:
-        raise ValueError(f"{others[0]}: no .seg.nrrd, unlike {segmentations[0]}; save all alike")
+        raise ValueError(f"{min(others)}: no .seg.nrrd, unlike {segmentations[0]}; save all alike")
     if not segmentations:
         return read_class_names(folder, args, label_files), {}
     return number_names([segment_names(path) for path in segmentations], args, folder)
@@ -241,19 +275,23 @@ def name_classes(
 def number_names(
     names_of_files: list[list[str]], args: Namespace, folder: Path
 ) -> tuple[dict, dict[str, int]]:
-    """Return the labels of dataset.json, and {name: number}, of files that name their classes.
+    """Number the classes of files that name them: the labels for dataset.json, {name: number}.
 
-    Names are numbered in the order in which they first appear, or in that of --classes.
+    The order is that of --classes, or that in which the names first appear.
     """
-    names = {}
-    for of_file in names_of_files:
-        names |= dict.fromkeys(of_file)
+    names = {}  # keys in the order of their first appearance
+    for names_of_file in names_of_files:
+        names |= dict.fromkeys(names_of_file)
     chosen = chosen_names(list(names), args, folder)
-    return numbered(chosen), {name: number for number, name in enumerate(chosen, 1)}
+
+    numbers = {}
+    for number, name in enumerate(chosen, 1):
+        numbers[name] = number
+    return numbered(chosen), numbers
 
 
 def files_of(pairs: list[Pair]) -> list[Path]:
-    """Return the images of pairs."""
+    """Return the image files of all pairs."""
     files = []
     for pair in pairs:
         files += pair.images
@@ -266,6 +304,7 @@ def count_cases(cases: list[VolumeCase]) -> str:
     unlabelled = len(cases) - labelled
     if not labelled:
         return f"{unlabelled} volumes without label maps"
+
     text = f"{labelled} volumes with label maps"
     return f"{text}, {unlabelled} without" if unlabelled else text
 
@@ -276,12 +315,14 @@ def segment_names(path: Path) -> list[str]:
 
 
 def modality_of(pairs: list[Pair], args: Namespace) -> tuple[str, list[str]]:
-    """Return "CT", "MR", the names of channels or "unknown", and a line that says why."""
+    """Return "CT", "MR", the names of channels or "unknown", and a line with the reason."""
     if args.modality:
         return args.modality, []
+
     pair = pairs[0]
     if pair.channels:
-        return ", ".join(pair.channels), [f"channels, in this order: {', '.join(pair.channels)}"]
+        channels = ", ".join(pair.channels)
+        return channels, [f"channels, in this order: {channels}"]
 
     image = pair.images[0]
     names = [*image.parts[-2:-1], *volume_pairs.words_of(image.name)]
@@ -289,6 +330,7 @@ def modality_of(pairs: list[Pair], args: Namespace) -> tuple[str, list[str]]:
     for modality, known in MODALITY_WORDS.items():
         if words & known:
             return modality, [f"modality: {modality}, as the name of {image.name} says"]
+
     with tempfile.TemporaryDirectory() as temporary:
         voxels, _ = nifti.read_volume(as_nifti(image, Path(temporary)))
     smallest = f"{image.name} reaches {voxels.min():g}"
@@ -300,17 +342,23 @@ def modality_of(pairs: list[Pair], args: Namespace) -> tuple[str, list[str]]:
 # --- writing a case -------------------------------------------------------------------------------
 
 
+def is_nifti(path: Path) -> bool:
+    """Return True for a file with an ending of NIfTI."""
+    return path.name.lower().endswith(layouts.NIFTI)
+
+
 def as_nifti(path: Path, folder: Path) -> Path:
-    """Return a NIfTI file as it is, or another volume converted in a folder."""
-    if path.name.lower().endswith(layouts.NIFTI):
+    """Return a NIfTI file itself, or convert another volume to a new file in `folder`."""
+    if is_nifti(path):
         return path
+
     target = folder / f"{volume_pairs.stem_of(path)}.nii"
     itk_files.to_nifti(path, target)
     return target
 
 
 def write_channels(sources: tuple[Path, ...], target: Path) -> None:
-    """Write a volume of one file, or of one file for each channel, to .nii.gz."""
+    """Write a volume to .nii.gz. Several sources are its channels."""
     if len(sources) == 1:
         write_volume(sources[0], target)
         return
@@ -329,22 +377,24 @@ def write_channels(sources: tuple[Path, ...], target: Path) -> None:
 
 
 def write_volume(source: Path, target: Path) -> None:
-    """Write a volume to .nii.gz: a compressed NIfTI file byte for byte, all others converted."""
-    if not source.name.lower().endswith(layouts.NIFTI):
+    """Write a volume to .nii.gz. A compressed NIfTI file is copied byte for byte."""
+    if not is_nifti(source):
         itk_files.to_nifti(source, target)
         return
+
     nifti.check_whole(source)
     with open(source, "rb") as file:
         if file.read(len(nifti.GZIP)) == nifti.GZIP:
             shutil.copyfile(source, target)
             return
+
         file.seek(0)
         with open(target, "wb") as raw, gzip.GzipFile("", "wb", 6, raw, mtime=0) as compressed:
             shutil.copyfileobj(file, compressed)
 
 
 def write_label_map(pair: Pair, numbers: dict[str, int], target: Path, image: Path) -> None:
-    """Write the label map of a pair on the grid of its image, which is written already.
+    """Write the label map of a pair on the grid of its image, a file written before.
 
     numbers: name of a segment -> number, for .seg.nrrd files. Raises ValueError, one line, if the
     grids differ.
@@ -352,9 +402,10 @@ def write_label_map(pair: Pair, numbers: dict[str, int], target: Path, image: Pa
     if pair.label.name.lower().endswith(".seg.nrrd"):
         itk_files.write_segments(pair.label, target, image, numbers)
         return
-    both = (pair.label, pair.images[0])
-    if all(path.name.lower().endswith(layouts.NIFTI) for path in both):
-        nifti.check_grid(*map(nifti.read_grid, both))
+
+    source = pair.images[0]
+    if is_nifti(pair.label) and is_nifti(source):
+        nifti.check_grid(nifti.read_grid(pair.label), nifti.read_grid(source))
     write_volume(pair.label, target)
 
 
@@ -369,7 +420,8 @@ class VolumeWriter:
         self.numbers = numbers_of(reading.labels)
         self.case_of = {}  # image in the data set -> its case
         self.splits = {split: [] for split in volume_sets.LISTS}
-        self.volumes = Counter()  # number in label maps -> how many hold it
+        self.volumes = Counter()  # number -> label maps that contain it
+
         for case in cases:
             folder = "Ts" if case.split == "test" else "Tr"
             image = f"images{folder}/{case.name}.nii.gz"
@@ -378,7 +430,7 @@ class VolumeWriter:
             self.splits[case.split].append((image, label))
 
     def put(self, part: Path, image: str, label: str | None) -> None:
-        """Write the files of a case. Raises ValueError for numbers that have no name."""
+        """Write the files of a case. Raises ValueError for numbers without a name."""
         case = self.case_of[image]
         case.write_image(part / image)
         if label is None:
@@ -399,6 +451,7 @@ class VolumeWriter:
         images = list(self.case_of)
         order = np.random.default_rng(0).permutation(len(images))[:MOST_PICTURES]
         chosen = [images[i] for i in sorted(order)]
+
         cards = []
         for image in tqdm(chosen, desc="overview.png", unit="volume", disable=None, leave=False):
             cards.append(self.draw(part, image))
@@ -410,17 +463,22 @@ class VolumeWriter:
         return self.describe_classes()
 
     def names(self) -> list[str]:
-        """Return the names of the numbers in label maps, without the background, by number."""
+        """Return the names of the classes in the order of their numbers, without background.
+
+        Several names of one number are joined.
+        """
         by_number = {}
         for key, value in self.reading.labels.items():
             is_named = isinstance(value, str) and not value.isdigit()
             name, number = (value, key) if is_named else (key, value)
             for n in layouts.label_numbers(name, number):
-                by_number[n] = f"{by_number[n]}, {name}" if n in by_number else name
-        return [by_number[number] for number in sorted(by_number) if number]
+                by_number.setdefault(n, []).append(name)
+
+        by_number.pop(0, None)
+        return [", ".join(by_number[number]) for number in sorted(by_number)]
 
     def describe_classes(self) -> list[str]:
-        """Return a line about the classes that no label map holds, if there are such classes."""
+        """Return a line about the classes that no label map contains, [] if there are none."""
         absent = []
         for number, name in zip(sorted(self.numbers - {0}), self.names(), strict=True):
             if not self.volumes[number]:
@@ -428,45 +486,56 @@ class VolumeWriter:
         return [f"no label map holds: {', '.join(absent)}"] if absent else []
 
     def draw(self, part: Path, image: str) -> pictures.Image.Image:
-        """Return three planes of a volume through its labels, with its name."""
+        """Draw three planes of a volume through its labels, with its name as the caption."""
         voxels, grid = nifti.read_volume(part / image)  # (C,X,Y,Z)
-        steps = tuple(slice(None, None, -(-side // SIDE)) for side in grid.size)
-        spacing = [size * step.step for size, step in zip(grid.spacing, steps, strict=True)]
-        grey = grey_levels(voxels[0][steps], self.reading.modality)
+
+        slices = []
+        spacing = []
+        for side, size in zip(grid.size, grid.spacing, strict=True):
+            step = -(-side // SIDE)  # rounded up
+            slices.append(slice(None, None, step))
+            spacing.append(size * step)
+        thinned = tuple(slices)
+        grey = grey_levels(voxels[0][thinned], self.reading.modality)
 
         numbers = sorted(self.numbers)
         masks = np.zeros((max(1, len(numbers) - 1), *grey.shape), bool)  # (K,X,Y,Z)
         if self.case_of[image].write_labels:
             label = part / image.replace("images", "labels", 1)
-            indices = nifti.read_labels(label, grid, numbers)[steps]  # (X,Y,Z)
+            indices = nifti.read_labels(label, grid, numbers)[thinned]  # (X,Y,Z)
             for k in range(1, len(numbers)):
                 masks[k - 1] = indices == k
+
         picture = pictures.volume_overlay(grey, None, masks, spacing)
         return pictures.captioned(picture, self.case_of[image].name, CARD)
 
 
 def grey_levels(voxels: np.ndarray, modality: str) -> np.ndarray:
-    """Return grey levels to look at, uint8: of CT those of soft tissue, else without extremes."""
+    """Scale voxels to grey levels, uint8: the soft tissue window of CT, else percentiles."""
     low, high = (-160, 240) if "CT" in modality.upper() else np.percentile(voxels, (0.25, 99.75))
-    return ((voxels - low) * (255 / max(high - low, 1e-12))).clip(0, 255).astype(np.uint8)
+    scale = 255 / max(high - low, 1e-12)
+    return ((voxels - low) * scale).clip(0, 255).astype(np.uint8)
 
 
 def write_volumes(reading: VolumeReading, cases: list[VolumeCase], args: Namespace) -> None:
-    """Write the cases of a reading to args.out, whole or not at all, and print what was written.
+    """Write the cases of a reading to args.out atomically, and print a summary.
 
-    cases: those of the reading with a split each, and names that are file names.
+    cases: those of the reading. Each has a split and a name that is valid as a file name.
     """
     writer = VolumeWriter(reading, cases)
-    modalities = dict(enumerate(reading.modality.split(", ")))
+    modality = {}
+    for k, name in enumerate(reading.modality.split(", ")):
+        modality[str(k)] = name
     about = {
         "name": args.out.name,
         "description": reading.summary[0],
         "tensorImageSize": "3D",
-        "modality": {str(k): name for k, name in modalities.items()},
+        "modality": modality,
         "labels": reading.labels,
     }
+
     title = [f"Read as {reading.format}: {reading.summary[0]}", *reading.summary[1:]]
-    groups = {case.group for case in cases if case.group}
+    groups = {case.group for case in cases} - {""}
     if groups:
         title.append(f"patients: {len(groups)}")
     elif not any(case.split for case in reading.cases):

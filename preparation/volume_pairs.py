@@ -1,13 +1,12 @@
 """Pair the volumes of a user's folder with their label maps, by the names of files and folders.
 
-Words such as images, ct, labels or seg say what a file is. What is left of a path without these
-words is the key of a case: images/a.nii.gz and labels/a.nii.gz have the key a, and so have a/ct.nii
-and a/segmentation.nii, or a.nrrd and a_seg.nrrd.
+Words such as images, ct, labels or seg state the role of a file. The rest of its path is the key of
+the case: images/a.nii.gz and labels/a.nii.gz both have the key a. So do a/ct.nii and
+a/segmentation.nii, and a.nrrd and a_seg.nrrd.
 """
 
 import re
 from argparse import Namespace
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +22,7 @@ LABEL_WORDS = {
     "label", "labels", "labelmap", "labelmaps", "mask", "masks", "seg", "segs", "segmentation",
     "segmentations", "gt", "groundtruth", "annotation", "annotations", "roi", "rois",
 }  # fmt: skip
-# Folders of the Decathlon and nnU-Net: what they hold, and the part of the key in their place.
+# Folders of the Decathlon and nnU-Net: the role of their files, and their replacement in keys.
 DECATHLON = {
     "imagestr": ("image", "Tr"),
     "imagests": ("image", "Ts"),
@@ -36,11 +35,12 @@ CHANNELS = {
     "t1": "T1", "t1n": "T1", "t1w": "T1", "t2": "T2", "t2w": "T2",
 }  # fmt: skip
 CHANNEL_ORDER = ("FLAIR", "T1ce", "T1", "T2")
+ADVICE = "name the right ones with --images 'GLOB' --masks 'GLOB'"
 
 
 @dataclass(frozen=True)
 class Named:
-    """A file and what its name says about it."""
+    """A file with the role, case and channel that its path states."""
 
     path: Path
     is_label: bool
@@ -63,48 +63,63 @@ class Pair:
 
 
 def stem_of(path: Path) -> str:
-    """Return the name of a file without its ending; a UID as a name has none."""
+    """Return the name of a file without its ending."""
     for ending in ENDINGS:
         if path.name.lower().endswith(ending):
             return path.name[: -len(ending)]
-    return path.name if path.suffix[1:].isdigit() else path.stem
+
+    is_uid = path.suffix[1:].isdigit()  # 1.2.840 has no ending
+    return path.name if is_uid else path.stem
 
 
 def words_of(stem: str) -> list[str]:
-    """Return the words of a name: "img0001_seg" has img, 0001 and seg."""
+    """Split a name into words: "img0001_seg" becomes img, 0001 and seg."""
     words = []
     for word in re.split(r"[_\-. ]+", stem):
         match = re.fullmatch(r"([A-Za-z]+)(\d+)", word)
-        is_known = match and match[1].lower() in IMAGE_WORDS | LABEL_WORDS
-        words += match.groups() if is_known else [word]
-    return [word for word in words if word]
+        if match and match[1].lower() in IMAGE_WORDS | LABEL_WORDS:
+            words += match.groups()
+        elif word:
+            words.append(word)
+    return words
 
 
 def folder_parts(relative: Path) -> tuple[list[str], bool]:
-    """Return the folders of a relative path without words such as images, and True for labels."""
+    """Return the parts of a relative folder for a key, and True for a folder of label maps.
+
+    The part of a folder such as images is empty.
+    """
     is_label = False
     parts = []
     for part in relative.parts:
         word = part.lower().replace("_", "").replace("-", "")
-        kind, rest = DECATHLON.get(word, ("", part))
-        if word in LABEL_WORDS | IMAGE_WORDS:
-            kind = "label" if word in LABEL_WORDS else "image"
-            rest = ""
-        is_label |= kind == "label"
-        parts.append(rest)
+        if word in LABEL_WORDS:
+            is_label = True
+            parts.append("")
+        elif word in IMAGE_WORDS:
+            parts.append("")
+        else:
+            kind, rest = DECATHLON.get(word, ("", part))
+            is_label |= kind == "label"
+            parts.append(rest)
     return parts, is_label
 
 
 def named(path: Path, folder: Path, drop_channels: bool = False) -> Named:
-    """Return what the path of a file within a folder says.
+    """Return the role, the key and the channel of a file, by its path within a folder.
 
-    drop_channels: leave the words for channels, and numbers such as _0000 of images, out of keys.
+    drop_channels: leave words for channels, and the _0000 of an image, out of the key.
     """
     parts, is_label = folder_parts(path.relative_to(folder).parent)
-    words = words_of(stem_of(path))
     is_label |= path.name.lower().endswith(".seg.nrrd")
-    is_label |= any(word.lower() in LABEL_WORDS for word in words)
-    words = [word for word in words if word.lower() not in IMAGE_WORDS | LABEL_WORDS]
+
+    words = []
+    for word in words_of(stem_of(path)):
+        if word.lower() in LABEL_WORDS:
+            is_label = True
+        elif word.lower() not in IMAGE_WORDS:
+            words.append(word)
+
     channel = ""
     if drop_channels:
         words, channel = without_channel(words, is_label)
@@ -113,16 +128,22 @@ def named(path: Path, folder: Path, drop_channels: bool = False) -> Named:
 
 
 def without_channel(words: list[str], is_label: bool) -> tuple[list[str], str]:
-    """Return words without those that name a channel, and the channel."""
+    """Return the words that do not name a channel, and the channel, "" for none."""
     if not is_label and words and re.fullmatch(r"\d{4}", words[-1]):
         return words[:-1], words[-1]
-    channels = [CHANNELS[word.lower()] for word in words if word.lower() in CHANNELS]
-    rest = [word for word in words if word.lower() not in CHANNELS]
-    return rest, channels[-1] if channels else ""
+
+    rest = []
+    channel = ""
+    for word in words:
+        if word.lower() in CHANNELS:
+            channel = CHANNELS[word.lower()]
+        else:
+            rest.append(word)
+    return rest, channel
 
 
 def join_key(parts: list[str]) -> str:
-    """Join the parts of a key, without empty ones and repetitions: a/a becomes a."""
+    """Join the parts of a key. Empty and repeated parts are left out: a/a becomes a."""
     joined = []
     for part in map(layouts.composed, parts):
         if part and part not in joined[-1:]:
@@ -131,14 +152,16 @@ def join_key(parts: list[str]) -> str:
 
 
 def glob_key(pattern: str, path: Path) -> str | None:
-    """Return the text for which the stars of a pattern stand in a path, None if it does not fit.
+    """Return the text that the wildcards of a pattern match in a relative path, as a key.
 
-    path: relative. One star stands for text without a slash, two stars for any text.
+    One star matches text without a slash, two stars match any text. Return None if the path does
+    not match.
     """
+    wildcards = {"**": "(.*)", "*": "([^/]*)", "?": "([^/])"}
     expression = ""
     for piece in re.split(r"(\*\*|\*|\?)", pattern):
-        wildcards = {"**": "(.*)", "*": "([^/]*)", "?": "([^/])"}
         expression += wildcards.get(piece, re.escape(piece))
+
     match = re.fullmatch(expression, path.as_posix())
     if not match:
         return None
@@ -149,7 +172,7 @@ def glob_key(pattern: str, path: Path) -> str | None:
 
 
 def volume_files(folder: Path) -> list[Path]:
-    """Return the files below a folder that end like volumes, sorted."""
+    """Return the files below a folder with an ending of ENDINGS, sorted."""
     files = layouts.files_below(folder, with_masks=True)
     return [path for path in files if path.name.lower().endswith(ENDINGS)]
 
@@ -157,8 +180,8 @@ def volume_files(folder: Path) -> list[Path]:
 def find_pairs(files: list[Path], folder: Path, args: Namespace) -> list[Pair]:
     """Return the cases of some files, [] if no image has a label map.
 
-    Images of imagesTs/ may lack label maps. Raises ValueError, one line, for other files without
-    their counterpart, unless --skip-unpaired is set, and for several files of the same kind.
+    Images of imagesTs/ may lack label maps. Raises ValueError, one line, for any other unpaired
+    file, unless --skip-unpaired is set, and for several files of the same role in a case.
     """
     if args.images:
         attempts = [named_by_globs(files, folder, args)]
@@ -169,7 +192,7 @@ def find_pairs(files: list[Path], folder: Path, args: Namespace) -> list[Pair]:
     best = min(attempts, key=count_unpaired)
 
     images = {}  # key -> [Named]
-    labels = {}
+    labels = {}  # key -> [Named]
     for file in best:
         group = labels if file.is_label else images
         group.setdefault(file.key, []).append(file)
@@ -197,44 +220,66 @@ def named_by_globs(files: list[Path], folder: Path, args: Namespace) -> list[Nam
 
 
 def count_unpaired(files: list[Named]) -> int:
-    """Return how many keys have an image or a label map alone."""
-    images = {file.key for file in files if not file.is_label}
-    labels = {file.key for file in files if file.is_label}
+    """Return how many keys have only images or only label maps."""
+    images = set()
+    labels = set()
+    for file in files:
+        keys = labels if file.is_label else images
+        keys.add(file.key)
     return len(images ^ labels)
 
 
 def refuse_several(labels: dict, images: dict, folder: Path) -> None:
-    """Raise ValueError if a case has several label maps, or images that are no channels."""
-    advice = "name the right ones with --images 'GLOB' --masks 'GLOB'"
-    for key, files in labels.items():
+    """Raise ValueError if a case has several label maps, or several images of one channel."""
+    for files in labels.values():
         if len(files) > 1:
-            names = ", ".join(str(file.path.relative_to(folder)) for file in files[:3])
-            raise ValueError(f"{folder}: {len(files)} label maps for {key}: {names}; {advice}")
-    for key, files in images.items():
-        channels = {file.channel for file in files}
-        if len(files) > 1 and (len(channels) < len(files) or "" in channels):
-            names = ", ".join(str(file.path.relative_to(folder)) for file in files[:3])
-            raise ValueError(f"{folder}: {len(files)} images for {key}: {names}; {advice}")
+            raise ValueError(several_files(files, "label maps", folder))
 
-    sets = {}  # channels -> a case
-    for key in images.keys() & labels.keys():
+    for files in images.values():
+        channels = {file.channel for file in files}
+        are_channels = len(channels) == len(files) and "" not in channels
+        if len(files) > 1 and not are_channels:
+            raise ValueError(several_files(files, "images", folder))
+
+    refuse_different_channels(images, labels, folder)
+
+
+def several_files(files: list[Named], kind: str, folder: Path) -> str:
+    """Return the message about several files of one case."""
+    names = ", ".join(str(file.path.relative_to(folder)) for file in files[:3])
+    return f"{folder}: {len(files)} {kind} for {files[0].key}: {names}; {ADVICE}"
+
+
+def refuse_different_channels(images: dict, labels: dict, folder: Path) -> None:
+    """Raise ValueError if not all cases with several images have the same channels."""
+    case_of = {}  # channels -> the first case that has them
+    for key in sorted(images.keys() & labels.keys()):
         channels = sorted(file.channel for file in images[key])
         if len(channels) > 1:
-            sets.setdefault(", ".join(channels), key)
-    if len(sets) > 1:
-        cases = " and ".join(f"{key} has {channels}" for channels, key in sorted(sets.items())[:2])
-        raise ValueError(f"{folder}: the cases have different channels: {cases}; {advice}")
+            case_of.setdefault(", ".join(channels), key)
+
+    if len(case_of) > 1:
+        first, second = sorted(case_of)[:2]
+        raise ValueError(
+            f"{folder}: the cases have different channels: {case_of[first]} has {first} and "
+            f"{case_of[second]} has {second}; {ADVICE}"
+        )
 
 
 def without_test_labels(images: dict, labels: dict) -> set[str]:
     """Return the keys of imagesTs/ if there is no labelsTs/."""
-    if any(key.startswith("Ts/") for key in labels):
+    if keys_of_test(labels):
         return set()
-    return {key for key in images if key.startswith("Ts/")}
+    return keys_of_test(images)
+
+
+def keys_of_test(by_key: dict) -> set[str]:
+    """Return the keys that belong to imagesTs/ or labelsTs/."""
+    return {key for key in by_key if key.startswith("Ts/")}
 
 
 def refuse_unpaired(images: dict, labels: dict, test_images: set[str], args: Namespace) -> None:
-    """Raise ValueError for images without a label map and the reverse, unless they are skipped."""
+    """Raise ValueError for an image or a label map alone, unless --skip-unpaired is set."""
     unpaired = sorted((images.keys() ^ labels.keys()) - test_images)
     if not unpaired or args.skip_unpaired:
         return
@@ -250,30 +295,41 @@ def refuse_unpaired(images: dict, labels: dict, test_images: set[str], args: Nam
 def pairs_of(images: dict, labels: dict, test_images: set[str], folder: Path) -> list[Pair]:
     """Return the cases of the keys that have an image and a label map, and of test_images."""
     keys = sorted((images.keys() & labels.keys()) | test_images)
-    has_test_labels = any(key.startswith("Ts/") for key in labels)
-    stems = Counter(stem_of(images[key][0].path).lower() for key in keys)
-    last_parts = Counter(key.split("/")[-1].lower() for key in keys)
+    has_test_labels = bool(keys_of_test(labels))
+    have_own_stems = are_distinct([stem_of(images[key][0].path) for key in keys])
+    have_own_ends = are_distinct([key.split("/")[-1] for key in keys])
 
     pairs = []
     for key in keys:
         files = sorted(images[key], key=channel_position)
         paths = tuple(file.path for file in files)
+        channels = ()
+        if len(files) > 1:
+            channels = tuple(file.channel for file in files)
+
         name = key
-        if not files[-1].channel and max(stems.values()) == 1:
+        if have_own_stems and not files[-1].channel:
             name = stem_of(paths[0])
-        elif max(last_parts.values()) == 1:
+        elif have_own_ends:
             name = key.split("/")[-1]
+
         split = split_of_folder(paths[0].relative_to(folder))
         if has_test_labels:
             split = "test" if key.startswith("Ts/") else "train"
 
         label = labels[key][0].path if key in labels else None
-        channels = tuple(file.channel for file in files) if len(files) > 1 else ()
         pairs.append(Pair(name, paths, label, split, channels))
     return pairs
 
 
+def are_distinct(names: list[str]) -> bool:
+    """Return True if all names differ, not only in upper and lower case."""
+    return len({name.lower() for name in names}) == len(names)
+
+
 def channel_position(file: Named) -> tuple[int, str]:
-    """Return the sorting key of a channel: CHANNEL_ORDER, then others by name."""
-    known = file.channel in CHANNEL_ORDER
-    return CHANNEL_ORDER.index(file.channel) if known else len(CHANNEL_ORDER), file.channel
+    """Return a sort key of an image: its position in CHANNEL_ORDER, other channels last by name."""
+    position = len(CHANNEL_ORDER)
+    if file.channel in CHANNEL_ORDER:
+        position = CHANNEL_ORDER.index(file.channel)
+    return position, file.channel
