@@ -32,6 +32,7 @@ from preparation.readings import (
     Object,
     Reading,
     VolumeReading,
+    count,
 )
 
 FORMATS: tuple[Format, ...] = (
@@ -42,6 +43,7 @@ FORMATS: tuple[Format, ...] = (
     label_studio.FORMAT,
     kaggle_rle.FORMAT,
 )
+SPLITS = ("train", "val", "test")
 MOST_OVERLAYS = 12
 ENOUGH_FOR_SPLITS = 3  # images or patients; fewer are all for training
 
@@ -98,7 +100,8 @@ def advice(folder: Path) -> str | None:
 
     Raises nothing, so that it can be added to any message.
     """
-    unset = ("format", "images", "masks", "groups", "prompt", "each", "classes", "mask_threshold")
+    unset = ["format", "images", "masks", "groups", "group_regex"]
+    unset += ["prompt", "each", "classes", "mask_threshold"]
     args = Namespace(**dict.fromkeys(unset), skip_unpaired=False)
     command = f"python prepare.py import {shlex.quote(str(folder))} --out data/NAME"
     try:
@@ -150,6 +153,20 @@ def read_groups(path: Path, cases: list[Case], folder: Path) -> list[Case]:
     if missing:
         raise ValueError(f"{path}: has no line for {missing[0]}, and {len(missing) - 1} more")
     return [replace(case, group=groups[i]) for i, case in enumerate(cases)]
+
+
+def match_groups(regex: str, cases: list, folder: Path) -> list:
+    """Return the cases with the patients that --group-regex finds in the paths within a folder.
+
+    Raises ValueError, one line, if it finds nothing in one of them.
+    """
+    grouped = []
+    for case in cases:
+        path = case.name
+        if isinstance(case, Case):
+            path = case.image.relative_to(folder).as_posix()
+        grouped.append(replace(case, group=layouts.match_group(path, regex)))
+    return grouped
 
 
 def with_splits(cases: list) -> list:
@@ -349,6 +366,13 @@ class ImageWriter:
         overlay = pictures.overlay(pixels, masks, masks)
         self.cards.append(pictures.captioned(overlay, case.name))
 
+    def sheet(self) -> Image.Image:
+        """Return the page of overlays, with the colours of the classes if there are several."""
+        cards = list(self.cards)
+        if len(self.classes) > 1:
+            cards.append(pictures.legend(self.classes))
+        return pictures.sheet(cards)
+
 
 def write_images(reading: ImageReading, args: Namespace) -> list[str]:
     """Write a reading of images to args.out, whole or not at all. Return lines about it."""
@@ -374,16 +398,33 @@ def write_images(reading: ImageReading, args: Namespace) -> list[str]:
 
         description = describe(reading, cases, writer)
         (part / "README.txt").write_text("\n".join(description) + "\n", encoding="utf-8")
-        pictures.save_picture(part / "overview.png", pictures.sheet(writer.cards))
+        pictures.save_picture(part / "overview.png", writer.sheet())
     return description
+
+
+def describe_split(before: list, cases: list) -> str:
+    """Return the line of README.txt about the splits. before: the cases without random splits."""
+    if all(case.split for case in before):
+        return "split: as in the folder"
+    unit = "patients" if any(case.group for case in cases) else "images"
+    if {case.split for case in cases} == {"train"}:
+        return f"split: all for training, with fewer than {ENOUGH_FOR_SPLITS} {unit}"
+    if unit == "patients":
+        return "split: random, all images of a patient in one split"
+    return (
+        "split: random, by image; if patients have several images, import again with --group-regex "
+        "or --groups"
+    )
 
 
 def describe(reading: ImageReading, cases: list[Case], writer: ImageWriter) -> list[str]:
     """Return the lines of README.txt: what was recognised and what was written."""
     lines = [f"Read as {reading.format}: {reading.summary[0]}", *reading.summary[1:]]
-    for split, entries in writer.entries.items():
+    for split in sorted(writer.entries, key=SPLITS.index):
+        entries = writer.entries[split]
         images = len({entry["img_name"] for entry in entries})
-        lines.append(f"{split}: {images} images, {len(entries)} masks")
+        lines.append(f"{split}: {count(images, 'image')}, {count(len(entries), 'mask')}")
+    lines.append(describe_split(reading.cases, cases))
     if reading.classes:
         lines.append(f"classes: {', '.join(reading.classes)}")
     groups = {case.group for case in cases if case.group}
@@ -396,8 +437,8 @@ def describe(reading: ImageReading, cases: list[Case], writer: ImageWriter) -> l
         lines.append(f"images in which ignored pixels became background: {writer.ignored}")
     if writer.covered:
         lines.append(
-            f"objects of several classes overlap in {writer.covered} images; the one that comes "
-            "later in the files covers the others"
+            f"objects of several classes overlap in {count(writer.covered, 'image')}; the one that "
+            "comes later in the files covers the others"
         )
     return lines
 
@@ -416,6 +457,8 @@ def refuse_misuse(args: Namespace) -> None:
         raise ValueError("--images and --masks: give both, the images and their masks")
     if args.images and args.format not in (None, "globs"):
         raise ValueError(f"--format {args.format}: --images and --masks name the files; remove it")
+    if args.groups and args.group_regex:
+        raise ValueError("--groups and --group-regex: both name the patients; remove one")
 
 
 def refuse_useless(reading: Reading, args: Namespace) -> None:
@@ -444,6 +487,9 @@ def import_folder(args):
     refuse_useless(reading, args)
     if args.groups:
         cases = read_groups(args.groups, reading.cases, args.folder)
+        reading = replace(reading, cases=cases)
+    if args.group_regex:
+        cases = match_groups(args.group_regex, reading.cases, args.folder)
         reading = replace(reading, cases=cases)
 
     if isinstance(reading, VolumeReading):
@@ -475,6 +521,12 @@ def options(command):
     add("--masks", metavar="GLOB", help=help)
     help = "CSV file with the columns image and group: the patient of each image"
     add("--groups", type=Path, metavar="FILE", help=help)
+    help = (
+        "regular expression that finds the patient in an image's path within FOLDER: its first "
+        "group, or the whole match; such as 'P[0-9]+', or '^[^/]+' for the first folder; the "
+        "random split keeps patients together (default: split by image)"
+    )
+    add("--group-regex", metavar="REGEX", help=help)
     help = "text prompt of all masks (default: the name of their class, if FOLDER has it)"
     add("--prompt", metavar="TEXT", help=help)
     help = (

@@ -803,7 +803,7 @@ def test_overlays_are_not_read(bring, tmp_path):
     save(tmp_path / "raw/example.png", photo(0))
     status, text, _ = bring()
     assert status == 0 and "not read: 4 images, label_visualization/" in text
-    assert "not read: 1 images in the folder itself" in text
+    assert "not read: 1 image in the folder itself" in text
 
 
 # --- photos that are stored rotated ---------------------------------------------------------------
