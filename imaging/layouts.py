@@ -35,6 +35,7 @@ links on the disk are followed. Names that differ only in their Unicode form are
 import json
 import os
 import re
+import shlex
 import unicodedata
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -1202,7 +1203,8 @@ def read_entries(root: Path, split: str, group_regex: str | None = None) -> list
     if not available:
         raise ValueError(
             f"{root}: not a data set; it needs images/ and masks/, with "
-            "anns/{train,val,test}.json, or in {train,val,test}/; volumes a dataset.json"
+            "anns/{train,val,test}.json, or in {train,val,test}/; volumes a dataset.json; "
+            f"python prepare.py import {shlex.quote(str(root))} --out data/NAME reads many others"
         )
 
     if (root / "anns").is_dir():

@@ -8,6 +8,7 @@ the files that are written and the sheet of overlays.
 
 import csv
 import json
+import re
 import shlex
 import shutil
 from argparse import Namespace
@@ -75,10 +76,11 @@ def choose_reading(folder: Path, args: Namespace) -> Reading:
     if errors:
         raise errors[0]
     if not readings:
-        kind = f"a folder of the format {args.format}" if args.format else "any known format"
+        kind = f"the format {args.format}" if args.format else "images with masks or annotations"
         raise ValueError(
-            f"{folder}: not {kind}; it holds {describe_content(folder)}; name the files with "
-            "--images 'GLOB' --masks 'GLOB'"
+            f"{folder}: not recognised as {kind}; it contains {describe_content(folder)}; put "
+            "images and masks into this folder, or name the files in it with --images 'GLOB' "
+            "--masks 'GLOB'"
         )
     if len(readings) > 1:
         choices = "; ".join(f"--format {r.format}: {r.summary[0]}" for r in readings)
@@ -311,7 +313,10 @@ class ImageWriter:
         for item in everything:
             if item.mask.shape != size:
                 shape = f"{item.mask.shape[1]}x{item.mask.shape[0]}"
-                raise ValueError(f"{case.image}: {size[1]}x{size[0]}, but its mask is {shape}")
+                raise ValueError(
+                    f"{case.image}: {size[1]}x{size[0]}, but its mask is {shape}; draw or resize "
+                    "the mask at the size of the image"
+                )
         self.empty += not any(item.mask.any() for item in objects)
         self.ignored += bool(ignored) and not self.is_class_map
 
@@ -417,6 +422,21 @@ def describe_split(before: list, cases: list) -> str:
     )
 
 
+def similar_classes(classes: tuple[str, ...]) -> list[str]:
+    """Return a line for each pair of classes such as Polyp and polyp, which may be one."""
+    lines = []
+    earlier = {}  # name in lower case, with blanks -> name
+    for name in classes:
+        plain = " ".join(re.findall(r"[^\W_]+", name.lower()))
+        if plain in earlier:
+            lines.append(
+                f"are the classes {earlier[plain]} and {name} one? then give them one name in the "
+                "annotations and import again"
+            )
+        earlier.setdefault(plain, name)
+    return lines
+
+
 def describe(reading: ImageReading, cases: list[Case], writer: ImageWriter) -> list[str]:
     """Return the lines of README.txt: what was recognised and what was written."""
     lines = [f"Read as {reading.format}: {reading.summary[0]}", *reading.summary[1:]]
@@ -427,6 +447,7 @@ def describe(reading: ImageReading, cases: list[Case], writer: ImageWriter) -> l
     lines.append(describe_split(reading.cases, cases))
     if reading.classes:
         lines.append(f"classes: {', '.join(reading.classes)}")
+    lines += similar_classes(reading.classes)
     groups = {case.group for case in cases if case.group}
     if groups:
         lines.append(f"patients: {len(groups)}")
@@ -448,8 +469,10 @@ def describe(reading: ImageReading, cases: list[Case], writer: ImageWriter) -> l
 
 def refuse_misuse(args: Namespace) -> None:
     """Raise ValueError or FileNotFoundError, one line, before the folder is read."""
+    if args.folder.is_file():
+        raise ValueError(f"{args.folder}: is a file; unpack an archive and give its folder")
     if not args.folder.is_dir():
-        raise FileNotFoundError(f"{args.folder}: no such folder; unpack an archive first")
+        raise FileNotFoundError(f"{args.folder}: no such folder")
     atomic_files.refuse_existing(args.out)
     if args.out.resolve().is_relative_to(args.folder.resolve()):
         raise ValueError(f"--out {args.out}: lies within {args.folder}; choose another folder")

@@ -81,7 +81,7 @@ def without_overlays(all_files: list[File]) -> tuple[list[File], list[str]]:
         no_data = [name for name in (*file.folders, file.stem) if holds_no_data(name)]
         if no_data:
             is_folder = no_data[0] in file.folders
-            left_out[f"{no_data[0]}/" if is_folder else "overlays or previews"] += 1
+            left_out[f"{no_data[0]}/" if is_folder else "overlays, previews or superpixels"] += 1
         else:
             files.append(file)
     return files, [f"not read: {count(n, 'image')}, {name}" for name, n in left_out.items()]
@@ -131,7 +131,7 @@ def pair_folders(files: list[File]) -> Pairing | None:
         example = f"such as {images[0].path.name} and {masks[0].path.name}"
         raise ValueError(
             f"{images[0].root}: {describe_numbers(images, masks)}, but no two names fit together, "
-            f"{example}; {NAME_FILES}"
+            f"{example}; give each mask the name of its image, or {NAME_FILES}"
         )
     if others:
         pairing.notes.append(

@@ -214,6 +214,16 @@ def test_a_random_split_by_image_is_announced(make, tmp_path):
     assert status == 0 and "split: as in the folder" in text
 
 
+def test_classes_that_differ_in_case_or_blanks_are_announced(make, tmp_path):
+    classes = ("Polyp", "polyp", "large bowel", "large_bowel", "tool")
+    reading = reading_of(tmp_path / "photos", [Object("polyp", box(0, 0, 3, 3))], classes)
+    status, text, _ = make([reading])
+    assert status == 0
+    assert "are the classes Polyp and polyp one?" in text
+    assert "are the classes large bowel and large_bowel one?" in text
+    assert text.count(" one? ") == 2
+
+
 def test_the_sheet_names_the_colours_of_classes(make, tmp_path):
     objects = [Object("liver", box(0, 0, 3, 3)), Object("kidney", box(8, 8, 9, 9))]
     heights = []
@@ -274,6 +284,22 @@ def test_the_same_import_gives_the_same_folder_and_never_overwrites(make, tmp_pa
         assert (tmp_path / "mine" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
     status, _, error = make([reading])
     assert status == 2 and "exists already" in error
+
+
+def test_archives_and_missing_folders_are_refused(monkeypatch, capsys, tmp_path):
+    (tmp_path / "a.zip").write_bytes(b"PK")
+    for name, words in (("a.zip", "is a file; unpack an archive"), ("b", "no such folder\n")):
+        arguments = ["import", tmp_path / name, "--out", tmp_path / "mine"]
+        status, _, error = command(monkeypatch, capsys, prepare, *arguments)
+        assert status == 2 and f"{tmp_path / name}: {words}" in error
+
+
+def test_a_folder_in_another_layout_is_refused_with_the_command_that_imports_it(tmp_path):
+    photos(tmp_path / "my photos", 3)
+    with pytest.raises(
+        ValueError, match="not a data set; .*; python prepare.py import '/.*photos'"
+    ):
+        layouts.read_entries(tmp_path / "my photos", "train")
 
 
 def test_a_folder_within_the_source_is_refused(make, tmp_path):
