@@ -879,6 +879,17 @@ def test_imported_masks_are_trained_on(bring, monkeypatch, capsys, tmp_path):
     train_two_steps(monkeypatch, capsys, tmp_path, "clipseg", "--prompt", "p1")
 
 
+def test_training_names_patients_of_two_splits(bring, monkeypatch, capsys, tmp_path):
+    draw_pairs(tmp_path / "raw", "train/images/p{k}.png", "train/masks/p{k}.png", 4)
+    draw_pairs(tmp_path / "raw", "val/images/p{k}_b.png", "val/masks/p{k}_b.png", 2)
+    draw_pairs(tmp_path / "raw", "test/images/q{k}.png", "test/masks/q{k}.png", 2)
+    assert bring("--format", "folders", "--group-regex", "[pq][0-9]+")[0] == 0
+    text = train_two_steps(monkeypatch, capsys, tmp_path, "segformer")
+    (line,) = [line for line in text.splitlines() if line.startswith("warning: ")]
+    assert line.startswith("warning: val shares patients with train (2, such as p0); ")
+    assert f"python prepare.py check {tmp_path / 'mine'} lists them" in line
+
+
 def test_imported_class_maps_are_trained_on(bring, monkeypatch, capsys, tmp_path):
     draw_maps(tmp_path / "raw", coloured)
     assert bring()[0] == 0
@@ -890,9 +901,10 @@ def train_two_steps(monkeypatch, capsys, tmp_path, model, *options):
     words += ["--data", tmp_path / "mine", "--out", tmp_path / "run", "--cache", tmp_path / "cache"]
     words += ["--epochs", 1, "--batch-size", 4, "--workers", 0, "--device", "cpu", "--overlays", 0]
     words += options
-    status, _, error = command(monkeypatch, capsys, train, *words)
+    status, text, error = command(monkeypatch, capsys, train, *words)
     assert status == 0, error
     assert (tmp_path / "run/best.safetensors").is_file()
+    return text
 
 
 # --- names ----------------------------------------------------------------------------------------
