@@ -43,7 +43,7 @@ def describe_foreign_folder(root: Path) -> str:
         return f"{root}: not in our layout yet; {advice}"
     holds = layouts.count_kinds(content) if content else "nothing"
     need = "images/ and masks/ with files of the same names, and optionally anns/*.json"
-    return f"{root}: no data set here (it holds {holds}); expected {need}; see docs/data.md"
+    return f"{root}: no data set here (it holds {holds}); expected {need}; see docs/own_data.md"
 
 
 def refuse_misuse(args) -> None:

@@ -776,7 +776,7 @@ def our_words(mask) -> tuple[int, str, str]:
 
 @pytest.mark.slow
 def test_the_studys_words_on_kvasir(real_data):
-    """The two rules against p6 of all 1000 images; docs/data.md states the shares."""
+    """The two rules against p6 of all 1000 images; docs/own_data.md states the shares."""
     root = real_data / "kvasir_polyp"
     studys = []
     ours = []
