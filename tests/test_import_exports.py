@@ -794,6 +794,15 @@ def test_kaggle_tables(make, check, masks, source, tmp_path):
     assert status == 0 and "no pixel" not in text
 
 
+def test_kaggle_tables_of_pandas_have_an_index_and_old_ones_other_line_ends(make, masks, source):
+    photo(source / "a.png")
+    rows = [",ImageId,EncodedPixels", f"0,a.png,{pairs(RING)}", f"1,a.png,{pairs(BOX_MASK)}"]
+    for line_end in ("\n", "\r"):
+        (source / "train.csv").write_bytes(line_end.join(rows).encode())
+        status, text, error = make("--out", source.parent / f"mine{ord(line_end)}")
+        assert status == 0 and "2 objects of one class" in text, error
+
+
 def test_kaggle_classes_may_be_numbers_or_part_of_the_name(make, masks, source, tmp_path):
     photo(source / "a.png")
     table = source / "train.csv"
