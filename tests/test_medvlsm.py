@@ -218,9 +218,13 @@ def test_what_is_refused(tmp_path, run):
         (json.dumps([items[0] | {"img_name": "../a"}]), "leaves its folder"),
         (json.dumps([items[0] | {"prompts": {"p1": 1}}]), "prompt p1 is neither a text nor a list"),
         (json.dumps([items[0] | {"prompts": []}]), "entry 0: prompts are a list"),
+        (json.dumps([items[0] | {"bbox": [0, 0, float("inf"), 1]}]), "entry 0: cannot convert"),
     ):
         (anns / "val.json").write_text(content)
         assert message in say(raw, anns, out)
+
+    write_annotations(anns, {"train": [], "val": [], "test": []})
+    assert "the files list no images" in say(raw, anns, out)
 
     # outputs
     write_annotations(anns, shares(items))
