@@ -192,6 +192,7 @@ def fetch(address: str, target: Path) -> bytes:
 
 def fetch_annotations(data_set: DataSet, cache: Path) -> Splits:
     """Return the annotations of a data set from the internet, or from earlier downloads."""
+    atomic_files.remove_leftovers(cache / "medvlsm")
     splits = {}
     for split, address in data_set.addresses().items():
         commit = COMMIT_OF_2023 if data_set.is_older else COMMIT
