@@ -754,9 +754,10 @@ class Dataset:
     def measuring(self, i: int, preprocess: Callable, pixel_size=None) -> Callable:
         """Return the function that measures masks of entry i, for `measure_classes`.
 
-        preprocess: unused here, for volumes. pixel_size: see `measure_image`.
+        preprocess: unused here, for volumes. pixel_size: of --pixel-size, else that of spacing.csv.
         """
         image, _ = self.pixels(i)
+        pixel_size = pixel_size or measurements.pixel_size_of(self.entries[i].image)
         grey = grey_levels(image)  # (H,W)
         return partial(measurements.measure_image, grey=grey, pixel_size=pixel_size)
 

@@ -326,6 +326,7 @@ class Options:
         "evaluation",
         None,
         "width and height of an image's pixel in mm, to measure masks",
+        unset="of spacing.csv, if any",
         nargs=2,
         metavar=("X", "Y"),
         above=0,

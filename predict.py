@@ -155,7 +155,8 @@ def add_file_options(add: Callable) -> None:
         metavar=("X", "Y"),
         nargs=2,
         type=LENGTH,
-        help="width and height of an image's pixel in mm, for measurements.csv",
+        help="width and height of an image's pixel in mm, for measurements.csv (default: those of "
+        "spacing.csv, if the data have this file)",
     )
     add(
         "--mask-threshold",
@@ -422,14 +423,20 @@ class Batch:
     SAVE_EVERY = 10.0  # seconds between two writings of the measurements
 
     def __init__(
-        self, args, unit: str, cases: dict[str, dict[str, Path]], shared: dict, classes: tuple
+        self,
+        args,
+        unit: str,
+        cases: dict[str, dict[str, Path]],
+        shared: dict,
+        classes: tuple,
+        pixel_size_of: Callable[[str], tuple | None] | None = None,
     ):
         """Check all files before anything is written.
 
         unit: "image" or "volume". cases: name -> the case's files by kind, in the order in which
         they are written. shared: file -> content, for files that belong to all cases. classes: the
-        predicted ones, without background. Raises ValueError, one line, if a file cannot be
-        written.
+        predicted ones, without background. pixel_size_of: name of an image -> width and height of
+        its pixels in mm, if known. Raises ValueError, one line, if a file cannot be written.
         """
         self.out = Path(args.out)
         self.unit = unit
@@ -452,10 +459,9 @@ class Batch:
         columns = {"image": measurements.IMAGE_COLUMNS, "volume": measurements.VOLUME_COLUMNS}
         self.table = MeasurementTable(table_path, columns[unit], classes)
         self.saved_at = time.monotonic()
-        cells = measurements.pixel_cells(args.pixel_size) if unit == "image" else {}
-
         self.finished = set()  # names of the cases that an earlier call has predicted
         for name, case_files in cases.items():
+            cells = measurements.pixel_cells(pixel_size_of(name)) if pixel_size_of else {}
             is_written = all(path.exists() for path in case_files.values())
             if is_written and self.table.has(name, cells):
                 self.finished.add(name)
@@ -573,7 +579,8 @@ def predict_images(family, run: dict, second: dict, args) -> int:
     if len(predictor.classes) > 1:
         shared[Path(args.out) / "legend.png"] = pictures.legend(predictor.classes[1:])
         shared[Path(args.out) / "classes.json"] = dict(enumerate(predictor.classes))
-    batch = Batch(args, "image", outputs, shared, layouts.foreground(predictor.classes))
+    foreground = layouts.foreground(predictor.classes)
+    batch = Batch(args, "image", outputs, shared, foreground, predictor.pixel_size_of)
     prompts = {prompt for _, _, prompt in cases}
     cut_prompts = describe_cuts(prompts, predictor.recipe.tokenizer)
     if cut_prompts:
@@ -755,17 +762,25 @@ class ImagePredictor:
         if image_files.has_damaged_exif(file):
             self.damaged_exif.append(file)
         writers = {kind: partial(pictures.save_picture, picture=drawn[kind]) for kind in drawn}
-        return writers, self.measure(masks, probabilities, image)
-
-    def measure(self, masks: np.ndarray, probabilities: np.ndarray, image: np.ndarray) -> list:
-        """Return the rows of measurements of an image's masks (K,H,W). image: uint8 (H,W,3)."""
-        classes = layouts.foreground(self.classes)
-        n = len(classes)
         measure = partial(
             measurements.measure_image,
             grey=image_files.grey_levels(image),
-            pixel_size=self.args.pixel_size,
+            pixel_size=self.pixel_size_of(name),
         )
+        return writers, self.measure(masks, probabilities, measure)
+
+    def pixel_size_of(self, name: str) -> tuple | list | None:
+        """Return width and height of an image's pixels in mm, None if they are unknown.
+
+        They are those of --pixel-size, else of a spacing.csv.
+        """
+        file, _ = self.cases[name]
+        return self.args.pixel_size or measurements.pixel_size_of(file)
+
+    def measure(self, masks: np.ndarray, probabilities: np.ndarray, measure: Callable) -> list:
+        """Return the rows of measurements of an image's masks (K,H,W), those of `measure`."""
+        classes = layouts.foreground(self.classes)
+        n = len(classes)
         return measurements.measure_classes(classes, masks[-n:], probabilities[-n:], measure)
 
     def say_how_images_were_read(self) -> None:

@@ -74,6 +74,7 @@ def unique_keys(pairs: list[tuple[str, object]]) -> dict:
 
 SIMPLEITK = 'SimpleITK.WriteImage(SimpleITK.ReadImage("IN"), "OUT.nii.gz")'
 WITH_SIMPLEITK = f"convert it to .nii.gz ({SIMPLEITK}), or a single image to PNG"
+IMPORT = "convert its folder with python prepare.py import FOLDER --out DATA"
 WITH_NIBABEL = "save a volume as .nii.gz, for example with nibabel, and a single image as PNG"
 TO_PNG = "save it as PNG"
 FORMATS = [  # name, endings, first bytes, what to do; the first row that matches a file counts
@@ -81,10 +82,15 @@ FORMATS = [  # name, endings, first bytes, what to do; the first row that matche
         "DICOM",
         (".dcm", ".dicom", ".ima"),
         (),  # it begins with 128 arbitrary bytes
-        "convert it to .nii.gz (dcm2niix -z y FOLDER), or a single image to PNG (pydicom)",
+        f"{IMPORT} (it needs pydicom)",
     ),
-    ("NRRD", (".nrrd", ".nhdr"), (b"NRRD",), WITH_SIMPLEITK),
-    ("MetaImage", (".mha", ".mhd"), (b"ObjectType", b"NDims"), WITH_SIMPLEITK),
+    ("NRRD", (".nrrd", ".nhdr"), (b"NRRD",), f"{IMPORT} (it needs SimpleITK)"),
+    (
+        "MetaImage",
+        (".mha", ".mhd"),
+        (b"ObjectType", b"NDims"),
+        f"{IMPORT} (it needs SimpleITK)",
+    ),
     (
         "MGH",
         (".mgh", ".mgz"),

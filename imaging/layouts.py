@@ -1050,8 +1050,8 @@ def read_volumes(root: Path, group_regex: str | None = None) -> dict[str, list[E
     all_cases = [case for listed in cases.values() for case in listed]
     if not all_cases:
         raise ValueError(
-            f"{root}: no label maps that end in {' or '.join(NIFTI)}; convert those of other "
-            "formats with SimpleITK or dcm2niix"
+            f"{root}: no label maps that end in {' or '.join(NIFTI)}; python prepare.py import "
+            "converts those of other formats"
         )
 
     channels = _channel_files(all_cases)

@@ -5,14 +5,19 @@ pixel covers an area and a voxel a volume; distances go from corner to corner of
 explains every column.
 """
 
+import csv
+import functools
 import itertools
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from scipy import ndimage
 from scipy.spatial import ConvexHull, distance
 
+from imaging.files import read_text
 from imaging.nifti import Grid
 
 IMAGE_COLUMNS = (
@@ -159,6 +164,45 @@ def mean_inside(values: np.ndarray | None, mask: np.ndarray, box: tuple) -> floa
         return None
     inside = values[box][mask[box]]
     return rounded(inside.mean(dtype=np.float64))
+
+
+# --- size of pixels -------------------------------------------------------------------------------
+
+SPACINGS = "spacing.csv"  # written by `prepare.py import` for DICOM images
+
+
+def pixel_size_of(image: Path) -> tuple[float, float] | None:
+    """Return width and height of an image's pixels in mm, None if they are unknown.
+
+    They are in a table next to the image or next to its folder. Raises ValueError, one line, if the
+    table is damaged.
+    """
+    for folder in (image.parent, image.parent.parent):
+        table = folder / SPACINGS
+        if table.is_file():
+            return read_spacings(table).get(image.name)
+    return None
+
+
+@functools.lru_cache(maxsize=16)
+def read_spacings(path: Path) -> dict[str, tuple[float, float]]:
+    """Return {name of an image: (width, height) of its pixels in mm} of a spacing.csv."""
+    spacings = {}
+    for number, row in enumerate(csv.DictReader(read_text(path).splitlines()), 2):
+        try:
+            width = float(row["x_mm"])
+            height = float(row["y_mm"])
+            name = row["image"]
+        except (KeyError, TypeError, ValueError):
+            raise ValueError(
+                f"{path}, line {number}: expected the columns image,x_mm,y_mm"
+            ) from None
+        if not (0 < width < math.inf and 0 < height < math.inf):
+            raise ValueError(
+                f"{path}, line {number}: {width:g} x {height:g} mm is no size of a pixel"
+            )
+        spacings[name] = (width, height)
+    return spacings
 
 
 # --- rows -----------------------------------------------------------------------------------------

@@ -24,7 +24,18 @@ from tqdm import tqdm
 from engine.ranges import GREY_LEVEL
 from imaging import atomic_files, image_files, layouts, pictures
 from imaging.files import read_text
-from preparation import coco, cvat, kaggle_rle, label_studio, labelme, pairs
+from preparation import (
+    coco,
+    cvat,
+    dicom_images,
+    dicom_series,
+    import_volumes,
+    kaggle_rle,
+    label_studio,
+    labelme,
+    pairs,
+    total_segmentator,
+)
 from preparation.check_images import MASK_THRESHOLD
 from preparation.readings import (
     IGNORED,
@@ -33,8 +44,10 @@ from preparation.readings import (
     ImageReading,
     Object,
     Reading,
+    VolumeCase,
     VolumeReading,
 )
+from preparation.volume_pairs import ENDINGS
 
 FORMATS: tuple[Format, ...] = (
     *pairs.FORMATS,
@@ -43,7 +56,12 @@ FORMATS: tuple[Format, ...] = (
     cvat.FORMAT,
     label_studio.FORMAT,
     kaggle_rle.FORMAT,
+    *import_volumes.FORMATS,
+    *total_segmentator.FORMATS,
+    *dicom_series.FORMATS,
+    *dicom_images.FORMATS,
 )
+GLOBS = "globs"  # the format of images that --images and --masks name
 MOST_OVERLAYS = 12
 MOST_CLASSES = 254  # 0 is the background, 255 is ignored
 LONGEST_NAME = 255  # bytes
@@ -53,19 +71,25 @@ ENOUGH_FOR_SPLITS = 3  # images or patients; fewer are all for training
 # --- recognising ----------------------------------------------------------------------------------
 
 
+def formats_to_try(args: Namespace) -> list[Format]:
+    """Return the formats that the options allow: all, that of --format, or those of patterns."""
+    if args.format:
+        return [format for format in FORMATS if format.name == args.format]
+    if not args.images:
+        return list(FORMATS)
+    if args.images.lower().endswith(ENDINGS):
+        return [format for format in import_volumes.FORMATS if format in FORMATS]
+    return [format for format in FORMATS if format.name == GLOBS]
+
+
 def choose_reading(folder: Path, args: Namespace) -> Reading:
     """Return the only way to read a folder.
 
     Raises ValueError, one line, if no format or several formats fit.
     """
-    formats = FORMATS
-    name = "globs" if args.images else args.format
-    if name:
-        formats = [format for format in FORMATS if format.name == name]
-
     readings = []
     errors = []
-    for format in formats:
+    for format in formats_to_try(args):
         try:
             readings += format.recognise(folder, args)
         except (ValueError, FileNotFoundError) as error:
@@ -102,7 +126,10 @@ def advice(folder: Path) -> str | None:
 
     Raises nothing, so that it can be added to any message.
     """
-    unset = ("format", "images", "masks", "groups", "prompt", "each", "classes", "mask_threshold")
+    unset = (
+        "format", "images", "masks", "groups", "prompt", "each", "classes", "modality",
+        "mask_threshold",
+    )  # fmt: skip
     args = Namespace(**dict.fromkeys(unset), skip_unpaired=False)
     command = f"python prepare.py import {shlex.quote(str(folder))} --out data/NAME"
     try:
@@ -120,10 +147,20 @@ def advice(folder: Path) -> str | None:
 # --- patients and splits --------------------------------------------------------------------------
 
 
-def read_groups(path: Path, cases: list[Case], folder: Path) -> list[Case]:
+def names_of(case, folder: Path) -> set[str]:
+    """Return the names that a CSV file may use for the image of a case."""
+    if not isinstance(case, Case):
+        names = {case.name, Path(case.name).name}
+        return names | {name + ending for name in names for ending in ENDINGS}
+    relative = case.image.relative_to(folder).as_posix()
+    return {case.name, case.image.name, case.image.stem, relative}
+
+
+def read_groups(path: Path, cases: list, folder: Path) -> list:
     """Return the cases with the patients of a CSV file with the columns image and group.
 
-    An image is named by its path within the folder or its file name, with or without the ending.
+    An image is named by its path within the folder or its file name, with or without the ending. A
+    volume is named as it will be written.
     Raises ValueError, one line, for other columns, unknown or ambiguous images, and images that
     the file does not list.
     """
@@ -136,9 +173,7 @@ def read_groups(path: Path, cases: list[Case], folder: Path) -> list[Case]:
 
     indices = {}  # a name of an image -> indices of the cases with that name
     for i, case in enumerate(cases):
-        relative = case.image.relative_to(folder).as_posix()
-        names = {case.name, case.image.name, case.image.stem, relative}
-        for name in set(map(layouts.composed, names)):
+        for name in set(map(layouts.composed, names_of(case, folder))):
             indices.setdefault(name, []).append(i)
 
     groups = {}
@@ -154,7 +189,7 @@ def read_groups(path: Path, cases: list[Case], folder: Path) -> list[Case]:
         if groups.setdefault(matches[0], group) != group:
             raise ValueError(f"{path}, line {number}: {name} has another group in a line before")
 
-    missing = [case.image for i, case in enumerate(cases) if i not in groups]
+    missing = [case.name for i, case in enumerate(cases) if i not in groups]
     if missing:
         raise ValueError(f"{path}: has no line for {missing[0]}, and {len(missing) - 1} more")
     return [replace(case, group=groups[i]) for i, case in enumerate(cases)]
@@ -297,6 +332,8 @@ class ImageWriter:
         self.masks = part / "masks"
         self.args = args
         self.is_class_map = len(reading.classes) > 1 and not args.each
+        self.has_masks = reading.has_masks
+        self.spacings = []  # lines of spacing.csv
         self.entries = {}  # split -> items of its annotation file
         self.covered = 0  # images in which objects of several classes overlap
         self.empty = 0  # images without objects
@@ -318,7 +355,9 @@ class ImageWriter:
         self.empty += not any(item.mask.any() for item in objects)
         self.ignored += bool(ignored) and not self.is_class_map
 
-        if self.args.each and not objects:
+        if not self.has_masks:
+            pass
+        elif self.args.each and not objects:
             image.unlink()  # nothing to prompt for
         elif self.args.each:
             self.write_each(case, image, objects, size)
@@ -332,6 +371,8 @@ class ImageWriter:
             name = self.classes[0] if self.classes else ""
             self.add(case, image, case.name, np.uint8(255) * mask, name)
 
+        if case.spacing and image.exists():
+            self.spacings.append((image.name, *case.spacing))
         if has_overlay and image.exists():
             self.draw(case, pixels, objects)
 
@@ -383,16 +424,18 @@ class ImageWriter:
 
 def write_images(reading: ImageReading, args: Namespace) -> list[str]:
     """Write a reading of images to args.out, whole or not at all. Return lines about it."""
-    cases = with_splits(with_plain_names(reading.cases))
+    cases = with_plain_names(reading.cases)
+    if reading.has_masks:
+        cases = with_splits(cases)
     drawn = np.random.default_rng(0).permutation(len(cases))[:MOST_OVERLAYS].tolist()
 
     with atomic_files.atomic_folder(args.out) as part:
-        for name in ("images", "masks", "anns"):
+        for name in ("images", "masks", "anns") if reading.has_masks else ("images",):
             (part / name).mkdir(parents=True)
         writer = ImageWriter(reading, part, args)
         for i, case in enumerate(tqdm(cases, desc=args.out.name, unit="image", disable=None)):
             writer.write(case, i in drawn)
-        if not writer.entries:
+        if reading.has_masks and not writer.entries:
             raise ValueError(f"{args.folder}: shows no object, so that --each has nothing to write")
 
         tables = dict(reading.tables)
@@ -405,6 +448,12 @@ def write_images(reading: ImageReading, args: Namespace) -> list[str]:
             text = json.dumps(content, indent=1, ensure_ascii=False)
             (part / name).write_text(text + "\n", encoding="utf-8")
 
+        if writer.spacings:
+            with open(part / "spacing.csv", "w", encoding="utf-8", newline="") as file:
+                rows = csv.writer(file, lineterminator="\n")
+                rows.writerow(("image", "x_mm", "y_mm"))
+                for name, x, y in writer.spacings:
+                    rows.writerow((name, f"{x:g}", f"{y:g}"))
         description = describe(reading, cases, writer)
         (part / "README.txt").write_text("\n".join(description) + "\n", encoding="utf-8")
         if writer.cards:
@@ -423,6 +472,10 @@ def describe(reading: ImageReading, cases: list[Case], writer: ImageWriter) -> l
     groups = {case.group for case in cases if case.group}
     if groups:
         lines.append(f"patients: {len(groups)}")
+    if writer.spacings:
+        lines.append(f"images with a spacing in mm, in spacing.csv: {len(writer.spacings)}")
+    if not reading.has_masks:
+        return [*lines, f"images without masks, for predict.py: {len(cases)}"]
     if writer.empty:
         omitted = ", left out" if writer.args.each else ""
         lines.append(f"images without objects: {writer.empty}{omitted}")
@@ -448,7 +501,8 @@ def refuse_misuse(args: Namespace) -> None:
         raise ValueError(f"--out {args.out}: lies within {args.folder}; choose another folder")
     if bool(args.images) != bool(args.masks):
         raise ValueError("--images and --masks: give both, the images and their masks")
-    if args.images and args.format not in (None, "globs"):
+    readers = (None, GLOBS, *(format.name for format in import_volumes.FORMATS))
+    if args.images and args.format not in readers:
         raise ValueError(f"--format {args.format}: --images and --masks name the files; remove it")
 
 
@@ -463,6 +517,8 @@ def refuse_useless(reading: Reading, args: Namespace) -> None:
         raise ValueError(
             f"{args.folder}: has {len(reading.classes)} classes; a mask holds {MOST_CLASSES}"
         )
+    elif args.modality:
+        raise ValueError("--modality: has no effect on images; remove it")
     elif args.prompt and len(reading.classes) > 1 and not args.each:
         raise ValueError(
             f"--prompt: the masks have several classes ({', '.join(reading.classes)}); add --each "
@@ -485,13 +541,38 @@ def import_folder(args):
         reading = replace(reading, cases=cases)
 
     if isinstance(reading, VolumeReading):
-        raise NotImplementedError
-    lines = write_images(reading, args)
-    print(f"{args.out}: ", end="")
-    print("\n".join(lines))
+        import_volumes.write_volumes(reading, cases_of_volumes(reading), args)
+    else:
+        lines = write_images(reading, args)
+        print(f"{args.out}: ", end="")
+        print("\n".join(lines))
     print(f"overlays to look at: {args.out / 'overview.png'}")
-    print(f"next: python prepare.py check {shlex.quote(str(args.out))}")
+    print(f"next: {next_command(reading, args.out)}")
     return 0
+
+
+def cases_of_volumes(reading: VolumeReading) -> list[VolumeCase]:
+    """Return the cases with the names and splits with which they are written.
+
+    Volumes without labels are listed in the test split, for predict.py.
+    """
+    cases = with_plain_names(reading.cases)
+    labelled = [case for case in cases if case.write_labels]
+    unlabelled = [replace(case, split="test") for case in cases if not case.write_labels]
+    return with_splits(labelled) + unlabelled
+
+
+def next_command(reading: Reading, out: Path) -> str:
+    """Return the command that should follow the import."""
+    images = None
+    if isinstance(reading, VolumeReading):
+        if not any(case.write_labels for case in reading.cases):
+            images = out / "imagesTs"
+    elif not reading.has_masks:
+        images = out / "images"
+    if images:
+        return f"python predict.py --weights RUN --out masks {shlex.quote(str(images))}"
+    return f"python prepare.py check {shlex.quote(str(out))}"
 
 
 def options(command):
@@ -521,10 +602,12 @@ def options(command):
     )
     add("--each", nargs="?", const="mask", choices=("mask", "class"), help=help)
     help = (
-        "names of the class numbers 1, 2, … in masks, separated by commas, or of colours, such as "
-        "liver=#ff0000,kidney=#00ff00"
+        "names of the class numbers 1, 2, … in masks, separated by commas; of some numbers only, "
+        "such as 1=liver,4=kidney; or of colours, such as liver=#ff0000,kidney=#00ff00"
     )
     add("--classes", metavar="NAMES", help=help)
+    help = "modality of volumes, such as CT or MR (default: from the files)"
+    add("--modality", metavar="NAME", help=help)
     help = "leave out images without a mask or annotation (default: refuse them)"
     add("--skip-unpaired", action="store_true", help=help)
     add("--mask-threshold", type=GREY_LEVEL, metavar="N", help=MASK_THRESHOLD)

@@ -1,8 +1,8 @@
 """Decide how the pixels of a user's masks are read: as binary masks, class numbers or colours.
 
-Binary masks follow data.mask_rule. Class numbers need names: --classes, or a file such as
-classes.txt. Colours are classes if areas of them are filled; JPEG noise and soft edges become the
-nearest of these colours.
+Binary masks follow data.mask_rule. Class numbers need names, from --classes or from a file such as
+classes.txt. Colours that fill areas are classes. Other pixels, such as JPEG noise and soft edges,
+become the nearest of these colours.
 """
 
 import re
@@ -32,27 +32,27 @@ NO_CLASS = {"__ignore__", "_ignore_", "ignore"}  # labelme lists it before the b
 
 BLACK = 0x000000
 GREY = 0x010101  # times a grey level
-VOID = 0xE0E0C0  # the border of objects in VOC's masks, which does not count
+VOID = 0xE0E0C0  # the border of objects in VOC's masks, ignored in training
 COLOUR_NAMES = {
     0xFF0000: "red", 0x00FF00: "green", 0x0000FF: "blue", 0xFFFF00: "yellow", 0x00FFFF: "cyan",
     0xFF00FF: "magenta", 0xFFFFFF: "white", 0xFFA500: "orange",
 }  # fmt: skip
 NAME_DISTANCE = 16  # levels per channel by which a colour may differ from one of these
 
-# Colours that belong together differ by at most so many levels in each channel: JPEG noise, or
-# the traces that it leaves in a file that was saved again as PNG.
-NOISE = {True: data.COLOUR_NOISE, False: 8}  # by: some mask is a JPEG
-FLAT_SHARE = 0.001  # share of all coloured flat pixels that a class has at least
-THIN_SHARE = 0.02  # share of all coloured pixels that makes a class of thin lines without areas
-MOST_FAR = 1 / 3  # share of the pixels of a mask that may be further away than noise: edges
-MOST_SCANNED = 256  # colours of a file, the most frequent ones
+# The same colour may differ by so many levels in each channel, through JPEG noise. A PNG made from
+# a JPEG has traces of it.
+NOISE = {True: data.COLOUR_NOISE, False: 8}  # key: some mask is a JPEG
+FLAT_SHARE = 0.001  # smallest class that fills areas, as a share of all coloured flat pixels
+THIN_SHARE = 0.02  # smallest class of thin lines, as a share of all coloured pixels
+MOST_FAR = 1 / 3  # share of a mask's pixels, such as edges, that may differ by more than noise
+MOST_SCANNED = 256  # colours of a file that are counted, the most frequent ones
 MOST_CLASSES = 254
 SHOWN = 8  # colours or numbers that a message lists
 
 
 @dataclass(frozen=True)
 class MaskFile:
-    """A mask, and the class that its folder or its name states, "" for none."""
+    """A mask with the class that its folder or its name states, "" for none."""
 
     path: Path
     class_name: str = ""
@@ -115,8 +115,12 @@ class Names:
 
     @property
     def foreground(self) -> tuple[str, ...]:
-        """Return the names of the numbers from 1."""
-        return tuple(name for number, name in sorted(self.by_number.items()) if number > 0)
+        """Return the names of the numbers from 1, in their order."""
+        names = []
+        for number, name in sorted(self.by_number.items()):
+            if number > 0:
+                names.append(name)
+        return tuple(names)
 
 
 NO_NAMES = Names("")
@@ -141,9 +145,11 @@ def option_names(text: str) -> Names:
 
     by_colour = {}
     for item in items:
-        name, _, colour = item.partition("=")
-        if re.fullmatch("#[0-9a-fA-F]{6}", colour.strip()):
-            by_colour[int(colour.strip()[1:], 16)] = name.strip()
+        name, _, code = item.partition("=")
+        code = code.strip()
+        if re.fullmatch("#[0-9a-fA-F]{6}", code):
+            by_colour[int(code[1:], 16)] = name.strip()
+
     if by_colour and len(by_colour) < len(items):
         raise ValueError(f"--classes {text}: write NAME=#rrggbb, once for each colour, or names")
     if by_colour:
@@ -159,31 +165,45 @@ NUMBER_LINE = re.compile(r"(\d+)\s*[\s,;:=]\s*(\D.*)")
 
 
 def parse_names(text: str, source: str) -> Names:
-    """Return the names in a file: colours, numbers or plain names, one a line.
+    """Return the names in the text of a file: one line for each colour, number or plain name.
 
-    A first line of another kind is a header. Raises ValueError for names that occur twice.
+    Raises ValueError for names that occur twice.
     """
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    lines = [line for line in lines if not line.startswith("#")]
+    lines = []
+    for line in map(str.strip, text.splitlines()):
+        if line and not line.startswith("#"):
+            lines.append(line)
+
     for pattern in COLOUR_LINES:
-        fits = [pattern.fullmatch(line) for line in lines]
-        if any(fits) and all(fits[1:]):
-            by_colour = {}
-            for match in filter(None, fits):
-                colour = int(match["r"]) << 16 | int(match["g"]) << 8 | int(match["b"])
-                by_colour[colour] = match["name"].strip().strip("\"'")
+        by_colour = {}
+        for match in match_lines(pattern, lines):
+            colour = int(match["r"]) << 16 | int(match["g"]) << 8 | int(match["b"])
+            by_colour[colour] = match["name"].strip().strip("\"'")
+        if by_colour:
             return Names(source, by_colour=by_colour)
 
-    fits = [NUMBER_LINE.fullmatch(line) for line in lines]
-    if any(fits) and all(fits[1:]):
-        by_number = {int(match[1]): match[2].strip() for match in filter(None, fits)}
-    elif source.lower().endswith(".csv"):
-        return NO_NAMES  # some other table
-    else:
+    by_number = {}
+    for match in match_lines(NUMBER_LINE, lines):
+        by_number[int(match[1])] = match[2].strip()
+    if not by_number:
+        if source.lower().endswith(".csv"):
+            return NO_NAMES  # some other table
         by_number = numbered(lines)
+
     if len({*by_number.values()}) < len(by_number):
         raise ValueError(f"{source}: names a class twice")
     return Names(source, by_number)
+
+
+def match_lines(pattern: re.Pattern, lines: list[str]) -> list[re.Match]:
+    """Return the matches of all lines, [] if some line does not match.
+
+    The first line need not match: it may be a header.
+    """
+    matches = [pattern.fullmatch(line) for line in lines]
+    if matches and matches[0] is None:
+        matches = matches[1:]
+    return matches if all(matches) else []
 
 
 def names_of(folder: Path, args: Namespace) -> Names:
@@ -199,13 +219,15 @@ def names_of(folder: Path, args: Namespace) -> Names:
         if path.name.lower() in CLASS_FILES:
             texts.setdefault(read_text(path), path)
     if len(texts) > 1:
-        paths = " and ".join(str(path) for path in texts.values())
+        paths = " and ".join(map(str, texts.values()))
         raise ValueError(f"{paths}: both name classes; remove one, or use --classes")
+
     for text, path in texts.items():
         source = path.relative_to(folder).as_posix()
         if path.suffix.lower() == ".json":
             names = layouts.read_classes(path)
-            return Names(source, dict(enumerate(names, int(len(names) == 1))))
+            start = 1 if len(names) == 1 else 0  # a single name is no background
+            return Names(source, dict(enumerate(names, start)))
         return parse_names(text, source)
     return NO_NAMES
 
@@ -220,13 +242,15 @@ def read_values(pairs: list[Pair], folder: Path, args: Namespace) -> Values:
     """
     names = names_of(folder, args)
     masks = []
+    stated = set()
     for pair in pairs:
         for mask in pair.masks:
             path = mask.path
             masks.append(layouts.Entry(pair.name, pair.image, path, {}, folder.resolve()))
-    stated = sorted({mask.class_name for pair in pairs for mask in pair.masks} - {""})
+            stated.add(mask.class_name)
+    stated.discard("")
     if stated:
-        return class_files(pairs, masks, stated, args)
+        return class_files(pairs, masks, sorted(stated), args)
 
     is_numbered = False
     if args.mask_threshold is None:
@@ -249,10 +273,11 @@ def read_values(pairs: list[Pair], folder: Path, args: Namespace) -> Values:
 
 
 def turned_lines(masks: list) -> list[str]:
-    """Return a line about masks of rotated photos that may be upright already."""
+    """Return a line about masks that are turned like their photos, [] if there are none."""
     turned = 0
     for entry in masks:
-        turned += image_files.mask_turn(entry.mask, entry.image, None)[1]
+        _, is_turned = image_files.mask_turn(entry.mask, entry.image, None)
+        turned += is_turned
     if not turned:
         return []
     return [f"turned like their photos, although they may be upright already: {turned} masks"]
@@ -266,6 +291,7 @@ def count_values(masks: list, numbers: bool = False) -> np.ndarray:
     if numbers:
         classes = ("background", "one", "other")  # any three: the masks are class maps
         masks = [as_class_map(entry, classes) for entry in masks]
+
     counts = []
     bar = tqdm(total=len(masks), desc="masks", unit="mask", disable=None, leave=False)
     for start in range(0, len(masks), 64):
@@ -277,7 +303,7 @@ def count_values(masks: list, numbers: bool = False) -> np.ndarray:
 
 
 def as_class_map(entry: layouts.Entry, classes: tuple[str, ...]) -> layouts.Entry:
-    """Return an entry as one of a class map."""
+    """Return an entry with class indices in its mask."""
     fields = {**vars(entry), "classes": classes, "has_class_indices": True}
     return layouts.Entry(**fields)
 
@@ -289,6 +315,7 @@ def binary_values(masks: list, counts: np.ndarray, rule: data.MaskRule, names: N
     """Return how binary masks are read. counts: (n,3,256). names: one class, or none."""
     for _, line in rule.notes:
         print(line)
+
     classes = ()
     foreground = names.foreground
     lines = [f"binary masks, foreground {rule.rule}", *turned_lines(masks)]
@@ -298,7 +325,9 @@ def binary_values(masks: list, counts: np.ndarray, rule: data.MaskRule, names: N
         lines.append(f"{names.source} is not used: it names {len(foreground)} classes")
 
     thresholds = data.mask_thresholds(masks, counts[:, 0], rule.rule).tolist()
-    threshold_of = {entry.mask: t for entry, t in zip(masks, thresholds, strict=True)}
+    threshold_of = {}
+    for entry, threshold in zip(masks, thresholds, strict=True):
+        threshold_of[entry.mask] = threshold
     return Values(partial(read_binary, threshold_of, classes), classes, lines)
 
 
@@ -317,7 +346,7 @@ def read_binary(
 
 
 def class_files(pairs: list[Pair], masks: list, stated: list[str], args: Namespace) -> Values:
-    """Return how masks are read that hold one class each. stated: the classes by name.
+    """Return how masks of one class each are read. stated: the sorted names of the classes.
 
     --classes may only reorder them. Raises ValueError, one line, for masks that are not binary.
     """
@@ -329,16 +358,21 @@ def class_files(pairs: list[Pair], masks: list, stated: list[str], args: Namespa
                 "--classes may only bring them into another order"
             )
         stated = [*order]
-    unnamed = [mask.path for pair in pairs for mask in pair.masks if not mask.class_name]
-    if unnamed:
-        raise ValueError(
-            f"{unnamed[0]}: names no class, as others do ({', '.join(stated)}); move it into a "
-            "folder of a class, or remove it"
-        )
+
+    masks_of = Counter()  # class -> masks
+    for pair in pairs:
+        for mask in pair.masks:
+            masks_of[mask.class_name] += 1
+            if not mask.class_name:
+                raise ValueError(
+                    f"{mask.path}: names no class, as others do ({', '.join(stated)}); move it "
+                    "into a folder of a class, or remove it"
+                )
 
     counts = count_values(masks)
     rule = data.mask_rule(masks, counts, args.mask_threshold)
-    for _, line in rule.errors:
+    if rule.errors:
+        _, line = rule.errors[0]
         path = line.partition(": ")[0]
         raise ValueError(
             f"{path}: holds several values, but folders or names state the classes "
@@ -346,25 +380,21 @@ def class_files(pairs: list[Pair], masks: list, stated: list[str], args: Namespa
             "--masks 'GLOB', else set --mask-threshold"
         )
 
-    of_class = Counter(mask.class_name for pair in pairs for mask in pair.masks)
-    about = ", ".join(f"{name} ({of_class[name]})" for name in stated)
+    listed = ", ".join(f"{name} ({masks_of[name]})" for name in stated)
     values = binary_values(masks, counts, rule, NO_NAMES)
-    order = {name: k for k, name in enumerate(stated)}
-    lines = [f"masks of classes: {about}", *values.lines]
+    lines = [f"masks of classes: {listed}", *values.lines]
     if len(stated) > 1:
         lines.append("where classes overlap, a later one of this list covers the others")
-    return OrderedValues(values.read, tuple(stated), lines, is_map=True, order=order)
+    return OrderedValues(values.read, tuple(stated), lines, is_map=True)
 
 
 @dataclass(frozen=True)
 class OrderedValues(Values):
-    """Masks of one class each; those of later classes cover those of earlier ones."""
-
-    order: dict[str, int] = field(default_factory=dict)  # class -> position
+    """Masks of one class each. Later classes cover earlier ones."""
 
     def read_pair(self, pair: Pair, size: tuple[int, int]) -> list[Object]:
         objects = super().read_pair(pair, size)
-        return sorted(objects, key=lambda item: self.order[item.class_name])
+        return sorted(objects, key=lambda item: self.classes.index(item.class_name))
 
 
 # --- class numbers --------------------------------------------------------------------------------
@@ -373,8 +403,8 @@ class OrderedValues(Values):
 def numbered_values(masks: list, counts: np.ndarray, names: Names) -> Values:
     """Return how masks of class numbers are read.
 
-    If there are numbers that no name belongs to, but as many numbers as names, the names belong to
-    the numbers in ascending order. Raises ValueError, one line, without names.
+    If some number has no name, but there are as many numbers as names, the names belong to the
+    numbers in ascending order. Raises ValueError, one line, without names.
     """
     if any(image_files.open_image(entry.mask, decode=False).mode[0] == "P" for entry in masks):
         counts = count_values(masks, numbers=True)
@@ -383,32 +413,37 @@ def numbered_values(masks: list, counts: np.ndarray, names: Names) -> Values:
     if not names.by_number:
         refuse_unnamed(masks, numbers)
 
-    name_of = {number: name for number, name in names.by_number.items() if number > 0}
-    unknown = [number for number in numbers if number not in name_of and number != 255]
-    lines = []
+    name_of = dict(names.by_number)
+    name_of.pop(0, None)
+    lines = [f"masks of class numbers: {list_numbers(present)}, named by {names.source}"]
+    unknown = sorted({*numbers} - {*name_of, 255})
     if unknown or numbers == [255]:
         if len(numbers) != len(name_of):
-            refuse_unknown(masks, counts, (unknown or [255])[0], names)
+            refuse_unknown(masks, counts, unknown[0] if unknown else 255, names)
         name_of = dict(zip(numbers, name_of.values(), strict=True))
         listed = ", ".join(f"{number} {name}" for number, name in name_of.items())
         lines.append(f"grey levels, in ascending order: {listed}")
 
-    shown = ", ".join(map(str, present[:SHOWN])) + (", …" if len(present) > SHOWN else "")
-    lines.insert(0, f"masks of class numbers: {shown}, named by {names.source}")
     if 255 in numbers and 255 not in name_of:
         lines.append("pixels of 255 are ignored in training")
-    read = partial(read_numbers, name_of)
     lines += turned_lines(masks)
+    read = partial(read_numbers, name_of)
     return Values(read, tuple(name_of.values()), lines, is_map=True)
+
+
+def list_numbers(numbers: list[int]) -> str:
+    """Return the first numbers, separated by commas."""
+    more = ", …" if len(numbers) > SHOWN else ""
+    return ", ".join(map(str, numbers[:SHOWN])) + more
 
 
 def refuse_unnamed(masks: list, numbers: list[int]) -> None:
     """Raise ValueError: the masks hold numbers that need names."""
-    shown = ", ".join(map(str, numbers[:SHOWN])) + (", …" if len(numbers) > SHOWN else "")
     example = ",".join(f"NAME{k}" for k in range(1, min(len(numbers), 3) + 1))
     raise ValueError(
-        f"{masks[0].mask.parent}: masks hold the values {shown} besides 0; name them as classes: "
-        f"--classes {example}, or set --mask-threshold N: values above N are foreground"
+        f"{masks[0].mask.parent}: masks hold the values {list_numbers(numbers)} besides 0; name "
+        f"them as classes: --classes {example}, or set --mask-threshold N: values above N are "
+        "foreground"
     )
 
 
@@ -427,7 +462,10 @@ def read_numbers(
     """Return the objects of a mask of class numbers."""
     values, _ = image_files.load_mask(mask.path, image, numbers=True)  # (H,W)
     check_size(values, mask, image, size)
-    objects = [Object(name, values == number) for number, name in name_of.items()]
+
+    objects = []
+    for number, name in name_of.items():
+        objects.append(Object(name, values == number))
     if 255 not in name_of:
         objects.append(Object(IGNORED, values == 255))
     return objects
@@ -449,22 +487,36 @@ class Colours:
 
     @property
     def noise(self) -> int:
-        """Return the levels by which colours that belong together may differ."""
+        """Return the levels per channel by which pixels of the same colour may differ."""
         return NOISE[self.is_lossy]
 
-    def main(self) -> list[int]:
-        """Return the colours that fill areas or long lines, most frequent first, black excluded.
+    def add(
+        self, codes: np.ndarray, counts: np.ndarray, flat: np.ndarray, palette: dict | None
+    ) -> None:
+        """Add the colours, pixels and flat pixels (n,) of a file, and its palette."""
+        self.pixels.update(dict(zip(codes.tolist(), counts.tolist(), strict=True)))
+        self.flat.update(dict(zip(codes.tolist(), flat.tolist(), strict=True)))
+        if palette is not None:
+            self.palettes.append(palette)
 
-        The colours of soft edges, which lie between two others, are none of them.
+    def main(self) -> list[int]:
+        """Return the colours that fill areas or long lines, most frequent first, without black.
+
+        The colours of soft edges, which lie between two others, are left out.
         """
-        coloured = {c: n for c, n in self.pixels.items() if not is_near(c, BLACK, self.noise)}
-        total = sum(coloured.values())
-        total_flat = sum(self.flat[colour] for colour in coloured)
+        coloured = []
+        total = 0
+        total_flat = 0
+        for colour, pixels in self.pixels.items():
+            if not is_near(colour, BLACK, self.noise):
+                coloured.append(colour)
+                total += pixels
+                total_flat += self.flat[colour]
 
         chosen = []
         for colour in sorted(coloured, key=lambda c: (-self.flat[c], -self.pixels[c], c)):
             fills_area = self.flat[colour] >= max(1, FLAT_SHARE * total_flat)
-            may_be_line = not self.is_lossy and coloured[colour] >= THIN_SHARE * total
+            may_be_line = not self.is_lossy and self.pixels[colour] >= THIN_SHARE * total
             if not fills_area and not may_be_line:
                 continue
             if any(is_near(colour, other, self.noise) for other in chosen):
@@ -480,11 +532,12 @@ class Colours:
             for palette in self.palettes:
                 for index, colour in palette.items():
                     position[colour] = min(index, position.get(colour, index))
+
         colours = [colour for colour in self.main() if colour != VOID]
         return sorted(colours, key=lambda colour: (position.get(colour, 256), colour))
 
     def are_several(self) -> bool:
-        """Return True if the masks hold several colours, VOID included, not only grey levels."""
+        """Return True if the masks have several main colours, not only grey levels."""
         return self.is_coloured and len(self.main()) > 1
 
 
@@ -497,6 +550,12 @@ def is_near(colour: int, other: int, distance: int) -> bool:
     """Return True if two colours differ by at most `distance` in each channel."""
     pairs = zip(channels(colour), channels(other), strict=True)
     return all(abs(a - b) <= distance for a, b in pairs)
+
+
+def is_grey(colour: int, distance: int) -> bool:
+    """Return True if the channels of a colour differ by at most `distance`."""
+    levels = channels(colour)
+    return max(levels) - min(levels) <= distance
 
 
 def is_blend(colour: int, others: list[int], distance: int) -> bool:
@@ -516,7 +575,10 @@ def hexadecimal(colour: int) -> str:
 
 
 def load_colours(path: Path, image: Path | None) -> np.ndarray:
-    """Return the colours of a mask, 0xRRGGBB, int32 (H,W), upright; transparent is black."""
+    """Return the colours of a mask, 0xRRGGBB, int32 (H,W). Transparent pixels become black.
+
+    The mask is turned upright like its image.
+    """
     turn = None
     if image is not None:
         turn, _ = image_files.mask_turn(path, image, None)
@@ -528,15 +590,19 @@ def load_colours(path: Path, image: Path | None) -> np.ndarray:
 
 
 def is_coloured_file(path: Path) -> bool:
-    """Return True for a file of colours or of a palette, by its header."""
+    """Return True if the header of a file states colours or a palette."""
     image = image_files.open_image(path, decode=False)
     return image.mode in ("P", "PA") or len(image.getbands()) >= 3
 
 
 def scan_file(path: Path) -> tuple | None:
-    """Return colours, their pixels, their flat pixels (n,) and the palette; None for grey files."""
+    """Return colours, their pixels, their flat pixels (n,) and the palette.
+
+    Return None for a grey file. The palette is {index: colour}, or None for other files.
+    """
     if not is_coloured_file(path):
         return None
+
     codes = load_colours(path, None)
     is_flat = data.flat_pixels(codes)
     grey = codes & 255
@@ -553,7 +619,9 @@ def scan_file(path: Path) -> tuple | None:
     if stored.mode == "P":
         indices, first = np.unique(np.asarray(stored), return_index=True)
         palette = dict(zip(indices.tolist(), codes.ravel()[first].tolist(), strict=True))
-    frequent = np.argsort(-counts, kind="stable")[: min(MOST_SCANNED, np.count_nonzero(counts))]
+
+    number = min(MOST_SCANNED, np.count_nonzero(counts))
+    frequent = np.argsort(-counts, kind="stable")[:number]
     return colours[frequent], counts[frequent], flat[frequent], palette
 
 
@@ -568,19 +636,12 @@ def scan_colours(masks: list) -> Colours:
             chunk = paths[start : start + 64]
             for facts in pool.map(scan_file, chunk):
                 bar.update()
-                if facts is None:
-                    continue
-                coloured += 1
-                colours, counts, flat, palette = facts
-                result.pixels.update(dict(zip(colours.tolist(), counts.tolist(), strict=True)))
-                result.flat.update(dict(zip(colours.tolist(), flat.tolist(), strict=True)))
-                if palette is not None:
-                    result.palettes.append(palette)
+                if facts is not None:
+                    coloured += 1
+                    result.add(*facts)
     bar.close()
 
-    result.is_coloured = any(
-        max(channels(c)) - min(channels(c)) > result.noise for c in result.main()
-    )
+    result.is_coloured = not all(is_grey(colour, result.noise) for colour in result.main())
     result.has_one_palette = len(result.palettes) == coloured and agree(result.palettes)
     return result
 
@@ -596,10 +657,10 @@ def agree(palettes: list[dict[int, int]]) -> bool:
 
 
 def colour_names(masks: list, colours: Colours, names: Names) -> dict[int, str]:
-    """Return {colour: class} of masks of colours, by the user's names or by the colours' own.
+    """Return {colour: class}, with the user's names or names of the colours.
 
-    Raises ValueError, one line, for names of other things, for masks without a background, and for
-    too many colours.
+    Raises ValueError, one line, for --classes without colours, for masks without a background, and
+    for too many colours.
     """
     if names.by_colour:
         return names.by_colour
@@ -625,9 +686,17 @@ def colour_names(masks: list, colours: Colours, names: Names) -> dict[int, str]:
 def coloured_values(masks: list, colours: Colours, names: Names) -> Values:
     """Return how masks of colours are read. Raises ValueError as `colour_names` does."""
     name_of = {BLACK: "background", **colour_names(masks, colours, names)}
-    table = {hexadecimal(colour): name for colour, name in name_of.items()}
-    classes = [name for name in dict.fromkeys(name_of.values()) if not is_background(name)]
-    listed = [f"{colour} {name}" for colour, name in table.items() if not is_background(name)]
+    table = {}  # for colours.json
+    classes = []
+    listed = []
+    for colour, name in name_of.items():
+        code = hexadecimal(colour)
+        table[code] = name
+        if is_background(name):
+            continue
+        listed.append(f"{code} {name}")
+        if name not in classes:  # several colours may have the same name
+            classes.append(name)
 
     source = names.source if names.by_colour else "their colours"
     lines = [f"masks of colours, named by {source}: {', '.join(listed)}"]
@@ -643,11 +712,11 @@ def coloured_values(masks: list, colours: Colours, names: Names) -> Values:
 
 
 def named_by_colour(colours: list[int]) -> dict[int, str]:
-    """Return {colour: name}: a word such as red for one colour near it, else "colour #rrggbb"."""
-    words = {}
-    for colour in colours:
-        near = [word for c, word in COLOUR_NAMES.items() if is_near(colour, c, NAME_DISTANCE)]
-        words[colour] = near[0] if near else ""
+    """Return {colour: name}: a word such as red, or "colour #rrggbb".
+
+    A word that fits several of the colours is not used.
+    """
+    words = {colour: word_for(colour) for colour in colours}
     frequency = Counter(words.values())
 
     named = {}
@@ -657,14 +726,21 @@ def named_by_colour(colours: list[int]) -> dict[int, str]:
     return named
 
 
+def word_for(colour: int) -> str:
+    """Return the word of COLOUR_NAMES for a colour, "" if none is near."""
+    for known, word in COLOUR_NAMES.items():
+        if is_near(colour, known, NAME_DISTANCE):
+            return word
+    return ""
+
+
 def read_colours(
     name_of: dict[int, str], noise: int, mask: MaskFile, image: Path, size: tuple[int, int]
 ) -> list[Object]:
     """Return the objects of a mask of colours.
 
-    Every pixel gets the nearest colour. Raises ValueError, one line, for an area of another colour
-    (nine equal pixels that are further than `noise` from all colours), and for a mask that consists
-    mostly of others, such as a photo.
+    Every pixel gets the nearest colour. Raises ValueError, one line, for other colours
+    (`refuse_strange_colours`).
     """
     codes = load_colours(mask.path, image)  # (H,W)
     check_size(codes, mask, image, size)
@@ -679,17 +755,7 @@ def read_colours(
     nearest = np.argmin(distances, axis=0)  # (n,)
 
     is_far = np.abs(rgb(present) - rgb(known)[nearest]).max(axis=1) > noise  # (n,)
-    far = is_far[positions]  # (H,W)
-    strange = codes[far & data.flat_pixels(codes)]
-    if far.mean() > MOST_FAR:
-        strange = codes[far]
-    if strange.size:
-        colour = int(Counter(strange.tolist()).most_common(1)[0][0])
-        raise ValueError(
-            f"{mask.path}: holds {hexadecimal(colour)}, which is none of the colours "
-            f"{', '.join(map(hexadecimal, known[:SHOWN].tolist()))}; repaint it, or name it with "
-            "--classes NAME=#rrggbb,…"
-        )
+    refuse_strange_colours(codes, is_far[positions], [*name_of], mask)
 
     class_of = nearest[positions]  # (H,W)
     masks = {}
@@ -697,6 +763,28 @@ def read_colours(
         if not is_background(names[k]):
             masks[names[k]] = masks.get(names[k], False) | (class_of == k)
     return [Object(name, pixels) for name, pixels in masks.items()]
+
+
+def refuse_strange_colours(
+    codes: np.ndarray, far: np.ndarray, known: list[int], mask: MaskFile
+) -> None:
+    """Raise ValueError, one line, for an area of a colour that is none of the known ones.
+
+    codes: colours (H,W). far: bool (H,W), pixels that differ from all known colours. An area has
+    nine equal pixels. A mask with many such pixels, such as a photo, needs no area.
+    """
+    strange = codes[far & data.flat_pixels(codes)]
+    if far.mean() > MOST_FAR:
+        strange = codes[far]
+    if not strange.size:
+        return
+
+    colour, _ = Counter(strange.tolist()).most_common(1)[0]
+    raise ValueError(
+        f"{mask.path}: holds {hexadecimal(colour)}, which is none of the colours "
+        f"{', '.join(map(hexadecimal, known[:SHOWN]))}; repaint it, or name it with "
+        "--classes NAME=#rrggbb,…"
+    )
 
 
 def rgb(codes: np.ndarray) -> np.ndarray:

@@ -1,8 +1,8 @@
 """Read folders in which masks are image files: the formats folders, beside, class-folders, globs.
 
-mask_names.py tells images from masks by their names, mask_values.py reads the masks' pixels. This
-file puts the two together: it finds the masks of every image, names classes that folders or file
-names state, and refuses what does not fit.
+mask_names.py tells images from masks by their names. mask_values.py reads the pixels of masks. This
+file finds the masks of every image and the classes that folders or file names state, and refuses
+files without a counterpart.
 """
 
 import re
@@ -37,19 +37,19 @@ from preparation.mask_values import MaskFile, Pair
 from preparation.readings import Case, Format, ImageReading, Reading
 
 NAME_FILES = "name the files with --images 'GLOB' --masks 'GLOB'"
-SAMPLE = 8  # files that are read to see if they are masks
-MOST_CLASSES = 50  # that file names may state; more are names of something else
+SAMPLE = 8  # files that are read to decide if a folder contains masks
+MOST_CLASSES = 50  # in file names; more different names cannot be classes
 
 
 @dataclass
 class Match:
-    """A mask, and what its name and its folder say."""
+    """An image and one of its masks."""
 
     image: File
     mask: File
     class_name: str = ""  # from a folder
-    addition: str = ""  # words of the file name beyond the image's
-    is_alone: bool = False  # a mask of the only image of a folder, whatever its name
+    addition: str = ""  # words that the mask's file name has and the image's lacks
+    is_alone: bool = False  # the folder states the image, whatever the mask's name
 
 
 @dataclass
@@ -58,7 +58,7 @@ class Pairing:
 
     images: list[File]
     matches: list[Match]
-    left_masks: list[File] = field(default_factory=list)  # without an image
+    left_masks: list[File] = field(default_factory=list)  # masks without an image
     notes: list[str] = field(default_factory=list)  # for the summary
 
 
@@ -78,18 +78,31 @@ def without_overlays(all_files: list[File]) -> tuple[list[File], list[str]]:
     files = []
     left_out = Counter()
     for file in all_files:
-        no_data = [name for name in (*file.folders, file.stem) if holds_no_data(name)]
-        if no_data:
-            is_folder = no_data[0] in file.folders
-            left_out[f"{no_data[0]}/" if is_folder else "overlays or previews"] += 1
+        name = name_of_no_data(file)
+        if name:
+            left_out[name] += 1
         else:
             files.append(file)
-    return files, [f"not read: {n} images, {name}" for name, n in left_out.items()]
+
+    notes = [f"not read: {n} images, {name}" for name, n in left_out.items()]
+    return files, notes
+
+
+def name_of_no_data(file: File) -> str:
+    """Return the folder or the kind of a file that is no data, such as an overlay; else ""."""
+    for folder in file.folders:
+        if holds_no_data(folder):
+            return f"{folder}/"
+    return "overlays or previews" if holds_no_data(file.stem) else ""
 
 
 def describe_places(files: list[File]) -> str:
     """Return the folders of files: "masks/", or "3 folders (train/masks/, …)"."""
-    names = sorted({"/".join((*file.outer, *file.folders, "")) for file in files})
+    folders = set()
+    for file in files:
+        folders.add("/".join((*file.outer, *file.folders, "")))
+
+    names = sorted(folders)
     if len(names) > 2:
         return f"{len(names)} folders ({names[0]}, …)"
     return " and ".join(name or "the folder itself" for name in names)
@@ -103,29 +116,17 @@ def pair_folders(files: list[File]) -> Pairing | None:
 
     Raises ValueError, one line, if the masks could be in several folders, or if no names fit.
     """
-    by_role = {"image": [], "mask": [], "": []}
-    for file in files:
-        by_role[file.role].append(file)
-    images = by_role["image"]
-    masks = by_role["mask"]
-    others = by_role[""]
-
-    if masks and not images:  # x/ and x_mask/
-        images = others
-        others = []
-    if images and not masks:  # images/ and folders of classes
-        masks = [file for file in others if file.folders]
-        others = [file for file in others if not file.folders]
-        if not masks or not look_like_masks(masks):
-            return None
+    images, masks, others = divide_by_role(files)
     if not images or not masks:
         return None
 
     matches = match_exactly(images, masks)
     if matches is None:
         matches = match_loosely(images, masks)
-    if not matches and len({image.stem for image in images}) == len(images):
-        matches = match_names(images, [(mask, "") for mask in masks])  # by the file names alone
+    have_own_stems = len({image.stem for image in images}) == len(images)
+    if not matches and have_own_stems:  # ignore the folders
+        matches = match_names(images, without_classes(masks))
+
     pairing = with_additions(Pairing(images, matches), masks)
     if not pairing.matches:
         example = f"such as {images[0].path.name} and {masks[0].path.name}"
@@ -136,6 +137,36 @@ def pair_folders(files: list[File]) -> Pairing | None:
     if others:
         pairing.notes.append(f"not read: {len(others)} images in {describe_places(others)}")
     return pairing
+
+
+def divide_by_role(files: list[File]) -> tuple[list[File], list[File], list[File]]:
+    """Return the images, the masks and the other files, by their folders."""
+    by_role = {"image": [], "mask": [], "": []}
+    for file in files:
+        by_role[file.role].append(file)
+    images = by_role["image"]
+    masks = by_role["mask"]
+    others = by_role[""]
+
+    if masks and not images:  # x/ and x_mask/
+        return others, masks, []
+    if masks or not images:
+        return images, masks, others
+
+    # The folders beside images/ may be classes.
+    in_folders = []
+    outside = []
+    for file in others:
+        group = in_folders if file.folders else outside
+        group.append(file)
+    if in_folders and look_like_masks(in_folders):
+        return images, in_folders, outside
+    return images, [], others
+
+
+def without_classes(masks: list[File]) -> list[tuple[File, str]]:
+    """Return [(mask, "")] for masks in folders that do not state a class."""
+    return [(mask, "") for mask in masks]
 
 
 def describe_numbers(images: list[File], masks: list[File]) -> str:
@@ -172,14 +203,14 @@ def match_exactly(images: list[File], masks: list[File]) -> list[Match] | None:
     may_be_alone = all(len(group) == 1 for group in images_of.values())
     matches = []
     for place, group in images_of.items():
-        matches += match_names(group, [(mask, "") for mask in masks_of[place]], may_be_alone)
+        matches += match_names(group, without_classes(masks_of[place]), may_be_alone)
     return matches
 
 
 def match_loosely(images: list[File], masks: list[File]) -> list[Match]:
-    """Return the matches of folders whose names differ in more than the word of their role.
+    """Return the matches of folders of images and masks that are not named alike.
 
-    A folder within a folder of masks names a class, or an image. Raises ValueError, one line, if
+    A folder within a folder of masks names a class or an image. Raises ValueError, one line, if
     images have several folders of masks.
     """
     place_of = loose_place
@@ -191,6 +222,7 @@ def match_loosely(images: list[File], masks: list[File]) -> list[Match]:
     for mask in masks:
         place, class_name = locate(loose_place(mask), images_of)
         located.setdefault(place, []).append((mask, class_name))
+
     matches = []
     for place, group in images_of.items():
         masks_here = name_series(located.get(place, []))
@@ -199,7 +231,7 @@ def match_loosely(images: list[File], masks: list[File]) -> list[Match]:
 
 
 def place_of_parent(file: File) -> tuple[str, ...]:
-    """Return the place of an image in a folder without a role: that of the folder's parent."""
+    """Return the place of the parent folder, for an image in a folder without a role."""
     if not file.folders:
         return ()
     parent = loose_place(File(file.path, file.folders[:-1]))
@@ -208,7 +240,10 @@ def place_of_parent(file: File) -> tuple[str, ...]:
 
 
 def locate(place: tuple, images_of: dict) -> tuple[tuple | None, str]:
-    """Return the place of the images that a mask belongs to, and the folder beyond it: a class."""
+    """Return the place of a mask's images, and the folder that only the mask's place has: a class.
+
+    Return None and "" if there are no such images.
+    """
     if place in images_of:
         return place, ""
     for i in reversed(range(len(place))):
@@ -230,16 +265,26 @@ def name_series(masks: list[tuple[File, str]]) -> list[tuple[File, str]]:
     if len(series) < 2:
         return masks
 
-    kinds = [items[0][0].kind for items in series.values()]
-    if not all(map(may_name_class, kinds)) or len({*kinds}) < len(kinds):
-        names = [describe_places([mask for mask, _ in items]) for items in series.values()]
-        example = series[next(iter(series))][0][0]
+    kinds = []
+    places = []
+    for items in series.values():
+        masks_of_series = [mask for mask, _ in items]
+        kinds.append(masks_of_series[0].kind)
+        places.append(describe_places(masks_of_series))
+
+    are_classes = all(map(may_name_class, kinds)) and len({*kinds}) == len(kinds)
+    if not are_classes:
+        example, _ = masks[0]
         pattern = example.path.relative_to(example.root).with_name(f"*{example.path.suffix}")
         raise ValueError(
-            f"{example.root}: the masks could be those in {' or in '.join(names)}; choose with "
+            f"{example.root}: the masks could be those in {' or in '.join(places)}; choose with "
             f"--images 'GLOB' --masks '{pattern.as_posix()}'"
         )
-    return [(mask, class_name or mask.kind) for mask, class_name in masks]
+
+    named = []
+    for mask, class_name in masks:
+        named.append((mask, class_name or mask.kind))
+    return named
 
 
 # --- masks beside images --------------------------------------------------------------------------
@@ -248,33 +293,45 @@ def name_series(masks: list[tuple[File, str]]) -> list[tuple[File, str]]:
 def pair_beside(files: list[File]) -> Pairing | None:
     """Return the pairs of a folder with masks beside their images, None if there are none."""
     groups = by_place(files, lambda file: file.folders)
+    ordered = masks_beside(files, groups)
+    if not ordered:
+        return None
+
+    masks = set(ordered)
+    images_of = {}
+    masks_of = {}
+    for place, group in groups.items():
+        images_of[place] = [file for file in group if file not in masks]
+        masks_of[place] = [file for file in group if file in masks]
+    may_be_alone = all(len(images) == 1 for images in images_of.values())
+
+    pairing = Pairing([], [])
+    for place, images in images_of.items():
+        pairing.images += images
+        pairing.matches += match_names(images, without_classes(masks_of[place]), may_be_alone)
+    pairing = with_additions(pairing, ordered)
+    return pairing if pairing.matches else None
+
+
+def masks_beside(files: list[File], groups: dict[tuple, list[File]]) -> list[File]:
+    """Return the files that are masks of images in the same folder. groups: folder -> files."""
     for masks_in in (masks_by_word, masks_by_ending, masks_by_addition):
         masks = set()
         for group in groups.values():
             masks |= masks_in(group)
         if masks:
             break
+
+    # A name such as x_liver.png beside x.png is no proof, so the pixels decide.
     ordered = [file for file in files if file in masks]
     needs_proof = masks_in is masks_by_addition
-    if not masks or (needs_proof and not look_like_masks(ordered)):
-        return None
-
-    images_of = {}
-    for place, group in groups.items():
-        images_of[place] = [file for file in group if file not in masks]
-    may_be_alone = all(len(images) == 1 for images in images_of.values())
-
-    pairing = Pairing([], [])
-    for place, images in images_of.items():
-        masks_here = [(file, "") for file in groups[place] if file in masks]
-        pairing.images += images
-        pairing.matches += match_names(images, masks_here, may_be_alone)
-    pairing = with_additions(pairing, ordered)
-    return pairing if pairing.matches else None
+    if ordered and needs_proof and not look_like_masks(ordered):
+        return []
+    return ordered
 
 
 def masks_by_word(files: list[File]) -> set[File]:
-    """Return the files of a folder that a word calls masks, such as x_mask.png beside x.png."""
+    """Return the files of a folder that have a word for masks, such as x_mask.png beside x.png."""
     marked = [file for file in files if names_a_mask(file.stem)]
     named = by_stem(files)
     masks = set()
@@ -286,7 +343,7 @@ def masks_by_word(files: list[File]) -> set[File]:
 
 
 def masks_by_addition(files: list[File]) -> set[File]:
-    """Return the files of a folder that are named like another one and a class, x_liver.png."""
+    """Return the files of a folder with the name of another file and a class: x_liver.png."""
     named = by_stem(files)
     masks = set()
     for file in files:
@@ -297,9 +354,9 @@ def masks_by_addition(files: list[File]) -> set[File]:
 
 
 def masks_by_ending(files: list[File]) -> set[File]:
-    """Return the files of a folder that differ from their image only in the ending.
+    """Return the masks of a folder that differ from their image only in the ending.
 
-    They are the ones that look like masks: x.png beside x.jpg.
+    Of x.png and x.jpg, the masks are the files with few grey levels.
     """
     groups = {}
     for file in files:
@@ -310,6 +367,7 @@ def masks_by_ending(files: list[File]) -> set[File]:
     first, second = groups.values()
     if {file.stem for file in first}.isdisjoint({file.stem for file in second}):
         return set()
+
     are_masks = [look_like_masks(first), look_like_masks(second)]
     if are_masks[0] == are_masks[1]:
         return set()
@@ -317,9 +375,9 @@ def masks_by_ending(files: list[File]) -> set[File]:
 
 
 def look_like_masks(files: list[File]) -> bool:
-    """Return True if a sample of files holds few grey levels each, as masks do.
+    """Return True if each file of a sample has few grey levels, as masks have.
 
-    A file that cannot be read counts as none; reading it later says why.
+    A file that cannot be read is not a mask here. The reading that follows reports its error.
     """
     step = -(-len(files) // SAMPLE)
     for file in files[::step]:
@@ -338,9 +396,9 @@ def look_like_masks(files: list[File]) -> bool:
 def match_names(
     images: list[File], masks: list[tuple[File, str]], may_be_alone: bool = False
 ) -> list[Match]:
-    """Return the matches of the images and the masks, with their classes, of one place.
+    """Return the matches of the images and masks of one place.
 
-    may_be_alone: the masks of a single image may have any name.
+    masks: [(mask, class)]. may_be_alone: the masks of a single image may have any name.
     """
     named = by_stem(images)
     matches = []
@@ -351,6 +409,7 @@ def match_names(
             image = named[folder]
             matches.append(Match(image, mask, addition=addition(mask.stem), is_alone=True))
             continue
+
         image_and_rest = find_image(mask, named)
         if image_and_rest:
             image, rest = image_and_rest
@@ -361,36 +420,42 @@ def match_names(
         for mask, class_name in masks:
             matches.append(Match(images[0], mask, class_name, addition(mask.stem), is_alone=True))
     if not matches:
-        pattern = pair_by_pattern(images, [mask for mask, _ in masks])
-        matches = [Match(image, mask) for mask, image in pattern.items()]
+        image_of = pair_by_pattern(images, [mask for mask, _ in masks])
+        for mask, image in image_of.items():
+            matches.append(Match(image, mask))
     return matches
 
 
 def with_additions(pairing: Pairing, masks: list[File]) -> Pairing:
-    """Return a pairing in which additions to file names are classes, or nothing.
+    """Interpret the additions to the file names of masks, and return the new pairing.
 
-    An addition that all masks have, such as _L, means nothing. Several additions are classes if
-    each of them is that of several images, as of x_liver.png and x_kidney.png. A mask with any
-    other addition belongs to no image, unless its folder says to which.
+    An addition that all masks have, such as _L, has no meaning. Several additions are classes if
+    each of them occurs with several images, as in x_liver.png and x_kidney.png. A mask with any
+    other addition belongs to no image, unless its folder states the image.
     """
     matches = pairing.matches
     images_of = {}  # addition -> images
     for match in matches:
         images_of.setdefault(match.addition, set()).add(match.image)
-    is_common = len(images_of) == 1 and all(len(images) > 1 for images in images_of.values())
-    are_classes = 1 < len(images_of) <= MOST_CLASSES and all(map(may_name_class, images_of))
-    are_classes &= all(len(images) > 1 for images in images_of.values())
+
+    are_frequent = all(len(images) > 1 for images in images_of.values())
+    is_common = are_frequent and len(images_of) == 1
+    are_classes = are_frequent and 1 < len(images_of) <= MOST_CLASSES
+    are_classes = are_classes and all(map(may_name_class, images_of))
 
     accepted = []
+    alone = set()  # images
     for match in matches:
         if are_classes and not match.class_name:
             match.class_name = match.addition
         if is_common or are_classes or not match.addition or match.is_alone:
             accepted.append(match)
+            if match.is_alone:
+                alone.add(match.image)
 
-    alone = {match.image for match in accepted if match.is_alone}
     if len(alone) == 1 and len(pairing.images) == 1:  # names that have nothing in common
         accepted = []
+
     matched = {match.mask for match in accepted}
     left = [mask for mask in masks if mask not in matched]
     return Pairing(pairing.images, accepted, left, pairing.notes)
@@ -400,10 +465,10 @@ def with_additions(pairing: Pairing, masks: list[File]) -> Pairing:
 
 
 def pattern_of(glob: str, option: str) -> re.Pattern:
-    """Return the regular expression of a pattern; its groups are s0, s1, … and class.
+    """Return the regular expression of a pattern. Its groups are s0, s1, … and class.
 
-    `*` stands for any text without /, `**/` for any folders, `?` for one character. {class} and
-    {object} stand for a text without /, too.
+    `*` matches any text without /, `**/` any folders, `?` one character. {class} and {object} match
+    any text without /, too.
     """
     stars = 0
     parts = []
@@ -425,7 +490,7 @@ def pattern_of(glob: str, option: str) -> re.Pattern:
 
 
 def matches_of(files: list[File], pattern: re.Pattern) -> dict[File, tuple[tuple, str]]:
-    """Return {file: (texts that the stars stand for, class)} of the files that fit a pattern."""
+    """Return {file: (texts that the stars match, class)} of the files that match a pattern."""
     fitting = {}
     for file in files:
         match = pattern.fullmatch(file.name)
@@ -437,21 +502,14 @@ def matches_of(files: list[File], pattern: re.Pattern) -> dict[File, tuple[tuple
 
 
 def pair_globs(files: list[File], args: Namespace) -> Pairing:
-    """Return the pairs of --images and --masks: the stars stand for the same texts in both.
+    """Return the pairs of --images and --masks, in which the stars match the same texts.
 
-    Files that fit --masks are no images. Raises ValueError, one line, for patterns that fit no
-    file, with unequal numbers of stars, or that give an image two masks.
+    Files that match --masks are not images. Raises ValueError, one line, for patterns that match no
+    file, that have unequal numbers of stars, or that give an image two masks.
     """
     image_pattern = pattern_of(args.images, "--images")
     mask_pattern = pattern_of(args.masks, "--masks")
-    n_image = image_pattern.groups
-    n_mask = mask_pattern.groups - ("class" in mask_pattern.groupindex)
-    if n_image != n_mask:
-        raise ValueError(
-            f"--images {args.images}: {n_image} stars, but --masks {args.masks} has {n_mask}; they "
-            "stand for the same texts, so both need the same number ({object} and {class} stand "
-            "for other texts)"
-        )
+    refuse_unequal_stars(image_pattern, mask_pattern, args)
 
     masks = matches_of(files, mask_pattern)
     images = matches_of([file for file in files if file not in masks], image_pattern)
@@ -469,6 +527,7 @@ def pair_globs(files: list[File], args: Namespace) -> Pairing:
             raise ValueError(
                 f"{image.path} and {first.path}: --images {args.images} has the same text for both"
             )
+
     pairing = Pairing([*images], [])
     for mask, (texts, class_name) in masks.items():
         if texts in image_of:
@@ -480,16 +539,30 @@ def pair_globs(files: list[File], args: Namespace) -> Pairing:
     return pairing
 
 
+def refuse_unequal_stars(images: re.Pattern, masks: re.Pattern, args: Namespace) -> None:
+    """Raise ValueError, one line, if --images and --masks have different numbers of stars."""
+    n_image = images.groups
+    n_mask = masks.groups - ("class" in masks.groupindex)
+    if n_image != n_mask:
+        raise ValueError(
+            f"--images {args.images}: {n_image} stars, but --masks {args.masks} has {n_mask}; they "
+            "stand for the same texts, so both need the same number ({object} and {class} stand "
+            "for other texts)"
+        )
+
+
 def refuse_second_masks(matches: list[Match]) -> None:
     """Raise ValueError, one line, if an image has two masks that are not numbered objects."""
     seen = {}  # (image, class) -> {stem: mask}
     for match in matches:
         if match.is_alone and not match.class_name:
             continue
+
         masks = seen.setdefault((match.image, match.class_name), {})
         first = masks.get(match.mask.stem) or next(iter(masks.values()), match.mask)
         is_repeated = match.mask.stem in masks
         masks[match.mask.stem] = match.mask
+
         is_numbered = without_numbers(first.path) == without_numbers(match.mask.path)
         if is_repeated or not is_numbered:
             raise ValueError(
@@ -523,6 +596,7 @@ def pairing_of(name: str, folder: Path, args: Namespace) -> Pairing | None:
         format_name = "beside"
     if pairing is None:
         return None
+
     refuse_second_masks(pairing.matches)
     if any(match.class_name for match in pairing.matches):
         format_name = "class-folders"
@@ -531,14 +605,15 @@ def pairing_of(name: str, folder: Path, args: Namespace) -> Pairing | None:
 
 
 def complete_pairs(pairing: Pairing, skip_unpaired: bool) -> list[Pair]:
-    """Return the images that have masks, and add to the notes how many have none.
+    """Return the images that have masks, and note in the pairing how many have none.
 
     Raises ValueError, one line, for images without a mask and masks without an image, unless
     skip_unpaired.
     """
-    masks_of = {}
+    masks_of = {}  # image -> [MaskFile]
     for match in pairing.matches:
         masks_of.setdefault(match.image, []).append(MaskFile(match.mask.path, match.class_name))
+
     without = [image for image in pairing.images if image not in masks_of]
     if not masks_of:
         skip_unpaired = False  # nothing would be left
@@ -576,25 +651,32 @@ def refuse_unpaired(without: list[File], pairing: Pairing) -> None:
 def case_names(images: list[File]) -> dict[File, str]:
     """Return {image: its path without an ending}, without folders such as images/ if possible."""
     for place_of in (loose_place, exact_place, lambda file: file.folders):
-        names = {image: "/".join((*place_of(image), image.path.stem)) for image in images}
+        names = {}
+        for image in images:
+            names[image] = "/".join((*place_of(image), image.path.stem))
         if len({*names.values()}) == len(names):
             break
     return names
 
 
 def first_line(pairing: Pairing, pairs: list[Pair]) -> str:
-    """Return the line that says how images and masks were recognised."""
-    matches = pairing.matches
-    images = list(dict.fromkeys(match.image for match in matches))
-    masks = [match.mask for match in matches]
-    are_alike = all(match.image.stem == match.mask.stem for match in matches)
+    """Return the line of the summary about the numbers, places and names of images and masks."""
+    images = {}  # a dictionary keeps the order of its keys
+    masks = []
+    are_alike = True
+    for match in pairing.matches:
+        images[match.image] = True
+        masks.append(match.mask)
+        are_alike &= match.image.stem == match.mask.stem
+
     names = "named alike"
     if not are_alike:
-        example = matches[0]
+        example = pairing.matches[0]
         names = f"named like {example.image.path.name} and {example.mask.path.name}"
+
     objects = max(len(pair.masks) for pair in pairs)
     several = f", up to {objects} of an image" if objects > 1 else ""
-    return f"{describe_numbers(images, masks)}{several}, {names}"
+    return f"{describe_numbers([*images], masks)}{several}, {names}"
 
 
 def recognise(name: str, folder: Path, args: Namespace) -> list[Reading]:
@@ -602,6 +684,7 @@ def recognise(name: str, folder: Path, args: Namespace) -> list[Reading]:
     pairing = pairing_of(name, folder, args)
     if pairing is None:
         return []
+
     pairs = complete_pairs(pairing, args.skip_unpaired)
     values = mask_values.read_values(pairs, folder, args)
     is_known = not values.is_map or (folder / "classes.json").is_file()
@@ -614,19 +697,22 @@ def recognise(name: str, folder: Path, args: Namespace) -> list[Reading]:
     splits, source = stated_splits(folder, pairs)
     if splits:
         pairing.notes.append(f"splits are those of {source}")
+
     cases = []
     for pair in pairs:
         split, group = splits.get(pair.image, (pair.split, ""))
         cases.append(Case(pair.name, pair.image, values.reader_of(pair), split, group))
+
     summary = [first_line(pairing, pairs), *values.lines, *pairing.notes]
     return [ImageReading(name, summary, cases, values.classes, values.tables)]
 
 
 def is_read_already(folder: Path, args: Namespace) -> bool:
-    """Return True if train.py reads a folder as it is, and no option asks for anything else."""
+    """Return True if train.py reads a folder without an import, and no option changes it."""
     options = (args.format, args.groups, args.prompt, args.each, args.classes, args.mask_threshold)
     if any(option is not None for option in options) or args.skip_unpaired:
         return False
+
     try:
         splits = layouts.find_splits(folder)
         for split in splits:
@@ -637,10 +723,10 @@ def is_read_already(folder: Path, args: Namespace) -> bool:
 
 
 def stated_splits(folder: Path, pairs: list[Pair]) -> tuple[dict[Path, tuple[str, str]], str]:
-    """Return {image: (split, patient)} and the files that state them; {} and "" without such files.
+    """Return {image: (split, patient)}, {} if no file states splits, and the folder of such files.
 
-    They are the annotation files of a data set in our layout, or VOC's ImageSets/Segmentation.
-    Splits of other names than train, val and test repeat images of these.
+    These are the annotation files of a data set in our layout, or VOC's ImageSets/Segmentation.
+    Only train, val and test count: the images of other splits are also in one of these.
     """
     splits = {}
     if (folder / "anns").is_dir():

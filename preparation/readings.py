@@ -42,6 +42,7 @@ class Case:
     group: str = ""  # the patient; "" if the folder does not say
     # Return the pixels, uint8 (H,W) or (H,W,3), of an image file that Pillow does not read.
     read_pixels: Callable[[], np.ndarray] | None = None
+    spacing: tuple[float, float] | None = None  # of a pixel, in mm along a row and a column
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class ImageReading:
     cases: list[Case]
     classes: tuple[str, ...] = ()  # of the objects, by class index from 1; () for one unnamed class
     tables: dict[str, object] = field(default_factory=dict)  # JSON file to write -> its content
+    has_masks: bool = True  # False: images alone, for predict.py
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,8 @@ def describe_volumes(splits, about, grids):
     for key, value in about["labels"].items():  # {"1": "liver"}, or {"liver": [1, 2]}
         if key not in ("0", "background"):
             classes.append(f"{key} {value}")
-    yield f"classes: {', '.join(classes)}"
+    if classes:
+        yield f"classes: {', '.join(classes)}"
 
     sizes = axis_ranges([grid.size for grid in grids], "d")
     yield f"voxels: {sizes} (to the right, front, head)"
@@ -111,12 +112,13 @@ def split_lists(splits):
     return lists
 
 
-def write_data_set(out, about, splits, put, title):
+def write_data_set(out, about, splits, put, title, finish=None):
     """Write a data set, whole or not at all, and print its description. Return 0.
 
     about: the content of dataset.json besides the lists. splits: split -> [(image, label or None)],
     files within the data set. put(part, image, label): writes these two into the folder `part`.
-    title: first lines of the description.
+    title: first lines of the description. finish(part), if given, writes further files when all
+    volumes are written, and returns the last lines of the description.
     """
     cases = []
     for split in LISTS:
@@ -131,7 +133,8 @@ def write_data_set(out, about, splits, put, title):
             grids.append(read_grids(part, image, label))
         content = json.dumps(about | split_lists(splits), indent=1)
         (part / "dataset.json").write_text(content + "\n")
-        description = "\n".join([*title, *describe_volumes(splits, about, grids)])
+        last_lines = finish(part) if finish else []
+        description = "\n".join([*title, *describe_volumes(splits, about, grids), *last_lines])
         (part / "README.txt").write_text(description + "\n")
     print(f"{out}: {description}")
     return 0

@@ -201,3 +201,15 @@ def options(demo, tmp_path):
         workers=0,
         overlays=2,
     )
+
+
+def assert_same_scores(ours, theirs):
+    """In another place of the memory, sums of floats may differ in their last bits."""
+    if isinstance(ours, dict):
+        assert ours.keys() == theirs.keys()
+        for name, value in ours.items():
+            assert_same_scores(value, theirs[name])
+    elif isinstance(ours, float):
+        assert ours == pytest.approx(theirs, rel=1e-12, nan_ok=True)
+    else:
+        assert ours == theirs

@@ -362,11 +362,11 @@ def test_large_images_get_advice(tmp_path, monkeypatch, recwarn):
 
 
 FOREIGN = {
-    "a.dcm": (b"anything", "DICOM is not read; .*dcm2niix.*pydicom"),
+    "a.dcm": (b"anything", "DICOM is not read; .*prepare.py import FOLDER.*pydicom"),
     "a": (bytes(128) + b"DICM", "DICOM is not read"),
     "b.png": (bytes(128) + b"DICM", "DICOM is not read"),
-    "a.nrrd": (b"NRRD0004", "NRRD is not read; .*.nii.gz.*SimpleITK"),
-    "a.MHA": (b"ObjectType = Image", "MetaImage is not read; .*.nii.gz"),
+    "a.nrrd": (b"NRRD0004", "NRRD is not read; .*prepare.py import FOLDER.*SimpleITK"),
+    "a.MHA": (b"ObjectType = Image", "MetaImage is not read; .*prepare.py import FOLDER"),
     "a.h5": (b"\x89HDF\r\n", "HDF5 is not read"),
     "a.heic": (b"\0\0\0\x20ftypheic", "HEIC is not read; save it as PNG or JPEG"),
     "a.svs": (b"II*\0", "whole-slide is not read; cut it into tiles"),

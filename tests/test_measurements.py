@@ -519,3 +519,36 @@ def test_a_test_of_volumes_is_measured_as_stored(tmp_path, monkeypatch, capsys):
         mask = source == NAMES.index(row["class"])
         check_volume_row(row, mask, voxels, AXES["permuted"])
     shutil.rmtree(tmp_path / "c")
+
+
+def test_spacing_csv_has_the_size_of_pixels(run, photos, tmp_path, monkeypatch, capsys):
+    """Next to the images or next to their folder; --pixel-size comes first."""
+    (photos / "spacing.csv").write_text("image,x_mm,y_mm\na.png,0.1,0.25\n")
+    out = tmp_path / "out"
+    given = ["--weights", run, photos, "--out", out]
+    called(monkeypatch, capsys, *given)
+    sizes = {row["name"]: row["pixel_width_mm"] for row in rows(out / "measurements.csv")}
+    assert sizes == {"a": "0.1", "b": "", "g/a": "0.1", "g/h/c": ""}
+    for row in rows(out / "measurements.csv"):
+        if row["name"] == "a":
+            assert float(row["area_mm2"]) == pytest.approx(int(row["area_px"]) * 0.025)
+    said, _ = called(monkeypatch, capsys, *given, "--skip-existing")
+    assert "4 of 4 images are predicted already" in said
+
+    called(monkeypatch, capsys, *given[:-1], tmp_path / "other", "--pixel-size", 2, 2)
+    assert {row["pixel_width_mm"] for row in rows(tmp_path / "other/measurements.csv")} == {"2.0"}
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("name,x\na.png,1\n", "line 2: expected the columns"),
+        ("image,x_mm,y_mm\na.png,0,1\n", "line 2: 0 x 1 mm is no size"),
+    ],
+)
+def test_a_damaged_spacing_csv_is_refused(text, words, run, photos, tmp_path, monkeypatch, capsys):
+    (photos / "spacing.csv").write_text(text)
+    given = ["--weights", run, photos, "--out", tmp_path / "out"]
+    measurements.read_spacings.cache_clear()
+    _, error = called(monkeypatch, capsys, *given, status=2)
+    assert "spacing.csv" in error and words in error

@@ -310,7 +310,9 @@ def test_annotations_are_downloaded_once(tmp_path, site, run):
     assert [entry["img_name"] for entry in entries(tmp_path / "out", "train")] == KVASIR_NAMES[:4]
 
     shutil.rmtree(folder)
-    (tmp_path / "cache/medvlsm" / medvlsm.COMMIT / "kvasir_polyp/.val.json.0123abcd").write_text("x")
+    (tmp_path / "cache/medvlsm" / medvlsm.COMMIT / "kvasir_polyp/.val.json.0123abcd").write_text(
+        "x"
+    )
     status, out, _ = run(prepare, *arguments, tmp_path / "again")
     assert status == 0 and "downloading" not in out and len(requests) == 3
     assert contents(tmp_path / "again") == contents(tmp_path / "out")

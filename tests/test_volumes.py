@@ -1360,11 +1360,14 @@ def test_a_header_beside_its_voxels(tmp_path, kind, end):
 
 
 FOREIGN = {
-    "a.nrrd": (b"NRRD0005\n", "NRRD is not read; convert it to .nii.gz .SimpleITK"),
-    "b.nii.gz": (b"NRRD0005\n", "NRRD is not read; convert it to .nii.gz .SimpleITK"),
+    "a.nrrd": (b"NRRD0005\n", "NRRD is not read; convert its folder with python prepare.py import"),
+    "b.nii.gz": (
+        b"NRRD0005\n",
+        "NRRD is not read; convert its folder with python prepare.py import",
+    ),
     "a.mha": (b"ObjectType = Image\nNDims = 3\n", "MetaImage is not read; convert"),
-    "IM0001": (bytes(128) + b"DICM" + bytes(300), "DICOM is not read; .*.nii.gz .dcm2niix"),
-    "a.dcm": (b"\x08\0\x05\0", "DICOM is not read; .*.nii.gz .dcm2niix"),
+    "IM0001": (bytes(128) + b"DICM" + bytes(300), "DICOM is not read; .*prepare.py import FOLDER"),
+    "a.dcm": (b"\x08\0\x05\0", "DICOM is not read; .*prepare.py import FOLDER"),
     "a.mgz": (gzip.compress(b"\0\0\0\1\0\0\1\0" * 100), "MGH is not read; .*mri_convert"),
     "a.hdr": (b"\x5c\1\0\0" + bytes(344), "Analyze 7.5 is not read; convert"),
     "a.zip": (b"PK\3\4", "is a ZIP archive, not NIfTI; unpack it"),
