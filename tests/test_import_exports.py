@@ -794,6 +794,12 @@ def test_kaggle_tables(make, check, masks, source, tmp_path):
     assert status == 0 and "no pixel" not in text
 
 
+def test_a_line_break_in_a_value_stays_within_the_message():
+    refused = pytest.raises(ValueError, match="a.json, annotation 3: image_id a b is not an id")
+    with refused, shapes.errors_at("a.json, annotation 3"):
+        raise ValueError("image_id a\nb is not an id")
+
+
 def test_kaggle_tables_of_pandas_have_an_index_and_old_ones_other_line_ends(make, masks, source):
     photo(source / "a.png")
     rows = [",ImageId,EncodedPixels", f"0,a.png,{pairs(RING)}", f"1,a.png,{pairs(BOX_MASK)}"]

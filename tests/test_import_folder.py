@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import command
+from conftest import command, rows
 from PIL import Image
 
 import prepare
@@ -274,3 +274,11 @@ def test_outputs_that_no_folder_can_be_are_refused(make, tmp_path):
     (tmp_path / "file").write_text("x")
     status, _, error = make([reading], "--out", tmp_path / "file/a")
     assert status == 2 and "file/a: lies below a file" in error
+
+
+def test_spacings_of_images_with_commas_in_their_names_are_read_again(make, tmp_path):
+    (tmp_path / "photos/photo00.png").rename(tmp_path / 'photos/a, "b".png')
+    objects = [Object("", box(0, 0, 3, 3))]
+    assert make([reading_of(tmp_path / "photos", objects, spacing=(0.5, 0.25))])[0] == 0
+    spacings = rows(tmp_path / "mine/spacing.csv")
+    assert {"image": 'a, "b".png', "x_mm": "0.5", "y_mm": "0.25"} in spacings
