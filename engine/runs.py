@@ -3,6 +3,7 @@
 import io
 import math
 import re
+import shlex
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -315,9 +316,27 @@ def _open(settings, family) -> DataSets:
             settings.data, settings.seed, settings.group_regex, settings.fold
         )
         lists |= {"val": val} if settings.eval else {"train": train, "val": val}
+    warn_of_shared_patients(lists)
     opened = open_together(lists, settings, family)
     parts = {name: opened[name] for name in ("train", "val") if name in opened}
     return DataSets(parts, {name: opened[f"test {name}"] for name in tests})
+
+
+def warn_of_shared_patients(lists: dict[str, list]) -> None:
+    """Print a line for each list of entries whose patients are also in train.
+
+    --group-regex keeps patients together in random splits only; other splits may divide them.
+    """
+    train = {(entry.root, entry.group) for entry in lists.get("train", []) if entry.group}
+    for name, entries in lists.items():
+        shared = sorted(train & {(entry.root, entry.group) for entry in entries})
+        if name != "train" and shared:
+            root, patient = shared[0]
+            print(
+                f"warning: {name} shares patients with train ({len(shared)}, such as {patient}); "
+                f"its scores may be too high; python prepare.py check {shlex.quote(str(root))} "
+                "lists them (add --group-regex if you gave it here)"
+            )
 
 
 def list_tests(settings) -> dict[str, list]:

@@ -35,6 +35,7 @@ links on the disk are followed. Names that differ only in their Unicode form are
 import json
 import os
 import re
+import shlex
 import unicodedata
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -537,7 +538,7 @@ def _parse_entry(root: Path, split: str, item: dict, group_regex: str | None) ->
     mask_file = _find_in_split(root, "masks", mask, split)
     prompts = _parse_prompts(item["prompts"])
 
-    group = item.get("group") if group_regex is None else _match_group(image, group_regex)
+    group = item.get("group") if group_regex is None else match_group(image, group_regex)
     if group is not None:
         if type(group) not in (str, int):
             raise TypeError(f"group {group!r} of {mask} is neither a text nor a whole number")
@@ -567,7 +568,7 @@ def _find_in_split(root: Path, folder: str, name: str, split: str) -> Path:
     return paths[0]
 
 
-def _match_group(image: str, group_regex: str | None) -> str | None:
+def match_group(image: str, group_regex: str | None) -> str | None:
     """Return the patient that --group-regex finds in the name of an image; None without a regex.
 
     This is its first group, or the whole match if it has none.
@@ -578,9 +579,10 @@ def _match_group(image: str, group_regex: str | None) -> str | None:
         match = re.search(group_regex, image)
     except re.error as error:
         raise ValueError(f"--group-regex {group_regex}: {error}") from None
-    if match is None:
+    group = match and (match[1] if match.re.groups else match[0])
+    if not group:
         raise ValueError(f"--group-regex {group_regex} finds nothing in {image}")
-    return match[1] if match.re.groups else match[0]
+    return group
 
 
 def _parse_prompts(prompts: dict) -> dict[str, list[str]]:
@@ -632,7 +634,7 @@ def read_pairs(root: Path, folder: Path, group_regex: str | None = None) -> list
 
     entries = []
     for stem, image in images.items():
-        group = _match_group(image.name, group_regex)
+        group = match_group(image.name, group_regex)
         entries.append(Entry(masks[stem].stem, image, masks[stem], {}, root, group=group))
     return entries
 
@@ -1065,7 +1067,7 @@ def read_volumes(root: Path, group_regex: str | None = None) -> dict[str, list[E
             name = without_ending(label)
             if has_repeated_names:  # case1/label.nii.gz, case2/label.nii.gz
                 name = (label.parent.relative_to(root) / name).as_posix()
-            group = _match_group(image.name, group_regex)
+            group = match_group(image.name, group_regex)
             first, *more = channels[image]
             entry = Entry(name, first, label, {}, root, group=group, more_channels=tuple(more))
             entries[split].append(replace(entry, has_class_indices=True, **fields))
@@ -1206,7 +1208,8 @@ def read_entries(root: Path, split: str, group_regex: str | None = None) -> list
     if not available:
         raise ValueError(
             f"{root}: not a data set; it needs images/ and masks/, with "
-            "anns/{train,val,test}.json, or in {train,val,test}/; volumes a dataset.json"
+            "anns/{train,val,test}.json, or in {train,val,test}/; volumes a dataset.json; "
+            f"python prepare.py import {shlex.quote(str(root))} --out data/NAME reads many others"
         )
 
     if (root / "anns").is_dir():

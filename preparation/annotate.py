@@ -14,6 +14,7 @@ import argparse
 import io
 import json
 import os
+import shlex
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout
@@ -132,8 +133,8 @@ def refuse_in_place(root: Path, entries: list[layouts.Entry]) -> None:
     """Raise ValueError, one line, if anns/ within the data set cannot hold its prompts."""
     if any(map(is_class_map, entries)):
         raise ValueError(
-            f"{root}: prompts for single classes would hide the class maps from models that read "
-            "them; add --out FOLDER for a data set of their own"
+            f"{root}: its masks are class maps, and prompts are for one class each; add --out "
+            "FOLDER to write them as a data set of their own"
         )
     if (root / "anns").is_dir():
         return
@@ -178,7 +179,8 @@ def check_targets(drafts: list[Draft], targets: dict[int | None, str]) -> None:
             continue
         if entry.label is None or not any(targets.values()):
             raise ValueError(
-                f'--target: is needed for {entry.root}; name what the masks show ("skin lesion")'
+                f"{entry.root}: does not name what its masks show; add --target TEXT, such as "
+                '--target "skin lesion"'
             )
         raise ValueError(
             f"{entry.root / 'classes.json'}: does not name the label {entry.label} of {entry.mask}"
@@ -395,7 +397,8 @@ def print_summary(anns: Path, described: dict[str, list[Draft]], args, specks: i
     if specks:
         share = f"{mask_words.SPECK:.2%}"
         print(f"  left out: {specks} times a class that fills at most {share} of an image")
-    print(f"  {anns / SHEET} shows {MOST_PICTURES} of them at most")
+    print(f"  {anns / SHEET} shows up to {MOST_PICTURES} of them")
+    print(f"next: python prepare.py check {shlex.quote(str(anns.parent))}")
 
 
 # --- command --------------------------------------------------------------------------------------

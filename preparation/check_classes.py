@@ -145,7 +145,7 @@ def describe_shares(
         return
     values = np.array(list(shares.values()))
     ends = f"{percent(values.min())} to {percent(values.max())}"
-    yield "foreground", f"{percent(values.mean())} of {noun} in the mean, {ends}"
+    yield "foreground", f"{percent(values.mean())} of {noun} on average, {ends}"
 
     empty = [name for (_, name), share in shares.items() if share == 0]
     healthy = 0

@@ -46,6 +46,7 @@ from preparation.readings import (
     Reading,
     VolumeCase,
     VolumeReading,
+    count,
 )
 from preparation.volume_pairs import ENDINGS
 
@@ -62,6 +63,7 @@ FORMATS: tuple[Format, ...] = (
     *dicom_images.FORMATS,
 )
 GLOBS = "globs"  # the format of images that --images and --masks name
+SPLITS = ("train", "val", "test")
 MOST_OVERLAYS = 12
 MOST_CLASSES = 254  # 0 is the background, 255 is ignored
 LONGEST_NAME = 255  # bytes
@@ -101,10 +103,11 @@ def choose_reading(folder: Path, args: Namespace) -> Reading:
     if errors:
         raise errors[0]
     if not readings:
-        kind = f"a folder of the format {args.format}" if args.format else "any known format"
+        kind = f"the format {args.format}" if args.format else "images with masks or annotations"
         raise ValueError(
-            f"{folder}: not {kind}; it holds {describe_content(folder)}; name the files with "
-            "--images 'GLOB' --masks 'GLOB'"
+            f"{folder}: not recognised as {kind}; it contains {describe_content(folder)}; put "
+            "images and masks into this folder, or name the files in it with --images 'GLOB' "
+            "--masks 'GLOB'"
         )
     if len(readings) > 1:
         choices = "; ".join(f"--format {r.format}: {r.summary[0]}" for r in readings)
@@ -126,10 +129,8 @@ def advice(folder: Path) -> str | None:
 
     Raises nothing, so that it can be added to any message.
     """
-    unset = (
-        "format", "images", "masks", "groups", "prompt", "each", "classes", "modality",
-        "mask_threshold",
-    )  # fmt: skip
+    unset = ["format", "images", "masks", "groups", "group_regex", "prompt", "each", "classes"]
+    unset += ["modality", "mask_threshold"]
     args = Namespace(**dict.fromkeys(unset), skip_unpaired=False)
     command = f"python prepare.py import {shlex.quote(str(folder))} --out data/NAME"
     try:
@@ -193,6 +194,20 @@ def read_groups(path: Path, cases: list, folder: Path) -> list:
     if missing:
         raise ValueError(f"{path}: has no line for {missing[0]}, and {len(missing) - 1} more")
     return [replace(case, group=groups[i]) for i, case in enumerate(cases)]
+
+
+def match_groups(regex: str, cases: list, folder: Path) -> list:
+    """Return the cases with the patients that --group-regex finds in the paths within a folder.
+
+    Raises ValueError, one line, if it finds nothing in one of them.
+    """
+    grouped = []
+    for case in cases:
+        path = case.name
+        if isinstance(case, Case):
+            path = case.image.relative_to(folder).as_posix()
+        grouped.append(replace(case, group=layouts.match_group(path, regex)))
+    return grouped
 
 
 def with_splits(cases: list) -> list:
@@ -351,7 +366,10 @@ class ImageWriter:
         for item in everything:
             if item.mask.shape != size:
                 shape = f"{item.mask.shape[1]}x{item.mask.shape[0]}"
-                raise ValueError(f"{case.image}: {size[1]}x{size[0]}, but its mask is {shape}")
+                raise ValueError(
+                    f"{case.image}: {size[1]}x{size[0]}, but its mask is {shape}; draw or resize "
+                    "the mask at the size of the image"
+                )
         self.empty += not any(item.mask.any() for item in objects)
         self.ignored += bool(ignored) and not self.is_class_map
 
@@ -421,6 +439,13 @@ class ImageWriter:
         overlay = pictures.overlay(pixels, masks, masks)
         self.cards.append(pictures.captioned(overlay, case.name))
 
+    def sheet(self) -> Image.Image:
+        """Return the page of overlays, with the colours of the classes if there are several."""
+        cards = list(self.cards)
+        if len(self.classes) > 1:
+            cards.append(pictures.legend(self.classes))
+        return pictures.sheet(cards)
+
 
 def write_images(reading: ImageReading, args: Namespace) -> list[str]:
     """Write a reading of images to args.out, whole or not at all. Return lines about it."""
@@ -457,18 +482,51 @@ def write_images(reading: ImageReading, args: Namespace) -> list[str]:
         description = describe(reading, cases, writer)
         (part / "README.txt").write_text("\n".join(description) + "\n", encoding="utf-8")
         if writer.cards:
-            pictures.save_picture(part / "overview.png", pictures.sheet(writer.cards))
+            pictures.save_picture(part / "overview.png", writer.sheet())
     return description
+
+
+def describe_split(before: list, cases: list) -> str:
+    """Return the line of README.txt about the splits. before: the cases without random splits."""
+    if all(case.split for case in before):
+        return "split: as in the folder"
+    unit = "patients" if any(case.group for case in cases) else "images"
+    if {case.split for case in cases} == {"train"}:
+        return f"split: all for training, with fewer than {ENOUGH_FOR_SPLITS} {unit}"
+    if unit == "patients":
+        return "split: random, all images of a patient in one split"
+    return (
+        "split: random, by image; if patients have several images, import again with --group-regex "
+        "or --groups"
+    )
+
+
+def similar_classes(classes: tuple[str, ...]) -> list[str]:
+    """Return a line for each pair of classes such as Polyp and polyp, which may be one."""
+    lines = []
+    earlier = {}  # name in lower case, with blanks -> name
+    for name in classes:
+        plain = " ".join(re.findall(r"[^\W_]+", name.lower()))
+        if plain in earlier:
+            lines.append(
+                f"are the classes {earlier[plain]} and {name} one? then give them one name in the "
+                "annotations and import again"
+            )
+        earlier.setdefault(plain, name)
+    return lines
 
 
 def describe(reading: ImageReading, cases: list[Case], writer: ImageWriter) -> list[str]:
     """Return the lines of README.txt: what was recognised and what was written."""
     lines = [f"Read as {reading.format}: {reading.summary[0]}", *reading.summary[1:]]
-    for split, entries in writer.entries.items():
+    for split in sorted(writer.entries, key=SPLITS.index):
+        entries = writer.entries[split]
         images = len({entry["img_name"] for entry in entries})
-        lines.append(f"{split}: {images} images, {len(entries)} masks")
+        lines.append(f"{split}: {count(images, 'image')}, {count(len(entries), 'mask')}")
+    lines.append(describe_split(reading.cases, cases))
     if reading.classes:
         lines.append(f"classes: {', '.join(reading.classes)}")
+    lines += similar_classes(reading.classes)
     groups = {case.group for case in cases if case.group}
     if groups:
         lines.append(f"patients: {len(groups)}")
@@ -483,8 +541,8 @@ def describe(reading: ImageReading, cases: list[Case], writer: ImageWriter) -> l
         lines.append(f"images in which ignored pixels became background: {writer.ignored}")
     if writer.covered:
         lines.append(
-            f"objects of several classes overlap in {writer.covered} images; the one that comes "
-            "later in the files covers the others"
+            f"objects of several classes overlap in {count(writer.covered, 'image')}; the one that "
+            "comes later in the files covers the others"
         )
     return lines
 
@@ -494,8 +552,10 @@ def describe(reading: ImageReading, cases: list[Case], writer: ImageWriter) -> l
 
 def refuse_misuse(args: Namespace) -> None:
     """Raise ValueError or FileNotFoundError, one line, before the folder is read."""
+    if args.folder.is_file():
+        raise ValueError(f"{args.folder}: is a file; unpack an archive and give its folder")
     if not args.folder.is_dir():
-        raise FileNotFoundError(f"{args.folder}: no such folder; unpack an archive first")
+        raise FileNotFoundError(f"{args.folder}: no such folder")
     atomic_files.refuse_existing(args.out)
     if args.out.resolve().is_relative_to(args.folder.resolve()):
         raise ValueError(f"--out {args.out}: lies within {args.folder}; choose another folder")
@@ -504,6 +564,8 @@ def refuse_misuse(args: Namespace) -> None:
     readers = (None, GLOBS, *(format.name for format in import_volumes.FORMATS))
     if args.images and args.format not in readers:
         raise ValueError(f"--format {args.format}: --images and --masks name the files; remove it")
+    if args.groups and args.group_regex:
+        raise ValueError("--groups and --group-regex: both name the patients; remove one")
 
 
 def refuse_useless(reading: Reading, args: Namespace) -> None:
@@ -538,6 +600,9 @@ def import_folder(args):
     refuse_useless(reading, args)
     if args.groups:
         cases = read_groups(args.groups, reading.cases, args.folder)
+        reading = replace(reading, cases=cases)
+    if args.group_regex:
+        cases = match_groups(args.group_regex, reading.cases, args.folder)
         reading = replace(reading, cases=cases)
 
     if isinstance(reading, VolumeReading):
@@ -594,6 +659,12 @@ def options(command):
     add("--masks", metavar="GLOB", help=help)
     help = "CSV file with the columns image and group: the patient of each image"
     add("--groups", type=Path, metavar="FILE", help=help)
+    help = (
+        "regular expression that finds the patient in an image's path within FOLDER: its first "
+        "group, or the whole match; such as 'P[0-9]+', or '^[^/]+' for the first folder; the "
+        "random split keeps patients together (default: split by image)"
+    )
+    add("--group-regex", metavar="REGEX", help=help)
     help = "text prompt of all masks (default: the name of their class, if FOLDER has it)"
     add("--prompt", metavar="TEXT", help=help)
     help = (

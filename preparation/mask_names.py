@@ -24,8 +24,8 @@ IMAGE_WORD = "images?|imgs?|inputs?|originals?|photos?|pictures?|scans?|frames?"
 SHORT_IMAGE_WORD = "data|raw|slices?|rgb|jpe?g|png"
 NO_WORD = "un-?labell?ed|labell?ed"  # labelled images are images
 
-# Pictures made of images and masks, and CVAT's and VOC's numbers of objects.
-NO_DATA = re.compile("overlay|visuali[sz]ation|preview|thumbnail|segmentationobject")
+# Pictures made of images and masks, ISIC's superpixels, and CVAT's and VOC's numbers of objects.
+NO_DATA = re.compile("overlay|visuali[sz]ation|preview|thumbnail|superpixels|segmentationobject")
 SHORT_NO_DATA = {"viz", "vis"}
 
 
@@ -46,7 +46,7 @@ def is_mask_word(word: str) -> bool:
 
 
 def holds_no_data(name: str) -> bool:
-    """Return True for the name of a folder or file of overlays, previews or numbers of objects."""
+    """Return True for a folder or file of overlays, previews, superpixels or object numbers."""
     words = words_of(name)
     return NO_DATA.search("".join(words)) is not None or not SHORT_NO_DATA.isdisjoint(words)
 

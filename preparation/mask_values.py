@@ -98,7 +98,7 @@ def check_size(pixels: np.ndarray, mask: MaskFile, image: Path, size: tuple[int,
     if pixels.shape != size:
         raise ValueError(
             f"{mask.path}: {width_by_height(pixels.shape)}, but its image {image} is "
-            f"{width_by_height(size)}"
+            f"{width_by_height(size)}; draw or resize the mask at that size"
         )
 
 
@@ -698,8 +698,9 @@ def coloured_values(masks: list, colours: Colours, names: Names) -> Values:
         if name not in classes:  # several colours may have the same name
             classes.append(name)
 
-    source = names.source if names.by_colour else "their colours"
-    lines = [f"masks of colours, named by {source}: {', '.join(listed)}"]
+    lines = [f"masks of colours, named by {names.source}: {', '.join(listed)}"]
+    if not names.by_colour:
+        lines = unnamed_colours(table, colours)
     if names.source and not names.by_colour:
         lines.append(f"{names.source} is not used: it names no colours")
     if VOID in colours.main() and VOID not in name_of:
@@ -709,6 +710,20 @@ def coloured_values(masks: list, colours: Colours, names: Names) -> Values:
     lines += turned_lines(masks)
     read = partial(read_colours, name_of, colours.noise)
     return Values(read, tuple(classes), lines, {"colours.json": table}, is_map=True)
+
+
+def unnamed_colours(table: dict[str, str], colours: Colours) -> list[str]:
+    """Return the lines about classes that the user has not named. table: colour -> class."""
+    foreground = [colour for colour, name in table.items() if not is_background(name)]
+    examples = [f"NAME{k}" for k in range(1, len(foreground[:SHOWN]) + 1)]
+    if not colours.has_one_palette:
+        examples = [f"{name}={c}" for name, c in zip(examples, foreground, strict=False)]
+    more = ",…" if len(foreground) > SHOWN else ""
+    return [
+        f"masks of colours: {', '.join(foreground)}; nothing names them, so classes are called by "
+        "their colours",
+        f"to name the classes, import again with --classes '{','.join(examples)}{more}'",
+    ]
 
 
 def named_by_colour(colours: list[int]) -> dict[int, str]:

@@ -34,7 +34,7 @@ from preparation.mask_names import (
     without_outer_folders,
 )
 from preparation.mask_values import MaskFile, Pair
-from preparation.readings import Case, Format, ImageReading, Reading
+from preparation.readings import Case, Format, ImageReading, Reading, count
 
 NAME_FILES = "name the files with --images 'GLOB' --masks 'GLOB'"
 SAMPLE = 8  # files that are read to decide if a folder contains masks
@@ -84,7 +84,7 @@ def without_overlays(all_files: list[File]) -> tuple[list[File], list[str]]:
         else:
             files.append(file)
 
-    notes = [f"not read: {n} images, {name}" for name, n in left_out.items()]
+    notes = [f"not read: {count(n, 'image')}, {name}" for name, n in left_out.items()]
     return files, notes
 
 
@@ -93,7 +93,7 @@ def name_of_no_data(file: File) -> str:
     for folder in file.folders:
         if holds_no_data(folder):
             return f"{folder}/"
-    return "overlays or previews" if holds_no_data(file.stem) else ""
+    return "overlays, previews or superpixels" if holds_no_data(file.stem) else ""
 
 
 def describe_places(files: list[File]) -> str:
@@ -132,10 +132,12 @@ def pair_folders(files: list[File]) -> Pairing | None:
         example = f"such as {images[0].path.name} and {masks[0].path.name}"
         raise ValueError(
             f"{images[0].root}: {describe_numbers(images, masks)}, but no two names fit together, "
-            f"{example}; {NAME_FILES}"
+            f"{example}; give each mask the name of its image, or {NAME_FILES}"
         )
     if others:
-        pairing.notes.append(f"not read: {len(others)} images in {describe_places(others)}")
+        pairing.notes.append(
+            f"not read: {count(len(others), 'image')} in {describe_places(others)}"
+        )
     return pairing
 
 
@@ -172,14 +174,9 @@ def without_classes(masks: list[File]) -> list[tuple[File, str]]:
 def describe_numbers(images: list[File], masks: list[File]) -> str:
     """Return how many images and masks there are and where."""
     return (
-        f"{count(images, 'image')} in {describe_places(images)}, {count(masks, 'mask')} in "
-        f"{describe_places(masks)}"
+        f"{count(len(images), 'image')} in {describe_places(images)}, "
+        f"{count(len(masks), 'mask')} in {describe_places(masks)}"
     )
-
-
-def count(items: list, noun: str) -> str:
-    """Return "1 image" or "2 images"."""
-    return f"{len(items)} {noun}" if len(items) == 1 else f"{len(items)} {noun}s"
 
 
 def by_place(files: list[File], place_of: Place) -> dict[tuple, list[File]]:
@@ -517,7 +514,8 @@ def pair_globs(files: list[File], args: Namespace) -> Pairing:
         if not fitting:
             first = files[0].name if files else "none"
             raise ValueError(
-                f"--{name} {pattern}: fits none of {count(files, 'image file')}, such as {first}"
+                f"--{name} {pattern}: fits none of {count(len(files), 'image file')}, such as "
+                f"{first}"
             )
 
     image_of = {}  # texts -> image
@@ -620,9 +618,9 @@ def complete_pairs(pairing: Pairing, skip_unpaired: bool) -> list[Pair]:
     if not skip_unpaired:
         refuse_unpaired(without, pairing)
     if without:
-        pairing.notes.append(f"left out: {count(without, 'image')} without a mask")
+        pairing.notes.append(f"left out: {count(len(without), 'image')} without a mask")
     if pairing.left_masks:
-        pairing.notes.append(f"left out: {count(pairing.left_masks, 'mask')} without an image")
+        pairing.notes.append(f"left out: {count(len(pairing.left_masks), 'mask')} without an image")
 
     names = case_names([*masks_of])
     pairs = []
@@ -638,7 +636,7 @@ def refuse_unpaired(without: list[File], pairing: Pairing) -> None:
     if without:
         raise ValueError(
             f"{without[0].path}: no mask belongs to this image ({len(without)} such of "
-            f"{count(pairing.images, 'image')}); {advice}"
+            f"{count(len(pairing.images), 'image')}); {advice}"
         )
     if pairing.left_masks:
         n = len(pairing.left_masks) + len(pairing.matches)
@@ -708,8 +706,9 @@ def recognise(name: str, folder: Path, args: Namespace) -> list[Reading]:
 
 
 def is_read_already(folder: Path, args: Namespace) -> bool:
-    """Return True if train.py reads a folder without an import, and no option changes it."""
-    options = (args.format, args.groups, args.prompt, args.each, args.classes, args.mask_threshold)
+    """Return True if train.py reads a folder as it is, and no option asks for anything else."""
+    options = [args.format, args.groups, args.group_regex, args.prompt, args.each]
+    options += [args.classes, args.mask_threshold]
     if any(option is not None for option in options) or args.skip_unpaired:
         return False
 

@@ -97,6 +97,11 @@ class Format:
     recognise: Callable[[Path, Namespace], list[Reading]]
 
 
+def count(n: int, noun: str) -> str:
+    """Return "1 image" or "2 images"."""
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
+
+
 def split_of_folder(path: Path) -> str:
     """Return the split that a folder on a relative path is named after, "" if there is none."""
     for part in path.parts:

@@ -337,8 +337,8 @@ def reading(export: Export, index: ImageIndex, args: Namespace) -> ImageReading:
     if unlisted and not args.skip_unpaired:
         more = f" and {len(unlisted) - 1} more images" if len(unlisted) > 1 else ""
         raise ValueError(
-            f"{unlisted[0]}{more}: not in the {export.title}; annotate or move them, or add "
-            "--skip-unpaired to leave them out"
+            f"{unlisted[0]}{more}: not annotated in the {export.title}; annotate or move such "
+            "images, or add --skip-unpaired to leave them out"
         )
 
     paths = sorted(images)

@@ -396,13 +396,13 @@ def test_the_next_step_after_an_error_is_its_remedy(tmp_path, check):
 def test_a_folder_that_is_no_data_set_says_what_it_holds(tmp_path, check):
     folder = tmp_path / "photos"
     (folder / "more").mkdir(parents=True)
-    (folder / "a.dcm").touch()
-    (folder / "b.dcm").touch()
+    (folder / "a.txt").touch()
+    (folder / "b.txt").touch()
     error = refused(check, folder)
-    assert f"{folder}: no data set here (it holds 2 .dcm, 1 folder); expected images/" in error
+    assert f"{folder}: no data set here (it holds 2 .txt, 1 folder); expected images/" in error
     write_set(folder / "more", {"train": {"a": 1, "b": 2}})
     assert f"but {folder / 'more'} is one; give that folder" in refused(check, folder)
-    assert f"{folder / 'a.dcm'}: is a file; give the folder" in check(folder / "a.dcm")[2]
+    assert f"{folder / 'a.dcm'}: is a file; give the folder" in check(folder / "a.txt")[2]
     assert f"{folder / 'none'}: no such folder" in check(folder / "none")[2]
 
 

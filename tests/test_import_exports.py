@@ -412,7 +412,7 @@ def test_coco_that_does_not_fit_the_folder_is_refused(make, source):
     refused(make(), "a.png: has 64x50 pixels, but", "x.json, image 0 says 64x48")
     photo(source / "a.png")
     photo(source / "b.png")
-    refused(make(), "b.png: not in the COCO JSON", "--skip-unpaired")
+    refused(make(), "b.png: not annotated in the COCO JSON", "--skip-unpaired")
     write_json(source / "y.json", content)
     refused(make("--skip-unpaired"), "annotated twice", "x.json, image 0", "y.json, image 0")
     (source / "y.json").write_text('{"images": [')
@@ -456,9 +456,9 @@ def test_other_json_is_not_read_as_an_export(make, source):
     (source / "voc.xml").write_text("<annotation><filename>a.png</filename></annotation>")
     (source / "boxes.csv").write_text("image,class,x0,y0,x1,y1\na.png,polyp,1,2,3,4\n")
     (source / "faces.csv").write_text("image,pixels\na.png,70 80 82\n")
-    refused(make("--format", "coco"), "not a folder of the format coco")
+    refused(make("--format", "coco"), "not recognised as the format coco")
     for name in ("labelme", "cvat", "label-studio"):
-        refused(make("--format", name), f"not a folder of the format {name}")
+        refused(make("--format", name), f"not recognised as the format {name}")
 
 
 # --- LabelMe --------------------------------------------------------------------------------------

@@ -156,6 +156,94 @@ def test_faulty_lists_of_patients_are_refused(make, tmp_path, text, words):
     assert not (tmp_path / "mine").exists()
 
 
+def test_a_regex_finds_the_patients_of_the_random_split(make, tmp_path):
+    reading = reading_of(tmp_path / "photos", [Object("", box(0, 0, 3, 3))])
+    status, text, _ = make([reading], "--group-regex", r"photo(\d)")  # of photo00 to photo11
+    assert status == 0 and "patients: 2" in text
+    assert "split: all for training, with fewer than 3 patients" in text
+
+    status, text, _ = make([reading], "--group-regex", "photo[0-9]*[0-3]?", "--out", tmp_path / "b")
+    assert status == 0 and "patients: 12" in text and "of a patient in one split" in text
+    groups = {e["img_name"]: e["group"] for e in entries_of(tmp_path / "b")["train"]}
+    assert len(groups) == 8 and all(name == f"{group}.png" for name, group in groups.items())
+
+
+def test_patients_in_names_of_folders_stay_in_one_split(make, tmp_path):
+    photos(tmp_path / "photos/p1", 4)
+    for name in ("p2", "p3"):
+        photos(tmp_path / f"photos/{name}", 4)
+    cases = []
+    for path in sorted((tmp_path / "photos").glob("p*/*.png")):
+        name = f"{path.parent.name}/{path.stem}"
+        cases.append(Case(name, path, lambda size: [Object("", box(0, 0, 3, 3))]))
+    reading = ImageReading("made", ["12 pictures"], cases)
+    assert make([reading], "--group-regex", "^[^/]+")[0] == 0
+    patients = []
+    for items in entries_of(tmp_path / "mine").values():
+        patients.append([entry["group"] for entry in items])
+    assert sorted(map(len, patients)) == [4, 4, 4]
+    assert sorted(names[0] for names in patients if len({*names}) == 1) == ["p1", "p2", "p3"]
+
+
+@pytest.mark.parametrize(
+    "regex, words",
+    [
+        ("case", "--group-regex case finds nothing in photo00.png"),
+        (r"\d?$", r"--group-regex \d?$ finds nothing in photo00.png"),
+        ("(", "--group-regex (: "),
+    ],
+)
+def test_a_regex_that_finds_no_patient_is_refused(make, tmp_path, regex, words):
+    reading = reading_of(tmp_path / "photos", [Object("", box(0, 0, 3, 3))])
+    status, _, error = make([reading], "--group-regex", regex)
+    assert status == 2 and words in error and error.count("\n") == 1
+    assert not (tmp_path / "mine").exists()
+
+
+def test_two_sources_of_patients_are_refused(make, tmp_path):
+    reading = reading_of(tmp_path / "photos", [Object("", box(0, 0, 3, 3))])
+    options = ("--group-regex", "photo", "--groups", tmp_path / "groups.csv")
+    status, _, error = make([reading], *options)
+    assert status == 2 and "both name the patients; remove one" in error
+
+
+def test_a_random_split_by_image_is_announced(make, tmp_path):
+    reading = reading_of(tmp_path / "photos", [Object("", box(0, 0, 3, 3))])
+    status, text, _ = make([reading])
+    assert status == 0 and "split: random, by image; if patients have several images" in text
+    assert (tmp_path / "mine/README.txt").read_text() in text.replace(f"{tmp_path}/mine: ", "", 1)
+    lines = text.splitlines()
+    assert [line.split(":")[0] for line in lines[1:4]] == ["train", "val", "test"]
+
+    reading = reading_of(tmp_path / "photos", [Object("", box(0, 0, 3, 3))], split="val")
+    status, text, _ = make([reading], "--out", tmp_path / "b")
+    assert status == 0 and "split: as in the folder" in text
+
+
+def test_classes_that_differ_in_case_or_blanks_are_announced(make, tmp_path):
+    classes = ("Polyp", "polyp", "large bowel", "large_bowel", "tool")
+    reading = reading_of(tmp_path / "photos", [Object("polyp", box(0, 0, 3, 3))], classes)
+    status, text, _ = make([reading])
+    assert status == 0
+    assert "are the classes Polyp and polyp one?" in text
+    assert "are the classes large bowel and large_bowel one?" in text
+    assert text.count(" one? ") == 2
+
+
+def test_the_sheet_names_the_colours_of_classes(make, tmp_path):
+    objects = [Object("liver", box(0, 0, 3, 3)), Object("kidney", box(8, 8, 9, 9))]
+    heights = []
+    for name, classes in (("one", ("organ",)), ("two", ("liver", "kidney"))):
+        named = objects if len(classes) > 1 else [Object("organ", box(0, 0, 3, 3))]
+        reading = reading_of(tmp_path / "photos", named, classes)
+        assert make([reading], "--out", tmp_path / name)[0] == 0
+        sheet = np.asarray(Image.open(tmp_path / name / "overview.png"))
+        heights.append(len(sheet))
+    assert heights[1] == heights[0] + 44 + 6  # a row of 20 pixels for each class, and a gap
+    green, red = sheet[-44 + 12, 12], sheet[-44 + 32, 12]  # the boxes of the legend
+    assert green[1] == 255 and green[0] < 100 and red[0] == 255 and red[1] < 100
+
+
 def test_splits_of_the_folder_are_kept(make, tmp_path):
     reading = reading_of(tmp_path / "photos", [Object("", box(0, 0, 3, 3))], split="val")
     assert make([reading])[0] == 0
@@ -202,6 +290,22 @@ def test_the_same_import_gives_the_same_folder_and_never_overwrites(make, tmp_pa
         assert (tmp_path / "mine" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
     status, _, error = make([reading])
     assert status == 2 and "exists already" in error
+
+
+def test_archives_and_missing_folders_are_refused(monkeypatch, capsys, tmp_path):
+    (tmp_path / "a.zip").write_bytes(b"PK")
+    for name, words in (("a.zip", "is a file; unpack an archive"), ("b", "no such folder\n")):
+        arguments = ["import", tmp_path / name, "--out", tmp_path / "mine"]
+        status, _, error = command(monkeypatch, capsys, prepare, *arguments)
+        assert status == 2 and f"{tmp_path / name}: {words}" in error
+
+
+def test_a_folder_in_another_layout_is_refused_with_the_command_that_imports_it(tmp_path):
+    photos(tmp_path / "my photos", 3)
+    with pytest.raises(
+        ValueError, match="not a data set; .*; python prepare.py import '/.*photos'"
+    ):
+        layouts.read_entries(tmp_path / "my photos", "train")
 
 
 def test_a_folder_within_the_source_is_refused(make, tmp_path):

@@ -302,7 +302,8 @@ def test_colours_are_classes(bring, check, tmp_path):
     draw_maps(tmp_path / "raw", coloured)
     status, text, error = bring()
     assert status == 0, error
-    assert "masks of colours, named by their colours: #00ff00 green, #804080 colour" in text
+    assert "masks of colours: #00ff00, #804080, #ff0000; nothing names them" in text
+    assert "again with --classes 'NAME1=#00ff00,NAME2=#804080,NAME3=#ff0000'" in text
     names = {"#000000": "background", "#00ff00": "green", "#804080": "colour #804080"}
     assert json.loads((tmp_path / "mine/colours.json").read_text()) == {**names, "#ff0000": "red"}
     for k, (_, indices) in by_number(tmp_path / "mine").items():
@@ -468,6 +469,7 @@ def test_indices_of_palettes_are_the_classes(bring, check, tmp_path):
     draw_maps(tmp_path / "raw", lambda k: palette(draw(k), colours))
     status, text, _ = bring()
     assert status == 0 and "#e0e0c0 are ignored" in text
+    assert "again with --classes 'NAME1,NAME2,NAME3'" in text
     classes = json.loads((tmp_path / "mine/classes.json").read_text())
     assert [*classes.values()] == ["background", "red", "green", "colour #804080"]
     for k, (_, indices) in by_number(tmp_path / "mine").items():
@@ -670,7 +672,7 @@ def test_two_observers_of_chase_are_no_classes(bring, tmp_path):
     for observer in "1st", "2nd":
         draw_pairs(tmp_path / "raw", "Image_{k:02d}L.jpg", f"Image_{{k:02d}}L_{observer}HO.png", 4)
     status, _, error = bring()
-    assert status == 2 and "not any known format" in error
+    assert status == 2 and "not recognised as images with masks" in error
     assert bring("--images", "*.jpg", "--masks", "*_1stHO.png")[0] == 0
     assert len(by_number(tmp_path / "mine")) == 4
 
@@ -698,6 +700,7 @@ def test_names_that_do_not_fit_are_refused(bring, tmp_path):
         save(tmp_path / f"raw/masks/{k * k + 3}z.png", black_white(disc(k)))
     status, _, error = bring()
     assert status == 2 and "4 images in images/, 4 masks in masks/, but no two names fit" in error
+    assert "give each mask the name of its image" in error
 
 
 def test_folders_without_masks_are_not_recognised(bring, tmp_path):
@@ -705,7 +708,7 @@ def test_folders_without_masks_are_not_recognised(bring, tmp_path):
         save(tmp_path / f"raw/photos/IMG_{k}.jpg", photo(k))
         save(tmp_path / f"raw/photos/IMG_{k}_edited.jpg", photo(k))
     status, _, error = bring()
-    assert status == 2 and "not any known format; it holds 12 .jpg" in error
+    assert status == 2 and "with masks or annotations; it contains 12 .jpg" in error
 
 
 def test_an_error_names_other_formats_that_fit(bring, monkeypatch, tmp_path):
@@ -719,11 +722,22 @@ def test_an_error_names_other_formats_that_fit(bring, monkeypatch, tmp_path):
     assert "or choose --format coco: 4 images in one file" in error
 
 
+def test_superpixels_beside_the_images_of_isic_are_not_read(bring, tmp_path):
+    draw_pairs(tmp_path / "raw", "Training_Data/{k}.jpg", "Training_GroundTruth/{k}_seg.png", 4)
+    for k in range(4):
+        save(tmp_path / f"raw/Training_Data/{k}_superpixels.png", photo(k))
+    status, text, error = bring()
+    assert status == 0, error
+    assert "not read: 4 images, overlays, previews or superpixels" in text
+    assert len(written(tmp_path / "mine")) == 4
+
+
 def test_a_mask_of_another_size_is_refused(bring, tmp_path):
     draw_pairs(tmp_path / "raw", "image/{k}.png", "label/{k}.png", 4)
     save(tmp_path / "raw/label/2.png", np.zeros((20, 30), np.uint8))
     status, _, error = bring()
-    assert status == 2 and "label/2.png: 30x20, but its image" in error and "64x48" in error
+    assert status == 2 and "label/2.png: 30x20, but its image" in error
+    assert "is 64x48; draw or resize the mask at that size" in error
 
 
 def test_an_empty_map_of_another_size_is_refused(bring, tmp_path):
@@ -803,7 +817,7 @@ def test_overlays_are_not_read(bring, tmp_path):
     save(tmp_path / "raw/example.png", photo(0))
     status, text, _ = bring()
     assert status == 0 and "not read: 4 images, label_visualization/" in text
-    assert "not read: 1 images in the folder itself" in text
+    assert "not read: 1 image in the folder itself" in text
 
 
 # --- photos that are stored rotated ---------------------------------------------------------------
@@ -865,6 +879,17 @@ def test_imported_masks_are_trained_on(bring, monkeypatch, capsys, tmp_path):
     train_two_steps(monkeypatch, capsys, tmp_path, "clipseg", "--prompt", "p1")
 
 
+def test_training_names_patients_of_two_splits(bring, monkeypatch, capsys, tmp_path):
+    draw_pairs(tmp_path / "raw", "train/images/p{k}.png", "train/masks/p{k}.png", 4)
+    draw_pairs(tmp_path / "raw", "val/images/p{k}_b.png", "val/masks/p{k}_b.png", 2)
+    draw_pairs(tmp_path / "raw", "test/images/q{k}.png", "test/masks/q{k}.png", 2)
+    assert bring("--format", "folders", "--group-regex", "[pq][0-9]+")[0] == 0
+    text = train_two_steps(monkeypatch, capsys, tmp_path, "segformer")
+    (line,) = [line for line in text.splitlines() if line.startswith("warning: ")]
+    assert line.startswith("warning: val shares patients with train (2, such as p0); ")
+    assert f"python prepare.py check {tmp_path / 'mine'} lists them" in line
+
+
 def test_imported_class_maps_are_trained_on(bring, monkeypatch, capsys, tmp_path):
     draw_maps(tmp_path / "raw", coloured)
     assert bring()[0] == 0
@@ -876,9 +901,10 @@ def train_two_steps(monkeypatch, capsys, tmp_path, model, *options):
     words += ["--data", tmp_path / "mine", "--out", tmp_path / "run", "--cache", tmp_path / "cache"]
     words += ["--epochs", 1, "--batch-size", 4, "--workers", 0, "--device", "cpu", "--overlays", 0]
     words += options
-    status, _, error = command(monkeypatch, capsys, train, *words)
+    status, text, error = command(monkeypatch, capsys, train, *words)
     assert status == 0, error
     assert (tmp_path / "run/best.safetensors").is_file()
+    return text
 
 
 # --- names ----------------------------------------------------------------------------------------

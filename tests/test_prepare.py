@@ -974,7 +974,7 @@ def test_check_reads_void_as_training_does(tmp_path, capsys):
     masks = {"train": stripes(1, 255), "val": stripes(255), "test": stripes(1)}
     prepare.main(["check", str(pairs_of(tmp_path / "set", masks, LESION))])
     said = capsys.readouterr().out
-    assert "read by number" in said and "9.3% of an image in the mean, 0.0% to 14.0%" in said
+    assert "read by number" in said and "9.3% of an image on average, 0.0% to 14.0%" in said
     assert "empty masks   1 (val)" in said and not findings_of(said)
 
 
@@ -1341,7 +1341,7 @@ def test_good_volumes(scans, capsys):
     assert "  train         2 entries, 2 volumes\n  val           1 entries, 1 volumes\n" in text
     assert "  volumes       4 volumes of 20x18x16 voxels of 3x3x4 mm\n" in text
     assert "  classes       kidney in 4, liver in 4, of 4 label maps\n" in text
-    assert "of a volume in the mean" in text and "  empty masks   none\n" in text
+    assert "of a volume on average" in text and "  empty masks   none\n" in text
 
 
 def cut_scan(root):

@@ -264,6 +264,7 @@ def test_images_and_masks_alone(alone, monkeypatch, capsys):
     code, out, err = run(monkeypatch, capsys, alone, "--target", "polyp")
     assert (code, err) == (0, "")
     assert "p0, p1, p2, p3, p4, p5, p6 for train 16, val 2, test 2" in out
+    assert out.endswith(f"\nnext: python prepare.py check {alone}\n")
     assert re.search(r"number +1 19, 0 1\n", out) and re.search(r"colour +pink 19\n", out)
 
     for split, entries in expected.items():
@@ -535,7 +536,7 @@ def test_class_maps_with_annotation_files(tmp_path, monkeypatch, capsys):
     save(root / "masks/a00.png", mask)
     (root / "classes.json").write_text('{"0": "background", "1": "polyp", "2": "ulcer"}')
     code, _, err = run(monkeypatch, capsys, root)
-    assert code == 2 and "would hide the class maps" in err and err.count("\n") == 1
+    assert code == 2 and "add --out FOLDER" in err and err.count("\n") == 1
     assert run(monkeypatch, capsys, root, "--out", tmp_path / "two")[0] == 0
     (made,) = read(tmp_path / "two", "test")
     assert (made["label"], made["group"], made["prompts"]["p1"]) == (2, "7", "ulcer")
@@ -630,7 +631,7 @@ def test_english_is_a_language_file(tmp_path):
 
 
 def no_target(root):
-    return [root], f"--target: is needed for {root}; name what the masks show"
+    return [root], f"{root}: does not name what its masks show; add --target TEXT"
 
 
 def a_type_without_description(root):
