@@ -402,7 +402,7 @@ def test_a_folder_that_is_no_data_set_says_what_it_holds(tmp_path, check):
     assert f"{folder}: no data set here (it holds 2 .txt, 1 folder); expected images/" in error
     write_set(folder / "more", {"train": {"a": 1, "b": 2}})
     assert f"but {folder / 'more'} is one; give that folder" in refused(check, folder)
-    assert f"{folder / 'a.dcm'}: is a file; give the folder" in check(folder / "a.txt")[2]
+    assert f"{folder / 'a.txt'}: is a file; give the folder" in check(folder / "a.txt")[2]
     assert f"{folder / 'none'}: no such folder" in check(folder / "none")[2]
 
 
