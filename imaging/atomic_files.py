@@ -18,6 +18,7 @@ except ImportError:  # Windows
 # --- locks ---------------------------------------------------------------------------------------
 
 LOCK_DESCRIPTORS = set()  # locks that this process holds
+MOST_FAILURES = 100  # to create a file in a folder that is there
 
 
 def close_locks_in_child() -> None:
@@ -35,16 +36,20 @@ def open_locked(path: Path) -> int | None:
     """Open and lock a file, which is created if missing, and return its descriptor for `release`.
 
     Returns None if the system or the file system has no locks. Raises BlockingIOError if another
-    process holds the lock.
+    process holds the lock, FileNotFoundError where no file can be created, such as in /proc.
     """
     if fcntl is None:
         return None
 
+    failures = 0
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         except FileNotFoundError:  # the last holder has removed its empty folder
+            failures += 1
+            if failures == MOST_FAILURES:
+                raise
             continue
 
         try:
@@ -143,7 +148,7 @@ def full_disk_errors(path: Path):
 
 # --- leftovers -----------------------------------------------------------------------------------
 
-ENDING = r"\.(?:bin|crc|csv|gz|json|md|nii|npy|npz|png|pt|safetensors|txt)"
+ENDING = r"\.(?:before|bin|crc|csv|gz|html|json|md|nii|npy|npz|png|pt|safetensors|txt)"
 TEMPORARY = re.compile(rf"\.[^.].*{ENDING}\.[0-9a-f]{{8}}|\.[0-9a-f]{{8}}\.[^.].*{ENDING}")
 DAY = 24 * 60 * 60  # seconds
 
@@ -206,9 +211,11 @@ def is_intact(paths, listed: Path) -> bool:
 
 
 def refuse_existing(out: Path) -> None:
-    """Raise ValueError if an output already exists."""
-    if out.exists():
+    """Raise ValueError if an output already exists, or cannot because it lies below a file."""
+    if out.exists() or out.is_symlink():  # a link to nothing is in the way, too
         raise ValueError(f"{out}: exists already; choose another --out, or remove it")
+    if any(path.exists() and not path.is_dir() for path in out.parents):
+        raise ValueError(f"{out}: lies below a file; choose another --out")
 
 
 @contextmanager

@@ -63,6 +63,7 @@ ENDINGS = image_endings()
 COMMON_ENDINGS = ".png, .jpg, .tif, .bmp, .pgm and others that Pillow reads"  # for messages
 SYSTEM_FILES = {"thumbs.db", "desktop.ini"}  # Windows puts them into folders
 NIFTI = (".nii.gz", ".nii")
+MOST_CLASSES = 255  # with the background: a mask holds the numbers 0 to 255, 255 is ignored
 IMAGE_FOLDERS = ("images", "imagesgreyscale")
 MASK_FOLDERS = ("masks", "masks14")
 BTCV_CLASSES = (
@@ -725,7 +726,7 @@ def split_folder(root: Path, split: str) -> Path | None:
 def read_classes(path: Path) -> tuple[str, ...]:
     """Return the class names in classes.json, by index; of a single class its name alone.
 
-    Raises ValueError if the file does not name the indices 0, 1, … without a gap.
+    Raises ValueError if the file does not name the indices 0, 1, … without a gap, or too many.
     """
     content = read_json(path)
     expected = '{"0": "background", "1": "stomach", …}, numbers without a gap, names once'
@@ -736,6 +737,10 @@ def read_classes(path: Path) -> tuple[str, ...]:
         raise ValueError(f"{path}: expected {expected}") from None
     if len({*map(str, names)}) < len(names) or not all(isinstance(name, str) for name in names):
         raise ValueError(f"{path}: expected {expected}")
+    if len(names) > MOST_CLASSES:
+        raise ValueError(
+            f"{path}: names {len(names)} classes, but masks hold {MOST_CLASSES}, numbers 0 to 254"
+        )
     return tuple(names) if len(names) > 2 else (names[1],)
 
 

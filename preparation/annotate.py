@@ -332,8 +332,7 @@ def write_in_place(root: Path, contents: dict[str, bytes]) -> None:
     """Write the files of anns/ in the data set itself. Raises ValueError or OSError."""
     folder = root / "anns"
     if folder.is_dir():
-        with atomic_files.claim_folder(folder):
-            write_files(folder, contents)
+        write_files(folder, contents)
     else:  # all at once: with some of its files the folder would be a data set of fewer splits
         with atomic_files.atomic_folder(folder) as part:
             write_files(part, contents)
@@ -344,7 +343,7 @@ def write_new(out: Path, entries: list[layouts.Entry], contents: dict[str, bytes
 
     Raises ValueError if `out` has other content, or OSError.
     """
-    if out.exists() and any(out.iterdir()):
+    if out.is_dir() and any(out.iterdir()):
         for name, content in contents.items():
             path = out / "anns" / name
             is_same = path.is_file() and path.read_bytes() == content
@@ -355,6 +354,8 @@ def write_new(out: Path, entries: list[layouts.Entry], contents: dict[str, bytes
                 )
         return
 
+    if not out.is_dir():
+        atomic_files.refuse_existing(out)
     with atomic_files.atomic_folder(out) as part:
         root = entries[0].root
         files = {}  # new file: file
@@ -427,8 +428,19 @@ def annotate(args) -> int:
     them, prompts.png. Nothing is written if one of them would replace another prompt.
     """
     refuse_misuse(args)
+    anns = args.folder / "anns"
+    if args.out is not None or not anns.is_dir():
+        return write_prompts(args)
+    with atomic_files.claim_folder(anns):  # from reading to writing, so that no prompt gets lost
+        return write_prompts(args)
+
+
+def write_prompts(args) -> int:
+    """Do the work of `annotate`."""
     language = mask_words.read_language(args.language)
     root = args.folder.resolve()
+    if args.out and root in args.out.resolve().parents:
+        raise ValueError(f"--out {args.out}: lies within {args.folder}; choose another folder")
     drafts = read_drafts(root, args.group_regex, args.mask_orientation)
     all_drafts = [*chain(*drafts.values())]
     entries = [draft.entry for draft in all_drafts]

@@ -7,6 +7,7 @@ members, and members that are absurdly large for the bytes that hold them.
 """
 
 import bz2
+import errno
 import gzip
 import lzma
 import posixpath
@@ -38,7 +39,7 @@ NOT_ARCHIVES = (  # first bytes, what they are, what to do
 )
 DAMAGE = (
     zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, gzip.BadGzipFile, EOFError,
-    NotImplementedError, RuntimeError,
+    NotImplementedError, RuntimeError, UnicodeDecodeError,
 )  # fmt: skip
 
 
@@ -135,9 +136,14 @@ class Archive:
         """Turn the errors of libraries about damage into one line that names the archive."""
         try:
             yield
-        except DAMAGE as error:
+        except (*DAMAGE, OSError) as error:
+            # bz2 raises a plain OSError; a damaged offset makes the system refuse a seek.
+            is_plain = type(error) is OSError and error.errno in (None, errno.EINVAL)
+            if not isinstance(error, DAMAGE) and not is_plain:
+                raise
+            reason = " ".join(str(error).split())
             raise ValueError(
-                f"{self.path}: {doing} failed, it is damaged or cut off ({error}); download it "
+                f"{self.path}: {doing} failed, it is damaged or cut off ({reason}); download it "
                 "again"
             ) from None
 
@@ -232,7 +238,7 @@ class ZipArchive(Archive):
         with self._one_line_errors("listing its members"):
             self._zip = zipfile.ZipFile(self.path)
         for info in self._zip.infolist():
-            if info.is_dir() or info.filename.endswith("\\"):
+            if info.filename.endswith(("/", "\\")):  # a folder
                 continue
             if stat.S_ISLNK(info.external_attr >> 16):
                 raise ValueError(f"{self.path}: {info.filename} is a link; unpack it by hand")

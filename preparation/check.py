@@ -64,8 +64,12 @@ def refuse_misuse(args) -> None:
                 raise ValueError(f"{flag_of(name)}: has no effect with --fix-splits; remove it")
     for name in ("report", "html"):
         path = getattr(args, name)
-        if path is not None and path.exists():
+        if path is None:
+            continue
+        if path.exists() or path.is_symlink():
             raise ValueError(f"{flag_of(name)} {path}: exists already; choose another name")
+        if any(parent.exists() and not parent.is_dir() for parent in path.parents):
+            raise ValueError(f"{flag_of(name)} {path}: lies below a file; choose another name")
     if args.html is not None and args.html == args.report:
         raise ValueError(f"--html {args.html}: is also the folder of --report; choose another name")
 

@@ -18,8 +18,18 @@ def fix_splits(root: Path, group_regex: str | None) -> None:
 
     Only annotation files are rewritten: anns/train.json, and val. The former file stays as
     anns/train.json.before. Raises ValueError, one line, if a split cannot be read, if the splits
-    are no annotation files but something must be removed, and if nothing to train on would remain.
+    are no annotation files but something must be removed, if nothing to train on would remain, and
+    if another process writes annotation files.
     """
+    if not (root / "anns").is_dir():
+        remove_shared(root, group_regex)
+        return
+    with atomic_files.claim_folder(root / "anns"):
+        remove_shared(root, group_regex)
+
+
+def remove_shared(root: Path, group_regex: str | None) -> None:
+    """Do the work of `fix_splits`."""
     findings = Findings()
     splits = read_any_splits(root, group_regex, findings)
     unusable = findings["splits that cannot be used"]

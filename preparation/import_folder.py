@@ -8,6 +8,7 @@ the files that are written and the sheet of overlays.
 
 import csv
 import json
+import os
 import re
 import shlex
 import shutil
@@ -64,6 +65,8 @@ FORMATS: tuple[Format, ...] = (
 GLOBS = "globs"  # the format of images that --images and --masks name
 SPLITS = ("train", "val", "test")
 MOST_OVERLAYS = 12
+MOST_CLASSES = 254  # 0 is the background, 255 is ignored
+LONGEST_NAME = 255  # bytes
 ENOUGH_FOR_SPLITS = 3  # images or patients; fewer are all for training
 
 
@@ -162,26 +165,30 @@ def read_groups(path: Path, cases: list, folder: Path) -> list:
     Raises ValueError, one line, for other columns, unknown or ambiguous images, and images that
     the file does not list.
     """
-    rows = list(csv.DictReader(read_text(path).splitlines()))
+    try:
+        rows = list(csv.DictReader(read_text(path).splitlines()))
+    except csv.Error as error:
+        raise ValueError(f"{path}: is not valid CSV ({error})") from None
     if not rows or not {"image", "group"} <= set(rows[0]):
         raise ValueError(f"{path}: expected a header line image,group and a line for each image")
 
     indices = {}  # a name of an image -> indices of the cases with that name
     for i, case in enumerate(cases):
-        for name in names_of(case, folder):
+        for name in set(map(layouts.composed, names_of(case, folder))):
             indices.setdefault(name, []).append(i)
 
     groups = {}
     for number, row in enumerate(rows, 2):
-        name = (row["image"] or "").strip()
+        name = layouts.composed((row["image"] or "").strip())
         group = (row["group"] or "").strip()
         matches = indices.get(name, [])
         if len(matches) != 1:
             problem = f"{len(matches)} images have" if matches else "no image has"
             raise ValueError(f"{path}, line {number}: {problem} the name {name!r}")
-        if not group:
+        if not group.strip("\0"):
             raise ValueError(f"{path}, line {number}: has no group")
-        groups[matches[0]] = group
+        if groups.setdefault(matches[0], group) != group:
+            raise ValueError(f"{path}, line {number}: {name} has another group in a line before")
 
     missing = [case.name for i, case in enumerate(cases) if i not in groups]
     if missing:
@@ -260,17 +267,17 @@ def write_image(case: Case, folder: Path) -> tuple[Path, np.ndarray]:
     A file without an EXIF rotation is copied, byte for byte; all others become PNG files.
     """
     if case.read_pixels:
-        target = folder / f"{case.name}.png"
+        target = folder / check_length(f"{case.name}.png", case.image)
         Image.fromarray(case.read_pixels()).save(target)
         return target, image_files.read_image(target)
 
     pixels = image_files.read_image(case.image)  # (H,W,3), upright
     header = image_files.open_image(case.image, decode=False)
     if image_files.exif_orientation(header) != 1:
-        target = folder / f"{case.name}.png"
+        target = folder / check_length(f"{case.name}.png", case.image)
         Image.fromarray(pixels).save(target)
     else:
-        target = folder / f"{case.name}{case.image.suffix.lower()}"
+        target = folder / check_length(f"{case.name}{case.image.suffix.lower()}", case.image)
         shutil.copyfile(case.image, target)
     return target, pixels
 
@@ -315,9 +322,20 @@ def grouped_objects(objects: list[Object], each: str, size: tuple) -> list[tuple
         by_class.setdefault(item.class_name, []).append(item)
     grouped = []
     for name, items in by_class.items():
-        ending = name.replace(" ", "_").replace("/", "_") or "object"
+        ending = re.sub(r"[^\w.-]", "_", name) or "object"  # on any disk
         grouped.append((ending, Object(name, union(items, size))))
     return grouped
+
+
+def check_length(name: str, source: Path) -> str:
+    """Return a file name. Raises ValueError, one line, if it is too long for most disks."""
+    length = len(os.fsencode(name))
+    if length > LONGEST_NAME:
+        raise ValueError(
+            f"{source}: {name[:40]}…{name[-20:]} would be a name of {length} bytes, but disks take "
+            f"{LONGEST_NAME}; use shorter names of files, folders or classes"
+        )
+    return name
 
 
 class ImageWriter:
@@ -335,6 +353,7 @@ class ImageWriter:
         self.covered = 0  # images in which objects of several classes overlap
         self.empty = 0  # images without objects
         self.ignored = 0  # images with ignored pixels that the masks cannot mark
+        self.names = set()  # of masks, in lower case
         self.cards = []  # overlays for the sheet
 
     def write(self, case: Case, has_overlay: bool) -> None:
@@ -383,9 +402,7 @@ class ImageWriter:
 
     def add(self, case: Case, image: Path, name: str, mask: np.ndarray, class_name: str) -> None:
         """Write a mask, uint8 (H,W), and add its entry to the annotations."""
-        target = self.masks / f"{name}.png"
-        if target.exists():
-            raise ValueError(f"{case.image}: a second mask would be written as {target.name}")
+        target = self.masks / check_length(f"{self.unused_name(name)}.png", case.image)
         Image.fromarray(mask).save(target)
 
         prompts = {}
@@ -398,6 +415,19 @@ class ImageWriter:
         if case.group:
             entry["group"] = case.group
         self.entries.setdefault(case.split, []).append(entry)
+
+    def unused_name(self, name: str) -> str:
+        """Return a name for a mask, with a number if another mask has it; some disks ignore case.
+
+        Classes such as "a b" and "a_b" give the same name.
+        """
+        unused = name
+        number = 2
+        while unused.lower() in self.names:
+            unused = f"{name}_{number}"
+            number += 1
+        self.names.add(unused.lower())
+        return unused
 
     def draw(self, case: Case, pixels: np.ndarray, objects: list[Object]) -> None:
         """Add an overlay of the objects to the sheet."""
@@ -430,6 +460,8 @@ def write_images(reading: ImageReading, args: Namespace) -> list[str]:
         writer = ImageWriter(reading, part, args)
         for i, case in enumerate(tqdm(cases, desc=args.out.name, unit="image", disable=None)):
             writer.write(case, i in drawn)
+        if reading.has_masks and not writer.entries:
+            raise ValueError(f"{args.folder}: shows no object, so that --each has nothing to write")
 
         tables = dict(reading.tables)
         if writer.is_class_map:
@@ -442,13 +474,15 @@ def write_images(reading: ImageReading, args: Namespace) -> list[str]:
             (part / name).write_text(text + "\n", encoding="utf-8")
 
         if writer.spacings:
-            lines = ["image,x_mm,y_mm"]
-            for name, x, y in writer.spacings:
-                lines.append(f"{name},{x:g},{y:g}")
-            (part / "spacing.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+            with open(part / "spacing.csv", "w", encoding="utf-8", newline="") as file:
+                rows = csv.writer(file, lineterminator="\n")
+                rows.writerow(("image", "x_mm", "y_mm"))
+                for name, x, y in writer.spacings:
+                    rows.writerow((name, f"{x:g}", f"{y:g}"))
         description = describe(reading, cases, writer)
         (part / "README.txt").write_text("\n".join(description) + "\n", encoding="utf-8")
-        pictures.save_picture(part / "overview.png", writer.sheet())
+        if writer.cards:
+            pictures.save_picture(part / "overview.png", writer.sheet())
     return description
 
 
@@ -541,6 +575,10 @@ def refuse_useless(reading: Reading, args: Namespace) -> None:
             if getattr(args, name) is not None:
                 flag = f"--{name.replace('_', '-')}"
                 raise ValueError(f"{flag}: has no effect on volumes; remove it")
+    elif len(reading.classes) > MOST_CLASSES:
+        raise ValueError(
+            f"{args.folder}: has {len(reading.classes)} classes; a mask holds {MOST_CLASSES}"
+        )
     elif args.modality:
         raise ValueError("--modality: has no effect on images; remove it")
     elif args.prompt and len(reading.classes) > 1 and not args.each:

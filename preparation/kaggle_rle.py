@@ -66,7 +66,8 @@ def plain(column: str) -> str:
 def find_columns(path: Path) -> dict[str, str]:
     """Return the columns of a CSV file: image, code, perhaps class or pair; {} for other files."""
     text = tool_exports.text_around(path)
-    names = next(csv.reader([text.partition("\n")[0]]), [])
+    first_line = (text.splitlines() or [""])[0]
+    names = next(csv.reader([first_line]), [])
     by_plain_name = {plain(name): name for name in names}
 
     columns = {}
@@ -131,7 +132,9 @@ class Table:
             image, _, name = (row.get(self.columns["pair"]) or "").strip().rpartition("_")
         else:
             image = (row.get(self.columns["image"]) or "").strip()
-            name = (row.get(self.columns.get("class", "")) or "").strip()
+            name = ""
+            if "class" in self.columns:
+                name = (row.get(self.columns["class"]) or "").strip()
         if not image:
             raise ValueError("names no image")
         return image, name

@@ -107,14 +107,14 @@ def parse_annotations(content: bytes, path) -> list[Annotation]:
     for number, item in enumerate(items):
         try:
             annotations.append(parse_item(item))
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             reason = f"has no {error}" if isinstance(error, KeyError) else str(error)
             raise ValueError(f"{path}, entry {number}: {reason}; {expected}") from None
     return annotations
 
 
 def parse_item(item: dict) -> Annotation:
-    """Return an entry. Raises KeyError, TypeError or ValueError for one of another form."""
+    """Return an entry. Raises KeyError, TypeError, ValueError or OverflowError for other forms."""
     if not isinstance(item, dict):
         raise TypeError(f"is {layouts.json_type(item)}")
     image = layouts.check_name(item["img_name"], "img_name")
@@ -192,6 +192,7 @@ def fetch(address: str, target: Path) -> bytes:
 
 def fetch_annotations(data_set: DataSet, cache: Path) -> Splits:
     """Return the annotations of a data set from the internet, or from earlier downloads."""
+    atomic_files.remove_leftovers(cache / "medvlsm")
     splits = {}
     for split, address in data_set.addresses().items():
         commit = COMMIT_OF_2023 if data_set.is_older else COMMIT
@@ -623,6 +624,8 @@ def make_data_set(data_set: DataSet, plan: Plan, args: Namespace) -> int:
             if args.out.resolve().is_relative_to(archive.path.resolve()):
                 raise ValueError(f"--out {args.out}: lies within {archive.path}; choose another")
         splits, is_older, origin = read_annotations(data_set, args)
+        if not any(splits.values()):
+            raise ValueError(f"--annotations {args.annotations}: the files list no images")
         notes = count_notes(splits, data_set)
         splits = without_repeats(splits, notes)
         conversion = plan(opened, splits, is_older, args)

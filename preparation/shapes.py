@@ -25,7 +25,8 @@ def errors_at(location: str):
     try:
         yield
     except ValueError as error:
-        raise ValueError(f"{location}: {error}") from None
+        message = f"{location}: {error}"
+        raise ValueError(" ".join(message.splitlines())) from None  # values may have line breaks
 
 
 def value_of(item: dict, key: str, kinds, about: str):

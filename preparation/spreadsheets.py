@@ -7,6 +7,7 @@ their last results.
 """
 
 import io
+import lzma
 import posixpath
 import re
 import struct
@@ -24,8 +25,9 @@ UNREADABLE = (
     zlib.error,
     ElementTree.ParseError,
     EOFError,
-    IndexError,  # a shared string that the file does not have
-    KeyError,  # a part that the archive does not have
+    LookupError,  # a shared string, a part of the archive or an encoding that does not exist
+    OSError,  # a damaged stream of bzip2; the file itself is in memory
+    lzma.LZMAError,
     RuntimeError,  # encrypted, or an unknown compression
     ValueError,
 )
@@ -138,6 +140,8 @@ def cell_text(cell: ElementTree.Element, shared: list[str]) -> str:
     if kind == "inlineStr":
         return joined_text(cell.find("{*}is"))
     if kind == "s":
+        if int(value) < 0:
+            raise ValueError(f"a cell refers to the text {value}")
         return shared[int(value)]
     if kind == "e":
         raise ValueError(f"its cell {cell.get('r', '')} holds the error {value}")

@@ -302,3 +302,28 @@ def test_several_archives_are_closed_together(tmp_path):
         archives.open_archives([one, tmp_path / "three.zip"]),
     ):
         pass
+
+
+def test_damage_that_libraries_report_in_other_ways_is_one_line(tmp_path):
+    """An empty name, a seek before the start, a broken bzip2 stream, errors of several lines."""
+    path = write_zip(tmp_path / "a.zip", FILES)
+    content = path.read_bytes()
+    for mark, position, value in ((b"PK\1\2", 28, 0), (b"PK\5\6", 12, 127)):  # lengths
+        damaged = bytearray(content)
+        start = content.rfind(mark) + position
+        damaged[start : start + 4] = bytes([value]) * 4
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match="a.zip: "):
+            archives.open_archive(path)
+
+    path.write_bytes(content.replace("ä".encode(), b"\xfc\xfc"))
+    with pytest.raises(ValueError, match="a.zip: "):
+        archives.open_archive(path)
+
+    path = write_tar(tmp_path / "a.tar", FILES, "w:bz2")
+    content = bytearray(path.read_bytes())
+    content[40:60] = bytes(20)
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="a.tar: listing its members failed.+") as raised:
+        archives.open_archive(path)
+    assert "\n" not in str(raised.value)

@@ -17,7 +17,7 @@ from PIL import Image
 
 import options
 import prepare
-from imaging import layouts, pictures
+from imaging import atomic_files, layouts, pictures
 from preparation import check_findings, check_leaks, check_pictures
 from preparation.check_classes import DataSet
 from preparation.check_findings import KINDS
@@ -210,6 +210,16 @@ def test_a_stopped_fix_is_finished_by_the_next_one(leaking, check, monkeypatch):
         "v1.png",
     ]
     assert contents(leaking)["anns/val.json.before"] == before["anns/val.json"]
+
+
+def test_a_fix_removes_what_killed_ones_left_and_keeps_others_out(leaking, check, monkeypatch):
+    for name in (".train.json.before.0123abcd", ".val.json.0123abcd"):
+        (leaking / "anns" / name).write_text("x")
+    with atomic_files.claim_folder(leaking / "anns"):
+        status, _, error = check(leaking, "--fix-splits")
+    assert status == 2 and "another process is writing to this folder" in error
+    assert check(leaking, "--fix-splits")[0] == 0
+    assert not list((leaking / "anns").glob(".*"))
 
 
 def refused(check, root, *words):

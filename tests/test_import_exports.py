@@ -794,6 +794,21 @@ def test_kaggle_tables(make, check, masks, source, tmp_path):
     assert status == 0 and "no pixel" not in text
 
 
+def test_a_line_break_in_a_value_stays_within_the_message():
+    refused = pytest.raises(ValueError, match="a.json, annotation 3: image_id a b is not an id")
+    with refused, shapes.errors_at("a.json, annotation 3"):
+        raise ValueError("image_id a\nb is not an id")
+
+
+def test_kaggle_tables_of_pandas_have_an_index_and_old_ones_other_line_ends(make, masks, source):
+    photo(source / "a.png")
+    rows = [",ImageId,EncodedPixels", f"0,a.png,{pairs(RING)}", f"1,a.png,{pairs(BOX_MASK)}"]
+    for line_end in ("\n", "\r"):
+        (source / "train.csv").write_bytes(line_end.join(rows).encode())
+        status, text, error = make("--out", source.parent / f"mine{ord(line_end)}")
+        assert status == 0 and "2 objects of one class" in text, error
+
+
 def test_kaggle_classes_may_be_numbers_or_part_of_the_name(make, masks, source, tmp_path):
     photo(source / "a.png")
     table = source / "train.csv"

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import command
+from conftest import command, rows
 from PIL import Image
 
 import prepare
@@ -140,6 +140,12 @@ def test_patients_stay_in_one_split(make, tmp_path):
         ("image,group\nphoto00,a", "has no line for"),
         ("image,group\nphoto99,a", "line 2: no image has the name 'photo99'"),
         ("image,group\nphoto00,", "line 2: has no group"),
+        ("image,group\nphoto00,\0", "line 2: has no group"),
+        (
+            "image,group\nphoto00,a\nphoto00.png,b",
+            "line 3: photo00.png has another group in a line",
+        ),
+        ("image,group\n" + "a" * 140_000 + ",b", "is not valid CSV"),
     ],
 )
 def test_faulty_lists_of_patients_are_refused(make, tmp_path, text, words):
@@ -313,3 +319,70 @@ def test_an_image_without_objects_has_a_prompt_that_says_so(make, tmp_path):
     (entry, *_) = entries_of(tmp_path / "mine")["train"]
     assert entry["prompts"] == {"p0": "", "p1": "no polyp"}
     assert not mask_of(tmp_path / "mine", entry).any()
+
+
+def test_patients_of_images_are_found_in_either_unicode_form(make, tmp_path):
+    (tmp_path / "photos/photo00.png").rename(tmp_path / "photos/u\u0308.png")
+    lines = ["image,group", "\u00fc,a"]
+    for k in range(1, 12):
+        lines.append(f"photo{k:02d},b{k}")
+    (tmp_path / "groups.csv").write_text("\n".join(lines), encoding="utf-8")
+    reading = reading_of(tmp_path / "photos", [Object("", box(0, 0, 3, 3))])
+    assert make([reading], "--groups", tmp_path / "groups.csv")[0] == 0
+
+
+def test_masks_of_classes_with_like_or_odd_names_get_names_of_their_own(make, tmp_path):
+    classes = ("a b", "a_b", "A_B", "x\ny", 'q"\\')
+    objects = [Object(name, box(k, 0, k, 3)) for k, name in enumerate(classes)]
+    assert make([reading_of(tmp_path / "photos", objects, classes)], "--each", "class")[0] == 0
+    names = {}
+    for items in entries_of(tmp_path / "mine").values():
+        for item in items:
+            if item["img_name"] == "photo00.png":
+                names[item["prompts"]["p1"]] = item["mask_name"]
+    endings = ["a_b", "a_b_2", "A_B_3", "x_y", "q__"]
+    expected = [f"photo00_{ending}.png" for ending in endings]
+    assert names == dict(zip(classes, expected, strict=True))
+    for k, name in enumerate(classes):
+        mask = np.asarray(Image.open(tmp_path / "mine/masks" / names[name]))
+        assert (mask == np.uint8(255) * box(k, 0, k, 3)).all()
+    for split in ("train", "val", "test"):
+        layouts.check_files_exist(layouts.read_entries(tmp_path / "mine", split))
+
+
+def test_names_that_no_disk_takes_are_refused_in_one_line(make, tmp_path):
+    reading = reading_of(tmp_path / "photos", [Object("k" * 250, box(0, 0, 3, 3))], ("k" * 250,))
+    status, _, error = make([reading], "--each", "class")
+    assert status == 2 and "would be a name of 262 bytes, but disks take 255" in error
+    assert error.count("\n") == 1 and not (tmp_path / "mine").exists()
+
+
+def test_more_classes_than_a_mask_holds_are_refused(make, tmp_path):
+    classes = tuple(f"c{k}" for k in range(255))
+    reading = reading_of(tmp_path / "photos", [Object("c254", box(0, 0, 3, 3))], classes)
+    status, _, error = make([reading])
+    assert status == 2 and "has 255 classes; a mask holds 254" in error
+    assert not (tmp_path / "mine").exists()
+
+
+def test_each_without_any_object_is_refused(make, tmp_path):
+    status, _, error = make([reading_of(tmp_path / "photos", [])], "--each")
+    assert status == 2 and "shows no object" in error and error.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["photos"]
+
+
+def test_outputs_that_no_folder_can_be_are_refused(make, tmp_path):
+    reading = reading_of(tmp_path / "photos", [Object("", box(0, 0, 3, 3))])
+    (tmp_path / "mine").symlink_to("nowhere")
+    assert "mine: exists already" in make([reading])[2]
+    (tmp_path / "file").write_text("x")
+    status, _, error = make([reading], "--out", tmp_path / "file/a")
+    assert status == 2 and "file/a: lies below a file" in error
+
+
+def test_spacings_of_images_with_commas_in_their_names_are_read_again(make, tmp_path):
+    (tmp_path / "photos/photo00.png").rename(tmp_path / 'photos/a, "b".png')
+    objects = [Object("", box(0, 0, 3, 3))]
+    assert make([reading_of(tmp_path / "photos", objects, spacing=(0.5, 0.25))])[0] == 0
+    spacings = rows(tmp_path / "mine/spacing.csv")
+    assert {"image": 'a, "b".png', "x_mm": "0.5", "y_mm": "0.25"} in spacings

@@ -279,6 +279,12 @@ def test_opening_a_data_set_tidies_the_cache(demo, tmp_path):
     assert not list(cache.glob(".*"))
 
 
+def test_a_folder_that_takes_no_lock_file_is_an_error_and_no_endless_loop(tmp_path):
+    (tmp_path / ".lock").symlink_to(tmp_path / "missing/file")  # like /proc: cannot be created
+    with pytest.raises(FileNotFoundError):
+        atomic_files.open_locked(tmp_path / ".lock")
+
+
 # --- before the first step -----------------------------------------------------------------------
 
 

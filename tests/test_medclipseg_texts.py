@@ -147,6 +147,22 @@ DAMAGED = {
         lambda p: repack(p, {SHEET: lambda _: SHARED.encode()}),
         "list index out of range",
     ),
+    "an unknown encoding": (
+        lambda p: repack(p, {SHEET: lambda x: b'<?xml version="1.0" encoding="foo"?><a/>'}),
+        "unknown encoding: foo",
+    ),
+    "a negative text": (
+        lambda p: repack(
+            p,
+            {
+                SHEET: lambda _: SHARED.replace("<v>1<", "<v>-1<").encode(),
+                STRINGS: lambda _: LISTED.encode(),
+            },
+        ),
+        "a cell refers to the text -1",
+    ),
+    "bzip2": (lambda p: compress_badly(p, zipfile.ZIP_BZIP2), "Invalid data stream"),
+    "lzma": (lambda p: compress_badly(p, zipfile.ZIP_LZMA), "orrupt"),
     "an error": (
         lambda p: repack(p, {SHEET: lambda x: x.replace(b'A1" t="inlineStr"', b'A1" t="e"')}),
         "its cell A1 holds the error",
@@ -166,6 +182,19 @@ def flip(path):
         for name, content in parts.items():
             archive.writestr(name, content)
     path.write_bytes(path.read_bytes().replace(b"polyp", b"palyp"))
+
+
+def compress_badly(path, compression):
+    """Compress the archive in another way, and damage the first file in it."""
+    with zipfile.ZipFile(path) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    parts = {"xl/workbook.xml": parts.pop("xl/workbook.xml")} | parts
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, content in parts.items():
+            archive.writestr(name, content)
+    content = bytearray(path.read_bytes())
+    content[100:140] = bytes(40)
+    path.write_bytes(content)
 
 
 @pytest.mark.parametrize("kind", DAMAGED)
@@ -315,13 +344,13 @@ def test_check_accepts_the_result(root, texts, capsys):
     capsys.readouterr()
     assert prepare.main(["check", str(root)]) == 0
     printed = capsys.readouterr().out
-    assert "findings: none" in printed
+    assert "errors: none" in printed
     assert "m_contradictory" in printed and "train_10" in printed
 
     entries = json.loads((root / "anns/test.json").read_text())
     del entries[0]["prompts"]["m_contradictory"]
     (root / "anns/test.json").write_text(json.dumps(entries))
-    assert prepare.main(["check", str(root)]) == 1
+    assert prepare.main(["check", str(root), "--strict"]) == 1
     printed = capsys.readouterr().out
     assert f"{root}/anns/test.json: m_contradictory is missing in 1 (" in printed
 

@@ -218,9 +218,13 @@ def test_what_is_refused(tmp_path, run):
         (json.dumps([items[0] | {"img_name": "../a"}]), "leaves its folder"),
         (json.dumps([items[0] | {"prompts": {"p1": 1}}]), "prompt p1 is neither a text nor a list"),
         (json.dumps([items[0] | {"prompts": []}]), "entry 0: prompts are a list"),
+        (json.dumps([items[0] | {"bbox": [0, 0, float("inf"), 1]}]), "entry 0: cannot convert"),
     ):
         (anns / "val.json").write_text(content)
         assert message in say(raw, anns, out)
+
+    write_annotations(anns, {"train": [], "val": [], "test": []})
+    assert "the files list no images" in say(raw, anns, out)
 
     # outputs
     write_annotations(anns, shares(items))
@@ -306,9 +310,13 @@ def test_annotations_are_downloaded_once(tmp_path, site, run):
     assert [entry["img_name"] for entry in entries(tmp_path / "out", "train")] == KVASIR_NAMES[:4]
 
     shutil.rmtree(folder)
+    (tmp_path / "cache/medvlsm" / medvlsm.COMMIT / "kvasir_polyp/.val.json.0123abcd").write_text(
+        "x"
+    )
     status, out, _ = run(prepare, *arguments, tmp_path / "again")
     assert status == 0 and "downloading" not in out and len(requests) == 3
     assert contents(tmp_path / "again") == contents(tmp_path / "out")
+    assert not list((tmp_path / "cache").rglob(".*"))  # what a killed download left
 
 
 def test_without_internet(tmp_path, site, run, monkeypatch):

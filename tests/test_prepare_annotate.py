@@ -12,8 +12,8 @@ from scipy import ndimage
 
 import prepare
 import train
-from imaging import files, layouts
-from preparation import mask_words
+from imaging import atomic_files, files, layouts
+from preparation import annotate, mask_words
 from preparation.mask_words import ENGLISH
 
 GREY = (128, 128, 128)
@@ -361,6 +361,27 @@ def test_files_without_a_change_are_not_written(annotated, monkeypatch, capsys):
     before = contents(annotated)
     assert run(monkeypatch, capsys, annotated, "--target", "polyp", "--types", "p2")[0] == 0
     assert contents(annotated) == before
+
+
+def test_two_runs_at_once_lose_no_prompts(annotated, monkeypatch, capsys):
+    describe_all = annotate.describe_all
+
+    def start_another(*arguments):
+        refused = pytest.raises(ValueError, match="another process is writing")
+        with refused, atomic_files.claim_folder(annotated / "anns"):
+            pass
+        return describe_all(*arguments)
+
+    monkeypatch.setattr(annotate, "describe_all", start_another)
+    assert run(monkeypatch, capsys, annotated, "--target", "polyp", "--overwrite")[0] == 0
+
+
+def test_a_new_data_set_within_the_old_one_is_refused(alone, monkeypatch, capsys):
+    before = contents(alone)
+    for name in ("anns", "images/new"):
+        words = ["--target", "polyp", "--out", alone / name]
+        status, _, error = run(monkeypatch, capsys, alone, *words)
+        assert status == 2 and "lies within" in error and contents(alone) == before
 
 
 def test_other_prompts_are_not_replaced(annotated, monkeypatch, capsys):
