@@ -7,8 +7,8 @@
     python prepare.py uw-madison DOWNLOAD       make data/uw_madison: MR slices with class maps
     python prepare.py duke-dme DOWNLOAD         make data/duke_dme: OCT, retinal layers and fluid
     python prepare.py duke-amd DOWNLOAD         make data/duke_amd: OCT, drusen
-    python prepare.py msd RAW --out DATA        split a task of the Medical Segmentation Decathlon
-    python prepare.py btcv RAW                  make data/btcv: abdominal CT, with a split
+    python prepare.py msd DOWNLOAD --out DATA   split a task of the Medical Segmentation Decathlon
+    python prepare.py btcv DOWNLOAD             make data/btcv: abdominal CT, with a split
     python prepare.py demo-volumes              make data/demo_volumes: synthetic abdominal CT
     python prepare.py kvasir-polyp --raw ZIP    make data/kvasir_polyp; likewise clinicdb-polyp,
                                                 bkai-polyp, cvc300-polyp, colondb-polyp, etis-polyp,

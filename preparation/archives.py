@@ -8,6 +8,7 @@ members, and members that are absurdly large for the bytes that hold them.
 
 import bz2
 import errno
+import functools
 import gzip
 import lzma
 import posixpath
@@ -16,13 +17,16 @@ import stat
 import tarfile
 import zipfile
 import zlib
+from argparse import Namespace
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
-from imaging import layouts
+from tqdm import tqdm
+
+from imaging import atomic_files, layouts
 
 # Image data shrinks little, and text about tenfold. A member or an archive that grows more than
 # this is refused if it is also large: a few empty masks may shrink a thousandfold.
@@ -412,3 +416,83 @@ def contents(opened: list[Archive]) -> str:
             line += f" (give an archive like {packed[0]} itself)"
         lines.append(line)
     return "; ".join(lines)
+
+
+# --- commands that read a folder ------------------------------------------------------------------
+
+
+def add_download(add: Callable, help: str) -> None:
+    """Add the argument DOWNLOAD of a command, which may also be written as --raw DOWNLOAD.
+
+    add: the function that adds options. help: of the argument.
+    """
+    add("download", type=Path, nargs="?", metavar="DOWNLOAD", help=help)
+    help = "the same as DOWNLOAD, written as in the commands of the prompted data sets"
+    add("--raw", type=Path, metavar="DOWNLOAD", help=help)
+
+
+def given_download(args: Namespace) -> Path:
+    """Return DOWNLOAD of a command with `add_download`. Raises ValueError, one line."""
+    if bool(args.download) == bool(args.raw):
+        problem = "is given twice" if args.raw else "is missing"
+        raise ValueError(f"DOWNLOAD {problem}: name the archive or its unpacked folder once")
+    return args.download or args.raw
+
+
+def takes_archives(run: Callable[[Namespace], int]) -> Callable[[Namespace], int]:
+    """Let a command that reads the folder `args.download` take an archive as well.
+
+    The command gets the folder in `args.download`, and what the user named in `args.raw`.
+    """
+
+    @functools.wraps(run)
+    def run_unpacked(args: Namespace) -> int:
+        atomic_files.refuse_existing(args.out)
+        args.raw = given_download(args)
+        with unpacked(args.raw, args.out) as folder:
+            args.download = folder
+            return run(args)
+
+    return run_unpacked
+
+
+@contextmanager
+def unpacked(path: Path, out: Path) -> Iterator[Path]:
+    """Yield a folder with the files of an archive; a folder is yielded as it is.
+
+    An archive is unpacked next to `out`, and these files are removed at the end. If all of them lie
+    in one folder, it is that folder. Errors about the files name the archive. Raises ValueError or
+    OSError, one line.
+    """
+    if not path.is_file():
+        yield path
+        return
+
+    folder = out.with_name(f".{out.name}.unpacked")
+    with atomic_files.locked(folder.with_name(f"{folder.name}.lock"), out):
+        shutil.rmtree(folder, ignore_errors=True)  # left by a killed process
+        try:
+            with open_archive(path) as archive, atomic_files.full_disk_errors(out):
+                for name in tqdm(
+                    archive.names, f"unpacking {path.name}", disable=None, leave=False
+                ):
+                    target = folder / name
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    archive.extract(name, target)
+            yield inner_folder(folder)
+        except (ValueError, OSError) as error:
+            if atomic_files.is_full_disk(error) or str(folder) not in str(error):
+                raise
+            message = str(error).replace(f"{folder}/", f"{path}: ").replace(str(folder), str(path))
+            raise ValueError(message) from None
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def inner_folder(folder: Path) -> Path:
+    """Return the folder that holds everything: the folder itself, or the only one within it."""
+    content = list(folder.iterdir())
+    while len(content) == 1 and content[0].is_dir():
+        folder = content[0]
+        content = list(folder.iterdir())
+    return folder

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from engine.ranges import SEED
-from imaging import atomic_files, layouts
+from imaging import layouts
+from preparation import archives
 from preparation.decathlon import split_cases, split_cases_at_random
 from preparation.volume_sets import LINKED, link, relabelled, write_data_set
 
@@ -42,8 +43,8 @@ def find_btcv(raw):
     images = files["imagesTr"]
     if not images:
         raise FileNotFoundError(
-            f"{raw}: no Training/img/img0001.nii.gz and so on; RAW is the folder RawData of "
-            "RawData.zip"
+            f"{raw}: no Training/img/img0001.nii.gz and so on; DOWNLOAD is RawData.zip, "
+            "or the folder RawData in it"
         )
     labels = [name.replace("imagesTr/img", "labelsTr/label") for name in images]
     unpaired = sorted(set(labels) ^ set(files["labelsTr"]))
@@ -77,6 +78,7 @@ def swin_unetr_cases(pairs, where):
     return split_of
 
 
+@archives.takes_archives
 def btcv(args):
     """Split BTCV's abdominal CT with 13 organs, and write it in the Decathlon's layout.
 
@@ -88,14 +90,13 @@ def btcv(args):
     The images of Testing/ have no labels. Files are hard-linked, or copied where that is
     impossible. With --labels universal_labels.json the classes get the Universal Model's names.
     """
-    atomic_files.refuse_existing(args.out)
     about = relabelled(BTCV_ABOUT, args.labels)
-    pairs, unlabelled_images = find_btcv(args.raw)
+    pairs, unlabelled_images = find_btcv(args.download)
     if args.split == "case":
-        split_of = split_cases_at_random(pairs, args.seed, args.raw)
+        split_of = split_cases_at_random(pairs, args.seed, args.download)
         title = [f"BTCV by case, seed {args.seed}"]
     else:
-        split_of = swin_unetr_cases(pairs, args.raw)
+        split_of = swin_unetr_cases(pairs, args.download)
         title = [
             "BTCV, split of Swin UNETR",
             "its authors' Dice is of val, which chose the epoch as well: no test split",
@@ -105,20 +106,18 @@ def btcv(args):
     def put(part, *names):  # image and label; a label may be None
         for name in filter(None, names):
             folder, file = origin[name].split("/")
-            link(args.raw / BTCV_FOLDERS[folder] / file, part / name)
+            link(args.download / BTCV_FOLDERS[folder] / file, part / name)
 
-    return write_data_set(args.out, about, splits, put, [*title, LINKED])
+    if args.raw.is_dir():
+        title.append(LINKED)
+    return write_data_set(args.out, about, splits, put, title)
 
 
 def options(command):
     """Describe `prepare.py btcv`."""
     add = command(btcv, "split BTCV's abdominal CT")
-    add(
-        "raw",
-        type=Path,
-        metavar="RAW",
-        help="folder RawData of the download, with Training/ and Testing/",
-    )
+    help = "archive or folder RawData of the download, with Training/ and Testing/"
+    archives.add_download(add, help)
     help = "folder of the new data set (default: %(default)s)"
     add("--out", type=Path, default="data/btcv", metavar="DIR", help=help)
     help = "Swin UNETR's 24 train and 6 val volumes, or a random split (default: %(default)s)"

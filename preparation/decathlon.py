@@ -11,6 +11,7 @@ import numpy as np
 from engine.ranges import SEED
 from imaging import atomic_files, layouts
 from imaging.files import decode_text, parse_json
+from preparation import archives
 from preparation.volume_sets import (
     CASES,
     DECATHLON_FOLDERS,
@@ -155,7 +156,7 @@ def read_dataset_json(source, where):
     """
     if "dataset.json" not in source.names:
         raise FileNotFoundError(
-            f"{where}: no dataset.json in it; RAW is one task, Task09_Spleen.tar or what it "
+            f"{where}: no dataset.json in it; DOWNLOAD is one task, Task09_Spleen.tar or what it "
             "unpacks to"
         )
     list_name = f"{where}, dataset.json"
@@ -246,15 +247,16 @@ def split_cases_at_random(pairs, seed, where):
 def msd(args):
     """Split a task of the Medical Segmentation Decathlon: 70 % train, 15 % val, 15 % test.
 
-    RAW is one task, such as Task09_Spleen.tar or its unpacked folder. The challenge withholds the
-    labels of its test images, so all three splits are drawn at random from the labelled volumes.
-    The images without labels are kept for `predict.py DIR/imagesTs`.
+    DOWNLOAD is one task, such as Task09_Spleen.tar or its unpacked folder. The challenge withholds
+    the labels of its test images, so all three splits are drawn at random from the labelled
+    volumes. The images without labels are kept for `predict.py DIR/imagesTs`.
 
     Volumes are not changed: files of an unpacked folder are hard-linked, or copied where that is
     impossible. With --labels universal_labels.json the labels become the classes of the Universal
     Model, in which an organ includes its tumors.
     """
     atomic_files.refuse_existing(args.out)
+    args.raw = archives.given_download(args)
     with opened(args.raw) as source:
         about, pairs, images = read_dataset_json(source, args.raw)
         about = relabelled(about, args.labels)
@@ -275,12 +277,8 @@ def msd(args):
 def options(command):
     """Describe `prepare.py msd`."""
     add = command(msd, "split a task of the Medical Segmentation Decathlon")
-    add(
-        "raw",
-        type=Path,
-        metavar="RAW",
-        help="archive of a task, such as Task09_Spleen.tar, or the unpacked folder",
-    )
+    help = "archive of a task, such as Task09_Spleen.tar, or the unpacked folder"
+    archives.add_download(add, help)
     add("--out", type=Path, required=True, metavar="DIR", help="folder of the new data set")
     help = "random seed of the split (default: %(default)s)"
     add("--seed", type=SEED, default=0, metavar="N", help=help)

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from engine.ranges import POSITIVE, SEED
 from imaging import atomic_files, pictures
-from preparation import volume_sets
+from preparation import archives, volume_sets
 from preparation.demo import png
 from preparation.uw_madison import ENDS, make_splits, write_notes
 
@@ -300,6 +300,7 @@ def write_volumes(volumes: VolumeSet, out: Path) -> int:
 # --- commands -------------------------------------------------------------------------------------
 
 
+@archives.takes_archives
 def duke_dme(args) -> int:
     """Make class maps of seven retinal layers and fluid from Duke's OCT with macular edema.
 
@@ -307,7 +308,6 @@ def duke_dme(args) -> int:
     with one training subject held out for validation. Only slices in which the annotator outlined
     layers are used.
     """
-    atomic_files.refuse_existing(args.out)
     files = find_volumes(args.download, r"(Subject)_(\d\d)\.mat")
     missing = [name.replace("subject", "Subject_") for name in DME_SPLITS if name not in files]
     if missing:
@@ -326,6 +326,7 @@ def duke_dme(args) -> int:
     return write_volumes(volumes, args.out)
 
 
+@archives.takes_archives
 def duke_amd(args) -> int:
     """Make class maps of retina and drusen complex from Duke's OCT of macular degeneration (AMD).
 
@@ -334,7 +335,6 @@ def duke_amd(args) -> int:
     with the same shares for AMD patients and controls. Neighbouring slices are 0.067 mm apart and
     look alike, so only one in ten is used by default: about 3,000 of 30,000 slices.
     """
-    atomic_files.refuse_existing(args.out)
     pattern = r"Farsiu_Ophthalmology_2013_(AMD|Control)_Subject_(\d+)\.mat"
     files = find_volumes(args.download, pattern)
     amd = [name for name in files if name.startswith("amd")]
@@ -364,12 +364,8 @@ def duke_amd(args) -> int:
 def options(command) -> None:
     """Add the options of `prepare.py duke-dme` and `prepare.py duke-amd`."""
     add = command(duke_dme, "make class maps from the Duke OCT scans with macular edema")
-    add(
-        "download",
-        type=Path,
-        metavar="DOWNLOAD",
-        help="folder of the unpacked download, with Subject_01.mat to Subject_10.mat",
-    )
+    help = "archive, or its unpacked folder, with Subject_01.mat to Subject_10.mat"
+    archives.add_download(add, help)
     add(
         "--out",
         type=Path,
@@ -385,12 +381,8 @@ def options(command) -> None:
     )
 
     add = command(duke_amd, "make class maps from the Duke OCT scans with drusen")
-    add(
-        "download",
-        type=Path,
-        metavar="DOWNLOAD",
-        help="folder with the files Farsiu_Ophthalmology_2013_AMD_Subject_1001.mat, ...",
-    )
+    help = "archive or folder with the files Farsiu_Ophthalmology_2013_AMD_Subject_1001.mat, ..."
+    archives.add_download(add, help)
     add(
         "--out",
         type=Path,

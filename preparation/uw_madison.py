@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from engine.ranges import SEED
 from imaging import atomic_files, image_files, pictures
-from preparation import volume_sets
+from preparation import archives, volume_sets
 from preparation.check_findings import count_and_names, width_by_height
 from preparation.demo import png
 
@@ -231,6 +231,7 @@ def describe_split(split: str, slices: list[Slice]) -> str:
     return f"{split}: {len(slices):,} slices of {num_cases} cases, {', '.join(counts)}"
 
 
+@archives.takes_archives
 def uw_madison(args) -> int:
     """Make class maps of stomach, small and large bowel from Kaggle's UW-Madison GI Tract data.
 
@@ -242,7 +243,6 @@ def uw_madison(args) -> int:
     Slices without organs are left out, as in the tutorial, so that false positives in them are
     neither trained on nor counted; --keep-empty keeps them.
     """
-    atomic_files.refuse_existing(args.out)
     slices = find_slices(args.download)
     choose_splits(slices, args.split, args.keep_empty, args.seed)
 
@@ -268,11 +268,8 @@ def uw_madison(args) -> int:
 def options(command) -> None:
     """Add the options of `prepare.py uw-madison`."""
     add = command(uw_madison, "make class maps from Kaggle's UW-Madison GI Tract data")
-    add(
-        "download",
-        type=Path,
-        metavar="DOWNLOAD",
-        help="folder of the unpacked download, with train.csv and train/",
+    archives.add_download(
+        add, "Kaggle's archive, or its unpacked folder, with train.csv and train/"
     )
     add(
         "--out",

@@ -1,6 +1,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import sys
 from dataclasses import asdict
@@ -213,3 +214,9 @@ def assert_same_scores(ours, theirs):
         assert ours == pytest.approx(theirs, rel=1e-12, nan_ok=True)
     else:
         assert ours == theirs
+
+
+def zipped(folder: Path, archive: Path) -> Path:
+    """Write a folder as a zip archive in which it is the only folder."""
+    shutil.make_archive(archive.with_suffix(""), "zip", folder.parent, folder.name)
+    return archive

@@ -7,7 +7,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, command, contents, pictures, stop_at_rename
+from conftest import ROOT, command, contents, pictures, stop_at_rename, zipped
 from PIL import Image
 from scipy.io import savemat
 
@@ -465,3 +465,12 @@ def test_the_program_as_the_docstring_has_it(dme, tmp_path):
     assert done.returncode == 0 and done.stderr == "", done.stderr
     assert done.stdout.startswith("data/duke_dme: Duke OCT with macular edema")
     assert len(pictures(tmp_path / "data" / "duke_dme", "images")) == 20
+
+
+@pytest.mark.parametrize("which", ["dme", "amd"])
+def test_an_archive_gives_the_same_as_its_folder(which, dme, amd, tmp_path):
+    root = {"dme": dme, "amd": amd}[which]
+    archive = zipped(root, tmp_path / "oct.zip")
+    name = f"duke-{which}"
+    ours = run(name, archive, tmp_path / "a")
+    assert contents(ours) == contents(run(name, root, tmp_path / "b"))

@@ -12,7 +12,7 @@ import unicodedata
 import nibabel
 import numpy as np
 import pytest
-from conftest import ROOT, command, contents, stop_at_rename
+from conftest import ROOT, command, contents, stop_at_rename, zipped
 
 import prepare
 from imaging import layouts
@@ -218,7 +218,7 @@ def lose(root, name):
 
 
 DEFECTS = {
-    "no list": (lambda r: lose(r, "dataset.json"), "no dataset.json in it; RAW is one task"),
+    "no list": (lambda r: lose(r, "dataset.json"), "no dataset.json in it; DOWNLOAD is one task"),
     "image": (lambda r: lose(r, "imagesTr/spleen_9.nii.gz"), "no imagesTr/spleen_9.nii.gz, which"),
     "label": (lambda r: lose(r, "labelsTr/spleen_9.nii.gz"), "no labelsTr/spleen_9.nii.gz, which"),
     "text": (lambda r: (r / "dataset.json").write_text("{"), "dataset.json: is not valid JSON"),
@@ -395,7 +395,7 @@ def test_btcv_dealt_by_case(raw, tmp_path):
 
 
 BTCV_DEFECTS = {
-    "empty": (lambda r: [p.unlink() for p in r.rglob("*.gz")], "RAW is the folder RawData"),
+    "empty": (lambda r: [p.unlink() for p in r.rglob("*.gz")], "DOWNLOAD is RawData.zip"),
     "label": (lambda r: lose(r, "Training/label/label0021.nii.gz"), "case 0021 is not whole"),
     "case": (
         lambda r: [lose(r, f"Training/{k}/{k}0021.nii.gz") for k in ("img", "label")],
@@ -620,3 +620,13 @@ def test_texts_of_the_list(tmp_path, monkeypatch, capsys, packed):
         code, _, error = command(monkeypatch, capsys, prepare, *arguments)
         assert code == (2 if message else 0) and message in error
         assert error.count("\n") == (1 if message else 0)
+
+
+def test_btcv_from_its_archive(raw, tmp_path, capsys):
+    archive = zipped(raw, tmp_path / "RawData.zip")
+    ours = run("btcv", archive, "--out", tmp_path / "a")
+    assert "hard links" not in capsys.readouterr().out
+    assert ours == run("btcv", raw, "--out", tmp_path / "b")
+    for path in (tmp_path / "b").rglob("*.nii.gz"):
+        copy = tmp_path / "a" / path.relative_to(tmp_path / "b")
+        assert copy.read_bytes() == path.read_bytes()

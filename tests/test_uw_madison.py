@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, command, contents, pictures, stop_at_rename
+from conftest import ROOT, command, contents, pictures, stop_at_rename, zipped
 from PIL import Image
 
 import prepare
@@ -409,3 +409,32 @@ def test_the_program_as_the_docstring_has_it(small, tmp_path):
     assert done.returncode == 0 and done.stderr == "", done.stderr
     assert done.stdout.startswith("data/uw_madison: UW-Madison GI Tract, split by case")
     assert len(pictures(tmp_path / "data" / "uw_madison", "images")) == 64
+
+
+def test_an_archive_gives_the_same_as_its_folder(small, tmp_path, monkeypatch, capsys):
+    root, _ = small
+    archive = zipped(root, tmp_path / "uw.zip")
+    arguments = ["uw-madison", "--raw", archive, "--out", tmp_path / "a"]
+    status, _, error = command(monkeypatch, capsys, prepare, *arguments)
+    assert status == 0, error
+    assert contents(tmp_path / "a") == contents(run(root, tmp_path / "b"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "uw.zip"]
+
+
+def test_the_download_is_named_once(small, tmp_path, monkeypatch, capsys):
+    root, _ = small
+    for arguments, words in ((), "is missing"), ((root, "--raw", root), "is given twice"):
+        given = ["uw-madison", *arguments, "--out", tmp_path / "out"]
+        status, _, error = command(monkeypatch, capsys, prepare, *given)
+        assert status == 2 and f"DOWNLOAD {words}" in error and error.count("\n") == 1
+
+
+def test_errors_name_the_archive(tmp_path, monkeypatch, capsys):
+    root = tmp_path / "download"
+    download(root)
+    truncated(root)
+    archive = zipped(root, tmp_path / "uw.zip")
+    given = ["uw-madison", archive, "--out", tmp_path / "out"]
+    status, _, error = command(monkeypatch, capsys, prepare, *given)
+    assert status == 2 and f"{archive}: download/train/" in error and ".unpacked" not in error
+    assert not (tmp_path / "out").exists() and not (tmp_path / ".out.unpacked").exists()

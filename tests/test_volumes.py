@@ -420,7 +420,9 @@ def test_only_damaged_files_are_to_be_replaced(tmp_path):
         image, _ = nifti.read_volume(tmp_path / name)
         np.testing.assert_array_equal(image, nifti.read_volume(path)[0])
         nifti.check_whole(tmp_path / name)
-    with pytest.raises(ValueError, match="d.nrrd: NRRD is not read; convert it to .nii.gz"):
+    with pytest.raises(
+        ValueError, match="d.nrrd: NRRD is not read; convert its folder with.*import"
+    ):
         nifti.read_volume(tmp_path / "d.nrrd")
 
 
