@@ -171,11 +171,21 @@ def read_targets(root: Path, target: str | None) -> dict[int | None, str]:
     return dict(enumerate(names))
 
 
+def target_of(entry: layouts.Entry, targets: dict[int | None, str]) -> str | None:
+    """Return what an entry's mask shows: its name in `targets`, else its prompt p1."""
+    if targets.get(entry.label):
+        return targets[entry.label]
+    texts = entry.prompts.get("p1", [])
+    if len(texts) == 1 and texts[0].strip():
+        return texts[0].strip().removeprefix("no ")  # of an empty mask
+    return None
+
+
 def check_targets(drafts: list[Draft], targets: dict[int | None, str]) -> None:
     """Raise ValueError, one line, if the target of an entry has no name."""
     for draft in drafts:
         entry = draft.entry
-        if is_class_map(entry) or targets.get(entry.label):
+        if is_class_map(entry) or target_of(entry, targets):
             continue
         if entry.label is None or not any(targets.values()):
             raise ValueError(
@@ -280,7 +290,7 @@ def annotate_splits(
     for split, of_split in drafts.items():
         annotations[split] = []
         for draft in of_split:
-            target = targets[draft.entry.label]
+            target = target_of(draft.entry, targets)
             prompts = mask_words.make_prompts(draft.description, target, args.describe, language)
             prompts = {kind: prompts[kind] for kind in args.types}
             try:
@@ -490,7 +500,8 @@ def options(command) -> None:
         "--target",
         type=one_line,
         metavar="TEXT",
-        help='what the masks show, such as "skin lesion" (default: the names in classes.json)',
+        help='what the masks show, such as "skin lesion" (default: the names in classes.json, else '
+        "the prompts p1 that the data set has)",
     )
     add(
         "--describe",

@@ -291,6 +291,23 @@ def test_a_second_run_changes_nothing(alone, monkeypatch, capsys):
     assert {p: p.stat().st_mtime_ns for p in alone.rglob("*.json")}.items() <= times.items()
 
 
+def test_the_prompt_p1_names_the_target(alone, monkeypatch, capsys):
+    """As `prepare.py import --prompt polyp` writes it, with "no polyp" for an empty mask."""
+    run(monkeypatch, capsys, alone, "--target", "blue polyp")
+    expected = {path.name: path.read_bytes() for path in (alone / "anns").glob("*.json")}
+    for path in (alone / "anns").glob("*.json"):
+        items = json.loads(path.read_text())
+        for item in items:
+            item["prompts"] = {"p1": item["prompts"]["p1"]}
+        path.write_text(json.dumps(items))
+    run(monkeypatch, capsys, alone)
+    for path in (alone / "anns").glob("*.json"):
+        ours = sorted(json.loads(path.read_text()), key=lambda item: item["mask_name"])
+        theirs = sorted(json.loads(expected[path.name]), key=lambda item: item["mask_name"])
+        assert ours == theirs
+        assert {item["prompts"]["p1"] for item in ours} <= {"blue polyp", "no blue polyp"}
+
+
 def test_a_model_trains_on_the_prompts(alone, monkeypatch, capsys, tmp_path):
     run(monkeypatch, capsys, alone, "--target", "polyp")
     arguments = ["--model", "clipseg", "--variant", "mini", "--weights", "none", "--data", alone]
