@@ -34,6 +34,8 @@ docs: .venv/dev.done  ## fill the generated tables of README.md and docs/
 
 notebooks: .venv/dev.done  ## make the notebooks of notebooks/*.py and run them
 	$(BIN)/jupytext --to ipynb --execute notebooks/*.py
+	$(BIN)/jupyter-nbconvert --to notebook --inplace --log-level WARN \
+	  --CoalesceStreamsPreprocessor.enabled=True notebooks/*.ipynb
 
 test-online: .venv/dev.done  ## real weights from the hub, published numbers
 	$(BIN)/python -m pytest tests -q -rs -m online
