@@ -129,7 +129,7 @@ def describe_splits(splits: Splits, noun: str = "images") -> Iterator[tuple[str,
         text = f"{len(entries)} entries, {len(paths)} {noun}"
         patients = {entry.group for entry in entries} - {None}
         if patients:
-            text += f", {len(patients)} patients"
+            text += f", {len(patients)} {'patient' if len(patients) == 1 else 'patients'}"
         container = next((name for name in earlier if paths <= earlier[name]), None)
         if container and entries:
             text += f", all of them in {container}"

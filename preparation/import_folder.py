@@ -221,8 +221,9 @@ def with_splits(cases: list) -> list:
     if not without:
         return cases
     if len(without) < len(cases):
+        file = getattr(without[0], "image", without[0].name)
         raise ValueError(
-            f"{without[0].name}: lies in no split folder, but {len(cases) - len(without)} other "
+            f"{file}: lies in no split folder, but {len(cases) - len(without)} other "
             "images do; move it into one of the folders, or remove the folders"
         )
 

@@ -1,6 +1,7 @@
 """prepare.py import: what all formats of images share, tested with a format made here."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -386,3 +387,11 @@ def test_spacings_of_images_with_commas_in_their_names_are_read_again(make, tmp_
     assert make([reading_of(tmp_path / "photos", objects, spacing=(0.5, 0.25))])[0] == 0
     spacings = rows(tmp_path / "mine/spacing.csv")
     assert {"image": 'a, "b".png', "x_mm": "0.5", "y_mm": "0.25"} in spacings
+
+
+def test_an_image_outside_the_split_folders_is_named(make, tmp_path):
+    reading = reading_of(tmp_path / "photos", [Object("", box(0, 0, 3, 3))], split="train")
+    cases = [*reading.cases[:-1], replace(reading.cases[-1], split="")]
+    status, _, error = make([replace(reading, cases=cases)])
+    assert status == 2 and f"{tmp_path}/photos/photo11.png: lies in no split folder" in error
+    assert "11 other images" in error
