@@ -12,8 +12,7 @@ import os
 import re
 import shlex
 import shutil
-from argparse import Namespace
-from collections import Counter
+from argparse import ArgumentParser, Namespace
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,9 +20,11 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from engine import tables
 from engine.ranges import GREY_LEVEL
 from imaging import atomic_files, image_files, layouts, pictures
 from imaging.files import read_text
+from imaging.measurements import SPACINGS
 from preparation import (
     coco,
     cvat,
@@ -36,6 +37,7 @@ from preparation import (
     pairs,
     total_segmentator,
 )
+from preparation.check_findings import width_by_height
 from preparation.check_images import MASK_THRESHOLD
 from preparation.readings import (
     IGNORED,
@@ -84,11 +86,8 @@ def formats_to_try(args: Namespace) -> list[Format]:
     return [format for format in FORMATS if format.name == GLOBS]
 
 
-def choose_reading(folder: Path, args: Namespace) -> Reading:
-    """Return the only way to read a folder.
-
-    Raises ValueError, one line, if no format or several formats fit.
-    """
+def recognise(folder: Path, args: Namespace) -> tuple[list[Reading], list[Exception]]:
+    """Return the ways to read a folder, and the errors of formats that know it but cannot."""
     readings = []
     errors = []
     for format in formats_to_try(args):
@@ -96,9 +95,17 @@ def choose_reading(folder: Path, args: Namespace) -> Reading:
             readings += format.recognise(folder, args)
         except (ValueError, FileNotFoundError) as error:
             errors.append(error)
+    return readings, errors
 
+
+def choose_reading(folder: Path, args: Namespace) -> Reading:
+    """Return the only way to read a folder.
+
+    Raises ValueError, one line, if no format or several formats fit.
+    """
+    readings, errors = recognise(folder, args)
+    choices = "; ".join(f"--format {r.format}: {r.summary[0]}" for r in readings)
     if errors and readings:
-        choices = "; ".join(f"--format {r.format}: {r.summary[0]}" for r in readings)
         raise ValueError(f"{errors[0]}; or choose {choices}")
     if errors:
         raise errors[0]
@@ -110,18 +117,13 @@ def choose_reading(folder: Path, args: Namespace) -> Reading:
             "--masks 'GLOB'"
         )
     if len(readings) > 1:
-        choices = "; ".join(f"--format {r.format}: {r.summary[0]}" for r in readings)
         raise ValueError(f"{folder}: can be read in {len(readings)} ways; choose one: {choices}")
     return readings[0]
 
 
 def describe_content(folder: Path) -> str:
-    """Return the most frequent kinds of files below a folder, "12 .png, 3 .txt"."""
-    files = layouts.files_below(folder, with_masks=True)
-    endings = Counter(path.suffix.lower() or "unnamed" for path in files)
-    if not endings:
-        return "no files"
-    return ", ".join(f"{n} {ending}" for ending, n in endings.most_common(5))
+    """Return the kinds of files below a folder, most frequent first, "12 .png, 3 .txt"."""
+    return layouts.count_kinds(layouts.files_below(folder, with_masks=True)) or "no files"
 
 
 def advice(folder: Path) -> str | None:
@@ -129,20 +131,24 @@ def advice(folder: Path) -> str | None:
 
     Raises nothing, so that it can be added to any message.
     """
-    unset = ["format", "images", "masks", "groups", "group_regex", "prompt", "each", "classes"]
-    unset += ["modality", "mask_threshold"]
-    args = Namespace(**dict.fromkeys(unset), skip_unpaired=False)
     command = f"python prepare.py import {shlex.quote(str(folder))} --out data/NAME"
     try:
-        readings = []
-        for format in FORMATS:
-            readings += format.recognise(folder, args)
-    except (ValueError, OSError) as error:
+        readings, errors = recognise(folder, default_options(folder))
+    except OSError as error:
         return f"{command} reads such folders, but: {error}"
+    if errors:
+        return f"{command} reads such folders, but: {errors[0]}"
     if not readings:
         return None
     ways = " or ".join(f"{reading.format}: {reading.summary[0]}" for reading in readings)
     return f"{command} reads it as {ways}"
+
+
+def default_options(folder: Path) -> Namespace:
+    """Return the options of an import of a folder for which none is given."""
+    parser = ArgumentParser()
+    options(lambda run, help, name: parser.add_argument)
+    return parser.parse_args(["--out", "data/NAME", "--", str(folder)])
 
 
 # --- patients and splits --------------------------------------------------------------------------
@@ -349,7 +355,7 @@ class ImageWriter:
         self.args = args
         self.is_class_map = len(reading.classes) > 1 and not args.each
         self.has_masks = reading.has_masks
-        self.spacings = []  # lines of spacing.csv
+        self.spacings = []  # rows of spacing.csv
         self.entries = {}  # split -> items of its annotation file
         self.covered = 0  # images in which objects of several classes overlap
         self.empty = 0  # images without objects
@@ -366,19 +372,31 @@ class ImageWriter:
         ignored = [item for item in everything if item.class_name == IGNORED]
         for item in everything:
             if item.mask.shape != size:
-                shape = f"{item.mask.shape[1]}x{item.mask.shape[0]}"
                 raise ValueError(
-                    f"{case.image}: {size[1]}x{size[0]}, but its mask is {shape}; draw or resize "
-                    "the mask at the size of the image"
+                    f"{case.image}: {width_by_height(size)}, but its mask is "
+                    f"{width_by_height(item.mask.shape)}; draw or resize the mask at the size of "
+                    "the image"
                 )
         self.empty += not any(item.mask.any() for item in objects)
         self.ignored += bool(ignored) and not self.is_class_map
 
-        if not self.has_masks:
-            pass
-        elif self.args.each and not objects:
+        if self.has_masks and self.args.each and not objects:
             image.unlink()  # nothing to prompt for
-        elif self.args.each:
+            return
+        if self.has_masks:
+            self.write_masks(case, image, objects, ignored, size)
+
+        if case.spacing:
+            x, y = case.spacing
+            self.spacings.append({"image": image.name, "x_mm": f"{x:g}", "y_mm": f"{y:g}"})
+        if has_overlay:
+            self.draw(case, pixels, objects)
+
+    def write_masks(
+        self, case: Case, image: Path, objects: list[Object], ignored: list[Object], size: tuple
+    ) -> None:
+        """Write the masks of an image as the options ask: one for all, or one for each."""
+        if self.args.each:
             self.write_each(case, image, objects, size)
         elif self.is_class_map:
             indices = class_map(objects, self.classes, size)
@@ -389,11 +407,6 @@ class ImageWriter:
             mask = union(objects, size)
             name = self.classes[0] if self.classes else ""
             self.add(case, image, case.name, np.uint8(255) * mask, name)
-
-        if case.spacing and image.exists():
-            self.spacings.append((image.name, *case.spacing))
-        if has_overlay and image.exists():
-            self.draw(case, pixels, objects)
 
     def write_each(self, case: Case, image: Path, objects: list[Object], size: tuple) -> None:
         """Write one mask and one entry for every object or class of an image."""
@@ -464,22 +477,18 @@ def write_images(reading: ImageReading, args: Namespace) -> list[str]:
         if reading.has_masks and not writer.entries:
             raise ValueError(f"{args.folder}: shows no object, so that --each has nothing to write")
 
-        tables = dict(reading.tables)
+        contents = dict(reading.tables)
         if writer.is_class_map:
             names = ("background", *reading.classes)
-            tables["classes.json"] = {str(k): name for k, name in enumerate(names)}
+            contents["classes.json"] = dict(enumerate(names))
         for split, entries in writer.entries.items():
-            tables[f"anns/{split}.json"] = entries
-        for name, content in tables.items():
+            contents[f"anns/{split}.json"] = entries
+        for name, content in contents.items():
             text = json.dumps(content, indent=1, ensure_ascii=False)
             (part / name).write_text(text + "\n", encoding="utf-8")
 
         if writer.spacings:
-            with open(part / "spacing.csv", "w", encoding="utf-8", newline="") as file:
-                rows = csv.writer(file, lineterminator="\n")
-                rows.writerow(("image", "x_mm", "y_mm"))
-                for name, x, y in writer.spacings:
-                    rows.writerow((name, f"{x:g}", f"{y:g}"))
+            tables.write_csv(part / SPACINGS, writer.spacings)
         description = describe(reading, cases, writer)
         (part / "README.txt").write_text("\n".join(description) + "\n", encoding="utf-8")
         if writer.cards:
@@ -532,7 +541,7 @@ def describe(reading: ImageReading, cases: list[Case], writer: ImageWriter) -> l
     if groups:
         lines.append(f"patients: {len(groups)}")
     if writer.spacings:
-        lines.append(f"images with a spacing in mm, in spacing.csv: {len(writer.spacings)}")
+        lines.append(f"images with a spacing in mm, in {SPACINGS}: {len(writer.spacings)}")
     if not reading.has_masks:
         return [*lines, f"images without masks, for predict.py: {len(cases)}"]
     if writer.empty:
