@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
 import data
@@ -574,15 +575,11 @@ def hexadecimal(colour: int) -> str:
     return f"#{colour:06x}"
 
 
-def load_colours(path: Path, image: Path | None) -> np.ndarray:
-    """Return the colours of a mask, 0xRRGGBB, int32 (H,W). Transparent pixels become black.
+def colour_codes(stored: Image.Image, path: Path) -> np.ndarray:
+    """Return the colours of an opened mask, 0xRRGGBB, int32 (H,W). Transparent pixels become black.
 
-    The mask is turned upright like its image.
+    path: its file.
     """
-    turn = None
-    if image is not None:
-        turn, _ = image_files.mask_turn(path, image, None)
-    stored = image_files.turn_upright(image_files.open_image(path), turn)
     with image_files.one_line_errors(path):
         rgba = np.asarray(stored.convert("RGBA")).astype(np.int32)  # (H,W,4)
     codes = rgba[..., 0] << 16 | rgba[..., 1] << 8 | rgba[..., 2]
@@ -603,7 +600,8 @@ def scan_file(path: Path) -> tuple | None:
     if not is_coloured_file(path):
         return None
 
-    codes = load_colours(path, None)
+    stored = image_files.turn_upright(image_files.open_image(path))
+    codes = colour_codes(stored, path)
     is_flat = data.flat_pixels(codes)
     grey = codes & 255
     if (codes == grey * GREY).all():  # much faster than sorting
@@ -615,7 +613,6 @@ def scan_file(path: Path) -> tuple | None:
         flat = np.bincount(positions.reshape(codes.shape)[is_flat], minlength=len(colours))
 
     palette = None
-    stored = image_files.turn_upright(image_files.open_image(path))
     if stored.mode == "P":
         indices, first = np.unique(np.asarray(stored), return_index=True)
         palette = dict(zip(indices.tolist(), codes.ravel()[first].tolist(), strict=True))
@@ -757,7 +754,9 @@ def read_colours(
     Every pixel gets the nearest colour. Raises ValueError, one line, for other colours
     (`refuse_strange_colours`).
     """
-    codes = load_colours(mask.path, image)  # (H,W)
+    turn, _ = image_files.mask_turn(mask.path, image, None)
+    stored = image_files.turn_upright(image_files.open_image(mask.path), turn)
+    codes = colour_codes(stored, mask.path)  # (H,W)
     check_size(codes, mask, image, size)
     known = np.array([*name_of])
     names = [*name_of.values()]
