@@ -10,7 +10,7 @@ from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -223,14 +223,16 @@ def names_of(folder: Path, args: Namespace) -> Names:
         paths = " and ".join(map(str, texts.values()))
         raise ValueError(f"{paths}: both name classes; remove one, or use --classes")
 
-    for text, path in texts.items():
-        source = path.relative_to(folder).as_posix()
-        if path.suffix.lower() == ".json":
-            names = layouts.read_classes(path)
-            start = 1 if len(names) == 1 else 0  # a single name is no background
-            return Names(source, dict(enumerate(names, start)))
-        return parse_names(text, source)
-    return NO_NAMES
+    if not texts:
+        return NO_NAMES
+
+    ((text, path),) = texts.items()
+    source = path.relative_to(folder).as_posix()
+    if path.suffix.lower() == ".json":
+        names = layouts.read_classes(path)
+        start = 1 if len(names) == 1 else 0  # a single name is no background
+        return Names(source, dict(enumerate(names, start)))
+    return parse_names(text, source)
 
 
 # --- choosing -------------------------------------------------------------------------------------
@@ -242,12 +244,12 @@ def read_values(pairs: list[Pair], folder: Path, args: Namespace) -> Values:
     Raises ValueError, one line, for masks that cannot be read, and for class numbers without names.
     """
     names = names_of(folder, args)
+    root = folder.resolve()
     masks = []
     stated = set()
     for pair in pairs:
         for mask in pair.masks:
-            path = mask.path
-            masks.append(layouts.Entry(pair.name, pair.image, path, {}, folder.resolve()))
+            masks.append(layouts.Entry(pair.name, pair.image, mask.path, {}, root))
             stated.add(mask.class_name)
     stated.discard("")
     if stated:
@@ -291,7 +293,7 @@ def count_values(masks: list, numbers: bool = False) -> np.ndarray:
     """
     if numbers:
         classes = ("background", "one", "other")  # any three: the masks are class maps
-        masks = [as_class_map(entry, classes) for entry in masks]
+        masks = [replace(entry, classes=classes, has_class_indices=True) for entry in masks]
 
     counts = []
     bar = tqdm(total=len(masks), desc="masks", unit="mask", disable=None, leave=False)
@@ -301,12 +303,6 @@ def count_values(masks: list, numbers: bool = False) -> np.ndarray:
         bar.update(len(chunk))
     bar.close()
     return np.concatenate(counts)
-
-
-def as_class_map(entry: layouts.Entry, classes: tuple[str, ...]) -> layouts.Entry:
-    """Return an entry with class indices in its mask."""
-    fields = {**vars(entry), "classes": classes, "has_class_indices": True}
-    return layouts.Entry(**fields)
 
 
 # --- binary masks ---------------------------------------------------------------------------------
