@@ -342,14 +342,9 @@ def modality_of(pairs: list[Pair], args: Namespace) -> tuple[str, list[str]]:
 # --- writing a case -------------------------------------------------------------------------------
 
 
-def is_nifti(path: Path) -> bool:
-    """Return True for a file with an ending of NIfTI."""
-    return path.name.lower().endswith(layouts.NIFTI)
-
-
 def as_nifti(path: Path, folder: Path) -> Path:
     """Return a NIfTI file itself, or convert another volume to a new file in `folder`."""
-    if is_nifti(path):
+    if layouts.is_volume(path):
         return path
 
     target = folder / f"{volume_pairs.stem_of(path)}.nii"
@@ -378,7 +373,7 @@ def write_channels(sources: tuple[Path, ...], target: Path) -> None:
 
 def write_volume(source: Path, target: Path) -> None:
     """Write a volume to .nii.gz. A compressed NIfTI file is copied byte for byte."""
-    if not is_nifti(source):
+    if not layouts.is_volume(source):
         itk_files.to_nifti(source, target)
         return
 
@@ -404,7 +399,7 @@ def write_label_map(pair: Pair, numbers: dict[str, int], target: Path, image: Pa
         return
 
     source = pair.images[0]
-    if is_nifti(pair.label) and is_nifti(source):
+    if layouts.is_volume(pair.label) and layouts.is_volume(source):
         nifti.check_grid(nifti.read_grid(pair.label), nifti.read_grid(source))
     write_volume(pair.label, target)
 
