@@ -102,7 +102,7 @@ def read_class_names(folder: Path, args: Namespace, labels: list[Path]) -> dict:
     numbers = set()
     for path in tqdm(labels, desc="numbers of classes", unit="file", disable=None, leave=False):
         with tempfile.TemporaryDirectory() as temporary:
-            numbers |= set(count_numbers(as_nifti(path, Path(temporary)), path))
+            numbers |= numbers_in(as_nifti(path, Path(temporary)), path)
     numbers = sorted(numbers - {0, 255})
     if not numbers:
         raise ValueError(f"{folder}: its {len(labels)} label maps hold no class, only 0 or 255")
@@ -114,25 +114,30 @@ def read_class_names(folder: Path, args: Namespace, labels: list[Path]) -> dict:
     )
 
 
-def numbers_of(labels: dict) -> set[int]:
-    """Return the numbers in the labels of a dataset.json: {number: name} or {name: number}."""
-    numbers = {0}
+def names_by_number(labels: dict) -> dict[int, list[str]]:
+    """Return {number: its names} from the labels of a dataset.json, also of the background.
+
+    labels: {number: name} or {name: number or list of numbers}. Raises ValueError for other values.
+    """
+    names = {}
     for key, value in labels.items():
-        named_number = key if isinstance(value, str) and not value.isdigit() else value
-        numbers.update(layouts.label_numbers(key, named_number))
-    return numbers
+        is_named = isinstance(value, str) and not value.isdigit()
+        name, number = (value, key) if is_named else (key, value)
+        for n in layouts.label_numbers(name, number):
+            names.setdefault(n, []).append(name)
+    return names
 
 
 def check_labels(labels: dict, path: Path) -> None:
     """Raise ValueError, one line, if the labels of a dataset.json have no numbers."""
     try:
-        numbers_of(labels)
+        names_by_number(labels)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
 
-def count_numbers(path: Path, name: object) -> dict[int, int]:
-    """Count the voxels of every number in a NIfTI label map: {number: voxels}.
+def numbers_in(path: Path, name: object) -> set[int]:
+    """Return the numbers that occur in a NIfTI label map.
 
     name: the label map's name in messages. Raises ValueError, one line, for negative numbers,
     fractions and several channels.
@@ -148,8 +153,7 @@ def count_numbers(path: Path, name: object) -> dict[int, int]:
         )
 
     counts = np.bincount(rounded.astype(np.uint16).ravel())
-    present = np.flatnonzero(counts)
-    return dict(zip(present.tolist(), counts[present].tolist(), strict=True))
+    return {*np.flatnonzero(counts).tolist()}
 
 
 # --- formats --------------------------------------------------------------------------------------
@@ -412,7 +416,11 @@ class VolumeWriter:
 
     def __init__(self, reading: VolumeReading, cases: list[VolumeCase]):
         self.reading = reading
-        self.numbers = numbers_of(reading.labels)
+        names = names_by_number(reading.labels)
+        self.numbers = sorted({0, *names})
+        self.classes = {}  # number -> name, without the background
+        for number in self.numbers[1:]:
+            self.classes[number] = ", ".join(names[number])
         self.case_of = {}  # image in the data set -> its case
         self.splits = {split: [] for split in volume_sets.LISTS}
         self.volumes = Counter()  # number -> label maps that contain it
@@ -432,8 +440,8 @@ class VolumeWriter:
             return
 
         case.write_labels(part / label, part / image)
-        numbers = set(count_numbers(part / label, case.name))
-        unnamed = sorted(numbers - self.numbers - {255})
+        numbers = numbers_in(part / label, case.name)
+        unnamed = sorted(numbers - {*self.numbers, 255})
         if unnamed:
             raise ValueError(
                 f"{case.name}: its label map holds {unnamed[0]}, but the classes are "
@@ -451,33 +459,15 @@ class VolumeWriter:
         for image in tqdm(chosen, desc="overview.png", unit="volume", disable=None, leave=False):
             cards.append(self.draw(part, image))
 
-        names = tuple(layouts.shorten(name, 60) for name in self.names())
+        names = tuple(layouts.shorten(name, 60) for name in self.classes.values())
         if 1 < len(names) <= MOST_LEGEND:
             cards.append(pictures.legend(names, CARD))
         pictures.save_picture(part / "overview.png", pictures.sheet(cards, columns=2))
         return self.describe_classes()
 
-    def names(self) -> list[str]:
-        """Return the names of the classes in the order of their numbers, without background.
-
-        Several names of one number are joined.
-        """
-        by_number = {}
-        for key, value in self.reading.labels.items():
-            is_named = isinstance(value, str) and not value.isdigit()
-            name, number = (value, key) if is_named else (key, value)
-            for n in layouts.label_numbers(name, number):
-                by_number.setdefault(n, []).append(name)
-
-        by_number.pop(0, None)
-        return [", ".join(by_number[number]) for number in sorted(by_number)]
-
     def describe_classes(self) -> list[str]:
         """Return a line about the classes that no label map contains, [] if there are none."""
-        absent = []
-        for number, name in zip(sorted(self.numbers - {0}), self.names(), strict=True):
-            if not self.volumes[number]:
-                absent.append(name)
+        absent = [name for number, name in self.classes.items() if not self.volumes[number]]
         return [f"no label map holds: {', '.join(absent)}"] if absent else []
 
     def draw(self, part: Path, image: str) -> pictures.Image.Image:
@@ -493,13 +483,12 @@ class VolumeWriter:
         thinned = tuple(slices)
         grey = grey_levels(voxels[0][thinned], self.reading.modality)
 
-        numbers = sorted(self.numbers)
-        masks = np.zeros((max(1, len(numbers) - 1), *grey.shape), bool)  # (K,X,Y,Z)
+        masks = np.zeros((max(1, len(self.classes)), *grey.shape), bool)  # (K,X,Y,Z)
         if self.case_of[image].write_labels:
             label = part / image.replace("images", "labels", 1)
-            indices = nifti.read_labels(label, grid, numbers)[thinned]  # (X,Y,Z)
-            for k in range(1, len(numbers)):
-                masks[k - 1] = indices == k
+            indices = nifti.read_labels(label, grid, self.numbers)[thinned]  # (X,Y,Z)
+            for k in range(len(self.classes)):
+                masks[k] = indices == k + 1
 
         picture = pictures.volume_overlay(grey, None, masks, spacing)
         return pictures.captioned(picture, self.case_of[image].name, CARD)
