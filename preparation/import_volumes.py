@@ -21,7 +21,7 @@ from tqdm import tqdm
 from imaging import layouts, nifti, pictures
 from imaging.files import read_json
 from preparation import itk_files, volume_pairs, volume_sets
-from preparation.readings import Format, VolumeCase, VolumeReading
+from preparation.readings import MOST_CLASSES, Format, VolumeCase, VolumeReading
 from preparation.volume_pairs import Pair
 
 MOST_PICTURES = 12  # volumes in overview.png
@@ -68,8 +68,10 @@ def chosen_names(all_names: list[str], args: Namespace, where: Path) -> list[str
         if name not in all_names:
             known = layouts.shorten(", ".join(all_names), 300)
             raise ValueError(f"--classes: {where} has no {name!r}, only {known}")
-    if len(names) > 254:
-        raise ValueError(f"{where}: has {len(names)} classes, at most 254; choose with --classes")
+    if len(names) > MOST_CLASSES:
+        raise ValueError(
+            f"{where}: has {len(names)} classes, at most {MOST_CLASSES}; choose with --classes"
+        )
     return names
 
 

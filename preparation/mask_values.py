@@ -22,7 +22,7 @@ import data
 from imaging import image_files, layouts
 from imaging.files import read_text
 from preparation.check_findings import width_by_height
-from preparation.readings import IGNORED, Object
+from preparation.readings import IGNORED, MOST_CLASSES, Object
 
 CLASS_FILES = {
     "classes.txt", "class_names.txt", "labels.txt", "label_names.txt", "label_colors.txt",
@@ -47,7 +47,6 @@ FLAT_SHARE = 0.001  # smallest class that fills areas, as a share of all coloure
 THIN_SHARE = 0.02  # smallest class of thin lines, as a share of all coloured pixels
 MOST_FAR = 1 / 3  # share of a mask's pixels, such as edges, that may differ by more than noise
 MOST_SCANNED = 256  # colours of a file that are counted, the most frequent ones
-MOST_CLASSES = 254
 SHOWN = 8  # colours or numbers that a message lists
 
 
