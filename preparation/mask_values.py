@@ -112,6 +112,7 @@ class Names:
     source: str  # "--classes" or the file
     by_number: dict[int, str] = field(default_factory=dict)
     by_colour: dict[int, str] = field(default_factory=dict)  # 0xRRGGBB -> name
+    are_exact: bool = False  # the numbers are those in the masks, not only an order
 
     @property
     def foreground(self) -> tuple[str, ...]:
@@ -138,23 +139,36 @@ def numbered(names: list[str]) -> dict[int, str]:
 
 
 def option_names(text: str) -> Names:
-    """Return the names in --classes: "liver,kidney", or "liver=#ff0000,kidney=#00ff00"."""
+    """Return the names in --classes: "liver,kidney", "1=liver,4=kidney" or "liver=#ff0000,…".
+
+    Raises ValueError, one line, for other texts and for a repeated name or number.
+    """
     items = [item.strip() for item in text.split(",")]
     if not all(items) or len({*items}) < len(items):
         raise ValueError(f"--classes {text}: expected different names, separated by commas")
 
     by_colour = {}
+    by_number = {}
     for item in items:
-        name, _, code = item.partition("=")
-        code = code.strip()
-        if re.fullmatch("#[0-9a-fA-F]{6}", code):
-            by_colour[int(code[1:], 16)] = name.strip()
+        start, _, end = map(str.strip, item.partition("="))
+        if re.fullmatch("#[0-9a-fA-F]{6}", end):
+            by_colour[int(end[1:], 16)] = start
+        elif re.fullmatch("[0-9]+", start) and end:
+            by_number[int(start)] = end
 
     if by_colour and len(by_colour) < len(items):
         raise ValueError(f"--classes {text}: write NAME=#rrggbb, once for each colour, or names")
     if by_colour:
         return Names("--classes", by_colour=by_colour)
-    return Names("--classes", numbered(items))
+    if not by_number:
+        return Names("--classes", numbered(items))
+
+    is_complete = len(by_number) == len({*by_number.values()}) == len(items)
+    if not is_complete or min(by_number) < 1 or max(by_number) > 255:
+        raise ValueError(
+            f"--classes {text}: write NUMBER=NAME, once for each number from 1 to 255, or names"
+        )
+    return Names("--classes", dict(sorted(by_number.items())), are_exact=True)
 
 
 COLOUR_LINES = (  # "liver,255,0,0", "liver:255,0,0::" (CVAT), "255 0 0 liver" (CamVid)
@@ -266,6 +280,7 @@ def read_values(pairs: list[Pair], folder: Path, args: Namespace) -> Values:
     rule = data.mask_rule(masks, counts, args.mask_threshold)
     if args.mask_threshold is None:
         is_numbered |= bool(rule.errors)
+        is_numbered |= names.are_exact
         if len(names.foreground) > 1:
             holds_ones = counts[:, 0, 1].any() and not counts[:, 0, 2:].any()
             is_numbered |= args.classes is not None or holds_ones
@@ -400,7 +415,8 @@ def numbered_values(masks: list, counts: np.ndarray, names: Names) -> Values:
     """Return how masks of class numbers are read.
 
     If some number has no name, but there are as many numbers as names, the names belong to the
-    numbers in ascending order. Raises ValueError, one line, without names.
+    numbers in ascending order, unless the names are exact. Raises ValueError, one line, without
+    names.
     """
     if any(image_files.open_image(entry.mask, decode=False).mode[0] == "P" for entry in masks):
         counts = count_values(masks, numbers=True)
@@ -413,9 +429,11 @@ def numbered_values(masks: list, counts: np.ndarray, names: Names) -> Values:
     name_of.pop(0, None)
     lines = [f"masks of class numbers: {list_numbers(present)}, named by {names.source}"]
     unknown = sorted({*numbers} - {*name_of, 255})
-    if unknown or numbers == [255]:
-        if len(numbers) != len(name_of):
-            refuse_unknown(masks, counts, unknown[0] if unknown else 255, names)
+    if numbers == [255] and not (names.are_exact and 255 in name_of):  # else all is ignored
+        unknown = numbers
+    if unknown:
+        if names.are_exact or len(numbers) != len(name_of):
+            refuse_unknown(masks, counts, unknown[0], names)
         name_of = dict(zip(numbers, name_of.values(), strict=True))
         listed = ", ".join(f"{number} {name}" for number, name in name_of.items())
         lines.append(f"grey levels, in ascending order: {listed}")
