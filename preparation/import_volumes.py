@@ -21,7 +21,7 @@ from tqdm import tqdm
 from imaging import layouts, nifti, pictures
 from imaging.files import read_json
 from preparation import itk_files, volume_pairs, volume_sets
-from preparation.readings import Format, VolumeCase, VolumeReading
+from preparation.readings import MOST_CLASSES, Format, VolumeCase, VolumeReading
 from preparation.volume_pairs import Pair
 
 MOST_PICTURES = 12  # volumes in overview.png
@@ -68,8 +68,10 @@ def chosen_names(all_names: list[str], args: Namespace, where: Path) -> list[str
         if name not in all_names:
             known = layouts.shorten(", ".join(all_names), 300)
             raise ValueError(f"--classes: {where} has no {name!r}, only {known}")
-    if len(names) > 254:
-        raise ValueError(f"{where}: has {len(names)} classes, at most 254; choose with --classes")
+    if len(names) > MOST_CLASSES:
+        raise ValueError(
+            f"{where}: has {len(names)} classes, at most {MOST_CLASSES}; choose with --classes"
+        )
     return names
 
 
@@ -102,7 +104,7 @@ def read_class_names(folder: Path, args: Namespace, labels: list[Path]) -> dict:
     numbers = set()
     for path in tqdm(labels, desc="numbers of classes", unit="file", disable=None, leave=False):
         with tempfile.TemporaryDirectory() as temporary:
-            numbers |= set(count_numbers(as_nifti(path, Path(temporary)), path))
+            numbers |= numbers_in(as_nifti(path, Path(temporary)), path)
     numbers = sorted(numbers - {0, 255})
     if not numbers:
         raise ValueError(f"{folder}: its {len(labels)} label maps hold no class, only 0 or 255")
@@ -114,25 +116,30 @@ def read_class_names(folder: Path, args: Namespace, labels: list[Path]) -> dict:
     )
 
 
-def numbers_of(labels: dict) -> set[int]:
-    """Return the numbers in the labels of a dataset.json: {number: name} or {name: number}."""
-    numbers = {0}
+def names_by_number(labels: dict) -> dict[int, list[str]]:
+    """Return {number: its names} from the labels of a dataset.json, also of the background.
+
+    labels: {number: name} or {name: number or list of numbers}. Raises ValueError for other values.
+    """
+    names = {}
     for key, value in labels.items():
-        named_number = key if isinstance(value, str) and not value.isdigit() else value
-        numbers.update(layouts.label_numbers(key, named_number))
-    return numbers
+        is_named = isinstance(value, str) and not value.isdigit()
+        name, number = (value, key) if is_named else (key, value)
+        for n in layouts.label_numbers(name, number):
+            names.setdefault(n, []).append(name)
+    return names
 
 
 def check_labels(labels: dict, path: Path) -> None:
     """Raise ValueError, one line, if the labels of a dataset.json have no numbers."""
     try:
-        numbers_of(labels)
+        names_by_number(labels)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
 
-def count_numbers(path: Path, name: object) -> dict[int, int]:
-    """Count the voxels of every number in a NIfTI label map: {number: voxels}.
+def numbers_in(path: Path, name: object) -> set[int]:
+    """Return the numbers that occur in a NIfTI label map.
 
     name: the label map's name in messages. Raises ValueError, one line, for negative numbers,
     fractions and several channels.
@@ -148,8 +155,7 @@ def count_numbers(path: Path, name: object) -> dict[int, int]:
         )
 
     counts = np.bincount(rounded.astype(np.uint16).ravel())
-    present = np.flatnonzero(counts)
-    return dict(zip(present.tolist(), counts[present].tolist(), strict=True))
+    return {*np.flatnonzero(counts).tolist()}
 
 
 # --- formats --------------------------------------------------------------------------------------
@@ -342,14 +348,9 @@ def modality_of(pairs: list[Pair], args: Namespace) -> tuple[str, list[str]]:
 # --- writing a case -------------------------------------------------------------------------------
 
 
-def is_nifti(path: Path) -> bool:
-    """Return True for a file with an ending of NIfTI."""
-    return path.name.lower().endswith(layouts.NIFTI)
-
-
 def as_nifti(path: Path, folder: Path) -> Path:
     """Return a NIfTI file itself, or convert another volume to a new file in `folder`."""
-    if is_nifti(path):
+    if layouts.is_volume(path):
         return path
 
     target = folder / f"{volume_pairs.stem_of(path)}.nii"
@@ -378,7 +379,7 @@ def write_channels(sources: tuple[Path, ...], target: Path) -> None:
 
 def write_volume(source: Path, target: Path) -> None:
     """Write a volume to .nii.gz. A compressed NIfTI file is copied byte for byte."""
-    if not is_nifti(source):
+    if not layouts.is_volume(source):
         itk_files.to_nifti(source, target)
         return
 
@@ -404,7 +405,7 @@ def write_label_map(pair: Pair, numbers: dict[str, int], target: Path, image: Pa
         return
 
     source = pair.images[0]
-    if is_nifti(pair.label) and is_nifti(source):
+    if layouts.is_volume(pair.label) and layouts.is_volume(source):
         nifti.check_grid(nifti.read_grid(pair.label), nifti.read_grid(source))
     write_volume(pair.label, target)
 
@@ -417,7 +418,11 @@ class VolumeWriter:
 
     def __init__(self, reading: VolumeReading, cases: list[VolumeCase]):
         self.reading = reading
-        self.numbers = numbers_of(reading.labels)
+        names = names_by_number(reading.labels)
+        self.numbers = sorted({0, *names})
+        self.classes = {}  # number -> name, without the background
+        for number in self.numbers[1:]:
+            self.classes[number] = ", ".join(names[number])
         self.case_of = {}  # image in the data set -> its case
         self.splits = {split: [] for split in volume_sets.LISTS}
         self.volumes = Counter()  # number -> label maps that contain it
@@ -437,8 +442,8 @@ class VolumeWriter:
             return
 
         case.write_labels(part / label, part / image)
-        numbers = set(count_numbers(part / label, case.name))
-        unnamed = sorted(numbers - self.numbers - {255})
+        numbers = numbers_in(part / label, case.name)
+        unnamed = sorted(numbers - {*self.numbers, 255})
         if unnamed:
             raise ValueError(
                 f"{case.name}: its label map holds {unnamed[0]}, but the classes are "
@@ -456,33 +461,15 @@ class VolumeWriter:
         for image in tqdm(chosen, desc="overview.png", unit="volume", disable=None, leave=False):
             cards.append(self.draw(part, image))
 
-        names = tuple(layouts.shorten(name, 60) for name in self.names())
+        names = tuple(layouts.shorten(name, 60) for name in self.classes.values())
         if 1 < len(names) <= MOST_LEGEND:
             cards.append(pictures.legend(names, CARD))
         pictures.save_picture(part / "overview.png", pictures.sheet(cards, columns=2))
         return self.describe_classes()
 
-    def names(self) -> list[str]:
-        """Return the names of the classes in the order of their numbers, without background.
-
-        Several names of one number are joined.
-        """
-        by_number = {}
-        for key, value in self.reading.labels.items():
-            is_named = isinstance(value, str) and not value.isdigit()
-            name, number = (value, key) if is_named else (key, value)
-            for n in layouts.label_numbers(name, number):
-                by_number.setdefault(n, []).append(name)
-
-        by_number.pop(0, None)
-        return [", ".join(by_number[number]) for number in sorted(by_number)]
-
     def describe_classes(self) -> list[str]:
         """Return a line about the classes that no label map contains, [] if there are none."""
-        absent = []
-        for number, name in zip(sorted(self.numbers - {0}), self.names(), strict=True):
-            if not self.volumes[number]:
-                absent.append(name)
+        absent = [name for number, name in self.classes.items() if not self.volumes[number]]
         return [f"no label map holds: {', '.join(absent)}"] if absent else []
 
     def draw(self, part: Path, image: str) -> pictures.Image.Image:
@@ -498,13 +485,12 @@ class VolumeWriter:
         thinned = tuple(slices)
         grey = grey_levels(voxels[0][thinned], self.reading.modality)
 
-        numbers = sorted(self.numbers)
-        masks = np.zeros((max(1, len(numbers) - 1), *grey.shape), bool)  # (K,X,Y,Z)
+        masks = np.zeros((max(1, len(self.classes)), *grey.shape), bool)  # (K,X,Y,Z)
         if self.case_of[image].write_labels:
             label = part / image.replace("images", "labels", 1)
-            indices = nifti.read_labels(label, grid, numbers)[thinned]  # (X,Y,Z)
-            for k in range(1, len(numbers)):
-                masks[k - 1] = indices == k
+            indices = nifti.read_labels(label, grid, self.numbers)[thinned]  # (X,Y,Z)
+            for k in range(len(self.classes)):
+                masks[k] = indices == k + 1
 
         picture = pictures.volume_overlay(grey, None, masks, spacing)
         return pictures.captioned(picture, self.case_of[image].name, CARD)

@@ -10,18 +10,19 @@ from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
 import data
 from imaging import image_files, layouts
 from imaging.files import read_text
 from preparation.check_findings import width_by_height
-from preparation.readings import IGNORED, Object
+from preparation.readings import IGNORED, MOST_CLASSES, Object
 
 CLASS_FILES = {
     "classes.txt", "class_names.txt", "labels.txt", "label_names.txt", "label_colors.txt",
@@ -46,7 +47,6 @@ FLAT_SHARE = 0.001  # smallest class that fills areas, as a share of all coloure
 THIN_SHARE = 0.02  # smallest class of thin lines, as a share of all coloured pixels
 MOST_FAR = 1 / 3  # share of a mask's pixels, such as edges, that may differ by more than noise
 MOST_SCANNED = 256  # colours of a file that are counted, the most frequent ones
-MOST_CLASSES = 254
 SHOWN = 8  # colours or numbers that a message lists
 
 
@@ -112,6 +112,7 @@ class Names:
     source: str  # "--classes" or the file
     by_number: dict[int, str] = field(default_factory=dict)
     by_colour: dict[int, str] = field(default_factory=dict)  # 0xRRGGBB -> name
+    are_exact: bool = False  # the numbers are those in the masks, not only an order
 
     @property
     def foreground(self) -> tuple[str, ...]:
@@ -138,23 +139,36 @@ def numbered(names: list[str]) -> dict[int, str]:
 
 
 def option_names(text: str) -> Names:
-    """Return the names in --classes: "liver,kidney", or "liver=#ff0000,kidney=#00ff00"."""
+    """Return the names in --classes: "liver,kidney", "1=liver,4=kidney" or "liver=#ff0000,…".
+
+    Raises ValueError, one line, for other texts and for a repeated name or number.
+    """
     items = [item.strip() for item in text.split(",")]
     if not all(items) or len({*items}) < len(items):
         raise ValueError(f"--classes {text}: expected different names, separated by commas")
 
     by_colour = {}
+    by_number = {}
     for item in items:
-        name, _, code = item.partition("=")
-        code = code.strip()
-        if re.fullmatch("#[0-9a-fA-F]{6}", code):
-            by_colour[int(code[1:], 16)] = name.strip()
+        start, _, end = map(str.strip, item.partition("="))
+        if re.fullmatch("#[0-9a-fA-F]{6}", end):
+            by_colour[int(end[1:], 16)] = start
+        elif re.fullmatch("[0-9]+", start) and end:
+            by_number[int(start)] = end
 
     if by_colour and len(by_colour) < len(items):
         raise ValueError(f"--classes {text}: write NAME=#rrggbb, once for each colour, or names")
     if by_colour:
         return Names("--classes", by_colour=by_colour)
-    return Names("--classes", numbered(items))
+    if not by_number:
+        return Names("--classes", numbered(items))
+
+    is_complete = len(by_number) == len({*by_number.values()}) == len(items)
+    if not is_complete or min(by_number) < 1 or max(by_number) > 255:
+        raise ValueError(
+            f"--classes {text}: write NUMBER=NAME, once for each number from 1 to 255, or names"
+        )
+    return Names("--classes", dict(sorted(by_number.items())), are_exact=True)
 
 
 COLOUR_LINES = (  # "liver,255,0,0", "liver:255,0,0::" (CVAT), "255 0 0 liver" (CamVid)
@@ -222,14 +236,16 @@ def names_of(folder: Path, args: Namespace) -> Names:
         paths = " and ".join(map(str, texts.values()))
         raise ValueError(f"{paths}: both name classes; remove one, or use --classes")
 
-    for text, path in texts.items():
-        source = path.relative_to(folder).as_posix()
-        if path.suffix.lower() == ".json":
-            names = layouts.read_classes(path)
-            start = 1 if len(names) == 1 else 0  # a single name is no background
-            return Names(source, dict(enumerate(names, start)))
-        return parse_names(text, source)
-    return NO_NAMES
+    if not texts:
+        return NO_NAMES
+
+    ((text, path),) = texts.items()
+    source = path.relative_to(folder).as_posix()
+    if path.suffix.lower() == ".json":
+        names = layouts.read_classes(path)
+        start = 1 if len(names) == 1 else 0  # a single name is no background
+        return Names(source, dict(enumerate(names, start)))
+    return parse_names(text, source)
 
 
 # --- choosing -------------------------------------------------------------------------------------
@@ -241,12 +257,12 @@ def read_values(pairs: list[Pair], folder: Path, args: Namespace) -> Values:
     Raises ValueError, one line, for masks that cannot be read, and for class numbers without names.
     """
     names = names_of(folder, args)
+    root = folder.resolve()
     masks = []
     stated = set()
     for pair in pairs:
         for mask in pair.masks:
-            path = mask.path
-            masks.append(layouts.Entry(pair.name, pair.image, path, {}, folder.resolve()))
+            masks.append(layouts.Entry(pair.name, pair.image, mask.path, {}, root))
             stated.add(mask.class_name)
     stated.discard("")
     if stated:
@@ -264,6 +280,7 @@ def read_values(pairs: list[Pair], folder: Path, args: Namespace) -> Values:
     rule = data.mask_rule(masks, counts, args.mask_threshold)
     if args.mask_threshold is None:
         is_numbered |= bool(rule.errors)
+        is_numbered |= names.are_exact
         if len(names.foreground) > 1:
             holds_ones = counts[:, 0, 1].any() and not counts[:, 0, 2:].any()
             is_numbered |= args.classes is not None or holds_ones
@@ -290,7 +307,7 @@ def count_values(masks: list, numbers: bool = False) -> np.ndarray:
     """
     if numbers:
         classes = ("background", "one", "other")  # any three: the masks are class maps
-        masks = [as_class_map(entry, classes) for entry in masks]
+        masks = [replace(entry, classes=classes, has_class_indices=True) for entry in masks]
 
     counts = []
     bar = tqdm(total=len(masks), desc="masks", unit="mask", disable=None, leave=False)
@@ -300,12 +317,6 @@ def count_values(masks: list, numbers: bool = False) -> np.ndarray:
         bar.update(len(chunk))
     bar.close()
     return np.concatenate(counts)
-
-
-def as_class_map(entry: layouts.Entry, classes: tuple[str, ...]) -> layouts.Entry:
-    """Return an entry with class indices in its mask."""
-    fields = {**vars(entry), "classes": classes, "has_class_indices": True}
-    return layouts.Entry(**fields)
 
 
 # --- binary masks ---------------------------------------------------------------------------------
@@ -404,7 +415,8 @@ def numbered_values(masks: list, counts: np.ndarray, names: Names) -> Values:
     """Return how masks of class numbers are read.
 
     If some number has no name, but there are as many numbers as names, the names belong to the
-    numbers in ascending order. Raises ValueError, one line, without names.
+    numbers in ascending order, unless the names are exact. Raises ValueError, one line, without
+    names.
     """
     if any(image_files.open_image(entry.mask, decode=False).mode[0] == "P" for entry in masks):
         counts = count_values(masks, numbers=True)
@@ -417,9 +429,11 @@ def numbered_values(masks: list, counts: np.ndarray, names: Names) -> Values:
     name_of.pop(0, None)
     lines = [f"masks of class numbers: {list_numbers(present)}, named by {names.source}"]
     unknown = sorted({*numbers} - {*name_of, 255})
-    if unknown or numbers == [255]:
-        if len(numbers) != len(name_of):
-            refuse_unknown(masks, counts, unknown[0] if unknown else 255, names)
+    if numbers == [255] and not (names.are_exact and 255 in name_of):  # else all is ignored
+        unknown = numbers
+    if unknown:
+        if names.are_exact or len(numbers) != len(name_of):
+            refuse_unknown(masks, counts, unknown[0], names)
         name_of = dict(zip(numbers, name_of.values(), strict=True))
         listed = ", ".join(f"{number} {name}" for number, name in name_of.items())
         lines.append(f"grey levels, in ascending order: {listed}")
@@ -574,15 +588,11 @@ def hexadecimal(colour: int) -> str:
     return f"#{colour:06x}"
 
 
-def load_colours(path: Path, image: Path | None) -> np.ndarray:
-    """Return the colours of a mask, 0xRRGGBB, int32 (H,W). Transparent pixels become black.
+def colour_codes(stored: Image.Image, path: Path) -> np.ndarray:
+    """Return the colours of an opened mask, 0xRRGGBB, int32 (H,W). Transparent pixels become black.
 
-    The mask is turned upright like its image.
+    path: its file.
     """
-    turn = None
-    if image is not None:
-        turn, _ = image_files.mask_turn(path, image, None)
-    stored = image_files.turn_upright(image_files.open_image(path), turn)
     with image_files.one_line_errors(path):
         rgba = np.asarray(stored.convert("RGBA")).astype(np.int32)  # (H,W,4)
     codes = rgba[..., 0] << 16 | rgba[..., 1] << 8 | rgba[..., 2]
@@ -603,7 +613,8 @@ def scan_file(path: Path) -> tuple | None:
     if not is_coloured_file(path):
         return None
 
-    codes = load_colours(path, None)
+    stored = image_files.turn_upright(image_files.open_image(path))
+    codes = colour_codes(stored, path)
     is_flat = data.flat_pixels(codes)
     grey = codes & 255
     if (codes == grey * GREY).all():  # much faster than sorting
@@ -615,7 +626,6 @@ def scan_file(path: Path) -> tuple | None:
         flat = np.bincount(positions.reshape(codes.shape)[is_flat], minlength=len(colours))
 
     palette = None
-    stored = image_files.turn_upright(image_files.open_image(path))
     if stored.mode == "P":
         indices, first = np.unique(np.asarray(stored), return_index=True)
         palette = dict(zip(indices.tolist(), codes.ravel()[first].tolist(), strict=True))
@@ -757,7 +767,9 @@ def read_colours(
     Every pixel gets the nearest colour. Raises ValueError, one line, for other colours
     (`refuse_strange_colours`).
     """
-    codes = load_colours(mask.path, image)  # (H,W)
+    turn, _ = image_files.mask_turn(mask.path, image, None)
+    stored = image_files.turn_upright(image_files.open_image(mask.path), turn)
+    codes = colour_codes(stored, mask.path)  # (H,W)
     check_size(codes, mask, image, size)
     known = np.array([*name_of])
     names = [*name_of.values()]

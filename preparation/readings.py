@@ -12,11 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
-SPLIT_NAMES = {
-    "train": "train", "training": "train",
-    "val": "val", "valid": "val", "validation": "val",
-    "test": "test", "testing": "test",
-}  # fmt: skip
+from imaging import layouts
+
+SPLIT_NAMES = layouts.SPLITS | {"training": "train", "testing": "test"}
+MOST_CLASSES = layouts.MOST_CLASSES - 1  # without the background
 IGNORED = "(ignored)"  # class_name of pixels that do not count in training
 
 

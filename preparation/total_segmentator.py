@@ -25,9 +25,12 @@ def recognise(folder: Path, args: Namespace) -> list[VolumeReading]:
     files = volume_pairs.volume_files(folder)
     if args.images or not import_volumes.has_mask_folders(files):
         return []
+
     masks = masks_of_cases(files)
-    all_names = sorted({name for of_case in masks.values() for name in of_case})
-    names = import_volumes.chosen_names(all_names, args, folder)
+    all_names = set()
+    for of_case in masks.values():
+        all_names |= of_case.keys()
+    names = import_volumes.chosen_names(sorted(all_names), args, folder)
 
     incomplete = find_incomplete(masks, names)
     if incomplete and not args.skip_unpaired:
@@ -38,13 +41,17 @@ def recognise(folder: Path, args: Namespace) -> list[VolumeReading]:
             "--skip-unpaired"
         )
 
+    volumes_in = {}  # folder -> its volumes
+    for path in files:
+        volumes_in.setdefault(path.parent, []).append(path)
+
     splits = read_splits(folder)
     cases = []
     modality = ""
     for case, of_case in masks.items():
         if case in incomplete:
             continue
-        image = image_of(case, files)
+        image = image_of(case, volumes_in.get(case, []))
         modality = args.modality or modality or ("MR" if "mr" in image.name.lower() else "CT")
         relative = case.relative_to(folder)
         split = splits.get(case.name) or split_of_folder(relative)
@@ -80,9 +87,11 @@ def find_incomplete(masks: dict[Path, dict[str, Path]], names: list[str]) -> dic
     return incomplete
 
 
-def image_of(case: Path, files: list[Path]) -> Path:
-    """Return the only volume in the folder of a case. Raises FileNotFoundError, one line."""
-    images = [path for path in files if path.parent == case]
+def image_of(case: Path, images: list[Path]) -> Path:
+    """Return the only one of the volumes in the folder of a case.
+
+    Raises FileNotFoundError, one line, if there are none or several.
+    """
     if len(images) != 1:
         raise FileNotFoundError(
             f"{case}: {len(images)} volumes next to segmentations/; one is needed, ct.nii.gz"

@@ -520,6 +520,32 @@ def test_class_numbers_without_fitting_names_are_refused(bring, tmp_path):
         assert (mask == black_white(organs(k) > 1)).all()
 
 
+def test_classes_names_some_numbers(bring, tmp_path):
+    numbers = np.array([0, 7, 1, 4], np.uint8)
+    draw_maps(tmp_path / "raw", lambda k: numbers[organs(k)])
+    status, text, _ = bring("--classes", "7=liver,1=tumour, 4 = kidney")
+    assert status == 0 and "class numbers: 0, 1, 4, 7, named by --classes" in text
+    classes = json.loads((tmp_path / "mine/classes.json").read_text())
+    assert classes == {"0": "background", "1": "tumour", "2": "kidney", "3": "liver"}
+    for k, (_, indices) in by_number(tmp_path / "mine").items():
+        assert (indices == np.array([0, 3, 1, 2])[organs(k)]).all()
+
+    status, _, error = bring("--classes", "1=tumour,4=kidney,8=liver", out="other")
+    assert status == 2 and "holds the class number 7" in error  # not the name of 8
+    for wrong in ("1=a,1=b", "1=a,2=a", "0=a,1=b", "256=a", "liver,4=b"):
+        status, _, error = bring("--classes", wrong, out="other")
+        assert status == 2 and f"--classes {wrong}: write NUMBER=NAME" in error
+
+
+def test_a_single_number_in_classes_is_that_of_the_masks(bring, tmp_path):
+    draw_maps(tmp_path / "raw", lambda k: 4 * disc(k).astype(np.uint8))
+    status, _, error = bring("--classes", "3=polyp")
+    assert status == 2 and "holds the class number 4" in error
+    assert bring("--classes", "4=polyp")[0] == 0
+    for k, (_, mask) in by_number(tmp_path / "mine").items():
+        assert ((mask > 0) == disc(k)).all()
+
+
 def test_grey_levels_are_named_in_ascending_order(bring, tmp_path):
     levels = np.array([0, 64, 128, 255], np.uint8)
     draw_maps(tmp_path / "raw", lambda k: levels[organs(k)])
