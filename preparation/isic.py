@@ -17,7 +17,6 @@ could not be downloaded here.
 from argparse import Namespace
 from collections import ChainMap
 from dataclasses import replace
-from pathlib import PurePosixPath
 
 from preparation import medvlsm
 from preparation.archives import Archive
@@ -99,24 +98,9 @@ def plan_isic(opened: list[Archive], splits: Splits, is_older: bool, args: Names
     if is_older:
         splits = with_isic_names(splits, image_parts)
     place = ", ".join(str(archive.path) for archive in opened)
-    return plan_pairs(ISIC, splits, ChainMap(*image_parts), ChainMap(*mask_parts), place)
-
-
-def plan_pairs(data_set: DataSet, splits: Splits, images, masks, place: str) -> Conversion:
-    """Return a conversion of images and masks by the stem of the image.
-
-    place: the archives, for messages. Raises FileNotFoundError, one line, for missing files.
-    """
-    named = [stem_of(annotation.image) for annotation in medvlsm.all_annotations(splits)]
-    medvlsm.refuse_missing(named, images, f"{place}, images")
-    medvlsm.refuse_missing(named, masks, f"{place}, masks")
-    notes = medvlsm.unused_note(images, named, "images")
-    conversion = Conversion(splits, notes, medvlsm.MASK_RULE, data_set.split_source)
-    for annotation in conversion.use_png_masks():
-        stem = stem_of(annotation.image)
-        conversion.add_image(annotation, images[stem])
-        conversion.add_mask(annotation, [masks[stem]])
-    return conversion
+    images = ChainMap(*image_parts), f"{place}, images"
+    masks = ChainMap(*mask_parts), f"{place}, masks"
+    return medvlsm.plan_pairs(ISIC, splits, images, masks)
 
 
 # --- DFU ------------------------------------------------------------------------------------------
@@ -124,9 +108,9 @@ def plan_pairs(data_set: DataSet, splits: Splits, images, masks, place: str) -> 
 
 def plan_dfu(opened: list[Archive], splits: Splits, is_older: bool, args: Namespace) -> Conversion:
     """Return the conversion of DFU; see medvlsm.Plan."""
-    images, place = files_by_stem(opened, ("DFUC2022_train_images",))
-    masks, _ = files_by_stem(opened, ("DFUC2022_train_masks",))
-    return plan_pairs(DFU, splits, images, masks, str(PurePosixPath(place).parent))
+    images = files_by_stem(opened, ("DFUC2022_train_images",))
+    masks = files_by_stem(opened, ("DFUC2022_train_masks",))
+    return medvlsm.plan_pairs(DFU, splits, images, masks)
 
 
 def options(command) -> None:

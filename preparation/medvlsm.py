@@ -607,6 +607,29 @@ def unused_note(available, used, noun: str) -> list[str]:
     return [f"{noun} without annotations, left out: {count_and_names(unused)}"]
 
 
+def plan_pairs(
+    data_set: DataSet, splits: Splits, images: tuple[Files, str], masks: tuple[Files, str]
+) -> Conversion:
+    """Return the conversion of a data set whose masks have the stems of their images.
+
+    images, masks: files by the stem of the image, and their place for messages. Raises
+    FileNotFoundError, one line, for missing files.
+    """
+    images_by_stem, image_place = images
+    masks_by_stem, mask_place = masks
+    stems = [stem_of(annotation.image) for annotation in all_annotations(splits)]
+    refuse_missing(stems, images_by_stem, image_place)
+    refuse_missing(stems, masks_by_stem, mask_place)
+
+    notes = unused_note(images_by_stem, stems, "images")
+    conversion = Conversion(splits, notes, MASK_RULE, data_set.split_source)
+    for annotation in conversion.use_png_masks():
+        stem = stem_of(annotation.image)
+        conversion.add_image(annotation, images_by_stem[stem])
+        conversion.add_mask(annotation, [masks_by_stem[stem]])
+    return conversion
+
+
 # --- command line ---------------------------------------------------------------------------------
 
 # Makes a Conversion from the open archives, the annotations, True if these are of the older form,

@@ -267,22 +267,13 @@ def plan(
     polyps: PolypSet, opened: list[Archive], splits: Splits, is_older: bool, args: Namespace
 ) -> Conversion:
     """Return the conversion of a polyp set; see medvlsm.Plan."""
-    images, image_place = files_by_stem(opened, polyps.image_folders)
-    masks, mask_place = files_by_stem(opened, polyps.mask_folders)
+    images = files_by_stem(opened, polyps.image_folders)
+    masks = files_by_stem(opened, polyps.mask_folders)
     if is_older and polyps.facts.has_running_numbers:
-        splits = with_original_names(splits, images, image_place)
-    named = [stem_of(annotation.image) for annotation in medvlsm.all_annotations(splits)]
-    medvlsm.refuse_missing(named, images, image_place)
-    medvlsm.refuse_missing(named, masks, mask_place)
-
-    notes = medvlsm.unused_note(images, named, "images")
-    conversion = Conversion(splits, notes, medvlsm.MASK_RULE, polyps.facts.split_source)
+        splits = with_original_names(splits, *images)
+    conversion = medvlsm.plan_pairs(polyps.facts, splits, images, masks)
     if polyps is CLINICDB:
         add_sequences(conversion, opened, args)
-    for annotation in conversion.use_png_masks():
-        stem = stem_of(annotation.image)
-        conversion.add_image(annotation, images[stem])
-        conversion.add_mask(annotation, [masks[stem]])
 
     conversion.wrong_prompts = find_denials(conversion.splits, conversion.notes)
     conversion.target = "polyp"
