@@ -16,11 +16,10 @@ could not be downloaded here.
 
 from argparse import Namespace
 from collections import ChainMap
-from dataclasses import replace
 
 from preparation import medvlsm
 from preparation.archives import Archive
-from preparation.medvlsm import Conversion, DataSet, Files, Splits, files_by_stem, stem_of
+from preparation.medvlsm import Conversion, DataSet, Files, Splits, files_by_stem
 
 ISIC = DataSet(
     name="isic",
@@ -32,7 +31,6 @@ ISIC = DataSet(
     split_source="test: the ISIC 2016 challenge; val: a random tenth of its training images, by "
     "medvlsm's authors",
     older_name="isic_90_10_d",
-    has_running_numbers=True,
 )
 ISIC_PARTS = ("ISBI2016_ISIC_Part1_Training", "ISBI2016_ISIC_Part1_Test")
 FIRST_TEST_NUMBER = 900  # of the running numbers of 2023; images for training come before
@@ -67,37 +65,29 @@ def isic_files(opened: list[Archive]) -> tuple[list[Files], list[Files]]:
     return images, masks
 
 
-def with_isic_names(splits: Splits, images: list[Files]) -> Splits:
+def with_isic_names(splits: Splits, images: list[Files], place: str) -> Splits:
     """Return annotations of 2023, running numbers, with the names of ISIC.
 
-    Raises ValueError, one line, for other names.
+    images: for training and for tests. place: the archives, for messages. Raises ValueError, one
+    line, for other names.
     """
     training = sorted(images[0])
     tests = sorted(images[1])
-    names = dict(enumerate(training)) | dict(enumerate(tests, FIRST_TEST_NUMBER))
-    renamed = {}
-    for split, annotations in splits.items():
-        renamed[split] = []
-        for annotation in annotations:
-            number = stem_of(annotation.image)
-            if not number.isdecimal() or int(number) not in names:
-                raise ValueError(
-                    f"anns/{split}: {annotation.image} is no number of one of the {len(training)} "
-                    f"images for training (from 0) or {len(tests)} for tests (from "
-                    f"{FIRST_TEST_NUMBER})"
-                )
-            stem = names[int(number)]
-            named = replace(annotation, image=f"{stem}.jpg", mask=f"{stem}{ENDING}.png")
-            renamed[split].append(named)
-    return renamed
+    stems = dict(enumerate(training)) | dict(enumerate(tests, FIRST_TEST_NUMBER))
+    names = {number: (f"{stem}.jpg", f"{stem}{ENDING}.png") for number, stem in stems.items()}
+    available = (
+        f"{place}: has {len(training)} images for training (from 0) and {len(tests)} for tests "
+        f"(from {FIRST_TEST_NUMBER})"
+    )
+    return medvlsm.with_names_of_archive(splits, names, available)
 
 
 def plan_isic(opened: list[Archive], splits: Splits, is_older: bool, args: Namespace) -> Conversion:
     """Return the conversion of ISIC; see medvlsm.Plan."""
     image_parts, mask_parts = isic_files(opened)
-    if is_older:
-        splits = with_isic_names(splits, image_parts)
     place = ", ".join(str(archive.path) for archive in opened)
+    if is_older:
+        splits = with_isic_names(splits, image_parts, place)
     images = ChainMap(*image_parts), f"{place}, images"
     masks = ChainMap(*mask_parts), f"{place}, masks"
     return medvlsm.plan_pairs(ISIC, splits, images, masks)
