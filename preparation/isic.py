@@ -16,12 +16,10 @@ could not be downloaded here.
 
 from argparse import Namespace
 from collections import ChainMap
-from dataclasses import replace
-from pathlib import PurePosixPath
 
 from preparation import medvlsm
 from preparation.archives import Archive
-from preparation.medvlsm import Conversion, DataSet, Files, Splits, files_by_stem, stem_of
+from preparation.medvlsm import Conversion, DataSet, Files, Splits, files_by_stem
 
 ISIC = DataSet(
     name="isic",
@@ -33,7 +31,6 @@ ISIC = DataSet(
     split_source="test: the ISIC 2016 challenge; val: a random tenth of its training images, by "
     "medvlsm's authors",
     older_name="isic_90_10_d",
-    has_running_numbers=True,
 )
 ISIC_PARTS = ("ISBI2016_ISIC_Part1_Training", "ISBI2016_ISIC_Part1_Test")
 FIRST_TEST_NUMBER = 900  # of the running numbers of 2023; images for training come before
@@ -68,55 +65,32 @@ def isic_files(opened: list[Archive]) -> tuple[list[Files], list[Files]]:
     return images, masks
 
 
-def with_isic_names(splits: Splits, images: list[Files]) -> Splits:
+def with_isic_names(splits: Splits, images: list[Files], place: str) -> Splits:
     """Return annotations of 2023, running numbers, with the names of ISIC.
 
-    Raises ValueError, one line, for other names.
+    images: for training and for tests. place: the archives, for messages. Raises ValueError, one
+    line, for other names.
     """
     training = sorted(images[0])
     tests = sorted(images[1])
-    names = dict(enumerate(training)) | dict(enumerate(tests, FIRST_TEST_NUMBER))
-    renamed = {}
-    for split, annotations in splits.items():
-        renamed[split] = []
-        for annotation in annotations:
-            number = stem_of(annotation.image)
-            if not number.isdecimal() or int(number) not in names:
-                raise ValueError(
-                    f"anns/{split}: {annotation.image} is no number of one of the {len(training)} "
-                    f"images for training (from 0) or {len(tests)} for tests (from "
-                    f"{FIRST_TEST_NUMBER})"
-                )
-            stem = names[int(number)]
-            named = replace(annotation, image=f"{stem}.jpg", mask=f"{stem}{ENDING}.png")
-            renamed[split].append(named)
-    return renamed
+    stems = dict(enumerate(training)) | dict(enumerate(tests, FIRST_TEST_NUMBER))
+    names = {number: (f"{stem}.jpg", f"{stem}{ENDING}.png") for number, stem in stems.items()}
+    available = (
+        f"{place}: has {len(training)} images for training (from 0) and {len(tests)} for tests "
+        f"(from {FIRST_TEST_NUMBER})"
+    )
+    return medvlsm.with_names_of_archive(splits, names, available)
 
 
 def plan_isic(opened: list[Archive], splits: Splits, is_older: bool, args: Namespace) -> Conversion:
     """Return the conversion of ISIC; see medvlsm.Plan."""
     image_parts, mask_parts = isic_files(opened)
-    if is_older:
-        splits = with_isic_names(splits, image_parts)
     place = ", ".join(str(archive.path) for archive in opened)
-    return plan_pairs(ISIC, splits, ChainMap(*image_parts), ChainMap(*mask_parts), place)
-
-
-def plan_pairs(data_set: DataSet, splits: Splits, images, masks, place: str) -> Conversion:
-    """Return a conversion of images and masks by the stem of the image.
-
-    place: the archives, for messages. Raises FileNotFoundError, one line, for missing files.
-    """
-    named = [stem_of(annotation.image) for annotation in medvlsm.all_annotations(splits)]
-    medvlsm.refuse_missing(named, images, f"{place}, images")
-    medvlsm.refuse_missing(named, masks, f"{place}, masks")
-    notes = medvlsm.unused_note(images, named, "images")
-    conversion = Conversion(splits, notes, medvlsm.MASK_RULE, data_set.split_source)
-    for annotation in conversion.use_png_masks():
-        stem = stem_of(annotation.image)
-        conversion.add_image(annotation, images[stem])
-        conversion.add_mask(annotation, [masks[stem]])
-    return conversion
+    if is_older:
+        splits = with_isic_names(splits, image_parts, place)
+    images = ChainMap(*image_parts), f"{place}, images"
+    masks = ChainMap(*mask_parts), f"{place}, masks"
+    return medvlsm.plan_pairs(ISIC, splits, images, masks)
 
 
 # --- DFU ------------------------------------------------------------------------------------------
@@ -124,9 +98,9 @@ def plan_pairs(data_set: DataSet, splits: Splits, images, masks, place: str) -> 
 
 def plan_dfu(opened: list[Archive], splits: Splits, is_older: bool, args: Namespace) -> Conversion:
     """Return the conversion of DFU; see medvlsm.Plan."""
-    images, place = files_by_stem(opened, ("DFUC2022_train_images",))
-    masks, _ = files_by_stem(opened, ("DFUC2022_train_masks",))
-    return plan_pairs(DFU, splits, images, masks, str(PurePosixPath(place).parent))
+    images = files_by_stem(opened, ("DFUC2022_train_images",))
+    masks = files_by_stem(opened, ("DFUC2022_train_masks",))
+    return medvlsm.plan_pairs(DFU, splits, images, masks)
 
 
 def options(command) -> None:

@@ -57,7 +57,6 @@ class DataSet:
     counts: dict[str, int]  # split -> entries in the study's file
     split_source: str  # where the split is from; `check` reads it as "published_split"
     older_name: str  # of its folder in the repository of 2023
-    has_running_numbers: bool = False  # the older form renamed the files
     is_older: bool = False  # only the file of 2023 is right
     may_lack: tuple[str, ...] = ()  # splits that another rule fills if their file is missing
 
@@ -580,6 +579,29 @@ def files_by_stem(opened: list[Archive], tails: tuple[str, ...]) -> tuple[Files,
     return files, f"{archive.path}: {folder}"
 
 
+def with_names_of_archive(
+    splits: Splits, names: dict[int, tuple[str, str]], available: str
+) -> Splits:
+    """Return annotations of 2023, which have running numbers, with the names of the archive.
+
+    names: number -> name of the image, name of the mask. available: says where these images are
+    and how many. Raises ValueError, one line, for names that are no such numbers.
+    """
+    renamed = {}
+    for split, annotations in splits.items():
+        renamed[split] = []
+        for annotation in annotations:
+            number = stem_of(annotation.image)
+            if not number.isdecimal() or int(number) not in names:
+                raise ValueError(
+                    f"{available}, but the annotations of 2023 name {annotation.image} in {split}; "
+                    "expected running numbers from 0"
+                )
+            image, mask = names[int(number)]
+            renamed[split].append(replace(annotation, image=image, mask=mask))
+    return renamed
+
+
 def all_annotations(splits: Splits) -> list[Annotation]:
     """Return the annotations of all splits."""
     return [annotation for annotations in splits.values() for annotation in annotations]
@@ -605,6 +627,29 @@ def unused_note(available, used, noun: str) -> list[str]:
     if not unused:
         return []
     return [f"{noun} without annotations, left out: {count_and_names(unused)}"]
+
+
+def plan_pairs(
+    data_set: DataSet, splits: Splits, images: tuple[Files, str], masks: tuple[Files, str]
+) -> Conversion:
+    """Return the conversion of a data set whose masks have the stems of their images.
+
+    images, masks: files by the stem of the image, and their place for messages. Raises
+    FileNotFoundError, one line, for missing files.
+    """
+    images_by_stem, image_place = images
+    masks_by_stem, mask_place = masks
+    stems = [stem_of(annotation.image) for annotation in all_annotations(splits)]
+    refuse_missing(stems, images_by_stem, image_place)
+    refuse_missing(stems, masks_by_stem, mask_place)
+
+    notes = unused_note(images_by_stem, stems, "images")
+    conversion = Conversion(splits, notes, MASK_RULE, data_set.split_source)
+    for annotation in conversion.use_png_masks():
+        stem = stem_of(annotation.image)
+        conversion.add_image(annotation, images_by_stem[stem])
+        conversion.add_mask(annotation, [masks_by_stem[stem]])
+    return conversion
 
 
 # --- command line ---------------------------------------------------------------------------------

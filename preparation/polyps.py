@@ -40,6 +40,7 @@ class PolypSet:
     facts: DataSet
     image_folders: tuple[str, ...]  # ends of paths in the archive; the first that fits counts
     mask_folders: tuple[str, ...]
+    has_running_numbers: bool = False  # the annotations of 2023 renamed the files
 
 
 KVASIR = PolypSet(
@@ -52,10 +53,10 @@ KVASIR = PolypSet(
         counts={"train": 800, "val": 100, "test": 100},
         split_source=STUDY_SPLIT,
         older_name="kvasir_polyp_80_10_10",
-        has_running_numbers=True,
     ),
     image_folders=("Kvasir-SEG/images", "images"),
     mask_folders=("Kvasir-SEG/masks", "masks"),
+    has_running_numbers=True,
 )
 CLINICDB = PolypSet(
     DataSet(
@@ -67,10 +68,10 @@ CLINICDB = PolypSet(
         counts={"train": 490, "val": 61, "test": 61},
         split_source=STUDY_SPLIT,
         older_name="clinicdb_polyp_80_10_10",
-        has_running_numbers=True,
     ),
     image_folders=("PNG/Original", "TIF/Original", "Original"),
     mask_folders=("PNG/Ground Truth", "TIF/Ground Truth", "Ground Truth"),
+    has_running_numbers=True,
 )
 BKAI = PolypSet(
     DataSet(
@@ -82,10 +83,10 @@ BKAI = PolypSet(
         counts={"train": 800, "val": 100, "test": 100},
         split_source=STUDY_SPLIT,
         older_name="bkai_polyp_80_10_10",
-        has_running_numbers=True,
     ),
     image_folders=("train/train", "train"),
     mask_folders=("train_gt/train_gt", "train_gt"),
+    has_running_numbers=True,
 )
 CVC300 = PolypSet(
     DataSet(
@@ -97,11 +98,11 @@ CVC300 = PolypSet(
         counts={"test": 60},
         split_source="a test set: PraNet and the medvlsm study train on other data",
         older_name="cvc300_polyp_0_0_100",
-        has_running_numbers=True,
         is_older=True,
     ),
     image_folders=("CVC-300/images", "images"),
     mask_folders=("CVC-300/masks", "masks"),
+    has_running_numbers=True,
 )
 COLONDB = PolypSet(
     DataSet(
@@ -143,21 +144,12 @@ def with_original_names(splits: Splits, images: Files, where: str) -> Splits:
     The number k stands for the k-th image in the order of the names as text. Raises ValueError, one
     line, for names that are no such numbers.
     """
-    names = sorted(images.values(), key=lambda file: PurePosixPath(file.member).name)
-    renamed = {}
-    for split, annotations in splits.items():
-        renamed[split] = []
-        for annotation in annotations:
-            number = stem_of(annotation.image)
-            if not number.isdecimal() or int(number) >= len(names):
-                raise ValueError(
-                    f"{where}: has {len(names)} images, but the annotations of 2023 name "
-                    f"{annotation.image}; expected running numbers from 0"
-                )
-            image = PurePosixPath(names[int(number)].member).name
-            mask = f"{stem_of(image)}.png"
-            renamed[split].append(replace(annotation, image=image, mask=mask))
-    return renamed
+    image_names = sorted(PurePosixPath(file.member).name for file in images.values())
+    names = {}
+    for number, image in enumerate(image_names):
+        names[number] = (image, f"{stem_of(image)}.png")
+    available = f"{where}: has {len(names)} images"
+    return medvlsm.with_names_of_archive(splits, names, available)
 
 
 # --- faults of the annotations --------------------------------------------------------------------
@@ -267,22 +259,13 @@ def plan(
     polyps: PolypSet, opened: list[Archive], splits: Splits, is_older: bool, args: Namespace
 ) -> Conversion:
     """Return the conversion of a polyp set; see medvlsm.Plan."""
-    images, image_place = files_by_stem(opened, polyps.image_folders)
-    masks, mask_place = files_by_stem(opened, polyps.mask_folders)
-    if is_older and polyps.facts.has_running_numbers:
-        splits = with_original_names(splits, images, image_place)
-    named = [stem_of(annotation.image) for annotation in medvlsm.all_annotations(splits)]
-    medvlsm.refuse_missing(named, images, image_place)
-    medvlsm.refuse_missing(named, masks, mask_place)
-
-    notes = medvlsm.unused_note(images, named, "images")
-    conversion = Conversion(splits, notes, medvlsm.MASK_RULE, polyps.facts.split_source)
+    images = files_by_stem(opened, polyps.image_folders)
+    masks = files_by_stem(opened, polyps.mask_folders)
+    if is_older and polyps.has_running_numbers:
+        splits = with_original_names(splits, *images)
+    conversion = medvlsm.plan_pairs(polyps.facts, splits, images, masks)
     if polyps is CLINICDB:
         add_sequences(conversion, opened, args)
-    for annotation in conversion.use_png_masks():
-        stem = stem_of(annotation.image)
-        conversion.add_image(annotation, images[stem])
-        conversion.add_mask(annotation, [masks[stem]])
 
     conversion.wrong_prompts = find_denials(conversion.splits, conversion.notes)
     conversion.target = "polyp"

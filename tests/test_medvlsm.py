@@ -719,7 +719,8 @@ def test_isic_of_2023(tmp_path, run):
     older["val"][0]["img_name"] = "10.jpg"
     write_annotations(anns, older)
     err = refused(run, "isic", raw, anns, tmp_path / "none")
-    assert "10.jpg is no number of one of the 10 images for training (from 0) or 3 for" in err
+    assert "has 10 images for training (from 0) and 3 for tests (from 900), but the annot" in err
+    assert "annotations of 2023 name 10.jpg in val; expected running numbers from 0" in err
 
 
 def test_dfu(tmp_path, run):
