@@ -13,7 +13,6 @@ annotation files (imaging/layouts.py):
 import argparse
 import io
 import json
-import os
 import shlex
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -75,11 +74,13 @@ def read_drafts(
     drafts = {}
     for split in sorted(splits, key=split_order):
         if has_annotations:
-            with redirect_stdout(io.StringIO()):  # that repeated entries are skipped; here none is
+            with redirect_stdout(io.StringIO()):  # says that it skips repeated entries
                 entries = layouts.read_entries(root, split)
             by_name = {entry.name: entry for entry in entries}
-            items = read_json(splits[split])
-            drafts[split] = [Draft(by_name[name_of_item(item)], item) for item in items]
+            drafts[split] = []
+            for item in read_json(splits[split]):
+                name = layouts.entry_name(item["mask_name"], item.get("label"))
+                drafts[split].append(Draft(by_name[name], item))
         else:
             entries = layouts.read_entries(root, split, group_regex)
             drafts[split] = [Draft(entry, new_item(entry)) for entry in entries]
@@ -91,13 +92,6 @@ def read_drafts(
         raise ValueError(f"{root}: has no entries")
     layouts.check_files_exist(entries)
     return drafts
-
-
-def name_of_item(item: dict) -> str:
-    """Return the name that `layouts.Entry` has for an object of an annotation file."""
-    name = os.path.splitext(item["mask_name"])[0]
-    label = item.get("label")
-    return name if label is None else f"{name}-{label}"
 
 
 def new_item(entry: layouts.Entry) -> dict:
