@@ -530,8 +530,13 @@ def read_truth(entry, threshold: int) -> np.ndarray:
 
     threshold: from `mask_thresholds`. Raises ValueError if image and mask differ in size.
     """
-    _, mask, _ = _read_pair(entry)
-    return read_foreground(entry, mask, threshold)
+    return read_image_and_truth(entry, threshold)[1]
+
+
+def read_image_and_truth(entry, threshold: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return an entry's image, uint8 (H,W,3), and its mask as `read_truth` does."""
+    image, mask, _ = _read_pair(entry)
+    return image, read_foreground(entry, mask, threshold)
 
 
 def _digest(path: Path) -> bytes:

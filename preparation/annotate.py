@@ -201,8 +201,7 @@ def describe_draft(draft: Draft, threshold: int) -> tuple[list[Draft], int]:
     `data.read_truth`.
     """
     entry = draft.entry
-    image = image_files.read_image(entry.image)
-    mask = data.read_truth(entry, threshold)
+    image, mask = data.read_image_and_truth(entry, threshold)
     if not is_class_map(entry):
         description = mask_words.describe(image, mask == 1)
         return [replace(draft, description=description, threshold=threshold)], 0
@@ -308,9 +307,9 @@ def draw_sheet(drafts: list[Draft], annotations: list[dict], kind: str) -> Image
     cards = []
     for i in sorted(chosen):
         entry = drafts[i].entry
-        image = image_files.read_image(entry.image)
-        mask = data.read_truth(entry, drafts[i].threshold) == 1
-        picture = pictures.overlay(image, mask[None], np.zeros_like(mask)[None])
+        image, mask = data.read_image_and_truth(entry, drafts[i].threshold)
+        truth = mask[None] == 1  # (1,H,W)
+        picture = pictures.overlay(image, truth, np.zeros_like(truth))
 
         prompt = annotations[i]["prompts"][kind]
         caption = prompt if isinstance(prompt, str) else prompt[0]
