@@ -101,11 +101,11 @@ def histogram(data_set: DataSet) -> bytes | None:
     by_split = shares_by_split(data_set.shares)
     if not by_split:
         return None
-    percent = [100 * np.array(shares) for shares in by_split.values()]
+    values = [100 * np.array(shares) for shares in by_split.values()]  # in %
     labels = [f"{split} ({len(shares)})" for split, shares in by_split.items()]
 
     figure, axes = plt.subplots(figsize=(7, 3.4), layout="constrained")
-    axes.hist(percent, bins=BINS, stacked=True, label=labels)
+    axes.hist(values, bins=BINS, stacked=True, label=labels)
     axes.set_xlabel("% of the volume" if data_set.has_volumes else "% of the image")
     axes.set_ylabel("entries")
     axes.set_title("size of the targets")
