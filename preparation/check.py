@@ -14,7 +14,7 @@ from preparation.check_prompts import default_prompt, tokenizers_of
 from preparation.check_volumes import check_volumes
 from preparation.fix_splits import fix_splits
 
-READERS = ("cris", "clipseg", "biomedclipseg")  # models that read prompts
+MODEL_OF_TEXTS = "clipseg"  # recommended for data sets with prompts
 OPTIONS_OF_IMAGES = ("model", "mask_orientation", "mask_threshold")
 OPTIONS_OF_REPORTS = ("model", "mask_orientation", "mask_threshold", "strict", "report", "html")
 
@@ -118,8 +118,11 @@ def train_command(args, data_sets: list[DataSet]) -> str:
         words += ["--overfit", "1"]
     elif tested:
         words += ["--test", *tested]
-    if model in READERS and default_prompt(data_sets[0].splits):
-        words += ["--prompt", default_prompt(data_sets[0].splits)]
+
+    reads_prompts = args.model or model == MODEL_OF_TEXTS  # `tokenizers_of` refuses other --model
+    prompt = default_prompt(data_sets[0].splits)
+    if reads_prompts and prompt:
+        words += ["--prompt", prompt]
     for name in ("mask_orientation", "mask_threshold"):
         if getattr(args, name) is not None:
             words += [flag_of(name), str(getattr(args, name))]
@@ -132,7 +135,7 @@ def default_model(data_set: DataSet) -> str:
         return "swin_unetr3d"
     has_texts = any(any(counter) for counter in data_set.texts.values())
     is_binary = len(data_set.classes()) == 1
-    return "clipseg" if has_texts and is_binary else "segformer"
+    return MODEL_OF_TEXTS if has_texts and is_binary else "segformer"
 
 
 # --- the command ----------------------------------------------------------------------------------
