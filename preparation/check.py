@@ -119,7 +119,8 @@ def train_command(args, data_sets: list[DataSet]) -> str:
     elif tested:
         words += ["--test", *tested]
 
-    reads_prompts = args.model or model == MODEL_OF_TEXTS  # `tokenizers_of` refuses other --model
+    # A model that --model names reads prompts: `tokenizers_of` refuses others.
+    reads_prompts = args.model or model == MODEL_OF_TEXTS
     prompt = default_prompt(data_sets[0].splits)
     if reads_prompts and prompt:
         words += ["--prompt", prompt]
@@ -149,8 +150,9 @@ def check_data_set(root: Path, args, tokenizers: dict, findings: Findings) -> Da
         data_set = check_images(root, args, tokenizers, findings)
 
     source = published_split(root)
-    check_patients(data_set.splits, source is not None, findings)
-    if source is not None:
+    data_set.has_published_split = source is not None
+    check_patients(data_set.splits, data_set.has_published_split, findings)
+    if data_set.has_published_split:
         data_set.rows.insert(len(data_set.splits), ("split from", " ".join(source.split())))
     for line in check_report.describe_data_set(data_set):
         print(check_findings.printable(line))
@@ -163,7 +165,7 @@ def check_between(data_sets: list[DataSet], findings: Findings) -> None:
     published = set()
     for data_set in data_sets:
         images += data_set.images
-        if published_split(data_set.root) is not None:
+        if data_set.has_published_split:
             published.add(data_set.root.resolve())
     reported = check_overlap(images, published, findings)
     check_near(images, reported, findings)

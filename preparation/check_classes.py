@@ -31,6 +31,7 @@ class DataSet:
     thresholds: dict[tuple[str, str], int] = field(default_factory=dict)  # data.mask_thresholds
     texts: dict[str, Counter] = field(default_factory=dict)  # prompt type -> its texts
     has_volumes: bool = False
+    has_published_split: bool = False  # its source.json says where the split comes from
 
     def classes(self) -> tuple[str, ...]:
         """Return the names of the classes; () if no split can be used."""
