@@ -969,6 +969,17 @@ def decide_rules(entries: list, counts: np.ndarray, reading: MaskReading) -> dic
     return rules
 
 
+def decide_thresholds(
+    entries: list, counts: np.ndarray, reading: MaskReading
+) -> tuple[str, list[int]]:
+    """Return the rule of one data set and the threshold of each of its masks.
+
+    counts, notes and errors: see `decide_rules`.
+    """
+    (rule,) = decide_rules(entries, counts, reading).values()
+    return rule, mask_thresholds(entries, counts[:, 0], rule).tolist()
+
+
 def _foreground_columns(entries: list, values: np.ndarray, rules: dict[Path, str]) -> np.ndarray:
     """Return threshold and number of foreground pixels of each mask, (n,2)."""
     columns = np.zeros((len(entries), 2), dtype=np.int64)

@@ -229,8 +229,7 @@ def describe_all(
     entries = [draft.entry for draft in chain(*drafts.values())]
     counts = data.count_masks(entries)
     reading = data.MaskReading(mask_threshold)
-    (rule,) = data.decide_rules(entries, counts, reading).values()
-    thresholds = data.mask_thresholds(entries, counts[:, 0], rule).tolist()
+    rule, thresholds = data.decide_thresholds(entries, counts, reading)
 
     described = {split: [] for split in drafts}
     specks = 0
