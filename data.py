@@ -530,8 +530,13 @@ def read_truth(entry, threshold: int) -> np.ndarray:
 
     threshold: from `mask_thresholds`. Raises ValueError if image and mask differ in size.
     """
-    _, mask, _ = _read_pair(entry)
-    return read_foreground(entry, mask, threshold)
+    return read_image_and_truth(entry, threshold)[1]
+
+
+def read_image_and_truth(entry, threshold: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return an entry's image, uint8 (H,W,3), and its mask as `read_truth` does."""
+    image, mask, _ = _read_pair(entry)
+    return image, read_foreground(entry, mask, threshold)
 
 
 def _digest(path: Path) -> bytes:
@@ -962,6 +967,17 @@ def decide_rules(entries: list, counts: np.ndarray, reading: MaskReading) -> dic
     if reading.threshold is not None and set(rules.values()) <= {BY_NUMBER}:
         raise ValueError("--mask-threshold: these masks hold class numbers; remove it")
     return rules
+
+
+def decide_thresholds(
+    entries: list, counts: np.ndarray, reading: MaskReading
+) -> tuple[str, list[int]]:
+    """Return the rule of one data set and the threshold of each of its masks.
+
+    counts, notes and errors: see `decide_rules`.
+    """
+    (rule,) = decide_rules(entries, counts, reading).values()
+    return rule, mask_thresholds(entries, counts[:, 0], rule).tolist()
 
 
 def _foreground_columns(entries: list, values: np.ndarray, rules: dict[Path, str]) -> np.ndarray:

@@ -644,9 +644,8 @@ def with_thresholds(entries: list, reading: data.MaskReading) -> dict[str, tuple
         return truths
 
     counts = np.concatenate(counts)  # (n,3,256)
-    (rule,) = data.decide_rules(readable, counts, reading).values()
-    thresholds = data.mask_thresholds(readable, counts[:, 0], rule)
-    for entry, threshold in zip(readable, thresholds.tolist(), strict=True):
+    _, thresholds = data.decide_thresholds(readable, counts, reading)
+    for entry, threshold in zip(readable, thresholds, strict=True):
         truths[entry.name] = (entry, threshold)
     return truths
 

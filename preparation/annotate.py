@@ -13,7 +13,6 @@ annotation files (imaging/layouts.py):
 import argparse
 import io
 import json
-import os
 import shlex
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -75,11 +74,13 @@ def read_drafts(
     drafts = {}
     for split in sorted(splits, key=split_order):
         if has_annotations:
-            with redirect_stdout(io.StringIO()):  # that repeated entries are skipped; here none is
+            with redirect_stdout(io.StringIO()):  # says that it skips repeated entries
                 entries = layouts.read_entries(root, split)
             by_name = {entry.name: entry for entry in entries}
-            items = read_json(splits[split])
-            drafts[split] = [Draft(by_name[name_of_item(item)], item) for item in items]
+            drafts[split] = []
+            for item in read_json(splits[split]):
+                name = layouts.entry_name(item["mask_name"], item.get("label"))
+                drafts[split].append(Draft(by_name[name], item))
         else:
             entries = layouts.read_entries(root, split, group_regex)
             drafts[split] = [Draft(entry, new_item(entry)) for entry in entries]
@@ -91,13 +92,6 @@ def read_drafts(
         raise ValueError(f"{root}: has no entries")
     layouts.check_files_exist(entries)
     return drafts
-
-
-def name_of_item(item: dict) -> str:
-    """Return the name that `layouts.Entry` has for an object of an annotation file."""
-    name = os.path.splitext(item["mask_name"])[0]
-    label = item.get("label")
-    return name if label is None else f"{name}-{label}"
 
 
 def new_item(entry: layouts.Entry) -> dict:
@@ -207,8 +201,7 @@ def describe_draft(draft: Draft, threshold: int) -> tuple[list[Draft], int]:
     `data.read_truth`.
     """
     entry = draft.entry
-    image = image_files.read_image(entry.image)
-    mask = data.read_truth(entry, threshold)
+    image, mask = data.read_image_and_truth(entry, threshold)
     if not is_class_map(entry):
         description = mask_words.describe(image, mask == 1)
         return [replace(draft, description=description, threshold=threshold)], 0
@@ -236,8 +229,7 @@ def describe_all(
     entries = [draft.entry for draft in chain(*drafts.values())]
     counts = data.count_masks(entries)
     reading = data.MaskReading(mask_threshold)
-    (rule,) = data.decide_rules(entries, counts, reading).values()
-    thresholds = data.mask_thresholds(entries, counts[:, 0], rule).tolist()
+    rule, thresholds = data.decide_thresholds(entries, counts, reading)
 
     described = {split: [] for split in drafts}
     specks = 0
@@ -314,9 +306,9 @@ def draw_sheet(drafts: list[Draft], annotations: list[dict], kind: str) -> Image
     cards = []
     for i in sorted(chosen):
         entry = drafts[i].entry
-        image = image_files.read_image(entry.image)
-        mask = data.read_truth(entry, drafts[i].threshold) == 1
-        picture = pictures.overlay(image, mask[None], np.zeros_like(mask)[None])
+        image, mask = data.read_image_and_truth(entry, drafts[i].threshold)
+        truth = mask[None] == 1  # (1,H,W)
+        picture = pictures.overlay(image, truth, np.zeros_like(truth))
 
         prompt = annotations[i]["prompts"][kind]
         caption = prompt if isinstance(prompt, str) else prompt[0]

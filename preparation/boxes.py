@@ -133,9 +133,8 @@ def progress(entries: list):
 def component_boxes(entries, args) -> Iterator[tuple]:
     """Yield (image, class, box float32 (4,)) of each component in masks. Raises ValueError."""
     counts = data.count_masks(entries)
-    reading = data.MaskReading(args.mask_threshold, {})
-    (rule,) = data.decide_rules(entries, counts, reading).values()
-    thresholds = data.mask_thresholds(entries, counts[:, 0], rule).tolist()
+    reading = data.MaskReading(args.mask_threshold)
+    _, thresholds = data.decide_thresholds(entries, counts, reading)
 
     for entry, threshold in progress(list(zip(entries, thresholds, strict=True))):
         names = layouts.foreground(entry.classes)

@@ -14,7 +14,7 @@ from preparation.check_prompts import default_prompt, tokenizers_of
 from preparation.check_volumes import check_volumes
 from preparation.fix_splits import fix_splits
 
-READERS = ("cris", "clipseg", "biomedclipseg")  # models that read prompts
+MODEL_OF_TEXTS = "clipseg"  # recommended for data sets with prompts
 OPTIONS_OF_IMAGES = ("model", "mask_orientation", "mask_threshold")
 OPTIONS_OF_REPORTS = ("model", "mask_orientation", "mask_threshold", "strict", "report", "html")
 
@@ -118,8 +118,12 @@ def train_command(args, data_sets: list[DataSet]) -> str:
         words += ["--overfit", "1"]
     elif tested:
         words += ["--test", *tested]
-    if model in READERS and default_prompt(data_sets[0].splits):
-        words += ["--prompt", default_prompt(data_sets[0].splits)]
+
+    # A model that --model names reads prompts: `tokenizers_of` refuses others.
+    reads_prompts = args.model or model == MODEL_OF_TEXTS
+    prompt = default_prompt(data_sets[0].splits)
+    if reads_prompts and prompt:
+        words += ["--prompt", prompt]
     for name in ("mask_orientation", "mask_threshold"):
         if getattr(args, name) is not None:
             words += [flag_of(name), str(getattr(args, name))]
@@ -132,7 +136,7 @@ def default_model(data_set: DataSet) -> str:
         return "swin_unetr3d"
     has_texts = any(any(counter) for counter in data_set.texts.values())
     is_binary = len(data_set.classes()) == 1
-    return "clipseg" if has_texts and is_binary else "segformer"
+    return MODEL_OF_TEXTS if has_texts and is_binary else "segformer"
 
 
 # --- the command ----------------------------------------------------------------------------------
@@ -146,8 +150,9 @@ def check_data_set(root: Path, args, tokenizers: dict, findings: Findings) -> Da
         data_set = check_images(root, args, tokenizers, findings)
 
     source = published_split(root)
-    check_patients(data_set.splits, source is not None, findings)
-    if source is not None:
+    data_set.has_published_split = source is not None
+    check_patients(data_set.splits, data_set.has_published_split, findings)
+    if data_set.has_published_split:
         data_set.rows.insert(len(data_set.splits), ("split from", " ".join(source.split())))
     for line in check_report.describe_data_set(data_set):
         print(check_findings.printable(line))
@@ -160,7 +165,7 @@ def check_between(data_sets: list[DataSet], findings: Findings) -> None:
     published = set()
     for data_set in data_sets:
         images += data_set.images
-        if published_split(data_set.root) is not None:
+        if data_set.has_published_split:
             published.add(data_set.root.resolve())
     reported = check_overlap(images, published, findings)
     check_near(images, reported, findings)

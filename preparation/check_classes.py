@@ -11,6 +11,7 @@ from imaging.layouts import Entry
 from preparation.check_findings import Findings, count_and_names, percent
 from preparation.check_leaks import SplitImage
 from preparation.check_prompts import texts_of_entry
+from preparation.readings import count
 
 MOST_FOREGROUND = 0.6  # share of all pixels of a split; above it, masks are probably inverted
 
@@ -30,6 +31,7 @@ class DataSet:
     thresholds: dict[tuple[str, str], int] = field(default_factory=dict)  # data.mask_thresholds
     texts: dict[str, Counter] = field(default_factory=dict)  # prompt type -> its texts
     has_volumes: bool = False
+    has_published_split: bool = False  # its source.json says where the split comes from
 
     def classes(self) -> tuple[str, ...]:
         """Return the names of the classes; () if no split can be used."""
@@ -129,7 +131,7 @@ def describe_splits(splits: Splits, noun: str = "images") -> Iterator[tuple[str,
         text = f"{len(entries)} entries, {len(paths)} {noun}"
         patients = {entry.group for entry in entries} - {None}
         if patients:
-            text += f", {len(patients)} {'patient' if len(patients) == 1 else 'patients'}"
+            text += f", {count(len(patients), 'patient')}"
         container = next((name for name in earlier if paths <= earlier[name]), None)
         if container and entries:
             text += f", all of them in {container}"

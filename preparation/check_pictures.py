@@ -8,7 +8,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import data
-from imaging import image_files, layouts, nifti, pictures, volumes
+from imaging import layouts, nifti, pictures, volumes
 from preparation.check_classes import DataSet, shares_by_split
 from preparation.check_findings import percent
 
@@ -47,10 +47,7 @@ def class_masks(indices: np.ndarray, num_classes: int) -> np.ndarray:
 
 def draw_image(entry: layouts.Entry, threshold: int) -> Image.Image:
     """Return an image with the outlines of its mask. Raises ValueError or OSError."""
-    image, _ = image_files.load_image(entry.image)
-    mask = data.read_truth(entry, threshold)
-    if mask.shape != image.shape[:2]:
-        raise ValueError(f"{entry.mask}: has another size than its image")
+    image, mask = data.read_image_and_truth(entry, threshold)
     truth = class_masks(mask, len(layouts.foreground(entry.classes)))
     return pictures.overlay(image, truth, np.zeros_like(truth))
 
@@ -104,11 +101,11 @@ def histogram(data_set: DataSet) -> bytes | None:
     by_split = shares_by_split(data_set.shares)
     if not by_split:
         return None
-    percent = [100 * np.array(shares) for shares in by_split.values()]
+    values = [100 * np.array(shares) for shares in by_split.values()]  # in %
     labels = [f"{split} ({len(shares)})" for split, shares in by_split.items()]
 
     figure, axes = plt.subplots(figsize=(7, 3.4), layout="constrained")
-    axes.hist(percent, bins=BINS, stacked=True, label=labels)
+    axes.hist(values, bins=BINS, stacked=True, label=labels)
     axes.set_xlabel("% of the volume" if data_set.has_volumes else "% of the image")
     axes.set_ylabel("entries")
     axes.set_title("size of the targets")

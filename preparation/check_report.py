@@ -127,8 +127,8 @@ def table(head: list[str], rows: list[list]) -> str:
     for row in rows:
         lines.append("<tr>")
         for value in row:
-            kind = ' class="number"' if isinstance(value, int) else ""
-            lines.append(f"<td{kind}>{escape(value)}</td>")
+            attribute = ' class="number"' if isinstance(value, int) else ""
+            lines.append(f"<td{attribute}>{escape(value)}</td>")
         lines.append("</tr>")
     lines.append("</table>")
     return "\n".join(lines)
@@ -192,8 +192,8 @@ def findings_section(findings: Findings) -> Iterator[str]:
     """Yield the parts of the page about all findings, errors first."""
     for level in LEVELS:
         count = findings.count(level)
-        kind = f' class="{level}"' if count else ""
-        yield f"<h2{kind}>{level}: {count or 'none'}</h2>"
+        attribute = f' class="{level}"' if count else ""
+        yield f"<h2{attribute}>{level}: {count or 'none'}</h2>"
         for kind, lines in findings.of_level(level).items():
             yield f"<h3>{escape(kind)}: {len(lines)}</h3>"
             yield f'<p class="advice">What to do: {escape(KINDS[kind].advice)}.</p>'
