@@ -22,7 +22,6 @@ from pathlib import Path
 
 import numpy as np
 
-from imaging.files import read_json
 from preparation import shapes, tool_exports
 from preparation.readings import Format, Reading
 from preparation.shapes import errors_at, list_of, text_of, value_of, whole_number
@@ -35,12 +34,9 @@ KEYS = ('"images"', '"annotations"', '"categories"', '"info"', '"licenses"')
 def recognise(folder: Path, args: Namespace) -> list[Reading]:
     """Return the reading of a folder with COCO JSON, [] for other folders."""
     contents = {}
-    for path in tool_exports.files_ending(folder, ".json", args):
-        text = tool_exports.text_around(path)
-        if text.lstrip().startswith("{") and any(key in text for key in KEYS):
-            content = read_json(path)
-            if is_coco(content):
-                contents[path] = content
+    for path, content in tool_exports.json_files(folder, args, "{", KEYS):
+        if is_coco(content):
+            contents[path] = content
     if not contents:
         return []
 

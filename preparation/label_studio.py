@@ -27,7 +27,6 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import numpy as np
 
 from imaging import layouts
-from imaging.files import read_json
 from preparation import shapes, tool_exports
 from preparation.readings import Format, Reading
 from preparation.shapes import errors_at, list_of, number, value_of, whole_number
@@ -42,13 +41,10 @@ OPAQUE = 127  # of 0..255
 def recognise(folder: Path, args: Namespace) -> list[Reading]:
     """Return the reading of a folder with Label Studio's JSON, [] for other folders."""
     contents = {}
-    for path in tool_exports.files_ending(folder, ".json", args):
-        text = tool_exports.text_around(path)
-        if text.lstrip().startswith("[") and any(key in text for key in KEYS):
-            content = read_json(path)
-            refuse_minimal(path, content)
-            if any(is_task(item) for item in content):
-                contents[path] = content
+    for path, content in tool_exports.json_files(folder, args, "[", KEYS):
+        refuse_minimal(path, content)
+        if any(is_task(item) for item in content):
+            contents[path] = content
     if not contents:
         return []
 

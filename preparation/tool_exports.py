@@ -19,7 +19,7 @@ import os
 import re
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -27,7 +27,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 import numpy as np
 
 from imaging import image_files, layouts
-from imaging.files import UTF16_MARKS
+from imaging.files import UTF16_MARKS, read_json
 from preparation.readings import SPLIT_NAMES, Case, ImageReading, Object
 from preparation.shapes import errors_at
 
@@ -92,6 +92,19 @@ def text_around(path: Path) -> str:
     encoding = "utf-16" if start.startswith(UTF16_MARKS) else "utf-8-sig"
     end_encoding = "utf-16-le" if start.startswith(UTF16_MARKS) else "utf-8"
     return start.decode(encoding, "ignore") + "\n" + end.decode(end_encoding, "ignore")
+
+
+def json_files(
+    folder: Path, args: Namespace, opening: str, keys: tuple[str, ...]
+) -> Iterator[tuple[Path, object]]:
+    """Yield the JSON files below a folder that begin with a bracket and hold one of the keys.
+
+    opening: the bracket, "{" or "[". Yields paths and contents, of objects or lists.
+    """
+    for path in files_ending(folder, ".json", args):
+        text = text_around(path)
+        if text.lstrip().startswith(opening) and any(key in text for key in keys):
+            yield path, read_json(path)
 
 
 def split_of_words(text: str) -> str:
