@@ -114,8 +114,7 @@ class CocoFile:
             annotations = list_of(content, "annotations")
         for number, item in enumerate(images):
             with errors_at(f"{path}, image {number}"):
-                self.add(self.listed, item, "two images")
-                text_of(item, "file_name")
+                self.add_image(item)
         for number, item in enumerate(categories):
             with errors_at(f"{path}, category {number}"):
                 self.add_category(item)
@@ -124,12 +123,13 @@ class CocoFile:
             with errors_at(location):
                 self.add_annotation(item, location)
 
-    def add(self, table: dict, item: dict, noun: str) -> None:
-        """Add an item to a table by its id. Raises ValueError if the id is there already."""
+    def add_image(self, item: dict) -> None:
+        """Add the entry of an image."""
         id = value_of(item, "id", int | str, "a number")
-        if id in table:
-            raise ValueError(f"id {id} belongs to {noun}")
-        table[id] = item
+        if id in self.listed:
+            raise ValueError(f"id {id} belongs to two images")
+        text_of(item, "file_name")
+        self.listed[id] = item
 
     def add_category(self, item: dict) -> None:
         """Add a category and the name of its supercategory."""
