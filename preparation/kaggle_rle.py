@@ -167,10 +167,8 @@ def read_tables(tables: list[Table], samples: int, folder: Path, args: Namespace
     images = []
     for table in tables:
         images += table.images()
-    labels = set()
-    for image in images:
-        labels |= {shape.class_name for shape in image.shapes}
-    classes = sorted(labels - {""}, key=by_number)
+    labels = tool_exports.labels_of(images)
+    classes = sorted(filter(None, labels), key=by_number)
 
     notes = ["codes are read column by column, from 1: look at overview.png"]
     if samples:

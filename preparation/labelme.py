@@ -45,11 +45,9 @@ def recognise(folder: Path, args: Namespace) -> list[Reading]:
     if not images:
         return []
 
-    labels = set()
-    for image in images:
-        labels |= {shape.class_name for shape in image.shapes}
+    classes = tool_exports.labels_of(images)
     notes = tool_exports.counted("shapes that are no areas, skipped", skipped)
-    export = Export("labelme", TITLE, images[0].file, images, tuple(sorted(labels)), notes)
+    export = Export("labelme", TITLE, images[0].file, images, classes, notes)
     return [tool_exports.reading(export, ImageIndex(folder), args)]
 
 

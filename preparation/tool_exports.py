@@ -373,6 +373,14 @@ def reading(export: Export, index: ImageIndex, args: Namespace) -> ImageReading:
     return ImageReading(export.format, summary, cases, classes)
 
 
+def labels_of(images: list[ListedImage]) -> tuple[str, ...]:
+    """Return the class names that the shapes of images have, sorted."""
+    labels = set()
+    for image in images:
+        labels |= {shape.class_name for shape in image.shapes}
+    return tuple(sorted(labels))
+
+
 def describe(export: Export, counts: Counter, classes: tuple[str, ...]) -> list[str]:
     """Return the first lines of a summary: images, objects and what was left out."""
     kinds = f"{len(classes)} classes" if len(classes) > 1 else "one class"
