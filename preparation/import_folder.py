@@ -22,7 +22,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from engine.ranges import GREY_LEVEL
-from imaging import atomic_files, image_files, layouts, pictures
+from imaging import atomic_files, image_files, layouts, measurements, pictures
 from imaging.files import read_text
 from preparation import (
     coco,
@@ -65,7 +65,6 @@ FORMATS: tuple[Format, ...] = (
 GLOBS = "globs"  # the format of images that --images and --masks name
 SPLITS = ("train", "val", "test")
 MOST_OVERLAYS = 12
-MOST_CLASSES = 254  # 0 is the background, 255 is ignored
 LONGEST_NAME = 255  # bytes
 ENOUGH_FOR_SPLITS = 3  # images or patients; fewer are all for training
 
@@ -475,7 +474,7 @@ def write_images(reading: ImageReading, args: Namespace) -> list[str]:
             (part / name).write_text(text + "\n", encoding="utf-8")
 
         if writer.spacings:
-            with open(part / "spacing.csv", "w", encoding="utf-8", newline="") as file:
+            with open(part / measurements.SPACINGS, "w", encoding="utf-8", newline="") as file:
                 rows = csv.writer(file, lineterminator="\n")
                 rows.writerow(("image", "x_mm", "y_mm"))
                 for name, x, y in writer.spacings:
@@ -576,9 +575,10 @@ def refuse_useless(reading: Reading, args: Namespace) -> None:
             if getattr(args, name) is not None:
                 flag = f"--{name.replace('_', '-')}"
                 raise ValueError(f"{flag}: has no effect on volumes; remove it")
-    elif len(reading.classes) > MOST_CLASSES:
+    elif len(reading.classes) > layouts.MOST_CLASSES:
         raise ValueError(
-            f"{args.folder}: has {len(reading.classes)} classes; a mask holds {MOST_CLASSES}"
+            f"{args.folder}: has {len(reading.classes)} classes; a mask holds "
+            f"{layouts.MOST_CLASSES}"
         )
     elif args.modality:
         raise ValueError("--modality: has no effect on images; remove it")

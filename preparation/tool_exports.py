@@ -32,7 +32,6 @@ from preparation.readings import SPLIT_NAMES, Case, ImageReading, Object
 from preparation.shapes import errors_at
 
 BEGINNING = 4096  # bytes of a file by which its format is recognised
-MOST_CLASSES = 254  # a mask has 8 bits, 0 is the background and 255 is ignored
 BACKGROUND = "background"
 
 
@@ -324,8 +323,10 @@ def named_classes(export: Export, counts: Counter) -> tuple[str, ...]:
             f"{export.file}: lists {len(export.images)} images, but no areas; "
             + "; ".join(export.notes or ["export polygons or masks"])
         )
-    if len(classes) > MOST_CLASSES:
-        raise ValueError(f"{export.file}: has {len(classes)} classes; a mask holds {MOST_CLASSES}")
+    if len(classes) > layouts.MOST_CLASSES:
+        raise ValueError(
+            f"{export.file}: has {len(classes)} classes; a mask holds {layouts.MOST_CLASSES}"
+        )
     return tuple(classes)
 
 
