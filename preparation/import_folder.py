@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from engine.ranges import GREY_LEVEL
 from imaging import atomic_files, image_files, layouts, measurements, pictures
-from imaging.files import read_text
+from imaging.files import read_csv
 from preparation import (
     coco,
     cvat,
@@ -164,10 +164,7 @@ def read_groups(path: Path, cases: list, folder: Path) -> list:
     Raises ValueError, one line, for other columns, unknown or ambiguous images, and images that
     the file does not list.
     """
-    try:
-        rows = list(csv.DictReader(read_text(path).splitlines()))
-    except csv.Error as error:
-        raise ValueError(f"{path}: is not valid CSV ({error})") from None
+    rows = read_csv(path)
     if not rows or not {"image", "group"} <= set(rows[0]):
         raise ValueError(f"{path}: expected a header line image,group and a line for each image")
 

@@ -16,14 +16,13 @@
 """
 
 import csv
-import io
 import re
 from argparse import Namespace
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from imaging.files import read_text
+from imaging.files import read_csv
 from preparation import shapes, tool_exports
 from preparation.readings import Format, ImageReading, Reading
 from preparation.shapes import errors_at, whole_number
@@ -83,12 +82,9 @@ def find_columns(path: Path) -> dict[str, str]:
 
 def read_rows(path: Path) -> list[dict]:
     """Return the rows of a CSV file; codes may be long. Raises ValueError, one line."""
-    text = read_text(path)
-    usual = csv.field_size_limit(len(text) + 1)
+    usual = csv.field_size_limit(path.stat().st_size + 1)
     try:
-        return list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
-    except csv.Error as error:
-        raise ValueError(f"{path}: is not valid CSV ({error})") from None
+        return read_csv(path)
     finally:
         csv.field_size_limit(usual)
 
