@@ -422,31 +422,22 @@ class Batch:
     LISTED = 20  # failed inputs that are listed at the end
     SAVE_EVERY = 10.0  # seconds between two writings of the measurements
 
-    def __init__(
-        self,
-        args,
-        unit: str,
-        cases: dict[str, dict[str, Path]],
-        shared: dict,
-        classes: tuple,
-        pixel_size_of: Callable[[str], tuple | None] | None = None,
-    ):
+    def __init__(self, args, predictor, cases: dict[str, dict[str, Path]], shared: dict):
         """Check all files before anything is written.
 
-        unit: "image" or "volume". cases: name -> the case's files by kind, in the order in which
-        they are written. shared: file -> content, for files that belong to all cases. classes: the
-        predicted ones, without background. pixel_size_of: name of an image -> width and height of
-        its pixels in mm, if known. Raises ValueError, one line, if a file cannot be written.
+        predictor: an ImagePredictor or a VolumePredictor. cases: name -> the case's files by kind,
+        in the order in which they are written. shared: file -> content, for files that belong to
+        all cases. Raises ValueError, one line, if a file cannot be written.
         """
         self.out = Path(args.out)
-        self.unit = unit
+        self.unit = predictor.unit
         self.cases = cases
         self.shared = shared
         self.failed = []  # a line for each input that could not be predicted
         self.written = 0
 
         if not cases:
-            raise ValueError(f"the inputs hold no {unit}s, so there is nothing to predict")
+            raise ValueError(f"the inputs hold no {self.unit}s, so there is nothing to predict")
         table_path = self.out / MEASUREMENTS
         paths = [table_path, *shared]
         for case_files in cases.values():
@@ -456,17 +447,17 @@ class Batch:
             if path.exists() and not has_content(path, content):
                 raise ValueError(f"{path}: is of other classes; choose another --out")
 
-        columns = {"image": measurements.IMAGE_COLUMNS, "volume": measurements.VOLUME_COLUMNS}
-        self.table = MeasurementTable(table_path, columns[unit], classes)
+        classes = layouts.foreground(tuple(predictor.classes))
+        self.table = MeasurementTable(table_path, predictor.columns, classes)
         self.saved_at = time.monotonic()
         self.finished = set()  # names of the cases that an earlier call has predicted
         for name, case_files in cases.items():
-            cells = measurements.pixel_cells(pixel_size_of(name)) if pixel_size_of else {}
+            cells = predictor.known_cells(name)  # here, as a spacing.csv may be damaged
             is_written = all(path.exists() for path in case_files.values())
             if is_written and self.table.has(name, cells):
                 self.finished.add(name)
         if self.finished:
-            count = f"{len(self.finished)} of {len(cases)} {unit}s"
+            count = f"{len(self.finished)} of {len(cases)} {self.unit}s"
             print(f"{count} are predicted already and were skipped (--skip-existing)")
 
     def run(self, predict_case: Callable) -> int:
@@ -579,8 +570,7 @@ def predict_images(family, run: dict, second: dict, args) -> int:
     if len(predictor.classes) > 1:
         shared[Path(args.out) / "legend.png"] = pictures.legend(predictor.classes[1:])
         shared[Path(args.out) / "classes.json"] = dict(enumerate(predictor.classes))
-    foreground = layouts.foreground(predictor.classes)
-    batch = Batch(args, "image", outputs, shared, foreground, predictor.pixel_size_of)
+    batch = Batch(args, predictor, outputs, shared)
     prompts = {prompt for _, _, prompt in cases}
     cut_prompts = describe_cuts(prompts, predictor.recipe.tokenizer)
     if cut_prompts:
@@ -697,6 +687,9 @@ def draw_pictures(probabilities, masks, image, args, truth=None, prompts=()) -> 
 class ImagePredictor:
     """A model with everything needed to predict the images of one call."""
 
+    unit = "image"
+    columns = measurements.IMAGE_COLUMNS
+
     def __init__(self, cases: list, family, run: dict, second: dict, args, truths: dict):
         """Load the model.
 
@@ -776,6 +769,10 @@ class ImagePredictor:
         file, _ = self.cases[name]
         return self.args.pixel_size or measurements.pixel_size_of(file)
 
+    def known_cells(self, name: str) -> dict:
+        """Return the cells of an image's measurements that are known before it is predicted."""
+        return measurements.pixel_cells(self.pixel_size_of(name))
+
     def measure(self, masks: np.ndarray, probabilities: np.ndarray, measure: Callable) -> list:
         """Return the rows of measurements of an image's masks (K,H,W), those of `measure`."""
         classes = layouts.foreground(self.classes)
@@ -811,7 +808,7 @@ def predict_volumes(family, run: dict, second: dict, args) -> int:
         legend = pictures.legend(tuple(predictor.classes[1:]))
         shared[Path(args.out) / "legend.png"] = legend
     outputs = {name: volume_outputs(name, endings, args) for name in cases}
-    batch = Batch(args, "volume", outputs, shared, tuple(predictor.classes[1:]))
+    batch = Batch(args, predictor, outputs, shared)
     return batch.run(lambda name: predictor.predict(cases[name]))
 
 
@@ -959,6 +956,9 @@ def check_rules(config, classes: list[str], args) -> None:
 class VolumePredictor:
     """A model with everything needed to predict the volumes of one call."""
 
+    unit = "volume"
+    columns = measurements.VOLUME_COLUMNS
+
     def __init__(self, family, run: dict, args):
         """Load the model, with the overlap and the classes of the command line or the run.
 
@@ -1015,6 +1015,10 @@ class VolumePredictor:
         maps = self.label_maps(probabilities, grid)  # (n,X,Y,Z)
         rows = self.measure(maps, probabilities, image[0], grid)
         return self.writers(maps, probabilities, image, grid), rows
+
+    def known_cells(self, name: str) -> dict:
+        """Return no cells: a volume's measurements depend on its file and masks alone."""
+        return {}
 
     def measure(self, maps: np.ndarray, probabilities, intensity: np.ndarray, grid) -> list:
         """Return the rows of measurements of label maps (n,X,Y,Z). intensity (X,Y,Z)."""

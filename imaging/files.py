@@ -1,10 +1,12 @@
-"""Read text and JSON that users or other programs wrote, and name formats that are not supported.
+"""Read text, JSON and CSV of users and other programs, and name formats that are not supported.
 
 All such files of the house are read with these functions. They may have a byte order mark or be in
 UTF-16.
 """
 
 import codecs
+import csv
+import io
 import json
 import re
 from pathlib import Path
@@ -68,6 +70,18 @@ def unique_keys(pairs: list[tuple[str, object]]) -> dict:
         repeated = next(key for key in keys if keys.count(key) > 1)
         raise ValueError(f"the key {repeated!r} is repeated in one object")
     return content
+
+
+def read_csv(path: Path) -> list[dict]:
+    """Return the rows of a CSV file as {column: text}; a missing cell is None.
+
+    Raises OSError if the file cannot be read, ValueError if it is not valid CSV.
+    """
+    lines = io.StringIO(read_text(path), newline="")
+    try:
+        return list(csv.DictReader(lines, strict=True))
+    except csv.Error as error:
+        raise ValueError(f"{path}: is not valid CSV ({error})") from None
 
 
 # --- formats that are known, but not supported ----------------------------------------------------

@@ -63,7 +63,7 @@ ENDINGS = image_endings()
 COMMON_ENDINGS = ".png, .jpg, .tif, .bmp, .pgm and others that Pillow reads"  # for messages
 SYSTEM_FILES = {"thumbs.db", "desktop.ini"}  # Windows puts them into folders
 NIFTI = (".nii.gz", ".nii")
-MOST_CLASSES = 255  # with the background: a mask holds the numbers 0 to 255, 255 is ignored
+MOST_CLASSES = 254  # besides the background: a mask has 8 bits, and 255 is ignored
 IMAGE_FOLDERS = ("images", "imagesgreyscale")
 MASK_FOLDERS = ("masks", "masks14")
 BTCV_CLASSES = (
@@ -737,9 +737,10 @@ def read_classes(path: Path) -> tuple[str, ...]:
         raise ValueError(f"{path}: expected {expected}") from None
     if len({*map(str, names)}) < len(names) or not all(isinstance(name, str) for name in names):
         raise ValueError(f"{path}: expected {expected}")
-    if len(names) > MOST_CLASSES:
+    if len(names) > 1 + MOST_CLASSES:
         raise ValueError(
-            f"{path}: names {len(names)} classes, but masks hold {MOST_CLASSES}, numbers 0 to 254"
+            f"{path}: names {len(names)} classes, but masks hold {1 + MOST_CLASSES}, numbers 0 to "
+            f"{MOST_CLASSES}"
         )
     return tuple(names) if len(names) > 2 else (names[1],)
 

@@ -5,7 +5,6 @@ pixel covers an area and a voxel a volume; distances go from corner to corner of
 explains every column.
 """
 
-import csv
 import functools
 import itertools
 import math
@@ -17,7 +16,7 @@ import numpy as np
 from scipy import ndimage
 from scipy.spatial import ConvexHull, distance
 
-from imaging.files import read_text
+from imaging.files import read_csv
 from imaging.nifti import Grid
 
 IMAGE_COLUMNS = (
@@ -188,7 +187,7 @@ def pixel_size_of(image: Path) -> tuple[float, float] | None:
 def read_spacings(path: Path) -> dict[str, tuple[float, float]]:
     """Return {name of an image: (width, height) of its pixels in mm} of a spacing.csv."""
     spacings = {}
-    for number, row in enumerate(csv.DictReader(read_text(path).splitlines()), 2):
+    for number, row in enumerate(read_csv(path), 2):
         try:
             width = float(row["x_mm"])
             height = float(row["y_mm"])

@@ -22,7 +22,6 @@ from pathlib import Path
 
 import numpy as np
 
-from imaging.files import read_json
 from preparation import shapes, tool_exports
 from preparation.readings import Format, Reading
 from preparation.shapes import errors_at, list_of, text_of, value_of, whole_number
@@ -35,12 +34,9 @@ KEYS = ('"images"', '"annotations"', '"categories"', '"info"', '"licenses"')
 def recognise(folder: Path, args: Namespace) -> list[Reading]:
     """Return the reading of a folder with COCO JSON, [] for other folders."""
     contents = {}
-    for path in tool_exports.files_ending(folder, ".json", args):
-        text = tool_exports.text_around(path)
-        if text.lstrip().startswith("{") and any(key in text for key in KEYS):
-            content = read_json(path)
-            if is_coco(content):
-                contents[path] = content
+    for path, content in tool_exports.json_files(folder, args, "{", KEYS):
+        if is_coco(content):
+            contents[path] = content
     if not contents:
         return []
 
@@ -118,8 +114,7 @@ class CocoFile:
             annotations = list_of(content, "annotations")
         for number, item in enumerate(images):
             with errors_at(f"{path}, image {number}"):
-                self.add(self.listed, item, "two images")
-                text_of(item, "file_name")
+                self.add_image(item)
         for number, item in enumerate(categories):
             with errors_at(f"{path}, category {number}"):
                 self.add_category(item)
@@ -128,12 +123,13 @@ class CocoFile:
             with errors_at(location):
                 self.add_annotation(item, location)
 
-    def add(self, table: dict, item: dict, noun: str) -> None:
-        """Add an item to a table by its id. Raises ValueError if the id is there already."""
+    def add_image(self, item: dict) -> None:
+        """Add the entry of an image."""
         id = value_of(item, "id", int | str, "a number")
-        if id in table:
-            raise ValueError(f"id {id} belongs to {noun}")
-        table[id] = item
+        if id in self.listed:
+            raise ValueError(f"id {id} belongs to two images")
+        text_of(item, "file_name")
+        self.listed[id] = item
 
     def add_category(self, item: dict) -> None:
         """Add a category and the name of its supercategory."""

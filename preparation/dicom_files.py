@@ -137,6 +137,12 @@ def complete_header(path: Path):
         ) from None
 
 
+def frame_item(frame, shared, sequence: str, default=None):
+    """Return the item of a sequence in the header of a frame, else in that of all frames."""
+    items = frame.get(sequence) or shared.get(sequence)
+    return items[0] if items else default
+
+
 def count_modalities(headers: list[Header]) -> str:
     """Return the number of files of each modality: "120 CT, 3 SR"."""
     counts = Counter(header.modality or "without modality" for header in headers)

@@ -96,10 +96,7 @@ def segment_masks(source: Path, data, grid: nifti.Grid) -> dict:
 
     planes = {}  # number of a segment -> [(slice, pixels)]
     for frame, content in zip(data.PerFrameFunctionalGroupsSequence, frames, strict=True):
-        segment = (
-            frame.get("SegmentIdentificationSequence")
-            or shared.get("SegmentIdentificationSequence")
-        )[0]
+        segment = dicom_files.frame_item(frame, shared, "SegmentIdentificationSequence")
         z = slice_of_frame(source, frame, shared, grid, content.shape)
         planes.setdefault(int(segment.ReferencedSegmentNumber), []).append((z, content))
 
@@ -112,11 +109,7 @@ def segment_masks(source: Path, data, grid: nifti.Grid) -> dict:
 
 def slice_of_frame(source: Path, frame, shared, grid: nifti.Grid, size: tuple[int, int]) -> int:
     """Return the slice of the image on which a frame lies. Raises ValueError, one line."""
-
-    def part(sequence: str):
-        """Return the item of a sequence of the frame, or of all frames."""
-        return (frame.get(sequence) or shared.get(sequence))[0]
-
+    part = partial(dicom_files.frame_item, frame, shared)
     row_axis, column_axis = np.reshape(
         np.array(part("PlaneOrientationSequence").ImageOrientationPatient, np.float64), (2, 3)
     )

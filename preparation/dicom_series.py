@@ -92,12 +92,8 @@ def slices_of(header: Header) -> list[Slice]:
 
 def make_slice(header: Header, number: int, frame, shared) -> Slice:
     """Return a slice from the parts of a header: of a frame, and of all frames."""
-
-    def part(sequence: str):
-        """Return the item of a sequence, or the header itself in files of one slice."""
-        items = frame.get(sequence) or shared.get(sequence)
-        return items[0] if items else header.data
-
+    # Files of one slice have no sequences: the header itself says where the slice lies.
+    part = partial(dicom_files.frame_item, frame, shared, default=header.data)
     orientation = part("PlaneOrientationSequence").ImageOrientationPatient
     between_rows, between_columns = part("PixelMeasuresSequence").PixelSpacing
     values = part("PixelValueTransformationSequence")

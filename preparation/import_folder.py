@@ -6,7 +6,6 @@ cvat.py, label_studio.py and kaggle_rle.py (files of annotation tools) and impor
 the files that are written and the sheet of overlays.
 """
 
-import csv
 import json
 import os
 import re
@@ -23,7 +22,7 @@ from tqdm import tqdm
 from engine import tables
 from engine.ranges import GREY_LEVEL
 from imaging import atomic_files, image_files, layouts, pictures
-from imaging.files import read_text
+from imaging.files import read_csv
 from imaging.measurements import SPACINGS
 from preparation import (
     coco,
@@ -67,7 +66,6 @@ FORMATS: tuple[Format, ...] = (
 GLOBS = "globs"  # the format of images that --images and --masks name
 SPLITS = ("train", "val", "test")
 MOST_OVERLAYS = 12
-MOST_CLASSES = 254  # 0 is the background, 255 is ignored
 LONGEST_NAME = 255  # bytes
 ENOUGH_FOR_SPLITS = 3  # images or patients; fewer are all for training
 
@@ -171,10 +169,7 @@ def read_groups(path: Path, cases: list, folder: Path) -> list:
     Raises ValueError, one line, for other columns, unknown or ambiguous images, and images that
     the file does not list.
     """
-    try:
-        rows = list(csv.DictReader(read_text(path).splitlines()))
-    except csv.Error as error:
-        raise ValueError(f"{path}: is not valid CSV ({error})") from None
+    rows = read_csv(path)
     if not rows or not {"image", "group"} <= set(rows[0]):
         raise ValueError(f"{path}: expected a header line image,group and a line for each image")
 
@@ -585,9 +580,10 @@ def refuse_useless(reading: Reading, args: Namespace) -> None:
             if getattr(args, name) is not None:
                 flag = f"--{name.replace('_', '-')}"
                 raise ValueError(f"{flag}: has no effect on volumes; remove it")
-    elif len(reading.classes) > MOST_CLASSES:
+    elif len(reading.classes) > layouts.MOST_CLASSES:
         raise ValueError(
-            f"{args.folder}: has {len(reading.classes)} classes; a mask holds {MOST_CLASSES}"
+            f"{args.folder}: has {len(reading.classes)} classes; a mask holds "
+            f"{layouts.MOST_CLASSES}"
         )
     elif args.modality:
         raise ValueError("--modality: has no effect on images; remove it")

@@ -37,15 +37,22 @@ def read_itk(path: Path):
     Raises ValueError, one line, if the file is damaged or has other axes.
     """
     itk = simple_itk(path)
-    try:
-        with quiet_stderr():
-            image = itk.ReadImage(str(path))
-    except RuntimeError as error:
-        raise ValueError(f"{path}: not readable ({last_line(error)}); replace the file") from None
+    with one_line_errors(path):
+        image = itk.ReadImage(str(path))
     if image.GetDimension() != 3 or image.GetDepth() < 2:
         size = " x ".join(map(str, image.GetSize()))
         raise ValueError(f"{path}: holds {size} voxels; it needs three axes of space")
     return image
+
+
+@contextmanager
+def one_line_errors(path: Path):
+    """Turn the errors of ITK about a file into a ValueError of one line."""
+    try:
+        with quiet_stderr():
+            yield
+    except RuntimeError as error:
+        raise ValueError(f"{path}: not readable ({last_line(error)}); replace the file") from None
 
 
 @contextmanager
@@ -137,11 +144,8 @@ def read_segments(path: Path) -> list[Segment]:
     itk = simple_itk(path)
     reader = itk.ImageFileReader()
     reader.SetFileName(str(path))
-    try:
-        with quiet_stderr():
-            reader.ReadImageInformation()
-    except RuntimeError as error:
-        raise ValueError(f"{path}: not readable ({last_line(error)}); replace the file") from None
+    with one_line_errors(path):
+        reader.ReadImageInformation()
     fields = {key: reader.GetMetaData(key) for key in reader.GetMetaDataKeys()}
 
     segments = []

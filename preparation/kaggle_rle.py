@@ -16,14 +16,13 @@
 """
 
 import csv
-import io
 import re
 from argparse import Namespace
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from imaging.files import read_text
+from imaging.files import read_csv
 from preparation import shapes, tool_exports
 from preparation.readings import Format, ImageReading, Reading
 from preparation.shapes import errors_at, whole_number
@@ -83,12 +82,9 @@ def find_columns(path: Path) -> dict[str, str]:
 
 def read_rows(path: Path) -> list[dict]:
     """Return the rows of a CSV file; codes may be long. Raises ValueError, one line."""
-    text = read_text(path)
-    usual = csv.field_size_limit(len(text) + 1)
+    usual = csv.field_size_limit(path.stat().st_size + 1)
     try:
-        return list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
-    except csv.Error as error:
-        raise ValueError(f"{path}: is not valid CSV ({error})") from None
+        return read_csv(path)
     finally:
         csv.field_size_limit(usual)
 
@@ -167,10 +163,8 @@ def read_tables(tables: list[Table], samples: int, folder: Path, args: Namespace
     images = []
     for table in tables:
         images += table.images()
-    labels = set()
-    for image in images:
-        labels |= {shape.class_name for shape in image.shapes}
-    classes = sorted(labels - {""}, key=by_number)
+    labels = tool_exports.labels_of(images)
+    classes = sorted(filter(None, labels), key=by_number)
 
     notes = ["codes are read column by column, from 1: look at overview.png"]
     if samples:

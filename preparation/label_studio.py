@@ -17,6 +17,7 @@
 - The classes are the labels in alphabetical order; the export does not hold the project's order.
 """
 
+import itertools
 import re
 from argparse import Namespace
 from collections import Counter
@@ -27,7 +28,6 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import numpy as np
 
 from imaging import layouts
-from imaging.files import read_json
 from preparation import shapes, tool_exports
 from preparation.readings import Format, Reading
 from preparation.shapes import errors_at, list_of, number, value_of, whole_number
@@ -42,13 +42,10 @@ OPAQUE = 127  # of 0..255
 def recognise(folder: Path, args: Namespace) -> list[Reading]:
     """Return the reading of a folder with Label Studio's JSON, [] for other folders."""
     contents = {}
-    for path in tool_exports.files_ending(folder, ".json", args):
-        text = tool_exports.text_around(path)
-        if text.lstrip().startswith("[") and any(key in text for key in KEYS):
-            content = read_json(path)
-            refuse_minimal(path, content)
-            if any(is_task(item) for item in content):
-                contents[path] = content
+    for path, content in tool_exports.json_files(folder, args, "[", KEYS):
+        refuse_minimal(path, content)
+        if any(is_task(item) for item in content):
+            contents[path] = content
     if not contents:
         return []
 
@@ -190,15 +187,13 @@ class Reader:
 
     def export(self) -> Export:
         """Return what was read."""
-        labels = set()
-        for image in self.images:
-            labels |= {shape.class_name for shape in image.shapes}
+        classes = tool_exports.labels_of(self.images)
         notes = tool_exports.counted("regions that are no areas, skipped", self.skipped)
         if self.cancelled:
             notes.append(f"cancelled annotations, left out: {self.cancelled}")
         if self.without:
             notes.append(f"tasks that are not annotated, left out: {self.without}")
-        return Export("label-studio", TITLE, self.file, self.images, tuple(sorted(labels)), notes)
+        return Export("label-studio", TITLE, self.file, self.images, classes, notes)
 
 
 # --- regions --------------------------------------------------------------------------------------
@@ -247,6 +242,17 @@ def original_size(result: dict) -> tuple[int, int]:
     return height, whole_number(result.get("original_width"))
 
 
+def in_pixels(value: dict, keys: tuple[str, ...], size: tuple[int, int]) -> list[float]:
+    """Return lengths in per cent of an image of size (H, W) as pixels.
+
+    keys: of lengths along x and along y in turn.
+    """
+    lengths = []
+    for key, side in zip(keys, itertools.cycle((size[1], size[0])), strict=False):
+        lengths.append(number(value.get(key)) * side / 100)
+    return lengths
+
+
 def polygon(value: dict, size: tuple[int, int]):
     """Return the function that draws a polygon in per cent."""
     outline = shapes.points(list_of(value, "points"))
@@ -257,10 +263,7 @@ def polygon(value: dict, size: tuple[int, int]):
 
 def rectangle(value: dict, size: tuple[int, int]):
     """Return the function that draws a rectangle in per cent, turned around its first corner."""
-    x = number(value.get("x")) * size[1] / 100
-    y = number(value.get("y")) * size[0] / 100
-    width = number(value.get("width")) * size[1] / 100
-    height = number(value.get("height")) * size[0] / 100
+    x, y, width, height = in_pixels(value, ("x", "y", "width", "height"), size)
     angle = number(value.get("rotation") or 0)
     outline = shapes.box_outline((x, y, x + width, y + height), angle, (x, y))
     return partial(shapes.polygons, [outline])
@@ -268,12 +271,9 @@ def rectangle(value: dict, size: tuple[int, int]):
 
 def ellipse(value: dict, size: tuple[int, int]):
     """Return the function that draws an ellipse in per cent, turned around its centre."""
-    x = number(value.get("x")) * size[1] / 100
-    y = number(value.get("y")) * size[0] / 100
-    radius_x = number(value.get("radiusX")) * size[1] / 100
-    radius_y = number(value.get("radiusY")) * size[0] / 100
+    lengths = in_pixels(value, ("x", "y", "radiusX", "radiusY"), size)
     angle = number(value.get("rotation") or 0)
-    return partial(shapes.ellipse, (x, y, radius_x, radius_y, angle))
+    return partial(shapes.ellipse, (*lengths, angle))
 
 
 def brush(value: dict, size: tuple[int, int]):

@@ -31,6 +31,7 @@ from preparation.shapes import errors_at, list_of, text_of, value_of, whole_numb
 from preparation.tool_exports import Export, ImageIndex, ListedImage, Shape
 
 TITLE = "LabelMe JSON"
+KEYS = ('"shapes"', '"imagePath"')
 NO_AREAS = ("point", "points", "line", "linestrip")
 
 
@@ -38,20 +39,15 @@ def recognise(folder: Path, args: Namespace) -> list[Reading]:
     """Return the reading of a folder with LabelMe's JSON files, [] for other folders."""
     images = []
     skipped = Counter()  # types of shapes that are no areas
-    for path in tool_exports.files_ending(folder, ".json", args):
-        text = tool_exports.text_around(path)
-        if text.lstrip().startswith("{") and ('"shapes"' in text or '"imagePath"' in text):
-            content = read_json(path)
-            if "shapes" in content and "imagePath" in content:
-                images.append(read_file(path, content, skipped))
+    for path, content in tool_exports.json_files(folder, args, "{", KEYS):
+        if "shapes" in content and "imagePath" in content:
+            images.append(read_file(path, content, skipped))
     if not images:
         return []
 
-    labels = set()
-    for image in images:
-        labels |= {shape.class_name for shape in image.shapes}
+    classes = tool_exports.labels_of(images)
     notes = tool_exports.counted("shapes that are no areas, skipped", skipped)
-    export = Export("labelme", TITLE, images[0].file, images, tuple(sorted(labels)), notes)
+    export = Export("labelme", TITLE, images[0].file, images, classes, notes)
     return [tool_exports.reading(export, ImageIndex(folder), args)]
 
 

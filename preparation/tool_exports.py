@@ -3,23 +3,23 @@
 coco.py, labelme.py, cvat.py, label_studio.py and kaggle_rle.py each read the files of one tool into
 an `Export`. Here its images are searched in the folder and the shapes become objects.
 
-- An image is named by its path. If FOLDER has no such path, the file name alone decides, and that
-  is counted in the summary: annotators' machines have other folders. Where some of the paths fit,
-  all must, except for absolute ones. Only files below FOLDER are ever opened.
+- An image is named by its path. If FOLDER has no such path, the file name alone decides, as
+  annotators' machines have other folders; the summary counts such images. If the folders of some
+  images fit, those of all must, except for absolute paths. Only files below FOLDER are ever opened.
 - An image that the export lists but FOLDER lacks is an error. An image of FOLDER that the export
   does not list is one, too, unless --skip-unpaired leaves it out.
 - A photo may be stored turned (EXIF). The size in the export says whether its coordinates are those
   of the stored or of the upright image. Where both have this size (a square, a half turn), each
   tool has its rule: COCO means the stored image, all others the upright one.
 - The split is that of the tool (CVAT's subsets) or of the export's name (instances_val2017.json),
-  else that of a folder around the export (train/_annotations.coco.json), else around the image.
+  else that of a folder around the export (train/_annotations.coco.json) or around the image.
 """
 
 import os
 import re
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -27,12 +27,11 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 import numpy as np
 
 from imaging import image_files, layouts
-from imaging.files import UTF16_MARKS
+from imaging.files import UTF16_MARKS, read_json
 from preparation.readings import SPLIT_NAMES, Case, ImageReading, Object
 from preparation.shapes import errors_at
 
 BEGINNING = 4096  # bytes of a file by which its format is recognised
-MOST_CLASSES = 254  # a mask has 8 bits, 0 is the background and 255 is ignored
 BACKGROUND = "background"
 
 
@@ -92,6 +91,19 @@ def text_around(path: Path) -> str:
     encoding = "utf-16" if start.startswith(UTF16_MARKS) else "utf-8-sig"
     end_encoding = "utf-16-le" if start.startswith(UTF16_MARKS) else "utf-8"
     return start.decode(encoding, "ignore") + "\n" + end.decode(end_encoding, "ignore")
+
+
+def json_files(
+    folder: Path, args: Namespace, opening: str, keys: tuple[str, ...]
+) -> Iterator[tuple[Path, object]]:
+    """Yield the JSON files below a folder that begin with a bracket and hold one of the keys.
+
+    opening: the bracket, "{" or "[". Yields paths and contents, of objects or lists.
+    """
+    for path in files_ending(folder, ".json", args):
+        text = text_around(path)
+        if text.lstrip().startswith(opening) and any(key in text for key in keys):
+            yield path, read_json(path)
 
 
 def split_of_words(text: str) -> str:
@@ -252,13 +264,13 @@ def choose_frame(listed: ListedImage, image: Path, upright: tuple, means_stored:
             f"{image}: has {upright[1]}x{upright[0]} pixels, but {listed.location} says "
             f"{size[1]}x{size[0]}; give the images that were annotated"
         )
-    is_open = stored == upright and orientation != 1
-    if is_open and means_stored:
+    is_ambiguous = stored == upright and orientation != 1
+    if is_ambiguous and means_stored:
         image_files.say_once(
             f"{image}: is stored turned (EXIF), and its size does not tell whether the shapes are "
             "turned as well; they are taken to be"
         )
-    is_stored = means_stored if is_open else size == stored
+    is_stored = means_stored if is_ambiguous else size == stored
     return size, orientation if is_stored else 1
 
 
@@ -311,8 +323,10 @@ def named_classes(export: Export, counts: Counter) -> tuple[str, ...]:
             f"{export.file}: lists {len(export.images)} images, but no areas; "
             + "; ".join(export.notes or ["export polygons or masks"])
         )
-    if len(classes) > MOST_CLASSES:
-        raise ValueError(f"{export.file}: has {len(classes)} classes; a mask holds {MOST_CLASSES}")
+    if len(classes) > layouts.MOST_CLASSES:
+        raise ValueError(
+            f"{export.file}: has {len(classes)} classes; a mask holds {layouts.MOST_CLASSES}"
+        )
     return tuple(classes)
 
 
@@ -358,6 +372,14 @@ def reading(export: Export, index: ImageIndex, args: Namespace) -> ImageReading:
     if unlisted:
         summary.append(f"images that are not listed, left out: {len(unlisted)}")
     return ImageReading(export.format, summary, cases, classes)
+
+
+def labels_of(images: list[ListedImage]) -> tuple[str, ...]:
+    """Return the class names that the shapes of images have, sorted."""
+    labels = set()
+    for image in images:
+        labels |= {shape.class_name for shape in image.shapes}
+    return tuple(sorted(labels))
 
 
 def describe(export: Export, counts: Counter, classes: tuple[str, ...]) -> list[str]:

@@ -544,6 +544,8 @@ def test_spacing_csv_has_the_size_of_pixels(run, photos, tmp_path, monkeypatch, 
     [
         ("name,x\na.png,1\n", "line 2: expected the columns"),
         ("image,x_mm,y_mm\na.png,0,1\n", "line 2: 0 x 1 mm is no size"),
+        ('image,x_mm,y_mm\n"a.png,1,1\n', "is not valid CSV (unexpected end of data)"),
+        ("image,x_mm,y_mm\n" + "a" * 140_000 + ",1,1\n", "is not valid CSV (field larger"),
     ],
 )
 def test_a_damaged_spacing_csv_is_refused(text, words, run, photos, tmp_path, monkeypatch, capsys):
