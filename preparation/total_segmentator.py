@@ -15,7 +15,14 @@ import numpy as np
 from imaging import layouts, nifti
 from imaging.files import read_text
 from preparation import import_volumes, volume_pairs
-from preparation.readings import SPLIT_NAMES, Format, VolumeCase, VolumeReading, split_of_folder
+from preparation.readings import (
+    SPLIT_NAMES,
+    Format,
+    VolumeCase,
+    VolumeReading,
+    count,
+    split_of_folder,
+)
 
 COVERED = "structures overlap; the one with the later name covers the others"
 
@@ -130,9 +137,10 @@ def write_merged(image: Path, masks: list[Path], target: Path, written: Path) ->
         mask = voxels[0] != 0
         values = voxels[0][mask]
         if len(voxels) != 1 or (values.size and values.min() < values.max()):
+            channels = count(len(voxels), "channel")
             raise ValueError(
-                f"{path}: holds {values.min():g} to {values.max():g}; a mask has one "
-                "value besides 0"
+                f"{path}: holds {channels} of {voxels.min():g} to {voxels.max():g}; a mask has "
+                "one, with one value besides 0"
             )
         covered += np.count_nonzero(labels[mask])
         labels[mask] = number

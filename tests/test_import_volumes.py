@@ -410,6 +410,17 @@ def test_a_structure_on_another_grid_is_refused(imported, tmp_path):
     refused(imported(), tmp_path, "liver.nii.gz: its affine is")
 
 
+def test_a_structure_has_one_channel_and_one_value(imported, tmp_path):
+    total_segmentator(tmp_path / "source")
+    liver = tmp_path / "source/s1/segmentations/liver.nii.gz"
+    save(liver, np.zeros((*SIZE, 2), np.uint8))
+    refused(imported(), tmp_path, "liver.nii.gz: holds 2 channels of 0 to 0; a mask has one,")
+    values = np.zeros(SIZE, np.uint8)
+    values[1:3, 2, 2] = (1, 3)
+    save(liver, values)
+    refused(imported(), tmp_path, "liver.nii.gz: holds 1 channel of 0 to 3; a mask has one")
+
+
 # --- NRRD and MetaImage ---------------------------------------------------------------------------
 
 DIRECTION = nibabel.eulerangles.euler2mat(-0.4, 0.25, 0.1)
