@@ -266,7 +266,7 @@ def name_classes(
     segmentations = []
     others = []
     for path in label_files:
-        if path.name.lower().endswith(".seg.nrrd"):
+        if volume_pairs.is_segmentation(path):
             segmentations.append(path)
         else:
             others.append(path)
@@ -400,7 +400,7 @@ def write_label_map(pair: Pair, numbers: dict[str, int], target: Path, image: Pa
     numbers: name of a segment -> number, for .seg.nrrd files. Raises ValueError, one line, if the
     grids differ.
     """
-    if pair.label.name.lower().endswith(".seg.nrrd"):
+    if volume_pairs.is_segmentation(pair.label):
         itk_files.write_segments(pair.label, target, image, numbers)
         return
 
