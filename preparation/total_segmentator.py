@@ -67,7 +67,9 @@ def recognise(folder: Path, args: Namespace) -> list[VolumeReading]:
         name = relative.as_posix() if relative.parts else folder.name
         cases.append(VolumeCase(name, write_image, write_labels, split))
 
-    summary = [f"{len(cases)} volumes, one mask for each of {len(names)} structures"]
+    summary = [
+        f"{count(len(cases), 'volume')}, one mask for each of {count(len(names), 'structure')}"
+    ]
     if incomplete:
         summary.append(f"cases left out because a structure is missing: {len(incomplete)}")
     labels = import_volumes.numbered(names)
