@@ -109,15 +109,22 @@ def image_of(case: Path, images: list[Path]) -> Path:
 
 
 def read_splits(folder: Path) -> dict[str, str]:
-    """Return {case: split} of the columns image_id and split of meta.csv, {} without them."""
+    """Return {case: split} of the columns image_id and split of meta.csv, {} without them.
+
+    Raises ValueError, one line, for a file that is not CSV.
+    """
     path = folder / "meta.csv"
     if not path.is_file():
         return {}
     lines = read_text(path).splitlines()
     delimiter = ";" if lines and ";" in lines[0] else ","
+    try:
+        rows = list(csv.DictReader(lines, delimiter=delimiter))
+    except csv.Error as error:
+        raise ValueError(f"{path}: is not valid CSV ({error}); correct or remove it") from None
 
     splits = {}
-    for row in csv.DictReader(lines, delimiter=delimiter):
+    for row in rows:
         split = SPLIT_NAMES.get((row.get("split") or "").strip().lower())
         if split and row.get("image_id"):
             splits[row["image_id"].strip()] = split

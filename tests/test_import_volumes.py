@@ -387,6 +387,13 @@ def test_masks_of_structures_are_merged(imported, tmp_path):
     np.testing.assert_array_equal(labels, expected)
 
 
+def test_a_damaged_meta_csv_is_refused(imported, tmp_path):
+    total_segmentator(tmp_path / "source")
+    open_quote = 'image_id;split\ns0;"train' + "x" * 200_000
+    (tmp_path / "source/meta.csv").write_text(open_quote)
+    refused(imported(), tmp_path, "meta.csv: is not valid CSV")
+
+
 def test_structures_can_be_chosen(imported, tmp_path):
     total_segmentator(tmp_path / "source")
     assert imported("--classes", "tumour,spleen")[0] == 0
