@@ -16,18 +16,20 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
 from imaging import layouts, nifti, pictures
 from imaging.files import read_json
 from preparation import itk_files, volume_pairs, volume_sets
-from preparation.readings import MOST_CLASSES, Format, VolumeCase, VolumeReading
+from preparation.readings import MOST_CLASSES, Format, VolumeCase, VolumeReading, count
 from preparation.volume_pairs import Pair
 
 MOST_PICTURES = 12  # volumes in overview.png
 CARD = 640  # pixels, width of a picture there
 SIDE = 160  # voxels; overview.png skips voxels of longer sides
 AIR = -500  # HU; only CT has voxels below this
+SOFT_TISSUE = (-160, 240)  # HU, black and white of CT in overview.png
 MODALITY_WORDS = {"CT": {"ct"}, "MR": {"mr", "mri", *volume_pairs.CHANNELS}}
 MOST_LEGEND = 30  # classes
 
@@ -194,8 +196,11 @@ def recognise_pairs(kind: str, folder: Path, args: Namespace) -> list[VolumeRead
 
 def has_mask_folders(files: list[Path]) -> bool:
     """Return True for TotalSegmentator's folders: one volume beside a folder segmentations/."""
-    count = Counter(path.parent for path in files)
-    return any(folder.name == "segmentations" and count[folder.parent] == 1 for folder in count)
+    volumes_in = Counter(path.parent for path in files)
+    for folder in volumes_in:
+        if folder.name == "segmentations" and volumes_in[folder.parent] == 1:
+            return True
+    return False
 
 
 def refuse_known_layout(folder: Path) -> None:
@@ -208,10 +213,10 @@ def refuse_known_layout(folder: Path) -> None:
     except (ValueError, OSError):  # only the labels of its dataset.json are useful
         return
 
-    count = sum(map(len, splits.values()))
+    volumes = count(sum(map(len, splits.values())), "volume")
     raise ValueError(
-        f"{folder}: train.py reads this folder as it is ({count} volumes with labels); check it "
-        f"with python prepare.py check {folder}"
+        f"{folder}: train.py reads this folder as it is ({volumes} with labels); check it with "
+        f"python prepare.py check {folder}"
     )
 
 
@@ -266,7 +271,7 @@ def name_classes(
     segmentations = []
     others = []
     for path in label_files:
-        if path.name.lower().endswith(".seg.nrrd"):
+        if volume_pairs.is_segmentation(path):
             segmentations.append(path)
         else:
             others.append(path)
@@ -309,9 +314,9 @@ def count_cases(cases: list[VolumeCase]) -> str:
     labelled = sum(case.write_labels is not None for case in cases)
     unlabelled = len(cases) - labelled
     if not labelled:
-        return f"{unlabelled} volumes without label maps"
+        return f"{count(unlabelled, 'volume')} without label maps"
 
-    text = f"{labelled} volumes with label maps"
+    text = f"{count(labelled, 'volume')} with label maps"
     return f"{text}, {unlabelled} without" if unlabelled else text
 
 
@@ -400,7 +405,7 @@ def write_label_map(pair: Pair, numbers: dict[str, int], target: Path, image: Pa
     numbers: name of a segment -> number, for .seg.nrrd files. Raises ValueError, one line, if the
     grids differ.
     """
-    if pair.label.name.lower().endswith(".seg.nrrd"):
+    if volume_pairs.is_segmentation(pair.label):
         itk_files.write_segments(pair.label, target, image, numbers)
         return
 
@@ -472,7 +477,7 @@ class VolumeWriter:
         absent = [name for number, name in self.classes.items() if not self.volumes[number]]
         return [f"no label map holds: {', '.join(absent)}"] if absent else []
 
-    def draw(self, part: Path, image: str) -> pictures.Image.Image:
+    def draw(self, part: Path, image: str) -> Image.Image:
         """Draw three planes of a volume through its labels, with its name as the caption."""
         voxels, grid = nifti.read_volume(part / image)  # (C,X,Y,Z)
 
@@ -498,7 +503,9 @@ class VolumeWriter:
 
 def grey_levels(voxels: np.ndarray, modality: str) -> np.ndarray:
     """Scale voxels to grey levels, uint8: the soft tissue window of CT, else percentiles."""
-    low, high = (-160, 240) if "CT" in modality.upper() else np.percentile(voxels, (0.25, 99.75))
+    low, high = SOFT_TISSUE
+    if "CT" not in modality.upper():
+        low, high = np.percentile(voxels, (0.25, 99.75))
     scale = 255 / max(high - low, 1e-12)
     return ((voxels - low) * scale).clip(0, 255).astype(np.uint8)
 

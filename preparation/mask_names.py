@@ -179,9 +179,10 @@ def exact_place(file: File) -> tuple[str, ...]:
     An image and its mask have the same place: a_images/ and a_masks/, images/train/ and
     masks/train/.
     """
+    role_index = file.role_index()
     place = []
     for i, name in enumerate(file.folders):
-        part = rest_of_folder(name) if i == file.role_index() else name
+        part = rest_of_folder(name) if i == role_index else name
         if part:
             place.append(SPLIT_NAMES.get(part.lower(), part))
     return tuple(place)

@@ -47,6 +47,7 @@ FLAT_SHARE = 0.001  # smallest class that fills areas, as a share of all coloure
 THIN_SHARE = 0.02  # smallest class of thin lines, as a share of all coloured pixels
 MOST_FAR = 1 / 3  # share of a mask's pixels, such as edges, that may differ by more than noise
 MOST_SCANNED = 256  # colours of a file that are counted, the most frequent ones
+CHUNK = 64  # masks between two steps of the progress bar
 SHOWN = 8  # colours or numbers that a message lists
 
 
@@ -311,8 +312,8 @@ def count_values(masks: list, numbers: bool = False) -> np.ndarray:
 
     counts = []
     bar = tqdm(total=len(masks), desc="masks", unit="mask", disable=None, leave=False)
-    for start in range(0, len(masks), 64):
-        chunk = masks[start : start + 64]
+    for start in range(0, len(masks), CHUNK):
+        chunk = masks[start : start + CHUNK]
         counts.append(data.count_masks(chunk))
         bar.update(len(chunk))
     bar.close()
@@ -640,16 +641,13 @@ def scan_colours(masks: list) -> Colours:
     paths = [entry.mask for entry in masks]
     result = Colours(any(path.suffix.lower() in data.LOSSY for path in paths))
     coloured = 0
-    bar = tqdm(total=len(paths), desc="colours", unit="mask", disable=None, leave=False)
     with ThreadPoolExecutor() as pool:
-        for start in range(0, len(paths), 64):
-            chunk = paths[start : start + 64]
-            for facts in pool.map(scan_file, chunk):
-                bar.update()
-                if facts is not None:
-                    coloured += 1
-                    result.add(*facts)
-    bar.close()
+        scans = pool.map(scan_file, paths)
+        bar = tqdm(scans, "colours", len(paths), unit="mask", disable=None, leave=False)
+        for facts in bar:
+            if facts is not None:
+                coloured += 1
+                result.add(*facts)
 
     result.is_coloured = not all(is_grey(colour, result.noise) for colour in result.main())
     result.has_one_palette = len(result.palettes) == coloured and agree(result.palettes)

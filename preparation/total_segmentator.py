@@ -15,7 +15,14 @@ import numpy as np
 from imaging import layouts, nifti
 from imaging.files import read_text
 from preparation import import_volumes, volume_pairs
-from preparation.readings import SPLIT_NAMES, Format, VolumeCase, VolumeReading, split_of_folder
+from preparation.readings import (
+    SPLIT_NAMES,
+    Format,
+    VolumeCase,
+    VolumeReading,
+    count,
+    split_of_folder,
+)
 
 COVERED = "structures overlap; the one with the later name covers the others"
 
@@ -60,7 +67,9 @@ def recognise(folder: Path, args: Namespace) -> list[VolumeReading]:
         name = relative.as_posix() if relative.parts else folder.name
         cases.append(VolumeCase(name, write_image, write_labels, split))
 
-    summary = [f"{len(cases)} volumes, one mask for each of {len(names)} structures"]
+    summary = [
+        f"{count(len(cases), 'volume')}, one mask for each of {count(len(names), 'structure')}"
+    ]
     if incomplete:
         summary.append(f"cases left out because a structure is missing: {len(incomplete)}")
     labels = import_volumes.numbered(names)
@@ -100,15 +109,22 @@ def image_of(case: Path, images: list[Path]) -> Path:
 
 
 def read_splits(folder: Path) -> dict[str, str]:
-    """Return {case: split} of the columns image_id and split of meta.csv, {} without them."""
+    """Return {case: split} of the columns image_id and split of meta.csv, {} without them.
+
+    Raises ValueError, one line, for a file that is not CSV.
+    """
     path = folder / "meta.csv"
     if not path.is_file():
         return {}
     lines = read_text(path).splitlines()
     delimiter = ";" if lines and ";" in lines[0] else ","
+    try:
+        rows = list(csv.DictReader(lines, delimiter=delimiter))
+    except csv.Error as error:
+        raise ValueError(f"{path}: is not valid CSV ({error}); correct or remove it") from None
 
     splits = {}
-    for row in csv.DictReader(lines, delimiter=delimiter):
+    for row in rows:
         split = SPLIT_NAMES.get((row.get("split") or "").strip().lower())
         if split and row.get("image_id"):
             splits[row["image_id"].strip()] = split
@@ -130,9 +146,10 @@ def write_merged(image: Path, masks: list[Path], target: Path, written: Path) ->
         mask = voxels[0] != 0
         values = voxels[0][mask]
         if len(voxels) != 1 or (values.size and values.min() < values.max()):
+            channels = count(len(voxels), "channel")
             raise ValueError(
-                f"{path}: holds {values.min():g} to {values.max():g}; a mask has one "
-                "value besides 0"
+                f"{path}: holds {channels} of {voxels.min():g} to {voxels.max():g}; a mask has "
+                "one, with one value besides 0"
             )
         covered += np.count_nonzero(labels[mask])
         labels[mask] = number

@@ -72,6 +72,11 @@ def stem_of(path: Path) -> str:
     return path.name if is_uid else path.stem
 
 
+def is_segmentation(path: Path) -> bool:
+    """Return True for a segmentation of 3D Slicer, a .seg.nrrd file."""
+    return path.name.lower().endswith(".seg.nrrd")
+
+
 def words_of(stem: str) -> list[str]:
     """Split a name into words: "img0001_seg" becomes img, 0001 and seg."""
     words = []
@@ -111,7 +116,7 @@ def named(path: Path, folder: Path, drop_channels: bool = False) -> Named:
     drop_channels: leave words for channels, and the _0000 of an image, out of the key.
     """
     parts, is_label = folder_parts(path.relative_to(folder).parent)
-    is_label |= path.name.lower().endswith(".seg.nrrd")
+    is_label |= is_segmentation(path)
 
     words = []
     for word in words_of(stem_of(path)):

@@ -387,6 +387,13 @@ def test_masks_of_structures_are_merged(imported, tmp_path):
     np.testing.assert_array_equal(labels, expected)
 
 
+def test_a_damaged_meta_csv_is_refused(imported, tmp_path):
+    total_segmentator(tmp_path / "source")
+    open_quote = 'image_id;split\ns0;"train' + "x" * 200_000
+    (tmp_path / "source/meta.csv").write_text(open_quote)
+    refused(imported(), tmp_path, "meta.csv: is not valid CSV")
+
+
 def test_structures_can_be_chosen(imported, tmp_path):
     total_segmentator(tmp_path / "source")
     assert imported("--classes", "tumour,spleen")[0] == 0
@@ -408,6 +415,17 @@ def test_a_structure_on_another_grid_is_refused(imported, tmp_path):
     total_segmentator(tmp_path / "source")
     save(tmp_path / "source/s1/segmentations/liver.nii.gz", np.zeros(SIZE, np.uint8), np.eye(4))
     refused(imported(), tmp_path, "liver.nii.gz: its affine is")
+
+
+def test_a_structure_has_one_channel_and_one_value(imported, tmp_path):
+    total_segmentator(tmp_path / "source")
+    liver = tmp_path / "source/s1/segmentations/liver.nii.gz"
+    save(liver, np.zeros((*SIZE, 2), np.uint8))
+    refused(imported(), tmp_path, "liver.nii.gz: holds 2 channels of 0 to 0; a mask has one,")
+    values = np.zeros(SIZE, np.uint8)
+    values[1:3, 2, 2] = (1, 3)
+    save(liver, values)
+    refused(imported(), tmp_path, "liver.nii.gz: holds 1 channel of 0 to 3; a mask has one")
 
 
 # --- NRRD and MetaImage ---------------------------------------------------------------------------
