@@ -22,7 +22,7 @@ from tqdm import tqdm
 from imaging import layouts, nifti, pictures
 from imaging.files import read_json
 from preparation import itk_files, volume_pairs, volume_sets
-from preparation.readings import MOST_CLASSES, Format, VolumeCase, VolumeReading, count
+from preparation.readings import Format, VolumeCase, VolumeReading, count
 from preparation.volume_pairs import Pair
 
 MOST_PICTURES = 12  # volumes in overview.png
@@ -70,9 +70,10 @@ def chosen_names(all_names: list[str], args: Namespace, where: Path) -> list[str
         if name not in all_names:
             known = layouts.shorten(", ".join(all_names), 300)
             raise ValueError(f"--classes: {where} has no {name!r}, only {known}")
-    if len(names) > MOST_CLASSES:
+    if len(names) > layouts.MOST_CLASSES:
         raise ValueError(
-            f"{where}: has {len(names)} classes, at most {MOST_CLASSES}; choose with --classes"
+            f"{where}: has {len(names)} classes, at most {layouts.MOST_CLASSES}; choose with "
+            "--classes"
         )
     return names
 

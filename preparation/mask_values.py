@@ -22,7 +22,7 @@ import data
 from imaging import image_files, layouts
 from imaging.files import read_text
 from preparation.check_findings import width_by_height
-from preparation.readings import IGNORED, MOST_CLASSES, Object
+from preparation.readings import IGNORED, Object
 
 CLASS_FILES = {
     "classes.txt", "class_names.txt", "labels.txt", "label_names.txt", "label_colors.txt",
@@ -683,10 +683,10 @@ def colour_names(masks: list, colours: Colours, names: Names) -> dict[int, str]:
             f"{folder}: masks of {len(main)} colours without black as the background; name all "
             f"colours, one of them background: --classes '{shown}'"
         )
-    if len(main) > MOST_CLASSES:
+    if len(main) > layouts.MOST_CLASSES:
         raise ValueError(
-            f"{folder}: masks hold {len(main)} colours, but there are at most {MOST_CLASSES} "
-            "classes; colours of objects instead of classes are not read"
+            f"{folder}: masks hold {len(main)} colours, but there are at most "
+            f"{layouts.MOST_CLASSES} classes; colours of objects instead of classes are not read"
         )
     return named_by_colour(colours.in_order())
 

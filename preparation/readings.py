@@ -15,7 +15,6 @@ import numpy as np
 from imaging import layouts
 
 SPLIT_NAMES = layouts.SPLITS | {"training": "train", "testing": "test"}
-MOST_CLASSES = layouts.MOST_CLASSES - 1  # without the background
 IGNORED = "(ignored)"  # class_name of pixels that do not count in training
 
 

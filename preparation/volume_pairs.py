@@ -159,12 +159,12 @@ def join_key(parts: list[str]) -> str:
 def glob_key(pattern: str, path: Path) -> str | None:
     """Return the text that the wildcards of a pattern match in a relative path, as a key.
 
-    One star matches text without a slash, two stars match any text. Return None if the path does
-    not match.
+    One star matches text without a slash, `**/` any folders or none, two stars match any text.
+    Return None if the path does not match.
     """
-    wildcards = {"**": "(.*)", "*": "([^/]*)", "?": "([^/])"}
+    wildcards = {"**/": "((?:[^/]+/)*)", "**": "(.*)", "*": "([^/]*)", "?": "([^/])"}
     expression = ""
-    for piece in re.split(r"(\*\*|\*|\?)", pattern):
+    for piece in re.split(r"(\*\*/|\*\*|\*|\?)", pattern):
         expression += wildcards.get(piece, re.escape(piece))
 
     match = re.fullmatch(expression, path.as_posix())

@@ -4,6 +4,7 @@ import itertools
 import json
 import shutil
 import sys
+from argparse import Namespace
 
 import nibabel
 import numpy as np
@@ -15,7 +16,7 @@ from PIL import Image
 import prepare
 import train
 from imaging import layouts, nifti
-from preparation import itk_files
+from preparation import import_volumes, itk_files
 
 SIZE = (20, 16, 12)
 # Axes turned about all three directions, 1.5 x 1.5 x 3 mm.
@@ -178,6 +179,25 @@ def test_globs_name_files_of_any_kind(imported, tmp_path):
     status, _, error = imported(*globs, *LIVER_AND_TUMOUR)
     assert status == 0, error
     assert sorted(entries(tmp_path / "mine")) == ["visit0", "visit1", "visit2"]
+
+
+def test_two_stars_stand_for_any_folders_or_none(imported, tmp_path):
+    for folder in ("", "clinic/ward/"):
+        image, labels = scan(len(folder))
+        save(tmp_path / f"source/{folder}a_ct.nii.gz", image)
+        save(tmp_path / f"source/{folder}a_drawn.nii.gz", labels)
+    globs = ["--images", "**/*_ct.nii.gz", "--masks", "**/*_drawn.nii.gz"]
+    status, _, error = imported(*globs, *LIVER_AND_TUMOUR)
+    assert status == 0, error
+    assert len(entries(tmp_path / "mine")) == 2
+
+
+def test_254_classes_fit_into_a_label_map(tmp_path):
+    names = [f"class {k}" for k in range(254)]
+    args = Namespace(classes=None)
+    assert import_volumes.chosen_names(names, args, tmp_path) == names
+    with pytest.raises(ValueError, match="has 255 classes, at most 254"):
+        import_volumes.chosen_names([*names, "one more"], args, tmp_path)
 
 
 def test_split_folders_are_kept(imported, tmp_path):
