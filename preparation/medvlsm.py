@@ -21,6 +21,7 @@ import json
 import shutil
 import urllib.request
 from argparse import Namespace
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
@@ -261,8 +262,8 @@ def without_repeats(splits: Splits, notes: list[str]) -> Splits:
                 )
         unique[split] = list(by_mask.values())
         if len(by_mask) < len(annotations):
-            counts = [annotation.mask for annotation in annotations]
-            repeated = sorted({name for name in counts if counts.count(name) > 1})
+            counts = Counter(annotation.mask for annotation in annotations)
+            repeated = sorted(name for name, count in counts.items() if count > 1)
             notes.append(f"{split} listed {count_and_names(repeated)} twice; they are listed once")
     return unique
 
@@ -455,7 +456,7 @@ def compare_corners(splits: Splits, corners: dict[str, tuple[int, int]]) -> list
     """
     compared = 0
     different = []
-    for annotation in (a for annotations in splits.values() for a in annotations):
+    for annotation in all_annotations(splits):
         corner = corners.get(annotation.mask)
         if corner is None or annotation.corner is None:
             continue
