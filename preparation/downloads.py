@@ -59,7 +59,7 @@ class Source:
 KAGGLE = "https://www.kaggle.com/datasets"
 STANFORD = "https://stanfordaimi.azurewebsites.net/datasets"
 PRANET = Source(
-    "the test data sets of PraNet",
+    "PraNet's test data",
     "https://github.com/DengPingFan/PraNet, section 3.1.2 of its README",
     "follow the link to TestDataset.zip",
 )
