@@ -24,8 +24,6 @@ from preparation.medvlsm import Conversion, DataSet, File, Splits, stem_of
 BUSI = DataSet(
     name="busi",
     title="BUSI, breast tumours in ultrasound",
-    site="https://www.kaggle.com/datasets/aryashah2k/breast-ultrasound-images-dataset",
-    licence="see the site",
     archive="archive.zip of Kaggle",
     counts={"train": 624, "val": 78, "test": 78},
     split_source="a random split by the medvlsm study (github.com/naamiinepal/medvlsm)",

@@ -39,8 +39,6 @@ from preparation.medvlsm import Annotation, Conversion, DataSet, File, Files, Sp
 CAMUS = DataSet(
     name="camus",
     title="CAMUS, three structures of the heart in ultrasound",
-    site="https://humanheart-project.creatis.insa-lyon.fr/database, by login",
-    licence="see the site; research only",
     archive="CAMUS_public.zip",
     counts={"train": 4800, "val": 600, "test": 600},
     split_source="test: the test patients of CAMUS; val: patients 1 to 50, by medvlsm's authors",

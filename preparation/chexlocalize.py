@@ -32,8 +32,6 @@ from preparation.medvlsm import Conversion, DataSet, File, Files, Splits, stem_o
 CHEXLOCALIZE = DataSet(
     name="chexlocalize",
     title="CheXlocalize, ten findings in chest X-rays",
-    site="https://stanfordaimi.azurewebsites.net/datasets/23c56a0d-15de-405b-87c8-99c30138950c",
-    licence="Stanford University School of Medicine CheXlocalize Dataset Research Use Agreement",
     archive="the folder chexlocalize with CheXpert/ and CheXlocalize/ in it",
     counts={"train": 1279, "val": 446, "test": 452},
     split_source="CheXpert's val and test patients in a random split by medvlsm's authors",

@@ -50,17 +50,18 @@ class Source:
     """The site of a data set."""
 
     title: str
-    page: str  # where to go
+    page: str  # where to go; also for source.json and README.txt
     asks: str  # what the site asks for
     files: tuple[File, ...] = ()  # direct links, if there are any
-    licence: str = "not checked, see the page"
+    licence: str = "see the site"  # of the images
 
 
 KAGGLE = "https://www.kaggle.com/datasets"
+STANFORD = "https://stanfordaimi.azurewebsites.net/datasets"
 PRANET = Source(
-    "the test data sets of PraNet",
-    "https://github.com/DengPingFan/PraNet",
-    "follow the link to TestDataset.zip in its README",
+    "PraNet's test data",
+    "https://github.com/DengPingFan/PraNet, section 3.1.2 of its README",
+    "follow the link to TestDataset.zip",
 )
 ISIC_2016 = "https://isic-challenge-data.s3.amazonaws.com/2016/ISBI2016_ISIC_Part1"
 SOURCES = {
@@ -69,7 +70,7 @@ SOURCES = {
         "https://datasets.simula.no/kvasir-seg",
         "nothing",
         (File("https://datasets.simula.no/downloads/kvasir-seg.zip"),),
-        "research and education; see the page for other uses",
+        "research and education, see the site",
     ),
     "isic": Source(
         "ISIC 2016, part 1",
@@ -90,9 +91,25 @@ SOURCES = {
     "cvc300_polyp": PRANET,
     "colondb_polyp": PRANET,
     "etis_polyp": PRANET,
-    "dfu": Source("DFU 2022", "https://dfu-challenge.github.io/dfuc2022.html", "send in a form"),
-    "camus": Source("CAMUS", "https://humanheart-project.creatis.insa-lyon.fr", "log in"),
-    "chexlocalize": Source("CheXlocalize", "Stanford AIMI", "register"),
+    "dfu": Source(
+        "DFU 2022",
+        "https://dfu-challenge.github.io/dfuc2022.html",
+        "send in a form",
+        licence="by the form",
+    ),
+    "camus": Source(
+        "CAMUS",
+        "https://humanheart-project.creatis.insa-lyon.fr/database",
+        "log in",
+        licence="see the site; research only",
+    ),
+    "chexlocalize": Source(
+        "CheXlocalize",
+        f"{STANFORD}/23c56a0d-15de-405b-87c8-99c30138950c",
+        "register",
+        licence="Stanford University School of Medicine CheXlocalize Dataset Research Use "
+        "Agreement",
+    ),
 }
 
 

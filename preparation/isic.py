@@ -24,8 +24,6 @@ from preparation.medvlsm import Conversion, DataSet, Files, Splits, files_by_ste
 ISIC = DataSet(
     name="isic",
     title="ISIC 2016, skin lesions in dermoscopy",
-    site="https://challenge.isic-archive.com/data",
-    licence="see the site",
     archive="ISBI2016_ISIC_Part1_{Training,Test}_{Data,GroundTruth}.zip, four of them",
     counts={"train": 810, "val": 90, "test": 379},
     split_source="test: the ISIC 2016 challenge; val: a random tenth of its training images, by "
@@ -39,8 +37,6 @@ ENDING = "_Segmentation"
 DFU = DataSet(
     name="dfu",
     title="DFU 2022, foot ulcers in photographs",
-    site="https://dfu-challenge.github.io/dfuc2022.html, by form",
-    licence="by the form",
     archive="DFUC2022_train_release.zip",
     counts={"train": 1600, "val": 200, "test": 200},
     split_source="a random split of the challenge's training images, by the medvlsm study",

@@ -21,6 +21,7 @@ import json
 import shutil
 import urllib.request
 from argparse import Namespace
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
@@ -47,12 +48,10 @@ BOX_TOLERANCE = 2  # pixels between the corner of a mask and that of the study's
 
 @dataclass(frozen=True)
 class DataSet:
-    """The facts about a data set of the study."""
+    """The facts about a data set of the study; its site and licence are in downloads.SOURCES."""
 
     name: str  # of its folder in the study's repository, such as "kvasir_polyp"
     title: str  # for README.txt, such as "Kvasir-SEG: polyps in colonoscopy"
-    site: str  # where the archive is from
-    licence: str  # of the images
     archive: str  # file name that the site gives, for --help and messages
     counts: dict[str, int]  # split -> entries in the study's file
     split_source: str  # where the split is from; `check` reads it as "published_split"
@@ -64,6 +63,11 @@ class DataSet:
     def command(self) -> str:
         """Return the name of the command."""
         return self.name.replace("_", "-")
+
+    @property
+    def source(self) -> downloads.Source:
+        """Return the site of the images, and their licence."""
+        return downloads.SOURCES[self.name]
 
     def addresses(self) -> dict[str, str]:
         """Return split -> address of its annotation file."""
@@ -258,8 +262,8 @@ def without_repeats(splits: Splits, notes: list[str]) -> Splits:
                 )
         unique[split] = list(by_mask.values())
         if len(by_mask) < len(annotations):
-            counts = [annotation.mask for annotation in annotations]
-            repeated = sorted({name for name in counts if counts.count(name) > 1})
+            counts = Counter(annotation.mask for annotation in annotations)
+            repeated = sorted(name for name, count in counts.items() if count > 1)
             notes.append(f"{split} listed {count_and_names(repeated)} twice; they are listed once")
     return unique
 
@@ -452,7 +456,7 @@ def compare_corners(splits: Splits, corners: dict[str, tuple[int, int]]) -> list
     """
     compared = 0
     different = []
-    for annotation in (a for annotations in splits.values() for a in annotations):
+    for annotation in all_annotations(splits):
         corner = corners.get(annotation.mask)
         if corner is None or annotation.corner is None:
             continue
@@ -679,8 +683,8 @@ def make_data_set(data_set: DataSet, plan: Plan, args: Namespace) -> int:
 
         source = {
             "name": data_set.name,
-            "source": data_set.site,
-            "licence": data_set.licence,
+            "source": data_set.source.page,
+            "licence": data_set.source.licence,
             "archives": [archive.path.resolve().name for archive in opened],
             "annotations": origin,
             "annotations_licence": ANNOTATION_LICENCE,
@@ -695,7 +699,7 @@ def make_data_set(data_set: DataSet, plan: Plan, args: Namespace) -> int:
 
 DESCRIPTION = """Make the data set {name} of the medvlsm study from the archive of its site.
 
-{title}. The archive is {archive}, from {site}.
+{title}. The archive is {archive}, from {source.page}.
 
 Images are copied. Masks become PNG files with 0 and 255. Splits and prompts are those of the
 study; its annotation files are downloaded unless --annotations names them.{details}
@@ -712,7 +716,7 @@ def add_command(command, data_set: DataSet, plan: Plan, details: str = ""):
         return make_data_set(data_set, plan, args)
 
     details = f"\n\n{details}" if details else ""
-    run.__doc__ = DESCRIPTION.format(**vars(data_set), details=details)
+    run.__doc__ = DESCRIPTION.format(**vars(data_set), source=data_set.source, details=details)
     help = f"make {data_set.title}, with the prompts of medvlsm"
     add = command(run, help, name=data_set.command)
     add(
@@ -722,7 +726,7 @@ def add_command(command, data_set: DataSet, plan: Plan, details: str = ""):
         metavar="DOWNLOAD",
         help="archive as the site gives it (zip or tar), or its unpacked folder",
     )
-    if downloads.SOURCES[data_set.name].files:
+    if data_set.source.files:
         downloads.add_option(add)
     help = f"folder of the new data set (default: data/{data_set.name})"
     add("--out", type=Path, metavar="DIR", help=help)

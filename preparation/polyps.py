@@ -28,7 +28,6 @@ TEST_ONLY = (
     "a test set: PraNet and the medvlsm study train on other data; the study's train file holds 20 "
     "images of it"
 )
-PRANET = "PraNet's test data, github.com/DengPingFan/PraNet, section 3.1.2 of its README"
 SEQUENCES = "metadata.csv"  # of ClinicDB: columns png_image_path, sequence_id and others
 SHARES = {"test": 0.1, "val": 0.2, "train": 1}  # --split sequence: where each split ends
 
@@ -47,8 +46,6 @@ KVASIR = PolypSet(
     DataSet(
         name="kvasir_polyp",
         title="Kvasir-SEG, polyps in colonoscopy",
-        site="https://datasets.simula.no/kvasir-seg",
-        licence="research and education, see the site",
         archive="kvasir-seg.zip",
         counts={"train": 800, "val": 100, "test": 100},
         split_source=STUDY_SPLIT,
@@ -62,8 +59,6 @@ CLINICDB = PolypSet(
     DataSet(
         name="clinicdb_polyp",
         title="CVC-ClinicDB, polyps in colonoscopy",
-        site="https://www.kaggle.com/datasets/balraj98/cvcclinicdb",
-        licence="see the site",
         archive="archive.zip of Kaggle, or CVC-ClinicDB with the original TIFF files",
         counts={"train": 490, "val": 61, "test": 61},
         split_source=STUDY_SPLIT,
@@ -77,8 +72,6 @@ BKAI = PolypSet(
     DataSet(
         name="bkai_polyp",
         title="BKAI-IGH NeoPolyp, polyps in colonoscopy",
-        site="https://www.kaggle.com/datasets/magiccard/bkai-igh",
-        licence="see the site",
         archive="archive.zip of Kaggle",
         counts={"train": 800, "val": 100, "test": 100},
         split_source=STUDY_SPLIT,
@@ -92,8 +85,6 @@ CVC300 = PolypSet(
     DataSet(
         name="cvc300_polyp",
         title="CVC-300, polyps in colonoscopy",
-        site=PRANET,
-        licence="see the site",
         archive="TestDataset.zip of PraNet",
         counts={"test": 60},
         split_source="a test set: PraNet and the medvlsm study train on other data",
@@ -108,8 +99,6 @@ COLONDB = PolypSet(
     DataSet(
         name="colondb_polyp",
         title="CVC-ColonDB, polyps in colonoscopy",
-        site=PRANET,
-        licence="see the site",
         archive="TestDataset.zip of PraNet",
         counts={"train": 20, "val": 0, "test": 360},
         split_source=TEST_ONLY,
@@ -122,8 +111,6 @@ ETIS = PolypSet(
     DataSet(
         name="etis_polyp",
         title="ETIS-LaribPolypDB, polyps in colonoscopy",
-        site=PRANET,
-        licence="see the site",
         archive="TestDataset.zip of PraNet",
         counts={"train": 20, "val": 0, "test": 176},
         split_source=TEST_ONLY,
@@ -227,7 +214,7 @@ def split_by_sequence(splits: Splits, where: str) -> Splits:
     if not all(annotation.group for annotation in annotations):
         raise ValueError(
             f"--split sequence: {where} has no {SEQUENCES} that tells the sequence of each frame; "
-            f"take the archive of {CLINICDB.facts.site}"
+            f"take the archive of {CLINICDB.facts.source.page}"
         )
 
     sequences = sorted({annotation.group for annotation in annotations})
