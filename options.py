@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import get_args
 
 from engine import command_line
+from engine.command_line import flag
 from engine.ranges import Choice, Flag, Number, Text, Values
 from engine.runs import patients_of, read_run
 from imaging.augment import VIEWS
@@ -54,11 +55,6 @@ def option(group: str, default, help: str, unset: str = "", **details):
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
-
-
-def flag(name: str) -> str:
-    """Return an option as it is written on the command line: "batch_size" is --batch-size."""
-    return "--" + name.replace("_", "-")
 
 
 SCHEDULES = ["cosine", "poly", "constant", "multistep", "plateau"]

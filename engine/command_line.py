@@ -48,6 +48,11 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message}; --help lists the options\n")
 
 
+def flag(name: str) -> str:
+    """Return an option as it is written on the command line: "batch_size" is --batch-size."""
+    return "--" + name.replace("_", "-")
+
+
 def command(main) -> None:
     """Run a program's `main`, then exit: with its status, or with one line on stderr.
 

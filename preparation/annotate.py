@@ -31,7 +31,6 @@ from imaging import atomic_files, image_files, layouts, pictures
 from imaging.files import read_json
 from preparation import mask_words
 from preparation.check_images import MASK_THRESHOLD, split_order
-from preparation.demo import png
 from preparation.volume_sets import link
 
 ALL_TYPES = tuple(f"p{k}" for k in range(10))
@@ -458,7 +457,8 @@ def write_prompts(args) -> int:
         contents[f"{split}.json"] = file_content(root / "anns" / f"{split}.json", items)
     all_described = [*chain(*described.values())]
     all_items = [*chain(*annotations.values())]
-    contents[SHEET] = png(np.asarray(draw_sheet(all_described, all_items, args.types[-1])))
+    page = draw_sheet(all_described, all_items, args.types[-1])
+    contents[SHEET] = pictures.png(np.asarray(page))
 
     if args.out is None:
         write_in_place(root, contents)

@@ -3,6 +3,7 @@
 import shlex
 from pathlib import Path
 
+from engine.command_line import flag
 from engine.ranges import GREY_LEVEL
 from imaging import image_files, layouts
 from preparation import check_findings, check_report, import_folder
@@ -19,11 +20,6 @@ OPTIONS_OF_IMAGES = ("model", "mask_orientation", "mask_threshold")
 OPTIONS_OF_REPORTS = ("model", "mask_orientation", "mask_threshold", "strict", "report", "html")
 
 # --- before anything is read ----------------------------------------------------------------------
-
-
-def flag_of(name: str) -> str:
-    """Return an option as it is typed."""
-    return f"--{name.replace('_', '-')}"
 
 
 def describe_foreign_folder(root: Path) -> str:
@@ -56,20 +52,20 @@ def refuse_misuse(args) -> None:
     if all(layouts.has_volumes(root) for root in args.data):
         for name in OPTIONS_OF_IMAGES:
             if getattr(args, name) is not None:
-                raise ValueError(f"{flag_of(name)}: has no effect on volumes; remove it")
+                raise ValueError(f"{flag(name)}: has no effect on volumes; remove it")
     if args.fix_splits:
         for name in OPTIONS_OF_REPORTS:
             value = getattr(args, name)
             if value is not None and value is not False:  # 0 is a threshold
-                raise ValueError(f"{flag_of(name)}: has no effect with --fix-splits; remove it")
+                raise ValueError(f"{flag(name)}: has no effect with --fix-splits; remove it")
     for name in ("report", "html"):
         path = getattr(args, name)
         if path is None:
             continue
         if path.exists() or path.is_symlink():
-            raise ValueError(f"{flag_of(name)} {path}: exists already; choose another name")
+            raise ValueError(f"{flag(name)} {path}: exists already; choose another name")
         if any(parent.exists() and not parent.is_dir() for parent in path.parents):
-            raise ValueError(f"{flag_of(name)} {path}: lies below a file; choose another name")
+            raise ValueError(f"{flag(name)} {path}: lies below a file; choose another name")
     if args.html is not None and args.html == args.report:
         raise ValueError(f"--html {args.html}: is also the folder of --report; choose another name")
 
@@ -126,7 +122,7 @@ def train_command(args, data_sets: list[DataSet]) -> str:
         words += ["--prompt", prompt]
     for name in ("mask_orientation", "mask_threshold"):
         if getattr(args, name) is not None:
-            words += [flag_of(name), str(getattr(args, name))]
+            words += [flag(name), str(getattr(args, name))]
     return shlex.join([*words, *group_option(args)])
 
 

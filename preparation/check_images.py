@@ -184,9 +184,9 @@ def read_masks(splits: Splits, images: dict, findings: Findings) -> dict[Path, M
 
 
 def are_names_swapped(entries: list[Entry]) -> bool:
-    """Return True if most images lie in the folder of masks, by their names, and masks in theirs.
+    """Return True if most entries have their image among the masks and their mask among the images.
 
-    Their endings differ, so the files seem to be missing where they are expected.
+    The endings differ, so the files seem to be missing where they are expected.
     """
     swapped = 0
     for entry in entries:

@@ -82,7 +82,7 @@ def same_stem(path: Path) -> str:
 
 
 def split_images(splits: dict[str, list], facts: dict) -> list[SplitImage]:
-    """Return each image of each split once, without those that have no facts: {path: facts}."""
+    """Return each image of each split once, if it is in facts, {path: facts}."""
     images = []
     for split, entries in splits.items():
         roots = {entry.image: entry.root for entry in entries if entry.image in facts}
@@ -92,7 +92,7 @@ def split_images(splits: dict[str, list], facts: dict) -> list[SplitImage]:
 
 
 def published_split(root: Path) -> str | None:
-    """Return where the split of a data set comes from, by its source.json; None if it is silent.
+    """Return where a data set's split comes from, as its source.json says; None if it does not.
 
     Raises ValueError, one line, if the file is not an object or the field not a text.
     """
@@ -101,7 +101,7 @@ def published_split(root: Path) -> str | None:
         return None
 
     content = read_json(path)
-    text = content.get("published_split") if isinstance(content, dict) else 0
+    text = content.get("published_split") if isinstance(content, dict) else 0  # 0: refused below
     if text is not None and not (isinstance(text, str) and text.strip()):
         expected = '{"published_split": "where the split comes from"}'
         raise ValueError(f"{path}: expected an object such as {expected}")
@@ -164,8 +164,9 @@ def check_overlap(images: list[SplitImage], published: set[Path], findings: Find
 
 
 def check_near(images: list[SplitImage], reported: set[Path], findings: Findings) -> None:
-    """Add a finding for each image of test that is nearly one of train or val, or of val, of train.
+    """Add a finding for each image that is nearly the same as one of an earlier split.
 
+    Images of test are compared with train and val, those of val with train.
     reported: paths that `check_overlap` has reported.
     """
     by_path_and_role = {}

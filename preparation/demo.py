@@ -5,7 +5,6 @@ them, drawn uniformly, is the target; nothing but the text says which.
 """
 
 import argparse
-import io
 import json
 import math
 import re
@@ -18,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFilter
 from tqdm import tqdm
 
 from engine.ranges import SEED, Number
-from imaging import atomic_files
+from imaging import atomic_files, pictures
 
 COLOURS = {  # as people name them on pink mucosa; sRGB
     "white": (240, 238, 228),
@@ -267,13 +266,6 @@ def draw_image(rng: np.random.Generator, grid, blobs: list[Blob]) -> np.ndarray:
 # --- files ----------------------------------------------------------------------------------------
 
 
-def png(pixels: np.ndarray) -> bytes:
-    """Return the PNG file of an image, uint8 (H,W) or (H,W,3)."""
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG", compress_level=4)  # 6: 3 % smaller, twice the time
-    return file.getvalue()
-
-
 def annotation(image: str, mask: str, blob: Blob) -> dict:
     """Return an entry of an annotation file; bbox is [x0, y0, x1, y1], the ends excluded."""
     rows, columns = np.nonzero(blob.mask)
@@ -317,15 +309,15 @@ def demo_files(
         split = "train" if i < num_train else "val" if i < images - num_test else "test"
 
         name = f"{i:05}.png"
-        yield f"images/{name}", png(draw_image(rng, grid, blobs))
-        yield f"masks/{name}", png(target.mask)
+        yield f"images/{name}", pictures.png(draw_image(rng, grid, blobs))
+        yield f"masks/{name}", pictures.png(target.mask)
         entries[split].append(annotation(name, name, target))
 
         # The split `other_blob` prompts for another blob of the test images.
         if split == "test" and len(blobs) > 1:
             other = blobs[order[1]]
             other_name = f"{i:05}_other.png"
-            yield f"masks/{other_name}", png(other.mask)
+            yield f"masks/{other_name}", pictures.png(other.mask)
             entries["other_blob"].append(annotation(name, other_name, other))
 
     entries["other_prompts"] = wrong_prompts(entries["test"], np.random.default_rng((seed, images)))

@@ -29,7 +29,6 @@ from tqdm import tqdm
 from engine.ranges import POSITIVE, SEED
 from imaging import atomic_files, pictures
 from preparation import archives, volume_sets
-from preparation.demo import png
 from preparation.uw_madison import ENDS, make_splits, write_notes
 
 DME_CLASSES = ("background", "NFL", "GCL-IPL", "INL", "OPL", "ONL-ISM", "ISE-OS", "RPE", "fluid")
@@ -249,7 +248,7 @@ def write_volume(volumes: VolumeSet, part: Path, patient: str) -> Counter:
         mask = np.ascontiguousarray(mask[:, columns])
 
         name = f"{patient}_slice{n:02}.png"
-        (folder / "images" / name).write_bytes(png(image))
+        (folder / "images" / name).write_bytes(pictures.png(image))
         pictures.class_map(mask, len(volumes.classes)).save(folder / "masks" / name)
 
         counts["slices"] += 1

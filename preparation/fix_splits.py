@@ -17,9 +17,9 @@ def fix_splits(root: Path, group_regex: str | None) -> None:
     """Remove entries of train and val whose image or patient is in val or test, and print them.
 
     Only annotation files are rewritten: anns/train.json, and val. The former file stays as
-    anns/train.json.before. Raises ValueError, one line, if a split cannot be read, if the splits
-    are no annotation files but something must be removed, if nothing to train on would remain, and
-    if another process writes annotation files.
+    anns/train.json.before. Raises ValueError, one line, if a split cannot be read, if entries to
+    remove are not listed in annotation files, if nothing to train on would remain, and if another
+    process writes annotation files.
     """
     if not (root / "anns").is_dir():
         remove_shared(root, group_regex)

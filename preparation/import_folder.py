@@ -20,6 +20,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from engine import tables
+from engine.command_line import flag
 from engine.ranges import GREY_LEVEL
 from imaging import atomic_files, image_files, layouts, pictures
 from imaging.files import read_csv
@@ -578,8 +579,7 @@ def refuse_useless(reading: Reading, args: Namespace) -> None:
     if isinstance(reading, VolumeReading):
         for name in ("prompt", "each", "mask_threshold"):
             if getattr(args, name) is not None:
-                flag = f"--{name.replace('_', '-')}"
-                raise ValueError(f"{flag}: has no effect on volumes; remove it")
+                raise ValueError(f"{flag(name)}: has no effect on volumes; remove it")
     elif len(reading.classes) > layouts.MOST_CLASSES:
         raise ValueError(
             f"{args.folder}: has {len(reading.classes)} classes; a mask holds "

@@ -26,6 +26,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import numpy as np
 
+from engine.command_line import flag
 from imaging import image_files, layouts
 from imaging.files import UTF16_MARKS, read_json
 from preparation.readings import SPLIT_NAMES, Case, ImageReading, Object
@@ -296,8 +297,7 @@ def refuse_options(export: Export, args: Namespace) -> None:
     """Raise ValueError, one line, for options that have no effect on an export."""
     for name in ("classes", "mask_threshold"):
         if getattr(args, name) is not None:
-            flag = f"--{name.replace('_', '-')}"
-            raise ValueError(f"{flag}: has no effect on {export.title}; remove it")
+            raise ValueError(f"{flag(name)}: has no effect on {export.title}; remove it")
 
 
 def named_classes(export: Export, counts: Counter) -> tuple[str, ...]:

@@ -21,7 +21,6 @@ from engine.ranges import SEED
 from imaging import atomic_files, image_files, pictures
 from preparation import archives, volume_sets
 from preparation.check_findings import count_and_names, width_by_height
-from preparation.demo import png
 
 # Class indices as in the LearnOpenCV tutorial on this data; 0 is the background.
 CLASS_INDICES = {"stomach": 1, "small_bowel": 2, "large_bowel": 3}
@@ -171,7 +170,7 @@ def write_scan(scan: list[Slice], window: str, out: Path) -> int:
             high = float(image.max())
         grey = (image - low) / ((high - low) or 1) * 255
         grey = grey.clip(0, 255).astype(np.uint8)  # (H,W)
-        (out / s.split / "images" / f"{s.name}.png").write_bytes(png(grey))
+        (out / s.split / "images" / f"{s.name}.png").write_bytes(pictures.png(grey))
 
         mask, num_overlapping = organ_map(s, image.shape)
         picture = pictures.class_map(mask, 1 + len(CLASS_INDICES))

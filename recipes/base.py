@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine import evaluate, runs
+from engine.command_line import flag
 from engine.lora import add_lora, is_lora
 from engine.runs import DataSets
 from imaging import layouts, volumes
@@ -407,8 +408,7 @@ class Family:
         for group, refusal in refused.items():
             used = [name for name in group if self.is_set(name, values.get(name))]
             if used and group not in self.options:
-                flag = "--" + used[0].replace("_", "-")
-                raise ValueError(refusal.format(flag=flag, model=model))
+                raise ValueError(refusal.format(flag=flag(used[0]), model=model))
 
     def is_set(self, option: str, value) -> bool:
         """Return True if the value of an option is not its default."""
