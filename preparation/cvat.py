@@ -6,7 +6,7 @@
 
 - Areas are polygon, box, ellipse and mask. All others, such as points, polyline and tag, cover no
   pixels: they are skipped and counted.
-- Shapes are drawn by z_order, of the same order as they are in the file.
+- Shapes are drawn by z_order, and those of the same z_order in the order of the file.
 - The classes are in the order of the project's labels. Subsets become splits.
 - Coordinates are those of the upright photo, which CVAT shows.
 - A file with a DOCTYPE is refused: CVAT writes none, and entities can fill the memory.

@@ -1,18 +1,19 @@
 """What the formats of annotation tools share, for `prepare.py import`.
 
 coco.py, labelme.py, cvat.py, label_studio.py and kaggle_rle.py each read the files of one tool into
-an `Export`. Here its images are searched in the folder and the shapes become objects.
+an `Export`. This module finds its images in the folder and turns its shapes into objects.
 
-- An image is named by its path. If FOLDER has no such path, the file name alone decides, and that
-  is counted in the summary: annotators' machines have other folders. Where some of the paths fit,
-  all must, except for absolute ones. Only files below FOLDER are ever opened.
+- An image is named by its path. If FOLDER has no such path, the file name alone decides, as
+  annotators' machines have other folders; the summary counts such images. If the folders of some
+  images fit, those of all must, except for absolute paths. Only files below FOLDER are ever opened.
 - An image that the export lists but FOLDER lacks is an error. An image of FOLDER that the export
   does not list is one, too, unless --skip-unpaired leaves it out.
 - A photo may be stored turned (EXIF). The size in the export says whether its coordinates are those
   of the stored or of the upright image. Where both have this size (a square, a half turn), each
   tool has its rule: COCO means the stored image, all others the upright one.
 - The split is that of the tool (CVAT's subsets) or of the export's name (instances_val2017.json),
-  else that of a folder around the export (train/_annotations.coco.json), else around the image.
+  else that of a folder around the export (train/_annotations.coco.json), else that of a folder
+  around the image.
 """
 
 import os
@@ -264,13 +265,13 @@ def choose_frame(listed: ListedImage, image: Path, upright: tuple, means_stored:
             f"{image}: has {upright[1]}x{upright[0]} pixels, but {listed.location} says "
             f"{size[1]}x{size[0]}; give the images that were annotated"
         )
-    is_open = stored == upright and orientation != 1
-    if is_open and means_stored:
+    is_ambiguous = stored == upright and orientation != 1
+    if is_ambiguous and means_stored:
         image_files.say_once(
             f"{image}: is stored turned (EXIF), and its size does not tell whether the shapes are "
             "turned as well; they are taken to be"
         )
-    is_stored = means_stored if is_open else size == stored
+    is_stored = means_stored if is_ambiguous else size == stored
     return size, orientation if is_stored else 1
 
 
