@@ -24,6 +24,7 @@ from tqdm import tqdm
 from engine.ranges import GREY_LEVEL
 from imaging import atomic_files, image_files, layouts, measurements, pictures
 from imaging.files import read_csv
+from imaging.layouts import MOST_CLASSES
 from preparation import (
     coco,
     cvat,
@@ -572,10 +573,9 @@ def refuse_useless(reading: Reading, args: Namespace) -> None:
             if getattr(args, name) is not None:
                 flag = f"--{name.replace('_', '-')}"
                 raise ValueError(f"{flag}: has no effect on volumes; remove it")
-    elif len(reading.classes) > layouts.MOST_CLASSES:
+    elif len(reading.classes) > MOST_CLASSES:
         raise ValueError(
-            f"{args.folder}: has {len(reading.classes)} classes; a mask holds "
-            f"{layouts.MOST_CLASSES}"
+            f"{args.folder}: has {len(reading.classes)} classes; a mask holds {MOST_CLASSES}"
         )
     elif args.modality:
         raise ValueError("--modality: has no effect on images; remove it")
