@@ -24,6 +24,7 @@ from engine.command_line import flag
 from engine.ranges import GREY_LEVEL
 from imaging import atomic_files, image_files, layouts, pictures
 from imaging.files import read_csv
+from imaging.layouts import MOST_CLASSES
 from imaging.measurements import SPACINGS
 from preparation import (
     coco,
@@ -580,10 +581,9 @@ def refuse_useless(reading: Reading, args: Namespace) -> None:
         for name in ("prompt", "each", "mask_threshold"):
             if getattr(args, name) is not None:
                 raise ValueError(f"{flag(name)}: has no effect on volumes; remove it")
-    elif len(reading.classes) > layouts.MOST_CLASSES:
+    elif len(reading.classes) > MOST_CLASSES:
         raise ValueError(
-            f"{args.folder}: has {len(reading.classes)} classes; a mask holds "
-            f"{layouts.MOST_CLASSES}"
+            f"{args.folder}: has {len(reading.classes)} classes; a mask holds {MOST_CLASSES}"
         )
     elif args.modality:
         raise ValueError("--modality: has no effect on images; remove it")

@@ -1,7 +1,7 @@
 """What the formats of annotation tools share, for `prepare.py import`.
 
 coco.py, labelme.py, cvat.py, label_studio.py and kaggle_rle.py each read the files of one tool into
-an `Export`. Here its images are searched in the folder and the shapes become objects.
+an `Export`. This module finds its images in the folder and turns its shapes into objects.
 
 - An image is named by its path. If FOLDER has no such path, the file name alone decides, as
   annotators' machines have other folders; the summary counts such images. If the folders of some
