@@ -62,6 +62,11 @@ def parse_json(text: str, name):
     return content
 
 
+def json_text(content) -> str:
+    """Return the text of a JSON file that people read: indented, and no letter is escaped."""
+    return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+
+
 def unique_keys(pairs: list[tuple[str, object]]) -> dict:
     """Return the object of these keys and values. Raises ValueError if a key is repeated."""
     content = dict(pairs)

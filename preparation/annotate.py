@@ -12,7 +12,6 @@ annotation files (imaging/layouts.py):
 
 import argparse
 import io
-import json
 import shlex
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -28,7 +27,7 @@ from tqdm import tqdm
 import data
 from engine.ranges import GREY_LEVEL
 from imaging import atomic_files, image_files, layouts, pictures
-from imaging.files import read_json
+from imaging.files import json_text, read_json
 from preparation import mask_words
 from preparation.check_images import MASK_THRESHOLD, split_order
 from preparation.volume_sets import link
@@ -295,7 +294,7 @@ def file_content(path: Path, items: list[dict]) -> bytes:
     """Return the content of an annotation file; that of `path` itself if it lists the same."""
     if path.is_file() and read_json(path) == items:
         return path.read_bytes()
-    return (json.dumps(items, indent=1, ensure_ascii=False) + "\n").encode()
+    return json_text(items).encode()
 
 
 def draw_sheet(drafts: list[Draft], annotations: list[dict], kind: str) -> Image.Image:

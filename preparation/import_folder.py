@@ -6,7 +6,6 @@ cvat.py, label_studio.py and kaggle_rle.py (files of annotation tools) and impor
 the files that are written and the sheet of overlays.
 """
 
-import json
 import os
 import re
 import shlex
@@ -23,7 +22,7 @@ from engine import tables
 from engine.command_line import flag
 from engine.ranges import GREY_LEVEL
 from imaging import atomic_files, image_files, layouts, pictures
-from imaging.files import read_csv
+from imaging.files import json_text, read_csv
 from imaging.layouts import MOST_CLASSES
 from imaging.measurements import SPACINGS
 from preparation import (
@@ -481,8 +480,7 @@ def write_images(reading: ImageReading, args: Namespace) -> list[str]:
         for split, entries in writer.entries.items():
             contents[f"anns/{split}.json"] = entries
         for name, content in contents.items():
-            text = json.dumps(content, indent=1, ensure_ascii=False)
-            (part / name).write_text(text + "\n", encoding="utf-8")
+            (part / name).write_text(json_text(content), encoding="utf-8")
 
         if writer.spacings:
             tables.write_csv(part / SPACINGS, writer.spacings)

@@ -14,14 +14,13 @@ that they are compared without their ending.
 """
 
 import io
-import json
 from collections.abc import Iterator
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from imaging import atomic_files, layouts
-from imaging.files import read_json
+from imaging.files import json_text, read_json
 from preparation.spreadsheets import read_sheet
 
 SPLITS = ("train", "val", "test")
@@ -281,9 +280,8 @@ def write_changed(annotations: Annotations) -> int:
     for split, entries in annotations.new.items():
         if annotations.old.get(split) == entries:
             continue
-        text = json.dumps(entries, indent=1, ensure_ascii=False)
         with atomic_files.atomic_write(annotations.path(split)) as part:
-            part.write_text(text + "\n", encoding="utf-8")
+            part.write_text(json_text(entries), encoding="utf-8")
         changed += 1
     return changed
 

@@ -17,7 +17,6 @@ the order of their names. These commands read this form as well.
 """
 
 import http.client
-import json
 import shutil
 import urllib.request
 from argparse import Namespace
@@ -31,7 +30,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from imaging import atomic_files, image_files, layouts
-from imaging.files import decode_text, parse_json
+from imaging.files import decode_text, json_text, parse_json
 from preparation import archives, downloads, mask_words
 from preparation.archives import Archive
 from preparation.check_findings import count_and_names
@@ -530,8 +529,7 @@ def rewrite_prompts(conversion: Conversion, part: Path) -> None:
 def write_json(path: Path, content) -> None:
     """Write a JSON file and its folder."""
     path.parent.mkdir(exist_ok=True)
-    text = json.dumps(content, indent=1, ensure_ascii=False)
-    path.write_text(text + "\n", encoding="utf-8")
+    path.write_text(json_text(content), encoding="utf-8")
 
 
 def as_item(annotation: Annotation) -> dict:
