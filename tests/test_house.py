@@ -30,11 +30,12 @@ FLOORS = [
     ["engine"],
     ["recipes"],
     ["preparation"],
+    ["prediction"],
     ["options"],
     ["train", "predict", "prepare"],
     ["studies"],
 ]
-FOLDERS = ("imaging", "engine", "recipes", "preparation")
+FOLDERS = ("imaging", "engine", "recipes", "preparation", "prediction")
 
 
 def floor_of(module: str) -> int:

@@ -15,8 +15,8 @@ from conftest import ROOT
 from PIL import ExifTags, Image
 
 import data
-import predict
 from imaging import image_files, layouts
+from prediction.inputs import list_cases
 from preparation import check_images
 from preparation.check_findings import Findings
 
@@ -428,11 +428,11 @@ def test_predict_lists_images_by_the_same_rule(tmp_path):
     (folder / "._a.png").write_bytes(b"macOS")
     Image.fromarray(COLOURS).save(folder / "b.ppm")
     args = type("Args", (), {"inputs": [str(folder)], "prompt": None, "split": None, "out": "o"})()
-    assert [name for name, _, _ in predict.list_cases(args, {}, False)] == ["a", "b"]
+    assert [name for name, _, _ in list_cases(args, {}, False)] == ["a", "b"]
     (tmp_path / "other").mkdir()
     (tmp_path / "other/a.dcm").write_bytes(b"x")
     args.inputs = [str(tmp_path / "other")]
-    assert "DICOM is not read" in one_line(predict.list_cases, args, {}, False)
+    assert "DICOM is not read" in one_line(list_cases, args, {}, False)
 
 
 def test_a_pipe_does_not_hang(tmp_path):

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 import data
-import predict
 from imaging import layouts
+from prediction.inputs import list_cases
 
 CLASSES = {"0": "background", "1": "large bowel", "2": "small bowel", "3": "stomach"}
 RNG = np.random.default_rng(0)
@@ -94,7 +94,7 @@ def test_a_folder_without_splits_is_divided_once_and_for_all(tmp_path):
     run = {
         "options": {"data": ["elsewhere/flat"], "group_regex": r"case\d+"}
     }  # is divided as it was
-    assert [name for name, _, _ in predict.list_cases(args, run, False)] == [e.name for e in again]
+    assert [name for name, _, _ in list_cases(args, run, False)] == [e.name for e in again]
 
 
 ONE = {"0": "background", "1": "polyp"}

@@ -16,6 +16,8 @@ from test_predict_batches import called, class_run, photo, volume_run
 import predict
 import train
 from imaging import measurements, nifti
+from prediction.images import ImagePredictor
+from prediction.outputs import Batch, MeasurementTable
 
 pytestmark = pytest.mark.numeric
 
@@ -282,13 +284,13 @@ def test_a_pixel_size_is_for_images(tmp_path, monkeypatch, capsys):
 def count_predictions(monkeypatch) -> list[str]:
     """From here on the names of images that are predicted are put in the list."""
     names = []
-    measure = predict.ImagePredictor.predict
+    measure = ImagePredictor.predict
 
     def record(self, name):
         names.append(name)
         return measure(self, name)
 
-    monkeypatch.setattr(predict.ImagePredictor, "predict", record)
+    monkeypatch.setattr(ImagePredictor, "predict", record)
     return names
 
 
@@ -298,8 +300,8 @@ def test_rows_of_skipped_images_stay(stop_after, run, photos, tmp_path, monkeypa
     called(monkeypatch, capsys, *given, tmp_path / "expected")
     names = count_predictions(monkeypatch)
 
-    add = predict.MeasurementTable.add
-    monkeypatch.setattr(predict.Batch, "SAVE_EVERY", -1)
+    add = MeasurementTable.add
+    monkeypatch.setattr(Batch, "SAVE_EVERY", -1)
 
     def stop(self, name, case_rows):
         if len(names) > stop_after:
@@ -307,7 +309,7 @@ def test_rows_of_skipped_images_stay(stop_after, run, photos, tmp_path, monkeypa
         add(self, name, case_rows)
 
     with monkeypatch.context() as patch:
-        patch.setattr(predict.MeasurementTable, "add", stop)
+        patch.setattr(MeasurementTable, "add", stop)
         command(monkeypatch, capsys, predict, *given, tmp_path / "out", "--device", "cpu")
     assert len(rows(tmp_path / "out/measurements.csv")) == 2 * stop_after
     del names[:]

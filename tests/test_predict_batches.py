@@ -23,6 +23,9 @@ import segformer
 import swin_unetr3d
 import train
 from imaging import image_files, layouts, pictures
+from prediction.inputs import group_channels
+from prediction.outputs import Batch, check_outputs
+from prediction.volumes import class_endings
 from recipes import FAMILIES, loading
 
 AFFINE = np.diag([4.0, 4.2, 5.0, 1])
@@ -210,7 +213,7 @@ def test_a_call_continues_wherever_it_was_killed(
     save_every, run, photos, tmp_path, monkeypatch, capsys
 ):
     """With save_every -1 the measurements are written after each case, else at the end."""
-    monkeypatch.setattr(predict.Batch, "SAVE_EVERY", save_every)
+    monkeypatch.setattr(Batch, "SAVE_EVERY", save_every)
     given = ["--weights", run, photos, "--overlays", "--probabilities"]
     whole = tmp_path / "expected"
     order = []  # of the files, and their content
@@ -280,10 +283,10 @@ def test_outputs_that_cannot_be_are_known_before(tmp_path):
     out.mkdir()
     (out / "g").write_text("a file")
     with pytest.raises(ValueError, match="g: is no folder"):
-        predict.check_outputs([out / "a.png", out / "g/h/a.png"], out)
+        check_outputs([out / "a.png", out / "g/h/a.png"], out)
     with pytest.raises(ValueError, match="too long for a file"):
-        predict.check_outputs([out / f"{'ä' * 121}.png"], out)
-    predict.check_outputs([out / f"{'ä' * 120}.png"], out)
+        check_outputs([out / f"{'ä' * 121}.png"], out)
+    check_outputs([out / f"{'ä' * 120}.png"], out)
 
 
 def started(arguments) -> int:
@@ -542,9 +545,9 @@ def test_the_name_of_a_case_does_not_hang_on_damage_of_another(tmp_path):
     volume(tmp_path / "a_0000.nii.gz")
     volume(tmp_path / "b.nii.gz")
     files = layouts.files_below(tmp_path)
-    names = [name for name, _ in predict.group_channels(files, 1)]
+    names = [name for name, _ in group_channels(files, 1)]
     (tmp_path / "b.nii.gz").write_bytes(b"\0")
-    assert names == ["a_0000", "b"] == [name for name, _ in predict.group_channels(files, 1)]
+    assert names == ["a_0000", "b"] == [name for name, _ in group_channels(files, 1)]
 
 
 def test_regions_that_differ_by_signs_have_files_of_their_own(tmp_path, monkeypatch, capsys):
@@ -569,7 +572,7 @@ def test_regions_that_differ_by_signs_have_files_of_their_own(tmp_path, monkeypa
     ],
 )
 def test_names_of_classes_in_file_names(names, endings, capsys):
-    assert predict.class_endings(names) == endings
+    assert class_endings(names) == endings
     changed = sum(1 for ending in endings if ending[-2:] in ("_2", "_3", "_4"))
     assert capsys.readouterr().out.count("another class has its name") >= changed
 

@@ -1,0 +1,224 @@
+"""Predict images: masks, probabilities, overlays and measurements."""
+
+import io
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stdout
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+import data
+from engine.evaluate import each_is, to_masks
+from engine.runs import check_threshold, num_classes, pick_device
+from imaging import image_files, layouts, measurements, pictures
+from prediction.inputs import entries_of
+
+
+def image_outputs(name: str, args) -> dict[str, Path]:
+    """Return the files of one image by kind. The mask is written last."""
+    endings = {}
+    if args.probabilities:
+        endings["probability"] = "_probability.png"
+    if args.overlays:
+        endings["overlay"] = "_overlay.png"
+    endings["mask"] = ".png"
+    return {kind: Path(args.out) / f"{name}{ending}" for kind, ending in endings.items()}
+
+
+def ground_truths(args, run: dict) -> dict[str, tuple]:
+    """Return {name of a case: (entry, threshold of its mask)} for the overlays of data sets.
+
+    Only masks that exist are included. They are read as in the run. A mask that cannot be read does
+    not influence how the others are read, and fails when it is drawn. Raises ValueError, one line,
+    if the masks do not fit together, or if --mask-threshold has no effect.
+    """
+    truths = {}
+    reading = data.MaskReading(args.mask_threshold, run.get("masks", {}))
+    orientation = run.get("options", {}).get("mask_orientation")
+    for path in map(Path, args.inputs):
+        if not args.overlays or not layouts.find_splits(path):
+            continue
+        with redirect_stdout(io.StringIO()):  # its notes were printed by list_cases
+            entries = entries_of(path, args, run)
+        entries = [entry for entry in entries if entry.mask.is_file()]
+        entries = data.with_mask_orientation(entries, orientation)
+        truths |= with_thresholds(entries, reading)
+
+    if args.mask_threshold is not None and not truths:
+        raise ValueError(
+            "--mask-threshold has no effect without --overlays and a data set with masks; remove it"
+        )
+    return truths
+
+
+def with_thresholds(entries: list, reading: data.MaskReading) -> dict[str, tuple]:
+    """Return {name: (entry, threshold of its mask)} of the entries of a data set."""
+    truths = {entry.name: (entry, 0) for entry in entries}
+    with ThreadPoolExecutor() as pool:
+        all_counts = [*pool.map(count_mask, entries)]
+
+    readable = []
+    counts = []
+    for entry, count in zip(entries, all_counts, strict=True):
+        if count is not None:
+            readable.append(entry)
+            counts.append(count)
+    if not readable:
+        return truths
+
+    counts = np.concatenate(counts)  # (n,3,256)
+    _, thresholds = data.decide_thresholds(readable, counts, reading)
+    for entry, threshold in zip(readable, thresholds, strict=True):
+        truths[entry.name] = (entry, threshold)
+    return truths
+
+
+def count_mask(entry) -> np.ndarray | None:
+    """Return `data.count_masks` of one entry, (1,3,256); None if its mask cannot be read."""
+    try:
+        return data.count_masks([entry])
+    except (ValueError, OSError):
+        return None
+
+
+def truth_of(truth: tuple | None, n: int) -> np.ndarray | None:
+    """Return the ground truth, bool (n,H,W), of an item of `ground_truths`.
+
+    None if there is none, or if it has another number of classes than the n of the prediction.
+    """
+    if truth is None or len(layouts.foreground(truth[0].classes)) != n:
+        return None
+    return each_is(data.read_truth(*truth), range(1, n + 1))  # (n,H,W)
+
+
+def draw_pictures(probabilities, masks, image, args, truth=None, prompts=()) -> dict:
+    """Return the pictures of an image by the kinds of `image_outputs`.
+
+    probabilities: float32 (K,H,W), background first if there are several classes. masks: of
+    `to_masks`. image: uint8 (H,W,3). For the overlay: truth, an item of `ground_truths`; prompts,
+    as for `pictures.draw_prompts`.
+    """
+    K = len(probabilities)
+    drawn = {}
+    if K == 1:
+        drawn["mask"] = Image.fromarray(masks[0].astype(np.uint8) * 255)
+    else:
+        drawn["mask"] = pictures.class_map(masks.argmax(0).astype(np.uint8), K)
+
+    first = 1 if K > 1 else 0  # without the background
+    if args.probabilities:
+        highest = probabilities[first:].max(0)  # (H,W)
+        sixteen_bits = (highest * 65535).round().astype(np.uint16)
+        drawn["probability"] = Image.fromarray(sixteen_bits)
+    if args.overlays:
+        foreground = masks[first:]
+        drawn["overlay"] = pictures.overlay(image, truth_of(truth, len(foreground)), foreground)
+        pictures.draw_prompts(drawn["overlay"], prompts)
+    return drawn
+
+
+class ImagePredictor:
+    """A model with everything needed to predict the images of one call."""
+
+    unit = "image"
+    columns = measurements.IMAGE_COLUMNS
+
+    def __init__(self, cases: list, family, run: dict, second: dict, args, truths: dict):
+        """Load the model.
+
+        cases: of `list_cases`. second: as for `predict_images`. truths: of `ground_truths`.
+        """
+        device = pick_device(args.device)
+        protocol = family.protocols["default"]
+        overrides = dict(second)
+        if args.threshold is not None:
+            overrides["threshold"] = args.threshold
+        model = family.load_model(args.weights, None, protocol, overrides)
+        self.model = model.eval().to(device)
+        self.recipe = family.recipe(self.model, protocol)
+        self.args = args
+        self.cases = {name: (file, prompt) for name, file, prompt in cases}
+        self.truths = truths
+        self.colours = run.get("options", {}).get("pseudocolor")
+        self.non_finite = []  # files with NaN or infinite pixels
+        self.damaged_exif = []  # files
+
+        count = num_classes(self.model)
+        self.make_prompts, classes = family.prompts_for_prediction(
+            self.recipe, cases, run.get("classes"), args
+        )
+        unnamed = [f"class {index}" for index in range(count)] if count > 1 else ["target"]
+        self.classes = tuple(classes or unnamed)
+        check_threshold(count, args.threshold)
+        n = len(layouts.foreground(self.classes))
+        if any(len(layouts.foreground(entry.classes)) != n for entry, _ in truths.values()):
+            print("--overlays: the ground truth has other classes than the model and is not drawn")
+
+    def predict(self, name: str) -> tuple[dict[str, Callable], list[dict]]:
+        """Return functions that write the files of a case, and the rows of its measurements.
+
+        The functions are by the kinds of `image_outputs`. Raises OSError or ValueError, one line,
+        for an input that cannot be read.
+        """
+        file, prompt = self.cases[name]
+        image, has_non_finite = image_files.load_image(file)  # (H,W,3)
+        pixels = image_files.pseudocolor(image, self.colours).transpose(2, 0, 1).copy()  # (3,H,W)
+        sample = {
+            "image": torch.from_numpy(pixels),
+            "prompt": prompt,
+            "name": name,
+            "file": file,
+            "size": image.shape[:2],
+            "classes": self.classes,
+            "group": None,
+            "dataset": "",
+        }
+        item = self.recipe.inputs(sample, train=False, rng=None)
+        item |= self.make_prompts(sample)
+        with torch.no_grad():
+            probabilities = self.recipe.predict(self.model, item)[0].cpu().numpy()  # (K,H,W)
+
+        truth = self.truths.get(name)
+        prompts = item.get("shown", ())
+        masks = to_masks(probabilities, self.model.config)  # (K,H,W)
+        drawn = draw_pictures(probabilities, masks, image, self.args, truth, prompts)
+        if has_non_finite:
+            self.non_finite.append(file)
+        if image_files.has_damaged_exif(file):
+            self.damaged_exif.append(file)
+        writers = {kind: partial(pictures.save_picture, picture=drawn[kind]) for kind in drawn}
+        measure = partial(
+            measurements.measure_image,
+            grey=image_files.grey_levels(image),
+            pixel_size=self.pixel_size_of(name),
+        )
+        return writers, self.measure(masks, probabilities, measure)
+
+    def pixel_size_of(self, name: str) -> tuple | list | None:
+        """Return width and height of an image's pixels in mm, None if they are unknown.
+
+        They are those of --pixel-size, else of a spacing.csv.
+        """
+        file, _ = self.cases[name]
+        return self.args.pixel_size or measurements.pixel_size_of(file)
+
+    def known_cells(self, name: str) -> dict:
+        """Return the cells of an image's measurements that are known before it is predicted."""
+        return measurements.pixel_cells(self.pixel_size_of(name))
+
+    def measure(self, masks: np.ndarray, probabilities: np.ndarray, measure: Callable) -> list:
+        """Return the rows of measurements of an image's masks (K,H,W), those of `measure`."""
+        classes = layouts.foreground(self.classes)
+        n = len(classes)
+        return measurements.measure_classes(classes, masks[-n:], probabilities[-n:], measure)
+
+    def say_how_images_were_read(self) -> None:
+        """Print which images hold NaN or infinite pixels, and which have damaged EXIF data."""
+        if self.non_finite:
+            print(data.non_finite_line(self.non_finite))
+        if self.damaged_exif:
+            print(data.damaged_exif_line(self.damaged_exif))

@@ -1,0 +1,201 @@
+"""Predict volumes: label maps, probabilities, overlays and measurements."""
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from engine.evaluate import each_is
+from engine.runs import check_threshold, pick_device
+from imaging import measurements, nifti, organ_rules, pictures, volumes
+
+
+def class_endings(classes: list[str]) -> list[str]:
+    """Return the endings of the classes' file names, "_right_kidney" for "right kidney".
+
+    Characters that a file system may refuse become "_"; others, such as those of ER+ and ER-, stay.
+    If an ending equals an earlier one, or differs only in case, the index of the class is added,
+    and that is printed.
+    """
+    refused = r'[\s/\\<>:"|?*_\x00-\x1f\x7f-\x9f]+'
+    endings = []
+    folded = set()
+    for index, name in enumerate(classes, 1):
+        ending = re.sub(refused, "_", f"_{name}")
+        while ending.casefold() in folded:
+            ending += f"_{index}"
+            print(f"class {name}: its files are named NAME{ending}, as another class has its name")
+        endings.append(ending)
+        folded.add(ending.casefold())
+    return endings
+
+
+def volume_outputs(name: str, class_endings: list[str], args) -> dict[str, Path]:
+    """Return the files of one volume by kind. Its masks are written last."""
+    endings = {}
+    if args.probabilities:
+        endings["probability"] = "_probability.nii.gz"
+    if args.overlays:
+        endings["overlay"] = "_overlay.png"
+    for i, class_ending in enumerate(class_endings):
+        endings[f"mask{i}"] = f"{class_ending}.nii.gz"
+    return {kind: Path(args.out) / f"{name}{ending}" for kind, ending in endings.items()}
+
+
+def class_names(config, run: dict) -> tuple[list[str], list[int]]:
+    """Return the names of a model's classes, background first, and their values in label maps."""
+    names = list(config.classes) or [f"class {k}" for k in range(config.num_classes)]
+    names = run.get("classes") or names
+    names = names if len(names) > 1 else ["background", *names]
+
+    labels = None if config.overlapping else run.get("labels")
+    if labels and max(labels) > 255:  # label maps are uint8
+        print(f"numbers of the training data go up to {max(labels)}; written are 0, 1, 2, …")
+        labels = None
+    return names, labels or list(range(len(names)))
+
+
+def check_rules(config, classes: list[str], args) -> None:
+    """Raise ValueError, one line, if --organ-rules has no rule for a model's classes.
+
+    Classes that stay unchanged, since a rule needs an organ that is not predicted, are printed.
+    """
+    if not config.overlapping:
+        raise ValueError(
+            "--organ-rules: needs a model with overlapping classes, which this one has not; "
+            "use --largest-component"
+        )
+    if args.largest_component:
+        raise ValueError("--organ-rules decides what is one piece; remove --largest-component")
+    if not organ_rules.classes_with_rules(classes[1:]):
+        names = ", ".join(classes[1:]) or "nothing names the model's classes"
+        raise ValueError(f"--organ-rules: none for these classes ({names}); remove it")
+    for name, needs in organ_rules.classes_missing_for_rules(classes).items():
+        print(f"--organ-rules: {name} stays as it is without {', '.join(needs)}")
+
+
+class VolumePredictor:
+    """A model with everything needed to predict the volumes of one call."""
+
+    unit = "volume"
+    columns = measurements.VOLUME_COLUMNS
+
+    def __init__(self, family, run: dict, args):
+        """Load the model, with the overlap and the classes of the command line or the run.
+
+        Raises ValueError, one line, for options that the model does not take.
+        """
+        trained_overlap = run.get("options", {}).get("overlap")
+        overlap = trained_overlap if args.overlap is None else args.overlap
+        protocol = family.protocols["default"]
+        if overlap is not None:
+            protocol = replace(protocol, overlap=overlap)
+        if args.window_batch is not None:
+            protocol = replace(protocol, window_batch=args.window_batch)
+        overrides = {} if args.threshold is None else {"threshold": args.threshold}
+        device = pick_device(args.device)
+        model = family.load_model(args.weights, None, protocol, overrides)
+        self.model = model.eval().to(device)
+        self.recipe = family.recipe(self.model, protocol)
+        self.config = self.model.config
+        self.args = args
+
+        self.classes, self.labels = class_names(self.config, run)
+        self.chosen = family.chosen_classes(self.model, self.classes, args.classes)
+        if self.chosen is not None:
+            self.classes = [self.classes[0], *(self.classes[k + 1] for k in self.chosen)]
+        if args.organ_rules:
+            are_named = self.config.classes or run.get("classes")
+            check_rules(self.config, self.classes if are_named else [], args)
+        outputs = 1 if self.config.overlapping else self.config.num_classes
+        check_threshold(outputs, args.threshold)
+
+    def predict(self, paths: list[Path]) -> tuple[dict[str, Callable], list[dict]]:
+        """Return functions that write the files of a volume, and the rows of its measurements.
+
+        The functions are by the kinds of `volume_outputs`. paths: the files of its channels. Raises
+        OSError or ValueError, one line, for an input that cannot be read or has other channels than
+        the model.
+        """
+        config = self.config
+        channels = sum(nifti.read_grid(path).channels for path in paths)
+        nifti.check_channels(paths[0], channels, config.in_channels)
+        fill = volumes.fill_value(self.model.preprocess, config.in_channels)
+        image, grid = nifti.read_volume(paths, fill)  # (C,X,Y,Z)
+        if config.intensity:
+            volumes.notice_if_not_hu(paths[0], volumes.hu_facts(image))
+
+        prepared, placement = volumes.prepare_image(
+            image, grid, config.spacing, self.model.preprocess
+        )
+        item = {"image": prepared, "place": placement}
+        if self.chosen is not None:
+            item["asked"] = self.chosen
+        with torch.no_grad():
+            probabilities = self.recipe.predict(self.model, item)[0]  # (K,X,Y,Z)
+        maps = self.label_maps(probabilities, grid)  # (n,X,Y,Z)
+        rows = self.measure(maps, probabilities, image[0], grid)
+        return self.writers(maps, probabilities, image, grid), rows
+
+    def known_cells(self, name: str) -> dict:
+        """Return no cells: a volume's measurements depend on its file and masks alone."""
+        return {}
+
+    def measure(self, maps: np.ndarray, probabilities, intensity: np.ndarray, grid) -> list:
+        """Return the rows of measurements of label maps (n,X,Y,Z). intensity (X,Y,Z)."""
+        if self.config.overlapping:
+            masks = maps.view(bool)  # (K,X,Y,Z)
+        else:
+            masks = (maps[0] == label for label in self.labels[1:])  # one at a time
+        classes = self.classes[1:]
+        foreground = probabilities[-len(classes) :].numpy()
+        measure = partial(measurements.measure_volume, intensity=intensity, grid=grid)
+        return measurements.measure_classes(classes, masks, foreground, measure)
+
+    def writers(self, maps: np.ndarray, probabilities, image: np.ndarray, grid) -> dict:
+        """Return the functions of `predict` for label maps (n,X,Y,Z).
+
+        probabilities (K,X,Y,Z), image (C,X,Y,Z).
+        """
+        is_overlapping = self.config.overlapping
+        writers = {}
+        for i, label_map in enumerate(maps):
+            writers[f"mask{i}"] = partial(nifti.write, volume=label_map, grid=grid)
+
+        if self.args.probabilities:
+            has_background = len(probabilities) > 1 and not is_overlapping
+            first = 1 if has_background else 0
+            highest = probabilities[first:].amax(0).numpy()  # (X,Y,Z)
+            writers["probability"] = partial(nifti.write, volume=highest, grid=grid)
+        if self.args.overlays:
+            masks = maps > 0 if is_overlapping else each_is(maps[0], self.labels[1:])  # (n,X,Y,Z)
+            grey = volumes.grey(image, self.model.preprocess)
+            picture = pictures.volume_overlay(grey, None, masks, grid.spacing)
+            writers["overlay"] = partial(pictures.save_picture, picture=picture)
+        return writers
+
+    def label_maps(self, probabilities, grid) -> np.ndarray:
+        """Return the label maps of probabilities (K,X,Y,Z): uint8 (n,X,Y,Z).
+
+        Overlapping classes have n = K maps of 0 and 1; else one map holds the values in `labels`.
+        """
+        config = self.config
+        if config.overlapping or config.num_classes == 1:
+            label = 1 if config.overlapping else self.labels[1]
+            is_inside = (probabilities > config.threshold).numpy()
+            maps = np.where(is_inside, np.uint8(label), np.uint8(0))  # (K,X,Y,Z)
+        else:
+            indices = probabilities.argmax(0).numpy()  # (X,Y,Z)
+            maps = np.array(self.labels, np.uint8)[indices][None]  # (1,X,Y,Z)
+
+        if self.args.largest_component:
+            maps = np.stack([volumes.largest_component(label_map) for label_map in maps])
+        if self.args.organ_rules:
+            masks = dict(zip(self.classes[1:], maps.view(bool), strict=True))
+            ruled = organ_rules.organ_rules(masks, grid.spacing)
+            maps = np.stack([*ruled.values()]).view(np.uint8)  # (K,X,Y,Z)
+        return maps
