@@ -35,6 +35,7 @@ from imaging import (
 )
 from prediction.images import ImagePredictor, ground_truths, image_outputs
 from prediction.inputs import list_cases, list_volumes
+from prediction.models import Weights, find_weights
 from prediction.outputs import Batch, check_outputs
 from prediction.volumes import VolumePredictor, class_endings, volume_outputs
 from recipes import FAMILIES, second_file
@@ -194,32 +195,32 @@ REFUSED_HERE = {
 
 def predict_inputs(args) -> int:
     """Predict all inputs into --out, which no other process writes to. Return the exit status."""
-    run = read_run(args.weights)
-    name = args.model or run.get("model") or model_for_volumes(args)
-    if name not in FAMILIES:
-        raise ValueError(f"{args.weights}: is a run of {name}, no model that this version has")
-    family = FAMILIES[name]
-    second = second_file(name, args.clip, args.decoder)
+    weights = find_weights(args.weights, args.model or model_for_volumes(args))
+    family = weights.family
+    second = second_file(weights.name, args.clip, args.decoder)
     check_split(args)
     family.refuse_foreign(vars(args), "this model", REFUSED_HERE)
 
-    predict = predict_volumes if family.takes == "volumes" else predict_images
     with nifti.notices.grouped():
-        return predict(family, run, second, args)
+        if family.takes == "volumes":
+            return predict_volumes(weights, args)
+        return predict_images(weights, second, args)
 
 
-def model_for_volumes(args) -> str:
-    """Return the first model for volumes, if all inputs are NIfTI files.
+def model_for_volumes(args) -> str | None:
+    """Return the first model for volumes, if no run names a model and all inputs are NIfTI files.
 
-    Raises ValueError, one line, for other inputs: they do not decide the model.
+    Raises ValueError, one line, for volumes of other formats.
     """
+    if read_run(args.weights):
+        return None
     paths = [Path(path) for path in args.inputs]
     for path in paths:
         foreign = nifti.other_volume_format(path)
         if foreign and path.suffix.lower() not in layouts.ENDINGS:
             raise ValueError(foreign)
     if not all(layouts.is_volume(path) for path in paths):
-        raise ValueError(f"--model is missing: {args.weights} is not a run folder that names it")
+        return None
     return next(name for name, family in FAMILIES.items() if family.takes == "volumes")
 
 
@@ -234,21 +235,21 @@ def check_split(args) -> None:
 # --- images --------------------------------------------------------------------------------------
 
 
-def predict_images(family, run: dict, second: dict, args) -> int:
+def predict_images(weights: Weights, second: dict, args) -> int:
     """Predict all images. Return the exit status.
 
     With several classes their names and colours are written, too. second: the argument of
     from_pretrained that --clip or --decoder is.
     """
-    cases = list_cases(args, run, family.reads_text())
+    cases = list_cases(args, weights.run, weights.family.reads_text())
     outputs = {}
     paths = []
     for name, _, _ in cases:
         outputs[name] = image_outputs(name, args)
         paths += outputs[name].values()
     check_outputs(paths, Path(args.out), args.skip_existing)  # before the model is loaded
-    truths = ground_truths(args, run)
-    predictor = ImagePredictor(cases, family, run, second, args, truths)
+    truths = ground_truths(args, weights.run)
+    predictor = ImagePredictor(cases, weights, second, args, truths)
 
     shared = {}
     if len(predictor.classes) > 1:
@@ -268,14 +269,11 @@ def predict_images(family, run: dict, second: dict, args) -> int:
 # --- volumes -------------------------------------------------------------------------------------
 
 
-def predict_volumes(family, run: dict, second: dict, args) -> int:
-    """Predict all volumes. Return the exit status.
-
-    second: {}, as models of volumes have one file of weights.
-    """
-    predictor = VolumePredictor(family, run, args)
+def predict_volumes(weights: Weights, args) -> int:
+    """Predict all volumes. Return the exit status."""
+    predictor = VolumePredictor(weights, args)
     config = predictor.config
-    cases = list_volumes(args, run, config.in_channels)
+    cases = list_volumes(args, weights.run, config.in_channels)
 
     endings = class_endings(predictor.classes[1:]) if config.overlapping else [""]
     shared = {}

@@ -10,12 +10,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from torch import nn
 
 import data
 from engine.evaluate import each_is, to_masks
-from engine.runs import check_threshold, num_classes, pick_device
+from engine.runs import check_threshold, num_classes
 from imaging import image_files, layouts, measurements, pictures
 from prediction.inputs import entries_of
+from prediction.models import Weights, load_model
 
 
 def image_outputs(name: str, args) -> dict[str, Path]:
@@ -121,39 +123,63 @@ def draw_pictures(probabilities, masks, image, args, truth=None, prompts=()) -> 
     return drawn
 
 
+def image_sample(
+    image: np.ndarray, file: Path, classes: tuple, prompt: str = "", colours: str | None = None
+) -> dict:
+    """Return the sample of an image without ground truth, for the `inputs` of a recipe.
+
+    image: uint8 (H,W,3). classes: names of the model's classes. colours: matplotlib colour map that
+    the run gave grey images (--pseudocolor).
+    """
+    pixels = image_files.pseudocolor(image, colours).transpose(2, 0, 1).copy()  # (3,H,W)
+    return {
+        "image": torch.from_numpy(pixels),
+        "prompt": prompt,
+        "name": file.stem,
+        "file": file,
+        "size": image.shape[:2],
+        "classes": classes,
+        "group": None,
+        "dataset": "",
+    }
+
+
+def unnamed_classes(model: nn.Module) -> list[str]:
+    """Return names for the classes of a model whose weights name none."""
+    count = num_classes(model)
+    return [f"class {index}" for index in range(count)] if count > 1 else ["target"]
+
+
 class ImagePredictor:
     """A model with everything needed to predict the images of one call."""
 
     unit = "image"
     columns = measurements.IMAGE_COLUMNS
 
-    def __init__(self, cases: list, family, run: dict, second: dict, args, truths: dict):
+    def __init__(self, cases: list, weights: Weights, second: dict, args, truths: dict):
         """Load the model.
 
-        cases: of `list_cases`. second: as for `predict_images`. truths: of `ground_truths`.
+        cases: of `list_cases`. second: of `recipes.second_file`. truths: of `ground_truths`.
         """
-        device = pick_device(args.device)
-        protocol = family.protocols["default"]
         overrides = dict(second)
         if args.threshold is not None:
             overrides["threshold"] = args.threshold
-        model = family.load_model(args.weights, None, protocol, overrides)
-        self.model = model.eval().to(device)
-        self.recipe = family.recipe(self.model, protocol)
+        loaded = load_model(weights, args.device, overrides)
+        self.model = loaded.model
+        self.recipe = loaded.recipe
         self.args = args
         self.cases = {name: (file, prompt) for name, file, prompt in cases}
         self.truths = truths
-        self.colours = run.get("options", {}).get("pseudocolor")
+        self.colours = weights.run.get("options", {}).get("pseudocolor")
         self.non_finite = []  # files with NaN or infinite pixels
         self.damaged_exif = []  # files
 
-        count = num_classes(self.model)
-        self.make_prompts, classes = family.prompts_for_prediction(
-            self.recipe, cases, run.get("classes"), args
+        named = weights.run.get("classes")
+        self.make_prompts, classes = weights.family.prompts_for_prediction(
+            self.recipe, cases, named, args
         )
-        unnamed = [f"class {index}" for index in range(count)] if count > 1 else ["target"]
-        self.classes = tuple(classes or unnamed)
-        check_threshold(count, args.threshold)
+        self.classes = tuple(classes or unnamed_classes(self.model))
+        check_threshold(num_classes(self.model), args.threshold)
         n = len(layouts.foreground(self.classes))
         if any(len(layouts.foreground(entry.classes)) != n for entry, _ in truths.values()):
             print("--overlays: the ground truth has other classes than the model and is not drawn")
@@ -166,17 +192,7 @@ class ImagePredictor:
         """
         file, prompt = self.cases[name]
         image, has_non_finite = image_files.load_image(file)  # (H,W,3)
-        pixels = image_files.pseudocolor(image, self.colours).transpose(2, 0, 1).copy()  # (3,H,W)
-        sample = {
-            "image": torch.from_numpy(pixels),
-            "prompt": prompt,
-            "name": name,
-            "file": file,
-            "size": image.shape[:2],
-            "classes": self.classes,
-            "group": None,
-            "dataset": "",
-        }
+        sample = image_sample(image, file, self.classes, prompt, self.colours)
         item = self.recipe.inputs(sample, train=False, rng=None)
         item |= self.make_prompts(sample)
         with torch.no_grad():

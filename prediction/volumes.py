@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -10,8 +9,9 @@ import numpy as np
 import torch
 
 from engine.evaluate import each_is
-from engine.runs import check_threshold, pick_device
+from engine.runs import check_threshold
 from imaging import measurements, nifti, organ_rules, pictures, volumes
+from prediction.models import Weights, load_model
 
 
 def class_endings(classes: list[str]) -> list[str]:
@@ -84,32 +84,24 @@ class VolumePredictor:
     unit = "volume"
     columns = measurements.VOLUME_COLUMNS
 
-    def __init__(self, family, run: dict, args):
+    def __init__(self, weights: Weights, args):
         """Load the model, with the overlap and the classes of the command line or the run.
 
         Raises ValueError, one line, for options that the model does not take.
         """
-        trained_overlap = run.get("options", {}).get("overlap")
-        overlap = trained_overlap if args.overlap is None else args.overlap
-        protocol = family.protocols["default"]
-        if overlap is not None:
-            protocol = replace(protocol, overlap=overlap)
-        if args.window_batch is not None:
-            protocol = replace(protocol, window_batch=args.window_batch)
         overrides = {} if args.threshold is None else {"threshold": args.threshold}
-        device = pick_device(args.device)
-        model = family.load_model(args.weights, None, protocol, overrides)
-        self.model = model.eval().to(device)
-        self.recipe = family.recipe(self.model, protocol)
-        self.config = self.model.config
+        loaded = load_model(weights, args.device, overrides, args.overlap, args.window_batch)
+        self.model = loaded.model
+        self.recipe = loaded.recipe
+        self.config = loaded.config
         self.args = args
 
-        self.classes, self.labels = class_names(self.config, run)
-        self.chosen = family.chosen_classes(self.model, self.classes, args.classes)
+        self.classes, self.labels = class_names(self.config, weights.run)
+        self.chosen = weights.family.chosen_classes(self.model, self.classes, args.classes)
         if self.chosen is not None:
             self.classes = [self.classes[0], *(self.classes[k + 1] for k in self.chosen)]
         if args.organ_rules:
-            are_named = self.config.classes or run.get("classes")
+            are_named = self.config.classes or weights.run.get("classes")
             check_rules(self.config, self.classes if are_named else [], args)
         outputs = 1 if self.config.overlapping else self.config.num_classes
         check_threshold(outputs, args.threshold)

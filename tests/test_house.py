@@ -31,11 +31,12 @@ FLOORS = [
     ["recipes"],
     ["preparation"],
     ["prediction"],
+    ["exporting", "page"],
     ["options"],
-    ["train", "predict", "prepare"],
+    ["train", "predict", "prepare", "export", "app"],
     ["studies"],
 ]
-FOLDERS = ("imaging", "engine", "recipes", "preparation", "prediction")
+FOLDERS = ("imaging", "engine", "recipes", "preparation", "prediction", "exporting", "page")
 
 
 def floor_of(module: str) -> int:

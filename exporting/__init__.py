@@ -1,0 +1,1 @@
+"""Write ONNX files, torch.export programs, official checkpoints and hub repositories."""

@@ -1,0 +1,17 @@
+"""The networks that an export consists of, each with example inputs and dynamic sizes."""
+
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Part:
+    """A network that becomes a file of its own: most models have one, SAM and CLIPSeg have more."""
+
+    name: str  # network; encoder, decoder of SAM; vision, text, decoder of CLIPSeg
+    module: nn.Module  # its forward takes tensors in the order of `inputs`
+    inputs: dict[str, Tensor]  # name -> example, with a batch of two
+    outputs: tuple[str, ...]  # names of the results
+    # Name of an input -> {axis: name of its size}; all other sizes are fixed.
+    dynamic: dict[str, dict[int, str]] = field(default_factory=dict)

@@ -1,0 +1,95 @@
+"""Find and load the models of --weights: run folders, files and hub ids."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from engine.runs import pick_device, read_run
+from recipes import FAMILIES
+from recipes.base import Family, Protocol, Recipe
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What is known about --weights before they are loaded."""
+
+    source: str  # run folder, file or hub id
+    name: str  # of the model, a key of FAMILIES
+    run: dict  # config.json of the run, {} for weights that no run has made
+
+    @property
+    def family(self) -> Family:
+        """Return what the model's name means."""
+        return FAMILIES[self.name]
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in evaluation mode on its device, with what a prediction needs beside it."""
+
+    weights: Weights
+    model: nn.Module
+    recipe: Recipe
+
+    @property
+    def config(self):
+        """Return the model's Config."""
+        return self.model.config
+
+    @property
+    def device(self) -> torch.device:
+        """Return the device that the model is on."""
+        return next(self.model.parameters()).device
+
+
+def find_weights(source: str, name: str | None = None) -> Weights:
+    """Return what is known about --weights. name: of the model, if no run names it.
+
+    Raises ValueError, one line, if nothing names the model, or if this version does not have it.
+    """
+    run = read_run(source)
+    name = name or run.get("model")
+    if name is None:
+        raise ValueError(f"--model is missing: {source} is not a run folder that names it")
+    if name not in FAMILIES:
+        raise ValueError(f"{source}: is a run of {name}, no model that this version has")
+    return Weights(source, name, run)
+
+
+def protocol_of(
+    weights: Weights, overlap: float | None = None, window_batch: int | None = None
+) -> Protocol:
+    """Return the protocol `default` of a model for predictions.
+
+    overlap, window_batch: of the sliding windows of volumes. None: those of the run or the recipe.
+    """
+    protocol = weights.family.protocols["default"]
+    if overlap is None:
+        overlap = weights.run.get("options", {}).get("overlap")
+    if overlap is not None:
+        protocol = replace(protocol, overlap=overlap)
+    if window_batch is not None:
+        protocol = replace(protocol, window_batch=window_batch)
+    return protocol
+
+
+def load_model(
+    weights: Weights,
+    device: str = "auto",
+    overrides: dict | None = None,
+    overlap: float | None = None,
+    window_batch: int | None = None,
+) -> LoadedModel:
+    """Load weights for predictions.
+
+    device: as --device. overrides: fields of the model's Config, such as threshold, and the second
+    file of weights (`recipes.second_file`). overlap, window_batch: as for `protocol_of`. Raises
+    OSError or ValueError, one line, if the weights cannot be loaded.
+    """
+    place = pick_device(device)
+    protocol = protocol_of(weights, overlap, window_batch)
+    model = weights.family.load_model(weights.source, None, protocol, overrides or {})
+    model = model.eval().to(place)
+    recipe = weights.family.recipe(model, protocol)
+    return LoadedModel(weights, model, recipe)
