@@ -5,6 +5,7 @@
     python predict.py --weights runs/segformer-uw_madison --out masks folder/
     python predict.py --weights MONAI/swin_unetr_btcv_segmentation --out organs ct.nii.gz
     python predict.py --weights runs/universal-msd --classes liver spleen --out organs ct.nii.gz
+    python predict.py --weights runs/swin_unetr3d-liver --out organs "cohort/**/*.nii.gz" dicom/
 
 Images become PNG masks at their own size: 0 and 255, or class indices in a palette with legend.png
 and classes.json. Volumes become NIfTI label maps on their own grid with classes.json; overlapping
@@ -33,11 +34,13 @@ from imaging import (
     nifti,
     pictures,
 )
+from prediction import dicom, globs
 from prediction.images import ImagePredictor, ground_truths, image_outputs
 from prediction.inputs import list_cases, list_volumes
 from prediction.models import Weights, find_weights
 from prediction.outputs import Batch, check_outputs
 from prediction.volumes import VolumePredictor, class_endings, volume_outputs
+from preparation.dicom_files import is_dicom
 from recipes import FAMILIES, second_file
 from recipes.base import BOX_OPTIONS, IMAGE_OPTIONS, TEXT_OPTIONS, VOLUME_OPTIONS
 from recipes.images import describe_cuts
@@ -63,7 +66,13 @@ def parse() -> argparse.Namespace:
 
 def add_common_options(add: Callable) -> None:
     """Add the options that most people need."""
-    add("inputs", metavar="INPUT", nargs="+", help="image, volume, folder of them, or data set")
+    add(
+        "inputs",
+        metavar="INPUT",
+        nargs="+",
+        help="image, volume, DICOM file, folder of them, data set, or pattern in quotes: "
+        '"scans/**/*.nii.gz"',
+    )
     add(
         "--weights",
         metavar="SOURCE",
@@ -75,6 +84,11 @@ def add_common_options(add: Callable) -> None:
         "--prompt",
         metavar="TEXT",
         help="text that describes the target; for data sets also p0 to p9 [run]",
+    )
+    add(
+        "--prompts-csv",
+        metavar="FILE",
+        help="CSV file with the columns image and prompt: a text for each image, or several",
     )
     add(
         "--threshold",
@@ -138,7 +152,7 @@ def add_file_options(add: Callable) -> None:
         nargs=2,
         type=LENGTH,
         help="width and height of an image's pixel in mm, for measurements.csv (default: those of "
-        "spacing.csv, if the data have this file)",
+        "the DICOM header, or of spacing.csv, if the data have this file)",
     )
     add(
         "--mask-threshold",
@@ -186,7 +200,7 @@ def main() -> int:
 
 # Errors about options that are for other models; the groups are those of recipes/base.py.
 REFUSED_HERE = {
-    TEXT_OPTIONS: "--prompt: this model reads no text",
+    TEXT_OPTIONS: "{flag}: this model reads no text",
     BOX_OPTIONS: "--boxes, --points: this model takes no boxes or points, only SAM does",
     IMAGE_OPTIONS: "{flag}: is for images; this model takes volumes",
     VOLUME_OPTIONS: "{flag}: is for volumes; this model takes images",
@@ -195,10 +209,13 @@ REFUSED_HERE = {
 
 def predict_inputs(args) -> int:
     """Predict all inputs into --out, which no other process writes to. Return the exit status."""
+    globs.expand_inputs(args)
     weights = find_weights(args.weights, args.model or model_for_volumes(args))
     family = weights.family
     second = second_file(weights.name, args.clip, args.decoder)
     check_split(args)
+    if args.prompt is not None and args.prompts_csv is not None:
+        raise ValueError("--prompt and --prompts-csv both give texts; remove one")
     family.refuse_foreign(vars(args), "this model", REFUSED_HERE)
 
     with nifti.notices.grouped():
@@ -216,7 +233,7 @@ def model_for_volumes(args) -> str | None:
         return None
     paths = [Path(path) for path in args.inputs]
     for path in paths:
-        foreign = nifti.other_volume_format(path)
+        foreign = None if is_dicom(path) else nifti.other_volume_format(path)
         if foreign and path.suffix.lower() not in layouts.ENDINGS:
             raise ValueError(foreign)
     if not all(layouts.is_volume(path) for path in paths):
@@ -248,7 +265,7 @@ def predict_images(weights: Weights, second: dict, args) -> int:
         outputs[name] = image_outputs(name, args)
         paths += outputs[name].values()
     check_outputs(paths, Path(args.out), args.skip_existing)  # before the model is loaded
-    truths = ground_truths(args, weights.run)
+    truths = ground_truths(args, weights.run, cases)
     predictor = ImagePredictor(cases, weights, second, args, truths)
 
     shared = {}
@@ -285,7 +302,12 @@ def predict_volumes(weights: Weights, args) -> int:
         shared[Path(args.out) / "legend.png"] = legend
     outputs = {name: volume_outputs(name, endings, args) for name in cases}
     batch = Batch(args, predictor, outputs, shared)
-    return batch.run(lambda name: predictor.predict(cases[name]))
+
+    def predict_case(name: str):
+        with dicom.nifti_files(cases[name]) as paths:
+            return predictor.predict(paths)
+
+    return batch.run(predict_case)
 
 
 if __name__ == "__main__":

@@ -562,6 +562,7 @@ def study(
 IMAGE_CARD = 320  # pixels, width of an overlay in the sheet
 VOLUME_CARD = 960  # of several slices
 
+
 def dice_by_entry(rows: list[dict], dataset) -> np.ndarray:
     """Return the mean Dice (n,) of each entry over its classes.
 
