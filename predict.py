@@ -23,6 +23,7 @@ if __name__ == "__main__":
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from engine import command_line
@@ -34,7 +35,7 @@ from imaging import (
     nifti,
     pictures,
 )
-from prediction import dicom, globs
+from prediction import contact_sheet, dicom, globs
 from prediction.images import ImagePredictor, ground_truths, image_outputs
 from prediction.inputs import list_cases, list_volumes
 from prediction.models import Weights, find_weights
@@ -145,6 +146,12 @@ def add_file_options(add: Callable) -> None:
         action="store_true",
         help="also save probabilities: NAME_probability, 16-bit PNG (value / 65535) or float32 "
         "NIfTI; with several classes the highest, background excluded",
+    )
+    add(
+        "--contact-sheet",
+        action="store_true",
+        help="also save thumbnails of all cases on one page, contact_sheet.png; many cases get "
+        "contact_sheet_2.png and more",
     )
     add(
         "--pixel-size",
@@ -260,7 +267,8 @@ def predict_images(weights: Weights, second: dict, args) -> int:
     """
     cases = list_cases(args, weights.run, weights.family.reads_text())
     outputs = {}
-    paths = []
+    pages = contact_sheet.page_paths(args, "image", len(cases))
+    paths = [*pages]
     for name, _, _ in cases:
         outputs[name] = image_outputs(name, args)
         paths += outputs[name].values()
@@ -272,13 +280,15 @@ def predict_images(weights: Weights, second: dict, args) -> int:
     if len(predictor.classes) > 1:
         shared[Path(args.out) / "legend.png"] = pictures.legend(predictor.classes[1:])
         shared[Path(args.out) / "classes.json"] = dict(enumerate(predictor.classes))
-    batch = Batch(args, predictor, outputs, shared)
+    batch = Batch(args, predictor, outputs, shared, pages)
     prompts = {prompt for _, _, prompt in cases}
     cut_prompts = describe_cuts(prompts, predictor.recipe.tokenizer)
     if cut_prompts:
         print(f"prompts: {cut_prompts}")
 
     status = batch.run(predictor.predict)
+    draw = partial(contact_sheet.draw_image, predictor=predictor)
+    contact_sheet.write_pages(batch, pages, predictor, draw)
     predictor.say_how_images_were_read()
     return status
 
@@ -301,13 +311,17 @@ def predict_volumes(weights: Weights, args) -> int:
         legend = pictures.legend(tuple(predictor.classes[1:]))
         shared[Path(args.out) / "legend.png"] = legend
     outputs = {name: volume_outputs(name, endings, args) for name in cases}
-    batch = Batch(args, predictor, outputs, shared)
+    pages = contact_sheet.page_paths(args, "volume", len(cases))
+    batch = Batch(args, predictor, outputs, shared, pages)
 
     def predict_case(name: str):
         with dicom.nifti_files(cases[name]) as paths:
             return predictor.predict(paths)
 
-    return batch.run(predict_case)
+    status = batch.run(predict_case)
+    draw = partial(contact_sheet.draw_volume, predictor=predictor, cases=cases)
+    contact_sheet.write_pages(batch, pages, predictor, draw)
+    return status
 
 
 if __name__ == "__main__":

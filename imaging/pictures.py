@@ -352,13 +352,7 @@ def captioned(picture: Image.Image, caption: str, width: int = 320) -> Image.Ima
     picture = picture.resize(size)
 
     font = ImageFont.load_default(size=13)
-    lines = []
-    for word in caption.split():
-        if lines and font.getlength(f"{lines[-1]} {word}") < width - 8:
-            lines[-1] += f" {word}"
-        else:
-            lines.append(word)
-
+    lines = wrapped(caption, font, width - 8)
     card = Image.new("RGB", (width, picture.height + 17 * len(lines) + 8), "white")
     card.paste(picture)
     draw = ImageDraw.Draw(card)
@@ -367,19 +361,35 @@ def captioned(picture: Image.Image, caption: str, width: int = 320) -> Image.Ima
     return card
 
 
+def wrapped(text: str, font, width: int) -> list[str]:
+    """Return a text as lines of at most `width` pixels; words that are longer are cut."""
+    lines = []
+    for word in text.split():
+        if lines and font.getlength(f"{lines[-1]} {word}") < width:
+            lines[-1] += f" {word}"
+            continue
+        lines.append("")
+        for letter in word:
+            if lines[-1] and font.getlength(lines[-1] + letter) >= width:
+                lines.append("")
+            lines[-1] += letter
+    return lines
+
+
 def sheet(cards: list[Image.Image], columns: int = 3, gap: int = 6) -> Image.Image:
-    """Put pictures of one width on a white page, row by row."""
+    """Put pictures on a white page, row by row, in columns as wide as the widest picture."""
     rows = [cards[i : i + columns] for i in range(0, len(cards), columns)]
     heights = []
     for row in rows:
         heights.append(max(card.height for card in row) + gap)
-    width = min(columns, len(cards)) * (cards[0].width + gap) - gap
+    column = max(card.width for card in cards) + gap
+    width = min(columns, len(cards)) * column - gap
 
     page = Image.new("RGB", (width, sum(heights) - gap), "white")
     top = 0
     for row, height in zip(rows, heights, strict=True):
         for k, card in enumerate(row):
-            page.paste(card, (k * (card.width + gap), top))
+            page.paste(card, (k * column, top))
         top += height
     return page
 

@@ -246,6 +246,11 @@ class ImagePredictor:
         """Return the cells of an image's measurements that are known before it is predicted."""
         return self.prompt_cell(name) | measurements.pixel_cells(self.pixel_size_of(name))
 
+    def caption(self, name: str) -> str:
+        """Return the caption of a case on the contact sheet."""
+        text = self.prompt_cell(name).get("prompt")
+        return f"{name}: “{text}”" if text else name
+
     def prompt_cell(self, name: str) -> dict:
         """Return the cell with the text of --prompts-csv, {} without this option."""
         return {} if self.args.prompts_csv is None else {"prompt": self.cases[name][1]}
