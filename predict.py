@@ -5,6 +5,7 @@
     python predict.py --weights runs/segformer-uw_madison --out masks folder/
     python predict.py --weights MONAI/swin_unetr_btcv_segmentation --out organs ct.nii.gz
     python predict.py --weights runs/universal-msd --classes liver spleen --out organs ct.nii.gz
+    python predict.py --weights runs/swin_unetr3d-liver --out organs "cohort/**/*.nii.gz" dicom/
 
 Images become PNG masks at their own size: 0 and 255, or class indices in a palette with legend.png
 and classes.json. Volumes become NIfTI label maps on their own grid with classes.json; overlapping
@@ -22,6 +23,7 @@ if __name__ == "__main__":
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from engine import command_line
@@ -33,11 +35,13 @@ from imaging import (
     nifti,
     pictures,
 )
+from prediction import contact_sheet, dicom, globs
 from prediction.images import ImagePredictor, ground_truths, image_outputs
 from prediction.inputs import list_cases, list_volumes
 from prediction.models import Weights, find_weights
 from prediction.outputs import Batch, check_outputs
 from prediction.volumes import VolumePredictor, class_endings, volume_outputs
+from preparation.dicom_files import is_dicom
 from recipes import FAMILIES, second_file
 from recipes.base import BOX_OPTIONS, IMAGE_OPTIONS, TEXT_OPTIONS, VOLUME_OPTIONS
 from recipes.images import describe_cuts
@@ -63,7 +67,13 @@ def parse() -> argparse.Namespace:
 
 def add_common_options(add: Callable) -> None:
     """Add the options that most people need."""
-    add("inputs", metavar="INPUT", nargs="+", help="image, volume, folder of them, or data set")
+    add(
+        "inputs",
+        metavar="INPUT",
+        nargs="+",
+        help="image, volume, DICOM file, folder of them, data set, or pattern in quotes: "
+        '"scans/**/*.nii.gz"',
+    )
     add(
         "--weights",
         metavar="SOURCE",
@@ -75,6 +85,11 @@ def add_common_options(add: Callable) -> None:
         "--prompt",
         metavar="TEXT",
         help="text that describes the target; for data sets also p0 to p9 [run]",
+    )
+    add(
+        "--prompts-csv",
+        metavar="FILE",
+        help="CSV file with the columns image and prompt: a text for each image, or several",
     )
     add(
         "--threshold",
@@ -133,12 +148,18 @@ def add_file_options(add: Callable) -> None:
         "NIfTI; with several classes the highest, background excluded",
     )
     add(
+        "--contact-sheet",
+        action="store_true",
+        help="also save thumbnails of all cases on one page, contact_sheet.png; many cases get "
+        "contact_sheet_2.png and more",
+    )
+    add(
         "--pixel-size",
         metavar=("X", "Y"),
         nargs=2,
         type=LENGTH,
         help="width and height of an image's pixel in mm, for measurements.csv (default: those of "
-        "spacing.csv, if the data have this file)",
+        "the DICOM header, or of spacing.csv, if the data have this file)",
     )
     add(
         "--mask-threshold",
@@ -186,7 +207,7 @@ def main() -> int:
 
 # Errors about options that are for other models; the groups are those of recipes/base.py.
 REFUSED_HERE = {
-    TEXT_OPTIONS: "--prompt: this model reads no text",
+    TEXT_OPTIONS: "{flag}: this model reads no text",
     BOX_OPTIONS: "--boxes, --points: this model takes no boxes or points, only SAM does",
     IMAGE_OPTIONS: "{flag}: is for images; this model takes volumes",
     VOLUME_OPTIONS: "{flag}: is for volumes; this model takes images",
@@ -195,10 +216,13 @@ REFUSED_HERE = {
 
 def predict_inputs(args) -> int:
     """Predict all inputs into --out, which no other process writes to. Return the exit status."""
+    globs.expand_inputs(args)
     weights = find_weights(args.weights, args.model or model_for_volumes(args))
     family = weights.family
     second = second_file(weights.name, args.clip, args.decoder)
     check_split(args)
+    if args.prompt is not None and args.prompts_csv is not None:
+        raise ValueError("--prompt and --prompts-csv both give texts; remove one")
     family.refuse_foreign(vars(args), "this model", REFUSED_HERE)
 
     with nifti.notices.grouped():
@@ -216,7 +240,7 @@ def model_for_volumes(args) -> str | None:
         return None
     paths = [Path(path) for path in args.inputs]
     for path in paths:
-        foreign = nifti.other_volume_format(path)
+        foreign = None if is_dicom(path) else nifti.other_volume_format(path)
         if foreign and path.suffix.lower() not in layouts.ENDINGS:
             raise ValueError(foreign)
     if not all(layouts.is_volume(path) for path in paths):
@@ -243,25 +267,28 @@ def predict_images(weights: Weights, second: dict, args) -> int:
     """
     cases = list_cases(args, weights.run, weights.family.reads_text())
     outputs = {}
-    paths = []
+    pages = contact_sheet.page_paths(args, "image", len(cases))
+    paths = [*pages]
     for name, _, _ in cases:
         outputs[name] = image_outputs(name, args)
         paths += outputs[name].values()
     check_outputs(paths, Path(args.out), args.skip_existing)  # before the model is loaded
-    truths = ground_truths(args, weights.run)
+    truths = ground_truths(args, weights.run, cases)
     predictor = ImagePredictor(cases, weights, second, args, truths)
 
     shared = {}
     if len(predictor.classes) > 1:
         shared[Path(args.out) / "legend.png"] = pictures.legend(predictor.classes[1:])
         shared[Path(args.out) / "classes.json"] = dict(enumerate(predictor.classes))
-    batch = Batch(args, predictor, outputs, shared)
+    batch = Batch(args, predictor, outputs, shared, pages)
     prompts = {prompt for _, _, prompt in cases}
     cut_prompts = describe_cuts(prompts, predictor.recipe.tokenizer)
     if cut_prompts:
         print(f"prompts: {cut_prompts}")
 
     status = batch.run(predictor.predict)
+    draw = partial(contact_sheet.draw_image, predictor=predictor)
+    contact_sheet.write_pages(batch, pages, predictor, draw)
     predictor.say_how_images_were_read()
     return status
 
@@ -284,8 +311,17 @@ def predict_volumes(weights: Weights, args) -> int:
         legend = pictures.legend(tuple(predictor.classes[1:]))
         shared[Path(args.out) / "legend.png"] = legend
     outputs = {name: volume_outputs(name, endings, args) for name in cases}
-    batch = Batch(args, predictor, outputs, shared)
-    return batch.run(lambda name: predictor.predict(cases[name]))
+    pages = contact_sheet.page_paths(args, "volume", len(cases))
+    batch = Batch(args, predictor, outputs, shared, pages)
+
+    def predict_case(name: str):
+        with dicom.nifti_files(cases[name]) as paths:
+            return predictor.predict(paths)
+
+    status = batch.run(predict_case)
+    draw = partial(contact_sheet.draw_volume, predictor=predictor, cases=cases)
+    contact_sheet.write_pages(batch, pages, predictor, draw)
+    return status
 
 
 if __name__ == "__main__":

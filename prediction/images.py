@@ -16,8 +16,10 @@ import data
 from engine.evaluate import each_is, to_masks
 from engine.runs import check_threshold, num_classes
 from imaging import image_files, layouts, measurements, pictures
+from prediction import dicom
 from prediction.inputs import entries_of
 from prediction.models import Weights, load_model
+from preparation.dicom_files import is_dicom
 
 
 def image_outputs(name: str, args) -> dict[str, Path]:
@@ -31,8 +33,10 @@ def image_outputs(name: str, args) -> dict[str, Path]:
     return {kind: Path(args.out) / f"{name}{ending}" for kind, ending in endings.items()}
 
 
-def ground_truths(args, run: dict) -> dict[str, tuple]:
+def ground_truths(args, run: dict, cases: list) -> dict[str, tuple]:
     """Return {name of a case: (entry, threshold of its mask)} for the overlays of data sets.
+
+    cases: of `list_cases`. With --prompts-csv, all cases of an image have the mask of the image.
 
     Only masks that exist are included. They are read as in the run. A mask that cannot be read does
     not influence how the others are read, and fails when it is drawn. Raises ValueError, one line,
@@ -54,7 +58,10 @@ def ground_truths(args, run: dict) -> dict[str, tuple]:
         raise ValueError(
             "--mask-threshold has no effect without --overlays and a data set with masks; remove it"
         )
-    return truths
+    if args.prompts_csv is None:
+        return truths
+    of_image = {truth[0].image: truth for truth in truths.values()}
+    return {name: of_image[file] for name, file, _ in cases if file in of_image}
 
 
 def with_thresholds(entries: list, reading: data.MaskReading) -> dict[str, tuple]:
@@ -95,6 +102,11 @@ def truth_of(truth: tuple | None, n: int) -> np.ndarray | None:
     if truth is None or len(layouts.foreground(truth[0].classes)) != n:
         return None
     return each_is(data.read_truth(*truth), range(1, n + 1))  # (n,H,W)
+
+
+def load_image(file: Path) -> tuple[np.ndarray, bool]:
+    """Return an image or DICOM file as uint8 (H,W,3), and True if it had non-finite pixels."""
+    return dicom.load_image(file) if is_dicom(file) else image_files.load_image(file)
 
 
 def draw_pictures(probabilities, masks, image, args, truth=None, prompts=()) -> dict:
@@ -170,6 +182,8 @@ class ImagePredictor:
         self.args = args
         self.cases = {name: (file, prompt) for name, file, prompt in cases}
         self.truths = truths
+        if args.prompts_csv is not None:
+            self.columns = ("prompt", *self.columns)
         self.colours = weights.run.get("options", {}).get("pseudocolor")
         self.non_finite = []  # files with NaN or infinite pixels
         self.damaged_exif = []  # files
@@ -191,7 +205,7 @@ class ImagePredictor:
         for an input that cannot be read.
         """
         file, prompt = self.cases[name]
-        image, has_non_finite = image_files.load_image(file)  # (H,W,3)
+        image, has_non_finite = load_image(file)  # (H,W,3)
         sample = image_sample(image, file, self.classes, prompt, self.colours)
         item = self.recipe.inputs(sample, train=False, rng=None)
         item |= self.make_prompts(sample)
@@ -204,7 +218,7 @@ class ImagePredictor:
         drawn = draw_pictures(probabilities, masks, image, self.args, truth, prompts)
         if has_non_finite:
             self.non_finite.append(file)
-        if image_files.has_damaged_exif(file):
+        if not is_dicom(file) and image_files.has_damaged_exif(file):
             self.damaged_exif.append(file)
         writers = {kind: partial(pictures.save_picture, picture=drawn[kind]) for kind in drawn}
         measure = partial(
@@ -212,19 +226,34 @@ class ImagePredictor:
             grey=image_files.grey_levels(image),
             pixel_size=self.pixel_size_of(name),
         )
-        return writers, self.measure(masks, probabilities, measure)
+        rows = []
+        for row in self.measure(masks, probabilities, measure):
+            first = {"class": row["class"], "mask": row["mask"]}
+            rows.append(first | self.prompt_cell(name) | row)
+        return writers, rows
 
     def pixel_size_of(self, name: str) -> tuple | list | None:
         """Return width and height of an image's pixels in mm, None if they are unknown.
 
-        They are those of --pixel-size, else of a spacing.csv.
+        They are those of --pixel-size, else of the header of a DICOM file, else of a spacing.csv.
         """
         file, _ = self.cases[name]
+        if self.args.pixel_size is None and is_dicom(file):
+            return dicom.pixel_size(file)
         return self.args.pixel_size or measurements.pixel_size_of(file)
 
     def known_cells(self, name: str) -> dict:
         """Return the cells of an image's measurements that are known before it is predicted."""
-        return measurements.pixel_cells(self.pixel_size_of(name))
+        return self.prompt_cell(name) | measurements.pixel_cells(self.pixel_size_of(name))
+
+    def caption(self, name: str) -> str:
+        """Return the caption of a case on the contact sheet."""
+        text = self.prompt_cell(name).get("prompt")
+        return f"{name}: “{text}”" if text else name
+
+    def prompt_cell(self, name: str) -> dict:
+        """Return the cell with the text of --prompts-csv, {} without this option."""
+        return {} if self.args.prompts_csv is None else {"prompt": self.cases[name][1]}
 
     def measure(self, masks: np.ndarray, probabilities: np.ndarray, measure: Callable) -> list:
         """Return the rows of measurements of an image's masks (K,H,W), those of `measure`."""

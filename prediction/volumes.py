@@ -137,6 +137,10 @@ class VolumePredictor:
         """Return no cells: a volume's measurements depend on its file and masks alone."""
         return {}
 
+    def caption(self, name: str) -> str:
+        """Return the caption of a case on the contact sheet."""
+        return name
+
     def measure(self, maps: np.ndarray, probabilities, intensity: np.ndarray, grid) -> list:
         """Return the rows of measurements of label maps (n,X,Y,Z). intensity (X,Y,Z)."""
         if self.config.overlapping:

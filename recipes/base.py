@@ -343,7 +343,7 @@ def class_forward(model: nn.Module, batch: dict) -> Tensor:
 # --- what a --model is ---------------------------------------------------------------------------
 
 # Groups of options that only some models take. train.py and predict.py refuse them for the others.
-TEXT_OPTIONS = ("prompt", "negatives")
+TEXT_OPTIONS = ("prompt", "negatives", "prompts_csv")
 STUDY_OPTIONS = ("prompt_study",)
 BOX_OPTIONS = (
     "sam_prompts",
