@@ -617,7 +617,8 @@ def output_of(program: str, words: list[str], monkeypatch) -> Path | None:
             return None
         args = argparse.Namespace(**given)
     weights = getattr(args, "weights", None)
-    assert not str(weights).startswith("runs/") or Path(weights).is_dir(), words
+    for source in weights if isinstance(weights, list) else [weights]:
+        assert not str(source).startswith("runs/") or Path(source).is_dir(), words
     if program != "train.py":
         return Path(args.out)
     done = resolve(Options(**given))
