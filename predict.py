@@ -89,7 +89,7 @@ def add_common_options(add: Callable) -> None:
         metavar="SOURCE",
         nargs="+",
         required=True,
-        help="trained model: run folder, file, or hub id; several: the mean of their probabilities",
+        help="trained model: run folder, file, or hub id; of several the mean",
     )
     add("--out", metavar="DIR", required=True, help="folder that the masks are written to")
     add(
@@ -146,13 +146,13 @@ def add_model_options(add: Callable) -> None:
         "--window-size",
         metavar="N",
         type=Number(whole=True, at_least=32),
-        help="predict images of more than N pixels in overlapping windows of N x N pixels",
+        help="predict larger images in overlapping windows of N x N pixels",
     )
     add(
         "--overlap",
         metavar="X",
         type=Number(at_least=0, below=1),
-        help="overlap of neighbouring windows, as a share [volumes: run, images: 0.25]",
+        help="overlap of neighbouring windows, as a share [run, images: 0.25]",
     )
     add(
         "--device",
