@@ -49,6 +49,26 @@ class Prompt(NamedTuple):
     labels: np.ndarray = NO_LABELS  # int64 (P,): 1 inside, 0 outside, -1 no point (padding)
 
 
+def mirrored(prompt: Prompt, size: tuple[int, int], axis: str) -> Prompt:
+    """Return a prompt from a file, which has no mask, for the mirrored image of size (H,W).
+
+    axis: "horizontal" exchanges left and right, "vertical" top and bottom. Coordinates count pixels
+    from 0, so x becomes W - 1 - x. Those beyond the middle of the last pixel become 0.
+    """
+    H, W = size
+    column = 0 if axis == "horizontal" else 1  # of x or y in points, of x0 or y0 in boxes
+    last = (W if axis == "horizontal" else H) - 1
+
+    points = prompt.points.copy()
+    points[:, column] = np.maximum(last - points[:, column], 0)
+    box = prompt.box
+    if box is not None:
+        box = box.copy()
+        box[column] = max(last - prompt.box[column + 2], 0)
+        box[column + 2] = max(last - prompt.box[column], 0)
+    return prompt._replace(box=box, points=points)
+
+
 # --- masks to prompts -----------------------------------------------------------------------------
 
 

@@ -96,7 +96,7 @@ def draw_volume(name: str, files: dict[str, Path], predictor, cases: dict) -> Im
     """Return three planes of a volume with its masks. cases: of `list_volumes`."""
     with dicom.nifti_files(cases[name]) as paths:
         image, grid = nifti.read_volume(paths)  # (C,X,Y,Z)
-    grey = volumes.grey(image, predictor.model.preprocess)  # (X,Y,Z)
+    grey = volumes.grey(image, predictor.members[0].model.preprocess)  # (X,Y,Z)
     del image
 
     if predictor.config.overlapping:

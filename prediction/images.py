@@ -1,9 +1,9 @@
 """Predict images: masks, probabilities, overlays and measurements."""
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import redirect_stdout
+from contextlib import nullcontext, redirect_stdout
 from functools import partial
 from pathlib import Path
 
@@ -16,9 +16,9 @@ import data
 from engine.evaluate import each_is, to_masks
 from engine.runs import check_threshold, num_classes
 from imaging import image_files, layouts, measurements, pictures
-from prediction import dicom
+from prediction import combine, dicom, flips, members
 from prediction.inputs import entries_of
-from prediction.models import Weights, load_model
+from prediction.models import LoadedModel, Weights
 from preparation.dicom_files import is_dicom
 
 
@@ -163,40 +163,74 @@ def unnamed_classes(model: nn.Module) -> list[str]:
 
 
 class ImagePredictor:
-    """A model with everything needed to predict the images of one call."""
+    """One or several models with everything needed to predict the images of one call."""
 
     unit = "image"
     columns = measurements.IMAGE_COLUMNS
 
-    def __init__(self, cases: list, weights: Weights, second: dict, args, truths: dict):
-        """Load the model.
+    def __init__(self, cases: list, weights: list[Weights], second: dict, args, truths: dict):
+        """Load the models, whose probabilities are averaged.
 
-        cases: of `list_cases`. second: of `recipes.second_file`. truths: of `ground_truths`.
+        cases: of `list_cases`. second: of `members.second_files`. truths: of `ground_truths`.
+        Raises ValueError, one line, for options and models that do not go together.
         """
         overrides = dict(second)
         if args.threshold is not None:
             overrides["threshold"] = args.threshold
-        loaded = load_model(weights, args.device, overrides)
-        self.model = loaded.model
-        self.recipe = loaded.recipe
+        loaded = members.load_members(weights, args.device, overrides)
         self.args = args
         self.cases = {name: (file, prompt) for name, file, prompt in cases}
         self.truths = truths
         if args.prompts_csv is not None:
             self.columns = ("prompt", *self.columns)
-        self.colours = weights.run.get("options", {}).get("pseudocolor")
         self.non_finite = []  # files with NaN or infinite pixels
         self.damaged_exif = []  # files
 
-        named = weights.run.get("classes")
-        self.make_prompts, classes = weights.family.prompts_for_prediction(
-            self.recipe, cases, named, args
+        named = members.check_classes(
+            loaded, [model.weights.run.get("classes") for model in loaded]
         )
-        self.classes = tuple(classes or unnamed_classes(self.model))
-        check_threshold(num_classes(self.model), args.threshold)
+        self.members = []
+        for model in loaded:
+            classes = self.add_member(model, cases, named)
+        self.classes = tuple(classes or unnamed_classes(loaded[0].model))
+        check_threshold(num_classes(loaded[0].model), args.threshold)
+        self.config = members.shared_config(loaded)
+        self.flips = [()]
+        if args.tta:
+            self.flips = flips.image_flips(self.classes)
+            counts = [flips.count_views(prompt, self.flips) for _, _, prompt in cases]
+            flips.say_views(counts, self.unit)
+
         n = len(layouts.foreground(self.classes))
         if any(len(layouts.foreground(entry.classes)) != n for entry, _ in truths.values()):
             print("--overlays: the ground truth has other classes than the model and is not drawn")
+
+    def add_member(self, loaded: LoadedModel, cases: list, named: list | None) -> list | None:
+        """Add a model. Return the names of the classes of its masks, None if nothing names them.
+
+        named: the classes of the runs. What is printed about prompts is printed for the first.
+        """
+        notes = redirect_stdout(io.StringIO()) if self.members else nullcontext()
+        with notes:
+            make_prompts, classes = loaded.weights.family.prompts_for_prediction(
+                loaded.recipe, cases, named, self.args
+            )
+        self.members.append(combine.ImageMember(loaded, make_prompts))
+        return classes
+
+    def views(self, image: np.ndarray, file: Path, prompt: str) -> Iterator[np.ndarray]:
+        """Yield the probabilities (K,H,W) of every model and flip. image: uint8 (H,W,3)."""
+        overlap = combine.OVERLAP if self.args.overlap is None else self.args.overlap
+        for member in self.members:
+            sample = image_sample(image, file, self.classes, prompt, member.colours)
+            yield from combine.views_of_image(
+                member, sample, self.flips, self.args.window_size, overlap
+            )
+
+    def drawn_prompts(self, image: np.ndarray, file: Path) -> list:
+        """Return the boxes and points of an image for its overlay, see `pictures.draw_prompts`."""
+        sample = image_sample(image, file, self.classes)
+        return self.members[0].make_prompts(sample).get("shown", [])
 
     def predict(self, name: str) -> tuple[dict[str, Callable], list[dict]]:
         """Return functions that write the files of a case, and the rows of its measurements.
@@ -206,15 +240,11 @@ class ImagePredictor:
         """
         file, prompt = self.cases[name]
         image, has_non_finite = load_image(file)  # (H,W,3)
-        sample = image_sample(image, file, self.classes, prompt, self.colours)
-        item = self.recipe.inputs(sample, train=False, rng=None)
-        item |= self.make_prompts(sample)
-        with torch.no_grad():
-            probabilities = self.recipe.predict(self.model, item)[0].cpu().numpy()  # (K,H,W)
+        probabilities = combine.mean(self.views(image, file, prompt))  # (K,H,W)
 
         truth = self.truths.get(name)
-        prompts = item.get("shown", ())
-        masks = to_masks(probabilities, self.model.config)  # (K,H,W)
+        prompts = self.drawn_prompts(image, file) if self.args.overlays else ()
+        masks = to_masks(probabilities, self.config)  # (K,H,W)
         drawn = draw_pictures(probabilities, masks, image, self.args, truth, prompts)
         if has_non_finite:
             self.non_finite.append(file)

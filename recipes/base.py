@@ -354,7 +354,14 @@ BOX_OPTIONS = (
     "points",
     "topology",
 )
-IMAGE_OPTIONS = ("pseudocolor", "views", "mask_orientation", "mask_threshold", "pixel_size")
+IMAGE_OPTIONS = (
+    "pseudocolor",
+    "views",
+    "mask_orientation",
+    "mask_threshold",
+    "pixel_size",
+    "window_size",
+)
 VOLUME_OPTIONS = (
     "crops_per_volume", "crop_ratio", "spacing", "intensity", "overlap", "window_batch",
     "checkpointing", "largest_component", "organ_rules", "classes",
