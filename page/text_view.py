@@ -24,7 +24,7 @@ class TextView(ImageView):
     def build_question(self) -> list:
         """Add the box for phrases."""
         self.phrases = gr.Textbox(
-            label="Describe it in a few words; one phrase per line, each gets its own colour",
+            label="Describe it in a few words. Several things: one per line",
             placeholder="for example: one small pink polyp",
             lines=3,
             max_lines=MOST_PHRASES,
@@ -33,7 +33,7 @@ class TextView(ImageView):
         return [self.phrases]
 
     def read_question(self, text: str) -> list[str]:
-        """Return the phrases, without repetitions and empty lines. Raises ValueError, a sentence."""
+        """Return the phrases, each once. Raises ValueError, a sentence, if none or too many."""
         phrases = []
         for line in (text or "").splitlines():
             phrase = " ".join(line.split())
