@@ -80,6 +80,10 @@ class ImageView:
         """Return the result of a question that `answers` has computed."""
         raise NotImplementedError
 
+    def remarks(self, loaded: LoadedModel, question) -> list[str]:
+        """Return sentences about how a model understood a question."""
+        return []
+
     def build_display(self) -> list:
         """Add controls of the third step, and return them; their values go to `shown_masks`."""
         return []
@@ -117,7 +121,7 @@ class ImageView:
         self.upload = gr.File(
             label="Image file",
             show_label=False,
-            height=110,
+            height=90,
             elem_id=f"{self.kind}-upload",
             elem_classes="upload",
         )
@@ -134,7 +138,7 @@ class ImageView:
             interactive=False,
             visible=False,
             format="png",
-            height=200,
+            height=180,
             buttons=["fullscreen"],
             elem_id=f"{self.kind}-image",
         )
@@ -216,6 +220,10 @@ class ImageView:
 
     def build_downloads(self) -> None:
         """Add the buttons that save files, and the hidden links that they click."""
+        caption = "Files to save have the image's own size."
+        if len(self.models) > 1:
+            caption += " They are those of the first model."
+        gr.HTML(f"<p>{caption}</p>")
         labels = {
             "mask": "Save mask (PNG)",
             "overlay": "Save picture (PNG)",
@@ -245,8 +253,8 @@ class ImageView:
         self.first.input(self.default_threshold, self.first, self.threshold, **PRIVATE)
 
         values = [*self.look, *self.display]
-        for control in values:
-            control.change(self.redraw, values, [*self.results, *self.tables], **DISPLAY)
+        changes = [control.change for control in values]
+        gr.on(changes, self.redraw, values, [*self.results, *self.tables], **DISPLAY)
         save = {"mask": self.save_mask, "overlay": self.save_overlay, "table": self.save_table}
         for name, button in self.buttons.items():
             link = self.links[name]
@@ -295,7 +303,8 @@ class ImageView:
     def no_result(self) -> list:
         """Return updates that remove the result."""
         display = [gr.skip() for _ in self.display]
-        return [None, None, "", "", gr.Column(visible=False), *display]
+        picture = gr.Image(None, label="Result")
+        return [picture, None, "", "", gr.Column(visible=False), *display]
 
     def run(self, request: gr.Request, first, second, *values) -> list:
         """Answer the question of the controls with one or two models.
@@ -314,6 +323,7 @@ class ImageView:
             for index in indices:
                 answers = self.answers(session, self.models[index], question)
                 sentences.append(self.duration(index, answers))
+                sentences += self.remarks(self.models[index], question)
         except ValueError as error:
             return [*self.no_result(), drawing.status([str(error)], is_error=True)]
 

@@ -28,9 +28,9 @@ p.error { color: #b00020; font-weight: 600; }
 .swatch { display: inline-block; width: 1em; height: 1em; border: 1px solid #555;
           vertical-align: -0.15em; margin-right: 0.3em; }
 .html-container { padding: 0 2px !important; }
-table { width: 100%; border: 0 !important; border-collapse: collapse; }
-td, th { text-align: left; padding: 0.2em 0.6em; border: 0 !important;
-         border-bottom: 1px solid #ccc !important; }
+.prose table { width: 100%; }
+.prose table, .prose tbody, .prose tr, .prose td, .prose th { border: 0 !important; }
+.prose td, .prose th { text-align: left; padding: 0.1em 0.6em 0.1em 0 !important; }
 .upload svg { display: none; }
 """
 
