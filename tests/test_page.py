@@ -9,6 +9,7 @@ import socket
 import subprocess
 import tempfile
 import threading
+import time
 import zipfile
 from dataclasses import replace
 
@@ -340,14 +341,26 @@ def test_a_spacing_file_counts_only_beside_listed_images(images):
     assert opened(images / "deep.png").pixel_size is None
 
 
-def test_images_can_be_read_at_the_same_time(tmp_path, images, capsys):
-    """Standard output is redirected while an image is read, and is itself again afterwards."""
+def test_one_image_is_read_at_a_time(images, monkeypatch, capsys):
+    """Standard output is redirected meanwhile, which two threads cannot do at once."""
+    active = []
+    most = []
+
+    def load_image(path):
+        active.append(path)
+        most.append(len(active))
+        time.sleep(0.02)
+        active.pop()
+        return np.zeros((2, 2, 3), np.uint8), False
+
+    monkeypatch.setattr("imaging.image_files.load_image", load_image)
     threads = []
-    for _ in range(8):
+    for _ in range(5):
         threads.append(threading.Thread(target=uploads.read_image, args=[images / "deep.png"]))
         threads[-1].start()
     for thread in threads:
         thread.join()
+    assert most == [1] * 5
     print("visible")
     assert capsys.readouterr().out == "visible\n"
 
