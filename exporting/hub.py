@@ -32,7 +32,7 @@ def push(weights: Weights, second: dict, args) -> int:
     config = public_config(weights.run, repository)
     contents = {"model.safetensors": folder / "best.safetensors", **loaded.recipe.files}
     contents["config.json"] = (json.dumps(config, indent=1) + "\n").encode()
-    contents["README.md"] = card.text().encode()
+    contents["README.md"] = card_text(card).encode()
 
     upload(repository, contents, card, args.private)
     return 0
@@ -53,6 +53,18 @@ def run_folder(weights: Weights) -> Path:
             f"python train.py --resume --out {folder}"
         )
     return folder
+
+
+def card_text(card: Card) -> str:
+    """Return the text of a model card. Raises ValueError, one line, for files of a damaged run."""
+    try:
+        return card.text()
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        reason = " ".join(repr(error).split())
+        raise ValueError(
+            f"{card.folder}: test/ or metrics.csv are not as train.py wrote them ({reason:.150}); "
+            "restore them"
+        ) from None
 
 
 def check_access(repository: str) -> None:

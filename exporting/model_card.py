@@ -120,12 +120,20 @@ class Card:
             texts.append(f"`{source}`: {text}")
         return names.pop() if len(names) == 1 else "other", "; ".join(texts)
 
-    def tests(self) -> dict[str, dict]:
-        """Return the summaries of the run's test sets by name, {} if it was not tested."""
+    def tests(self) -> list[tuple[str, str, dict]]:
+        """Return test set, type of prompt and summary of all tests, [] if it was not tested.
+
+        Only --prompt-study has a summary for each type of prompt; otherwise the type is "".
+        """
         path = self.folder / "test" / "summary.json"
         if not path.is_file():
-            return {}
-        return files.read_json(path)["tests"]
+            return []
+        tests = []
+        for name, summary in files.read_json(path)["tests"].items():
+            by_type = {"": summary} if "images" in summary else summary
+            for kind, scores in by_type.items():
+                tests.append((name, kind, scores))
+        return tests
 
     def worst_cases(self) -> list[dict]:
         """Return the rows of per_image.csv with the lowest Dice, the lowest first."""
@@ -192,7 +200,7 @@ class Card:
         lines = ["## Data", "", f"Trained on {listed(names)}." if names else "Not recorded."]
         rows = dict(self.weights.run.get("data", {}))
         remark = " (the training cases)" if self.options.get("overfit") else ""
-        for name, summary in self.tests().items():
+        for name, _, summary in self.tests():
             rows[f"test {name}"] = self.count(summary["images"]) + remark
         lines += table(("split", "cases"), [*rows.items()])
         return "\n".join(lines)
@@ -205,7 +213,8 @@ class Card:
         for name in RECIPE:
             value = values.get(name)
             if value not in (None, "", []):
-                rows.append((f"`{name}`", json.dumps(value, ensure_ascii=False)))
+                items = value if isinstance(value, list) else [value]
+                rows.append((f"`{name}`", " ".join(map(str, items))))
         lines = ["## Training", *table(("option", "value"), rows)]
 
         history = self.folder / "metrics.csv"
@@ -226,8 +235,9 @@ class Card:
         if not self.tests():
             return "\n".join([*lines, "", "**This model was not tested.**"])
 
-        for name, summary in self.tests().items():
-            lines += ["", f"### {name}, {self.count(summary['images'])}"]
+        for name, kind, summary in self.tests():
+            title = f"{name}, prompt {kind}" if kind else name
+            lines += ["", f"### {title}, {self.count(summary['images'])}"]
             lines += score_rows(summary)
             lines += class_rows(summary)
             lines += prompt_rows(summary)
@@ -266,12 +276,15 @@ class Card:
         if self.options.get("overfit"):
             return ["It was tested on its training cases: the scores say nothing about new ones."]
 
-        count = sum(summary["images"] for summary in tests.values())
-        misses = sum(summary.get("misses", 0) for summary in tests.values())
-        texts = [f"It was tested on {self.count(count)}."]
+        images = {}
+        misses = 0
+        for name, _, summary in tests:
+            images[name] = summary["images"]
+            misses += summary["misses"]
+        texts = [f"It was tested on {self.count(sum(images.values()))}."]
         if misses:
             texts.append(f"Misses and false alarms in the tests: {misses}.")
-        foreign = [name for name in tests if name.split(":")[0] not in self.data_sets()]
+        foreign = [name for name in images if name.split(":")[0] not in self.data_sets()]
         if foreign:
             texts.append(f"Test data from outside its training data: {listed(foreign)}.")
         else:
@@ -281,7 +294,7 @@ class Card:
                 "The patients of the test cases are not known, so that a patient may also be in "
                 "the training data."
             )
-        if "prompts" in next(iter(tests.values())):
+        if "prompts" in tests[0][2]:  # SAM
             texts.append("Its prompts in the tests were made from the ground truth.")
         return texts
 

@@ -1,6 +1,7 @@
 """export.py --push-to-hub, and loading what it uploaded, against the hub of tests/hub.py."""
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import fields, replace
@@ -298,6 +299,25 @@ def test_the_card_of_an_untested_run_says_so(tmp_path):
     assert metadata["datasets"] == ["kvasir"]
 
 
+def test_the_card_of_a_prompt_study_has_every_type(run, tmp_path):
+    folder = Path(shutil.copytree(run, tmp_path / "study"))
+    summary = json.loads((run / "test/summary.json").read_text())
+    ((name, scores),) = summary["tests"].items()
+    summary["tests"] = {name: {"p0": scores, "p1": scores}}
+    (folder / "test/summary.json").write_text(json.dumps(summary))
+    text = card_of(folder).text()
+    assert f"### {name}, prompt p0, 20 images" in text and f"### {name}, prompt p1," in text
+    assert "It was tested on 20 images." in text
+
+
+def test_the_files_of_a_damaged_run_are_named(here, run, tmp_path, monkeypatch, capsys):
+    folder = Path(shutil.copytree(run, tmp_path / "damaged"))
+    (folder / "test/summary.json").write_text('{"tests": {"demo": {"images": 3}}}')
+    status, _, line = push(monkeypatch, capsys, folder)
+    assert status == 2 and "not as train.py wrote them (KeyError('misses'))" in line
+    assert not here.commits
+
+
 def test_licences_and_papers_are_those_of_the_credits():
     credits = (ROOT / "docs/credits.md").read_text()
     for papers in model_card.PAPERS.values():
@@ -477,3 +497,23 @@ def test_a_mistyped_path_is_not_looked_up_on_the_hub(tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "hub_config_file", pytest.fail)
     assert runs.read_run("runs/missing") == {}
     assert runs.read_run("none") == {}
+
+
+def test_a_revision_has_its_own_config(here, pushed):
+    shutil.copytree(pushed, pushed.parent / "v1")
+    config = json.loads((pushed / "config.json").read_text())
+    config["config"]["threshold"] = 0.3
+    (pushed.parent / "v1/config.json").write_text(json.dumps(config))
+    assert runs.read_run(f"{REPOSITORY}@v1")["config"]["threshold"] == 0.3
+    assert runs.read_run(REPOSITORY)["config"]["threshold"] == 0.5
+    assert segformer.SegFormer.from_pretrained(f"{REPOSITORY}@v1").config.threshold == 0.3
+
+
+def test_official_weights_are_no_run_and_need_no_network_when_cached(here, pushed):
+    (pushed / "config.json").unlink()
+    assert runs.read_run(REPOSITORY) == {}
+    segformer.SegFormer.from_pretrained(REPOSITORY)
+    here.requests.clear()
+    assert runs.read_run(REPOSITORY) == {}
+    segformer.SegFormer.from_pretrained(REPOSITORY)
+    assert not here.requests
