@@ -56,6 +56,8 @@ RUN_OPTIONS = {
     "nsd_tolerance": float | None, "mask_orientation": str | None, "seed": int,
     "group_regex": str | None,
 }  # fmt: skip
+WEIGHT_ENDINGS = (".pt", ".pth", ".bin", ".safetensors", ".onnx", ".json")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 EDITED = "restore the file as train.py wrote it, or use the weights of another run"
 
 
@@ -89,13 +91,23 @@ def config_file(weights: str | Path) -> Path | None:
     if path.is_file():
         return path
 
-    # runs/NAME looks like a hub id; if there is a folder runs, it is a path with a mistake in it.
-    is_path = source.exists() or source.parent.exists() or source.is_absolute()
-    if is_path or str(weights).count("/") != 1:
+    if not is_hub_id(str(weights)):
         return None
     repository, _, revision = str(weights).partition("@")
     with hub_errors(str(weights)):
         return hub_config_file(repository, revision)
+
+
+def is_hub_id(weights: str) -> bool:
+    """Return True if weights are named like a repository of the hub: owner/name or owner/name@v1.
+
+    A path is none, even if it does not exist: runs/NAME, where train.py writes its runs, the name
+    of a file, and anything else whose parent folder exists.
+    """
+    source = Path(weights)
+    is_path = source.exists() or source.parent.exists() or source.parts[:1] == ("runs",)
+    is_path = is_path or source.suffix in WEIGHT_ENDINGS
+    return not is_path and HUB_ID.fullmatch(weights.partition("@")[0]) is not None
 
 
 def hub_config_file(repository: str, revision: str) -> Path | None:

@@ -6,7 +6,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from engine.command_line import chain
-from exporting.model_card import HUB_ID, Card, folderless, without_folders
+from engine.runs import HUB_ID
+from exporting.model_card import Card, folderless, without_folders
 from prediction.models import Weights, load_model
 
 # Options of a run that name files and folders of the machine that it was trained on.

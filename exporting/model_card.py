@@ -10,13 +10,13 @@ from pathlib import Path
 
 from torch import nn
 
+from engine.runs import is_hub_id
 from engine.tables import score_label
 from imaging import files, layouts
 from prediction.models import Weights
 from recipes.base import BOX_OPTIONS
 
 CODE = "Minimal reference implementations of medical image segmentation models"
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 WORST = 5  # cases
 
 # Start of a hub id -> the licence of its weights, as the hub spells it and in words. The facts are
@@ -171,7 +171,8 @@ class Card:
         tags.append("3d" if self.family.takes == "volumes" else "2d")
         lines = ["---", "library_name: pytorch", "pipeline_tag: image-segmentation"]
         lines += yaml_list("tags", tags)
-        lines += yaml_list("base_model", [s for s in self.start() if HUB_ID.fullmatch(s)])
+        hub_ids = [source.partition("@")[0] for source in self.start() if is_hub_id(source)]
+        lines += yaml_list("base_model", hub_ids)
         lines += yaml_list("datasets", self.data_sets())
         lines += [f"license: {self.licence()[0]}", "---"]
         return "\n".join(lines)
@@ -376,10 +377,7 @@ def folderless(path: str) -> str:
 
 def without_folders(source: str) -> str:
     """Return a hub id as it is, and the name of any other source of weights."""
-    is_path = Path(source).exists() or Path(source).parent.exists()
-    if HUB_ID.fullmatch(source.partition("@")[0]) and not is_path:
-        return source
-    return folderless(source)
+    return source if is_hub_id(source) else folderless(source)
 
 
 # --- Markdown and YAML ----------------------------------------------------------------------------

@@ -227,6 +227,7 @@ def test_every_option_that_names_a_path_is_known():
         ("nvidia/segformer-b0-finetuned-ade-512-512", "nvidia/segformer-b0-finetuned-ade-512-512"),
         ("owner/name@v1", "owner/name@v1"),
         ("tests/old", "old"),  # there is a folder tests
+        ("runs/old", "old"),
         ("none", "none"),
     ],
 )
@@ -493,10 +494,10 @@ def test_predict_says_why_a_repository_cannot_be_read(here, pushed, tmp_path, mo
 
 def test_a_mistyped_path_is_not_looked_up_on_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    Path("runs").mkdir()
+    Path("models").mkdir()
     monkeypatch.setattr(runs, "hub_config_file", pytest.fail)
-    assert runs.read_run("runs/missing") == {}
-    assert runs.read_run("none") == {}
+    assert runs.read_run("runs/missing") == runs.read_run("models/missing") == {}
+    assert runs.read_run("none") == runs.read_run("elsewhere/model.pth") == {}
 
 
 def test_a_revision_has_its_own_config(here, pushed):
