@@ -19,6 +19,7 @@ import argparse
 from collections.abc import Callable
 
 from engine import command_line
+from exporting import hub, official
 from prediction.models import find_weights
 from recipes import FAMILIES, second_file
 
@@ -90,6 +91,10 @@ def main() -> int:
     weights = find_weights(args.weights, args.model)
     second = second_file(weights.name, args.clip, args.decoder)
     # exporting/ writes the formats; each of its functions imports what it needs.
+    if args.push_to_hub:
+        return hub.push(weights, second, args)
+    if args.to == "official":
+        return official.write_official(weights, second, args)
     raise NotImplementedError(weights, second)
 
 
