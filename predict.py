@@ -76,7 +76,8 @@ def separate_inputs(parser: command_line.Parser, args: argparse.Namespace) -> No
     none, or if one of them is a run: then the inputs are missing.
     """
     first, *others = args.weights
-    if not others or any(read_run(path) for path in others):
+    is_run = any((Path(path) / "config.json").is_file() for path in others)
+    if not others or is_run:
         parser.error(
             "INPUT is missing: give images, volumes, folders or data sets before --weights or "
             "after another option"
