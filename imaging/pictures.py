@@ -2,6 +2,7 @@
 
 import colorsys
 import io
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -94,26 +95,37 @@ def resize_axis(x: np.ndarray, axis: int, size: int) -> np.ndarray:
     return np.take(x, indices, axis)
 
 
+def central_voxel(masks: Iterable[np.ndarray], size) -> tuple[int, ...]:
+    """Return the voxel whose three planes show most of masks, bool (X,Y,Z).
+
+    All masks count the same, however large they are. If all are empty, it is the middle of `size`.
+    """
+    shares = [np.zeros(n) for n in size]
+    for mask in masks:
+        count = max(1, np.count_nonzero(mask))
+        for axis in range(3):
+            other_axes = tuple(other for other in range(3) if other != axis)
+            shares[axis] += np.count_nonzero(mask, other_axes) / count
+
+    voxel = []
+    for share, n in zip(shares, size, strict=True):
+        voxel.append(int(share.argmax()) if share.any() else n // 2)
+    return tuple(voxel)
+
+
 def volume_overlay(
     image: np.ndarray, ground_truth: np.ndarray | None, prediction: np.ndarray, spacing
 ) -> Image.Image:
     """Draw `overlay` on `three_planes` of a volume.
 
-    image: uint8 (X,Y,Z); masks: bool (K,X,Y,Z); spacing in mm. The planes are those that show most
-    of the ground truth, or of the prediction if there is none. All classes count the same, whatever
-    their size.
+    image: uint8 (X,Y,Z); masks: bool (K,X,Y,Z); spacing in mm. The planes are those through the
+    `central_voxel` of the ground truth, or of the prediction if there is none.
     """
     masks = prediction
     if ground_truth is not None and ground_truth.any():
         masks = ground_truth
 
-    voxel = []
-    for axis in range(3):
-        other_axes = tuple(1 + other for other in range(3) if other != axis)
-        areas = masks.sum(other_axes)  # (K,side)
-        shares = areas / np.maximum(1, areas.sum(1, keepdims=True))  # (K,side), rows add up to 1
-        voxel.append(int(shares.sum(0).argmax()))
-
+    voxel = central_voxel(masks, image.shape)
     grey = three_planes(image, voxel, spacing)  # (H,W)
     rgb = np.repeat(grey[..., None], 3, 2)  # (H,W,3)
     if ground_truth is not None:
