@@ -35,7 +35,7 @@ from imaging import (
 )
 from prediction.images import ImagePredictor, ground_truths, image_outputs
 from prediction.inputs import list_cases, list_volumes
-from prediction.models import Weights, find_weights
+from prediction.models import Weights, find_weights, load_model
 from prediction.outputs import Batch, check_outputs
 from prediction.volumes import VolumePredictor, class_endings, volume_outputs
 from recipes import FAMILIES, second_file
@@ -271,7 +271,9 @@ def predict_images(weights: Weights, second: dict, args) -> int:
 
 def predict_volumes(weights: Weights, args) -> int:
     """Predict all volumes. Return the exit status."""
-    predictor = VolumePredictor(weights, args)
+    overrides = {} if args.threshold is None else {"threshold": args.threshold}
+    loaded = load_model(weights, args.device, overrides, args.overlap, args.window_batch)
+    predictor = VolumePredictor(loaded, args)
     config = predictor.config
     cases = list_volumes(args, weights.run, config.in_channels)
 

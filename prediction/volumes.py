@@ -11,7 +11,7 @@ import torch
 from engine.evaluate import each_is
 from engine.runs import check_threshold
 from imaging import measurements, nifti, organ_rules, pictures, volumes
-from prediction.models import Weights, load_model
+from prediction.models import LoadedModel
 
 
 def class_endings(classes: list[str]) -> list[str]:
@@ -84,13 +84,13 @@ class VolumePredictor:
     unit = "volume"
     columns = measurements.VOLUME_COLUMNS
 
-    def __init__(self, weights: Weights, args):
-        """Load the model, with the overlap and the classes of the command line or the run.
+    def __init__(self, loaded: LoadedModel, args):
+        """Choose the classes: those of --classes, else all of the run or the model.
 
-        Raises ValueError, one line, for options that the model does not take.
+        args: the options of predict.py. Raises ValueError, one line, for options that the model
+        does not take.
         """
-        overrides = {} if args.threshold is None else {"threshold": args.threshold}
-        loaded = load_model(weights, args.device, overrides, args.overlap, args.window_batch)
+        weights = loaded.weights
         self.model = loaded.model
         self.recipe = loaded.recipe
         self.config = loaded.config
@@ -113,6 +113,14 @@ class VolumePredictor:
         OSError or ValueError, one line, for an input that cannot be read or has other channels than
         the model.
         """
+        image, grid = self.read(paths)
+        probabilities = self.predict_probabilities(image, grid)
+        maps = self.label_maps(probabilities, grid, self.config.threshold)  # (n,X,Y,Z)
+        rows = self.measure(maps, probabilities, image[0], grid)
+        return self.writers(maps, probabilities, image, grid), rows
+
+    def read(self, paths: list[Path]) -> tuple[np.ndarray, nifti.Grid]:
+        """Return a volume, float32 (C,X,Y,Z) in RAS, and its grid. Raises as `predict` does."""
         config = self.config
         channels = sum(nifti.read_grid(path).channels for path in paths)
         nifti.check_channels(paths[0], channels, config.in_channels)
@@ -120,18 +128,18 @@ class VolumePredictor:
         image, grid = nifti.read_volume(paths, fill)  # (C,X,Y,Z)
         if config.intensity:
             volumes.notice_if_not_hu(paths[0], volumes.hu_facts(image))
+        return image, grid
 
+    def predict_probabilities(self, image: np.ndarray, grid) -> torch.Tensor:
+        """Return the probabilities (K,X,Y,Z) of a volume (C,X,Y,Z)."""
         prepared, placement = volumes.prepare_image(
-            image, grid, config.spacing, self.model.preprocess
+            image, grid, self.config.spacing, self.model.preprocess
         )
         item = {"image": prepared, "place": placement}
         if self.chosen is not None:
             item["asked"] = self.chosen
         with torch.no_grad():
-            probabilities = self.recipe.predict(self.model, item)[0]  # (K,X,Y,Z)
-        maps = self.label_maps(probabilities, grid)  # (n,X,Y,Z)
-        rows = self.measure(maps, probabilities, image[0], grid)
-        return self.writers(maps, probabilities, image, grid), rows
+            return self.recipe.predict(self.model, item)[0]
 
     def known_cells(self, name: str) -> dict:
         """Return no cells: a volume's measurements depend on its file and masks alone."""
@@ -170,15 +178,16 @@ class VolumePredictor:
             writers["overlay"] = partial(pictures.save_picture, picture=picture)
         return writers
 
-    def label_maps(self, probabilities, grid) -> np.ndarray:
+    def label_maps(self, probabilities, grid, threshold: float) -> np.ndarray:
         """Return the label maps of probabilities (K,X,Y,Z): uint8 (n,X,Y,Z).
 
         Overlapping classes have n = K maps of 0 and 1; else one map holds the values in `labels`.
+        threshold: of a single class and of overlapping classes.
         """
         config = self.config
         if config.overlapping or config.num_classes == 1:
             label = 1 if config.overlapping else self.labels[1]
-            is_inside = (probabilities > config.threshold).numpy()
+            is_inside = (probabilities > threshold).numpy()
             maps = np.where(is_inside, np.uint8(label), np.uint8(0))  # (K,X,Y,Z)
         else:
             indices = probabilities.argmax(0).numpy()  # (X,Y,Z)
