@@ -1,0 +1,97 @@
+"""The page as a whole: one tab for each kind of model, its appearance, and its server."""
+
+from collections.abc import Callable
+
+import gradio as gr
+
+from page import class_view, text_view
+from page.settings import PageSettings, kind_of
+from page.uploads import MOST_BYTES
+from prediction.models import LoadedModel
+
+# kind of model -> title of its tab, and the function that builds its view
+VIEWS: dict[str, tuple[str, Callable]] = {
+    "text": ("Find by words", text_view.build),
+    "classes": ("Find known classes", class_view.build),
+}
+
+SYSTEM_FONTS = ["system-ui", "sans-serif"]  # named alone, so that no font is fetched
+CSS = """
+footer { display: none !important; }
+h3 { margin: 0.4em 0 0.2em; }
+.swatch { display: inline-block; width: 1em; height: 1em; border: 1px solid #555;
+          vertical-align: -0.15em; margin-right: 0.3em; }
+p.error { color: #b00020; font-weight: 600; margin: 0.2em 0; }
+p.status { margin: 0.2em 0; }
+.dark p.error { color: #ff8a80; }
+.prose table { width: 100%; margin: 0.3em 0; }
+.prose td, .prose th { text-align: left; padding: 0.2em 0.6em; }
+"""
+
+
+def check_kinds(models: list[LoadedModel]) -> None:
+    """Raise ValueError, one line, if there is no view for one of the models."""
+    for loaded in models:
+        if kind_of(loaded) not in VIEWS:
+            raise ValueError(f"{loaded.weights.source}: the page has no view for this model")
+
+
+def build(models: list[LoadedModel], settings: PageSettings) -> gr.Blocks:
+    """Return the page of these models."""
+    by_kind = {}
+    for loaded in models:
+        by_kind.setdefault(kind_of(loaded), []).append(loaded)
+
+    # Removes files that gradio made more than an hour ago, every ten minutes.
+    with gr.Blocks(
+        title="Medical image segmentation", delete_cache=(600, 3600), analytics_enabled=False
+    ) as page:
+        gr.HTML(
+            "<h2>Medical image segmentation</h2>"
+            "<p>For research and teaching only, not for diagnosis. Images stay in the memory of "
+            "the computer that runs this page, and are forgotten when you close it.</p>",
+            elem_id="page-title",
+        )
+        if len(by_kind) == 1:
+            ((kind, members),) = by_kind.items()
+            VIEWS[kind][1](members, settings)
+        else:
+            for kind, members in by_kind.items():
+                title, build_view = VIEWS[kind]
+                with gr.Tab(title, elem_id=f"tab-{kind}"):
+                    build_view(members, settings)
+
+        def forget(request: gr.Request) -> None:
+            settings.sessions.forget(request.session_hash)
+
+        page.unload(forget)
+    return page
+
+
+def serve(page: gr.Blocks, host: str, port: int | None, login: tuple[str, str] | None) -> str:
+    """Start the server in the background and return the address of the page.
+
+    port: None for the next free one. login: user and password. Raises OSError, one line, if the
+    address cannot be used.
+    """
+    page.queue(max_size=64, api_open=False)
+    _, address, _ = page.launch(
+        server_name=host,
+        server_port=port,
+        auth=login,
+        share=False,
+        quiet=True,
+        prevent_thread_lock=True,
+        show_error=False,
+        run_history=False,
+        footer_links=[],
+        allowed_paths=[],
+        max_file_size=MOST_BYTES,
+        enable_monitoring=False,
+        ssr_mode=False,
+        pwa=False,
+        mcp_server=False,
+        theme=gr.themes.Default(font=SYSTEM_FONTS, font_mono=["monospace"]),
+        css=CSS,
+    )
+    return address
