@@ -149,28 +149,27 @@ class Clicks:
         return Clicks(self.size, (ClickedObject(self.current.label),), before=self)
 
 
-# --- previews -------------------------------------------------------------------------------------
+# --- drawing --------------------------------------------------------------------------------------
 
 
-def to_image_pixel(x: float, y: float, step: int) -> tuple[float, float]:
-    """Return the x and y in an image of a pixel in its preview, which is `step` times smaller.
+def to_image_pixel(x: float, y: float, scale: float) -> tuple[float, float]:
+    """Return the x and y in an image of a pixel in its preview, which is `scale` times larger.
 
-    Each pixel of the preview stands for step x step pixels of the image; centres of pixels are
-    whole numbers in both.
+    Centres of pixels are whole numbers in both.
     """
-    return x * step + (step - 1) / 2, y * step + (step - 1) / 2
+    return (x + 0.5) / scale - 0.5, (y + 0.5) / scale - 0.5
 
 
-def to_preview_pixel(x: float, y: float, step: int) -> tuple[float, float]:
+def to_preview_pixel(x: float, y: float, scale: float) -> tuple[float, float]:
     """Return the x and y in a preview of a pixel of the image: the inverse of `to_image_pixel`."""
-    return (x - (step - 1) / 2) / step, (y - (step - 1) / 2) / step
+    return to_image_pixel(x, y, 1 / scale)
 
 
-def draw_clicks(picture: Image.Image, clicks: Clicks, step: int = 1) -> None:
+def draw_clicks(picture: Image.Image, clicks: Clicks, scale: float = 1.0) -> None:
     """Draw all prompts into the image, or its preview, each object in its colour.
 
     A point inside is a filled circle with +, one outside a dark circle with -, and the first corner
-    of an open box a cross. step: by which the preview is smaller than the image.
+    of an open box a cross. scale: of the preview to the image.
     """
     draw = ImageDraw.Draw(picture)
     radius = max(4, min(picture.size) // 70)
@@ -179,28 +178,32 @@ def draw_clicks(picture: Image.Image, clicks: Clicks, step: int = 1) -> None:
     for number, (clicked, colour) in enumerate(zip(clicks.objects, colours, strict=True), 1):
         if clicked.box is not None:
             x0, y0, x1, y1 = clicked.box
-            upper_left = to_preview_pixel(x0, y0, step)
-            lower_right = to_preview_pixel(x1, y1, step)
+            upper_left = to_preview_pixel(x0, y0, scale)
+            lower_right = to_preview_pixel(x1, y1, scale)
             draw.rectangle((*upper_left, *lower_right), outline=colour, width=max(2, radius // 3))
         for x, y, label in clicked.points:
-            draw_point(draw, to_preview_pixel(x, y, step), radius, colour, bool(label))
+            draw_point(draw, to_preview_pixel(x, y, scale), radius, colour, bool(label))
         if not clicked.is_empty and len(clicks.objects) > 1:
-            draw_number(draw, clicked, number, radius, colour, step)
+            draw_number(draw, clicked, number, radius, colour, scale)
     if clicks.corner is not None:
-        x, y = to_preview_pixel(*clicks.corner, step)
-        arm = 2 * radius
-        for colour, width in (("black", 5), ("white", 2)):
-            draw.line((x - arm, y, x + arm, y), colour, width)
-            draw.line((x, y - arm, x, y + arm), colour, width)
+        draw_cross(draw, to_preview_pixel(*clicks.corner, scale), 2 * radius)
 
 
-def draw_number(draw, clicked: ClickedObject, number: int, radius: int, colour, step: int) -> None:
+def draw_cross(draw, centre: tuple[float, float], arm: float) -> None:
+    """Draw a white cross with a black rim."""
+    x, y = centre
+    for colour, width in (("black", 5), ("white", 2)):
+        draw.line((x - arm, y, x + arm, y), colour, width)
+        draw.line((x, y - arm, x, y + arm), colour, width)
+
+
+def draw_number(draw, clicked: ClickedObject, number: int, radius: int, colour, scale) -> None:
     """Write the number of an object beside its box or its first point."""
     if clicked.box is None:
-        x, y = to_preview_pixel(*clicked.points[0][:2], step)
+        x, y = to_preview_pixel(*clicked.points[0][:2], scale)
         x += 1.5 * radius
     else:
-        x, y = to_preview_pixel(clicked.box[0], clicked.box[1], step)
+        x, y = to_preview_pixel(clicked.box[0], clicked.box[1], scale)
         x += radius
         y += radius
 

@@ -116,23 +116,26 @@ def test_classes_belong_to_objects():
 
 def test_pixels_of_a_preview_are_the_middle_of_those_they_stand_for():
     assert clicks.to_image_pixel(0, 2, 1) == (0, 2)
-    assert clicks.to_image_pixel(0, 2, 3) == (1, 7)  # of 0 1 2 and 6 7 8
-    assert clicks.to_image_pixel(0, 1, 2) == (0.5, 2.5)
-    for step in (1, 2, 3, 7):
-        x, y = clicks.to_preview_pixel(*clicks.to_image_pixel(5, 9, step), step)
+    assert clicks.to_image_pixel(0, 2, 1 / 3) == (1, 7)  # of 0 1 2 and 6 7 8
+    assert clicks.to_image_pixel(0, 1, 1 / 2) == (0.5, 2.5)
+    assert clicks.to_image_pixel(4, 7, 3) == (1, pytest.approx(2 + 1 / 3))  # the second's middle
+    for scale in (1, 1 / 2, 1 / 7, 3):
+        x, y = clicks.to_preview_pixel(*clicks.to_image_pixel(5, 9, scale), scale)
         assert (x, y) == pytest.approx((5, 9))
 
 
-@pytest.mark.parametrize("step", [1, 3])
-def test_prompts_are_drawn_where_they_are_clicked(step):
+@pytest.mark.parametrize("scale", [1, 1 / 3, 2])
+def test_prompts_are_drawn_where_they_are_clicked(scale):
     """In the colours of the objects: a box's side, a point's rim, the cross of an open box."""
-    size = (120 * step, 160 * step)
-    state = after((30 * step, 40 * step, BOX), (90 * step, 80 * step, BOX), start=Clicks(size))
-    state = after(
-        "new_object", (120 * step, 20 * step, INSIDE), (20 * step, 100 * step, BOX), start=state
-    )
+
+    def at(x, y, mode):  # in the preview
+        return *clicks.to_image_pixel(x, y, scale), mode
+
+    start = Clicks((round(120 / scale), round(160 / scale)))
+    state = after(at(30, 40, BOX), at(90, 80, BOX), start=start)
+    state = after("new_object", at(120, 20, INSIDE), at(20, 100, BOX), start=state)
     picture = Image.new("RGB", (160, 120))
-    clicks.draw_clicks(picture, state, step)
+    clicks.draw_clicks(picture, state, scale)
     pixels = np.asarray(picture)
     first, second = pictures.class_colours(2)
     assert tuple(pixels[60, 30]) == first and tuple(pixels[60, 60]) == (0, 0, 0)

@@ -1,0 +1,419 @@
+"""The view of models for volumes: three planes with the structures that were found.
+
+The elements have these ids; PLANE is axial, coronal or sagittal:
+
+volumes-upload        drop area for files         volumes-list      list of files, if there are any
+volumes-note          name and size, or an error  volumes-model     visible if there are several
+volumes-run           button that starts          volumes-status    progress, or an error
+volumes-PLANE         picture of a slice          volumes-slice-PLANE   slider of its number, from 1
+volumes-window        grey levels by name         volumes-level, volumes-width   sliders, for CT
+volumes-shown         structures that are drawn   volumes-table     colours and volumes in ml
+volumes-opacity       slider                      volumes-threshold     slider, if it has an effect
+volumes-download-mask, -overlay, -table   buttons
+"""
+
+import html
+import shutil
+from pathlib import Path
+
+import gradio as gr
+
+from page import drawing, slices, uploads, volume_case
+from page.controls import (
+    DISPLAY,
+    MODEL,
+    PRIVATE,
+    SaveButtons,
+    list_files,
+    list_models,
+    nothing_to_save,
+    share_slider,
+)
+from page.settings import PageSettings, model_labels
+from page.slices import PLANES
+from page.volume_case import OPTIONS, Volume, VolumePrediction
+from prediction.models import LoadedModel
+from prediction.volumes import VolumePredictor
+
+KIND = "volumes"
+NO_VOLUME = "Choose a volume first (step 1)."
+TITLES = {"axial": "Axial (from below)", "coronal": "Coronal (from the front)",
+          "sagittal": "Sagittal (from the left)"}  # fmt: skip
+FIRST_WINDOW = "Soft tissue"
+
+
+class VolumeView:
+    """Find structures in a volume and look at them slice by slice."""
+
+    def __init__(self, models: list[LoadedModel], settings: PageSettings):
+        self.settings = settings
+        self.labels = model_labels(models)
+        self.models = models
+        self.predictors = [VolumePredictor(loaded, OPTIONS) for loaded in models]
+
+    # --- layout ---
+
+    def build(self) -> None:
+        """Add the view to the page."""
+        with gr.Row():
+            with gr.Column(min_width=320):
+                self.build_volume()
+            with gr.Column(min_width=320):
+                self.build_run()
+        self.build_planes()
+        with gr.Row():
+            with gr.Column(min_width=320):
+                self.build_display()
+            with gr.Column(min_width=320):
+                self.build_result()
+        self.connect()
+
+    def build_volume(self) -> None:
+        """Add the first step: a volume from files or from the list."""
+        gr.HTML("<h3>1. Volume</h3>")
+        self.upload = gr.File(
+            label="Drop a NIfTI file here (.nii or .nii.gz); for several channels, all their files",
+            file_count="multiple",
+            height=120,
+            elem_id=f"{KIND}-upload",
+        )
+        self.listing = list_files(self.settings.volumes, "volume", f"{KIND}-list")
+        self.note = gr.HTML(elem_id=f"{KIND}-note")
+
+    def build_run(self) -> None:
+        """Add the second step: the model."""
+        gr.HTML("<h3>2. What to find</h3>")
+        self.model = list_models(self.labels, f"{KIND}-model")
+        self.finds = gr.HTML(self.describe_model(0))
+        self.run_button = gr.Button("Find the structures", variant="primary", elem_id=f"{KIND}-run")
+        self.status = gr.HTML(elem_id=f"{KIND}-status")
+
+    def build_planes(self) -> None:
+        """Add the third step: the three planes."""
+        gr.HTML(
+            "<h3>3. Look at it</h3><p>Slices are shown as radiologists look at them: the patient's "
+            "left (L) is on the right side of the picture. R right, A front, P back, S head, "
+            "I feet.</p>"
+        )
+        self.planes = {}
+        self.sliders = {}
+        with gr.Row():
+            for name in PLANES:
+                with gr.Column(min_width=260):
+                    self.planes[name] = gr.Image(
+                        label=TITLES[name],
+                        interactive=False,
+                        format="jpeg",
+                        height=360,
+                        buttons=["fullscreen"],
+                        elem_id=f"{KIND}-{name}",
+                    )
+                    self.sliders[name] = gr.Slider(
+                        1,
+                        2,
+                        value=1,
+                        step=1,
+                        label="Slice",
+                        buttons=[],
+                        interactive=True,
+                        elem_id=f"{KIND}-slice-{name}",
+                    )
+
+    def build_display(self) -> None:
+        """Add the controls of the display."""
+        self.window = gr.Radio(
+            [*slices.CT_WINDOWS],
+            value=FIRST_WINDOW,
+            label="Brightness and contrast",
+            elem_id=f"{KIND}-window",
+        )
+        level, width = slices.CT_WINDOWS[FIRST_WINDOW]
+        with gr.Row() as self.hounsfield:
+            self.level = gr.Slider(
+                -1000, 1000, level, step=10, label="Level (HU)", buttons=[],
+                min_width=140, elem_id=f"{KIND}-level",
+            )  # fmt: skip
+            self.width = gr.Slider(
+                10, 3000, width, step=10, label="Width (HU)", buttons=[],
+                min_width=140, elem_id=f"{KIND}-width",
+            )  # fmt: skip
+        with gr.Row():
+            self.opacity = share_slider("Strength of the colours", 0.4, 0.05, f"{KIND}-opacity")
+            self.threshold = share_slider(
+                "Certainty from which a voxel is marked",
+                self.models[0].config.threshold,
+                0.01,
+                f"{KIND}-threshold",
+                visible=False,
+            )
+
+    def build_result(self) -> None:
+        """Add the structures, and the buttons that save files."""
+        self.shown = gr.CheckboxGroup([], label="Show", visible=False, elem_id=f"{KIND}-shown")
+        self.table = gr.HTML(elem_id=f"{KIND}-table")
+        self.save_buttons = SaveButtons(
+            KIND,
+            {"mask": "Save mask (NIfTI)", "overlay": "Save picture", "table": "Save volumes (CSV)"},
+        )
+
+    def describe_model(self, index: int) -> str:
+        """Return what a model finds, as HTML."""
+        names = ", ".join(self.predictors[index].classes[1:])
+        return f"<p>{html.escape(self.labels[index])} finds: {html.escape(names)}.</p>"
+
+    # --- events ---
+
+    def connect(self) -> None:
+        """Connect the controls with the functions below."""
+        planes = [*self.planes.values()]
+        sliders = [*self.sliders.values()]
+        look = [self.window, self.level, self.width, self.shown, self.opacity, self.threshold]
+        result = [self.shown, self.threshold, self.table, self.status]
+        windows = [self.window, self.hounsfield, self.level, self.width]
+        chosen = [self.upload, self.listing, self.note, *sliders, *planes, *windows, *result]
+        self.upload.upload(self.open_upload, [self.upload, self.model], chosen, **PRIVATE)
+        self.listing.input(self.open_listed, [self.listing, self.model], chosen, **PRIVATE)
+
+        self.model.input(self.describe_model, self.model, self.finds, **PRIVATE)
+        found = [*sliders, *result]
+        running = self.run_button.click(
+            self.run, self.model, found, show_progress_on=self.status, **MODEL
+        )
+        running.success(self.draw_all, [*sliders, *look], planes, **DISPLAY)
+
+        draw = {"axial": self.axial, "coronal": self.coronal, "sagittal": self.sagittal}
+        for name, slider in self.sliders.items():
+            slider.input(draw[name], [slider, *look], self.planes[name], **DISPLAY)
+        self.window.input(
+            self.use_window, [*sliders, *look], [self.level, self.width, *planes], **DISPLAY
+        )
+        for control in (self.level, self.width):
+            control.input(self.use_levels, [*sliders, *look], [self.window, *planes], **DISPLAY)
+        for control in (self.shown, self.opacity):
+            control.input(self.draw_all, [*sliders, *look], planes, **DISPLAY)
+        self.threshold.input(
+            self.use_threshold, [*sliders, *look], [self.table, *planes], **DISPLAY
+        )
+
+        self.save_buttons.connect("mask", self.save_mask, [self.threshold])
+        self.save_buttons.connect("overlay", self.save_picture, [*sliders, *look])
+        self.save_buttons.connect("table", self.save_table, [self.threshold])
+
+    def volume(self, request: gr.Request) -> Volume | None:
+        """Return the volume of the browser that sends a request."""
+        return self.settings.sessions.get(request.session_hash, KIND)
+
+    # --- volumes ---
+
+    def open_upload(self, files: list[str], model: int, request: gr.Request) -> list:
+        """Read uploaded files. They are moved to a folder that is removed with the session."""
+        folder = self.new_folder(request)
+        paths = []
+        for file in files:
+            paths.append(Path(shutil.move(file, folder / Path(file).name)))
+        return self.open_volume(paths, folder, model, False, request)
+
+    def open_listed(self, index: int | None, model: int, request: gr.Request) -> list:
+        """Read a volume of the list."""
+        try:
+            path = self.settings.volumes.path(index)
+        except ValueError as error:
+            return self.no_volume(error)
+        return self.open_volume([path], self.new_folder(request), model, True, request)
+
+    def new_folder(self, request: gr.Request) -> Path:
+        """Forget the earlier volume with its files, and return a folder for the next one."""
+        earlier = self.volume(request)
+        if earlier is not None:
+            shutil.rmtree(earlier.folder, ignore_errors=True)
+        self.settings.sessions.drop(request.session_hash, KIND)
+        return self.settings.sessions.files_of(request.session_hash)
+
+    def open_volume(self, files: list, folder: Path, model: int, is_listed: bool, request) -> list:
+        """Start the session of a volume. Return updates that show it."""
+        try:
+            channels = self.models[model].config.in_channels
+            name, paths = volume_case.find_case(files, channels)
+            volume, notes = volume_case.open_volume(name, paths, folder)
+        except ValueError as error:
+            return self.no_volume(error)
+
+        self.settings.sessions.put(request.session_hash, KIND, volume)
+        voxel = volume.best_voxel(0.5)
+        window = next(iter(volume.windows))
+        limits = volume.windows[window]
+        planes = []
+        for plane_name, plane in PLANES.items():
+            index = voxel[plane.axis]
+            planes.append(volume.picture(plane_name, index, limits, [], 0, 0.5))
+        level, width = slices.CT_WINDOWS[FIRST_WINDOW]
+        windows = [
+            gr.Radio([*volume.windows], value=window),
+            gr.Row(visible=volume.is_ct),
+            level,
+            width,
+        ]
+        note = drawing.status([volume.describe(), *notes])
+        listing = gr.skip() if is_listed else None
+        return [
+            None, listing, note, *self.slider_updates(volume, voxel), *planes, *windows,
+            *self.no_result(), "",
+        ]  # fmt: skip
+
+    def no_volume(self, error: ValueError) -> list:
+        """Return updates that show why there is no volume."""
+        note = drawing.status([str(error)], is_error=True)
+        nothing = [gr.skip()] * len(PLANES)
+        empty = [None] * len(PLANES)
+        windows = [gr.skip()] * 4
+        return [None, None, note, *nothing, *empty, *windows, *self.no_result(), ""]
+
+    def slider_updates(self, volume: Volume, voxel: tuple[int, ...]) -> list:
+        """Return updates of the sliders for the planes through a voxel."""
+        updates = []
+        for plane in PLANES.values():
+            count = volume.grid.size[plane.axis]
+            updates.append(gr.Slider(1, max(2, count), value=voxel[plane.axis] + 1))
+        return updates
+
+    # --- predictions ---
+
+    def run(self, request: gr.Request, model: int, progress=gr.Progress(track_tqdm=True)) -> list:  # noqa: B008
+        """Find the structures. Return updates of the sliders and of the result."""
+        volume = self.volume(request)
+        if volume is None:
+            return self.without_prediction(NO_VOLUME)
+        try:
+            volume.prediction = VolumePrediction(self.predictors[model], volume)
+        except (ValueError, OSError) as error:
+            return self.without_prediction(uploads.sentence(error, volume.paths[0]))
+
+        prediction = volume.prediction
+        config = self.models[model].config
+        voxel = volume.best_voxel(config.threshold)
+        choices = [(name, k) for k, name in enumerate(prediction.classes)]
+        sentence = f"Done in {prediction.seconds:.1f} s on {self.models[model].device.type}."
+        return [
+            *self.slider_updates(volume, voxel),
+            gr.CheckboxGroup(choices, value=[*range(len(choices))], visible=len(choices) > 1),
+            gr.Slider(value=config.threshold, visible=prediction.has_threshold),
+            self.table_of(prediction, config.threshold),
+            drawing.status([sentence]),
+        ]
+
+    def without_prediction(self, sentence: str) -> list:
+        """Return updates that show why there is no prediction."""
+        sliders = [gr.skip()] * len(PLANES)
+        return [*sliders, *self.no_result(), drawing.status([sentence], is_error=True)]
+
+    def no_result(self) -> list:
+        """Return updates that remove the structures."""
+        return [gr.CheckboxGroup([], value=[], visible=False), gr.Slider(visible=False), ""]
+
+    def table_of(self, prediction: VolumePrediction, threshold: float) -> str:
+        """Return the table of the structures as HTML."""
+        values = prediction.predictor.labels[1:]
+        lines = ["<table>", drawing.table_row("th", ["Structure", "Volume in ml", "Value in mask"])]
+        rows = zip(
+            prediction.classes,
+            prediction.colours,
+            prediction.millilitres(threshold),
+            values,
+            strict=True,
+        )
+        for name, colour, millilitres, value in rows:
+            cells = [
+                f"{drawing.swatch(colour)} {html.escape(name)}",
+                f"{millilitres:,.1f}",
+                str(1 if prediction.predictor.config.overlapping else value),
+            ]
+            lines.append(drawing.table_row("td", cells))
+        lines.append("</table>")
+        return "\n".join(lines)
+
+    # --- display ---
+
+    def limits(self, volume: Volume, window: str | None, level, width) -> tuple[float, float]:
+        """Return the values that become black and white."""
+        if volume.is_ct:
+            return slices.window_limits(level, width)
+        return volume.windows[window]
+
+    def draw(self, request: gr.Request, name: str, number: int, look: tuple):
+        """Return the picture of a slice, numbered from 1, or no update without a volume."""
+        volume = self.volume(request)
+        if volume is None:
+            return gr.skip()
+        window, level, width, shown, opacity, threshold = look
+        limits = self.limits(volume, window, level, width)
+        return volume.picture(name, number - 1, limits, shown, opacity, threshold)
+
+    def axial(self, request: gr.Request, number, *look):
+        """Return the picture of an axial slice."""
+        return self.draw(request, "axial", number, look)
+
+    def coronal(self, request: gr.Request, number, *look):
+        """Return the picture of a coronal slice."""
+        return self.draw(request, "coronal", number, look)
+
+    def sagittal(self, request: gr.Request, number, *look):
+        """Return the picture of a sagittal slice."""
+        return self.draw(request, "sagittal", number, look)
+
+    def draw_all(self, request: gr.Request, *values) -> list:
+        """Return the pictures of all planes. values: of the sliders and of the display."""
+        look = values[len(PLANES) :]
+        drawn = []
+        for name, number in zip(PLANES, values, strict=False):
+            drawn.append(self.draw(request, name, number, look))
+        return drawn
+
+    def use_window(self, request: gr.Request, *values) -> list:
+        """Return level and width of a window that was chosen by name, and the pictures."""
+        numbers = values[: len(PLANES)]
+        window, level, width, *rest = values[len(PLANES) :]
+        level, width = slices.CT_WINDOWS.get(window, (level, width))
+        pictures = self.draw_all(request, *numbers, window, level, width, *rest)
+        return [level, width, *pictures]
+
+    def use_levels(self, request: gr.Request, *values) -> list:
+        """Return no name of a window, as level and width were moved, and the pictures."""
+        return [None, *self.draw_all(request, *values)]
+
+    def use_threshold(self, request: gr.Request, *values) -> list:
+        """Return the table and the pictures at another threshold."""
+        volume = self.volume(request)
+        if volume is None or volume.prediction is None:
+            return [gr.skip()] * (1 + len(PLANES))
+        table = self.table_of(volume.prediction, values[-1])
+        return [table, *self.draw_all(request, *values)]
+
+    # --- files ---
+
+    def found(self, request: gr.Request) -> tuple[VolumePrediction, Path]:
+        """Return a browser's prediction, and a new folder for a file of it."""
+        volume = self.volume(request)
+        if volume is None or volume.prediction is None:
+            raise nothing_to_save()
+        return volume.prediction, self.settings.sessions.files_of(request.session_hash)
+
+    def save_mask(self, request: gr.Request, threshold: float) -> str:
+        """Write the label map as predict.py does."""
+        prediction, folder = self.found(request)
+        return str(volume_case.write_label_maps(prediction, threshold, folder))
+
+    def save_table(self, request: gr.Request, threshold: float) -> str:
+        """Write the measurements."""
+        prediction, folder = self.found(request)
+        return str(volume_case.write_measurements(prediction, threshold, folder))
+
+    def save_picture(self, request: gr.Request, *values) -> str:
+        """Write the planes as they are shown."""
+        prediction, folder = self.found(request)
+        planes = self.draw_all(request, *values)
+        return str(volume_case.write_picture(prediction.volume, planes, folder))
+
+
+def build(models: list[LoadedModel], settings: PageSettings) -> None:
+    """Add the view of these models to the page."""
+    VolumeView(models, settings).build()
