@@ -39,7 +39,8 @@ class ClassView(ImageView):
             known = ", ".join(names[:MOST_NAMED])
             if len(names) > MOST_NAMED:
                 known += f" and {len(names) - MOST_NAMED} more"
-            gr.HTML(drawing.status([f"{label} finds: {known}."]))
+            subject = "It" if len(self.models) == 1 else label
+            gr.HTML(drawing.status([f"{subject} finds: {known}."]))
         return []
 
     def read_question(self) -> str:

@@ -2,6 +2,7 @@
 
 import html
 import math
+from textwrap import shorten
 
 import numpy as np
 from PIL import Image
@@ -72,13 +73,13 @@ def area_table(title: str, names: list[str], colours: list, rows: list[dict]) ->
     the columns of `measurements.IMAGE_COLUMNS`.
     """
     has_mm2 = any(row["area_mm2"] is not None for row in rows)
-    headings = [title, "Area in pixels", "Share of image"]
+    headings = [title, "Pixels", "Share of image"]
     if has_mm2:
-        headings.append("Area in mm²")
+        headings.append("mm²")
     lines = ["<table>", table_row("th", headings)]
     for name, colour, row in zip(names, colours, rows, strict=True):
         cells = [
-            f"{swatch(colour)} {html.escape(name)}",
+            f"{swatch(colour)} {html.escape(shorten(name, 80, placeholder=' …'))}",
             f"{row['area_px']:,}",
             f"{100 * row['share_of_image']:.1f} %",
         ]

@@ -33,6 +33,10 @@ DISPLAY = dict(show_progress="hidden", trigger_mode="always_last", **PRIVATE)
 # Events that run a model wait for each other.
 MODEL = dict(concurrency_id="model", concurrency_limit=1, **PRIVATE)
 
+LIMITS = (
+    "PNG, JPEG, TIFF and similar files, up to "
+    f"{uploads.MOST_BYTES / 2**20:.0f} MB and {uploads.MOST_PIXELS / 1e6:.0f} megapixels."
+)
 NO_IMAGE = "Choose an image first (step 1)."
 # A click on the visible button makes the file; this then clicks the hidden link to it.
 CLICK = "() => {{ document.querySelector('#{id}').click() }}"
@@ -76,6 +80,10 @@ class ImageView:
         """Return the result of a question that `answers` has computed."""
         raise NotImplementedError
 
+    def remarks(self, loaded: LoadedModel, question) -> list[str]:
+        """Return sentences about how a model understood a question."""
+        return []
+
     def build_display(self) -> list:
         """Add controls of the third step, and return them; their values go to `shown_masks`."""
         return []
@@ -95,7 +103,6 @@ class ImageView:
         with gr.Row():
             with gr.Column(scale=2, min_width=340):
                 self.build_image()
-                gr.HTML("<h3>2. What to find</h3>")
                 self.build_models()
                 self.questions = self.build_question()
                 self.run_button = gr.Button(
@@ -110,11 +117,13 @@ class ImageView:
 
     def build_image(self) -> None:
         """Add the first step: an image from a file or from the list."""
-        gr.HTML("<h3>1. Image</h3>")
+        gr.HTML(f"<h3>1. Image</h3><p>{LIMITS}</p>")
         self.upload = gr.File(
-            label="Drop an image file here, or click to choose one",
-            height=120,
+            label="Image file",
+            show_label=False,
+            height=90,
             elem_id=f"{self.kind}-upload",
+            elem_classes="upload",
         )
         files = self.settings.images
         self.listing = gr.Dropdown(
@@ -129,18 +138,20 @@ class ImageView:
             interactive=False,
             visible=False,
             format="png",
-            height=260,
+            height=180,
             buttons=["fullscreen"],
             elem_id=f"{self.kind}-image",
         )
         self.note = gr.HTML(elem_id=f"{self.kind}-note")
 
     def build_models(self) -> None:
-        """Add the choice of models, hidden if there is only one."""
+        """Begin the second step with the choice of models, hidden if there is only one."""
         choices = [(label, index) for index, label in enumerate(self.labels)]
         has_choice = len(self.models) > 1
+        heading = "<h3>2. What to find</h3>"
         if not has_choice:
-            gr.HTML(f"<p>Model: {html.escape(self.labels[0])}</p>")
+            heading += f"<p>Model: {html.escape(self.labels[0])}</p>"
+        gr.HTML(heading)
         with gr.Row(visible=has_choice):
             self.first = gr.Dropdown(
                 choices, value=0, label="Model", min_width=150, elem_id=f"{self.kind}-model"
@@ -180,7 +191,7 @@ class ImageView:
                 0.99,
                 value=self.models[0].config.threshold,
                 step=0.01,
-                label="Certainty from which a pixel is marked",
+                label="Mark pixels with a certainty above",
                 elem_id=f"{self.kind}-threshold",
                 visible=self.has_threshold,
                 min_width=200,
@@ -201,15 +212,18 @@ class ImageView:
                 self.has_outline, label="Draw outlines", elem_id=f"{self.kind}-outline"
             )
             self.pixel_size = gr.Number(
-                label="Pixel size in mm, if known (for areas in mm²)",
-                value=None,
-                minimum=0,
+                label="Size of a pixel in mm (0: unknown)",
+                value=0,
                 elem_id=f"{self.kind}-pixel-size",
             )
         self.look = [self.threshold, self.opacity, self.outline, self.pixel_size]
 
     def build_downloads(self) -> None:
         """Add the buttons that save files, and the hidden links that they click."""
+        caption = "Files to save have the image's own size."
+        if len(self.models) > 1:
+            caption += " They are those of the first model."
+        gr.HTML(f"<p>{caption}</p>")
         labels = {
             "mask": "Save mask (PNG)",
             "overlay": "Save picture (PNG)",
@@ -239,8 +253,8 @@ class ImageView:
         self.first.input(self.default_threshold, self.first, self.threshold, **PRIVATE)
 
         values = [*self.look, *self.display]
-        for control in values:
-            control.change(self.redraw, values, [*self.results, *self.tables], **DISPLAY)
+        changes = [control.change for control in values]
+        gr.on(changes, self.redraw, values, [*self.results, *self.tables], **DISPLAY)
         save = {"mask": self.save_mask, "overlay": self.save_overlay, "table": self.save_table}
         for name, button in self.buttons.items():
             link = self.links[name]
@@ -252,12 +266,8 @@ class ImageView:
         return self.settings.sessions.get(request.session_hash, self.kind)
 
     def open_upload(self, file: str, request: gr.Request) -> list:
-        """Read an upload and remove its file: nothing that was uploaded stays on the disk."""
-        path = Path(file)
-        try:
-            return self.open_image(path, request, is_listed=False)
-        finally:
-            path.unlink(missing_ok=True)
+        """Read an upload. gradio removes its file, see `site.build`."""
+        return self.open_image(Path(file), request, is_listed=False)
 
     def open_listed(self, index: int | None, request: gr.Request) -> list:
         """Read an image of the list."""
@@ -293,7 +303,8 @@ class ImageView:
     def no_result(self) -> list:
         """Return updates that remove the result."""
         display = [gr.skip() for _ in self.display]
-        return [None, None, "", "", gr.Column(visible=False), *display]
+        picture = gr.Image(None, label="Result")
+        return [picture, None, "", "", gr.Column(visible=False), *display]
 
     def run(self, request: gr.Request, first, second, *values) -> list:
         """Answer the question of the controls with one or two models.
@@ -312,6 +323,7 @@ class ImageView:
             for index in indices:
                 answers = self.answers(session, self.models[index], question)
                 sentences.append(self.duration(index, answers))
+                sentences += self.remarks(self.models[index], question)
         except ValueError as error:
             return [*self.no_result(), drawing.status([str(error)], is_error=True)]
 
@@ -331,14 +343,14 @@ class ImageView:
             return f"{label}: from memory."
         steps = []
         if encoding:
-            steps.append(f"image prepared in {encoding:.1f} s")
-        steps.append(f"answered in {prompts:.1f} s")
+            steps.append(f"image prepared in {encoding:.2f} s")
+        steps.append(f"answered in {prompts:.2f} s")
         return f"{label}: {', '.join(steps)}."
 
     def results_of(self, session: Session, look: tuple) -> list[downloads.Result]:
         """Return the results of the models that answered the session's question."""
         threshold, _, _, pixel = look
-        pixel_size = (pixel, pixel) if pixel else session.pixel_size
+        pixel_size = (pixel, pixel) if pixel and pixel > 0 else session.pixel_size
         indices, question = session.question
         results = []
         for index in indices:

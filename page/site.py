@@ -17,17 +17,23 @@ VIEWS: dict[str, tuple[str, Callable]] = {
     "volumes": ("Volumes", volume_view.build),
 }
 
+# Uploads and pictures are removed from the temporary folder every minute once they are ten minutes
+# old. Their content is in the sessions.
+DELETE_FILES = (60, 600)  # seconds
 SYSTEM_FONTS = ["system-ui", "sans-serif"]  # named alone, so that no font is fetched
 CSS = """
 footer { display: none !important; }
-h3 { margin: 0.4em 0 0.2em; }
+h2, h3 { margin: 0 0 0.2em !important; }
+p { margin: 0 0 0.2em !important; }
+p.error { color: #b00020; font-weight: 600; }
+.dark p.error { color: #ff8a80; }
 .swatch { display: inline-block; width: 1em; height: 1em; border: 1px solid #555;
           vertical-align: -0.15em; margin-right: 0.3em; }
-p.error { color: #b00020; font-weight: 600; margin: 0.2em 0; }
-p.status { margin: 0.2em 0; }
-.dark p.error { color: #ff8a80; }
-.prose table { width: 100%; margin: 0.3em 0; }
-.prose td, .prose th { text-align: left; padding: 0.2em 0.6em; }
+.html-container { padding: 0 2px !important; }
+.prose table { width: 100%; }
+.prose table, .prose tbody, .prose tr, .prose td, .prose th { border: 0 !important; }
+.prose td, .prose th { text-align: left; padding: 0.1em 0.6em 0.1em 0 !important; }
+.upload svg { display: none; }
 """
 
 
@@ -44,9 +50,8 @@ def build(models: list[LoadedModel], settings: PageSettings) -> gr.Blocks:
     for loaded in models:
         by_kind.setdefault(kind_of(loaded), []).append(loaded)
 
-    # Removes files that gradio made more than an hour ago, every ten minutes.
     with gr.Blocks(
-        title="Medical image segmentation", delete_cache=(600, 3600), analytics_enabled=False
+        title="Medical image segmentation", delete_cache=DELETE_FILES, analytics_enabled=False
     ) as page:
         gr.HTML(
             "<h2>Medical image segmentation</h2>"
@@ -70,6 +75,14 @@ def build(models: list[LoadedModel], settings: PageSettings) -> gr.Blocks:
     return page
 
 
+def theme() -> gr.themes.Base:
+    """Return the colours, fonts and distances of the page. Nothing of it is fetched."""
+    sober = gr.themes.Default(
+        primary_hue="blue", neutral_hue="gray", font=SYSTEM_FONTS, font_mono=["monospace"]
+    )
+    return sober.set(layout_gap="10px", block_padding="8px 10px")
+
+
 def serve(page: gr.Blocks, host: str, port: int | None, login: tuple[str, str] | None) -> str:
     """Start the server in the background and return the address of the page.
 
@@ -90,10 +103,11 @@ def serve(page: gr.Blocks, host: str, port: int | None, login: tuple[str, str] |
         allowed_paths=[],
         max_file_size=MOST_BYTES,
         enable_monitoring=False,
+        app_kwargs={"openapi_url": None},  # no list of the server's addresses
         ssr_mode=False,
         pwa=False,
         mcp_server=False,
-        theme=gr.themes.Default(font=SYSTEM_FONTS, font_mono=["monospace"]),
+        theme=theme(),
         css=CSS,
     )
     return address

@@ -3,6 +3,8 @@
 Its elements are those of image_view.py with the prefix "text", and text-phrases, the phrases.
 """
 
+from textwrap import shorten
+
 import gradio as gr
 
 from imaging import layouts
@@ -11,6 +13,7 @@ from page.image_view import ImageView
 from page.session import Answer, Session
 from page.settings import PageSettings, class_names
 from prediction.models import LoadedModel
+from recipes.images import cut_texts
 
 MOST_PHRASES = 8
 
@@ -24,16 +27,17 @@ class TextView(ImageView):
     def build_question(self) -> list:
         """Add the box for phrases."""
         self.phrases = gr.Textbox(
-            label="Describe it in a few words; one phrase per line, each gets its own colour",
+            label="Describe it in a few words. Several things: one per line",
             placeholder="for example: one small pink polyp",
             lines=3,
             max_lines=MOST_PHRASES,
+            max_length=2000,
             elem_id="text-phrases",
         )
         return [self.phrases]
 
     def read_question(self, text: str) -> list[str]:
-        """Return the phrases, without repetitions and empty lines. Raises ValueError, a sentence."""
+        """Return the phrases, each once. Raises ValueError, a sentence, if none or too many."""
         phrases = []
         for line in (text or "").splitlines():
             phrase = " ".join(line.split())
@@ -54,6 +58,14 @@ class TextView(ImageView):
             tokens = loaded.recipe.tokenize(phrase)
             answers.append(session.predict(loaded, phrase, tokens))
         return answers
+
+    def remarks(self, loaded: LoadedModel, question: list) -> list[str]:
+        """Return a sentence about each phrase that is too long for a model."""
+        sentences = []
+        for phrase in cut_texts(question, loaded.recipe.tokenizer):
+            start = shorten(phrase, 40, placeholder=" …")
+            sentences.append(f"“{start}” is too long: the model reads only its beginning.")
+        return sentences
 
     def result(self, session, loaded, question, threshold, pixel_size) -> downloads.Result:
         """Return the masks of the phrases."""
