@@ -32,6 +32,7 @@ from page.controls import (
     nothing_to_save,
     share_slider,
 )
+from page.image_view import LIMITS
 from page.objects import Objects
 from page.session import Session
 from page.settings import PageSettings, class_names, model_labels
@@ -39,9 +40,9 @@ from prediction.models import LoadedModel
 
 KIND = "boxes"
 MODES = [
-    ("Box: click two opposite corners", BOX),
-    ("Point inside the object", INSIDE),
-    ("Point outside the object", OUTSIDE),
+    ("corner of a box (two opposite ones)", BOX),
+    ("point inside the object", INSIDE),
+    ("point outside the object", OUTSIDE),
 ]
 NO_IMAGE = "Choose an image first (step 1)."
 START = "Click into the image: two opposite corners of a box around an object."
@@ -70,11 +71,13 @@ class BoxView:
 
     def build_image(self) -> None:
         """Add the first step: an image from a file or from the list."""
-        gr.HTML("<h3>1. Image</h3>")
+        gr.HTML(f"<h3>1. Image</h3><p>{LIMITS}</p>")
         self.upload = gr.File(
-            label="Drop an image file here, or click to choose one",
-            height=120,
+            label="Image file",
+            show_label=False,
+            height=90,
             elem_id=f"{KIND}-upload",
+            elem_classes="upload",
         )
         self.listing = list_files(self.settings.images, "image", f"{KIND}-list")
         self.note = gr.HTML(elem_id=f"{KIND}-note")
@@ -92,9 +95,11 @@ class BoxView:
             elem_id=f"{KIND}-class",
         )
         with gr.Row():
-            self.undo = gr.Button("Undo", min_width=80, elem_id=f"{KIND}-undo")
-            self.new_object = gr.Button("Next object", min_width=80, elem_id=f"{KIND}-new-object")
-            self.clear = gr.Button("Clear all", min_width=80, elem_id=f"{KIND}-clear")
+            self.undo = gr.Button("Undo", min_width=80, size="md", elem_id=f"{KIND}-undo")
+            self.new_object = gr.Button(
+                "Next object", min_width=80, size="md", elem_id=f"{KIND}-new-object"
+            )
+            self.clear = gr.Button("Clear all", min_width=80, size="md", elem_id=f"{KIND}-clear")
         gr.HTML(
             "<p>Points correct a mark: set one inside where it misses something, one outside "
             "where it covers too much. Each further box marks another object.</p>"
@@ -115,17 +120,16 @@ class BoxView:
         self.areas = gr.HTML(elem_id=f"{KIND}-areas")
         with gr.Row():
             self.threshold = share_slider(
-                "Certainty from which a pixel is marked",
+                "Mark pixels with a certainty above",
                 self.models[0].config.threshold,
                 0.01,
                 f"{KIND}-threshold",
             )
             self.opacity = share_slider("Strength of the colours", 0.3, 0.05, f"{KIND}-opacity")
             self.pixel_size = gr.Number(
-                label="Pixel size in mm, if known",
-                value=None,
-                minimum=0,
-                min_width=120,
+                label="Size of a pixel in mm (0: unknown)",
+                value=0,
+                min_width=160,
                 elem_id=f"{KIND}-pixel-size",
             )
         self.look = [self.threshold, self.opacity, self.pixel_size]
@@ -332,7 +336,7 @@ class BoxView:
         seconds = found.encoding_seconds + found.prompt_seconds
         noun = "object" if count == 1 else "objects"
         device = found.loaded.device.type
-        return drawing.status([f"{count} {noun} marked (in {seconds:.1f} s on {device})."])
+        return drawing.status([f"{count} {noun} marked ({seconds:.2f} s on {device})."])
 
     def pixel_size_of(self, session: Session, pixel: float | None) -> tuple | None:
         """Return width and height of a pixel in mm, None if they are unknown."""

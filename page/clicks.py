@@ -198,17 +198,17 @@ def draw_cross(draw, centre: tuple[float, float], arm: float) -> None:
 
 
 def draw_number(draw, clicked: ClickedObject, number: int, radius: int, colour, scale) -> None:
-    """Write the number of an object beside its box or its first point."""
+    """Write the number of an object at its box or beside its first point, on its colour."""
     if clicked.box is None:
         x, y = to_preview_pixel(*clicked.points[0][:2], scale)
         x += 1.5 * radius
     else:
         x, y = to_preview_pixel(clicked.box[0], clicked.box[1], scale)
-        x += radius
-        y += radius
 
-    font = ImageFont.load_default(size=max(14, 2 * radius))
-    draw.text((x, y), str(number), colour, font, stroke_width=2, stroke_fill="black")
+    font = ImageFont.load_default(size=max(12, 2 * radius))
+    text = f" {number} "
+    draw.rectangle(draw.textbbox((x, y), text, font), fill=colour)
+    draw.text((x, y), text, "black", font)
 
 
 def draw_point(draw, centre: tuple, radius: int, colour: tuple, is_inside: bool) -> None:

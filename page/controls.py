@@ -60,7 +60,7 @@ class SaveButtons:
         with gr.Row():
             for name, label in labels.items():
                 elem_id = f"{kind}-download-{name}"
-                self.buttons[name] = gr.Button(label, min_width=120, elem_id=elem_id)
+                self.buttons[name] = gr.Button(label, min_width=100, size="md", elem_id=elem_id)
         for name in labels:
             link_id = f"{kind}-link-{name}"
             self.links[name] = gr.DownloadButton(visible="hidden", elem_id=link_id)

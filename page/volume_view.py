@@ -37,6 +37,10 @@ from prediction.volumes import VolumePredictor
 
 KIND = "volumes"
 NO_VOLUME = "Choose a volume first (step 1)."
+LIMITS = (
+    "CT or MR as NIfTI (.nii, .nii.gz), up to 200 MB. If each channel has a file, choose all of "
+    "them together."
+)
 TITLES = {"axial": "Axial (from below)", "coronal": "Coronal (from the front)",
           "sagittal": "Sagittal (from the left)"}  # fmt: skip
 FIRST_WINDOW = "Soft tissue"
@@ -70,12 +74,14 @@ class VolumeView:
 
     def build_volume(self) -> None:
         """Add the first step: a volume from files or from the list."""
-        gr.HTML("<h3>1. Volume</h3>")
+        gr.HTML(f"<h3>1. Volume</h3><p>{LIMITS}</p>")
         self.upload = gr.File(
-            label="Drop a NIfTI file here (.nii or .nii.gz); for several channels, all their files",
+            label="Files of one volume",
+            show_label=False,
             file_count="multiple",
-            height=120,
+            height=90,
             elem_id=f"{KIND}-upload",
+            elem_classes="upload",
         )
         self.listing = list_files(self.settings.volumes, "volume", f"{KIND}-list")
         self.note = gr.HTML(elem_id=f"{KIND}-note")
@@ -140,7 +146,7 @@ class VolumeView:
         with gr.Row():
             self.opacity = share_slider("Strength of the colours", 0.4, 0.05, f"{KIND}-opacity")
             self.threshold = share_slider(
-                "Certainty from which a voxel is marked",
+                "Mark voxels with a certainty above",
                 self.models[0].config.threshold,
                 0.01,
                 f"{KIND}-threshold",
