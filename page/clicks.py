@@ -22,7 +22,7 @@ OUTSIDE = "outside"
 SECOND_CORNER = "Now click the opposite corner of the box."
 NO_AREA = "Both corners lie on one line, so this is not a box. Click the opposite corner again."
 NEEDS_INSIDE = "Object {number} has only points outside. Add a box or a point inside."
-STILL_EMPTY = "Object {number} is still empty: click into the image."
+EMPTY_OBJECT = "Object {number}: set a box or a point inside."
 
 
 @dataclass(frozen=True)
@@ -116,14 +116,19 @@ class Clicks:
 
     def with_current(self, clicked: ClickedObject) -> "Clicks":
         """Return the prompts with another last object, and no open box."""
+        number = len(self.objects)
         message = ""
-        if clicked.points and not clicked.is_complete:
-            message = NEEDS_INSIDE.format(number=len(self.objects))
+        if number > 1 and clicked.is_empty:
+            message = EMPTY_OBJECT.format(number=number)
+        elif clicked.points and not clicked.is_complete:
+            message = NEEDS_INSIDE.format(number=number)
         objects = (*self.objects[:-1], clicked)
         return replace(self, objects=objects, corner=None, message=message, before=self)
 
     def name_class(self, label: int) -> "Clicks":
-        """Return the prompts with the class index of the last object."""
+        """Return the prompts with a class index for the last object."""
+        if label == self.current.label:
+            return self
         return self.with_current(replace(self.current, label=label))
 
     def new_object(self) -> "Clicks":
@@ -133,12 +138,13 @@ class Clicks:
         """
         number = len(self.objects)
         if self.current.is_empty:
-            return replace(self, corner=None, message=STILL_EMPTY.format(number=number))
+            return replace(self, corner=None, message=EMPTY_OBJECT.format(number=number))
         if not self.current.is_complete:
             return replace(self, corner=None, message=NEEDS_INSIDE.format(number=number))
 
         objects = (*self.objects, ClickedObject(self.current.label))
-        return replace(self, objects=objects, corner=None, message="", before=self)
+        message = EMPTY_OBJECT.format(number=number + 1)
+        return replace(self, objects=objects, corner=None, message=message, before=self)
 
     def undo(self) -> "Clicks":
         """Return the prompts before the last change."""

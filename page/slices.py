@@ -51,6 +51,19 @@ def picture_size(plane: Plane, size, spacing, longest: int = 512) -> tuple[int, 
     return height, width
 
 
+def voxel_at(plane: Plane, x: float, y: float, size) -> dict[int, int]:
+    """Return {axis: index} of the voxel at a pixel of a slice, whose axes the picture shows.
+
+    x, y: of the pixel, as shares of the picture's width and height. size: voxels (X,Y,Z).
+    """
+    indices = {}
+    for axis, share in ((plane.horizontal, x), (plane.vertical, y)):
+        n = size[axis]
+        place = min(max(int(share * n), 0), n - 1)  # from the right or the top
+        indices[axis] = n - 1 - place
+    return indices
+
+
 # --- grey levels ----------------------------------------------------------------------------------
 
 CT_WINDOWS = {  # level and width in Hounsfield units

@@ -41,8 +41,11 @@ LIMITS = (
     "CT or MR as NIfTI (.nii, .nii.gz), up to 200 MB. If each channel has a file, choose all of "
     "them together."
 )
-TITLES = {"axial": "Axial (from below)", "coronal": "Coronal (from the front)",
-          "sagittal": "Sagittal (from the left)"}  # fmt: skip
+SLIDERS = {
+    "axial": "Axial slice, seen from the feet",
+    "coronal": "Coronal slice, seen from the front",
+    "sagittal": "Sagittal slice, seen from the left",
+}
 FIRST_WINDOW = "Soft tissue"
 
 
@@ -75,15 +78,17 @@ class VolumeView:
     def build_volume(self) -> None:
         """Add the first step: a volume from files or from the list."""
         gr.HTML(f"<h3>1. Volume</h3><p>{LIMITS}</p>")
-        self.upload = gr.File(
-            label="Files of one volume",
-            show_label=False,
-            file_count="multiple",
-            height=90,
-            elem_id=f"{KIND}-upload",
-            elem_classes="upload",
-        )
-        self.listing = list_files(self.settings.volumes, "volume", f"{KIND}-list")
+        with gr.Row():
+            self.upload = gr.File(
+                label="Files of one volume",
+                show_label=False,
+                file_count="multiple",
+                height=90,
+                min_width=200,
+                elem_id=f"{KIND}-upload",
+                elem_classes="upload",
+            )
+            self.listing = list_files(self.settings.volumes, "volume", f"{KIND}-list")
         self.note = gr.HTML(elem_id=f"{KIND}-note")
 
     def build_run(self) -> None:
@@ -97,9 +102,9 @@ class VolumeView:
     def build_planes(self) -> None:
         """Add the third step: the three planes."""
         gr.HTML(
-            "<h3>3. Look at it</h3><p>Slices are shown as radiologists look at them: the patient's "
-            "left (L) is on the right side of the picture. R right, A front, P back, S head, "
-            "I feet.</p>"
+            "<h3>3. Look at it</h3><p>The patient's left (L) is on the right of the picture, as "
+            "radiologists look at it. R right, A front, P back, S head, I feet. A click into a "
+            "slice moves the other two to this place.</p>"
         )
         self.planes = {}
         self.sliders = {}
@@ -107,19 +112,20 @@ class VolumeView:
             for name in PLANES:
                 with gr.Column(min_width=260):
                     self.planes[name] = gr.Image(
-                        label=TITLES[name],
+                        show_label=False,
                         interactive=False,
                         format="jpeg",
-                        height=360,
+                        height=340,
                         buttons=["fullscreen"],
                         elem_id=f"{KIND}-{name}",
+                        elem_classes="slice",
                     )
                     self.sliders[name] = gr.Slider(
                         1,
                         2,
                         value=1,
                         step=1,
-                        label="Slice",
+                        label=SLIDERS[name],
                         buttons=[],
                         interactive=True,
                         elem_id=f"{KIND}-slice-{name}",
@@ -181,15 +187,22 @@ class VolumeView:
         self.listing.input(self.open_listed, [self.listing, self.model], chosen, **PRIVATE)
 
         self.model.input(self.describe_model, self.model, self.finds, **PRIVATE)
-        found = [*sliders, *result]
-        running = self.run_button.click(
-            self.run, self.model, found, show_progress_on=self.status, **MODEL
+        self.run_button.click(
+            self.run,
+            [self.model, *look],
+            [*sliders, *planes, *result],
+            show_progress_on=self.status,
+            **MODEL,
         )
-        running.success(self.draw_all, [*sliders, *look], planes, **DISPLAY)
 
         draw = {"axial": self.axial, "coronal": self.coronal, "sagittal": self.sagittal}
+        move = {
+            "axial": self.move_axial, "coronal": self.move_coronal, "sagittal": self.move_sagittal,
+        }  # fmt: skip
         for name, slider in self.sliders.items():
-            slider.input(draw[name], [slider, *look], self.planes[name], **DISPLAY)
+            plane = self.planes[name]
+            slider.input(draw[name], [slider, *look], plane, **DISPLAY)
+            plane.select(move[name], [*sliders, *look], [*sliders, *planes], **DISPLAY)
         self.window.input(
             self.use_window, [*sliders, *look], [self.level, self.width, *planes], **DISPLAY
         )
@@ -284,8 +297,14 @@ class VolumeView:
 
     # --- predictions ---
 
-    def run(self, request: gr.Request, model: int, progress=gr.Progress(track_tqdm=True)) -> list:  # noqa: B008
-        """Find the structures. Return updates of the sliders and of the result."""
+    def run(
+        self,
+        request: gr.Request,
+        model: int,
+        *look,
+        progress=gr.Progress(track_tqdm=True),  # noqa: B008
+    ) -> list:
+        """Find the structures. Return updates of the sliders, the planes and the result."""
         volume = self.volume(request)
         if volume is None:
             return self.without_prediction(NO_VOLUME)
@@ -295,22 +314,27 @@ class VolumeView:
             return self.without_prediction(uploads.sentence(error, volume.paths[0]))
 
         prediction = volume.prediction
-        config = self.models[model].config
-        voxel = volume.best_voxel(config.threshold)
+        threshold = self.models[model].config.threshold
+        voxel = volume.best_voxel(threshold)
         choices = [(name, k) for k, name in enumerate(prediction.classes)]
+        shown = [*range(len(choices))]
+        window, level, width, _, opacity, _ = look
+        numbers = [voxel[plane.axis] + 1 for plane in PLANES.values()]
+        values = (*numbers, window, level, width, shown, opacity, threshold)
         sentence = f"Done in {prediction.seconds:.1f} s on {self.models[model].device.type}."
         return [
             *self.slider_updates(volume, voxel),
-            gr.CheckboxGroup(choices, value=[*range(len(choices))], visible=len(choices) > 1),
-            gr.Slider(value=config.threshold, visible=prediction.has_threshold),
-            self.table_of(prediction, config.threshold),
+            *self.draw_all(request, *values),
+            gr.CheckboxGroup(choices, value=shown, visible=len(choices) > 1),
+            gr.Slider(value=threshold, visible=prediction.has_threshold),
+            self.table_of(prediction, threshold),
             drawing.status([sentence]),
         ]
 
     def without_prediction(self, sentence: str) -> list:
         """Return updates that show why there is no prediction."""
-        sliders = [gr.skip()] * len(PLANES)
-        return [*sliders, *self.no_result(), drawing.status([sentence], is_error=True)]
+        unchanged = [gr.skip()] * (2 * len(PLANES))
+        return [*unchanged, *self.no_result(), drawing.status([sentence], is_error=True)]
 
     def no_result(self) -> list:
         """Return updates that remove the structures."""
@@ -365,6 +389,34 @@ class VolumeView:
     def sagittal(self, request: gr.Request, number, *look):
         """Return the picture of a sagittal slice."""
         return self.draw(request, "sagittal", number, look)
+
+    def move(self, request: gr.Request, event: gr.SelectData, name: str, values: tuple) -> list:
+        """Return the sliders and the pictures for the voxel that was clicked in a plane."""
+        volume = self.volume(request)
+        if volume is None:
+            return [gr.skip()] * (2 * len(PLANES))
+
+        size = volume.grid.size
+        height, width = slices.picture_size(PLANES[name], size, volume.grid.spacing)
+        x, y = event.index
+        clicked = slices.voxel_at(PLANES[name], (x + 0.5) / width, (y + 0.5) / height, size)
+        numbers = []
+        for plane, number in zip(PLANES.values(), values, strict=False):
+            numbers.append(clicked.get(plane.axis, number - 1) + 1)
+        pictures = self.draw_all(request, *numbers, *values[len(PLANES) :])
+        return [*numbers, *pictures]
+
+    def move_axial(self, request: gr.Request, event: gr.SelectData, *values) -> list:
+        """Move the other planes to a voxel of the axial one."""
+        return self.move(request, event, "axial", values)
+
+    def move_coronal(self, request: gr.Request, event: gr.SelectData, *values) -> list:
+        """Move the other planes to a voxel of the coronal one."""
+        return self.move(request, event, "coronal", values)
+
+    def move_sagittal(self, request: gr.Request, event: gr.SelectData, *values) -> list:
+        """Move the other planes to a voxel of the sagittal one."""
+        return self.move(request, event, "sagittal", values)
 
     def draw_all(self, request: gr.Request, *values) -> list:
         """Return the pictures of all planes. values: of the sliders and of the display."""

@@ -78,7 +78,9 @@ def test_an_object_needs_a_box_or_a_point_inside():
     state = after((4, 6, OUTSIDE))
     assert not state.prompts() and "only points outside" in state.message
     assert len(after("new_object", start=state).objects) == 1
-    assert len(after("new_object").objects) == 1 and "still empty" in after("new_object").message
+    assert len(after("new_object").objects) == 1
+    assert after("new_object").message == "Object 1: set a box or a point inside."
+    assert after((3, 5, INSIDE), "new_object").message.startswith("Object 2: set a box")
     assert unpacked(state.click(5, 5, INSIDE)) == [(1, None, [[4, 6], [5, 5]], [0, 1])]
     assert state.click(5, 5, INSIDE).message == ""
 
@@ -112,6 +114,8 @@ def test_classes_belong_to_objects():
     assert [row[0] for row in unpacked(state)] == [2, 2]
     assert [row[0] for row in unpacked(state.name_class(1))] == [2, 1]
     assert state.name_class(1).undo() is state
+    assert state.name_class(2) is state  # nothing to undo
+    assert state.undo().name_class(1).message == "Object 2: set a box or a point inside."
 
 
 def test_pixels_of_a_preview_are_the_middle_of_those_they_stand_for():

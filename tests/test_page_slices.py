@@ -39,6 +39,20 @@ def test_planes_lie_as_radiologists_look(voxel, axial, coronal, sagittal):
     assert np.array_equal(page[:, :5], slices.take_slice(x, PLANES["axial"], voxel[2]))
 
 
+def test_pixels_lead_back_to_voxels():
+    size = (5, 4, 3)
+    for voxel in np.ndindex(size):
+        x = marked(voxel)
+        for plane in PLANES.values():
+            part = slices.take_slice(x, plane, voxel[plane.axis])
+            ((row, column),) = np.argwhere(part)
+            place = slices.voxel_at(
+                plane, (column + 0.5) / part.shape[1], (row + 0.5) / part.shape[0], size
+            )
+            assert place == {a: voxel[a] for a in range(3) if a != plane.axis}
+    assert slices.voxel_at(PLANES["axial"], 1.0, -0.1, size) == {0: 0, 1: 3}
+
+
 def test_letters_name_the_sides():
     """Letters are written at all four edges, and each plane has those of its axes."""
     assert {name: plane.edges for name, plane in PLANES.items()} == {
