@@ -32,7 +32,6 @@ from recipes import FAMILIES, second_file
 
 USAGE = "python app.py --weights SOURCE [SOURCE ...] [options]"
 DEMO = Path("runs/demo")
-FIRST_PORT = 7860
 PORT = Number(whole=True, at_least=1, at_most=65535)
 
 
@@ -69,7 +68,12 @@ def parse() -> argparse.Namespace:
         metavar="FOLDER",
         help="folder of images and volumes to choose from on the page [test data of the runs]",
     )
-    add("--port", metavar="N", type=PORT, help=f"port of the page [{FIRST_PORT}, or the next free]")
+    add(
+        "--port",
+        metavar="N",
+        type=PORT,
+        help=f"port of the page [{access.PORTS[0]}, or the next free]",
+    )
     add(
         "--host",
         metavar="ADDRESS",
@@ -113,6 +117,7 @@ def main() -> int:
     args = parse()
     login = access.credentials(args.auth)
     access.check_host(args.host, login)
+    args.port = access.free_port(args.host, args.port)
     if importlib.util.find_spec("gradio") is None:
         raise ValueError("the page needs gradio: run make app, then .venv-app/bin/python app.py")
 

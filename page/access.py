@@ -1,11 +1,14 @@
 """Decide who can reach the page: the address it listens on, and its user and password."""
 
+import errno
 import os
+import socket
 import stat
 from pathlib import Path
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 SHORTEST_PASSWORD = 8
+PORTS = range(7860, 7960)  # tried in this order
 
 
 def credentials(auth: str | None) -> tuple[str, str] | None:
@@ -58,3 +61,33 @@ def check_host(host: str, login: tuple[str, str] | None) -> None:
             f"--host {host}: other machines can reach this address; add --auth USER:FILE, or set "
             "PAGE_USER and PAGE_PASSWORD"
         )
+
+
+def free_port(host: str, port: int | None) -> int:
+    """Return the port to listen on: `port`, or the first free one of PORTS.
+
+    Raises ValueError, one line, if it cannot be used.
+    """
+    for candidate in [port] if port else PORTS:
+        failure = try_port(host, candidate)
+        if failure is None:
+            return candidate
+        if failure not in (errno.EADDRINUSE, errno.EACCES):
+            raise ValueError(f"--host {host}: is no address of this machine")
+    if port is None:
+        raise ValueError(f"all ports from {PORTS[0]} to {PORTS[-1]} are in use; choose a --port")
+    raise ValueError(f"--port {port}: is in use or reserved; choose another one, or leave it out")
+
+
+def try_port(host: str, port: int) -> int | None:
+    """Return None if a program can listen on an address and a port, else the error's number."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM
+        )[0]
+        with socket.socket(family, kind, protocol) as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+    except OSError as error:
+        return error.errno
+    return None

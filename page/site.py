@@ -84,11 +84,10 @@ def theme() -> gr.themes.Base:
     return sober.set(layout_gap="10px", block_padding="8px 10px")
 
 
-def serve(page: gr.Blocks, host: str, port: int | None, login: tuple[str, str] | None) -> str:
+def serve(page: gr.Blocks, host: str, port: int, login: tuple[str, str] | None) -> str:
     """Start the server in the background and return the address of the page.
 
-    port: None for the next free one. login: user and password. Raises OSError, one line, if the
-    address cannot be used.
+    login: user and password.
     """
     page.queue(max_size=64, api_open=False)
     _, address, _ = page.launch(
