@@ -299,7 +299,7 @@ class BoxView:
         masks = found.masks(threshold)
         image, small_masks, scale = objects.preview(session.image, masks)
         picture = objects.picture(image, small_masks, found.clicks, opacity, scale)
-        rows = objects.measure(session, found, masks, self.pixel_size_of(session, pixel))
+        rows = objects.areas(found, masks, self.pixel_size_of(session, pixel))
         return [picture, self.table(found, rows), self.sentence(found), found.clicks.current.label]
 
     def redraw(self, request: gr.Request, *look) -> list:
@@ -340,7 +340,7 @@ class BoxView:
 
     def pixel_size_of(self, session: Session, pixel: float | None) -> tuple | None:
         """Return width and height of a pixel in mm, None if they are unknown."""
-        return (pixel, pixel) if pixel else session.pixel_size
+        return (pixel, pixel) if pixel and pixel > 0 else session.pixel_size
 
     # --- files ---
 

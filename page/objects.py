@@ -98,18 +98,17 @@ def segment(session: Session, loaded: LoadedModel, clicks: Clicks) -> Objects:
     return Objects(clicks, loaded, item, output, encoded - start, end - encoded)
 
 
-def measure(session: Session, objects: Objects, masks: np.ndarray, pixel_size) -> list[dict]:
-    """Return a row of measurements for each object.
+def areas(objects: Objects, masks: np.ndarray, pixel_size) -> list[dict]:
+    """Return number, class and area of each object, for the page.
 
     masks: bool (Q,H,W). pixel_size: width and height of a pixel in mm, None if unknown.
     """
-    grey = image_files.grey_levels(session.image)
     rows = []
     for k, mask in enumerate(masks):
-        probabilities = objects.probabilities(k)
-        row = measurements.measure_image(mask, probabilities, grey, pixel_size)
-        names = {"name": session.name, "object": k + 1, "class": objects.class_of(k)}
-        rows.append(names | {"mask": "prediction"} | row)
+        count = int(np.count_nonzero(mask))
+        square_mm = None if pixel_size is None else count * pixel_size[0] * pixel_size[1]
+        row = {"object": k + 1, "class": objects.class_of(k), "area_px": count}
+        rows.append(row | {"share_of_image": count / mask.size, "area_mm2": square_mm})
     return rows
 
 
@@ -191,9 +190,18 @@ def write_picture(
 def write_measurements(
     session: Session, objects: Objects, threshold: float, pixel_size, folder: Path
 ) -> Path:
-    """Write measurements.csv, a row for each object. Return the file."""
+    """Write measurements.csv, a row for each object. Return the file.
+
+    pixel_size: width and height of a pixel in mm, None if unknown.
+    """
+    grey = image_files.grey_levels(session.image)
+    rows = []
+    for k, mask in enumerate(objects.masks(threshold)):
+        names = {"name": session.name, "object": k + 1, "class": objects.class_of(k)}
+        row = measurements.measure_image(mask, objects.probabilities(k), grey, pixel_size)
+        rows.append(names | {"mask": "prediction"} | row)
+
     path = folder / MEASUREMENTS
-    rows = measure(session, objects, objects.masks(threshold), pixel_size)
     tables.write_csv(path, rows)
     return path
 

@@ -89,10 +89,12 @@ class Volume:
     ) -> np.ndarray:
         """Return a slice with the masks of the prediction drawn on, uint8 (h,w,3).
 
-        name: of the plane. index: of the slice, from 0. limits: values of black and white. shown:
-        indices of the classes to draw, from 0. opacity, threshold: 0..1.
+        name: of the plane. index: of the slice, from 0; beyond the last one, the last. limits:
+        values of black and white. shown: indices of the classes to draw, from 0. opacity,
+        threshold: 0..1.
         """
         plane = PLANES[name]
+        index = min(max(index, 0), self.grid.size[plane.axis] - 1)
         values = slices.take_slice(self.values, plane, index)
         grey = slices.grey_levels(values, limits)
         masks = np.zeros((0, *grey.shape), bool)
@@ -142,6 +144,15 @@ def open_volume(name: str, paths: list[Path], folder: Path) -> tuple[Volume, lis
     return Volume(name, paths, image, grid, folder), notes
 
 
+def read_silently(predictor: VolumePredictor, paths: list[Path]) -> tuple[np.ndarray, nifti.Grid]:
+    """Return the volume of files, float32 (C,X,Y,Z), and its grid; names of uploads are not logged.
+
+    Raises OSError or ValueError, one line, for a volume that does not fit the model.
+    """
+    with contextlib.redirect_stdout(io.StringIO()):
+        return predictor.read(paths)
+
+
 # --- predictions ----------------------------------------------------------------------------------
 
 
@@ -155,7 +166,8 @@ class VolumePrediction:
         """
         start = time.perf_counter()
         config = predictor.config
-        image, grid = predictor.read(volume.paths)
+        image, grid = read_silently(predictor, volume.paths)
+        self.fits_model = not config.intensity or volumes.is_hu(volumes.hu_facts(image))
         with MODELS:
             probabilities = predictor.predict_probabilities(image, grid)  # (K,X,Y,Z)
         del image
@@ -231,7 +243,7 @@ def write_measurements(prediction: VolumePrediction, threshold: float, folder: P
     """Write measurements.csv. Return the file."""
     predictor = prediction.predictor
     volume = prediction.volume
-    image, grid = predictor.read(volume.paths)
+    image, grid = read_silently(predictor, volume.paths)
     maps = prediction.label_maps(threshold)
     rows = predictor.measure(maps, prediction.probabilities(), image[0], grid)
 

@@ -36,6 +36,10 @@ from prediction.models import LoadedModel
 from prediction.volumes import VolumePredictor
 
 KIND = "volumes"
+NOT_HU = (
+    "The model takes CT in Hounsfield units (air -1000, water 0), and the values of this volume "
+    "hardly are: do not rely on the result."
+)
 NO_VOLUME = "Choose a volume first (step 1)."
 LIMITS = (
     "CT or MR as NIfTI (.nii, .nii.gz), up to 200 MB. If each channel has a file, choose all of "
@@ -227,6 +231,10 @@ class VolumeView:
     def open_upload(self, files: list[str], model: int, request: gr.Request) -> list:
         """Read uploaded files. They are moved to a folder that is removed with the session."""
         folder = self.new_folder(request)
+        names = {Path(file).name for file in files}
+        if len(names) < len(files):
+            return self.no_volume(ValueError("Two of the files have the same name; rename one."))
+
         paths = []
         for file in files:
             paths.append(Path(shutil.move(file, folder / Path(file).name)))
@@ -321,14 +329,16 @@ class VolumeView:
         window, level, width, _, opacity, _ = look
         numbers = [voxel[plane.axis] + 1 for plane in PLANES.values()]
         values = (*numbers, window, level, width, shown, opacity, threshold)
-        sentence = f"Done in {prediction.seconds:.1f} s on {self.models[model].device.type}."
+        sentences = [f"Done in {prediction.seconds:.1f} s on {self.models[model].device.type}."]
+        if not prediction.fits_model:
+            sentences.append(NOT_HU)
         return [
             *self.slider_updates(volume, voxel),
             *self.draw_all(request, *values),
             gr.CheckboxGroup(choices, value=shown, visible=len(choices) > 1),
             gr.Slider(value=threshold, visible=prediction.has_threshold),
             self.table_of(prediction, threshold),
-            drawing.status([sentence]),
+            drawing.status(sentences, is_error=not prediction.fits_model),
         ]
 
     def without_prediction(self, sentence: str) -> list:

@@ -116,7 +116,12 @@ def test_objects_are_numbered_measured_and_drawn(photo, tmp_path):
     table = rows(path)
     assert [row["object"] for row in table] == ["1", "2", "3"]
     assert [int(row["area_px"]) for row in table] == masks.sum((1, 2)).tolist()
-    assert float(table[0]["area_mm2"]) == pytest.approx(masks[0].sum())
+    assert float(table[0]["area_mm2"]) == pytest.approx(masks[0].sum() * 0.5 * 2)
+    shown = objects.areas(found, masks, (0.5, 2.0))
+    for row, saved in zip(shown, table, strict=True):
+        for column in ("object", "class", "area_px", "area_mm2", "share_of_image"):
+            assert str(row[column])[:6] == saved[column][:6]
+    assert objects.areas(found, masks, None)[0]["area_mm2"] is None
 
 
 def test_masks_and_clicks_are_drawn_in_the_colours_of_the_objects():
@@ -244,6 +249,9 @@ def test_slices_show_the_masks_in_ras(scan, tmp_path):
     y, x = np.argwhere(part == 2)[0]
     row, column = round((y + 0.5) * h / 18), round((x + 0.5) * w / 20)
     assert tuple(drawn[row, column]) == volume.prediction.colours[1]
+    assert volume.prediction.fits_model
+    last = volume.picture("axial", 8, (-1000, 60), [], 0, 0.5)
+    assert np.array_equal(volume.picture("axial", 20, (-1000, 60), [], 0, 0.5), last)
     hidden = volume.picture("axial", 4, (-1000, 60), [0], 1.0, 0.5)
     assert tuple(hidden[row, column]) != volume.prediction.colours[1]
 
@@ -263,6 +271,17 @@ def test_a_volume_with_other_channels_than_the_model_is_refused(scan, tmp_path):
     volume = open_scan(scan, tmp_path / "files")
     with pytest.raises(ValueError, match="channel"):
         VolumePrediction(predictor, volume)
+
+
+def test_values_that_are_no_hounsfield_units_are_noticed(scan, tmp_path, capsys):
+    stored = nibabel.load(scan)
+    lifted = stored.get_fdata().astype(np.int16) + 1024  # the intercept was lost
+    path = tmp_path / "lifted.nii.gz"
+    nibabel.save(nibabel.Nifti1Image(lifted, stored.affine), path)
+    predictor = volume_predictor(tmp_path / "run", KINDS["classes"])
+    volume = open_scan(path, tmp_path / "files")
+    assert not VolumePrediction(predictor, volume).fits_model
+    assert "lifted" not in capsys.readouterr().out
 
 
 def test_grey_levels_of_other_modalities_are_percentiles(tmp_path):
