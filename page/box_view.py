@@ -26,10 +26,12 @@ from page.controls import (
     DISPLAY,
     MODEL,
     PRIVATE,
+    RAW,
     SaveButtons,
     list_files,
     list_models,
     nothing_to_save,
+    number_or,
     share_slider,
 )
 from page.image_view import LIMITS
@@ -44,6 +46,7 @@ MODES = [
     ("point inside the object", INSIDE),
     ("point outside the object", OUTSIDE),
 ]
+OPACITY = 0.3  # of the masks, at the start
 NO_IMAGE = "Choose an image first (step 1)."
 START = "Click into the image: two opposite corners of a box around an object."
 # Clicks wait for each other, and none is dropped.
@@ -125,7 +128,7 @@ class BoxView:
                 0.01,
                 f"{KIND}-threshold",
             )
-            self.opacity = share_slider("Strength of the colours", 0.3, 0.05, f"{KIND}-opacity")
+            self.opacity = share_slider("Strength of the colours", OPACITY, 0.05, f"{KIND}-opacity")
             self.pixel_size = gr.Number(
                 label="Size of a pixel in mm (0: unknown)",
                 value=0,
@@ -160,7 +163,7 @@ class BoxView:
         inputs = [self.model, *self.look]
         for opened in (
             self.upload.upload(self.open_upload, self.upload, chosen, **PRIVATE),
-            self.listing.input(self.open_listed, self.listing, chosen, **PRIVATE),
+            self.listing.input(self.open_listed, self.listing, chosen, **RAW),
         ):
             opened.success(self.refresh, inputs, shown, **CLICKS)
 
@@ -169,7 +172,7 @@ class BoxView:
         self.undo.click(self.take_back, inputs, shown, **CLICKS)
         self.clear.click(self.remove_all, inputs, shown, **CLICKS)
         self.label.input(self.name_class, [*inputs, self.label], shown, **CLICKS)
-        changed = self.model.input(self.change_model, self.model, self.label, **PRIVATE)
+        changed = self.model.input(self.change_model, self.model, self.label, **RAW)
         changed.success(self.refresh, inputs, shown, **CLICKS)
         for control in self.look:
             control.change(self.redraw, self.look, shown, **DISPLAY)
@@ -292,9 +295,15 @@ class BoxView:
 
     # --- display ---
 
+    def read_look(self, look: tuple) -> tuple[float, float, float]:
+        """Return threshold, opacity and pixel size; empty fields have the values of the start."""
+        threshold, opacity, pixel = look
+        usual = self.models[0].config.threshold
+        return number_or(threshold, usual), number_or(opacity, OPACITY), number_or(pixel, 0)
+
     def show(self, session: Session, look: tuple) -> list:
         """Return the picture, the table of areas, the status, and the class of the object."""
-        threshold, opacity, pixel = look
+        threshold, opacity, pixel = self.read_look(look)
         found = session.question
         masks = found.masks(threshold)
         image, small_masks, scale = objects.preview(session.image, masks)
@@ -338,9 +347,9 @@ class BoxView:
         device = found.loaded.device.type
         return drawing.status([f"{count} {noun} marked ({seconds:.2f} s on {device})."])
 
-    def pixel_size_of(self, session: Session, pixel: float | None) -> tuple | None:
+    def pixel_size_of(self, session: Session, pixel: float) -> tuple | None:
         """Return width and height of a pixel in mm, None if they are unknown."""
-        return (pixel, pixel) if pixel and pixel > 0 else session.pixel_size
+        return (pixel, pixel) if pixel > 0 else session.pixel_size
 
     # --- files ---
 
@@ -352,28 +361,32 @@ class BoxView:
         folder = self.settings.sessions.files_of(request.session_hash)
         return session, session.question, folder
 
-    def save_mask(self, request: gr.Request, threshold, opacity, pixel) -> str:
+    def save_mask(self, request: gr.Request, *look) -> str:
         """Write the mask as predict.py does."""
         session, found, folder = self.found(request)
+        threshold, _, _ = self.read_look(look)
         return str(objects.write_mask(session, found, threshold, folder))
 
-    def save_numbered(self, request: gr.Request, threshold, opacity, pixel) -> str:
+    def save_numbered(self, request: gr.Request, *look) -> str:
         """Write the numbers of the objects."""
         session, found, folder = self.found(request)
+        threshold, _, _ = self.read_look(look)
         return str(objects.write_numbered(session, found, threshold, folder))
 
-    def save_picture(self, request: gr.Request, threshold, opacity, pixel) -> str:
+    def save_picture(self, request: gr.Request, *look) -> str:
         """Write the image with the marks."""
         session, found, folder = self.found(request)
+        threshold, opacity, _ = self.read_look(look)
         return str(objects.write_picture(session, found, threshold, opacity, folder))
 
-    def save_table(self, request: gr.Request, threshold, opacity, pixel) -> str:
+    def save_table(self, request: gr.Request, *look) -> str:
         """Write the measurements."""
         session, found, folder = self.found(request)
+        threshold, _, pixel = self.read_look(look)
         size = self.pixel_size_of(session, pixel)
         return str(objects.write_measurements(session, found, threshold, size, folder))
 
-    def save_clicks(self, request: gr.Request, threshold, opacity, pixel) -> str:
+    def save_clicks(self, request: gr.Request, *look) -> str:
         """Write the boxes and points."""
         session, found, folder = self.found(request)
         return str(objects.write_clicks(session, found, folder))

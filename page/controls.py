@@ -8,13 +8,21 @@ from page.settings import FileList
 
 # No event can be called by a program, only by the page.
 PRIVATE = dict(api_visibility="private")
+# Values arrive as the browser holds them. gradio would refuse what a moment ago was right, such as
+# a class of the earlier model, and the empty field of a number.
+RAW = dict(preprocess=False, **PRIVATE)
 # Events that change the picture of a known result: many in a second while a slider is moved.
-DISPLAY = dict(show_progress="hidden", trigger_mode="always_last", **PRIVATE)
+DISPLAY = dict(show_progress="hidden", trigger_mode="always_last", **RAW)
 # Events that run a model wait for each other.
-MODEL = dict(concurrency_id="model", concurrency_limit=1, **PRIVATE)
+MODEL = dict(concurrency_id="model", concurrency_limit=1, **RAW)
 
 # A click on the visible button makes the file; this then clicks the hidden link to it.
 CLICK = "() => {{ document.querySelector('#{id}').click() }}"
+
+
+def number_or(value, default: float) -> float:
+    """Return the value of a slider or a number, or the default if its field is empty."""
+    return default if value is None else float(value)
 
 
 def list_files(files: FileList, noun: str, elem_id: str) -> gr.Dropdown:
@@ -68,7 +76,7 @@ class SaveButtons:
     def connect(self, name: str, write: Callable, inputs: list) -> None:
         """Call write(request, *values of inputs) -> path when a button is clicked."""
         link = self.links[name]
-        written = self.buttons[name].click(write, inputs, link, **PRIVATE)
+        written = self.buttons[name].click(write, inputs, link, **RAW)
         written.success(None, js=CLICK.format(id=link.elem_id), **PRIVATE)
 
 

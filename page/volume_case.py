@@ -100,6 +100,7 @@ class Volume:
         masks = np.zeros((0, *grey.shape), bool)
         colours = []
         if self.prediction is not None:
+            shown = [k for k in shown if k < len(self.prediction.classes)]
             masks = self.prediction.masks.slices(plane, index, threshold, shown)
             colours = [self.prediction.colours[k] for k in shown]
 

@@ -23,10 +23,12 @@ from page.controls import (
     DISPLAY,
     MODEL,
     PRIVATE,
+    RAW,
     SaveButtons,
     list_files,
     list_models,
     nothing_to_save,
+    number_or,
     share_slider,
 )
 from page.settings import PageSettings, model_labels
@@ -50,6 +52,7 @@ SLIDERS = {
     "coronal": "Coronal slice, seen from the front",
     "sagittal": "Sagittal slice, seen from the left",
 }
+OPACITY = 0.4  # of the masks, at the start
 FIRST_WINDOW = "Soft tissue"
 
 
@@ -154,7 +157,7 @@ class VolumeView:
                 min_width=140, elem_id=f"{KIND}-width",
             )  # fmt: skip
         with gr.Row():
-            self.opacity = share_slider("Strength of the colours", 0.4, 0.05, f"{KIND}-opacity")
+            self.opacity = share_slider("Strength of the colours", OPACITY, 0.05, f"{KIND}-opacity")
             self.threshold = share_slider(
                 "Mark voxels with a certainty above",
                 self.models[0].config.threshold,
@@ -188,9 +191,9 @@ class VolumeView:
         windows = [self.window, self.hounsfield, self.level, self.width]
         chosen = [self.upload, self.listing, self.note, *sliders, *planes, *windows, *result]
         self.upload.upload(self.open_upload, [self.upload, self.model], chosen, **PRIVATE)
-        self.listing.input(self.open_listed, [self.listing, self.model], chosen, **PRIVATE)
+        self.listing.input(self.open_listed, [self.listing, self.model], chosen, **RAW)
 
-        self.model.input(self.describe_model, self.model, self.finds, **PRIVATE)
+        self.model.input(self.describe_model, self.model, self.finds, **RAW)
         self.run_button.click(
             self.run,
             [self.model, *look],
@@ -376,17 +379,26 @@ class VolumeView:
     def limits(self, volume: Volume, window: str | None, level, width) -> tuple[float, float]:
         """Return the values that become black and white."""
         if volume.is_ct:
-            return slices.window_limits(level, width)
-        return volume.windows[window]
+            usual_level, usual_width = slices.CT_WINDOWS[FIRST_WINDOW]
+            level = number_or(level, usual_level)
+            return slices.window_limits(level, number_or(width, usual_width))
+        first = next(iter(volume.windows))
+        return volume.windows.get(window, volume.windows[first])
 
-    def draw(self, request: gr.Request, name: str, number: int, look: tuple):
+    def draw(self, request: gr.Request, name: str, number: int | None, look: tuple):
         """Return the picture of a slice, numbered from 1, or no update without a volume."""
         volume = self.volume(request)
         if volume is None:
             return gr.skip()
         window, level, width, shown, opacity, threshold = look
+        index = int(number_or(number, 1)) - 1
         limits = self.limits(volume, window, level, width)
-        return volume.picture(name, number - 1, limits, shown, opacity, threshold)
+        opacity = number_or(opacity, OPACITY)
+        return volume.picture(name, index, limits, shown, opacity, self.read_threshold(threshold))
+
+    def read_threshold(self, threshold: float | None) -> float:
+        """Return the threshold of the slider; that of the start if its field is empty."""
+        return number_or(threshold, self.models[0].config.threshold)
 
     def axial(self, request: gr.Request, number, *look):
         """Return the picture of an axial slice."""
@@ -412,7 +424,8 @@ class VolumeView:
         clicked = slices.voxel_at(PLANES[name], (x + 0.5) / width, (y + 0.5) / height, size)
         numbers = []
         for plane, number in zip(PLANES.values(), values, strict=False):
-            numbers.append(clicked.get(plane.axis, number - 1) + 1)
+            current = int(number_or(number, 1))
+            numbers.append(clicked.get(plane.axis, current - 1) + 1)
         pictures = self.draw_all(request, *numbers, *values[len(PLANES) :])
         return [*numbers, *pictures]
 
@@ -453,7 +466,7 @@ class VolumeView:
         volume = self.volume(request)
         if volume is None or volume.prediction is None:
             return [gr.skip()] * (1 + len(PLANES))
-        table = self.table_of(volume.prediction, values[-1])
+        table = self.table_of(volume.prediction, self.read_threshold(values[-1]))
         return [table, *self.draw_all(request, *values)]
 
     # --- files ---
@@ -465,15 +478,18 @@ class VolumeView:
             raise nothing_to_save()
         return volume.prediction, self.settings.sessions.files_of(request.session_hash)
 
-    def save_mask(self, request: gr.Request, threshold: float) -> str:
+    def save_mask(self, request: gr.Request, threshold: float | None) -> str:
         """Write the label map as predict.py does."""
         prediction, folder = self.found(request)
+        threshold = self.read_threshold(threshold)
         return str(volume_case.write_label_maps(prediction, threshold, folder))
 
-    def save_table(self, request: gr.Request, threshold: float) -> str:
+    def save_table(self, request: gr.Request, threshold: float | None) -> str:
         """Write the measurements."""
         prediction, folder = self.found(request)
-        return str(volume_case.write_measurements(prediction, threshold, folder))
+        return str(
+            volume_case.write_measurements(prediction, self.read_threshold(threshold), folder)
+        )
 
     def save_picture(self, request: gr.Request, *values) -> str:
         """Write the planes as they are shown."""
