@@ -32,7 +32,8 @@ from page.controls import (
     list_models,
     nothing_to_save,
     number_or,
-    share_slider,
+    opacity_slider,
+    threshold_slider,
 )
 from page.image_view import LIMITS
 from page.objects import Objects
@@ -122,13 +123,10 @@ class BoxView:
         )
         self.areas = gr.HTML(elem_id=f"{KIND}-areas")
         with gr.Row():
-            self.threshold = share_slider(
-                "Mark pixels with a certainty above",
-                self.models[0].config.threshold,
-                0.01,
-                f"{KIND}-threshold",
+            self.threshold = threshold_slider(
+                "pixel", self.models[0].config.threshold, f"{KIND}-threshold"
             )
-            self.opacity = share_slider("Strength of the colours", OPACITY, 0.05, f"{KIND}-opacity")
+            self.opacity = opacity_slider(OPACITY, f"{KIND}-opacity")
             self.pixel_size = gr.Number(
                 label="Size of a pixel in mm (0: unknown)",
                 value=0,

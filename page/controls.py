@@ -42,19 +42,32 @@ def list_models(labels: list[str], elem_id: str) -> gr.Dropdown:
     return gr.Dropdown(choices, value=0, label="Model", visible=len(labels) > 1, elem_id=elem_id)
 
 
-def share_slider(label: str, value: float, step: float, elem_id: str, visible=True) -> gr.Slider:
-    """Add a slider of a share between 0 and 1; both ends are left out if step is 0.01."""
-    end = step if step == 0.01 else 0
+def opacity_slider(value: float, elem_id: str) -> gr.Slider:
+    """Add the slider of the opacity of masks."""
     return gr.Slider(
-        end,
-        1 - end,
+        0,
+        1,
         value=value,
-        step=step,
-        label=label,
-        elem_id=elem_id,
-        visible=visible,
+        step=0.05,
+        label="Strength of the colours",
         min_width=200,
         buttons=[],
+        elem_id=elem_id,
+    )
+
+
+def threshold_slider(unit: str, value: float, elem_id: str, visible: bool = True) -> gr.Slider:
+    """Add the slider of the threshold. unit: pixel or voxel."""
+    return gr.Slider(
+        0.01,
+        0.99,
+        value=value,
+        step=0.01,
+        label=f"Mark {unit}s with a certainty above",
+        min_width=200,
+        buttons=[],
+        elem_id=elem_id,
+        visible=visible,
     )
 
 

@@ -29,7 +29,8 @@ from page.controls import (
     list_models,
     nothing_to_save,
     number_or,
-    share_slider,
+    opacity_slider,
+    threshold_slider,
 )
 from page.settings import PageSettings, model_labels
 from page.slices import PLANES
@@ -157,13 +158,9 @@ class VolumeView:
                 min_width=140, elem_id=f"{KIND}-width",
             )  # fmt: skip
         with gr.Row():
-            self.opacity = share_slider("Strength of the colours", OPACITY, 0.05, f"{KIND}-opacity")
-            self.threshold = share_slider(
-                "Mark voxels with a certainty above",
-                self.models[0].config.threshold,
-                0.01,
-                f"{KIND}-threshold",
-                visible=False,
+            self.opacity = opacity_slider(OPACITY, f"{KIND}-opacity")
+            self.threshold = threshold_slider(
+                "voxel", self.models[0].config.threshold, f"{KIND}-threshold", visible=False
             )
 
     def build_result(self) -> None:
