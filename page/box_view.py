@@ -28,12 +28,12 @@ from page.controls import (
     PRIVATE,
     RAW,
     SaveButtons,
+    describe_failure,
     list_files,
     list_models,
     nothing_to_save,
     number_or,
-    opacity_slider,
-    threshold_slider,
+    share_slider,
 )
 from page.image_view import LIMITS
 from page.objects import Objects
@@ -51,7 +51,8 @@ OPACITY = 0.3  # of the masks, at the start
 NO_IMAGE = "Choose an image first (step 1)."
 START = "Click into the image: two opposite corners of a box around an object."
 # Clicks wait for each other, and none is dropped.
-CLICKS = MODEL | dict(show_progress="hidden", trigger_mode="multiple")
+CLICKS = MODEL | RAW | dict(show_progress="hidden", trigger_mode="multiple")
+REDRAW = DISPLAY | RAW
 
 
 class BoxView:
@@ -123,10 +124,13 @@ class BoxView:
         )
         self.areas = gr.HTML(elem_id=f"{KIND}-areas")
         with gr.Row():
-            self.threshold = threshold_slider(
-                "pixel", self.models[0].config.threshold, f"{KIND}-threshold"
+            self.threshold = share_slider(
+                "Mark pixels with a certainty above",
+                self.models[0].config.threshold,
+                0.01,
+                f"{KIND}-threshold",
             )
-            self.opacity = opacity_slider(OPACITY, f"{KIND}-opacity")
+            self.opacity = share_slider("Strength of the colours", OPACITY, 0.05, f"{KIND}-opacity")
             self.pixel_size = gr.Number(
                 label="Size of a pixel in mm (0: unknown)",
                 value=0,
@@ -157,11 +161,11 @@ class BoxView:
     def connect(self) -> None:
         """Connect the controls with the functions below."""
         shown = [self.image, self.areas, self.status, self.label]
-        chosen = [self.upload, self.listing, self.note, *shown]
+        chosen = [self.upload, self.listing, self.note, self.pixel_size, *shown]
         inputs = [self.model, *self.look]
         for opened in (
             self.upload.upload(self.open_upload, self.upload, chosen, **PRIVATE),
-            self.listing.input(self.open_listed, self.listing, chosen, **RAW),
+            self.listing.input(self.open_listed, self.listing, chosen, **RAW, **PRIVATE),
         ):
             opened.success(self.refresh, inputs, shown, **CLICKS)
 
@@ -170,10 +174,10 @@ class BoxView:
         self.undo.click(self.take_back, inputs, shown, **CLICKS)
         self.clear.click(self.remove_all, inputs, shown, **CLICKS)
         self.label.input(self.name_class, [*inputs, self.label], shown, **CLICKS)
-        changed = self.model.input(self.change_model, self.model, self.label, **RAW)
+        changed = self.model.input(self.change_model, self.model, self.label, **RAW, **PRIVATE)
         changed.success(self.refresh, inputs, shown, **CLICKS)
         for control in self.look:
-            control.change(self.redraw, self.look, shown, **DISPLAY)
+            control.change(self.redraw, self.look, shown, **REDRAW)
 
         self.save_buttons.connect("mask", self.save_mask, self.look)
         self.save_buttons.connect("objects", self.save_numbered, self.look)
@@ -188,12 +192,8 @@ class BoxView:
     # --- images ---
 
     def open_upload(self, file: str, request: gr.Request) -> list:
-        """Read an upload and remove its file: nothing that was uploaded stays on the disk."""
-        path = Path(file)
-        try:
-            return self.open_image(path, request, is_listed=False)
-        finally:
-            path.unlink(missing_ok=True)
+        """Read an upload. gradio removes its file, see `site.build`."""
+        return self.open_image(Path(file), request, is_listed=False)
 
     def open_listed(self, index: int | None, request: gr.Request) -> list:
         """Read an image of the list."""
@@ -213,19 +213,23 @@ class BoxView:
         self.settings.sessions.put(request.session_hash, KIND, session)
         height, width = session.image.shape[:2]
         sentences = [f"{path.name}: {width} x {height} pixels.", *notes]
+        if session.pixel_size is not None:
+            sentences.append("A pixel has {:g} x {:g} mm.".format(*session.pixel_size))
         clicks = Clicks(session.image.shape[:2])
         no_masks = objects.no_masks(clicks)
         image, masks, scale = objects.preview(session.image, no_masks)
         picture = objects.picture(image, masks, clicks, 0, scale)
         listing = gr.skip() if is_listed else None
+        note = drawing.status(sentences)
         waiting = drawing.status(["Preparing the image, once …"])
-        return [None, listing, drawing.status(sentences), picture, "", waiting, gr.skip()]
+        no_size = 0  # the field had that of another image
+        return [None, listing, note, no_size, picture, "", waiting, gr.skip()]
 
     def no_image(self, request: gr.Request, error: ValueError) -> list:
         """Drop the earlier image. Return updates that show why there is no new one."""
         self.settings.sessions.drop(request.session_hash, KIND)
         note = drawing.status([str(error)], is_error=True)
-        return [None, None, note, None, "", "", gr.skip()]
+        return [None, None, note, 0, None, "", "", gr.skip()]
 
     # --- clicks ---
 
@@ -288,8 +292,12 @@ class BoxView:
         if any(clicked.label > max(1, highest) for clicked in clicks.objects):
             relabelled = [replace(clicked, label=1) for clicked in clicks.objects]
             clicks = replace(clicks, objects=tuple(relabelled), before=None)
-        session.question = objects.segment(session, loaded, clicks)
-        return self.show(session, look)
+        try:
+            session.question = objects.segment(session, loaded, clicks)
+            return self.show(session, look)
+        except (ValueError, MemoryError, RuntimeError) as error:
+            line = describe_failure(error, "image")
+            return [gr.skip(), "", drawing.status([line], is_error=True), gr.skip()]
 
     # --- display ---
 

@@ -55,7 +55,6 @@ class ClassView(ImageView):
         """Return the masks of the classes."""
         (answer,) = self.answers(session, loaded, question)
         return downloads.class_result(
-            session,
             answer.probabilities,
             class_names(loaded),
             loaded.config,
@@ -74,7 +73,7 @@ class ClassView(ImageView):
         """Return an update that offers the classes that were found; all are shown."""
         found = {}  # a dict keeps the order
         for result in results:
-            for name, row in zip(result.names, result.rows, strict=True):
+            for name, row in zip(result.names, result.areas, strict=True):
                 if row["area_px"]:
                     found[name] = True
         return [gr.CheckboxGroup([*found], value=[*found], visible=len(found) > 1)]
@@ -88,15 +87,15 @@ class ClassView(ImageView):
     def table(self, result: downloads.Result) -> str:
         """Return the table of the areas; of many classes only those that were found."""
         indices = []
-        for index, row in enumerate(result.rows):
-            if row["area_px"] or len(result.rows) <= MOST_NAMED:
+        for index, row in enumerate(result.areas):
+            if row["area_px"] or len(result.areas) <= MOST_NAMED:
                 indices.append(index)
         colours = drawing.colours_of(len(result.names))
         return drawing.area_table(
             self.table_title,
             [result.names[index] for index in indices],
             [colours[index] for index in indices],
-            [result.rows[index] for index in indices],
+            [result.areas[index] for index in indices],
         )
 
 

@@ -4,25 +4,36 @@ from collections.abc import Callable
 
 import gradio as gr
 
+from engine import command_line
 from page.settings import FileList
 
 # No event can be called by a program, only by the page.
 PRIVATE = dict(api_visibility="private")
-# Values arrive as the browser holds them. gradio would refuse what a moment ago was right, such as
-# a class of the earlier model, and the empty field of a number.
-RAW = dict(preprocess=False, **PRIVATE)
 # Events that change the picture of a known result: many in a second while a slider is moved.
-DISPLAY = dict(show_progress="hidden", trigger_mode="always_last", **RAW)
+DISPLAY = dict(show_progress="hidden", trigger_mode="always_last", **PRIVATE)
 # Events that run a model wait for each other.
-MODEL = dict(concurrency_id="model", concurrency_limit=1, **RAW)
+MODEL = dict(concurrency_id="model", concurrency_limit=1, **PRIVATE)
+
+# For events whose values are taken as the browser holds them. gradio refuses the empty field of a
+# number, and what was a choice until a moment ago, with a traceback.
+RAW = dict(preprocess=False)
 
 # A click on the visible button makes the file; this then clicks the hidden link to it.
 CLICK = "() => {{ document.querySelector('#{id}').click() }}"
 
 
-def number_or(value, default: float) -> float:
+def number_or(value: float | None, default: float) -> float:
     """Return the value of a slider or a number, or the default if its field is empty."""
     return default if value is None else float(value)
+
+
+def describe_failure(error: Exception, noun: str) -> str:
+    """Return a sentence about an error of a model. Raises it if it is a bug. noun: of the input."""
+    if command_line.is_out_of_memory(error):
+        return f"This {noun} does not fit into memory with this model; make it smaller."
+    if not isinstance(error, ValueError | OSError):
+        raise error
+    return str(error)
 
 
 def list_files(files: FileList, noun: str, elem_id: str) -> gr.Dropdown:
@@ -42,32 +53,19 @@ def list_models(labels: list[str], elem_id: str) -> gr.Dropdown:
     return gr.Dropdown(choices, value=0, label="Model", visible=len(labels) > 1, elem_id=elem_id)
 
 
-def opacity_slider(value: float, elem_id: str) -> gr.Slider:
-    """Add the slider of the opacity of masks."""
+def share_slider(label: str, value: float, step: float, elem_id: str, visible=True) -> gr.Slider:
+    """Add a slider of a share between 0 and 1; both ends are left out if step is 0.01."""
+    end = step if step == 0.01 else 0
     return gr.Slider(
-        0,
-        1,
+        end,
+        1 - end,
         value=value,
-        step=0.05,
-        label="Strength of the colours",
-        min_width=200,
-        buttons=[],
-        elem_id=elem_id,
-    )
-
-
-def threshold_slider(unit: str, value: float, elem_id: str, visible: bool = True) -> gr.Slider:
-    """Add the slider of the threshold. unit: pixel or voxel."""
-    return gr.Slider(
-        0.01,
-        0.99,
-        value=value,
-        step=0.01,
-        label=f"Mark {unit}s with a certainty above",
-        min_width=200,
-        buttons=[],
+        step=step,
+        label=label,
         elem_id=elem_id,
         visible=visible,
+        min_width=200,
+        buttons=[],
     )
 
 
@@ -89,7 +87,7 @@ class SaveButtons:
     def connect(self, name: str, write: Callable, inputs: list) -> None:
         """Call write(request, *values of inputs) -> path when a button is clicked."""
         link = self.links[name]
-        written = self.buttons[name].click(write, inputs, link, **RAW)
+        written = self.buttons[name].click(write, inputs, link, **RAW, **PRIVATE)
         written.success(None, js=CLICK.format(id=link.elem_id), **PRIVATE)
 
 

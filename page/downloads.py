@@ -7,7 +7,7 @@ whose class is the phrase.
 
 import zipfile
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -25,28 +25,28 @@ class Result:
     """What a model found in an image, as the page shows it."""
 
     names: tuple[str, ...]  # of the n masks: phrases, or classes without the background
+    classes: tuple[str, ...]  # of the n rows of measurements
     masks: np.ndarray  # bool (n,H,W)
-    rows: list[dict]  # n rows of measurements
-    maps: list[Image.Image]  # the mask files: one with all classes, or one per phrase
+    probabilities: np.ndarray  # float32 (n,H,W)
+    pixel_size: tuple[float, float] | None  # width and height of a pixel in mm
+    is_class_map: bool  # the masks exclude each other and are saved as one image
 
-
-def measure(
-    session: Session, names: tuple, masks: np.ndarray, probabilities: np.ndarray, pixel_size
-) -> list[dict]:
-    """Return the rows of measurements of masks, bool (n,H,W); probabilities float32 (n,H,W).
-
-    pixel_size: width and height of a pixel in mm, None if unknown.
-    """
-    measure_mask = partial(
-        measurements.measure_image,
-        grey=image_files.grey_levels(session.image),
-        pixel_size=pixel_size,
-    )
-    return measurements.measure_classes(names, masks, probabilities, measure_mask)
+    @cached_property
+    def areas(self) -> list[dict]:
+        """Return the area_px, share_of_image and area_mm2 of each mask."""
+        rows = []
+        for mask in self.masks:
+            pixels = int(np.count_nonzero(mask))
+            row = {"area_px": pixels, "share_of_image": pixels / mask.size, "area_mm2": None}
+            if self.pixel_size is not None:
+                width, height = self.pixel_size
+                row["area_mm2"] = pixels * width * height
+            rows.append(row)
+        return rows
 
 
 def phrase_result(
-    session: Session, answers: dict[str, np.ndarray], target: str, threshold: float, pixel_size
+    answers: dict[str, np.ndarray], target: str, threshold: float, pixel_size
 ) -> Result:
     """Return the result for one or several phrases.
 
@@ -57,13 +57,11 @@ def phrase_result(
     masks = probabilities > threshold
     phrases = (*answers,)
     classes = (target,) if len(phrases) == 1 else phrases
-    rows = measure(session, classes, masks, probabilities, pixel_size)
-    maps = [Image.fromarray(mask.astype(np.uint8) * 255) for mask in masks]
-    return Result(phrases, masks, rows, maps)
+    return Result(phrases, classes, masks, probabilities, pixel_size, is_class_map=False)
 
 
 def class_result(
-    session: Session, probabilities: np.ndarray, classes: tuple, config, threshold, pixel_size
+    probabilities: np.ndarray, classes: tuple, config, threshold: float, pixel_size
 ) -> Result:
     """Return the result of a model with classes.
 
@@ -72,13 +70,9 @@ def class_result(
     """
     names = layouts.foreground(classes)
     n = len(names)
-    masks = to_masks(probabilities, replace(config, threshold=threshold))  # (K,H,W)
-    if len(masks) > 1:
-        mask_file = pictures.class_map(masks.argmax(0).astype(np.uint8), len(masks))
-    else:
-        mask_file = Image.fromarray(masks[0].astype(np.uint8) * 255)
-    rows = measure(session, names, masks[-n:], probabilities[-n:], pixel_size)
-    return Result(names, masks[-n:], rows, [mask_file])
+    masks = to_masks(probabilities, replace(config, threshold=threshold))[-n:]  # (n,H,W)
+    is_class_map = len(probabilities) > 1
+    return Result(names, names, masks, probabilities[-n:], pixel_size, is_class_map)
 
 
 # --- files ---------------------------------------------------------------------------------------
@@ -86,20 +80,32 @@ def class_result(
 
 def write_masks(session: Session, result: Result, folder: Path) -> Path:
     """Write the mask into a folder, or a ZIP file of one mask per phrase. Return the file."""
-    if len(result.maps) == 1:
+    n = len(result.masks)
+    if n == 1 or result.is_class_map:
         path = folder / f"{session.name}.png"
-        pictures.save_picture(path, result.maps[0])
+        mask = class_picture(result.masks) if result.is_class_map else picture(result.masks[0])
+        pictures.save_picture(path, mask)
         return path
 
     path = folder / f"{session.name}_masks.zip"
     endings = class_endings([*result.names])
     with zipfile.ZipFile(path, "w") as archive:  # PNG files are compressed already
-        for ending, mask in zip(endings, result.maps, strict=True):
-            member = folder / "mask.png"
-            pictures.save_picture(member, mask)
-            archive.write(member, f"{session.name}{ending}.png")
-            member.unlink()
+        for ending, mask in zip(endings, result.masks, strict=True):
+            archive.writestr(f"{session.name}{ending}.png", pictures.png(mask.view(np.uint8) * 255))
     return path
+
+
+def picture(mask: np.ndarray) -> Image.Image:
+    """Return a mask, bool (H,W), as an image of 0 and 255."""
+    return Image.fromarray(mask.astype(np.uint8) * 255)
+
+
+def class_picture(masks: np.ndarray) -> Image.Image:
+    """Return masks that exclude each other, bool (n,H,W), as an image of class indices."""
+    indices = np.zeros(masks.shape[1:], np.uint8)
+    for index, mask in enumerate(masks, 1):
+        indices[mask] = index
+    return pictures.class_map(indices, 1 + len(masks))
 
 
 def write_overlay(session: Session, overlay: Image.Image, folder: Path) -> Path:
@@ -111,9 +117,13 @@ def write_overlay(session: Session, overlay: Image.Image, folder: Path) -> Path:
 
 def write_measurements(session: Session, result: Result, folder: Path) -> Path:
     """Write measurements.csv into a folder. Return the file."""
-    classes = tuple(row["class"] for row in result.rows)
-    path = folder / MEASUREMENTS
-    table = MeasurementTable(path, measurements.IMAGE_COLUMNS, classes)
-    table.add(session.name, result.rows)
+    measure = partial(
+        measurements.measure_image,
+        grey=image_files.grey_levels(session.image),
+        pixel_size=result.pixel_size,
+    )
+    rows = measurements.measure_classes(result.classes, result.masks, result.probabilities, measure)
+    table = MeasurementTable(folder / MEASUREMENTS, measurements.IMAGE_COLUMNS, result.classes)
+    table.add(session.name, rows)
     table.write([session.name])
-    return path
+    return table.path

@@ -9,7 +9,7 @@ from PIL import Image
 
 from imaging import pictures
 
-LARGEST_PREVIEW = 1400  # pixels of the longer side of a picture on the page
+LARGEST_PREVIEW = 1200  # pixels of the longer side of a picture on the page
 
 
 def colours_of(n: int) -> list[tuple[int, int, int]]:

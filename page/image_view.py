@@ -21,25 +21,26 @@ from pathlib import Path
 import gradio as gr
 import numpy as np
 
+from engine import command_line
 from page import downloads, drawing, uploads
+from page.controls import (
+    DISPLAY,
+    MODEL,
+    PRIVATE,
+    SaveButtons,
+    list_files,
+    nothing_to_save,
+    share_slider,
+)
 from page.session import Answer, Session
 from page.settings import PageSettings, model_labels
 from prediction.models import LoadedModel
-
-# No event can be called by a program, only by the page.
-PRIVATE = dict(api_visibility="private")
-# Events that change the picture of a known result: many in a second while a slider is moved.
-DISPLAY = dict(show_progress="hidden", trigger_mode="always_last", **PRIVATE)
-# Events that run a model wait for each other.
-MODEL = dict(concurrency_id="model", concurrency_limit=1, **PRIVATE)
 
 LIMITS = (
     "PNG, JPEG, TIFF and similar files, up to "
     f"{uploads.MOST_BYTES / 2**20:.0f} MB and {uploads.MOST_PIXELS / 1e6:.0f} megapixels."
 )
 NO_IMAGE = "Choose an image first (step 1)."
-# A click on the visible button makes the file; this then clicks the hidden link to it.
-CLICK = "() => {{ document.querySelector('#{id}').click() }}"
 
 
 class ImageView:
@@ -93,7 +94,7 @@ class ImageView:
         return np.ones(len(result.names), bool)
 
     def display_updates(self, results: list[downloads.Result]) -> list:
-        """Return updates of the controls of `build_display` for new results."""
+        """Return updates of the controls of `build_display` for new results, or for none."""
         return []
 
     # --- layout ---
@@ -125,14 +126,7 @@ class ImageView:
             elem_id=f"{self.kind}-upload",
             elem_classes="upload",
         )
-        files = self.settings.images
-        self.listing = gr.Dropdown(
-            choices=[(name, index) for index, name in enumerate(files.names)],
-            value=None,
-            label="or choose one of these images",
-            visible=bool(files.names),
-            elem_id=f"{self.kind}-list",
-        )
+        self.listing = list_files(self.settings.images, "image", f"{self.kind}-list")
         self.image = gr.Image(
             label="Chosen image",
             interactive=False,
@@ -186,26 +180,15 @@ class ImageView:
 
         self.display = self.build_display()
         with gr.Row():
-            self.threshold = gr.Slider(
+            self.threshold = share_slider(
+                "Mark pixels with a certainty above",
+                self.models[0].config.threshold,
                 0.01,
-                0.99,
-                value=self.models[0].config.threshold,
-                step=0.01,
-                label="Mark pixels with a certainty above",
-                elem_id=f"{self.kind}-threshold",
+                f"{self.kind}-threshold",
                 visible=self.has_threshold,
-                min_width=200,
-                buttons=[],
             )
-            self.opacity = gr.Slider(
-                0,
-                1,
-                value=self.fill,
-                step=0.05,
-                label="Strength of the colours",
-                elem_id=f"{self.kind}-opacity",
-                min_width=200,
-                buttons=[],
+            self.opacity = share_slider(
+                "Strength of the colours", self.fill, 0.05, f"{self.kind}-opacity"
             )
         with gr.Row():
             self.outline = gr.Checkbox(
@@ -219,31 +202,21 @@ class ImageView:
         self.look = [self.threshold, self.opacity, self.outline, self.pixel_size]
 
     def build_downloads(self) -> None:
-        """Add the buttons that save files, and the hidden links that they click."""
+        """Add the buttons that save files."""
         caption = "Files to save have the image's own size."
         if len(self.models) > 1:
             caption += " They are those of the first model."
         gr.HTML(f"<p>{caption}</p>")
-        labels = {
-            "mask": "Save mask (PNG)",
-            "overlay": "Save picture (PNG)",
-            "table": "Save areas (CSV)",
-        }
-        self.buttons = {}
-        self.links = {}
-        with gr.Row():
-            for name, label in labels.items():
-                button_id = f"{self.kind}-download-{name}"
-                self.buttons[name] = gr.Button(label, min_width=120, elem_id=button_id)
-        for name in labels:
-            link_id = f"{self.kind}-link-{name}"
-            self.links[name] = gr.DownloadButton(visible="hidden", elem_id=link_id)
+        self.save_buttons = SaveButtons(
+            self.kind,
+            {"mask": "Save mask", "overlay": "Save picture", "table": "Save areas (CSV)"},
+        )
 
     # --- events ---
 
     def connect(self) -> None:
         """Connect the controls with the functions below."""
-        chosen = [self.upload, self.listing, self.image, self.note]
+        chosen = [self.upload, self.listing, self.image, self.note, self.pixel_size]
         shown = [*self.results, *self.tables, self.second_column, *self.display, self.status]
         self.upload.upload(self.open_upload, self.upload, [*chosen, *shown], **PRIVATE)
         self.listing.input(self.open_listed, self.listing, [*chosen, *shown], **PRIVATE)
@@ -255,11 +228,9 @@ class ImageView:
         values = [*self.look, *self.display]
         changes = [control.change for control in values]
         gr.on(changes, self.redraw, values, [*self.results, *self.tables], **DISPLAY)
-        save = {"mask": self.save_mask, "overlay": self.save_overlay, "table": self.save_table}
-        for name, button in self.buttons.items():
-            link = self.links[name]
-            written = button.click(save[name], values, link, **PRIVATE)
-            written.success(None, js=CLICK.format(id=link.elem_id), **PRIVATE)
+        self.save_buttons.connect("mask", self.save_mask, values)
+        self.save_buttons.connect("overlay", self.save_overlay, values)
+        self.save_buttons.connect("table", self.save_table, values)
 
     def session(self, request: gr.Request) -> Session | None:
         """Return the session of the browser that sends a request."""
@@ -292,18 +263,18 @@ class ImageView:
         picture = gr.Image(drawing.preview(session.image), visible=True)
         listing = gr.skip() if is_listed else None
         note = drawing.status([*sentences, *notes])
-        return [None, listing, picture, note, *self.no_result(), ""]
+        return [None, listing, picture, note, 0, *self.no_result(), ""]  # 0 mm: of another image
 
     def no_image(self, request: gr.Request, error: ValueError) -> list:
         """Drop the earlier image. Return updates that show why there is no new one."""
         self.settings.sessions.drop(request.session_hash, self.kind)
         note = drawing.status([str(error)], is_error=True)
-        return [None, None, gr.Image(None, visible=False), note, *self.no_result(), ""]
+        return [None, None, gr.Image(None, visible=False), note, 0, *self.no_result(), ""]
 
     def no_result(self) -> list:
         """Return updates that remove the result."""
-        display = [gr.skip() for _ in self.display]
         picture = gr.Image(None, label="Result")
+        display = self.display_updates([])
         return [picture, None, "", "", gr.Column(visible=False), *display]
 
     def run(self, request: gr.Request, first, second, *values) -> list:
@@ -316,6 +287,7 @@ class ImageView:
         if session is None:
             return [*self.no_result(), drawing.status([NO_IMAGE], is_error=True)]
 
+        session.question = None  # until it is answered
         indices = [first] if second in (-1, first) else [first, second]
         sentences = []
         try:
@@ -324,15 +296,25 @@ class ImageView:
                 answers = self.answers(session, self.models[index], question)
                 sentences.append(self.duration(index, answers))
                 sentences += self.remarks(self.models[index], question)
-        except ValueError as error:
-            return [*self.no_result(), drawing.status([str(error)], is_error=True)]
+        except (ValueError, MemoryError, RuntimeError) as error:
+            line = self.describe_error(error)
+            return [*self.no_result(), drawing.status([line], is_error=True)]
 
-        session.question = (indices, question)
-        results = self.results_of(session, look)
-        updates = self.show(session, results, look, [])
+        asked = (indices, question)
+        session.question = asked
+        results = self.results_of(session, asked, look)
+        updates = self.show(session, indices, results, look)
         display = self.display_updates(results)
         column = gr.Column(visible=len(indices) > 1)
         return [*updates, column, *display, drawing.status(sentences)]
+
+    def describe_error(self, error: Exception) -> str:
+        """Return a sentence about an error of a question or a model. Raises it if it is a bug."""
+        if command_line.is_out_of_memory(error):
+            return "This image does not fit into memory with this model; make it smaller."
+        if not isinstance(error, ValueError):
+            raise error
+        return str(error)
 
     def duration(self, index: int, answers: list[Answer]) -> str:
         """Return a sentence about the time that a model took, and where it ran."""
@@ -347,24 +329,37 @@ class ImageView:
         steps.append(f"answered in {prompts:.2f} s")
         return f"{label}: {', '.join(steps)}."
 
-    def results_of(self, session: Session, look: tuple) -> list[downloads.Result]:
-        """Return the results of the models that answered the session's question."""
+    def results_of(self, session: Session, asked: tuple, look: tuple) -> list[downloads.Result]:
+        """Return the results of the models that answered a question.
+
+        asked: the indices of the models, and the question. The results are computed once for each
+        threshold and pixel size.
+        """
         threshold, _, _, pixel = look
         pixel_size = (pixel, pixel) if pixel and pixel > 0 else session.pixel_size
-        indices, question = session.question
+        made_of = (asked, threshold, pixel_size)
+        latest = session.latest
+        if latest is not None and latest[0] == made_of:
+            return latest[1]
+
+        indices, question = asked
         results = []
         for index in indices:
             loaded = self.models[index]
             results.append(self.result(session, loaded, question, threshold, pixel_size))
+        session.latest = (made_of, results)
         return results
 
-    def show(self, session: Session, results: list, look: tuple, display: list) -> list:
-        """Return the pictures and the tables of one or two results; None for a missing second."""
+    def show(self, session: Session, indices: list, results: list, look: tuple, display=()) -> list:
+        """Return the pictures and the tables of one or two results; None for a missing second.
+
+        indices: of their models. display: values of `build_display`, if something was hidden.
+        """
         _, opacity, has_outline, _ = look
         image = drawing.preview(session.image)
         pictures = []
         tables = []
-        for index, result in zip(session.question[0], results, strict=True):
+        for index, result in zip(indices, results, strict=True):
             is_shown = self.shown_masks(result, *display)
             colours = np.array(drawing.colours_of(len(result.names)))[is_shown]
             masks = drawing.preview_masks(result.masks[is_shown], session.image)
@@ -379,16 +374,17 @@ class ImageView:
     def table(self, result: downloads.Result) -> str:
         """Return the table of the areas of a result as HTML."""
         colours = drawing.colours_of(len(result.names))
-        return drawing.area_table(self.table_title, result.names, colours, result.rows)
+        return drawing.area_table(self.table_title, result.names, colours, result.areas)
 
     def redraw(self, request: gr.Request, *values) -> list:
         """Show the known result with other values of `look` and of `build_display`."""
         session = self.session(request)
         if session is None or session.question is None:
             return [gr.skip() for _ in range(4)]
+        asked = session.question
         look = values[: len(self.look)]
-        results = self.results_of(session, look)
-        return self.show(session, results, look, values[len(self.look) :])
+        results = self.results_of(session, asked, look)
+        return self.show(session, asked[0], results, look, values[len(self.look) :])
 
     def default_threshold(self, first: int) -> float:
         """Return the threshold of the first model."""
@@ -396,15 +392,15 @@ class ImageView:
 
     # --- files ---
 
-    def save_mask(self, request: gr.Request, *values) -> list:
+    def save_mask(self, request: gr.Request, *values) -> str:
         """Write the mask, at the size of the image."""
         return self.save(request, values, downloads.write_masks)
 
-    def save_table(self, request: gr.Request, *values) -> list:
+    def save_table(self, request: gr.Request, *values) -> str:
         """Write the measurements."""
         return self.save(request, values, downloads.write_measurements)
 
-    def save_overlay(self, request: gr.Request, *values) -> list:
+    def save_overlay(self, request: gr.Request, *values) -> str:
         """Write the picture of the result, at the size of the image."""
         look = values[: len(self.look)]
         display = values[len(self.look) :]
@@ -418,14 +414,11 @@ class ImageView:
 
         return self.save(request, values, write)
 
-    def save(self, request: gr.Request, values: tuple, write: Callable) -> list:
-        """Write a file of the first model's result. Return it for its link, and no status.
-
-        write: (session, result, folder) -> file.
-        """
+    def save(self, request: gr.Request, values: tuple, write: Callable) -> str:
+        """Return a file of the first model's result. write: (session, result, folder) -> file."""
         session = self.session(request)
         if session is None or session.question is None:
-            raise gr.Error("There is no result to save yet.", duration=5, print_exception=False)
-        result = self.results_of(session, values[: len(self.look)])[0]
+            raise nothing_to_save()
+        result = self.results_of(session, session.question, values[: len(self.look)])[0]
         folder = self.settings.sessions.files_of(request.session_hash)
         return str(write(session, result, folder))

@@ -47,6 +47,7 @@ class Session:
         self.name = name
         self.pixel_size = pixel_size
         self.question = None  # what the result on the page answers; each view sets its own
+        self.latest = None  # what the page shows now, and what it was made of
         self.lock = threading.Lock()  # guards the two caches
         self.items = {}  # id of a model -> item with the image and its features
         self.answers = OrderedDict()  # (id of a model, key of a prompt) -> Answer, the latest last

@@ -73,7 +73,7 @@ class TextView(ImageView):
         for phrase, answer in zip(question, self.answers(session, loaded, question), strict=True):
             probabilities[phrase] = answer.probabilities  # (1,H,W)
         (target,) = layouts.foreground(class_names(loaded))
-        return downloads.phrase_result(session, probabilities, target, threshold, pixel_size)
+        return downloads.phrase_result(probabilities, target, threshold, pixel_size)
 
 
 def build(models: list[LoadedModel], settings: PageSettings) -> None:

@@ -25,12 +25,12 @@ from page.controls import (
     PRIVATE,
     RAW,
     SaveButtons,
+    describe_failure,
     list_files,
     list_models,
     nothing_to_save,
     number_or,
-    opacity_slider,
-    threshold_slider,
+    share_slider,
 )
 from page.settings import PageSettings, model_labels
 from page.slices import PLANES
@@ -55,6 +55,9 @@ SLIDERS = {
 }
 OPACITY = 0.4  # of the masks, at the start
 FIRST_WINDOW = "Soft tissue"
+
+
+REDRAW = DISPLAY | RAW
 
 
 class VolumeView:
@@ -158,9 +161,13 @@ class VolumeView:
                 min_width=140, elem_id=f"{KIND}-width",
             )  # fmt: skip
         with gr.Row():
-            self.opacity = opacity_slider(OPACITY, f"{KIND}-opacity")
-            self.threshold = threshold_slider(
-                "voxel", self.models[0].config.threshold, f"{KIND}-threshold", visible=False
+            self.opacity = share_slider("Strength of the colours", OPACITY, 0.05, f"{KIND}-opacity")
+            self.threshold = share_slider(
+                "Mark voxels with a certainty above",
+                self.models[0].config.threshold,
+                0.01,
+                f"{KIND}-threshold",
+                visible=False,
             )
 
     def build_result(self) -> None:
@@ -188,14 +195,15 @@ class VolumeView:
         windows = [self.window, self.hounsfield, self.level, self.width]
         chosen = [self.upload, self.listing, self.note, *sliders, *planes, *windows, *result]
         self.upload.upload(self.open_upload, [self.upload, self.model], chosen, **PRIVATE)
-        self.listing.input(self.open_listed, [self.listing, self.model], chosen, **RAW)
+        self.listing.input(self.open_listed, [self.listing, self.model], chosen, **RAW, **PRIVATE)
 
-        self.model.input(self.describe_model, self.model, self.finds, **RAW)
+        self.model.input(self.describe_model, self.model, self.finds, **RAW, **PRIVATE)
         self.run_button.click(
             self.run,
             [self.model, *look],
             [*sliders, *planes, *result],
             show_progress_on=self.status,
+            **RAW,
             **MODEL,
         )
 
@@ -205,18 +213,16 @@ class VolumeView:
         }  # fmt: skip
         for name, slider in self.sliders.items():
             plane = self.planes[name]
-            slider.input(draw[name], [slider, *look], plane, **DISPLAY)
-            plane.select(move[name], [*sliders, *look], [*sliders, *planes], **DISPLAY)
+            slider.input(draw[name], [slider, *look], plane, **REDRAW)
+            plane.select(move[name], [*sliders, *look], [*sliders, *planes], **REDRAW)
         self.window.input(
-            self.use_window, [*sliders, *look], [self.level, self.width, *planes], **DISPLAY
+            self.use_window, [*sliders, *look], [self.level, self.width, *planes], **REDRAW
         )
         for control in (self.level, self.width):
-            control.input(self.use_levels, [*sliders, *look], [self.window, *planes], **DISPLAY)
+            control.input(self.use_levels, [*sliders, *look], [self.window, *planes], **REDRAW)
         for control in (self.shown, self.opacity):
-            control.input(self.draw_all, [*sliders, *look], planes, **DISPLAY)
-        self.threshold.input(
-            self.use_threshold, [*sliders, *look], [self.table, *planes], **DISPLAY
-        )
+            control.input(self.draw_all, [*sliders, *look], planes, **REDRAW)
+        self.threshold.input(self.use_threshold, [*sliders, *look], [self.table, *planes], **REDRAW)
 
         self.save_buttons.connect("mask", self.save_mask, [self.threshold])
         self.save_buttons.connect("overlay", self.save_picture, [*sliders, *look])
@@ -318,8 +324,9 @@ class VolumeView:
             return self.without_prediction(NO_VOLUME)
         try:
             volume.prediction = VolumePrediction(self.predictors[model], volume)
-        except (ValueError, OSError) as error:
-            return self.without_prediction(uploads.sentence(error, volume.paths[0]))
+        except (ValueError, OSError, MemoryError, RuntimeError) as error:
+            line = describe_failure(error, "volume")
+            return self.without_prediction(uploads.sentence(ValueError(line), volume.paths[0]))
 
         prediction = volume.prediction
         threshold = self.models[model].config.threshold

@@ -92,12 +92,10 @@ def page_files(image, model, threshold, pixel_size, folder):
     classes = settings.class_names(model)
     if model.recipe.tokenize:
         result = downloads.phrase_result(
-            page_session, {PHRASE: probabilities}, classes[-1], threshold, pixel_size
+            {PHRASE: probabilities}, classes[-1], threshold, pixel_size
         )
     else:
-        result = downloads.class_result(
-            page_session, probabilities, classes, model.config, threshold, pixel_size
-        )
+        result = downloads.class_result(probabilities, classes, model.config, threshold, pixel_size)
 
     n = len(result.names)
     overlay = drawing.draw(
@@ -140,12 +138,12 @@ def test_files_are_those_of_predict(
 
 
 def test_masks_above_and_below_the_threshold():
-    page_session = session.Session(np.zeros((1, 3, 3), np.uint8), "x")
     probabilities = np.array([[[0.2, 0.5, 0.7]]], np.float32)
-    result = downloads.phrase_result(page_session, {"a": probabilities}, "target", 0.5, None)
+    result = downloads.phrase_result({"a": probabilities}, "target", 0.5, None)
     assert result.masks.tolist() == [[[False, False, True]]]
-    assert result.rows[0]["class"] == "target"
-    assert result.rows[0]["mean_probability"] == pytest.approx(0.7)
+    assert result.names == ("a",)
+    assert result.classes == ("target",)
+    assert result.areas == [{"area_px": 1, "share_of_image": 1 / 3, "area_mm2": None}]
 
 
 def test_several_phrases_give_a_mask_and_a_row_each(tmp_path):
@@ -154,7 +152,7 @@ def test_several_phrases_give_a_mask_and_a_row_each(tmp_path):
         "a polyp": np.array([[[1, 0], [0, 0]]], np.float32),
         "../etc": np.array([[[1, 1], [1, 0]]], np.float32),
     }
-    result = downloads.phrase_result(page_session, answers, "target", 0.5, (2, 2))
+    result = downloads.phrase_result(answers, "target", 0.5, (2, 2))
     archive = zipfile.ZipFile(downloads.write_masks(page_session, result, tmp_path))
     assert archive.namelist() == ["x_a_polyp.png", "x_.._etc.png"]
     mask = Image.open(io.BytesIO(archive.read("x_.._etc.png")))
@@ -479,7 +477,7 @@ def test_previews_of_large_images_fit_together():
     assert drawing.preview_step(image) == 3
     assert drawing.preview(image).shape == (467, 934, 3)
     assert drawing.preview_masks(masks, image).shape == (2, 467, 934)
-    small = np.zeros((5, 1400, 3), np.uint8)
+    small = np.zeros((5, 1200, 3), np.uint8)
     assert drawing.preview(small).shape == small.shape
 
 
@@ -608,7 +606,7 @@ def test_only_the_views_and_the_site_import_gradio():
             module = getattr(node, "module", "") or ""
             if "gradio" in names or module.startswith("gradio"):
                 with_gradio.add(path.stem)
-    assert {name for name in with_gradio if not name.endswith("_view")} == {"site"}
+    assert {name for name in with_gradio if not name.endswith("_view")} == {"site", "controls"}
 
 
 def test_a_signal_ends_the_page_and_removes_its_files(
