@@ -268,8 +268,8 @@ class VolumeView:
             channels = self.models[model].config.in_channels
             name, paths = volume_case.find_case(files, channels)
             volume, notes = volume_case.open_volume(name, paths, folder)
-        except ValueError as error:
-            return self.no_volume(error)
+        except (ValueError, MemoryError) as error:
+            return self.no_volume(ValueError(describe_failure(error, "volume")))
 
         self.settings.sessions.put(request.session_hash, KIND, volume)
         voxel = volume.best_voxel(0.5)
