@@ -39,7 +39,7 @@ from imaging import (
 from prediction import contact_sheet, dicom, globs
 from prediction.images import ImagePredictor, ground_truths, image_outputs
 from prediction.inputs import list_cases, list_volumes
-from prediction.members import check_prompts, find_members, second_files
+from prediction.members import check_prompts, find_members, load_members, second_files
 from prediction.models import Weights
 from prediction.outputs import Batch, check_outputs
 from prediction.volumes import VolumePredictor, class_endings, volume_outputs
@@ -351,7 +351,9 @@ def predict_images(weights: list[Weights], second: dict, args) -> int:
 
 def predict_volumes(weights: list[Weights], args) -> int:
     """Predict all volumes. Return the exit status."""
-    predictor = VolumePredictor(weights, args)
+    overrides = {} if args.threshold is None else {"threshold": args.threshold}
+    loaded = load_members(weights, args.device, overrides, args.overlap, args.window_batch)
+    predictor = VolumePredictor(loaded, args)
     config = predictor.config
     cases = list_volumes(args, weights[0].run, config.in_channels)
 

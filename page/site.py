@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import gradio as gr
 
-from page import class_view, text_view
+from page import box_view, class_view, text_view, volume_view
 from page.settings import PageSettings, kind_of
 from page.uploads import MOST_BYTES
 from prediction.models import LoadedModel
@@ -13,6 +13,8 @@ from prediction.models import LoadedModel
 VIEWS: dict[str, tuple[str, Callable]] = {
     "text": ("Find by words", text_view.build),
     "classes": ("Find known classes", class_view.build),
+    "boxes": ("Mark by boxes and points", box_view.build),
+    "volumes": ("Volumes", volume_view.build),
 }
 
 # Uploads and pictures are removed from the temporary folder every minute once they are ten minutes
@@ -32,6 +34,7 @@ p.error { color: #b00020; font-weight: 600; }
 .prose table, .prose tbody, .prose tr, .prose td, .prose th { border: 0 !important; }
 .prose td, .prose th { text-align: left; padding: 0.1em 0.6em 0.1em 0 !important; }
 .upload svg { display: none; }
+.slice .image-container { background: black; }
 """
 
 
