@@ -246,7 +246,8 @@ def write_measurements(prediction: VolumePrediction, threshold: float, folder: P
     """Write measurements.csv. Return the file."""
     predictor = prediction.predictor
     volume = prediction.volume
-    image, grid = read_silently(predictor, volume.paths)
+    images, grid = read_silently(predictor, volume.paths)
+    image = predictor.first_image(images)
     maps = prediction.label_maps(threshold)
     rows = predictor.measure(maps, prediction.probabilities(), image[0], grid)
 
