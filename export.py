@@ -19,6 +19,7 @@ import argparse
 from collections.abc import Callable
 
 from engine import command_line
+from exporting.networks import write_networks
 from prediction.models import find_weights
 from recipes import FAMILIES, second_file
 
@@ -89,8 +90,15 @@ def main() -> int:
     args = parse()
     weights = find_weights(args.weights, args.model)
     second = second_file(weights.name, args.clip, args.decoder)
-    # exporting/ writes the formats; each of its functions imports what it needs.
-    raise NotImplementedError(weights, second)
+    if args.push_to_hub:
+        from exporting import hub
+
+        return hub.push(weights, second, args)
+    if args.to == "official":
+        from exporting import official
+
+        return official.write_official(weights, second, args)
+    return write_networks(weights, second, args)
 
 
 if __name__ == "__main__":
