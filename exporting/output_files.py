@@ -111,13 +111,15 @@ def run_description(loaded: LoadedModel) -> dict:
     if "data" in options:
         options["data"] = [Path(path).name for path in options["data"]]
 
-    model = loaded.model
+    config = asdict(loaded.config)
+    if Path(config.get("vocabulary", "")).is_file():
+        config["vocabulary"] = "vocab.txt"  # its content is metadata, too
     return {
         "format": 1,
         "model": loaded.weights.name,
-        "class": type(model).__name__,
-        "config": asdict(model.config),
-        "classes": run.get("classes") or [*getattr(model.config, "classes", ())],
+        "class": type(loaded.model).__name__,
+        "config": config,
+        "classes": run.get("classes") or [*getattr(loaded.config, "classes", ())],
         "labels": run.get("labels"),
         "options": options,
         "masks": run.get("masks", {}),
