@@ -398,8 +398,13 @@ REFUSED = {
     "existing weights": (["--out", "{new}/x.onnx"], "x.onnx.data: exists already"),
     "half of a program": (
         ["--to", "torch-export", "--half", "--out", "{new}/x.pt2"],
-        "--half: is for --to onnx",
+        "--half: has no effect with --to torch-export",
     ),
+    "an image of the official form": (
+        ["--to", "official", "--image", "a.png"],
+        "--image: has no effect with --to official",
+    ),
+    "a private file": (["--private"], "--private: has no effect with --to onnx"),
     "no such image": (["--image", "{new}/no.png", "--out", "{new}/y.onnx"], "no.png: no such"),
     "two tasks": (["--push-to-hub", "me/it"], "choose one of --to and --push-to-hub"),
 }
