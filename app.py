@@ -106,7 +106,8 @@ def load_models(args) -> list[LoadedModel]:
     """Load the models of --weights. Raises OSError or ValueError, one line."""
     models = []
     for source in sources_of(args.weights):
-        weights = find_weights(source, args.model)
+        name = None if read_run(source) else args.model
+        weights = find_weights(source, name)
         second = second_file(weights.name, args.clip, args.decoder)
         models.append(load_model(weights, args.device, second))
     return models
