@@ -38,13 +38,6 @@ p.error { color: #b00020; font-weight: 600; }
 """
 
 
-def check_kinds(models: list[LoadedModel]) -> None:
-    """Raise ValueError, one line, if there is no view for one of the models."""
-    for loaded in models:
-        if kind_of(loaded) not in VIEWS:
-            raise ValueError(f"{loaded.weights.source}: the page has no view for this model")
-
-
 def build(models: list[LoadedModel], settings: PageSettings) -> gr.Blocks:
     """Return the page of these models."""
     by_kind = {}
@@ -56,8 +49,8 @@ def build(models: list[LoadedModel], settings: PageSettings) -> gr.Blocks:
     ) as page:
         gr.HTML(
             "<h2>Medical image segmentation</h2>"
-            "<p>For research and teaching only, not for diagnosis. Images stay in the memory of "
-            "the computer that runs this page, and are forgotten when you close it.</p>",
+            "<p>For research and teaching only, not for diagnosis. Images stay on the computer "
+            "that runs this page, and are forgotten when you close it.</p>",
             elem_id="page-title",
         )
         if len(by_kind) == 1:
