@@ -7,7 +7,7 @@ import gradio as gr
 from engine import command_line
 from page.settings import FileList
 
-# No event can be called by a program, only by the page.
+# No event is listed for programs. They can call it all the same, so each one checks its values.
 PRIVATE = dict(api_visibility="private")
 # Events that change the picture of a known result: many in a second while a slider is moved.
 DISPLAY = dict(show_progress="hidden", trigger_mode="always_last", **PRIVATE)
@@ -15,7 +15,8 @@ DISPLAY = dict(show_progress="hidden", trigger_mode="always_last", **PRIVATE)
 MODEL = dict(concurrency_id="model", concurrency_limit=1, **PRIVATE)
 
 # For events whose values are taken as the browser holds them. gradio refuses the empty field of a
-# number, and what was a choice until a moment ago, with a traceback.
+# number, and what was a choice until a moment ago, with a traceback. Never for the event of a file:
+# gradio refuses paths that were not uploaded.
 RAW = dict(preprocess=False)
 
 # A click on the visible button makes the file; this then clicks the hidden link to it.

@@ -3,8 +3,11 @@
 from collections.abc import Callable
 
 import gradio as gr
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from page import box_view, class_view, text_view, volume_view
+from page.access import LOOPBACK
 from page.settings import PageSettings, kind_of
 from page.uploads import MOST_BYTES
 from prediction.models import LoadedModel
@@ -77,6 +80,17 @@ def theme() -> gr.themes.Base:
     return sober.set(layout_gap="10px", block_padding="8px 10px")
 
 
+def host_check(host: str) -> list[Middleware]:
+    """Return a check that requests are addressed to this machine, if only it can reach the page.
+
+    Else a web site whose name is made to lead to this machine (DNS rebinding) could use the page
+    from the browser of a visitor.
+    """
+    if host not in LOOPBACK:
+        return []
+    return [Middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", "[::1]"])]
+
+
 def serve(page: gr.Blocks, host: str, port: int, login: tuple[str, str] | None) -> str:
     """Start the server in the background and return the address of the page.
 
@@ -96,7 +110,8 @@ def serve(page: gr.Blocks, host: str, port: int, login: tuple[str, str] | None) 
         allowed_paths=[],
         max_file_size=MOST_BYTES,
         enable_monitoring=False,
-        app_kwargs={"openapi_url": None},  # no list of the server's addresses
+        # no list of the server's addresses
+        app_kwargs={"openapi_url": None, "middleware": host_check(host)},
         ssr_mode=False,
         pwa=False,
         mcp_server=False,

@@ -711,6 +711,15 @@ def test_an_event_takes_no_path_that_was_not_uploaded(server, images, tmp_path):
             assert b"voxels" not in answer
 
 
+def test_requests_that_name_another_host_are_refused(server):
+    """A web site whose name is made to lead to this machine cannot use the page."""
+    for host, expected in (("evil.example", 400), (f"localhost:{server.port}", 200)):
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=WAIT)
+        connection.request("GET", "/config", headers={"Host": host})
+        assert connection.getresponse().status == expected
+        connection.close()
+
+
 def test_no_list_for_programs_names_our_functions(server):
     """gradio names its own address for uploads, and nothing of ours."""
     _, body = server.get("/gradio_api/info")
