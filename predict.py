@@ -12,7 +12,7 @@ Images become PNG masks at their own size: 0 and 255, or class indices in a pale
 and classes.json. Volumes become NIfTI label maps on their own grid with classes.json; overlapping
 classes get one file each. measurements.csv holds the area or volume, the diameter and more of every
 mask. Existing files are never overwritten. Inputs that cannot be read are listed at the end (exit
-status 1; 2 if none could be predicted). docs/training.md has the details.
+status 1; 2 if none could be predicted). docs/predicting.md has the details.
 Defaults are in brackets: [run] is the setting of the run in --weights, [weights] what the weights
 were published or trained with, [recipe] the setting of the model's recipe.
 """
