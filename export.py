@@ -19,6 +19,7 @@ import argparse
 from collections.abc import Callable
 
 from engine import command_line
+from engine.runs import refuse_exports
 from prediction.models import find_weights
 from recipes import FAMILIES, second_file
 
@@ -87,6 +88,7 @@ def add_model_options(add: Callable) -> None:
 def main() -> int:
     """Run the command line. Return the exit status."""
     args = parse()
+    refuse_exports(args.weights)
     weights = find_weights(args.weights, args.model)
     second = second_file(weights.name, args.clip, args.decoder)
     # exporting/ writes the formats; each of its functions imports what it needs.

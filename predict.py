@@ -26,7 +26,7 @@ from pathlib import Path
 
 from engine import command_line
 from engine.ranges import GREY_LEVEL, LENGTH, POSITIVE, Number
-from engine.runs import read_run
+from engine.runs import is_onnx, read_run
 from imaging import (
     atomic_files,
     layouts,
@@ -212,7 +212,7 @@ def model_for_volumes(args) -> str | None:
 
     Raises ValueError, one line, for volumes of other formats.
     """
-    if read_run(args.weights):
+    if is_onnx(args.weights) or read_run(args.weights):
         return None
     paths = [Path(path) for path in args.inputs]
     for path in paths:

@@ -67,6 +67,7 @@ def read_run(weights: str | Path | None) -> dict:
     """
     if weights is None:
         return {}
+    refuse_exports(weights)
     source = Path(weights)
     folder = source.parent if source.is_file() else source
     path = folder / "config.json"
@@ -78,6 +79,25 @@ def read_run(weights: str | Path | None) -> dict:
         return {}
     check_run(path, config)
     return config
+
+
+def is_onnx(source: str | Path) -> bool:
+    """Return True if --weights name an ONNX file."""
+    return Path(source).suffix.lower() == ".onnx"
+
+
+def refuse_exports(source: str | Path) -> None:
+    """Raise ValueError, one line, if --weights name a file of export.py that cannot be loaded.
+
+    ONNX files hold no weights under the names of a model. Loading a .pt2 file may run code in it.
+    """
+    if is_onnx(source):
+        raise ValueError(f"{source}: ONNX files are for predict.py; use the run folder here")
+    if Path(source).suffix.lower() == ".pt2":
+        raise ValueError(
+            f"{source}: .pt2 files are for export only, as loading one may run code; use the run "
+            "folder, or an .onnx file with predict.py"
+        )
 
 
 def check_run(path: Path, run: dict) -> None:
