@@ -91,7 +91,7 @@ class Embeddings(nn.Module):
         """image (B,3,H,W) -> tokens (B,N,C), the class token first."""
         x = self.patch_embeddings["projection"](image)  # (B,C,Hp,Wp)
         x = x.flatten(2).transpose(1, 2)  # (B,Hp*Wp,C)
-        cls_token = self.cls_token.expand(len(x), -1, -1)  # (B,1,C)
+        cls_token = self.cls_token.expand(x.shape[0], -1, -1)  # (B,1,C)
         return torch.cat([cls_token, x], 1)  # (B,N,C)
 
 
@@ -211,10 +211,10 @@ class Layer(nn.Module):
         # base at 640 pixels.
         bias = self.relative_position_bias(Hp, Wp, index)  # (1,h,N,N)
         y = self.attention(self.layernorm_before(x), bias)
-        x = x + self.residual_scale(self.lambda_1, len(x)) * y
+        x = x + self.residual_scale(self.lambda_1, x.shape[0]) * y
 
         y = self.mlp(self.layernorm_after(x))
-        return x + self.residual_scale(self.lambda_2, len(x)) * y
+        return x + self.residual_scale(self.lambda_2, x.shape[0]) * y
 
     def residual_scale(self, lambda_: Tensor, B: int) -> Tensor:
         """Return the scale of a residual for each image and channel: lambda_ (C,) -> (B,1,C).

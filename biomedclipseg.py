@@ -154,7 +154,7 @@ class ViT(nn.Module):
         patches = patches.flatten(2).transpose(1, 2)  # (B,Hp*Wp,C)
 
         class_token = self.cls_token + class_position  # (1,1,C)
-        class_token = class_token.expand(len(image), -1, -1)  # (B,1,C)
+        class_token = class_token.expand(image.shape[0], -1, -1)  # (B,1,C)
         return torch.cat([class_token, patches], 1)  # (B,N,C)
 
 

@@ -148,7 +148,7 @@ class VisionEmbeddings(nn.Module):
         patches = patches.flatten(2).transpose(1, 2)  # (B,Hp*Wp,C)
 
         class_token = class_position + self.class_embedding  # (1,C)
-        class_token = class_token.expand(len(image), -1, -1)  # (B,1,C)
+        class_token = class_token.expand(image.shape[0], -1, -1)  # (B,1,C)
         return torch.cat([class_token, patches], 1)  # (B,N,C)
 
 
@@ -245,7 +245,7 @@ class TextModel(nn.Module):
         positions = self.embeddings["position_embedding"].weight[: tokens.shape[1]]  # (T,C)
         x = self.embeddings["token_embedding"](tokens) + positions  # (B,T,C)
         x = self.encoder["layers"](x)  # (B,T,C)
-        rows = torch.arange(len(x), device=x.device)
+        rows = torch.arange(x.shape[0], device=x.device)
         return self.final_layer_norm(x[rows, end])  # (B,C)
 
 

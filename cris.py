@@ -250,7 +250,7 @@ class CLIP(nn.Module):
 
         # The end token has the largest id, so argmax finds its first occurrence.
         end = tokens.argmax(1)  # (B,)
-        batch = torch.arange(len(words), device=words.device)  # (B,)
+        batch = torch.arange(words.shape[0], device=words.device)  # (B,)
         state = words[batch, end] @ self.text_projection  # (B,state_dim)
         return words, state
 

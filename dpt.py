@@ -125,7 +125,7 @@ class VisionTransformer(nn.Module):
         class_position, table = self.pos_embed.split((1, self.grid**2), 1)  # (1,1,C), (1,grid**2,C)
         table = table.transpose(1, 2).unflatten(2, (self.grid, self.grid))  # (1,C,grid,grid)
         x = x + F.interpolate(table, x.shape[2:], mode="bilinear", align_corners=False)
-        class_token = (class_position + self.cls_token).expand(len(x), -1, -1)  # (B,1,C)
+        class_token = (class_position + self.cls_token).expand(x.shape[0], -1, -1)  # (B,1,C)
         x = torch.cat([class_token, x.flatten(2).transpose(1, 2)], 1)  # (B,N,C)
 
         outputs = []

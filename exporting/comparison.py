@@ -1,0 +1,223 @@
+"""Compare an exported network with PyTorch: the largest difference, and both speeds."""
+
+import io
+import statistics
+import time
+from argparse import Namespace
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from exporting.parts import Part
+from imaging import image_files, layouts, nifti, volumes
+from prediction.images import image_sample
+from prediction.inputs import entries_of
+from prediction.models import LoadedModel
+
+LIMIT = 1e-4  # largest difference, as a share of the largest absolute value of the output
+HALF_LIMIT = 1e-2  # the same for weights stored in 16 bits
+ROUNDS = 5  # timed passes of each; their median is printed
+PROMPT = "the target"  # where neither the run nor a data set has a text
+
+
+# --- what is compared on -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Case:
+    """Inputs for a comparison, made from an image or volume."""
+
+    description: str
+    tensors: dict[str, Tensor]  # name of an input of a network -> values, with a batch of one
+
+
+def find_case(loaded: LoadedModel, parts: list[Part], file: str | None) -> Case:
+    """Return the case of --image, else the first one of the run's data, else one without tensors.
+
+    Raises OSError or ValueError, one line, if the file cannot be read.
+    """
+    run = loaded.weights.run
+    if file is not None:
+        return read_case(loaded, parts, [Path(file)], prompt_of(run))
+
+    for data in run.get("options", {}).get("data", ()):
+        path = Path(layouts.path_and_split(data)[0])
+        splits = layouts.find_splits(path)
+        if splits:
+            split = "test" if "test" in splits else next(iter(splits))
+            args = Namespace(inputs=[str(path)], split=split)
+            with redirect_stdout(io.StringIO()):  # the number of its cases does not matter here
+                entry = entries_of(path, args, run)[0]
+            prompt = entry.text(run["options"].get("prompt") or PROMPT)
+            return read_case(loaded, parts, [entry.image, *entry.more_channels], prompt)
+    return Case("random numbers; --image FILE compares on an image or a volume", {})
+
+
+def prompt_of(run: dict) -> str:
+    """Return the text of a run's --prompt, or a common text if there is none, or a prompt type."""
+    prompt = run.get("options", {}).get("prompt")
+    if not prompt or layouts.is_prompt_type(prompt):
+        return PROMPT
+    return prompt
+
+
+def read_case(loaded: LoadedModel, parts: list[Part], files: list[Path], prompt: str) -> Case:
+    """Return the case of an image, or of a volume with the files of its channels.
+
+    prompt: a text, ignored by models that read none.
+    """
+    weights = loaded.weights
+    if weights.family.takes == "volumes":
+        window = read_window(loaded, files, parts[0].inputs["image"].shape[2:])
+        return Case(f"{files[0]}, a window in its middle", {"image": window})
+
+    image, _ = image_files.load_image(files[0])  # (H,W,3)
+    classes = tuple(weights.run.get("classes", ()))
+    colours = weights.run.get("options", {}).get("pseudocolor")
+    sample = image_sample(image, files[0], classes, prompt, colours)
+    item = loaded.recipe.inputs(sample, train=False, rng=None)
+
+    tensors = {}
+    for name, value in item.items():
+        if isinstance(value, Tensor):
+            tensors[name] = value[None]
+    description = str(files[0])
+    if weights.family.reads_text():
+        description += f" with the prompt “{prompt}”"
+    return Case(description, tensors)
+
+
+def read_window(loaded: LoadedModel, files: list[Path], size: tuple[int, int, int]) -> Tensor:
+    """Return the middle of a volume, preprocessed and padded to `size`: (1,C,*size)."""
+    config = loaded.config
+    preprocess = loaded.model.preprocess
+    fill = volumes.fill_value(preprocess, config.in_channels)
+    image, grid = nifti.read_volume(files, fill)  # (C,X,Y,Z)
+    nifti.check_channels(files[0], len(image), config.in_channels)
+    prepared, _ = volumes.prepare_image(image, grid, config.spacing, preprocess)
+
+    window = torch.as_tensor(prepared)[None]
+    for axis, side in enumerate(size, start=2):
+        start = max(0, (window.shape[axis] - side) // 2)
+        window = window.narrow(axis, start, min(side, window.shape[axis]))
+    padding = []
+    for side, length in zip(size[::-1], window.shape[:1:-1], strict=True):  # the last axis first
+        padding += [0, side - length]
+    return F.pad(window, padding)
+
+
+# --- the comparison ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The result of a comparison."""
+
+    difference: float  # the largest, as a share of the largest absolute value of the output
+    batches: list[int]  # sizes of the batches that were compared
+    torch_seconds: float  # median for the smallest batch
+    file_seconds: float
+    outputs: dict[str, Tensor]  # PyTorch's for the smallest batch
+
+    def check(self, path: Path, limit: float) -> None:
+        """Raise ValueError, one line, if the difference is above a limit."""
+        if self.difference > limit:
+            raise ValueError(
+                f"{path}: was not written: the exported network differs from PyTorch by "
+                f"{self.difference:.1e} of the output's scale, more than {limit:.0e}; "
+                "please report this with the versions of torch, onnx and onnxruntime"
+            )
+
+    def describe(self, runtime: str) -> str:
+        """Return the difference and both speeds in one line. runtime: what runs the file."""
+        sizes = " and ".join(map(str, self.batches))
+        ratio = self.torch_seconds / self.file_seconds
+        return (
+            f"differs from PyTorch by {self.difference:.1e} of the output's scale (batches of "
+            f"{sizes}); PyTorch {self.torch_seconds:.3g} s, {runtime} {self.file_seconds:.3g} s, "
+            f"{ratio:.2f} times as fast"
+        )
+
+
+def compare(part: Part, run: Callable, tensors: dict[str, Tensor]) -> Comparison:
+    """Compare an exported part with its module, on a real case alone and beside the examples.
+
+    run: inputs by name -> outputs by name, of the exported file. tensors: of a Case, and outputs
+    of earlier parts.
+    """
+    batches = make_batches(part, tensors)
+    differences = []
+    for inputs in batches:
+        expected = run_module(part, inputs)
+        actual = run(inputs)
+        for name in part.outputs:
+            differences.append(relative_difference(actual[name], expected[name]))
+
+    first = batches[0]
+    torch_seconds, file_seconds = time_in_turns(
+        lambda: run_module(part, first), lambda: run(first), ROUNDS
+    )
+    return Comparison(
+        difference=max(differences),
+        batches=[len(next(iter(inputs.values()))) for inputs in batches],
+        torch_seconds=torch_seconds,
+        file_seconds=file_seconds,
+        outputs=run_module(part, first),
+    )
+
+
+def make_batches(part: Part, tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    """Return inputs of a part: the real case alone, then three together with the examples.
+
+    Inputs that no tensor has the name and shape of are examples. A part with a fixed batch gets one
+    batch.
+    """
+    single = {}
+    several = {}
+    for name, example in part.inputs.items():
+        has_batch = 0 in part.dynamic.get(name, {})
+        first = example[:1] if has_batch else example
+        real = tensors.get(name)
+        if real is not None and real.shape == first.shape:
+            first = real
+        single[name] = first
+        several[name] = torch.cat([first, example]) if has_batch else first
+    has_several = any(0 in axes for axes in part.dynamic.values())
+    return [single, several] if has_several else [single]
+
+
+@torch.no_grad()
+def run_module(part: Part, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return PyTorch's outputs by name."""
+    outputs = part.module(*inputs.values())
+    if isinstance(outputs, Tensor):
+        outputs = (outputs,)
+    return dict(zip(part.outputs, outputs, strict=True))
+
+
+def relative_difference(actual: Tensor, expected: Tensor) -> float:
+    """Return the largest difference as a share of the largest absolute expected value.
+
+    Infinity if the shapes differ or if a difference is not a number.
+    """
+    if actual.shape != expected.shape:
+        return float("inf")
+    scale = expected.abs().max().clamp(min=1e-30)
+    difference = ((actual - expected).abs().max() / scale).item()
+    return difference if difference == difference else float("inf")
+
+
+def time_in_turns(first: Callable, second: Callable, rounds: int) -> tuple[float, float]:
+    """Return the median seconds of two functions that run in turns, so that load slows both."""
+    seconds = ([], [])
+    for _ in range(rounds):
+        for function, times in zip((first, second), seconds, strict=True):
+            start = time.perf_counter()
+            function()
+            times.append(time.perf_counter() - start)
+    return statistics.median(seconds[0]), statistics.median(seconds[1])

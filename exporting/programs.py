@@ -1,0 +1,64 @@
+"""Write networks as programs of torch.export, and run such programs."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from exporting.parts import Part
+
+ENDING = ".pt2"
+RUNTIME = "the program"
+
+
+def check_options(args) -> None:
+    """Raise ValueError, one line, for options that only ONNX files have."""
+    if args.half:
+        raise ValueError("--half: is for --to onnx; remove it")
+
+
+def save(part: Part, path: Path, metadata: dict[str, str], half: bool) -> None:
+    """Write a network to a file, with the metadata as its extra files."""
+    axes = []
+    for name in part.inputs:
+        axes.append(dict.fromkeys(part.dynamic.get(name, {}), torch.export.Dim.DYNAMIC))
+    with torch.no_grad():
+        program = torch.export.export(
+            part.module, tuple(part.inputs.values()), dynamic_shapes=tuple(axes)
+        )
+    remove_unused(program)
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # lines of source and paths of this machine
+    torch.export.save(program, path, extra_files=metadata)
+
+
+def remove_unused(program: torch.export.ExportedProgram) -> None:
+    """Remove the weights that a program does not read, such as those of the model's other parts."""
+    signature = program.graph_signature
+    for node in program.graph.find_nodes(op="placeholder"):
+        name = signature.inputs_to_parameters.get(node.name)
+        if name is None or node.users:
+            continue
+        program.graph.erase_node(node)
+        spec = next(spec for spec in signature.input_specs if spec.arg.name == node.name)
+        signature.input_specs.remove(spec)
+        del program.state_dict[name]
+    program.graph_module.recompile()
+
+
+def load(path: Path, part: Part) -> Callable:
+    """Open a file that this process has written; others may run code of a stranger.
+
+    Return a function: inputs by name -> outputs by name.
+    """
+    module = torch.export.load(path).module()
+
+    @torch.no_grad()
+    def run(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        outputs = module(*inputs.values())
+        if isinstance(outputs, Tensor):
+            outputs = (outputs,)
+        return dict(zip(part.outputs, outputs, strict=True))
+
+    return run
