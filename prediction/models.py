@@ -15,7 +15,7 @@ from recipes.base import Family, Protocol, Recipe
 class Weights:
     """What is known about --weights before they are loaded."""
 
-    source: str  # run folder, file or hub id
+    source: str  # run folder, file (also ONNX) or hub id
     name: str  # of the model, a key of FAMILIES
     run: dict  # config.json of the run, or what an ONNX file has of it; {} without a run
 

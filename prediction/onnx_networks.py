@@ -264,9 +264,14 @@ class OnnxSAM(OnnxModel):
         prompts = {"boxes": boxes, "points": points, "labels": labels}
         prompts = {name: x for name, x in prompts.items() if x is not None}
         sam_decoder.check_prompts(features, prompts, self.config.image_size)
-        points, labels = as_points(boxes, points, labels)
-        masks, iou = self.sessions["decoder"](features, points, labels)
-        return masks, iou
+        points, labels = as_points(boxes, points, labels)  # (B,Q,n,2), (B,Q,n)
+
+        B, Q = labels.shape[:2]
+        image_index = torch.arange(B).repeat_interleave(Q)  # (B*Q,)
+        masks, iou = self.sessions["decoder"](
+            features, image_index, points.flatten(0, 1), labels.flatten(0, 1)
+        )
+        return masks.unflatten(0, (B, Q)), iou.unflatten(0, (B, Q))
 
 
 def as_points(

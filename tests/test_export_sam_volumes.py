@@ -13,7 +13,7 @@ import swin_unetr3d
 import universal
 from exporting import sam_networks, volume_networks
 from prediction.models import LoadedModel, Weights
-from prediction.onnx_networks import Session, as_points
+from prediction.onnx_networks import OnnxSAM, Session
 
 WINDOW = {"image_size": (64, 32, 32)}
 TEXT_WINDOW = {"image_size": (96, 32, 32)}
@@ -49,8 +49,8 @@ def text_model(variant) -> LoadedModel:
     return loaded("text_swin_unetr", fewshot3d.TextSwinUNETR(config, text))
 
 
-def to_program(part):
-    """Return the function of a part that torch.export has traced."""
+def to_program(part) -> torch.export.ExportedProgram:
+    """Return a part as a program of torch.export."""
     axes = []
     for name in part.inputs:
         sizes = part.dynamic.get(name, {})
@@ -62,19 +62,18 @@ def to_program(part):
         )
 
 
-def to_session(part, path, **metadata) -> Session:
-    """Write a part as an ONNX file, and open it."""
+def to_session(part, program, path) -> Session:
+    """Write the program of a part as an ONNX file, and open it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        program = torch.onnx.export(
-            to_program(part),
+        network = torch.onnx.export(
+            program,
             input_names=[*part.inputs],
             output_names=[*part.outputs],
             dynamo=True,
             verbose=False,
         )
-    program.model.metadata_props.update(metadata)
-    program.save(path)
+    network.save(path)
     return Session(path, ["CPUExecutionProvider"])
 
 
@@ -100,42 +99,52 @@ def prompts(B, Q, has_box, P) -> dict:
 FORMS = [(1, 1, True, 0), (1, 3, True, 0), (3, 1, False, 1), (2, 2, False, 3), (2, 1, True, 2)]
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_the_decoder_s_points_are_the_model_s_prompts(form):
+def decoded(decoder, features, arguments):
+    """Return masks and IoU of a decoder for prompts of `SAM.decode`."""
+    config = sam_decoder.VARIANTS["mini"]
+    model = OnnxSAM(sam_decoder.SAM, config, {"decoder": decoder})
+    return model.decode(features, **arguments)
+
+
+def assert_decodes(decoder, model):
+    """Check a decoder against SAM's for all forms of prompts."""
+    random = torch.Generator().manual_seed(0)
+    for form in FORMS:
+        features = torch.randn(form[0], 64, 16, 16, generator=random)
+        arguments = prompts(*form)
+        with torch.no_grad():
+            expected = model.decode(features, **arguments)
+            outputs = decoded(decoder, features, arguments)
+        for ours, theirs in zip(outputs, expected, strict=True):
+            assert_close(ours, theirs)
+
+
+def test_the_decoder_s_points_are_the_model_s_prompts():
     model = sam()
-    decoder = sam_networks.parts(model)[1].module
-    features = torch.randn(form[0], 64, 16, 16, generator=torch.Generator().manual_seed(0))
-    arguments = prompts(*form)
-    points = as_points(arguments.get("boxes"), arguments.get("points"), arguments.get("labels"))
-    with torch.no_grad():
-        outputs = decoder(features, *points)
-        expected = model.model.decode(features, **arguments)
-    for ours, theirs in zip(outputs, expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    assert_decodes(sam_networks.parts(model)[1].module, model.model)
 
 
 @pytest.mark.slow
-def test_sam_as_onnx_files_and_as_programs(tmp_path):
+def test_sam_s_encoder_as_onnx_file_and_as_program(tmp_path):
     model = sam()
-    random = torch.Generator().manual_seed(0)
-    encoder, decoder = sam_networks.parts(model)
-    encode = [to_session(encoder, tmp_path / "encoder.onnx"), to_program(encoder).module()]
-    decode = [to_session(decoder, tmp_path / "decoder.onnx"), to_program(decoder).module()]
-    with torch.no_grad():
-        for B in (1, 3):
-            image = torch.randn(B, 3, 256, 256, generator=random)
+    encoder, _ = sam_networks.parts(model)
+    program = to_program(encoder)
+    session = to_session(encoder, program, tmp_path / "encoder.onnx")
+    for B in (1, 3):
+        image = torch.randn(B, 3, 256, 256)
+        with torch.no_grad():
             expected = model.model.encode_image(image)
-            assert_close(encode[0](image)[0], expected)
-            assert_close(encode[1](image), expected)
+            assert_close(program.module()(image), expected)
+        assert_close(session(image)[0], expected)
 
-        for form in FORMS:
-            features = torch.randn(form[0], 64, 16, 16, generator=random)
-            arguments = prompts(*form)
-            expected = model.model.decode(features, **arguments)
-            points = as_points(*(arguments.get(name) for name in ("boxes", "points", "labels")))
-            for run in decode:
-                for ours, theirs in zip(run(features, *points), expected, strict=True):
-                    assert_close(ours, theirs)
+
+@pytest.mark.slow
+def test_sam_s_decoder_as_onnx_file_and_as_program(tmp_path):
+    model = sam()
+    _, decoder = sam_networks.parts(model)
+    program = to_program(decoder)
+    assert_decodes(program.module(), model.model)
+    assert_decodes(to_session(decoder, program, tmp_path / "decoder.onnx"), model.model)
 
 
 VOLUMES = {
@@ -162,11 +171,13 @@ def test_a_window_as_onnx_file_and_as_program(name, tmp_path):
     image = torch.randn(3, model.config.in_channels, *model.config.image_size)
     expected = [expected_logits(model, image[:count]) for count in (1, 3)]
     (part,) = volume_networks.parts(model)
-    runs = [to_session(part, tmp_path / "network.onnx"), to_program(part).module()]
+    program = to_program(part)
+    session = to_session(part, program, tmp_path / "network.onnx")
     for logits, count in zip(expected, (1, 3), strict=True):
         assert logits.shape[0] == count
-        assert_close(runs[0](image[:count])[0], logits)
-        assert_close(runs[1](image[:count]), logits)
+        assert_close(session(image[:count])[0], logits)
+        with torch.no_grad():
+            assert_close(program.module()(image[:count]), logits)
 
 
 def random_module(module):

@@ -5,17 +5,20 @@ import sys
 from dataclasses import asdict, replace
 from types import SimpleNamespace
 
+import nibabel
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import command
+from conftest import command, randomised, write_run
 from PIL import Image
 
 import clipseg
 import export
 import predict
+import sam_decoder
 import segformer
+import swin_unetr3d
 import train
 from prediction import onnx_networks
 from prediction.models import find_weights, load_model
@@ -403,3 +406,114 @@ def test_only_predictions_take_exports(program, ending, photo, demo, tmp_path, m
     kinds = {"onnx": "ONNX files are for predict.py", "pt2": ".pt2 files are for export only"}
     assert f"net.{ending}: {kinds[ending.lower()]}" in message
     assert {path.name for path in tmp_path.iterdir()} == {source.name, "photo.png"}
+
+
+# --- exports of real models -----------------------------------------------------------------------
+
+
+def export_run(folder, source, monkeypatch, capsys):
+    """Export a run with export.py. Return the first of the files."""
+    path = folder / "model.onnx"
+    code, out, err = call(
+        monkeypatch, capsys, export, "--weights", source, "--to", "onnx", "--out", path
+    )
+    assert code == 0, out + err
+    return sorted(folder.glob("model*.onnx"))[0]
+
+
+def assert_same_predictions(run, file, inputs, tmp_path, monkeypatch, capsys):
+    """Compare the files that predict.py writes for a run and for its export."""
+    for name, source in (("ours", run), ("theirs", file)):
+        arguments = ["--weights", source, "--out", tmp_path / name, "--probabilities", *inputs]
+        code, out, err = call(monkeypatch, capsys, predict, *arguments, "--device", "cpu")
+        assert code == 0, out + err
+
+    names = {path.name for path in (tmp_path / "ours").iterdir()}
+    assert names == {path.name for path in (tmp_path / "theirs").iterdir()}
+    compared = 0
+    for name in names:
+        if name.endswith((".csv", ".json")) or name == "legend.png":
+            continue
+        ours, theirs = (pixels(tmp_path / folder / name) for folder in ("ours", "theirs"))
+        if "probability" in name:
+            assert np.abs(ours - theirs).max() <= 1e-4
+            assert ours.std() > 1e-3
+        else:
+            assert (ours == theirs).mean() > 0.999  # ties may go either way
+            assert ours.std() > 0
+        compared += 1
+    assert compared >= 2
+
+
+def pixels(path) -> np.ndarray:
+    """Return a picture or a volume; probabilities of pictures as shares of 65535."""
+    if path.name.endswith(".nii.gz"):
+        return nibabel.load(path).get_fdata()
+    image = np.asarray(Image.open(path)).astype(float)
+    return image / 65535 if "probability" in path.name else image
+
+
+@pytest.mark.slow
+def test_an_exported_class_map(photo, tmp_path, monkeypatch, capsys):
+    config = replace(segformer.VARIANTS["mini"], num_classes=3, image_size=64)
+    model = randomised(segformer.SegFormer(config))
+    with torch.no_grad():  # make all classes occur
+        logits = model(model.preprocess(Image.open(photo))[None])
+        model.decode_head.classifier.bias -= logits.mean((0, 2, 3))
+    names = ["background", "one", "two"]
+    run = write_run(
+        tmp_path / "run", segformer.SegFormer, model.state_dict(), config, classes=names
+    )
+    file = export_run(tmp_path, run, monkeypatch, capsys)
+    assert_same_predictions(run, file, [photo], tmp_path, monkeypatch, capsys)
+
+
+@pytest.mark.slow
+def test_an_exported_model_of_texts(photo, tmp_path, monkeypatch, capsys):
+    config = replace(clipseg.VARIANTS["mini"], image_size=64)
+    model = randomised(clipseg.CLIPSeg(config))
+    run = write_run(tmp_path / "run", clipseg.CLIPSeg, model.state_dict(), config)
+    file = export_run(tmp_path, run, monkeypatch, capsys)
+    loaded = {name: load_model(find_weights(str(name)), "cpu") for name in (run, file)}
+    item = {"image": clipseg.preprocess(Image.open(photo), config), "size": (30, 50)}
+    for prompt in ("a polyp", "two pink polyps"):
+        results = []
+        for one in loaded.values():
+            with torch.no_grad():
+                encoded = one.recipe.encode(one.model, item)
+                inputs = encoded | one.recipe.tokenize(prompt) | {"size": item["size"]}
+                results.append(one.recipe.predict(one.model, inputs)[0])
+        torch.testing.assert_close(*results, rtol=0, atol=1e-4)
+    inputs = [photo, "--prompt", "a polyp", "--threshold", f"{results[0].median():.4f}"]
+    assert_same_predictions(run, file, inputs, tmp_path, monkeypatch, capsys)
+
+
+@pytest.mark.slow
+def test_an_exported_sam(photo, tmp_path, monkeypatch, capsys):
+    model = randomised(sam_decoder.SAM(sam_decoder.VARIANTS["mini"]))
+    run = write_run(tmp_path / "run", sam_decoder.SAM, model.state_dict(), model.config)
+    file = export_run(tmp_path, run, monkeypatch, capsys)
+    boxes = tmp_path / "boxes.csv"
+    boxes.write_text("image,x1,y1,x2,y2\nphoto.png,5,5,30,20\nphoto.png,20,10,45,29\n")
+    points = tmp_path / "points.csv"
+    points.write_text("image,x,y,label,object\nphoto.png,12,9,1,1\nphoto.png,30,20,1,1\n")
+    for number, options in enumerate((["--boxes", boxes], ["--points", points])):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        inputs = [photo, *options]
+        assert_same_predictions(run, file, inputs, folder, monkeypatch, capsys)
+
+
+@pytest.mark.slow
+def test_an_exported_model_of_volumes(tmp_path, monkeypatch, capsys):
+    """The volume needs several windows, and the last batch of windows is smaller."""
+    config = replace(swin_unetr3d.VARIANTS["mini"], image_size=(64, 32, 32))
+    model = randomised(swin_unetr3d.SwinUNETR(config))
+    run = write_run(tmp_path / "run", swin_unetr3d.SwinUNETR, model.state_dict(), config)
+    file = export_run(tmp_path, run, monkeypatch, capsys)
+
+    values = np.random.default_rng(0).normal(0, 200, (70, 50, 20)).astype(np.float32)
+    affine = np.diag([*config.spacing, 1])
+    nibabel.save(nibabel.Nifti1Image(values, affine), tmp_path / "ct.nii.gz")
+    inputs = [tmp_path / "ct.nii.gz", "--window-batch", 4]
+    assert_same_predictions(run, file, inputs, tmp_path, monkeypatch, capsys)
