@@ -48,10 +48,10 @@ def find_weights(source: str, name: str | None = None) -> Weights:
     """Return what is known about --weights. name: of the model, if no run names it.
 
     Raises ValueError, one line, if nothing names the model, or if this version does not have it.
-    For an ONNX file, raises as `onnx_networks.find_files` does.
+    For an ONNX file, raises as `onnx_networks.read_run` does.
     """
     if is_onnx(source):
-        run = onnx_networks.find_files(source).run
+        run = onnx_networks.read_run(source)
         if name not in (None, run["model"]):
             raise ValueError(f"--model {name}: {source} is a {run['model']}; remove the option")
         return Weights(source, run["model"], run)
@@ -98,7 +98,7 @@ def load_model(
     overrides = overrides or {}
     protocol = protocol_of(weights, overlap, window_batch)
     if is_onnx(weights.source):
-        model = onnx_networks.load(weights.source, device, overrides)
+        model = onnx_networks.load(weights.source, weights.run, device, overrides)
     else:
         place = pick_device(device)
         model = weights.family.load_model(weights.source, None, protocol, overrides)

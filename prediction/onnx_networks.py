@@ -11,7 +11,7 @@ what it is:
 
 import re
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -27,50 +27,48 @@ from recipes import FAMILIES
 # --- files ----------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class OnnxFiles:
-    """The files of an exported model, and what their metadata say."""
-
-    paths: dict[str, Path]  # name of a part -> its file
-    run: dict  # as the config.json of a run
-    vocabulary: str | None  # content of vocab.txt
-
-
-def find_files(source: str) -> OnnxFiles:
-    """Return the files of a model. source: one of them.
+def read_run(source: str) -> dict:
+    """Return what the files of a model say about its run. source: one of them.
 
     Raises OSError or ValueError, one line, if one is missing or damaged, if export.py did not write
     it, or if they are of different exports.
     """
     path = Path(source)
     metadata = read_metadata(path)
-    run = metadata["run"]
-    check_run(path, run)
+    check_run(path, metadata["run"])
 
-    part = metadata["part"]
-    parts = metadata["parts"]
-    paths = {part: path}
-    if len(parts) > 1 and not path.name.endswith(f".{part}.onnx"):
-        raise ValueError(
-            f"{path}: is the {part} of a model in {len(parts)} files; name it NAME.{part}.onnx, "
-            "and the others alike"
-        )
-    stem = path.name.removesuffix(f".{part}.onnx")
-    for other in parts:
-        if other == part:
+    paths = part_paths(path, metadata["parts"])
+    if paths[metadata["part"]] != path:
+        raise ValueError(f"{path}: is the {metadata['part']} of a model; rename it accordingly")
+    for part, sibling in paths.items():
+        if sibling == path:
             continue
-        sibling = path.with_name(f"{stem}.{other}.onnx")
         if not sibling.is_file():
             raise FileNotFoundError(
                 f"{path}: needs {sibling.name}, which is not beside it; the parts of a model are "
-                f"{', '.join(parts)}"
+                f"{', '.join(paths)}"
             )
-        if read_metadata(sibling) != metadata | {"part": other}:
+        if read_metadata(sibling) != metadata | {"part": part}:
             raise ValueError(
-                f"{path} and {sibling}: are not of the same export; export the model again"
+                f"{path} and {sibling.name}: are not of the same export; export the model again"
             )
-        paths[other] = sibling
-    return OnnxFiles(paths, run, metadata["vocabulary"])
+    return metadata["run"]
+
+
+def part_paths(path: Path, parts: list[str]) -> dict[str, Path]:
+    """Return the file of each part of a model. path: one of them.
+
+    Raises ValueError, one line, if its name does not say which of several parts it is.
+    """
+    if len(parts) == 1:
+        return {parts[0]: path}
+    for part in parts:
+        ending = f".{part}.onnx"
+        if path.name.endswith(ending):
+            stem = path.name.removesuffix(ending)
+            return {other: path.with_name(f"{stem}.{other}.onnx") for other in parts}
+    endings = ", ".join(f"NAME.{part}.onnx" for part in parts)
+    raise ValueError(f"{path}: the files of this model must be named {endings}; rename it")
 
 
 def read_metadata(path: Path) -> dict:
@@ -90,7 +88,7 @@ def read_metadata(path: Path) -> dict:
     run = files.parse_json(entries["run"], path)
     parts = files.parse_json(entries["parts"], path)
     part = entries["part"]
-    is_known = isinstance(run, dict) and "format" in run and run.get("model") in FAMILIES
+    is_known = isinstance(run, dict) and "format" in run and str(run.get("model")) in FAMILIES
     if not is_known or parts != [*model_class(run).PARTS] or part not in parts:
         raise newer(path, "its metadata are unknown")
     return {"run": run, "part": part, "parts": parts, "vocabulary": entries.get("vocabulary")}
@@ -168,6 +166,7 @@ class Session:
     def __init__(self, path: Path, providers: list):
         """Open a file. Raises ValueError, one line, as `open_session` does or without the GPU."""
         self.session = open_session(path, providers)
+        self.metadata = self.session.get_modelmeta().custom_metadata_map
         self.inputs = [node.name for node in self.session.get_inputs()]
         wants_gpu = len(providers) > 1
         if wants_gpu and self.session.get_providers() == ["CPUExecutionProvider"]:
@@ -327,30 +326,33 @@ MODELS = {  # class of the PyTorch model -> class here, OnnxModel for all others
 
 def model_class(run: dict) -> type[OnnxModel]:
     """Return the class for an export of a run."""
-    return MODELS.get(run.get("class"), OnnxModel)
+    return MODELS.get(str(run.get("class")), OnnxModel)
 
 
 # --- loading --------------------------------------------------------------------------------------
 
 
-def load(source: str, device: str, overrides: dict) -> OnnxModel:
-    """Return the model of ONNX files. source: one of them. overrides: fields of its Config.
+def load(source: str, run: dict, device: str, overrides: dict) -> OnnxModel:
+    """Return the model of ONNX files. source: one of them. run: of `read_run`.
 
-    Raises OSError or ValueError, one line, if it cannot be loaded, or if `overrides` has anything
-    but a threshold, as a file holds all weights.
+    overrides: fields of its Config. Raises OSError or ValueError, one line, if it cannot be loaded,
+    or if `overrides` has anything but a threshold, as the files hold all weights.
     """
     for name in overrides:
         if name != "threshold":
             raise ValueError(f"--{name}: an ONNX file holds all weights of its model; remove it")
 
-    found = find_files(source)
-    kind, config = kind_and_config(found.run, source)
-    config = replace(config, **overrides)
+    kind, config = kind_and_config(run, source)
+    kind_here = model_class(run)
     providers = providers_for(device)
-    sessions = {part: Session(path, providers) for part, path in found.paths.items()}
-    model = model_class(found.run)(kind, config, sessions)
-    if found.vocabulary is not None:
-        write_vocabulary(model, found.vocabulary)
+    sessions = {}
+    for part, path in part_paths(Path(source), kind_here.PARTS).items():
+        sessions[part] = Session(path, providers)
+    model = kind_here(kind, replace(config, **overrides), sessions)
+
+    vocabulary = next(iter(sessions.values())).metadata.get("vocabulary")
+    if vocabulary is not None:
+        write_vocabulary(model, vocabulary)
     return model.eval()
 
 

@@ -251,7 +251,7 @@ def damage(name, tmp_path, monkeypatch):
     path = tmp_path / "net.onnx"
     if name == "missing":
         return path
-    if name in ("no vision", "other decoder", "renamed part"):
+    if name in ("no vision", "other decoder", "renamed part", "exchanged parts"):
         source = write_clipseg(tmp_path)
         decoder = tmp_path / "model.decoder.onnx"
         if name == "no vision":
@@ -259,6 +259,8 @@ def damage(name, tmp_path, monkeypatch):
             return decoder
         if name == "renamed part":
             return source.rename(path)
+        if name == "exchanged parts":
+            return decoder.replace(source)
         other = tmp_path / "other"
         other.mkdir()
         run = describe(clipseg.CLIPSeg, clipseg.VARIANTS["mini"])
@@ -275,6 +277,8 @@ def damage(name, tmp_path, monkeypatch):
         "edited": {"run": run | {"classes": "polyp"}},
         "unknown model": {"run": run | {"model": "unet"}},
         "unknown class": {"run": run | {"class": "Tensor"}},
+        "class of another type": {"run": run | {"class": []}},
+        "model of another type": {"run": run | {"model": {}}},
         "unknown part": {"part": "encoder"},
         "other parts": {"parts": ["network", "../network"]},
     }
@@ -298,8 +302,9 @@ def damage(name, tmp_path, monkeypatch):
 MISTAKES = {
     "missing": "net.onnx: no such file",
     "no vision": "model.decoder.onnx: needs model.vision.onnx, which is not beside it",
-    "other decoder": "are not of the same export; export the model again",
-    "renamed part": "net.onnx: is the vision of a model in 3 files; name it NAME.vision.onnx",
+    "other decoder": "model.vision.onnx and model.decoder.onnx: are not of the same export",
+    "renamed part": "net.onnx: the files of this model must be named NAME.vision.onnx, NAME.text",
+    "exchanged parts": "model.vision.onnx: is the decoder of a model; rename it accordingly",
     "no data": "net.onnx: needs net.onnx.data, which is not beside it; keep both files together",
     "truncated": "net.onnx: ONNX Runtime cannot read it",
     "empty": "net.onnx: ONNX Runtime cannot read it",
@@ -311,6 +316,8 @@ MISTAKES = {
     "edited": "net.onnx: classes is 'polyp', expected list[str]",
     "unknown model": "net.onnx: was written by a newer version",
     "unknown class": "net.onnx: was written by a newer version (it has 'Tensor')",
+    "class of another type": "net.onnx: class is [], expected str",
+    "model of another type": "net.onnx: was written by a newer version",
     "unknown part": "net.onnx: was written by a newer version",
     "other parts": "net.onnx: was written by a newer version",
 }
