@@ -38,7 +38,22 @@ def parse() -> argparse.Namespace:
     args = parser.parse_args()
     if (args.to is None) == (args.push_to_hub is None):
         raise ValueError("choose one of --to and --push-to-hub")
+    refuse_unused(args)
     return args
+
+
+def refuse_unused(args) -> None:
+    """Raise ValueError, one line, for options that have no effect on what is chosen."""
+    users = {
+        "half": args.to == "onnx",
+        "image": args.to in ("onnx", "torch-export"),
+        "out": args.to is not None,
+        "private": args.push_to_hub is not None,
+    }
+    for option, has_effect in users.items():
+        if getattr(args, option) and not has_effect:
+            chosen = f"--to {args.to}" if args.to else "--push-to-hub"
+            raise ValueError(f"--{option}: has no effect with {chosen}; remove it")
 
 
 def add_common_options(add: Callable) -> None:

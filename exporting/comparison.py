@@ -1,6 +1,7 @@
 """Compare an exported network with PyTorch: the largest difference, and both speeds."""
 
 import io
+import math
 import statistics
 import time
 from argparse import Namespace
@@ -151,12 +152,12 @@ def compare(part: Part, run: Callable, tensors: dict[str, Tensor]) -> Comparison
     of earlier parts.
     """
     batches = make_batches(part, tensors)
+    expected = [run_module(part, inputs) for inputs in batches]
     differences = []
-    for inputs in batches:
-        expected = run_module(part, inputs)
+    for inputs, outputs in zip(batches, expected, strict=True):
         actual = run(inputs)
         for name in part.outputs:
-            differences.append(relative_difference(actual[name], expected[name]))
+            differences.append(relative_difference(actual[name], outputs[name]))
 
     first = batches[0]
     torch_seconds, file_seconds = time_in_turns(
@@ -167,7 +168,7 @@ def compare(part: Part, run: Callable, tensors: dict[str, Tensor]) -> Comparison
         batches=[len(next(iter(inputs.values()))) for inputs in batches],
         torch_seconds=torch_seconds,
         file_seconds=file_seconds,
-        outputs=run_module(part, first),
+        outputs=expected[0],
     )
 
 
@@ -209,7 +210,7 @@ def relative_difference(actual: Tensor, expected: Tensor) -> float:
         return float("inf")
     scale = expected.abs().max().clamp(min=1e-30)
     difference = ((actual - expected).abs().max() / scale).item()
-    return difference if difference == difference else float("inf")
+    return float("inf") if math.isnan(difference) else difference
 
 
 def time_in_turns(first: Callable, second: Callable, rounds: int) -> tuple[float, float]:

@@ -27,7 +27,7 @@ def write_networks(weights: Weights, second: dict, args) -> int:
     too much, none is left. Raises ValueError or OSError, one line.
     """
     file_format = FORMATS[args.to]
-    file_format.check_options(args)
+    output_files.check_packages(args.to, file_format.PACKAGES)
     out = output_files.output_path(weights, args.out, file_format.ENDING)
     output_files.refuse_existing(out)  # again below, but loading takes seconds
     loaded = load_model(weights, "cpu", second)

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from exporting import output_files
+from exporting.output_files import DATA
 from exporting.parts import Part
 
 ENDING = ".onnx"
@@ -19,11 +19,6 @@ PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 # Protobuf's limit is 2 GiB for a file. Larger weights lie in a second file, without a limit.
 MOST_BYTES = 2_000_000_000
 LARGEST_HALF = 65504.0  # of float16
-
-
-def check_options(args) -> None:
-    """Raise ValueError, one line, if packages are missing."""
-    output_files.check_packages("onnx", PACKAGES)
 
 
 def save(part: Part, path: Path, metadata: dict[str, str], half: bool) -> None:
@@ -53,7 +48,7 @@ def save(part: Part, path: Path, metadata: dict[str, str], half: bool) -> None:
     if size < MOST_BYTES:
         onnx_ir.save(model, path)
         return
-    data = path.name + output_files.DATA
+    data = path.name + DATA
     onnx_ir.save(model, path, external_data=data)
     print(f"{part.name}: an ONNX file holds 2 GB at most; its weights are in {data}, keep both")
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -39,14 +40,13 @@ def check_packages(format_name: str, names: tuple[str, ...]) -> None:
 # --- names ---------------------------------------------------------------------------------------
 
 
-def name_of(weights: Weights) -> str:
-    """Return the name of a run's folder, or that of a file or a hub repository."""
+def source_name(weights: Weights) -> str:
+    """Return the name of a run, of a file without its ending, or of a hub repository."""
     path = Path(weights.source)
-    if weights.run and path.is_file():
+    if path.is_file() and weights.run:
         path = path.parent  # RUN/best.safetensors
-    if path.is_file():
-        return path.stem
-    return path.resolve().name if path.is_dir() else path.name.partition("@")[0]
+    name = Path(os.path.abspath(path)).name.partition("@")[0]
+    return re.sub(r"\.(pth|pt|bin|safetensors)$", "", name)
 
 
 def output_path(weights: Weights, out: str | None, ending: str) -> Path:
@@ -55,7 +55,7 @@ def output_path(weights: Weights, out: str | None, ending: str) -> Path:
     Raises ValueError, one line, if --out has another ending.
     """
     if out is None:
-        return FOLDER / f"{name_of(weights)}{ending}"
+        return FOLDER / f"{source_name(weights)}{ending}"
     path = Path(out)
     if path.suffix != ending:
         raise ValueError(f"--out {out}: must end with {ending}")
@@ -111,13 +111,15 @@ def run_description(loaded: LoadedModel) -> dict:
     if "data" in options:
         options["data"] = [Path(path).name for path in options["data"]]
 
-    model = loaded.model
+    config = asdict(loaded.config)
+    if Path(config.get("vocabulary", "")).is_file():
+        config["vocabulary"] = "vocab.txt"  # its content is metadata, too
     return {
         "format": 1,
         "model": loaded.weights.name,
-        "class": type(model).__name__,
-        "config": asdict(model.config),
-        "classes": run.get("classes") or [*getattr(model.config, "classes", ())],
+        "class": type(loaded.model).__name__,
+        "config": config,
+        "classes": run.get("classes") or [*getattr(loaded.config, "classes", ())],
         "labels": run.get("labels"),
         "options": options,
         "masks": run.get("masks", {}),

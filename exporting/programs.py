@@ -10,16 +10,11 @@ from exporting.parts import Part
 
 ENDING = ".pt2"
 RUNTIME = "the program"
-
-
-def check_options(args) -> None:
-    """Raise ValueError, one line, for options that only ONNX files have."""
-    if args.half:
-        raise ValueError("--half: is for --to onnx; remove it")
+PACKAGES = ()  # besides torch
 
 
 def save(part: Part, path: Path, metadata: dict[str, str], half: bool) -> None:
-    """Write a network to a file, with the metadata as its extra files."""
+    """Write a network to a file, with the metadata as its extra files. half: must be False."""
     axes = []
     for name in part.inputs:
         axes.append(dict.fromkeys(part.dynamic.get(name, {}), torch.export.Dim.DYNAMIC))

@@ -3,6 +3,8 @@
 import errno
 import importlib
 import json
+import re
+import shutil
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -262,6 +264,36 @@ def test_paths_of_data_stay_on_this_machine(tmp_path):
     assert description["masks"] == {"kvasir": "> 127"}
 
 
+def test_the_example_of_the_docs_computes_what_the_model_does(exported, tmp_path, monkeypatch):
+    page = (Path(export.__file__).parent / "docs/export.md").read_text()
+    (example,) = re.findall(r"^```py\n(.*?)^```", page, re.M | re.S)
+    segformer = exported("segformer", "onnx")
+    (tmp_path / "exports").mkdir()
+    shutil.copy(segformer.files["network"], tmp_path / "exports/segformer-mine.onnx")
+    pixels = np.random.default_rng(0).integers(0, 255, (70, 90, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "photo.jpg")
+
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(example, names)
+    image = segformer.model.preprocess(Image.open("photo.jpg").convert("RGB"))[None]
+    with torch.no_grad():
+        expected = segformer.model(image)[0]
+    actual = torch.from_numpy(names["logits"])
+    assert (actual - expected).abs().max() <= 1e-4 * expected.abs().max()
+    assert names["mask"].shape == expected.shape[1:]
+
+
+def test_the_vocabulary_of_a_run_is_in_the_metadata(tmp_path):
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "polyp", "größe"]
+    model = new_model("biomedclipseg", vocab_size=len(words))
+    run = write_run(tmp_path / "run", type(model), model.state_dict(), model.config)
+    (run / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
+    metadata = output_files.describe(load_model(find_weights(str(run)), "cpu"), [], "float32")
+    assert metadata["vocabulary"].splitlines() == words
+    assert json.loads(metadata["run"])["config"]["vocabulary"] == "vocab.txt"
+
+
 # --- small networks: what is written, and what is refused ----------------------------------------
 
 
@@ -366,8 +398,13 @@ REFUSED = {
     "existing weights": (["--out", "{new}/x.onnx"], "x.onnx.data: exists already"),
     "half of a program": (
         ["--to", "torch-export", "--half", "--out", "{new}/x.pt2"],
-        "--half: is for --to onnx",
+        "--half: has no effect with --to torch-export",
     ),
+    "an image of the official form": (
+        ["--to", "official", "--image", "a.png"],
+        "--image: has no effect with --to official",
+    ),
+    "a private file": (["--private"], "--private: has no effect with --to onnx"),
     "no such image": (["--image", "{new}/no.png", "--out", "{new}/y.onnx"], "no.png: no such"),
     "two tasks": (["--push-to-hub", "me/it"], "choose one of --to and --push-to-hub"),
 }
