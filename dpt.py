@@ -27,6 +27,7 @@ head, which only a training loss uses; DPT-Hybrid.
     # numpy, at the photo's own size: float32 (K,H,W); uint8 (H,W), the class of each pixel
 """
 
+import hashlib
 import json
 import pickle
 import re
@@ -1042,54 +1043,115 @@ def tensor_names(module: ScriptObject, archive: zipfile.ZipFile, root: str) -> s
 def download(source: str, files: tuple[str, ...]) -> Path:
     """Return the first of `files` that a hub repository has; download it unless it is cached.
 
-    source: `owner/name` or `owner/name@revision`. Its config.json is put beside the file.
-    Raise FileNotFoundError if there is no such file, OSError if there is no connection.
+    source: `owner/name` or `owner/name@revision`. Its config.json is put beside the file. A cached
+    file that has changed since its download is removed, and downloaded again.
+    Raise FileNotFoundError if there is no such file, and the errors of `hub_errors`.
     """
     import huggingface_hub as hub
-    from huggingface_hub import errors
 
     repository, _, revision = source.partition("@")
     is_file = Path(source).suffix in (".pt", ".pth", ".bin", ".safetensors")
     if is_file or repository.count("/") != 1:
         raise FileNotFoundError(f"{source}: no such file or folder; a hub id is owner/name")
-    for name in files:
-        cached = hub.try_to_load_from_cache(repository, name, revision=revision or None)
-        if isinstance(cached, str):
-            return Path(cached)
 
-    try:
+    with hub_errors(source):
+        for name in files:
+            cached = hub.try_to_load_from_cache(repository, name, revision=revision or None)
+            if isinstance(cached, str):
+                if removed_if_damaged(Path(cached), Path(cached).resolve().name):
+                    print(f"{source}: {name} in the cache was damaged; it was removed")
+                    break
+                return Path(cached)
+
         fetch(repository, "config.json", revision)
         for name in files:
             path = fetch(repository, name, revision)
             if path is not None:
                 return path
-    except errors.RevisionNotFoundError:
-        raise FileNotFoundError(f"{source}: the repository has no such revision") from None
-    except errors.RepositoryNotFoundError:
-        raise FileNotFoundError(f"{source}: neither file nor repository on the hub") from None
-    except Exception as error:  # its class depends on the version of huggingface_hub
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise OSError(
-            f"{source}: could not be downloaded from the hub ({reason}); check the connection, "
-            "or get the file elsewhere and give its path"
-        ) from None
     raise FileNotFoundError(f"{source}: the repository has none of {', '.join(files)}")
 
 
 def fetch(repository: str, name: str, revision: str) -> Path | None:
-    """Download one file of a hub repository and print its size; None if there is no such file."""
+    """Download one file of a hub repository and print its size; None if there is no such file.
+
+    A file that is in the cache is not downloaded again. Raise OSError if the file arrives damaged.
+    """
     import huggingface_hub as hub
     from huggingface_hub.errors import EntryNotFoundError
 
     url = hub.hf_hub_url(repository, name, revision=revision or None)
     try:
-        size = hub.get_hf_file_metadata(url).size or 0
+        facts = hub.get_hf_file_metadata(url)
     except EntryNotFoundError:
         return None
 
-    version = f"{repository}@{revision}" if revision else repository
-    print(f"downloading {name}, {size / 1e6:,.1f} MB, of {version} from {hub.constants.ENDPOINT}")
-    return Path(hub.hf_hub_download(repository, name, revision=revision or None))
+    cached = hub.try_to_load_from_cache(repository, name, revision=facts.commit_hash)
+    if not isinstance(cached, str):
+        size = f"{(facts.size or 0) / 1e6:,.1f} MB"
+        version = f"{repository}@{revision}" if revision else repository
+        print(f"downloading {name}, {size}, of {version} from {hub.constants.ENDPOINT}")
+    path = Path(hub.hf_hub_download(repository, name, revision=revision or None))
+    if removed_if_damaged(path, facts.etag):
+        raise OSError(f"{name} arrived damaged, its SHA-256 is wrong, and was removed")
+    return path
+
+
+def removed_if_damaged(path: Path, etag: str) -> bool:
+    """Remove a file from the hub's cache, and return True, if its SHA-256 is not `etag`.
+
+    The hub has it for large files only; any other `etag` says nothing, and the file stays.
+    """
+    if not re.fullmatch("[0-9a-f]{64}", etag):
+        return False
+
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        for block in iter(lambda: file.read(2**20), b""):
+            digest.update(block)
+    if digest.hexdigest() == etag:
+        return False
+    path.resolve().unlink()
+    path.unlink(missing_ok=True)  # the link to it
+    return True
+
+
+# end shared
+
+
+# shared: hub_errors
+@contextmanager
+def hub_errors(source: str):
+    """Turn the errors of huggingface_hub in a block into errors of one line.
+
+    Raise FileNotFoundError if the repository or its revision does not exist, or may not be seen,
+    OSError if it is gated, if the token is wrong, or if there is no connection.
+    """
+    from huggingface_hub import constants, errors
+
+    try:
+        yield
+    except errors.RevisionNotFoundError:
+        raise FileNotFoundError(f"{source}: the repository has no such revision") from None
+    except errors.GatedRepoError:
+        page = f"{constants.ENDPOINT}/{source.partition('@')[0]}"
+        raise OSError(
+            f"{source}: is gated; accept its terms at {page}, and log in with `hf auth login` or "
+            "set HF_TOKEN"
+        ) from None
+    except errors.RepositoryNotFoundError:
+        raise FileNotFoundError(
+            f"{source}: neither a file nor a repository that you can read: on the hub it is gated "
+            "or private, or does not exist; correct the name, or log in with `hf auth login` or "
+            "set HF_TOKEN"
+        ) from None
+    except Exception as error:  # its class depends on the version of huggingface_hub
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        advice = "check the connection, or get the file elsewhere and give its path"
+        if getattr(getattr(error, "response", None), "status_code", None) == 401:
+            reason = "it refuses the token"
+            advice = "log in again with `hf auth login`, or correct HF_TOKEN"
+        message = f"{source}: could not be downloaded from the hub ({reason}); {advice}"
+        raise OSError(message) from None
 
 
 # end shared

@@ -20,6 +20,7 @@ from collections.abc import Callable
 
 from engine import command_line
 from engine.runs import refuse_exports
+from exporting import hub, official
 from exporting.networks import write_networks
 from prediction.models import find_weights
 from recipes import FAMILIES, second_file
@@ -108,12 +109,8 @@ def main() -> int:
     weights = find_weights(args.weights, args.model)
     second = second_file(weights.name, args.clip, args.decoder)
     if args.push_to_hub:
-        from exporting import hub
-
         return hub.push(weights, second, args)
     if args.to == "official":
-        from exporting import official
-
         return official.write_official(weights, second, args)
     return write_networks(weights, second, args)
 

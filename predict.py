@@ -3,8 +3,10 @@
     python predict.py --weights runs/cris-kvasir_polyp --prompt "one pink polyp" --out masks a.jpg
     python predict.py --weights runs/cris-kvasir_polyp --out masks --split test data/kvasir_polyp
     python predict.py --weights runs/segformer-uw_madison --out masks folder/
+    python predict.py --weights runs/cris-a runs/cris-b --tta --out masks --prompt "a polyp" photos/
     python predict.py --weights MONAI/swin_unetr_btcv_segmentation --out organs ct.nii.gz
     python predict.py --weights runs/universal-msd --classes liver spleen --out organs ct.nii.gz
+    python predict.py --weights runs/swin_unetr3d-liver --out organs "cohort/**/*.nii.gz" dicom/
 
 Images become PNG masks at their own size: 0 and 255, or class indices in a palette with legend.png
 and classes.json. Volumes become NIfTI label maps on their own grid with classes.json; overlapping
@@ -22,6 +24,7 @@ if __name__ == "__main__":
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from engine import command_line
@@ -33,18 +36,21 @@ from imaging import (
     nifti,
     pictures,
 )
+from prediction import contact_sheet, dicom, globs
 from prediction.images import ImagePredictor, ground_truths, image_outputs
 from prediction.inputs import list_cases, list_volumes
-from prediction.models import Weights, find_weights
+from prediction.members import check_prompts, find_members, second_files
+from prediction.models import Weights
 from prediction.outputs import Batch, check_outputs
 from prediction.volumes import VolumePredictor, class_endings, volume_outputs
-from recipes import FAMILIES, second_file
-from recipes.base import BOX_OPTIONS, IMAGE_OPTIONS, TEXT_OPTIONS, VOLUME_OPTIONS
+from preparation.dicom_files import is_dicom
+from recipes import FAMILIES
+from recipes.base import BOX_OPTIONS, IMAGE_OPTIONS, TEXT_OPTIONS, VOLUME_OPTIONS, Family
 from recipes.images import describe_cuts
 
 # --- the program ---------------------------------------------------------------------------------
 
-USAGE = "python predict.py --weights SOURCE --out DIR [options] INPUT [INPUT ...]"
+USAGE = "python predict.py --weights SOURCE [SOURCE ...] --out DIR [options] INPUT [INPUT ...]"
 
 
 def parse() -> argparse.Namespace:
@@ -55,26 +61,57 @@ def parse() -> argparse.Namespace:
     add_file_options(parser.add_argument_group("file options").add_argument)
     add_volume_options(parser.add_argument_group("volume options").add_argument)
 
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
+    if not args.inputs:
+        separate_inputs(parser, args)
     if args.prompt is not None:
         args.prompt = layouts.prompt_option(args.prompt)
     return args
 
 
+def separate_inputs(parser: command_line.Parser, args: argparse.Namespace) -> None:
+    """Take the words behind the first of --weights as inputs, if no other word is an input.
+
+    As in `predict.py --out DIR --weights RUN a.jpg b.jpg`. Ends the program, one line, if there are
+    none, or if one of them is a run: then the inputs are missing.
+    """
+    first, *others = args.weights
+    is_run = any((Path(path) / "config.json").is_file() for path in others)
+    if not others or is_run:
+        parser.error(
+            "INPUT is missing: give images, volumes, folders or data sets before --weights or "
+            "after another option"
+        )
+    args.weights = [first]
+    args.inputs = others
+
+
 def add_common_options(add: Callable) -> None:
     """Add the options that most people need."""
-    add("inputs", metavar="INPUT", nargs="+", help="image, volume, folder of them, or data set")
+    add(
+        "inputs",
+        metavar="INPUT",
+        nargs="*",
+        help="image, volume, DICOM file, folder of them, data set, or pattern in quotes: "
+        '"scans/**/*.nii.gz"',
+    )
     add(
         "--weights",
         metavar="SOURCE",
+        nargs="+",
         required=True,
-        help="trained model: run folder, file, or hub id",
+        help="trained model: run folder, file, or hub id; of several the mean",
     )
     add("--out", metavar="DIR", required=True, help="folder that the masks are written to")
     add(
         "--prompt",
         metavar="TEXT",
         help="text that describes the target; for data sets also p0 to p9 [run]",
+    )
+    add(
+        "--prompts-csv",
+        metavar="FILE",
+        help="CSV file with the columns image and prompt: a text for each image, or several",
     )
     add(
         "--threshold",
@@ -106,7 +143,7 @@ def add_model_options(add: Callable) -> None:
         "--model",
         metavar="NAME",
         choices=sorted(FAMILIES),
-        help=f"model of --weights: {', '.join(sorted(FAMILIES))} [run]",
+        help=f"model of all --weights: {', '.join(sorted(FAMILIES))} [run]",
     )
     add("--boxes", metavar="FILE", help="SAM: CSV or JSON file of boxes [one box, the whole image]")
     add("--points", metavar="FILE", help="SAM: CSV or JSON file of points, alone or with --boxes")
@@ -115,6 +152,23 @@ def add_model_options(add: Callable) -> None:
         "--decoder",
         metavar="SOURCE",
         help="biomedclipseg: CLIPSeg with the decoder, if --weights have none",
+    )
+    add(
+        "--tta",
+        action="store_true",
+        help="average the probabilities of the input and of its flips",
+    )
+    add(
+        "--window-size",
+        metavar="N",
+        type=Number(whole=True, at_least=32),
+        help="predict larger images in overlapping windows of N x N pixels",
+    )
+    add(
+        "--overlap",
+        metavar="X",
+        type=Number(at_least=0, below=1),
+        help="overlap of neighbouring windows, as a share [run, images: 0.25]",
     )
     add(
         "--device",
@@ -133,12 +187,18 @@ def add_file_options(add: Callable) -> None:
         "NIfTI; with several classes the highest, background excluded",
     )
     add(
+        "--contact-sheet",
+        action="store_true",
+        help="also save thumbnails of all cases on one page, contact_sheet.png; many cases get "
+        "contact_sheet_2.png and more",
+    )
+    add(
         "--pixel-size",
         metavar=("X", "Y"),
         nargs=2,
         type=LENGTH,
         help="width and height of an image's pixel in mm, for measurements.csv (default: those of "
-        "spacing.csv, if the data have this file)",
+        "the DICOM header, or of spacing.csv, if the data have this file)",
     )
     add(
         "--mask-threshold",
@@ -163,12 +223,6 @@ def add_volume_options(add: Callable) -> None:
     )
     add("--classes", metavar="NAME", nargs="+", help="Universal Model: predict only these classes")
     add(
-        "--overlap",
-        metavar="X",
-        type=Number(at_least=0, below=1),
-        help="overlap of neighbouring sliding windows, as a share [run]",
-    )
-    add(
         "--window-batch",
         metavar="N",
         type=POSITIVE,
@@ -186,7 +240,7 @@ def main() -> int:
 
 # Errors about options that are for other models; the groups are those of recipes/base.py.
 REFUSED_HERE = {
-    TEXT_OPTIONS: "--prompt: this model reads no text",
+    TEXT_OPTIONS: "{flag}: this model reads no text",
     BOX_OPTIONS: "--boxes, --points: this model takes no boxes or points, only SAM does",
     IMAGE_OPTIONS: "{flag}: is for images; this model takes volumes",
     VOLUME_OPTIONS: "{flag}: is for volumes; this model takes images",
@@ -195,11 +249,20 @@ REFUSED_HERE = {
 
 def predict_inputs(args) -> int:
     """Predict all inputs into --out, which no other process writes to. Return the exit status."""
-    weights = find_weights(args.weights, args.model or model_for_volumes(args))
-    family = weights.family
-    second = second_file(weights.name, args.clip, args.decoder)
+    globs.expand_inputs(args)
+    weights = find_members(args.weights, lambda source: args.model or model_for(source, args))
+    family = weights[0].family
+    second = second_files(weights, args.clip, args.decoder)
     check_split(args)
-    family.refuse_foreign(vars(args), "this model", REFUSED_HERE)
+    if args.prompt is not None and args.prompts_csv is not None:
+        raise ValueError("--prompt and --prompts-csv both give texts; remove one")
+    if args.prompts_csv is None:
+        check_prompts(weights, args.prompt)
+    check_windows(family, args)
+    options = vars(args)
+    if args.window_size is not None:
+        options = options | {"overlap": None}  # images have an overlap, too
+    family.refuse_foreign(options, "this model", REFUSED_HERE)
 
     with nifti.notices.grouped():
         if family.takes == "volumes":
@@ -207,16 +270,27 @@ def predict_inputs(args) -> int:
         return predict_images(weights, second, args)
 
 
-def model_for_volumes(args) -> str | None:
+def check_windows(family: Family, args) -> None:
+    """Raise ValueError, one line, for --window-size with SAM, and --overlap without windows."""
+    if args.window_size is not None and BOX_OPTIONS in family.options:
+        raise ValueError(
+            "--window-size: boxes and points may cross the windows, so SAM predicts whole images; "
+            "remove it"
+        )
+    if args.overlap is not None and args.window_size is None and family.takes == "images":
+        raise ValueError("--overlap: images have windows only with --window-size; remove it")
+
+
+def model_for(source: str, args) -> str | None:
     """Return the first model for volumes, if no run names a model and all inputs are NIfTI files.
 
-    Raises ValueError, one line, for volumes of other formats.
+    source: one of --weights. Raises ValueError, one line, for volumes of other formats.
     """
-    if is_onnx(args.weights) or read_run(args.weights):
+    if is_onnx(source) or read_run(source):
         return None
     paths = [Path(path) for path in args.inputs]
     for path in paths:
-        foreign = nifti.other_volume_format(path)
+        foreign = None if is_dicom(path) else nifti.other_volume_format(path)
         if foreign and path.suffix.lower() not in layouts.ENDINGS:
             raise ValueError(foreign)
     if not all(layouts.is_volume(path) for path in paths):
@@ -235,33 +309,39 @@ def check_split(args) -> None:
 # --- images --------------------------------------------------------------------------------------
 
 
-def predict_images(weights: Weights, second: dict, args) -> int:
+def predict_images(weights: list[Weights], second: dict, args) -> int:
     """Predict all images. Return the exit status.
 
-    With several classes their names and colours are written, too. second: the argument of
-    from_pretrained that --clip or --decoder is.
+    With several classes their names and colours are written, too. Data sets are read as in the
+    first run. second: the argument of from_pretrained that --clip or --decoder is.
     """
-    cases = list_cases(args, weights.run, weights.family.reads_text())
+    run = weights[0].run
+    cases = list_cases(args, run, weights[0].family.reads_text())
     outputs = {}
-    paths = []
+    pages = contact_sheet.page_paths(args, "image", len(cases))
+    paths = [*pages]
     for name, _, _ in cases:
         outputs[name] = image_outputs(name, args)
         paths += outputs[name].values()
     check_outputs(paths, Path(args.out), args.skip_existing)  # before the model is loaded
-    truths = ground_truths(args, weights.run)
+    truths = ground_truths(args, run, cases)
     predictor = ImagePredictor(cases, weights, second, args, truths)
 
     shared = {}
     if len(predictor.classes) > 1:
         shared[Path(args.out) / "legend.png"] = pictures.legend(predictor.classes[1:])
         shared[Path(args.out) / "classes.json"] = dict(enumerate(predictor.classes))
-    batch = Batch(args, predictor, outputs, shared)
+    batch = Batch(args, predictor, outputs, shared, pages)
     prompts = {prompt for _, _, prompt in cases}
-    cut_prompts = describe_cuts(prompts, predictor.recipe.tokenizer)
-    if cut_prompts:
-        print(f"prompts: {cut_prompts}")
+    for member in predictor.members:
+        cut_prompts = describe_cuts(prompts, member.loaded.recipe.tokenizer)
+        if cut_prompts:
+            name = f" of {member.loaded.weights.source}" if len(weights) > 1 else ""
+            print(f"prompts{name}: {cut_prompts}")
 
     status = batch.run(predictor.predict)
+    draw = partial(contact_sheet.draw_image, predictor=predictor)
+    contact_sheet.write_pages(batch, pages, predictor, draw)
     predictor.say_how_images_were_read()
     return status
 
@@ -269,11 +349,11 @@ def predict_images(weights: Weights, second: dict, args) -> int:
 # --- volumes -------------------------------------------------------------------------------------
 
 
-def predict_volumes(weights: Weights, args) -> int:
+def predict_volumes(weights: list[Weights], args) -> int:
     """Predict all volumes. Return the exit status."""
     predictor = VolumePredictor(weights, args)
     config = predictor.config
-    cases = list_volumes(args, weights.run, config.in_channels)
+    cases = list_volumes(args, weights[0].run, config.in_channels)
 
     endings = class_endings(predictor.classes[1:]) if config.overlapping else [""]
     shared = {}
@@ -284,8 +364,17 @@ def predict_volumes(weights: Weights, args) -> int:
         legend = pictures.legend(tuple(predictor.classes[1:]))
         shared[Path(args.out) / "legend.png"] = legend
     outputs = {name: volume_outputs(name, endings, args) for name in cases}
-    batch = Batch(args, predictor, outputs, shared)
-    return batch.run(lambda name: predictor.predict(cases[name]))
+    pages = contact_sheet.page_paths(args, "volume", len(cases))
+    batch = Batch(args, predictor, outputs, shared, pages)
+
+    def predict_case(name: str):
+        with dicom.nifti_files(cases[name]) as paths:
+            return predictor.predict(paths)
+
+    status = batch.run(predict_case)
+    draw = partial(contact_sheet.draw_volume, predictor=predictor, cases=cases)
+    contact_sheet.write_pages(batch, pages, predictor, draw)
+    return status
 
 
 if __name__ == "__main__":

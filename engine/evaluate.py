@@ -559,6 +559,9 @@ def study(
 
 # --- pictures ------------------------------------------------------------------------------------
 
+IMAGE_CARD = 320  # pixels, width of an overlay in the sheet
+VOLUME_CARD = 960  # of several slices
+
 
 def dice_by_entry(rows: list[dict], dataset) -> np.ndarray:
     """Return the mean Dice (n,) of each entry over its classes.
@@ -625,7 +628,8 @@ def draw(model, recipe, dataset, rows: list[dict], settings, folder: Path) -> No
         pictures.save_picture(folder / f"{case}_{Path(item['name']).name}.png", picture)
 
         caption = f"{case}: Dice {dice[cases[case]]:.3f}  {recipe.caption(item)}"
-        cards.append(pictures.captioned(picture, caption))
+        width = VOLUME_CARD if masks.ndim == 4 else IMAGE_CARD
+        cards.append(pictures.captioned(picture, caption, width))
 
     page = pictures.sheet(cards, len(cases) // 3)
     if len(all_names) > 1:

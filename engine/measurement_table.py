@@ -58,14 +58,23 @@ class MeasurementTable:
             self.rows[row["name"], row["class"]] = row
 
     def has(self, name: str, cells: dict) -> bool:
-        """Return True if there is a row with these cells for every class of a case."""
+        """Return True if there is a row with these cells for every class of a case.
+
+        Raises ValueError, one line, if the masks of the case were predicted with another prompt.
+        """
         for class_name in self.classes:
             row = self.rows.get((name_cell(name), class_name))
             if row is None:
                 return False
             for column, value in cells.items():
-                if str(row[column]) != ("" if value is None else str(value)):
-                    return False
+                if str(row[column]) == ("" if value is None else str(value)):
+                    continue
+                if column == "prompt":
+                    raise ValueError(
+                        f"{self.path}: {name} was predicted with the prompt “{row[column]}”; "
+                        "choose another --out"
+                    )
+                return False
         return True
 
     def add(self, name: str, rows: list[dict]) -> None:

@@ -15,6 +15,7 @@ import torch
 
 import data
 from imaging import boxes_and_points, files, image_files, layouts, nifti, volumes
+from segformer import fetch, hub_errors  # each model file has them
 
 
 def pick_device(name: str) -> torch.device:
@@ -55,23 +56,23 @@ RUN_OPTIONS = {
     "nsd_tolerance": float | None, "mask_orientation": str | None, "seed": int,
     "group_regex": str | None,
 }  # fmt: skip
+WEIGHT_ENDINGS = (".pt", ".pth", ".bin", ".safetensors", ".onnx", ".json")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 EDITED = "restore the file as train.py wrote it, or use the weights of another run"
 
 
 def read_run(weights: str | Path | None) -> dict:
     """Return the config.json of the run that weights come from, {} if they come from none.
 
-    weights: a run folder, or a file in it (RUN/best.safetensors). A config.json without "format" is
-    not of a run: the hub's models have such files. Raises ValueError, one line, if the file is
-    damaged, was edited wrongly, or was written by a newer version.
+    weights: a run folder, a file in it (RUN/best.safetensors), or the hub id of a run that
+    export.py uploaded. A config.json without "format" is not of a run: the hub's models have such
+    files. Raises ValueError, one line, if the file is damaged, was edited wrongly, or was written
+    by a newer version, and OSError if the hub cannot be reached.
     """
-    if weights is None:
-        return {}
-    refuse_exports(weights)
-    source = Path(weights)
-    folder = source.parent if source.is_file() else source
-    path = folder / "config.json"
-    if not path.is_file():
+    if weights is not None:
+        refuse_exports(weights)
+    path = None if weights is None else config_file(weights)
+    if path is None:
         return {}
 
     config = files.read_json(path)
@@ -92,12 +93,64 @@ def refuse_exports(source: str | Path) -> None:
     ONNX files hold no weights under the names of a model. Loading a .pt2 file may run code in it.
     """
     if is_onnx(source):
-        raise ValueError(f"{source}: ONNX files are for predict.py; use the run folder here")
+        raise ValueError(f"{source}: ONNX files are for predict.py and app.py; use the run folder")
     if Path(source).suffix.lower() == ".pt2":
         raise ValueError(
             f"{source}: .pt2 files are for export only, as loading one may run code; use the run "
             "folder, or an .onnx file with predict.py"
         )
+
+
+def config_file(weights: str | Path) -> Path | None:
+    """Return the config.json beside weights, on this machine or on the hub; None if there is none.
+
+    Raises OSError, one line, if the hub cannot be reached.
+    """
+    source = Path(weights)
+    folder = source.parent if source.is_file() else source
+    path = folder / "config.json"
+    if path.is_file():
+        return path
+
+    if not is_hub_id(str(weights)):
+        return None
+    repository, _, revision = str(weights).partition("@")
+    with hub_errors(str(weights)):
+        return hub_config_file(repository, revision)
+
+
+def is_hub_id(weights: str) -> bool:
+    """Return True if weights are named like a repository of the hub: owner/name or owner/name@v1.
+
+    A path is none, even if it does not exist: runs/NAME, where train.py writes its runs, the name
+    of a file, and anything else whose parent folder exists.
+    """
+    source = Path(weights)
+    is_path = source.exists() or source.parent.exists() or source.parts[:1] == ("runs",)
+    is_path = is_path or source.suffix in WEIGHT_ENDINGS
+    return not is_path and HUB_ID.fullmatch(weights.partition("@")[0]) is not None
+
+
+def hub_config_file(repository: str, revision: str) -> Path | None:
+    """Return the config.json of a hub repository, which is downloaded if nothing is cached.
+
+    None if the repository does not have one. revision: "" for the main branch.
+    """
+    import huggingface_hub as hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    version = {"revision": revision or None}
+    cached = hub.try_to_load_from_cache(repository, "config.json", **version)
+    if isinstance(cached, str):
+        return Path(cached)
+
+    try:
+        hub.snapshot_download(repository, local_files_only=True, **version)
+    except LocalEntryNotFoundError:
+        return fetch(repository, "config.json", revision)
+    # Other files are cached. `download` of the model files fetches config.json before the weights,
+    # so the repository does not have it.
+    return None
 
 
 def check_run(path: Path, run: dict) -> None:

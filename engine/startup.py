@@ -90,3 +90,4 @@ def hide_warnings() -> None:
     """
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
+        os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # read when huggingface_hub is imported

@@ -49,6 +49,26 @@ class Prompt(NamedTuple):
     labels: np.ndarray = NO_LABELS  # int64 (P,): 1 inside, 0 outside, -1 no point (padding)
 
 
+def mirrored(prompt: Prompt, size: tuple[int, int], axis: str) -> Prompt:
+    """Return a prompt from a file, which has no mask, for the mirrored image of size (H,W).
+
+    axis: "horizontal" exchanges left and right, "vertical" top and bottom. Coordinates count pixels
+    from 0, so x becomes W - 1 - x. Those beyond the middle of the last pixel become 0.
+    """
+    H, W = size
+    column = 0 if axis == "horizontal" else 1  # of x or y in points, of x0 or y0 in boxes
+    last = (W if axis == "horizontal" else H) - 1
+
+    points = prompt.points.copy()
+    points[:, column] = np.maximum(last - points[:, column], 0)
+    box = prompt.box
+    if box is not None:
+        box = box.copy()
+        box[column] = max(last - prompt.box[column + 2], 0)
+        box[column + 2] = max(last - prompt.box[column], 0)
+    return prompt._replace(box=box, points=points)
+
+
 # --- masks to prompts -----------------------------------------------------------------------------
 
 
@@ -225,8 +245,13 @@ CORNER_COLUMNS = (
     ("left", "top", "right", "bottom"),
 )
 SIZE_COLUMNS = {"w", "h", "width", "height"}
-EXAMPLES = {"boxes": "image,class,x0,y0,x1,y1", "points": "image,class,x,y,label"}
-COORDINATES = {"boxes": ("x0", "y0", "x1", "y1"), "points": ("x", "y")}
+EXAMPLES = {
+    "boxes": "image,class,x0,y0,x1,y1",
+    "points": "image,class,x,y,label",
+    "prompts": "image,prompt",  # of --prompts-csv
+}
+# What each row must have besides the image.
+VALUE_COLUMNS = {"boxes": ("x0", "y0", "x1", "y1"), "points": ("x", "y"), "prompts": ("prompt",)}
 
 
 class FilePrompt(NamedTuple):
@@ -544,7 +569,7 @@ def csv_rows(path: Path, kind: str):
             if not is_blank(cells[len(header) :]):
                 raise ValueError(
                     f"{path}, line {reader.line_num}: has {len(cells)} values for {len(header)} "
-                    "columns; write decimals with a point, and names with a separator in quotes"
+                    "columns; write decimals with a point, and texts with a separator in quotes"
                 )
             row = dict.fromkeys(header, "")
             row.update(zip(header, cells, strict=False))  # a row may have fewer cells
@@ -599,7 +624,7 @@ def annotation_row(location: str, row: dict) -> dict | None:
     if box[2:] == [0, 0] and box[:2] != [0, 0]:
         return None
     fields = {key: row[key] for key in ("img_name", "class", "object") if key in row}
-    return fields | dict(zip(COORDINATES["boxes"], box, strict=True))
+    return fields | dict(zip(VALUE_COLUMNS["boxes"], box, strict=True))
 
 
 def coco_rows(path: Path, content: dict):
@@ -639,7 +664,8 @@ def find_columns(row: dict, kind: str) -> dict[str, str]:
     """Return which column of a row holds which field, {field: column}.
 
     The fields are image, class and object (if present), x0, y0, x1, y1 of boxes, and x, y and label
-    (if present) of points. Raises ValueError, without the location, if one is missing.
+    (if present) of points; image and prompt of prompts. Raises ValueError, without the location, if
+    one is missing.
     """
     columns_by_key = {}
     for column in row:
@@ -652,7 +678,7 @@ def find_columns(row: dict, kind: str) -> dict[str, str]:
                 columns[field] = columns_by_key[key]
                 break
 
-    missing = [field for field in ("image", *COORDINATES[kind]) if field not in columns]
+    missing = [field for field in ("image", *VALUE_COLUMNS[kind]) if field not in columns]
     if missing:
         if kind == "boxes":
             refuse_other_boxes(row, columns_by_key)
@@ -662,6 +688,8 @@ def find_columns(row: dict, kind: str) -> dict[str, str]:
 
 def accepted_keys(keys, kind: str) -> dict[str, tuple[str, ...]]:
     """Return {field: accepted plain names of its column}, given the plain names in the file."""
+    if kind == "prompts":
+        return {"image": IMAGE_COLUMNS, "prompt": ("prompt",)}
     fields = {"image": IMAGE_COLUMNS, "class": CLASS_COLUMNS, "object": OBJECT_COLUMNS}
     if kind == "points":
         fields["class"] = tuple(key for key in CLASS_COLUMNS if key != "label")
@@ -672,7 +700,7 @@ def accepted_keys(keys, kind: str) -> dict[str, tuple[str, ...]]:
         if keys >= {*form}:
             corners = form
             break
-    for field, key in zip(COORDINATES["boxes"], corners, strict=True):
+    for field, key in zip(VALUE_COLUMNS["boxes"], corners, strict=True):
         fields[field] = (key,)
     return fields
 
@@ -704,7 +732,7 @@ def parse_row(values: dict[str, str], kind: str, size, classes) -> FilePrompt:
 
     Raises ValueError, without the location.
     """
-    missing = [field for field in ("image", *COORDINATES[kind]) if not values[field]]
+    missing = [field for field in ("image", *VALUE_COLUMNS[kind]) if not values[field]]
     if missing:
         raise ValueError(f"has no {', '.join(missing)}")
     name = values.get("class") or None
@@ -718,7 +746,7 @@ def parse_row(values: dict[str, str], kind: str, size, classes) -> FilePrompt:
 
 def parse_coordinates(values: dict[str, str], kind: str, size) -> list[float]:
     """Return the numbers of a box or point. Raises ValueError, without the location."""
-    texts = [values[field] for field in COORDINATES[kind]]
+    texts = [values[field] for field in VALUE_COLUMNS[kind]]
     noun = "box" if kind == "boxes" else "point"
     prompt = f"{noun} {' '.join(texts)}"
     if any(re.fullmatch(r"[-+]?\d+,\d+", text) for text in texts):

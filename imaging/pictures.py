@@ -61,31 +61,29 @@ def overlay(
     return Image.fromarray(canvas.astype(np.uint8))
 
 
-def three_planes(x: np.ndarray, voxel: tuple[int, ...], spacing) -> np.ndarray:
-    """Put the axial, coronal and sagittal plane through a voxel side by side.
+# --- volumes --------------------------------------------------------------------------------------
 
-    x (…,X,Y,Z), axes to the right, front and top -> (…,H,W). Planes look as radiologists see them:
-    from the feet, from the front, and with the nose to the left. Nearest neighbour brings them to
-    true proportions; spacing is that of the voxels, in mm.
+PLANES = ("sagittal", "coronal", "axial")  # name of the plane across axis X, Y, Z
+PLANE_AXES = ((1, 2), (0, 2), (0, 1))  # its horizontal and its vertical axis
+SLICES = 5  # of the main plane in an overlay of a volume
+COARSER = 1.2  # by this factor, slices are thicker than the pixels of their plane
+SLICE_SIDE = 360  # pixels, the longer side of a slice there
+COLUMNS = 4  # planes side by side
+PAGE_WIDTH = 960  # pixels, at least
+LONGEST_SIDE = 1600  # pixels of any plane
+CAPTION_WIDTH = 240  # pixels, enough for "sagittal 512 of 512, 300.0 mm"
+CAPTION_HEIGHT = 20
+
+
+def plane(x: np.ndarray, axis: int, index: int) -> np.ndarray:
+    """Return a plane of a volume as radiologists see it: (…,X,Y,Z) -> (…,H,W), a view.
+
+    The plane is the one across `axis` at an index. Axes lead to the right, front and top. Axial
+    planes are seen from the feet, coronal ones from the front, sagittal ones with the nose to the
+    left.
     """
-    finest = min(spacing)
-    planes = []
-    for axis, horizontal, vertical in ((2, 0, 1), (1, 0, 2), (0, 1, 2)):
-        plane = np.take(x, voxel[axis], axis - 3).swapaxes(-1, -2)  # (…,vertical,horizontal)
-        plane = plane[..., ::-1, ::-1]
-        width = round(plane.shape[-1] * spacing[horizontal] / finest)
-        height = round(plane.shape[-2] * spacing[vertical] / finest)
-        plane = resize_axis(plane, -1, width)
-        planes.append(resize_axis(plane, -2, height))  # (…,height,width)
-
-    # Pad the planes at the bottom to the height of the tallest.
-    tallest = max(plane.shape[-2] for plane in planes)
-    padded = []
-    for plane in planes:
-        padding = [(0, 0)] * plane.ndim
-        padding[-2] = (0, tallest - plane.shape[-2])
-        padded.append(np.pad(plane, padding))
-    return np.concatenate(padded, -1)  # (…,tallest,sum of widths)
+    flat = np.take(x, index, axis - 3).swapaxes(-1, -2)  # (…,vertical,horizontal)
+    return flat[..., ::-1, ::-1]
 
 
 def resize_axis(x: np.ndarray, axis: int, size: int) -> np.ndarray:
@@ -94,31 +92,209 @@ def resize_axis(x: np.ndarray, axis: int, size: int) -> np.ndarray:
     return np.take(x, indices, axis)
 
 
-def volume_overlay(
+def three_planes(x: np.ndarray, voxel: tuple[int, ...], spacing) -> np.ndarray:
+    """Put the axial, coronal and sagittal plane through a voxel side by side.
+
+    x (…,X,Y,Z), axes to the right, front and top -> (…,H,W). Nearest neighbour brings the planes to
+    true proportions; spacing is that of the voxels, in mm.
+    """
+    finest = min(spacing)
+    planes = []
+    for axis in (2, 1, 0):
+        horizontal, vertical = PLANE_AXES[axis]
+        flat = plane(x, axis, voxel[axis])  # (…,vertical,horizontal)
+        width = round(flat.shape[-1] * spacing[horizontal] / finest)
+        height = round(flat.shape[-2] * spacing[vertical] / finest)
+        flat = resize_axis(flat, -1, width)
+        planes.append(resize_axis(flat, -2, height))  # (…,height,width)
+
+    # Pad the planes at the bottom to the height of the tallest.
+    tallest = max(flat.shape[-2] for flat in planes)
+    padded = []
+    for flat in planes:
+        padding = [(0, 0)] * flat.ndim
+        padding[-2] = (0, tallest - flat.shape[-2])
+        padded.append(np.pad(flat, padding))
+    return np.concatenate(padded, -1)  # (…,tallest,sum of widths)
+
+
+def class_shares(masks: np.ndarray) -> list[np.ndarray]:
+    """Return how much of the masks, bool (K,X,Y,Z), each plane across X, Y and Z shows.
+
+    These are three arrays (X,), (Y,) and (Z,), the sums of the classes' shares: all classes count
+    the same, whatever their size. Only the box around a class is counted, which is quick.
+    """
+    shares = [np.zeros(side) for side in masks.shape[1:]]
+    for mask in masks:
+        (box,) = ndimage.find_objects(mask.view(np.uint8), max_label=1)
+        if box is None:
+            continue
+        inside = mask[box]
+        count = np.count_nonzero(inside)
+        for axis in range(3):
+            other_axes = tuple(other for other in range(3) if other != axis)
+            shares[axis][box[axis]] += np.count_nonzero(inside, other_axes) / count
+    return shares
+
+
+def shown_masks(ground_truth: np.ndarray | None, prediction: np.ndarray) -> np.ndarray:
+    """Return the masks that decide which planes are drawn: the ground truth, if it has any."""
+    has_truth = ground_truth is not None and ground_truth.any()
+    return ground_truth if has_truth else prediction
+
+
+def volume_thumbnail(
     image: np.ndarray, ground_truth: np.ndarray | None, prediction: np.ndarray, spacing
 ) -> Image.Image:
-    """Draw `overlay` on `three_planes` of a volume.
+    """Draw `overlay` on `three_planes` of a volume, a picture for sheets of many volumes.
 
     image: uint8 (X,Y,Z); masks: bool (K,X,Y,Z); spacing in mm. The planes are those that show most
-    of the ground truth, or of the prediction if there is none. All classes count the same, whatever
-    their size.
+    of the ground truth, or of the prediction if there is none.
     """
-    masks = prediction
-    if ground_truth is not None and ground_truth.any():
-        masks = ground_truth
-
-    voxel = []
-    for axis in range(3):
-        other_axes = tuple(1 + other for other in range(3) if other != axis)
-        areas = masks.sum(other_axes)  # (K,side)
-        shares = areas / np.maximum(1, areas.sum(1, keepdims=True))  # (K,side), rows add up to 1
-        voxel.append(int(shares.sum(0).argmax()))
+    shares = class_shares(shown_masks(ground_truth, prediction))
+    voxel = [int(along_axis.argmax()) for along_axis in shares]
 
     grey = three_planes(image, voxel, spacing)  # (H,W)
     rgb = np.repeat(grey[..., None], 3, 2)  # (H,W,3)
     if ground_truth is not None:
         ground_truth = three_planes(ground_truth, voxel, spacing)  # (K,H,W)
     return overlay(rgb, ground_truth, three_planes(prediction, voxel, spacing))
+
+
+def main_axis(spacing) -> int:
+    """Return the axis across which slices were taken: the one of the thickest slices, else Z."""
+    coarsest = int(np.argmax(spacing))
+    others = [side for axis, side in enumerate(spacing) if axis != coarsest]
+    return coarsest if spacing[coarsest] > COARSER * max(others) else 2
+
+
+def spread_slices(shares: np.ndarray) -> list[int]:
+    """Return up to SLICES indices of slices, evenly through the slices that have a share (n,).
+
+    The slice with the largest share is among them. Without any share they are spread over the
+    whole volume.
+    """
+    n = len(shares)
+    shown = np.flatnonzero(shares)
+    first = int(shown[0]) if shown.size else 0
+    last = int(shown[-1]) if shown.size else n - 1
+
+    # As many slices as are drawn, even around an object that is thinner.
+    count = min(SLICES, n)
+    length = max(count, last - first + 1)
+    first -= (length - (last - first + 1)) // 2
+    first = min(max(0, first), n - length)
+
+    indices = []
+    for k in range(count):
+        indices.append(first + length * (2 * k + 1) // (2 * count))
+    if shown.size:
+        peak = int(shares.argmax())
+        nearest = int(np.abs(np.array(indices) - peak).argmin())
+        indices[nearest] = peak
+    return indices
+
+
+def volume_overlay(
+    image: np.ndarray, ground_truth: np.ndarray | None, prediction: np.ndarray, spacing
+) -> Image.Image:
+    """Draw `overlay` on slices of a volume, large enough to judge the masks.
+
+    image: uint8 (X,Y,Z); masks: bool (K,X,Y,Z); spacing in mm. Up to SLICES slices go through the
+    object, axial ones unless the voxels are longest along another axis. The other two planes follow
+    where they show most of it. The object is the ground truth, or the prediction if there
+    is none. Below each plane stand its number, counted from 1 at the left, back and bottom, and its
+    distance from the first in mm. All planes have true proportions.
+    """
+    shares = class_shares(shown_masks(ground_truth, prediction))
+    axis = main_axis(spacing)
+    slices = [(axis, index) for index in spread_slices(shares[axis])]
+    across = []
+    for other in (1, 0, 2):
+        if other != axis:
+            middle = image.shape[other] // 2
+            index = int(shares[other].argmax()) if shares[other].any() else middle
+            across.append((other, index))
+
+    lengths = [side * size for side, size in zip(image.shape, spacing, strict=True)]  # mm
+    scale = SLICE_SIDE / max(lengths[side] for side in PLANE_AXES[axis])  # pixels per mm
+
+    cells = []
+    for where in [*slices, *across]:
+        plane_axis, index = where
+        size = pixel_size(lengths, plane_axis, scale)
+        drawn = draw_plane(image, ground_truth, prediction, where, size)
+        number = f"{index + 1} of {image.shape[plane_axis]}"
+        distance = f"{index * spacing[plane_axis]:.1f} mm"
+        cells.append(labelled(drawn, f"{PLANES[plane_axis]} {number}, {distance}"))
+    return in_rows(cells)
+
+
+def pixel_size(lengths: list[float], axis: int, scale: float) -> tuple[int, int]:
+    """Return width and height in pixels of the plane across an axis, in true proportions.
+
+    lengths: of the volume in mm. scale: pixels per mm; a side longer than LONGEST_SIDE lowers it.
+    """
+    horizontal, vertical = PLANE_AXES[axis]
+    longest = max(lengths[horizontal], lengths[vertical])
+    scale = min(scale, LONGEST_SIDE / longest)
+    width = max(1, round(lengths[horizontal] * scale))
+    height = max(1, round(lengths[vertical] * scale))
+    return width, height
+
+
+def draw_plane(image, ground_truth, prediction, where: tuple[int, int], size) -> Image.Image:
+    """Draw `overlay` on one plane of a volume, at (width, height) pixels.
+
+    where: the axis and the index of the plane. Grey levels are interpolated, masks are not.
+    """
+    axis, index = where
+    width, height = size
+
+    grey = Image.fromarray(np.ascontiguousarray(plane(image, axis, index)))
+    grey = np.asarray(grey.resize(size, Image.Resampling.BILINEAR))  # (H,W)
+    rgb = np.repeat(grey[..., None], 3, 2)  # (H,W,3)
+
+    resized = []
+    for masks in (ground_truth, prediction):
+        if masks is not None:
+            masks = resize_axis(plane(masks, axis, index), -1, width)
+            masks = resize_axis(masks, -2, height)  # (K,H,W)
+        resized.append(masks)
+    return overlay(rgb, *resized)
+
+
+def labelled(picture: Image.Image, caption: str) -> Image.Image:
+    """Write a line below a picture of a plane, white on black."""
+    size = (max(picture.width, CAPTION_WIDTH), picture.height + CAPTION_HEIGHT)
+    cell = Image.new("RGB", size)
+    cell.paste(picture)
+    font = ImageFont.load_default(size=14)
+    ImageDraw.Draw(cell).text((4, picture.height), caption, "white", font)
+    return cell
+
+
+def in_rows(cells: list[Image.Image], gap: int = 4) -> Image.Image:
+    """Put pictures of any size on black, COLUMNS in a row; at least PAGE_WIDTH pixels wide."""
+    positions = []
+    page_width = PAGE_WIDTH
+    top = 0
+    for start in range(0, len(cells), COLUMNS):
+        row = cells[start : start + COLUMNS]
+        left = 0
+        for cell in row:
+            positions.append((left, top))
+            left += cell.width + gap
+        page_width = max(page_width, left - gap)
+        top += max(cell.height for cell in row) + gap
+
+    page = Image.new("RGB", (page_width, top - gap))
+    for cell, position in zip(cells, positions, strict=True):
+        page.paste(cell, position)
+    return page
+
+
+# --- prompts and classes --------------------------------------------------------------------------
 
 
 def draw_prompts(picture: Image.Image, prompts: list[tuple]) -> None:
@@ -176,13 +352,7 @@ def captioned(picture: Image.Image, caption: str, width: int = 320) -> Image.Ima
     picture = picture.resize(size)
 
     font = ImageFont.load_default(size=13)
-    lines = []
-    for word in caption.split():
-        if lines and font.getlength(f"{lines[-1]} {word}") < width - 8:
-            lines[-1] += f" {word}"
-        else:
-            lines.append(word)
-
+    lines = wrapped(caption, font, width - 8)
     card = Image.new("RGB", (width, picture.height + 17 * len(lines) + 8), "white")
     card.paste(picture)
     draw = ImageDraw.Draw(card)
@@ -191,19 +361,35 @@ def captioned(picture: Image.Image, caption: str, width: int = 320) -> Image.Ima
     return card
 
 
+def wrapped(text: str, font, width: int) -> list[str]:
+    """Return a text as lines of at most `width` pixels; words that are longer are cut."""
+    lines = []
+    for word in text.split():
+        if lines and font.getlength(f"{lines[-1]} {word}") < width:
+            lines[-1] += f" {word}"
+            continue
+        lines.append("")
+        for letter in word:
+            if lines[-1] and font.getlength(lines[-1] + letter) >= width:
+                lines.append("")
+            lines[-1] += letter
+    return lines
+
+
 def sheet(cards: list[Image.Image], columns: int = 3, gap: int = 6) -> Image.Image:
-    """Put pictures of one width on a white page, row by row."""
+    """Put pictures on a white page, row by row, in columns as wide as the widest picture."""
     rows = [cards[i : i + columns] for i in range(0, len(cards), columns)]
     heights = []
     for row in rows:
         heights.append(max(card.height for card in row) + gap)
-    width = min(columns, len(cards)) * (cards[0].width + gap) - gap
+    column = max(card.width for card in cards) + gap
+    width = min(columns, len(cards)) * column - gap
 
     page = Image.new("RGB", (width, sum(heights) - gap), "white")
     top = 0
     for row, height in zip(rows, heights, strict=True):
         for k, card in enumerate(row):
-            page.paste(card, (k * (card.width + gap), top))
+            page.paste(card, (k * column, top))
         top += height
     return page
 

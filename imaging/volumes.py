@@ -685,7 +685,7 @@ class VolumeSet:
     # --- pictures ---
 
     def overlay(self, i: int, truth: np.ndarray, masks: np.ndarray, preprocess: Callable):
-        """Return the picture of three planes of volume i with truth and masks, bool (n,X,Y,Z)."""
+        """Return the picture of slices of volume i with truth and masks, bool (n,X,Y,Z)."""
         from imaging import pictures  # here: copied into another project, this file needs no Pillow
 
         grey_levels = self.grey(i, preprocess)

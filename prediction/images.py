@@ -1,9 +1,9 @@
 """Predict images: masks, probabilities, overlays and measurements."""
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import redirect_stdout
+from contextlib import nullcontext, redirect_stdout
 from functools import partial
 from pathlib import Path
 
@@ -16,8 +16,10 @@ import data
 from engine.evaluate import each_is, to_masks
 from engine.runs import check_threshold, num_classes
 from imaging import image_files, layouts, measurements, pictures
+from prediction import combine, dicom, flips, members
 from prediction.inputs import entries_of
-from prediction.models import Weights, load_model
+from prediction.models import LoadedModel, Weights
+from preparation.dicom_files import is_dicom
 
 
 def image_outputs(name: str, args) -> dict[str, Path]:
@@ -31,8 +33,10 @@ def image_outputs(name: str, args) -> dict[str, Path]:
     return {kind: Path(args.out) / f"{name}{ending}" for kind, ending in endings.items()}
 
 
-def ground_truths(args, run: dict) -> dict[str, tuple]:
+def ground_truths(args, run: dict, cases: list) -> dict[str, tuple]:
     """Return {name of a case: (entry, threshold of its mask)} for the overlays of data sets.
+
+    cases: of `list_cases`. With --prompts-csv, all cases of an image have the mask of the image.
 
     Only masks that exist are included. They are read as in the run. A mask that cannot be read does
     not influence how the others are read, and fails when it is drawn. Raises ValueError, one line,
@@ -54,7 +58,10 @@ def ground_truths(args, run: dict) -> dict[str, tuple]:
         raise ValueError(
             "--mask-threshold has no effect without --overlays and a data set with masks; remove it"
         )
-    return truths
+    if args.prompts_csv is None:
+        return truths
+    of_image = {truth[0].image: truth for truth in truths.values()}
+    return {name: of_image[file] for name, file, _ in cases if file in of_image}
 
 
 def with_thresholds(entries: list, reading: data.MaskReading) -> dict[str, tuple]:
@@ -95,6 +102,11 @@ def truth_of(truth: tuple | None, n: int) -> np.ndarray | None:
     if truth is None or len(layouts.foreground(truth[0].classes)) != n:
         return None
     return each_is(data.read_truth(*truth), range(1, n + 1))  # (n,H,W)
+
+
+def load_image(file: Path) -> tuple[np.ndarray, bool]:
+    """Return an image or DICOM file as uint8 (H,W,3), and True if it had non-finite pixels."""
+    return dicom.load_image(file) if is_dicom(file) else image_files.load_image(file)
 
 
 def draw_pictures(probabilities, masks, image, args, truth=None, prompts=()) -> dict:
@@ -151,38 +163,74 @@ def unnamed_classes(model: nn.Module) -> list[str]:
 
 
 class ImagePredictor:
-    """A model with everything needed to predict the images of one call."""
+    """One or several models with everything needed to predict the images of one call."""
 
     unit = "image"
     columns = measurements.IMAGE_COLUMNS
 
-    def __init__(self, cases: list, weights: Weights, second: dict, args, truths: dict):
-        """Load the model.
+    def __init__(self, cases: list, weights: list[Weights], second: dict, args, truths: dict):
+        """Load the models, whose probabilities are averaged.
 
-        cases: of `list_cases`. second: of `recipes.second_file`. truths: of `ground_truths`.
+        cases: of `list_cases`. second: of `members.second_files`. truths: of `ground_truths`.
+        Raises ValueError, one line, for options and models that do not go together.
         """
         overrides = dict(second)
         if args.threshold is not None:
             overrides["threshold"] = args.threshold
-        loaded = load_model(weights, args.device, overrides)
-        self.model = loaded.model
-        self.recipe = loaded.recipe
+        loaded = members.load_members(weights, args.device, overrides)
         self.args = args
         self.cases = {name: (file, prompt) for name, file, prompt in cases}
         self.truths = truths
-        self.colours = weights.run.get("options", {}).get("pseudocolor")
+        if args.prompts_csv is not None:
+            self.columns = ("prompt", *self.columns)
         self.non_finite = []  # files with NaN or infinite pixels
         self.damaged_exif = []  # files
 
-        named = weights.run.get("classes")
-        self.make_prompts, classes = weights.family.prompts_for_prediction(
-            self.recipe, cases, named, args
+        named = members.check_classes(
+            loaded, [model.weights.run.get("classes") for model in loaded]
         )
-        self.classes = tuple(classes or unnamed_classes(self.model))
-        check_threshold(num_classes(self.model), args.threshold)
+        self.members = []
+        for model in loaded:
+            classes = self.add_member(model, cases, named)
+        self.classes = tuple(classes or unnamed_classes(loaded[0].model))
+        check_threshold(num_classes(loaded[0].model), args.threshold)
+        self.config = members.shared_config(loaded)
+        self.flips = [()]
+        if args.tta:
+            self.flips = flips.image_flips(self.classes)
+            counts = [flips.count_views(prompt, self.flips) for _, _, prompt in cases]
+            flips.say_views(counts, self.unit)
+
         n = len(layouts.foreground(self.classes))
         if any(len(layouts.foreground(entry.classes)) != n for entry, _ in truths.values()):
             print("--overlays: the ground truth has other classes than the model and is not drawn")
+
+    def add_member(self, loaded: LoadedModel, cases: list, named: list | None) -> list | None:
+        """Add a model. Return the names of the classes of its masks, None if nothing names them.
+
+        named: the classes of the runs. What is printed about prompts is printed for the first.
+        """
+        notes = redirect_stdout(io.StringIO()) if self.members else nullcontext()
+        with notes:
+            make_prompts, classes = loaded.weights.family.prompts_for_prediction(
+                loaded.recipe, cases, named, self.args
+            )
+        self.members.append(combine.ImageMember(loaded, make_prompts))
+        return classes
+
+    def views(self, image: np.ndarray, file: Path, prompt: str) -> Iterator[np.ndarray]:
+        """Yield the probabilities (K,H,W) of every model and flip. image: uint8 (H,W,3)."""
+        overlap = combine.OVERLAP if self.args.overlap is None else self.args.overlap
+        for member in self.members:
+            sample = image_sample(image, file, self.classes, prompt, member.colours)
+            yield from combine.views_of_image(
+                member, sample, self.flips, self.args.window_size, overlap
+            )
+
+    def drawn_prompts(self, image: np.ndarray, file: Path) -> list:
+        """Return the boxes and points of an image for its overlay, see `pictures.draw_prompts`."""
+        sample = image_sample(image, file, self.classes)
+        return self.members[0].make_prompts(sample).get("shown", [])
 
     def predict(self, name: str) -> tuple[dict[str, Callable], list[dict]]:
         """Return functions that write the files of a case, and the rows of its measurements.
@@ -191,20 +239,16 @@ class ImagePredictor:
         for an input that cannot be read.
         """
         file, prompt = self.cases[name]
-        image, has_non_finite = image_files.load_image(file)  # (H,W,3)
-        sample = image_sample(image, file, self.classes, prompt, self.colours)
-        item = self.recipe.inputs(sample, train=False, rng=None)
-        item |= self.make_prompts(sample)
-        with torch.no_grad():
-            probabilities = self.recipe.predict(self.model, item)[0].cpu().numpy()  # (K,H,W)
+        image, has_non_finite = load_image(file)  # (H,W,3)
+        probabilities = combine.mean(self.views(image, file, prompt))  # (K,H,W)
 
         truth = self.truths.get(name)
-        prompts = item.get("shown", ())
-        masks = to_masks(probabilities, self.model.config)  # (K,H,W)
+        prompts = self.drawn_prompts(image, file) if self.args.overlays else ()
+        masks = to_masks(probabilities, self.config)  # (K,H,W)
         drawn = draw_pictures(probabilities, masks, image, self.args, truth, prompts)
         if has_non_finite:
             self.non_finite.append(file)
-        if image_files.has_damaged_exif(file):
+        if not is_dicom(file) and image_files.has_damaged_exif(file):
             self.damaged_exif.append(file)
         writers = {kind: partial(pictures.save_picture, picture=drawn[kind]) for kind in drawn}
         measure = partial(
@@ -212,19 +256,34 @@ class ImagePredictor:
             grey=image_files.grey_levels(image),
             pixel_size=self.pixel_size_of(name),
         )
-        return writers, self.measure(masks, probabilities, measure)
+        rows = []
+        for row in self.measure(masks, probabilities, measure):
+            first = {"class": row["class"], "mask": row["mask"]}
+            rows.append(first | self.prompt_cell(name) | row)
+        return writers, rows
 
     def pixel_size_of(self, name: str) -> tuple | list | None:
         """Return width and height of an image's pixels in mm, None if they are unknown.
 
-        They are those of --pixel-size, else of a spacing.csv.
+        They are those of --pixel-size, else of the header of a DICOM file, else of a spacing.csv.
         """
         file, _ = self.cases[name]
+        if self.args.pixel_size is None and is_dicom(file):
+            return dicom.pixel_size(file)
         return self.args.pixel_size or measurements.pixel_size_of(file)
 
     def known_cells(self, name: str) -> dict:
         """Return the cells of an image's measurements that are known before it is predicted."""
-        return measurements.pixel_cells(self.pixel_size_of(name))
+        return self.prompt_cell(name) | measurements.pixel_cells(self.pixel_size_of(name))
+
+    def caption(self, name: str) -> str:
+        """Return the caption of a case on the contact sheet."""
+        text = self.prompt_cell(name).get("prompt")
+        return f"{name}: “{text}”" if text else name
+
+    def prompt_cell(self, name: str) -> dict:
+        """Return the cell with the text of --prompts-csv, {} without this option."""
+        return {} if self.args.prompts_csv is None else {"prompt": self.cases[name][1]}
 
     def measure(self, masks: np.ndarray, probabilities: np.ndarray, measure: Callable) -> list:
         """Return the rows of measurements of an image's masks (K,H,W), those of `measure`."""

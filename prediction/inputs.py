@@ -4,6 +4,9 @@ from pathlib import Path
 
 from engine.runs import patients_of
 from imaging import layouts, nifti
+from prediction import dicom
+from prediction.prompts import with_prompts
+from preparation.dicom_files import is_dicom
 
 
 def list_cases(args, run: dict, reads_text: bool) -> list[tuple[str, Path, str]]:
@@ -12,8 +15,10 @@ def list_cases(args, run: dict, reads_text: bool) -> list[tuple[str, Path, str]]
     Raises FileNotFoundError or ValueError, one line, for inputs that do not exist or options that
     do not fit.
     """
+    has_texts = args.prompts_csv is not None
+    reads_text = reads_text and not has_texts
     cases = []
-    for path in map(Path, args.inputs):
+    for path in relevant_inputs(args, "image"):
         if layouts.find_splits(path):
             cases += cases_of_data_set(path, args, run, reads_text)
             continue
@@ -22,10 +27,9 @@ def list_cases(args, run: dict, reads_text: bool) -> list[tuple[str, Path, str]]
             raise ValueError(
                 f'{path}: images need --prompt "a text"; prompt types belong to data sets'
             )
-        for file, folder in input_files(path, "image", args):
-            name = file.relative_to(folder).with_suffix("")
-            cases.append((name.as_posix(), file, args.prompt or ""))
-    return cases
+        for file, root in input_files(path, "image", args):
+            cases.append((dicom.image_name(file, root), file, args.prompt or ""))
+    return with_prompts(cases, args) if has_texts else cases
 
 
 def cases_of_data_set(path: Path, args, run: dict, reads_text: bool) -> list[tuple[str, Path, str]]:
@@ -68,55 +72,98 @@ def check_exists(path: Path, noun: str) -> None:
         raise ValueError(f"{path}: is neither a file nor a folder")
 
 
+def relevant_inputs(args, noun: str) -> list[Path]:
+    """Return the inputs without files of other kinds that only a pattern names, such as notes.txt.
+
+    noun: "image" or "volume". How many such files were skipped is printed. Raises ValueError, one
+    line, if nothing is left.
+    """
+    is_usual = {"image": layouts.is_image, "volume": layouts.is_volume}[noun]
+    inputs = []
+    skipped = []
+    for path in map(Path, args.inputs):
+        is_match = path in args.roots and not path.is_dir()
+        if is_match and not is_usual(path) and not is_dicom(path):
+            skipped.append(path)
+        else:
+            inputs.append(path)
+
+    if skipped and not inputs:
+        raise ValueError(layouts.nothing_usable(args.roots[skipped[0]], noun, skipped))
+    if skipped:
+        layouts.print_skipped(args.roots[skipped[0]], noun, skipped)
+    return inputs
+
+
 def input_files(path: Path, noun: str, args) -> list[tuple[Path, Path]]:
     """Return (file, folder that its name is relative to) of an input, a file or a folder.
 
     noun: "image" or "volume". For a folder these are the images or volumes in it and its
-    sub-folders, without --out, and their number is printed. Raises FileNotFoundError or ValueError,
-    one line.
+    sub-folders, without --out, and their number is printed; if it has none, its DICOM files. Raises
+    FileNotFoundError or ValueError, one line.
     """
-    check_exists(path, noun)
-    if path.is_file():
-        return [(path, path.parent)]
+    root = args.roots.get(path)
+    if root is None:
+        check_exists(path, noun)
+    if not path.is_dir():
+        if noun == "image" and is_dicom(path):
+            dicom.list_images([path], path)
+        return [(path, root or path.parent)]
 
     out = Path(args.out)
     if out.resolve() == path.resolve():
         raise ValueError(f"{path}: is an input and --out; choose another --out")
-    listed = layouts.list_files(path, noun, without=out)
-    print(f"{path}: {len(listed)} {noun} files")
-    return [(file, path) for file in listed]
+    listed = dicom.files_in(path, noun, out)
+    kind = "DICOM" if listed else noun
+    if not listed:
+        listed = layouts.list_files(path, noun, without=out)
+    elif noun == "image":
+        listed = dicom.list_images(listed, path)
+    print(f"{path}: {len(listed)} {kind} files")
+    return [(file, root or path) for file in listed]
 
 
-def list_volumes(args, run: dict, channels: int) -> dict[str, list[Path]]:
-    """Return {name: files of its channels} of all cases. A case's files lie in one folder.
+def list_volumes(args, run: dict, channels: int) -> dict[str, list | dicom.Series]:
+    """Return {name: case} of all cases.
 
-    Raises FileNotFoundError or ValueError, one line.
+    A case is the list of its channels' files, which lie in one folder, or what `dicom.list_series`
+    returns. Raises FileNotFoundError or ValueError, one line.
     """
     cases = []
-    single_files = []
-    for path in map(Path, sorted(args.inputs)):
+    typed_files = []
+    files_by_root = {}
+    for path in sorted(relevant_inputs(args, "volume")):
         path = unlabelled_test(path, args)
         if layouts.find_splits(path):
             for entry in entries_of(path, args, run):
                 cases.append((entry.name, [entry.image, *entry.more_channels]))
-        elif path.is_file():
-            single_files.append(path)
-        else:
-            cases += volumes_in_folder(path, args, channels)
-    cases += group_channels(single_files, channels)
+            continue
+        for file, root in input_files(path, "volume", args):
+            is_typed = file == path and path not in args.roots
+            if is_typed and not is_dicom(file):
+                typed_files.append(file)
+            else:
+                files_by_root.setdefault(root, []).append(file)
+
+    for root, files in files_by_root.items():
+        slices = [file for file in files if is_dicom(file)]
+        cases += dicom.list_series(slices, root)
+        volumes = sorted({*files} - {*slices})
+        cases += cases_by_folder(volumes, root, channels)
+    cases += group_channels(typed_files, channels)
 
     by_name = {}
-    for name, case_files in cases:
+    for name, case in cases:
         if name in by_name:
             raise ValueError(f"{name}: two inputs have this name; predict them to two folders")
-        by_name[name] = case_files
+        by_name[name] = case
     return by_name
 
 
-def volumes_in_folder(root: Path, args, channels: int) -> list[tuple[str, list[Path]]]:
-    """Return (name, files of its channels) of the cases in a folder and its sub-folders."""
+def cases_by_folder(files: list[Path], root: Path, channels: int) -> list[tuple[str, list[Path]]]:
+    """Return (name, files of its channels) of the cases among files below the folder `root`."""
     files_by_folder = {}
-    for file, _ in input_files(root, "volume", args):
+    for file in files:
         files_by_folder.setdefault(file.parent, []).append(file)
 
     cases = []

@@ -55,6 +55,13 @@ def read_run(source: str) -> dict:
     return metadata["run"]
 
 
+def first_file(source: str) -> Path:
+    """Return the file of a model's first part. source: one of its files."""
+    path = Path(source)
+    paths = part_paths(path, read_metadata(path)["parts"])
+    return next(iter(paths.values()))
+
+
 def part_paths(path: Path, parts: list[str]) -> dict[str, Path]:
     """Return the file of each part of a model. path: one of them.
 

@@ -101,12 +101,13 @@ class Batch:
     LISTED = 20  # failed inputs that are listed at the end
     SAVE_EVERY = 10.0  # seconds between two writings of the measurements
 
-    def __init__(self, args, predictor, cases: dict[str, dict[str, Path]], shared: dict):
+    def __init__(self, args, predictor, cases: dict[str, dict[str, Path]], shared: dict, pages=()):
         """Check all files before anything is written.
 
         predictor: an ImagePredictor or a VolumePredictor. cases: name -> the case's files by kind,
         in the order in which they are written. shared: file -> content, for files that belong to
-        all cases. Raises ValueError, one line, if a file cannot be written.
+        all cases. pages: further files, of the contact sheet, which are replaced like the table of
+        measurements. Raises ValueError, one line, if a file cannot be written.
         """
         self.out = Path(args.out)
         self.unit = predictor.unit
@@ -118,7 +119,7 @@ class Batch:
         if not cases:
             raise ValueError(f"the inputs hold no {self.unit}s, so there is nothing to predict")
         table_path = self.out / MEASUREMENTS
-        paths = [table_path, *shared]
+        paths = [table_path, *shared, *pages]
         for case_files in cases.values():
             paths += case_files.values()
         check_outputs(paths, self.out, args.skip_existing)

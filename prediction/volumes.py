@@ -1,7 +1,7 @@
 """Predict volumes: label maps, probabilities, overlays and measurements."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -11,7 +11,8 @@ import torch
 from engine.evaluate import each_is
 from engine.runs import check_threshold
 from imaging import measurements, nifti, organ_rules, pictures, volumes
-from prediction.models import Weights, load_model
+from prediction import combine, flips, members
+from prediction.models import LoadedModel, Weights
 
 
 def class_endings(classes: list[str]) -> list[str]:
@@ -46,17 +47,45 @@ def volume_outputs(name: str, class_endings: list[str], args) -> dict[str, Path]
     return {kind: Path(args.out) / f"{name}{ending}" for kind, ending in endings.items()}
 
 
-def class_names(config, run: dict) -> tuple[list[str], list[int]]:
-    """Return the names of a model's classes, background first, and their values in label maps."""
-    names = list(config.classes) or [f"class {k}" for k in range(config.num_classes)]
-    names = run.get("classes") or names
-    names = names if len(names) > 1 else ["background", *names]
+def known_classes(config, run: dict) -> list[str] | None:
+    """Return the names of a model's classes, background first; None if nothing names them."""
+    names = run.get("classes") or list(config.classes)
+    if not names:
+        return None
+    return names if len(names) > 1 else ["background", *names]
+
+
+def class_names(config, names: list[str] | None, run: dict) -> tuple[list[str], list[int]]:
+    """Return the names of a model's classes, background first, and their values in label maps.
+
+    names: of `known_classes`, None for "class 0", "class 1", …
+    """
+    if names is None:
+        names = [f"class {k}" for k in range(config.num_classes)]
+        names = names if len(names) > 1 else ["background", *names]
 
     labels = None if config.overlapping else run.get("labels")
     if labels and max(labels) > 255:  # label maps are uint8
         print(f"numbers of the training data go up to {max(labels)}; written are 0, 1, 2, …")
         labels = None
     return names, labels or list(range(len(names)))
+
+
+def check_channels(loaded: list[LoadedModel]) -> None:
+    """Raise ValueError, one line, unless all models take volumes of the same number of channels."""
+    first = loaded[0]
+    for other in loaded[1:]:
+        if first.config.in_channels != other.config.in_channels:
+            raise ValueError(
+                f"--weights: {first.weights.source} takes volumes of {first.config.in_channels} "
+                f"channels, {other.weights.source} of {other.config.in_channels}; an ensemble "
+                "needs one kind of input"
+            )
+
+
+def fill_of(member: LoadedModel) -> float | None:
+    """Return the value that replaces NaN and infinite voxels for a model (`volumes.fill_value`)."""
+    return volumes.fill_value(member.model.preprocess, member.config.in_channels)
 
 
 def check_rules(config, classes: list[str], args) -> None:
@@ -79,32 +108,43 @@ def check_rules(config, classes: list[str], args) -> None:
 
 
 class VolumePredictor:
-    """A model with everything needed to predict the volumes of one call."""
+    """One or several models with everything needed to predict the volumes of one call."""
 
     unit = "volume"
     columns = measurements.VOLUME_COLUMNS
 
-    def __init__(self, weights: Weights, args):
-        """Load the model, with the overlap and the classes of the command line or the run.
+    def __init__(self, weights: list[Weights], args):
+        """Load the models, with the overlap and the classes of the command line or the runs.
 
-        Raises ValueError, one line, for options that the model does not take.
+        Their probabilities are averaged. Raises ValueError, one line, for options and models that
+        do not go together.
         """
         overrides = {} if args.threshold is None else {"threshold": args.threshold}
-        loaded = load_model(weights, args.device, overrides, args.overlap, args.window_batch)
-        self.model = loaded.model
-        self.recipe = loaded.recipe
-        self.config = loaded.config
+        self.members = members.load_members(
+            weights, args.device, overrides, args.overlap, args.window_batch
+        )
+        all_names = [known_classes(member.config, member.weights.run) for member in self.members]
+        check_channels(self.members)
+        names = members.check_classes(self.members, all_names)
+        self.config = members.shared_config(self.members)
         self.args = args
 
-        self.classes, self.labels = class_names(self.config, weights.run)
-        self.chosen = weights.family.chosen_classes(self.model, self.classes, args.classes)
+        self.classes, self.labels = class_names(self.config, names, weights[0].run)
+        for member in self.members:
+            self.chosen = member.weights.family.chosen_classes(
+                member.model, self.classes, args.classes
+            )
         if self.chosen is not None:
             self.classes = [self.classes[0], *(self.classes[k + 1] for k in self.chosen)]
         if args.organ_rules:
-            are_named = self.config.classes or weights.run.get("classes")
-            check_rules(self.config, self.classes if are_named else [], args)
+            check_rules(self.config, self.classes if names else [], args)
         outputs = 1 if self.config.overlapping else self.config.num_classes
         check_threshold(outputs, args.threshold)
+
+        self.flips = [()]
+        if args.tta:
+            self.flips = flips.volume_flips(self.classes)
+            flips.say_views([len(self.flips)], self.unit)
 
     def predict(self, paths: list[Path]) -> tuple[dict[str, Callable], list[dict]]:
         """Return functions that write the files of a volume, and the rows of its measurements.
@@ -113,29 +153,38 @@ class VolumePredictor:
         OSError or ValueError, one line, for an input that cannot be read or has other channels than
         the model.
         """
-        config = self.config
         channels = sum(nifti.read_grid(path).channels for path in paths)
-        nifti.check_channels(paths[0], channels, config.in_channels)
-        fill = volumes.fill_value(self.model.preprocess, config.in_channels)
-        image, grid = nifti.read_volume(paths, fill)  # (C,X,Y,Z)
-        if config.intensity:
+        nifti.check_channels(paths[0], channels, self.config.in_channels)
+        images = {}  # the value for NaN and infinite voxels -> volume (C,X,Y,Z)
+        for member in self.members:
+            fill = fill_of(member)
+            if fill not in images:
+                images[fill], grid = nifti.read_volume(paths, fill)
+        image = images[fill_of(self.members[0])]
+        if any(member.config.intensity for member in self.members):
             volumes.notice_if_not_hu(paths[0], volumes.hu_facts(image))
 
-        prepared, placement = volumes.prepare_image(
-            image, grid, config.spacing, self.model.preprocess
-        )
-        item = {"image": prepared, "place": placement}
-        if self.chosen is not None:
-            item["asked"] = self.chosen
-        with torch.no_grad():
-            probabilities = self.recipe.predict(self.model, item)[0]  # (K,X,Y,Z)
+        probabilities = torch.from_numpy(combine.mean(self.views(images, grid)))  # (K,X,Y,Z)
         maps = self.label_maps(probabilities, grid)  # (n,X,Y,Z)
         rows = self.measure(maps, probabilities, image[0], grid)
         return self.writers(maps, probabilities, image, grid), rows
 
+    def views(self, images: dict, grid: nifti.Grid) -> Iterator[np.ndarray]:
+        """Yield the probabilities (K,X,Y,Z) of every model and flip.
+
+        images: value for NaN and infinite voxels -> volume, float32 (C,X,Y,Z).
+        """
+        for member in self.members:
+            image = images[fill_of(member)]
+            yield from combine.views_of_volume(member, image, grid, self.flips, self.chosen)
+
     def known_cells(self, name: str) -> dict:
         """Return no cells: a volume's measurements depend on its file and masks alone."""
         return {}
+
+    def caption(self, name: str) -> str:
+        """Return the caption of a case on the contact sheet."""
+        return name
 
     def measure(self, maps: np.ndarray, probabilities, intensity: np.ndarray, grid) -> list:
         """Return the rows of measurements of label maps (n,X,Y,Z). intensity (X,Y,Z)."""
@@ -165,7 +214,7 @@ class VolumePredictor:
             writers["probability"] = partial(nifti.write, volume=highest, grid=grid)
         if self.args.overlays:
             masks = maps > 0 if is_overlapping else each_is(maps[0], self.labels[1:])  # (n,X,Y,Z)
-            grey = volumes.grey(image, self.model.preprocess)
+            grey = volumes.grey(image, self.members[0].model.preprocess)
             picture = pictures.volume_overlay(grey, None, masks, grid.spacing)
             writers["overlay"] = partial(pictures.save_picture, picture=picture)
         return writers

@@ -59,7 +59,7 @@ def draw_volume(entry: layouts.Entry) -> Image.Image:
     regions = entry.regions or [(k,) for k in range(1, len(entry.labels))]
     truth = np.stack([np.isin(labels, region) for region in regions])  # (K,X,Y,Z)
     grey = volumes.grey(image, lambda x: x)
-    return pictures.volume_overlay(grey, truth, np.zeros_like(truth), grid.spacing)
+    return pictures.volume_thumbnail(grey, truth, np.zeros_like(truth), grid.spacing)
 
 
 def draw_cases(data_set: DataSet) -> Iterator[Image.Image]:

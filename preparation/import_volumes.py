@@ -498,7 +498,7 @@ class VolumeWriter:
             for k in range(len(self.classes)):
                 masks[k] = indices == k + 1
 
-        picture = pictures.volume_overlay(grey, None, masks, spacing)
+        picture = pictures.volume_thumbnail(grey, None, masks, spacing)
         return pictures.captioned(picture, self.case_of[image].name, CARD)
 
 

@@ -343,7 +343,7 @@ def class_forward(model: nn.Module, batch: dict) -> Tensor:
 # --- what a --model is ---------------------------------------------------------------------------
 
 # Groups of options that only some models take. train.py and predict.py refuse them for the others.
-TEXT_OPTIONS = ("prompt", "negatives")
+TEXT_OPTIONS = ("prompt", "negatives", "prompts_csv")
 STUDY_OPTIONS = ("prompt_study",)
 BOX_OPTIONS = (
     "sam_prompts",
@@ -354,7 +354,14 @@ BOX_OPTIONS = (
     "points",
     "topology",
 )
-IMAGE_OPTIONS = ("pseudocolor", "views", "mask_orientation", "mask_threshold", "pixel_size")
+IMAGE_OPTIONS = (
+    "pseudocolor",
+    "views",
+    "mask_orientation",
+    "mask_threshold",
+    "pixel_size",
+    "window_size",
+)
 VOLUME_OPTIONS = (
     "crops_per_volume", "crop_ratio", "spacing", "intensity", "overlap", "window_batch",
     "checkpointing", "largest_component", "organ_rules", "classes",

@@ -11,7 +11,10 @@ from torch import Tensor
 
 from engine.command_line import is_out_of_memory
 from engine.lora import merge_state_dict
-from engine.runs import EDITED, read_run
+from engine.runs import EDITED, config_file, read_run
+
+# The weights of a run in its folder, and in a repository of the hub that was downloaded by hand.
+WEIGHT_FILES = ("best.safetensors", "model.safetensors")
 
 
 def load_model(family, weights, variant, settings, overrides: dict, train_set):
@@ -25,9 +28,8 @@ def load_model(family, weights, variant, settings, overrides: dict, train_set):
         return family.load(weights, variant, settings, overrides, train_set)
 
     run = Path(weights)
-    if not run.is_dir() or (run / "best.safetensors").exists():
-        folder = run if run.is_dir() else run.parent
-        with model_described_by(folder / "config.json"):
+    if not run.is_dir() or any((run / name).exists() for name in WEIGHT_FILES):
+        with model_described_by(config_file(weights)):
             return family.load(weights, variant, settings, overrides, train_set)
     if not (run / "last.pt").is_file():
         raise ValueError(

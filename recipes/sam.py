@@ -20,7 +20,7 @@ from data import Dataset
 from engine import evaluate
 from engine.runs import DataSets
 from imaging import boxes_and_points, image_files, layouts
-from imaging.augment import Augment
+from imaging.augment import MIRRORS, Augment
 from imaging.boxes_and_points import Prompt
 from losses import cldice_loss, dice_bce, oct_topological_loss, sam_loss, topological_loss
 from recipes.base import (
@@ -48,13 +48,17 @@ def prompts_for(sample, source: str, settings, rng=None, from_files=None) -> lis
     - boxes_and_points.SOURCES: prompts made from the mask
     - "jittered boxes": boxes as in training, but the same ones every time
     - "given boxes", "given points", "given both": the prompts of `from_files`, {image file:
-      [Prompt, ...]}, which have no targets
+      [Prompt, ...]}, which have no targets; they are mirrored by the sample's "flips", if any
 
     A sample without a mask is prompted by the box around the whole image, unless the prompts come
     from files.
     """
     if source.startswith("given"):
-        return from_files.get(sample["file"], [])
+        prompts = from_files.get(sample["file"], [])
+        for flip in sample.get("flips", ()):
+            mirror = partial(boxes_and_points.mirrored, size=sample["size"], axis=MIRRORS[flip])
+            prompts = [*map(mirror, prompts)]
+        return prompts
     if "mask" not in sample:
         return [Prompt(1, None, boxes_and_points.image_box(sample["size"]))]
 

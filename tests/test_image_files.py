@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import unicodedata
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -427,12 +428,14 @@ def test_predict_lists_images_by_the_same_rule(tmp_path):
     folder = tmp_path / "images"
     (folder / "._a.png").write_bytes(b"macOS")
     Image.fromarray(COLOURS).save(folder / "b.ppm")
-    args = type("Args", (), {"inputs": [str(folder)], "prompt": None, "split": None, "out": "o"})()
+    args = SimpleNamespace(
+        inputs=[str(folder)], prompt=None, split=None, out="o", roots={}, prompts_csv=None
+    )
     assert [name for name, _, _ in list_cases(args, {}, False)] == ["a", "b"]
     (tmp_path / "other").mkdir()
-    (tmp_path / "other/a.dcm").write_bytes(b"x")
+    (tmp_path / "other/a.nrrd").write_bytes(b"x")
     args.inputs = [str(tmp_path / "other")]
-    assert "DICOM is not read" in one_line(list_cases, args, {}, False)
+    assert "NRRD is not read" in one_line(list_cases, args, {}, False)
 
 
 def test_a_pipe_does_not_hang(tmp_path):

@@ -90,7 +90,9 @@ def test_a_folder_without_splits_is_divided_once_and_for_all(tmp_path):
         layouts.read_entries(root, "test", "case(")
     again = layouts.read_entries(root, "test", r"case\d+")
     assert again == names["test"] and again[0].classes == ("target",)
-    args = SimpleNamespace(inputs=[str(root)], prompt=None, split="test")
+    args = SimpleNamespace(
+        inputs=[str(root)], prompt=None, split="test", roots={}, prompts_csv=None
+    )
     run = {
         "options": {"data": ["elsewhere/flat"], "group_regex": r"case\d+"}
     }  # is divided as it was

@@ -358,6 +358,26 @@ def test_a_second_file_of_weights_is_refused(photo, tmp_path, monkeypatch, capsy
     assert "--clip: an ONNX file holds all weights of its model; remove it" in message
 
 
+def test_two_files_of_a_model_are_no_ensemble(photo, tmp_path, monkeypatch, capsys):
+    write_clipseg(tmp_path)
+    files = [tmp_path / "model.text.onnx", tmp_path / "model.decoder.onnx"]
+    arguments = [photo, "--out", tmp_path / "out", "--prompt", "a", "--weights", *files]
+    message = refusal(monkeypatch, capsys, predict, *arguments)
+    assert "model.decoder.onnx are the same weights; give each once" in message
+
+
+def test_onnx_files_form_an_ensemble(photo, tmp_path, monkeypatch, capsys):
+    kernels = [KERNEL[:1], -KERNEL[:1] / 2]
+    files = [write_segformer(tmp_path / f"{k}.onnx", kernel) for k, kernel in enumerate(kernels)]
+    out = tmp_path / "out"
+    arguments = [photo, "--out", out, "--probabilities", "--weights", *files]
+    code, _, err = call(monkeypatch, capsys, predict, *arguments)
+    assert code == 0, err
+    expected = sum(convolved(photo, kernel)[0] for kernel in kernels) / 2
+    probabilities = np.asarray(Image.open(out / "photo_probability.png")) / 65535
+    assert np.abs(probabilities - expected.numpy()).max() < 1e-4
+
+
 def test_devices(monkeypatch):
     def choose(device, available, place):
         monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: available)
@@ -410,7 +430,10 @@ def test_only_predictions_take_exports(program, ending, photo, demo, tmp_path, m
     }[program]
     monkeypatch.chdir(tmp_path)
     message = refusal(monkeypatch, capsys, program, "--weights", source, *arguments)
-    kinds = {"onnx": "ONNX files are for predict.py", "pt2": ".pt2 files are for export only"}
+    kinds = {
+        "onnx": "ONNX files are for predict.py and app.py",
+        "pt2": ".pt2 files are for export only",
+    }
     assert f"net.{ending}: {kinds[ending.lower()]}" in message
     assert {path.name for path in tmp_path.iterdir()} == {source.name, "photo.png"}
 

@@ -433,7 +433,7 @@ def test_the_planes_are_those_with_most_of_the_truth():
     image[2, 3, 4] = 255
     truth = np.zeros((1, 6, 6, 6), bool)
     truth[0, 2, 1:5, 4], truth[0, 1:4, 3, 4], truth[0, 2, 3, 3:6] = True, True, True
-    picture = np.asarray(pictures.volume_overlay(image, truth, np.zeros_like(truth), (1, 1, 1)))
+    picture = np.asarray(pictures.volume_thumbnail(image, truth, np.zeros_like(truth), (1, 1, 1)))
     assert picture.shape == (6, 18, 3)
     for plane in np.split(picture, 3, 1):  # each holds the bright voxel, now the truth's rim
         assert (plane == pictures.GROUND_TRUTH).all(2).any()

@@ -1,0 +1,424 @@
+"""What the views of images have in common: choose an image, see the result, save the files.
+
+A view derives from `ImageView`. It adds the controls of its second step and says how their values
+become a result. The elements have these ids; PREFIX is the view's `kind`:
+
+PREFIX-upload      drop area for a file        PREFIX-list        list of files, if there are any
+PREFIX-image       the chosen image            PREFIX-note        its name and size, or an error
+PREFIX-model       first model                 PREFIX-model-2     second model, to compare with
+PREFIX-run         button that starts          PREFIX-status      duration, or an error
+PREFIX-result      picture of the result       PREFIX-result-2    of the second model
+PREFIX-areas       table of colours and areas  PREFIX-areas-2     of the second model
+PREFIX-threshold   slider                      PREFIX-opacity     slider of the fill
+PREFIX-outline     switch                      PREFIX-pixel-size  mm of a pixel
+PREFIX-download-mask, PREFIX-download-overlay, PREFIX-download-table   buttons
+"""
+
+import html
+from collections.abc import Callable
+from pathlib import Path
+
+import gradio as gr
+import numpy as np
+
+from engine import command_line
+from page import downloads, drawing, uploads
+from page.controls import (
+    DISPLAY,
+    MODEL,
+    PRIVATE,
+    SaveButtons,
+    list_files,
+    nothing_to_save,
+    share_slider,
+)
+from page.session import Answer, Session
+from page.settings import PageSettings, model_labels
+from prediction.models import LoadedModel
+
+LIMITS = (
+    "PNG, JPEG, TIFF and similar files, up to "
+    f"{uploads.MOST_BYTES / 2**20:.0f} MB and {uploads.MOST_PIXELS / 1e6:.0f} megapixels."
+)
+NO_IMAGE = "Choose an image first (step 1)."
+
+
+class ImageView:
+    """A view of models for images."""
+
+    kind = ""  # prefix of the elements' ids, and name of the view in `Sessions`
+    run_label = "Find"
+    table_title = "Found"  # heading of the names in the table of areas
+    has_threshold = True  # shows the slider of the threshold
+    fill = drawing.opacity_of(1)  # opacity of the fill at the start
+    has_outline = True  # at the start
+
+    def __init__(self, models: list[LoadedModel], settings: PageSettings):
+        self.models = models
+        self.settings = settings
+        self.labels = model_labels(models)
+
+    # --- what a view defines ---
+
+    def build_question(self) -> list:
+        """Add the controls of the second step, and return those whose values make a question."""
+        return []
+
+    def read_question(self, *values):
+        """Return the question that the values of the controls ask. Raises ValueError, a sentence.
+
+        It is kept in the session; `answers` computes it.
+        """
+        raise NotImplementedError
+
+    def answers(self, session: Session, loaded: LoadedModel, question) -> list[Answer]:
+        """Return a model's answers to a question, from memory or by running the model."""
+        raise NotImplementedError
+
+    def result(
+        self, session: Session, loaded: LoadedModel, question, threshold: float, pixel_size
+    ) -> downloads.Result:
+        """Return the result of a question that `answers` has computed."""
+        raise NotImplementedError
+
+    def remarks(self, loaded: LoadedModel, question) -> list[str]:
+        """Return sentences about how a model understood a question."""
+        return []
+
+    def build_display(self) -> list:
+        """Add controls of the third step, and return them; their values go to `shown_masks`."""
+        return []
+
+    def shown_masks(self, result: downloads.Result, *values) -> np.ndarray:
+        """Return which masks are drawn, bool (n,). values: those of `build_display`."""
+        return np.ones(len(result.names), bool)
+
+    def display_updates(self, results: list[downloads.Result]) -> list:
+        """Return updates of the controls of `build_display` for new results, or for none."""
+        return []
+
+    # --- layout ---
+
+    def build(self) -> None:
+        """Add the view to the page."""
+        with gr.Row():
+            with gr.Column(scale=2, min_width=340):
+                self.build_image()
+                self.build_models()
+                self.questions = self.build_question()
+                self.run_button = gr.Button(
+                    self.run_label, variant="primary", elem_id=f"{self.kind}-run"
+                )
+                self.status = gr.HTML(elem_id=f"{self.kind}-status")
+            with gr.Column(scale=3, min_width=480):
+                gr.HTML("<h3>3. Result</h3>")
+                self.build_results()
+                self.build_downloads()
+        self.connect()
+
+    def build_image(self) -> None:
+        """Add the first step: an image from a file or from the list."""
+        gr.HTML(f"<h3>1. Image</h3><p>{LIMITS}</p>")
+        self.upload = gr.File(
+            label="Image file",
+            show_label=False,
+            height=90,
+            elem_id=f"{self.kind}-upload",
+            elem_classes="upload",
+        )
+        self.listing = list_files(self.settings.images, "image", f"{self.kind}-list")
+        self.image = gr.Image(
+            label="Chosen image",
+            interactive=False,
+            visible=False,
+            format="png",
+            height=180,
+            buttons=["fullscreen"],
+            elem_id=f"{self.kind}-image",
+        )
+        self.note = gr.HTML(elem_id=f"{self.kind}-note")
+
+    def build_models(self) -> None:
+        """Begin the second step with the choice of models, hidden if there is only one."""
+        choices = [(label, index) for index, label in enumerate(self.labels)]
+        has_choice = len(self.models) > 1
+        heading = "<h3>2. What to find</h3>"
+        if not has_choice:
+            heading += f"<p>Model: {html.escape(self.labels[0])}</p>"
+        gr.HTML(heading)
+        with gr.Row(visible=has_choice):
+            self.first = gr.Dropdown(
+                choices, value=0, label="Model", min_width=150, elem_id=f"{self.kind}-model"
+            )
+            self.second = gr.Dropdown(
+                [("none", -1), *choices],
+                value=-1,
+                label="Compare with",
+                min_width=150,
+                elem_id=f"{self.kind}-model-2",
+            )
+
+    def build_results(self) -> None:
+        """Add the pictures, the tables of areas, and the controls of their display."""
+        self.results = []
+        self.tables = []
+        with gr.Row():
+            for ending in ("", "-2"):
+                with gr.Column(min_width=240, visible=not ending) as column:
+                    picture = gr.Image(
+                        label="Result",
+                        interactive=False,
+                        format="png",
+                        height=400,
+                        buttons=["fullscreen"],
+                        elem_id=f"{self.kind}-result{ending}",
+                    )
+                    table = gr.HTML(elem_id=f"{self.kind}-areas{ending}")
+                self.results.append(picture)
+                self.tables.append(table)
+        self.second_column = column
+
+        self.display = self.build_display()
+        with gr.Row():
+            self.threshold = share_slider(
+                "Mark pixels with a certainty above",
+                self.models[0].config.threshold,
+                0.01,
+                f"{self.kind}-threshold",
+                visible=self.has_threshold,
+            )
+            self.opacity = share_slider(
+                "Strength of the colours", self.fill, 0.05, f"{self.kind}-opacity"
+            )
+        with gr.Row():
+            self.outline = gr.Checkbox(
+                self.has_outline, label="Draw outlines", elem_id=f"{self.kind}-outline"
+            )
+            self.pixel_size = gr.Number(
+                label="Size of a pixel in mm (0: unknown)",
+                value=0,
+                elem_id=f"{self.kind}-pixel-size",
+            )
+        self.look = [self.threshold, self.opacity, self.outline, self.pixel_size]
+
+    def build_downloads(self) -> None:
+        """Add the buttons that save files."""
+        caption = "Files to save have the image's own size."
+        if len(self.models) > 1:
+            caption += " They are those of the first model."
+        gr.HTML(f"<p>{caption}</p>")
+        self.save_buttons = SaveButtons(
+            self.kind,
+            {"mask": "Save mask", "overlay": "Save picture", "table": "Save areas (CSV)"},
+        )
+
+    # --- events ---
+
+    def connect(self) -> None:
+        """Connect the controls with the functions below."""
+        chosen = [self.upload, self.listing, self.image, self.note, self.pixel_size]
+        shown = [*self.results, *self.tables, self.second_column, *self.display, self.status]
+        self.upload.upload(self.open_upload, self.upload, [*chosen, *shown], **PRIVATE)
+        self.listing.input(self.open_listed, self.listing, [*chosen, *shown], **PRIVATE)
+
+        values = [self.first, self.second, *self.look, *self.questions]
+        self.run_button.click(self.run, values, shown, **MODEL)
+        self.first.input(self.default_threshold, self.first, self.threshold, **PRIVATE)
+
+        values = [*self.look, *self.display]
+        changes = [control.change for control in values]
+        gr.on(changes, self.redraw, values, [*self.results, *self.tables], **DISPLAY)
+        self.save_buttons.connect("mask", self.save_mask, values)
+        self.save_buttons.connect("overlay", self.save_overlay, values)
+        self.save_buttons.connect("table", self.save_table, values)
+
+    def session(self, request: gr.Request) -> Session | None:
+        """Return the session of the browser that sends a request."""
+        return self.settings.sessions.get(request.session_hash, self.kind)
+
+    def open_upload(self, file: str, request: gr.Request) -> list:
+        """Read an upload. gradio removes its file, see `site.build`."""
+        return self.open_image(Path(file), request, is_listed=False)
+
+    def open_listed(self, index: int | None, request: gr.Request) -> list:
+        """Read an image of the list."""
+        try:
+            path = self.settings.images.path(index)
+        except ValueError as error:
+            return self.no_image(request, error)
+        return self.open_image(path, request, is_listed=True)
+
+    def open_image(self, path: Path, request: gr.Request, is_listed: bool) -> list:
+        """Start the session of an image. Return updates for the image and for no result yet."""
+        try:
+            session, notes = uploads.open_image(path, is_listed)
+        except ValueError as error:
+            return self.no_image(request, error)
+
+        self.settings.sessions.put(request.session_hash, self.kind, session)
+        height, width = session.image.shape[:2]
+        sentences = [f"{path.name}: {width} x {height} pixels."]
+        if session.pixel_size is not None:
+            sentences.append("A pixel has {:g} x {:g} mm.".format(*session.pixel_size))
+        picture = gr.Image(drawing.preview(session.image), visible=True)
+        listing = gr.skip() if is_listed else None
+        note = drawing.status([*sentences, *notes])
+        return [None, listing, picture, note, 0, *self.no_result(), ""]  # 0 mm: of another image
+
+    def no_image(self, request: gr.Request, error: ValueError) -> list:
+        """Drop the earlier image. Return updates that show why there is no new one."""
+        self.settings.sessions.drop(request.session_hash, self.kind)
+        note = drawing.status([str(error)], is_error=True)
+        return [None, None, gr.Image(None, visible=False), note, 0, *self.no_result(), ""]
+
+    def no_result(self) -> list:
+        """Return updates that remove the result."""
+        picture = gr.Image(None, label="Result")
+        display = self.display_updates([])
+        return [picture, None, "", "", gr.Column(visible=False), *display]
+
+    def run(self, request: gr.Request, first, second, *values) -> list:
+        """Answer the question of the controls with one or two models.
+
+        values: those of `look`, then those of the second step.
+        """
+        look = values[: len(self.look)]
+        session = self.session(request)
+        if session is None:
+            return [*self.no_result(), drawing.status([NO_IMAGE], is_error=True)]
+
+        session.question = None  # until it is answered
+        indices = [first] if second in (-1, first) else [first, second]
+        sentences = []
+        try:
+            question = self.read_question(*values[len(self.look) :])
+            for index in indices:
+                answers = self.answers(session, self.models[index], question)
+                sentences.append(self.duration(index, answers))
+                sentences += self.remarks(self.models[index], question)
+        except (ValueError, MemoryError, RuntimeError) as error:
+            line = self.describe_error(error)
+            return [*self.no_result(), drawing.status([line], is_error=True)]
+
+        asked = (indices, question)
+        session.question = asked
+        results = self.results_of(session, asked, look)
+        updates = self.show(session, indices, results, look)
+        display = self.display_updates(results)
+        column = gr.Column(visible=len(indices) > 1)
+        return [*updates, column, *display, drawing.status(sentences)]
+
+    def describe_error(self, error: Exception) -> str:
+        """Return a sentence about an error of a question or a model. Raises it if it is a bug."""
+        if command_line.is_out_of_memory(error):
+            return "This image does not fit into memory with this model; make it smaller."
+        if not isinstance(error, ValueError):
+            raise error
+        return str(error)
+
+    def duration(self, index: int, answers: list[Answer]) -> str:
+        """Return a sentence about the time that a model took, and where it ran."""
+        encoding = sum(answer.encoding_seconds for answer in answers)
+        prompts = sum(answer.prompt_seconds for answer in answers)
+        label = f"{self.labels[index]} on {self.models[index].device.type}"
+        if not encoding and not prompts:
+            return f"{label}: from memory."
+        steps = []
+        if encoding:
+            steps.append(f"image prepared in {encoding:.2f} s")
+        steps.append(f"answered in {prompts:.2f} s")
+        return f"{label}: {', '.join(steps)}."
+
+    def results_of(self, session: Session, asked: tuple, look: tuple) -> list[downloads.Result]:
+        """Return the results of the models that answered a question.
+
+        asked: the indices of the models, and the question. The results are computed once for each
+        threshold and pixel size.
+        """
+        threshold, _, _, pixel = look
+        pixel_size = (pixel, pixel) if pixel and pixel > 0 else session.pixel_size
+        made_of = (asked, threshold, pixel_size)
+        latest = session.latest
+        if latest is not None and latest[0] == made_of:
+            return latest[1]
+
+        indices, question = asked
+        results = []
+        for index in indices:
+            loaded = self.models[index]
+            results.append(self.result(session, loaded, question, threshold, pixel_size))
+        session.latest = (made_of, results)
+        return results
+
+    def show(self, session: Session, indices: list, results: list, look: tuple, display=()) -> list:
+        """Return the pictures and the tables of one or two results; None for a missing second.
+
+        indices: of their models. display: values of `build_display`, if something was hidden.
+        """
+        _, opacity, has_outline, _ = look
+        image = drawing.preview(session.image)
+        pictures = []
+        tables = []
+        for index, result in zip(indices, results, strict=True):
+            is_shown = self.shown_masks(result, *display)
+            colours = np.array(drawing.colours_of(len(result.names)))[is_shown]
+            masks = drawing.preview_masks(result.masks[is_shown], session.image)
+            picture = drawing.draw(image, masks, colours, opacity, has_outline)
+            pictures.append(gr.Image(picture, label=self.labels[index]))
+            tables.append(self.table(result))
+        if len(results) == 1:
+            pictures.append(None)
+            tables.append("")
+        return [*pictures, *tables]
+
+    def table(self, result: downloads.Result) -> str:
+        """Return the table of the areas of a result as HTML."""
+        colours = drawing.colours_of(len(result.names))
+        return drawing.area_table(self.table_title, result.names, colours, result.areas)
+
+    def redraw(self, request: gr.Request, *values) -> list:
+        """Show the known result with other values of `look` and of `build_display`."""
+        session = self.session(request)
+        if session is None or session.question is None:
+            return [gr.skip() for _ in range(4)]
+        asked = session.question
+        look = values[: len(self.look)]
+        results = self.results_of(session, asked, look)
+        return self.show(session, asked[0], results, look, values[len(self.look) :])
+
+    def default_threshold(self, first: int) -> float:
+        """Return the threshold of the first model."""
+        return self.models[first].config.threshold
+
+    # --- files ---
+
+    def save_mask(self, request: gr.Request, *values) -> str:
+        """Write the mask, at the size of the image."""
+        return self.save(request, values, downloads.write_masks)
+
+    def save_table(self, request: gr.Request, *values) -> str:
+        """Write the measurements."""
+        return self.save(request, values, downloads.write_measurements)
+
+    def save_overlay(self, request: gr.Request, *values) -> str:
+        """Write the picture of the result, at the size of the image."""
+        look = values[: len(self.look)]
+        display = values[len(self.look) :]
+
+        def write(session: Session, result: downloads.Result, folder: Path) -> Path:
+            is_shown = self.shown_masks(result, *display)
+            colours = np.array(drawing.colours_of(len(result.names)))[is_shown]
+            masks = result.masks[is_shown]
+            picture = drawing.draw(session.image, masks, colours, look[1], look[2])
+            return downloads.write_overlay(session, picture, folder)
+
+        return self.save(request, values, write)
+
+    def save(self, request: gr.Request, values: tuple, write: Callable) -> str:
+        """Return a file of the first model's result. write: (session, result, folder) -> file."""
+        session = self.session(request)
+        if session is None or session.question is None:
+            raise nothing_to_save()
+        result = self.results_of(session, session.question, values[: len(self.look)])[0]
+        folder = self.settings.sessions.files_of(request.session_hash)
+        return str(write(session, result, folder))
