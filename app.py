@@ -24,7 +24,7 @@ from pathlib import Path
 
 from engine import command_line
 from engine.ranges import Number
-from engine.runs import read_run
+from engine.runs import is_onnx, read_run
 from page import access, settings
 from page.session import Sessions
 from prediction.models import LoadedModel, find_weights, load_model
@@ -106,7 +106,7 @@ def load_models(args) -> list[LoadedModel]:
     """Load the models of --weights. Raises OSError or ValueError, one line."""
     models = []
     for source in sources_of(args.weights):
-        name = None if read_run(source) else args.model
+        name = None if is_onnx(source) or read_run(source) else args.model
         weights = find_weights(source, name)
         second = second_file(weights.name, args.clip, args.decoder)
         models.append(load_model(weights, args.device, second))

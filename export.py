@@ -19,6 +19,7 @@ import argparse
 from collections.abc import Callable
 
 from engine import command_line
+from engine.runs import refuse_exports
 from exporting import hub, official
 from exporting.networks import write_networks
 from prediction.models import find_weights
@@ -104,6 +105,7 @@ def add_model_options(add: Callable) -> None:
 def main() -> int:
     """Run the command line. Return the exit status."""
     args = parse()
+    refuse_exports(args.weights)
     weights = find_weights(args.weights, args.model)
     second = second_file(weights.name, args.clip, args.decoder)
     if args.push_to_hub:

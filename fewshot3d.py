@@ -234,7 +234,7 @@ class TextSwinUNETR(EncoderDecoder):
         contrast the sides must be those of the config's image_size. Raises ValueError, one line,
         for other shapes, and without a text.
         """
-        B = len(volume)
+        B = volume.shape[0]
         if text is None:
             if not hasattr(self, "organ_text"):
                 raise ValueError(f"no text: give one, ({TEXT},) or ({B},{TEXT})")

@@ -11,7 +11,7 @@ from typing import get_args
 from engine import command_line
 from engine.command_line import flag
 from engine.ranges import Choice, Flag, Number, Text, Values
-from engine.runs import patients_of, read_run
+from engine.runs import patients_of, read_run, refuse_exports
 from imaging.augment import VIEWS
 from imaging.boxes_and_points import SOURCES
 from imaging.image_files import ORIENTATIONS, colour_table
@@ -587,6 +587,8 @@ def check_together(options: Options, family, recipe: str) -> None:
         raise ValueError(f"--variant {options.variant}: {model} has {names}")
 
     has_weights = options.weights not in (None, "none")
+    if has_weights:
+        refuse_exports(options.weights)
     if options.variant is not None and has_weights and not family.variant_with_weights:
         raise ValueError("--variant: remove it; --weights say themselves what they are")
     second = second_file(model, options.clip, options.decoder)

@@ -29,7 +29,7 @@ from pathlib import Path
 
 from engine import command_line
 from engine.ranges import GREY_LEVEL, LENGTH, POSITIVE, Number
-from engine.runs import read_run
+from engine.runs import is_onnx, read_run
 from imaging import (
     atomic_files,
     layouts,
@@ -286,7 +286,7 @@ def model_for(source: str, args) -> str | None:
 
     source: one of --weights. Raises ValueError, one line, for volumes of other formats.
     """
-    if read_run(source):
+    if is_onnx(source) or read_run(source):
         return None
     paths = [Path(path) for path in args.inputs]
     for path in paths:

@@ -138,7 +138,9 @@ def dynamic_head(x: Tensor, numbers: Tensor) -> Tensor:
     w3 = w3.reshape(B * k, 1, 8)
     b3 = b3.reshape(B * k, 1, 1)
 
-    voxels = CHUNK if x.device.type == "cpu" else CHUNK_ON_GPU
+    # A traced graph repeats the layers for each chunk, so it has few.
+    is_traced = torch.compiler.is_compiling()
+    voxels = CHUNK if x.device.type == "cpu" and not is_traced else CHUNK_ON_GPU
     logits = []
     for chunk in x.flatten(2).split(voxels, 2):  # (B,8,n)
         y = torch.baddbmm(b1, w1, chunk).relu_()  # (B,8k,n)

@@ -69,6 +69,8 @@ def read_run(weights: str | Path | None) -> dict:
     files. Raises ValueError, one line, if the file is damaged, was edited wrongly, or was written
     by a newer version, and OSError if the hub cannot be reached.
     """
+    if weights is not None:
+        refuse_exports(weights)
     path = None if weights is None else config_file(weights)
     if path is None:
         return {}
@@ -78,6 +80,25 @@ def read_run(weights: str | Path | None) -> dict:
         return {}
     check_run(path, config)
     return config
+
+
+def is_onnx(source: str | Path) -> bool:
+    """Return True if --weights name an ONNX file."""
+    return Path(source).suffix.lower() == ".onnx"
+
+
+def refuse_exports(source: str | Path) -> None:
+    """Raise ValueError, one line, if --weights name a file of export.py that cannot be loaded.
+
+    ONNX files hold no weights under the names of a model. Loading a .pt2 file may run code in it.
+    """
+    if is_onnx(source):
+        raise ValueError(f"{source}: ONNX files are for predict.py and app.py; use the run folder")
+    if Path(source).suffix.lower() == ".pt2":
+        raise ValueError(
+            f"{source}: .pt2 files are for export only, as loading one may run code; use the run "
+            "folder, or an .onnx file with predict.py"
+        )
 
 
 def config_file(weights: str | Path) -> Path | None:

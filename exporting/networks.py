@@ -1,6 +1,14 @@
 """Write the networks of a model to files of a format, and compare them with PyTorch."""
 
-from exporting import comparison, image_networks, onnx_files, output_files, programs
+from exporting import (
+    comparison,
+    image_networks,
+    onnx_files,
+    output_files,
+    programs,
+    sam_networks,
+    volume_networks,
+)
 from exporting.parts import Part
 from prediction.models import LoadedModel, Weights, load_model
 
@@ -10,12 +18,8 @@ FORMATS = {"onnx": onnx_files, "torch-export": programs}
 def parts_of(loaded: LoadedModel) -> list[Part]:
     """Return the networks of a model, in the order in which they run."""
     if loaded.weights.name == "sam_decoder":
-        from exporting import sam_networks
-
         return sam_networks.parts(loaded)
     if loaded.weights.family.takes == "volumes":
-        from exporting import volume_networks
-
         return volume_networks.parts(loaded)
     return image_networks.parts(loaded)
 

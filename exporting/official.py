@@ -6,8 +6,6 @@ LoRA was merged into them when they were saved.
 
 import json
 import math
-import os
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +23,7 @@ import segformer
 import swin_unetr3d
 import universal
 import upernet
+from exporting.output_files import source_name
 from imaging import files
 from imaging.atomic_files import atomic_folder, atomic_write, refuse_existing
 from prediction.models import Weights, load_model
@@ -79,15 +78,6 @@ def write_official(weights: Weights, second: dict, args) -> int:
     for note in checkpoint.notes:
         print(f"note: {note}")
     return 0
-
-
-def source_name(weights: Weights) -> str:
-    """Return the name of a run, a file without its ending, or a hub repository."""
-    path = Path(weights.source)
-    if path.is_file() and weights.run:
-        path = path.parent
-    name = Path(os.path.abspath(path)).name.partition("@")[0]
-    return re.sub(r"\.(pth|pt|bin|safetensors)$", "", name)
 
 
 def write_folder(out: Path, checkpoint: Checkpoint) -> None:

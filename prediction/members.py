@@ -10,8 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
-from engine.runs import num_classes, read_run
+from engine.runs import is_onnx, num_classes, read_run
 from imaging.layouts import plain_name
+from prediction import onnx_networks
 from prediction.models import LoadedModel, Weights, find_weights, load_model
 from recipes import second_file
 from recipes.base import BOX_OPTIONS, TEXT_OPTIONS, Family
@@ -43,8 +44,13 @@ def find_members(sources: list[str], name_of: Callable) -> list[Weights]:
 
 
 def file_of(source: str) -> str:
-    """Return one spelling of --weights: a run folder and its best.safetensors are the same."""
+    """Return one spelling of --weights: a run folder and its best.safetensors are the same.
+
+    So are all files of an ONNX model.
+    """
     path = Path(source)
+    if is_onnx(source):
+        path = onnx_networks.first_file(source)
     if not path.exists():  # a hub id
         return source
     if path.name == "best.safetensors" and read_run(source):

@@ -1,11 +1,12 @@
-"""Find and load the models of --weights: run folders, files and hub ids."""
+"""Find and load the models of --weights: run folders, files, hub ids and ONNX files."""
 
 from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
-from engine.runs import pick_device, read_run
+from engine.runs import is_onnx, pick_device, read_run
+from prediction import onnx_networks
 from recipes import FAMILIES
 from recipes.base import Family, Protocol, Recipe
 
@@ -14,9 +15,9 @@ from recipes.base import Family, Protocol, Recipe
 class Weights:
     """What is known about --weights before they are loaded."""
 
-    source: str  # run folder, file or hub id
+    source: str  # run folder, file (also ONNX) or hub id
     name: str  # of the model, a key of FAMILIES
-    run: dict  # config.json of the run, {} for weights that no run has made
+    run: dict  # config.json of the run, or what an ONNX file has of it; {} without a run
 
     @property
     def family(self) -> Family:
@@ -47,7 +48,14 @@ def find_weights(source: str, name: str | None = None) -> Weights:
     """Return what is known about --weights. name: of the model, if no run names it.
 
     Raises ValueError, one line, if nothing names the model, or if this version does not have it.
+    For an ONNX file, raises as `onnx_networks.read_run` does.
     """
+    if is_onnx(source):
+        run = onnx_networks.read_run(source)
+        if name not in (None, run["model"]):
+            raise ValueError(f"--model {name}: {source} is a {run['model']}; remove the option")
+        return Weights(source, run["model"], run)
+
     run = read_run(source)
     name = name or run.get("model")
     if name is None:
@@ -87,9 +95,13 @@ def load_model(
     file of weights (`recipes.second_file`). overlap, window_batch: as for `protocol_of`. Raises
     OSError or ValueError, one line, if the weights cannot be loaded.
     """
-    place = pick_device(device)
+    overrides = overrides or {}
     protocol = protocol_of(weights, overlap, window_batch)
-    model = weights.family.load_model(weights.source, None, protocol, overrides or {})
-    model = model.eval().to(place)
+    if is_onnx(weights.source):
+        model = onnx_networks.load(weights.source, weights.run, device, overrides)
+    else:
+        place = pick_device(device)
+        model = weights.family.load_model(weights.source, None, protocol, overrides)
+        model = model.eval().to(place)
     recipe = weights.family.recipe(model, protocol)
     return LoadedModel(weights, model, recipe)
