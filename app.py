@@ -147,7 +147,6 @@ def serve(args, models: list, page_settings: settings.PageSettings, login) -> No
     os.environ["GRADIO_TEMP_DIR"] = str(page_settings.sessions.folder)
     from page import site
 
-    site.check_kinds(models)
     page = site.build(models, page_settings)
     try:
         address = site.serve(page, args.host, args.port, login)

@@ -12,7 +12,7 @@ Images become PNG masks at their own size: 0 and 255, or class indices in a pale
 and classes.json. Volumes become NIfTI label maps on their own grid with classes.json; overlapping
 classes get one file each. measurements.csv holds the area or volume, the diameter and more of every
 mask. Existing files are never overwritten. Inputs that cannot be read are listed at the end (exit
-status 1; 2 if none could be predicted). docs/training.md has the details.
+status 1; 2 if none could be predicted). docs/predicting.md has the details.
 Defaults are in brackets: [run] is the setting of the run in --weights, [weights] what the weights
 were published or trained with, [recipe] the setting of the model's recipe.
 """
@@ -39,7 +39,7 @@ from imaging import (
 from prediction import contact_sheet, dicom, globs
 from prediction.images import ImagePredictor, ground_truths, image_outputs
 from prediction.inputs import list_cases, list_volumes
-from prediction.members import check_prompts, find_members, second_files
+from prediction.members import check_prompts, find_members, load_members, second_files
 from prediction.models import Weights
 from prediction.outputs import Batch, check_outputs
 from prediction.volumes import VolumePredictor, class_endings, volume_outputs
@@ -351,7 +351,9 @@ def predict_images(weights: list[Weights], second: dict, args) -> int:
 
 def predict_volumes(weights: list[Weights], args) -> int:
     """Predict all volumes. Return the exit status."""
-    predictor = VolumePredictor(weights, args)
+    overrides = {} if args.threshold is None else {"threshold": args.threshold}
+    loaded = load_members(weights, args.device, overrides, args.overlap, args.window_batch)
+    predictor = VolumePredictor(loaded, args)
     config = predictor.config
     cases = list_volumes(args, weights[0].run, config.in_channels)
 

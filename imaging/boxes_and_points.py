@@ -329,10 +329,11 @@ def read_prompts(boxes, points, sizes: dict, classes=None, names: dict | None = 
 
     Returns {image: [Prompt, ...]} without targets, and the classes. Points of one image and class
     are one object, or one for each value of the column `object`. Where an image has boxes and
-    points of a class, each box gets the points of its `object` if both files number all objects (a
-    box may then have no points); otherwise there must be as many boxes as objects of points, in the
-    same order. Where it has only boxes or only points of a class, these are its prompts. Raises as
-    `read_boxes` does, and ValueError, one line, if boxes and points do not pair.
+    points of a class, each box gets the points of its `object` if both files number all objects (an
+    object may then have only a box, or only points); otherwise there must be as many boxes as
+    objects of points, in the same order. Where it has only boxes or only points of a class, these
+    are its prompts. Raises as `read_boxes` does, and ValueError, one line, if boxes and points do
+    not pair.
     """
     known = classes[1:] if classes is not None and len(classes) > 1 else None
     all_boxes = {} if boxes is None else read_boxes(boxes, sizes, known, names)
@@ -420,19 +421,27 @@ def pair(boxes: list[FilePrompt], points: list[FilePrompt]) -> list[tuple]:
 
 
 def pair_by_object(boxes: list[FilePrompt], objects: dict[str, list[FilePrompt]]) -> list[tuple]:
-    """Return (box, its points) for each box, by the column `object`.
+    """Return (box or None, its points) for each object, by the column `object`.
 
-    Raises ValueError for a second box of an object, and for points without a box.
+    Objects of points without a box come last. Raises ValueError for a second box of an object, and
+    for an object without a box that has no point inside.
     """
     names = [box.object for box in boxes]
-    for name in objects:
-        if name not in names:
-            known = ", ".join(names)
-            raise ValueError(f"object {name} has points but no box; objects of boxes: {known}")
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f"object {name} has {names.count(name)} boxes, not one")
-    return [(box, objects.get(box.object, [])) for box in boxes]
+
+    pairs = [(box, objects.get(box.object, [])) for box in boxes]
+    for name, object_points in objects.items():
+        if name in names:
+            continue
+        if not any(point.label for point in object_points):
+            known = ", ".join(names)
+            raise ValueError(
+                f"object {name} has neither a box nor a point inside; objects of boxes: {known}"
+            )
+        pairs.append((None, object_points))
+    return pairs
 
 
 def to_prompt(label: int, box: FilePrompt | None, points: list[FilePrompt]) -> Prompt:

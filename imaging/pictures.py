@@ -2,6 +2,7 @@
 
 import colorsys
 import io
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -118,13 +119,14 @@ def three_planes(x: np.ndarray, voxel: tuple[int, ...], spacing) -> np.ndarray:
     return np.concatenate(padded, -1)  # (…,tallest,sum of widths)
 
 
-def class_shares(masks: np.ndarray) -> list[np.ndarray]:
-    """Return how much of the masks, bool (K,X,Y,Z), each plane across X, Y and Z shows.
+def class_shares(masks: Iterable[np.ndarray], size) -> list[np.ndarray]:
+    """Return how much of masks, bool (X,Y,Z), each plane across X, Y and Z shows.
 
-    These are three arrays (X,), (Y,) and (Z,), the sums of the classes' shares: all classes count
-    the same, whatever their size. Only the box around a class is counted, which is quick.
+    size: of the volume. These are three arrays (X,), (Y,) and (Z,), the sums of the classes'
+    shares: all classes count the same, whatever their size. Only the box around a class is counted,
+    which is quick.
     """
-    shares = [np.zeros(side) for side in masks.shape[1:]]
+    shares = [np.zeros(side) for side in size]
     for mask in masks:
         (box,) = ndimage.find_objects(mask.view(np.uint8), max_label=1)
         if box is None:
@@ -135,6 +137,17 @@ def class_shares(masks: np.ndarray) -> list[np.ndarray]:
             other_axes = tuple(other for other in range(3) if other != axis)
             shares[axis][box[axis]] += np.count_nonzero(inside, other_axes) / count
     return shares
+
+
+def central_voxel(masks: Iterable[np.ndarray], size) -> tuple[int, ...]:
+    """Return the voxel whose three planes show most of masks, bool (X,Y,Z).
+
+    All masks count the same. If all are empty, it is the middle of the volume's `size`.
+    """
+    voxel = []
+    for shares, side in zip(class_shares(masks, size), size, strict=True):
+        voxel.append(int(shares.argmax()) if shares.any() else side // 2)
+    return tuple(voxel)
 
 
 def shown_masks(ground_truth: np.ndarray | None, prediction: np.ndarray) -> np.ndarray:
@@ -148,12 +161,10 @@ def volume_thumbnail(
 ) -> Image.Image:
     """Draw `overlay` on `three_planes` of a volume, a picture for sheets of many volumes.
 
-    image: uint8 (X,Y,Z); masks: bool (K,X,Y,Z); spacing in mm. The planes are those that show most
-    of the ground truth, or of the prediction if there is none.
+    image: uint8 (X,Y,Z); masks: bool (K,X,Y,Z); spacing in mm. The planes are those through the
+    `central_voxel` of the ground truth, or of the prediction if there is none.
     """
-    shares = class_shares(shown_masks(ground_truth, prediction))
-    voxel = [int(along_axis.argmax()) for along_axis in shares]
-
+    voxel = central_voxel(shown_masks(ground_truth, prediction), image.shape)
     grey = three_planes(image, voxel, spacing)  # (H,W)
     rgb = np.repeat(grey[..., None], 3, 2)  # (H,W,3)
     if ground_truth is not None:
@@ -206,7 +217,7 @@ def volume_overlay(
     is none. Below each plane stand its number, counted from 1 at the left, back and bottom, and its
     distance from the first in mm. All planes have true proportions.
     """
-    shares = class_shares(shown_masks(ground_truth, prediction))
+    shares = class_shares(shown_masks(ground_truth, prediction), image.shape)
     axis = main_axis(spacing)
     slices = [(axis, index) for index in spread_slices(shares[axis])]
     across = []

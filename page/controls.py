@@ -4,17 +4,37 @@ from collections.abc import Callable
 
 import gradio as gr
 
+from engine import command_line
 from page.settings import FileList
 
-# No event can be called by a program, only by the page.
+# No event is listed for programs. They can call it all the same, so each one checks its values.
 PRIVATE = dict(api_visibility="private")
 # Events that change the picture of a known result: many in a second while a slider is moved.
 DISPLAY = dict(show_progress="hidden", trigger_mode="always_last", **PRIVATE)
 # Events that run a model wait for each other.
 MODEL = dict(concurrency_id="model", concurrency_limit=1, **PRIVATE)
 
+# For events whose values are taken as the browser holds them. gradio refuses the empty field of a
+# number, and what was a choice until a moment ago, with a traceback. Never for the event of a file:
+# gradio refuses paths that were not uploaded.
+RAW = dict(preprocess=False)
+
 # A click on the visible button makes the file; this then clicks the hidden link to it.
 CLICK = "() => {{ document.querySelector('#{id}').click() }}"
+
+
+def number_or(value: float | None, default: float) -> float:
+    """Return the value of a slider or a number, or the default if its field is empty."""
+    return default if value is None else float(value)
+
+
+def describe_failure(error: Exception, noun: str) -> str:
+    """Return a sentence about an error of a model. Raises it if it is a bug. noun: of the input."""
+    if command_line.is_out_of_memory(error):
+        return f"This {noun} does not fit into memory with this model; make it smaller."
+    if not isinstance(error, ValueError | OSError):
+        raise error
+    return str(error)
 
 
 def list_files(files: FileList, noun: str, elem_id: str) -> gr.Dropdown:
@@ -68,7 +88,7 @@ class SaveButtons:
     def connect(self, name: str, write: Callable, inputs: list) -> None:
         """Call write(request, *values of inputs) -> path when a button is clicked."""
         link = self.links[name]
-        written = self.buttons[name].click(write, inputs, link, **PRIVATE)
+        written = self.buttons[name].click(write, inputs, link, **RAW, **PRIVATE)
         written.success(None, js=CLICK.format(id=link.elem_id), **PRIVATE)
 
 

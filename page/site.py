@@ -3,8 +3,11 @@
 from collections.abc import Callable
 
 import gradio as gr
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-from page import class_view, text_view
+from page import box_view, class_view, text_view, volume_view
+from page.access import LOOPBACK
 from page.settings import PageSettings, kind_of
 from page.uploads import MOST_BYTES
 from prediction.models import LoadedModel
@@ -13,6 +16,8 @@ from prediction.models import LoadedModel
 VIEWS: dict[str, tuple[str, Callable]] = {
     "text": ("Find by words", text_view.build),
     "classes": ("Find known classes", class_view.build),
+    "boxes": ("Mark by boxes and points", box_view.build),
+    "volumes": ("Volumes", volume_view.build),
 }
 
 # Uploads and pictures are removed from the temporary folder every minute once they are ten minutes
@@ -32,14 +37,8 @@ p.error { color: #b00020; font-weight: 600; }
 .prose table, .prose tbody, .prose tr, .prose td, .prose th { border: 0 !important; }
 .prose td, .prose th { text-align: left; padding: 0.1em 0.6em 0.1em 0 !important; }
 .upload svg { display: none; }
+.slice .image-container { background: black; }
 """
-
-
-def check_kinds(models: list[LoadedModel]) -> None:
-    """Raise ValueError, one line, if there is no view for one of the models."""
-    for loaded in models:
-        if kind_of(loaded) not in VIEWS:
-            raise ValueError(f"{loaded.weights.source}: the page has no view for this model")
 
 
 def build(models: list[LoadedModel], settings: PageSettings) -> gr.Blocks:
@@ -53,8 +52,8 @@ def build(models: list[LoadedModel], settings: PageSettings) -> gr.Blocks:
     ) as page:
         gr.HTML(
             "<h2>Medical image segmentation</h2>"
-            "<p>For research and teaching only, not for diagnosis. Images stay in the memory of "
-            "the computer that runs this page, and are forgotten when you close it.</p>",
+            "<p>For research and teaching only, not for diagnosis. Images stay on the computer "
+            "that runs this page, and are forgotten when you close it.</p>",
             elem_id="page-title",
         )
         if len(by_kind) == 1:
@@ -81,6 +80,17 @@ def theme() -> gr.themes.Base:
     return sober.set(layout_gap="10px", block_padding="8px 10px")
 
 
+def host_check(host: str) -> list[Middleware]:
+    """Return a check that requests are addressed to this machine, if only it can reach the page.
+
+    Else a web site whose name is made to lead to this machine (DNS rebinding) could use the page
+    from the browser of a visitor.
+    """
+    if host not in LOOPBACK:
+        return []
+    return [Middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", "[::1]"])]
+
+
 def serve(page: gr.Blocks, host: str, port: int, login: tuple[str, str] | None) -> str:
     """Start the server in the background and return the address of the page.
 
@@ -100,7 +110,8 @@ def serve(page: gr.Blocks, host: str, port: int, login: tuple[str, str] | None) 
         allowed_paths=[],
         max_file_size=MOST_BYTES,
         enable_monitoring=False,
-        app_kwargs={"openapi_url": None},  # no list of the server's addresses
+        # no list of the server's addresses
+        app_kwargs={"openapi_url": None, "middleware": host_check(host)},
         ssr_mode=False,
         pwa=False,
         mcp_server=False,

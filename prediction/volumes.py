@@ -12,7 +12,7 @@ from engine.evaluate import each_is
 from engine.runs import check_threshold
 from imaging import measurements, nifti, organ_rules, pictures, volumes
 from prediction import combine, flips, members
-from prediction.models import LoadedModel, Weights
+from prediction.models import LoadedModel
 
 
 def class_endings(classes: list[str]) -> list[str]:
@@ -113,24 +113,21 @@ class VolumePredictor:
     unit = "volume"
     columns = measurements.VOLUME_COLUMNS
 
-    def __init__(self, weights: list[Weights], args):
-        """Load the models, with the overlap and the classes of the command line or the runs.
+    def __init__(self, loaded: list[LoadedModel], args):
+        """Choose the classes: those of --classes, else all of the runs or the models.
 
-        Their probabilities are averaged. Raises ValueError, one line, for options and models that
-        do not go together.
+        loaded: one or several models; their probabilities are averaged. args: the options of
+        predict.py. Raises ValueError, one line, for options and models that do not go together.
         """
-        overrides = {} if args.threshold is None else {"threshold": args.threshold}
-        self.members = members.load_members(
-            weights, args.device, overrides, args.overlap, args.window_batch
-        )
-        all_names = [known_classes(member.config, member.weights.run) for member in self.members]
-        check_channels(self.members)
-        names = members.check_classes(self.members, all_names)
-        self.config = members.shared_config(self.members)
+        self.members = loaded
+        all_names = [known_classes(member.config, member.weights.run) for member in loaded]
+        check_channels(loaded)
+        names = members.check_classes(loaded, all_names)
+        self.config = members.shared_config(loaded)
         self.args = args
 
-        self.classes, self.labels = class_names(self.config, names, weights[0].run)
-        for member in self.members:
+        self.classes, self.labels = class_names(self.config, names, loaded[0].weights.run)
+        for member in loaded:
             self.chosen = member.weights.family.chosen_classes(
                 member.model, self.classes, args.classes
             )
@@ -153,27 +150,41 @@ class VolumePredictor:
         OSError or ValueError, one line, for an input that cannot be read or has other channels than
         the model.
         """
+        images, grid = self.read(paths)
+        probabilities = self.predict_probabilities(images, grid)
+        maps = self.label_maps(probabilities, grid, self.config.threshold)  # (n,X,Y,Z)
+        image = self.first_image(images)
+        rows = self.measure(maps, probabilities, image[0], grid)
+        return self.writers(maps, probabilities, image, grid), rows
+
+    def read(self, paths: list[Path]) -> tuple[dict, nifti.Grid]:
+        """Return the volume of files and its grid. Raises as `predict` does.
+
+        The volume is {value that a model takes for NaN and infinite voxels: float32 (C,X,Y,Z)}, as
+        the models of an ensemble may take different values.
+        """
         channels = sum(nifti.read_grid(path).channels for path in paths)
         nifti.check_channels(paths[0], channels, self.config.in_channels)
-        images = {}  # the value for NaN and infinite voxels -> volume (C,X,Y,Z)
+        images = {}
         for member in self.members:
             fill = fill_of(member)
             if fill not in images:
                 images[fill], grid = nifti.read_volume(paths, fill)
-        image = images[fill_of(self.members[0])]
-        if any(member.config.intensity for member in self.members):
-            volumes.notice_if_not_hu(paths[0], volumes.hu_facts(image))
 
-        probabilities = torch.from_numpy(combine.mean(self.views(images, grid)))  # (K,X,Y,Z)
-        maps = self.label_maps(probabilities, grid)  # (n,X,Y,Z)
-        rows = self.measure(maps, probabilities, image[0], grid)
-        return self.writers(maps, probabilities, image, grid), rows
+        if any(member.config.intensity for member in self.members):
+            volumes.notice_if_not_hu(paths[0], volumes.hu_facts(self.first_image(images)))
+        return images, grid
+
+    def first_image(self, images: dict) -> np.ndarray:
+        """Return the volume (C,X,Y,Z) that the first model reads. images: of `read`."""
+        return images[fill_of(self.members[0])]
+
+    def predict_probabilities(self, images: dict, grid: nifti.Grid) -> torch.Tensor:
+        """Return the mean probabilities (K,X,Y,Z) of all models and flips. images: of `read`."""
+        return torch.from_numpy(combine.mean(self.views(images, grid)))
 
     def views(self, images: dict, grid: nifti.Grid) -> Iterator[np.ndarray]:
-        """Yield the probabilities (K,X,Y,Z) of every model and flip.
-
-        images: value for NaN and infinite voxels -> volume, float32 (C,X,Y,Z).
-        """
+        """Yield the probabilities (K,X,Y,Z) of every model and flip. images: of `read`."""
         for member in self.members:
             image = images[fill_of(member)]
             yield from combine.views_of_volume(member, image, grid, self.flips, self.chosen)
@@ -219,15 +230,16 @@ class VolumePredictor:
             writers["overlay"] = partial(pictures.save_picture, picture=picture)
         return writers
 
-    def label_maps(self, probabilities, grid) -> np.ndarray:
+    def label_maps(self, probabilities, grid, threshold: float) -> np.ndarray:
         """Return the label maps of probabilities (K,X,Y,Z): uint8 (n,X,Y,Z).
 
         Overlapping classes have n = K maps of 0 and 1; else one map holds the values in `labels`.
+        threshold: of a single class and of overlapping classes.
         """
         config = self.config
         if config.overlapping or config.num_classes == 1:
             label = 1 if config.overlapping else self.labels[1]
-            is_inside = (probabilities > config.threshold).numpy()
+            is_inside = (probabilities > threshold).numpy()
             maps = np.where(is_inside, np.uint8(label), np.uint8(0))  # (K,X,Y,Z)
         else:
             indices = probabilities.argmax(0).numpy()  # (X,Y,Z)

@@ -287,11 +287,20 @@ def test_boxes_and_points_pair_by_object(tmp_path):
     }
 
 
+def test_numbered_objects_may_have_points_alone(tmp_path):
+    boxes = "a.png,one,2,0,0,9,9\n"
+    points = "image,class,object,x,y,label\na.png,one,1,25,25,1\na.png,one,2,3,4,0\n"
+    made, _ = given(tmp_path, BOXED + boxes, points)
+    assert unpacked(made) == {
+        "a.png": [(1, [0, 0, 9, 9], [[3, 4]], [0]), (1, None, [[25, 25]], [1])]
+    }
+
+
 TWO_BOXES = BOXED + "a.png,one,1,0,0,9,9\na.png,one,2,1,1,8,8\n"
 POINT_ERRORS = {
     "counts": (TWO_BOXES, POINTS + "a.png,one,3,4,1\n", "2 boxes and points of 1 objects do not"),
-    "no such object": (TWO_BOXES, "image,class,x,y,object\na.png,one,3,4,5\n",
-                       "object 5 has points but no box; objects of boxes: 1, 2"),
+    "no such object": (TWO_BOXES, "image,class,x,y,object,label\na.png,one,3,4,5,0\n",
+                       "object 5 has neither a box nor a point inside; objects of boxes: 1, 2"),
     "an object twice": (TWO_BOXES + "a.png,one,2,2,2,3,3\n",
                         "image,class,x,y,object\na.png,one,3,4,2\n", "object 2 has 2 boxes"),
     "all outside": (None, POINTS + "a.png,one,3,4,0\n", "all points of an object are outside"),

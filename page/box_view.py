@@ -1,0 +1,403 @@
+"""The view of SAM: mark objects in an image by boxes and points.
+
+Every click is answered at once, as the image is encoded when it is opened. The elements have these
+ids:
+
+boxes-upload     drop area for a file         boxes-list        list of files, if there are any
+boxes-note       name and size, or an error   boxes-model       model, visible if there are several
+boxes-mode       what a click does            boxes-class       class of the object, if several
+boxes-new-object, boxes-undo, boxes-clear     buttons
+boxes-image      the image to click into      boxes-status      what to do next, or an error
+boxes-areas      table of colours and areas   boxes-threshold, boxes-opacity   sliders
+boxes-pixel-size mm of a pixel
+boxes-download-mask, -objects, -overlay, -table, -clicks   buttons
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import gradio as gr
+
+from imaging import pictures
+from page import drawing, objects, uploads
+from page.clicks import BOX, INSIDE, OUTSIDE, Clicks, to_image_pixel
+from page.controls import (
+    DISPLAY,
+    MODEL,
+    PRIVATE,
+    RAW,
+    SaveButtons,
+    describe_failure,
+    list_files,
+    list_models,
+    nothing_to_save,
+    number_or,
+    share_slider,
+)
+from page.image_view import LIMITS
+from page.objects import Objects
+from page.session import Session
+from page.settings import PageSettings, class_names, model_labels
+from prediction.models import LoadedModel
+
+KIND = "boxes"
+MODES = [
+    ("corner of a box (two opposite ones)", BOX),
+    ("point inside the object", INSIDE),
+    ("point outside the object", OUTSIDE),
+]
+OPACITY = 0.3  # of the masks, at the start
+NO_IMAGE = "Choose an image first (step 1)."
+START = "Click into the image: two opposite corners of a box around an object."
+# Clicks wait for each other, and none is dropped.
+CLICKS = MODEL | RAW | dict(show_progress="hidden", trigger_mode="multiple")
+REDRAW = DISPLAY | RAW
+
+
+class BoxView:
+    """Mark objects by boxes and points."""
+
+    def __init__(self, models: list[LoadedModel], settings: PageSettings):
+        self.models = models
+        self.settings = settings
+
+    # --- layout ---
+
+    def build(self) -> None:
+        """Add the view to the page."""
+        with gr.Row():
+            with gr.Column(scale=2, min_width=320):
+                self.build_image()
+                self.build_tools()
+            with gr.Column(scale=4, min_width=480):
+                self.build_result()
+        self.connect()
+
+    def build_image(self) -> None:
+        """Add the first step: an image from a file or from the list."""
+        gr.HTML(f"<h3>1. Image</h3><p>{LIMITS}</p>")
+        self.upload = gr.File(
+            label="Image file",
+            show_label=False,
+            height=90,
+            elem_id=f"{KIND}-upload",
+            elem_classes="upload",
+        )
+        self.listing = list_files(self.settings.images, "image", f"{KIND}-list")
+        self.note = gr.HTML(elem_id=f"{KIND}-note")
+
+    def build_tools(self) -> None:
+        """Add the second step: what clicks do."""
+        gr.HTML("<h3>2. Click on what to mark</h3>")
+        self.model = list_models(model_labels(self.models), f"{KIND}-model")
+        self.mode = gr.Radio(MODES, value=BOX, label="A click sets a", elem_id=f"{KIND}-mode")
+        self.label = gr.Dropdown(
+            self.class_choices(0),
+            value=1,
+            label="What the current object is",
+            visible=len(self.class_choices(0)) > 1,
+            elem_id=f"{KIND}-class",
+        )
+        with gr.Row():
+            self.undo = gr.Button("Undo", min_width=80, size="md", elem_id=f"{KIND}-undo")
+            self.new_object = gr.Button(
+                "Next object", min_width=80, size="md", elem_id=f"{KIND}-new-object"
+            )
+            self.clear = gr.Button("Clear all", min_width=80, size="md", elem_id=f"{KIND}-clear")
+        gr.HTML(
+            "<p>Points correct a mark: set one inside where it misses something, one outside "
+            "where it covers too much. Each further box marks another object.</p>"
+        )
+
+    def build_result(self) -> None:
+        """Add the third step: the image with the marks, areas, and files."""
+        gr.HTML("<h3>3. Result</h3>")
+        self.status = gr.HTML(elem_id=f"{KIND}-status")
+        self.image = gr.Image(
+            show_label=False,
+            interactive=False,
+            format="png",
+            height=480,
+            buttons=["fullscreen"],
+            elem_id=f"{KIND}-image",
+        )
+        self.areas = gr.HTML(elem_id=f"{KIND}-areas")
+        with gr.Row():
+            self.threshold = share_slider(
+                "Mark pixels with a certainty above",
+                self.models[0].config.threshold,
+                0.01,
+                f"{KIND}-threshold",
+            )
+            self.opacity = share_slider("Strength of the colours", OPACITY, 0.05, f"{KIND}-opacity")
+            self.pixel_size = gr.Number(
+                label="Size of a pixel in mm (0: unknown)",
+                value=0,
+                min_width=160,
+                elem_id=f"{KIND}-pixel-size",
+            )
+        self.look = [self.threshold, self.opacity, self.pixel_size]
+        self.save_buttons = SaveButtons(
+            KIND,
+            {
+                "mask": "Save mask",
+                "objects": "Save numbered mask",
+                "overlay": "Save picture",
+                "table": "Save areas (CSV)",
+                "clicks": "Save clicks (CSV)",
+            },
+        )
+
+    def class_choices(self, index: int) -> list[tuple[str, int]]:
+        """Return (name, class index) of a model's classes without the background."""
+        classes = class_names(self.models[index])
+        if len(classes) == 1:
+            return [(classes[0], 1)]
+        return [(name, label) for label, name in enumerate(classes) if label > 0]
+
+    # --- events ---
+
+    def connect(self) -> None:
+        """Connect the controls with the functions below."""
+        shown = [self.image, self.areas, self.status, self.label]
+        chosen = [self.upload, self.listing, self.note, self.pixel_size, *shown]
+        inputs = [self.model, *self.look]
+        for opened in (
+            self.upload.upload(self.open_upload, self.upload, chosen, **PRIVATE),
+            self.listing.input(self.open_listed, self.listing, chosen, **RAW, **PRIVATE),
+        ):
+            opened.success(self.refresh, inputs, shown, **CLICKS)
+
+        self.image.select(self.click, [*inputs, self.mode], shown, **CLICKS)
+        self.new_object.click(self.start_object, inputs, shown, **CLICKS)
+        self.undo.click(self.take_back, inputs, shown, **CLICKS)
+        self.clear.click(self.remove_all, inputs, shown, **CLICKS)
+        self.label.input(self.name_class, [*inputs, self.label], shown, **CLICKS)
+        changed = self.model.input(self.change_model, self.model, self.label, **RAW, **PRIVATE)
+        changed.success(self.refresh, inputs, shown, **CLICKS)
+        for control in self.look:
+            control.change(self.redraw, self.look, shown, **REDRAW)
+
+        self.save_buttons.connect("mask", self.save_mask, self.look)
+        self.save_buttons.connect("objects", self.save_numbered, self.look)
+        self.save_buttons.connect("overlay", self.save_picture, self.look)
+        self.save_buttons.connect("table", self.save_table, self.look)
+        self.save_buttons.connect("clicks", self.save_clicks, self.look)
+
+    def session(self, request: gr.Request) -> Session | None:
+        """Return the session of the browser that sends a request."""
+        return self.settings.sessions.get(request.session_hash, KIND)
+
+    # --- images ---
+
+    def open_upload(self, file: str, request: gr.Request) -> list:
+        """Read an upload. gradio removes its file, see `site.build`."""
+        return self.open_image(Path(file), request, is_listed=False)
+
+    def open_listed(self, index: int | None, request: gr.Request) -> list:
+        """Read an image of the list."""
+        try:
+            path = self.settings.images.path(index)
+        except ValueError as error:
+            return self.no_image(request, error)
+        return self.open_image(path, request, is_listed=True)
+
+    def open_image(self, path: Path, request: gr.Request, is_listed: bool) -> list:
+        """Start the session of an image. Return updates that show it."""
+        try:
+            session, notes = uploads.open_image(path, is_listed)
+        except ValueError as error:
+            return self.no_image(request, error)
+
+        self.settings.sessions.put(request.session_hash, KIND, session)
+        height, width = session.image.shape[:2]
+        sentences = [f"{path.name}: {width} x {height} pixels.", *notes]
+        if session.pixel_size is not None:
+            sentences.append("A pixel has {:g} x {:g} mm.".format(*session.pixel_size))
+        clicks = Clicks(session.image.shape[:2])
+        no_masks = objects.no_masks(clicks)
+        image, masks, scale = objects.preview(session.image, no_masks)
+        picture = objects.picture(image, masks, clicks, 0, scale)
+        listing = gr.skip() if is_listed else None
+        note = drawing.status(sentences)
+        waiting = drawing.status(["Preparing the image, once …"])
+        no_size = 0  # the field had that of another image
+        return [None, listing, note, no_size, picture, "", waiting, gr.skip()]
+
+    def no_image(self, request: gr.Request, error: ValueError) -> list:
+        """Drop the earlier image. Return updates that show why there is no new one."""
+        self.settings.sessions.drop(request.session_hash, KIND)
+        note = drawing.status([str(error)], is_error=True)
+        return [None, None, note, 0, None, "", "", gr.skip()]
+
+    # --- clicks ---
+
+    def click(self, request: gr.Request, event: gr.SelectData, model, *values) -> list:
+        """Answer a click into the image. values: those of `look`, and of the mode."""
+
+        def add(clicks: Clicks) -> Clicks:
+            x, y = to_image_pixel(*event.index, objects.preview_scale(clicks.size))
+            return clicks.click(x, y, values[-1])
+
+        return self.change(request, model, values[:-1], add)
+
+    def start_object(self, request: gr.Request, model, *look) -> list:
+        """Start the next object."""
+        return self.change(request, model, look, Clicks.new_object)
+
+    def take_back(self, request: gr.Request, model, *look) -> list:
+        """Take back the last click."""
+        return self.change(request, model, look, Clicks.undo)
+
+    def remove_all(self, request: gr.Request, model, *look) -> list:
+        """Remove all clicks."""
+        return self.change(request, model, look, Clicks.clear)
+
+    def name_class(self, request: gr.Request, model, *values) -> list:
+        """Set the class of the current object. values: those of `look`, and the class index."""
+        return self.change(
+            request, model, values[:-1], lambda clicks: clicks.name_class(values[-1])
+        )
+
+    def change(self, request: gr.Request, model, look: tuple, step: Callable) -> list:
+        """Change the clicks by a step, Clicks -> Clicks, and answer them."""
+        session = self.session(request)
+        if session is None:
+            return self.without_image()
+        return self.answer(session, model, look, step(self.clicks(session)))
+
+    def refresh(self, request: gr.Request, model, *look) -> list:
+        """Answer the clicks again: the image or the model is another one."""
+        session = self.session(request)
+        if session is None:
+            return [gr.skip() for _ in range(4)]
+        return self.answer(session, model, look, self.clicks(session))
+
+    def clicks(self, session: Session) -> Clicks:
+        """Return the clicks into the image of a session."""
+        if session.question is None:
+            return Clicks(session.image.shape[:2])
+        return session.question.clicks
+
+    def change_model(self, index: int) -> gr.Dropdown:
+        """Return the classes of another model."""
+        choices = self.class_choices(index)
+        return gr.Dropdown(choices=choices, value=1, visible=len(choices) > 1)
+
+    def answer(self, session: Session, model: int, look: tuple, clicks: Clicks) -> list:
+        """Segment the clicked objects and show them. model: its index."""
+        loaded = self.models[model]
+        highest = len(class_names(loaded)) - 1
+        if any(clicked.label > max(1, highest) for clicked in clicks.objects):
+            relabelled = [replace(clicked, label=1) for clicked in clicks.objects]
+            clicks = replace(clicks, objects=tuple(relabelled), before=None)
+        try:
+            session.question = objects.segment(session, loaded, clicks)
+            return self.show(session, look)
+        except (ValueError, MemoryError, RuntimeError) as error:
+            line = describe_failure(error, "image")
+            return [gr.skip(), "", drawing.status([line], is_error=True), gr.skip()]
+
+    # --- display ---
+
+    def read_look(self, look: tuple) -> tuple[float, float, float]:
+        """Return threshold, opacity and pixel size; empty fields have the values of the start."""
+        threshold, opacity, pixel = look
+        usual = self.models[0].config.threshold
+        return number_or(threshold, usual), number_or(opacity, OPACITY), number_or(pixel, 0)
+
+    def show(self, session: Session, look: tuple) -> list:
+        """Return the picture, the table of areas, the status, and the class of the object."""
+        threshold, opacity, pixel = self.read_look(look)
+        found = session.question
+        masks = found.masks(threshold)
+        image, small_masks, scale = objects.preview(session.image, masks)
+        picture = objects.picture(image, small_masks, found.clicks, opacity, scale)
+        rows = objects.areas(found, masks, self.pixel_size_of(session, pixel))
+        return [picture, self.table(found, rows), self.sentence(found), found.clicks.current.label]
+
+    def redraw(self, request: gr.Request, *look) -> list:
+        """Show the known result with other values of `look`."""
+        session = self.session(request)
+        if session is None or session.question is None:
+            return [gr.skip() for _ in range(4)]
+        return self.show(session, look)
+
+    def without_image(self) -> list:
+        """Return updates that ask for an image."""
+        status = drawing.status([NO_IMAGE], is_error=True)
+        return [None, "", status, gr.skip()]
+
+    def table(self, found: Objects, rows: list[dict]) -> str:
+        """Return the table of the objects' areas as HTML, "" without objects."""
+        if not rows:
+            return ""
+        names = []
+        for row in rows:
+            name = f"Object {row['object']}"
+            names.append(f"{name}: {row['class']}" if len(found.classes) > 1 else name)
+        colours = pictures.class_colours(len(rows))
+        return drawing.area_table("Object", names, colours, rows)
+
+    def sentence(self, found: Objects) -> str:
+        """Return what to do next as HTML."""
+        clicks = found.clicks
+        if clicks.message:
+            return drawing.status([clicks.message])
+        if not clicks.complete:
+            return drawing.status([START])
+        count = len(clicks.complete)
+        seconds = found.encoding_seconds + found.prompt_seconds
+        noun = "object" if count == 1 else "objects"
+        device = found.loaded.device.type
+        return drawing.status([f"{count} {noun} marked ({seconds:.2f} s on {device})."])
+
+    def pixel_size_of(self, session: Session, pixel: float) -> tuple | None:
+        """Return width and height of a pixel in mm, None if they are unknown."""
+        return (pixel, pixel) if pixel > 0 else session.pixel_size
+
+    # --- files ---
+
+    def found(self, request: gr.Request) -> tuple[Session, Objects, Path]:
+        """Return a browser's session, its objects, and a new folder for a file of them."""
+        session = self.session(request)
+        if session is None or session.question is None or not session.question.clicks.complete:
+            raise nothing_to_save()
+        folder = self.settings.sessions.files_of(request.session_hash)
+        return session, session.question, folder
+
+    def save_mask(self, request: gr.Request, *look) -> str:
+        """Write the mask as predict.py does."""
+        session, found, folder = self.found(request)
+        threshold, _, _ = self.read_look(look)
+        return str(objects.write_mask(session, found, threshold, folder))
+
+    def save_numbered(self, request: gr.Request, *look) -> str:
+        """Write the numbers of the objects."""
+        session, found, folder = self.found(request)
+        threshold, _, _ = self.read_look(look)
+        return str(objects.write_numbered(session, found, threshold, folder))
+
+    def save_picture(self, request: gr.Request, *look) -> str:
+        """Write the image with the marks."""
+        session, found, folder = self.found(request)
+        threshold, opacity, _ = self.read_look(look)
+        return str(objects.write_picture(session, found, threshold, opacity, folder))
+
+    def save_table(self, request: gr.Request, *look) -> str:
+        """Write the measurements."""
+        session, found, folder = self.found(request)
+        threshold, _, pixel = self.read_look(look)
+        size = self.pixel_size_of(session, pixel)
+        return str(objects.write_measurements(session, found, threshold, size, folder))
+
+    def save_clicks(self, request: gr.Request, *look) -> str:
+        """Write the boxes and points."""
+        session, found, folder = self.found(request)
+        return str(objects.write_clicks(session, found, folder))
+
+
+def build(models: list[LoadedModel], settings: PageSettings) -> None:
+    """Add the view of these models to the page."""
+    BoxView(models, settings).build()
