@@ -100,7 +100,7 @@ def add_common_options(add: Callable) -> None:
         metavar="SOURCE",
         nargs="+",
         required=True,
-        help="trained model: run folder, file, or hub id; of several the mean",
+        help="trained model: run folder, file, ONNX file, or hub id; of several the mean",
     )
     add("--out", metavar="DIR", required=True, help="folder that the masks are written to")
     add(

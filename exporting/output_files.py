@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from engine.feature_cache import fingerprint
 from engine.runs import RUN_OPTIONS
 from exporting.parts import Part
 from imaging.atomic_files import full_disk_errors, locked, refuse_existing
@@ -84,12 +85,14 @@ def describe(loaded: LoadedModel, parts: list[Part], precision: str) -> dict[str
     """Return the metadata of all files of an export, {key: text}.
 
     run: JSON like config.json of a run, from which the model can be used. parts: JSON list of the
-    names of all parts. vocabulary: vocab.txt of BiomedCLIPSeg. precision: that of the weights.
+    names of all parts. weights: a hash, which tells exports of two runs apart. vocabulary:
+    vocab.txt of BiomedCLIPSeg. precision: that of the weights.
     """
     names = [part.name for part in parts]
     metadata = {
         "run": json.dumps(run_description(loaded)),
         "parts": json.dumps(names),
+        "weights": fingerprint(loaded.model.state_dict()),
         "tool": f"export.py, torch {torch.__version__}",
         "precision": precision,
     }

@@ -6,6 +6,7 @@ what it is:
     run         JSON with the keys of a run's config.json
     part        name of the part: network, encoder, …
     parts       JSON list of the names of all parts of the model
+    weights     hash of the model's weights
     vocabulary  vocab.txt of BiomedCLIPSeg
 """
 
@@ -79,7 +80,7 @@ def part_paths(path: Path, parts: list[str]) -> dict[str, Path]:
 
 
 def read_metadata(path: Path) -> dict:
-    """Return run, part, parts and vocabulary (None without one) of a file.
+    """Return run, part, parts, weights and vocabulary (None without one) of a file.
 
     Raises OSError or ValueError, one line, if it cannot be read or has no such metadata.
     """
@@ -98,7 +99,8 @@ def read_metadata(path: Path) -> dict:
     is_known = isinstance(run, dict) and "format" in run and str(run.get("model")) in FAMILIES
     if not is_known or parts != [*model_class(run).PARTS] or part not in parts:
         raise newer(path, "its metadata are unknown")
-    return {"run": run, "part": part, "parts": parts, "vocabulary": entries.get("vocabulary")}
+    metadata = {"run": run, "part": part, "parts": parts}
+    return metadata | {key: entries.get(key) for key in ("weights", "vocabulary")}
 
 
 # --- sessions -------------------------------------------------------------------------------------

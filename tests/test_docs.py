@@ -11,6 +11,8 @@ import docs_world
 import pytest
 from conftest import ROOT
 
+import app
+import export
 import options
 import predict
 import prepare
@@ -93,6 +95,9 @@ def test_readme_is_short():
 # --- commands ---
 
 
+PROGRAMS = ("train.py", "predict.py", "prepare.py", "export.py", "app.py", "studies.py")
+
+
 def parse(program: str, arguments: list[str], monkeypatch) -> None:
     """Parse the arguments of one of our programs; a mistake in them ends in SystemExit."""
     monkeypatch.setattr(sys, "argv", [program, *arguments])
@@ -101,6 +106,10 @@ def parse(program: str, arguments: list[str], monkeypatch) -> None:
         options.checked(options.Options(**given))
     elif program == "predict.py":
         predict.parse()
+    elif program == "export.py":
+        export.parse()
+    elif program == "app.py":
+        app.parse()
     elif program == "studies.py":
         studies.parse()
     else:
@@ -113,10 +122,10 @@ def test_commands_have_options_that_exist(page, monkeypatch):
         for command in commands(text):
             if command[0] == "make":
                 assert re.search(rf"^{command[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
-            if command[0] != "python":
+            if command[0] not in ("python", ".venv-app/bin/python"):
                 continue
             assert (ROOT / command[1]).exists(), command
-            if command[1] in ("train.py", "predict.py", "prepare.py", "studies.py"):
+            if command[1] in PROGRAMS:
                 parse(command[1], command[2:], monkeypatch)
 
 

@@ -17,10 +17,10 @@ from PIL import Image
 from torch import nn
 
 import export
-from engine.runs import check_run
+from engine.runs import check_run, read_run
 from exporting import comparison, networks, onnx_files, output_files
 from exporting.parts import Part
-from prediction.models import find_weights, load_model
+from prediction.models import Weights, find_weights, load_model
 
 onnxruntime = pytest.importorskip("onnxruntime")
 pytestmark = pytest.mark.numeric
@@ -443,7 +443,7 @@ def test_the_file_is_named_after_the_run_or_the_weights(tmp_path):
         "nvidia/segformer-b0@main": "segformer-b0",
     }
     for source, expected in sources.items():
-        weights = find_weights(source, "segformer")
+        weights = Weights(source, "segformer", read_run(source) if "@" not in source else {})
         assert output_files.output_path(weights, None, ".onnx") == Path(f"exports/{expected}.onnx")
 
 

@@ -251,7 +251,7 @@ def damage(name, tmp_path, monkeypatch):
     path = tmp_path / "net.onnx"
     if name == "missing":
         return path
-    if name in ("no vision", "other decoder", "renamed part", "exchanged parts"):
+    if name in ("no vision", "other decoder", "other weights", "renamed part", "exchanged parts"):
         source = write_clipseg(tmp_path)
         decoder = tmp_path / "model.decoder.onnx"
         if name == "no vision":
@@ -264,7 +264,10 @@ def damage(name, tmp_path, monkeypatch):
         other = tmp_path / "other"
         other.mkdir()
         run = describe(clipseg.CLIPSeg, clipseg.VARIANTS["mini"])
-        write_clipseg(other, run=run | {"options": {"seed": 1}})
+        if name == "other weights":
+            write_clipseg(other, weights="another hash")
+        else:
+            write_clipseg(other, run=run | {"options": {"seed": 1}})
         (other / decoder.name).replace(decoder)
         return source
 
@@ -303,6 +306,7 @@ MISTAKES = {
     "missing": "net.onnx: no such file",
     "no vision": "model.decoder.onnx: needs model.vision.onnx, which is not beside it",
     "other decoder": "model.vision.onnx and model.decoder.onnx: are not of the same export",
+    "other weights": "model.vision.onnx and model.decoder.onnx: are not of the same export",
     "renamed part": "net.onnx: the files of this model must be named NAME.vision.onnx, NAME.text",
     "exchanged parts": "model.vision.onnx: is the decoder of a model; rename it accordingly",
     "no data": "net.onnx: needs net.onnx.data, which is not beside it; keep both files together",
