@@ -19,7 +19,7 @@ from PIL import Image
 from engine.measurement_table import MEASUREMENTS, MeasurementTable
 from imaging import measurements, nifti, pictures, volumes
 from page import slices, uploads
-from page.session import MODELS
+from page.session import MODELS, bytes_of
 from page.slices import PLANES, LabelMasks, ThresholdMasks
 from prediction.inputs import group_channels
 from prediction.volumes import VolumePredictor, class_endings
@@ -59,6 +59,12 @@ class Volume:
             self.values = slices.sixteen_bits(image[0])  # (X,Y,Z)
         self.windows = self.find_windows()
         self.prediction = None  # VolumePrediction, once there is one
+
+    @property
+    def nbytes(self) -> int:
+        """Return the memory that the volume and its prediction take."""
+        masks = {} if self.prediction is None else vars(self.prediction.masks)
+        return bytes_of([self.values, masks])
 
     def find_windows(self) -> dict[str, tuple[float, float]]:
         """Return the names of the windows to choose from, with the values of black and white."""
