@@ -4,12 +4,14 @@ Every click is answered at once, as the image is encoded when it is opened. The 
 ids:
 
 boxes-upload     drop area for a file         boxes-list        list of files, if there are any
-boxes-note       name and size, or an error   boxes-model       model, visible if there are several
-boxes-mode       what a click does            boxes-class       class of the object, if several
+boxes-note       name and size, or an error   boxes-mode        what a click does
+boxes-model      first model                  boxes-model-2     second model, to compare with
+boxes-class      class of the object, if the first model has several
 boxes-new-object, boxes-undo, boxes-clear     buttons
-boxes-image      the image to click into      boxes-status      what to do next, or an error
-boxes-areas      table of colours and areas   boxes-threshold, boxes-opacity   sliders
-boxes-pixel-size mm of a pixel
+boxes-status     what to do next, or an error
+boxes-image      the image to click into      boxes-image-2     the same with the second model
+boxes-areas      table of colours and areas   boxes-areas-2     of the second model
+boxes-threshold, boxes-opacity   sliders      boxes-pixel-size  mm of a pixel
 boxes-download-mask, -objects, -overlay, -table, -clicks   buttons
 """
 
@@ -27,12 +29,16 @@ from page.controls import (
     MODEL,
     PRIVATE,
     RAW,
+    UPLOAD_HEIGHT,
     SaveButtons,
+    choose_models,
+    chosen_models,
     describe_failure,
     list_files,
-    list_models,
     nothing_to_save,
     number_or,
+    pixel_size_field,
+    share_or,
     share_slider,
 )
 from page.image_view import LIMITS
@@ -61,6 +67,7 @@ class BoxView:
     def __init__(self, models: list[LoadedModel], settings: PageSettings):
         self.models = models
         self.settings = settings
+        self.labels = model_labels(models)
 
     # --- layout ---
 
@@ -80,7 +87,7 @@ class BoxView:
         self.upload = gr.File(
             label="Image file",
             show_label=False,
-            height=90,
+            height=UPLOAD_HEIGHT,
             elem_id=f"{KIND}-upload",
             elem_classes="upload",
         )
@@ -90,7 +97,7 @@ class BoxView:
     def build_tools(self) -> None:
         """Add the second step: what clicks do."""
         gr.HTML("<h3>2. Click on what to mark</h3>")
-        self.model = list_models(model_labels(self.models), f"{KIND}-model")
+        self.first, self.second = choose_models(self.labels, KIND)
         self.mode = gr.Radio(MODES, value=BOX, label="A click sets a", elem_id=f"{KIND}-mode")
         self.label = gr.Dropdown(
             self.class_choices(0),
@@ -111,42 +118,45 @@ class BoxView:
         )
 
     def build_result(self) -> None:
-        """Add the third step: the image with the marks, areas, and files."""
+        """Add the third step: the image with the marks of each model, areas, and files."""
         gr.HTML("<h3>3. Result</h3>")
         self.status = gr.HTML(elem_id=f"{KIND}-status")
-        self.image = gr.Image(
-            show_label=False,
-            interactive=False,
-            format="png",
-            height=480,
-            buttons=["fullscreen"],
-            elem_id=f"{KIND}-image",
-        )
-        self.areas = gr.HTML(elem_id=f"{KIND}-areas")
+        self.images = []
+        self.tables = []
+        with gr.Row():
+            for ending in ("", "-2"):
+                with gr.Column(min_width=240, visible=not ending) as column:
+                    image = gr.Image(
+                        label=self.labels[0],
+                        show_label=len(self.models) > 1,
+                        interactive=False,
+                        format="png",
+                        height=420,
+                        buttons=["fullscreen"],
+                        elem_id=f"{KIND}-image{ending}",
+                    )
+                    table = gr.HTML(elem_id=f"{KIND}-areas{ending}")
+                self.images.append(image)
+                self.tables.append(table)
+        self.second_column = column
+
         with gr.Row():
             self.threshold = share_slider(
-                "Mark pixels with a certainty above",
-                self.models[0].config.threshold,
-                0.01,
-                f"{KIND}-threshold",
+                "Minimum certainty", self.models[0].config.threshold, 0.01, f"{KIND}-threshold"
             )
-            self.opacity = share_slider("Strength of the colours", OPACITY, 0.05, f"{KIND}-opacity")
-            self.pixel_size = gr.Number(
-                label="Size of a pixel in mm (0: unknown)",
-                value=0,
-                min_width=160,
-                elem_id=f"{KIND}-pixel-size",
-            )
+            self.opacity = share_slider("Colour strength", OPACITY, 0.05, f"{KIND}-opacity")
+            self.pixel_size = pixel_size_field(KIND)
         self.look = [self.threshold, self.opacity, self.pixel_size]
         self.save_buttons = SaveButtons(
             KIND,
             {
                 "mask": "Save mask",
-                "objects": "Save numbered mask",
+                "objects": "Save objects",
                 "overlay": "Save picture",
-                "table": "Save areas (CSV)",
-                "clicks": "Save clicks (CSV)",
+                "table": "Save areas",
+                "clicks": "Save clicks",
             },
+            self.models,
         )
 
     def class_choices(self, index: int) -> list[tuple[str, int]]:
@@ -160,22 +170,24 @@ class BoxView:
 
     def connect(self) -> None:
         """Connect the controls with the functions below."""
-        shown = [self.image, self.areas, self.status, self.label]
+        shown = [*self.images, *self.tables, self.second_column, self.status, self.label]
         chosen = [self.upload, self.listing, self.note, self.pixel_size, *shown]
-        inputs = [self.model, *self.look]
+        inputs = [self.first, self.second, *self.look]
         for opened in (
             self.upload.upload(self.open_upload, self.upload, chosen, **PRIVATE),
             self.listing.input(self.open_listed, self.listing, chosen, **RAW, **PRIVATE),
         ):
             opened.success(self.refresh, inputs, shown, **CLICKS)
 
-        self.image.select(self.click, [*inputs, self.mode], shown, **CLICKS)
+        for image in self.images:
+            image.select(self.click, [*inputs, self.mode], shown, **CLICKS)
         self.new_object.click(self.start_object, inputs, shown, **CLICKS)
         self.undo.click(self.take_back, inputs, shown, **CLICKS)
         self.clear.click(self.remove_all, inputs, shown, **CLICKS)
         self.label.input(self.name_class, [*inputs, self.label], shown, **CLICKS)
-        changed = self.model.input(self.change_model, self.model, self.label, **RAW, **PRIVATE)
+        changed = self.first.input(self.change_model, self.first, self.label, **RAW, **PRIVATE)
         changed.success(self.refresh, inputs, shown, **CLICKS)
+        self.second.input(self.refresh, inputs, shown, **CLICKS)
         for control in self.look:
             control.change(self.redraw, self.look, shown, **REDRAW)
 
@@ -223,81 +235,92 @@ class BoxView:
         note = drawing.status(sentences)
         waiting = drawing.status(["Preparing the image, once …"])
         no_size = 0  # the field had that of another image
-        return [None, listing, note, no_size, picture, "", waiting, gr.skip()]
+        return [None, listing, note, no_size, *self.no_marks(picture), waiting, gr.skip()]
 
     def no_image(self, request: gr.Request, error: ValueError) -> list:
         """Drop the earlier image. Return updates that show why there is no new one."""
         self.settings.sessions.drop(request.session_hash, KIND)
         note = drawing.status([str(error)], is_error=True)
-        return [None, None, note, 0, None, "", "", gr.skip()]
+        return [None, None, note, 0, *self.no_marks(None), "", gr.skip()]
+
+    def no_marks(self, picture) -> list:
+        """Return updates that show a picture without marks, and no tables."""
+        return [picture, None, "", "", gr.Column(visible=False)]
 
     # --- clicks ---
 
-    def click(self, request: gr.Request, event: gr.SelectData, model, *values) -> list:
-        """Answer a click into the image. values: those of `look`, and of the mode."""
+    def click(self, request: gr.Request, event: gr.SelectData, *values) -> list:
+        """Answer a click into an image. values: the models, those of `look`, and the mode."""
 
         def add(clicks: Clicks) -> Clicks:
             x, y = to_image_pixel(*event.index, objects.preview_scale(clicks.size))
             return clicks.click(x, y, values[-1])
 
-        return self.change(request, model, values[:-1], add)
+        return self.change(request, values[:-1], add)
 
-    def start_object(self, request: gr.Request, model, *look) -> list:
-        """Start the next object."""
-        return self.change(request, model, look, Clicks.new_object)
+    def start_object(self, request: gr.Request, *values) -> list:
+        """Start the next object. values: the models, and those of `look`, as for the next ones."""
+        return self.change(request, values, Clicks.new_object)
 
-    def take_back(self, request: gr.Request, model, *look) -> list:
+    def take_back(self, request: gr.Request, *values) -> list:
         """Take back the last click."""
-        return self.change(request, model, look, Clicks.undo)
+        return self.change(request, values, Clicks.undo)
 
-    def remove_all(self, request: gr.Request, model, *look) -> list:
+    def remove_all(self, request: gr.Request, *values) -> list:
         """Remove all clicks."""
-        return self.change(request, model, look, Clicks.clear)
+        return self.change(request, values, Clicks.clear)
 
-    def name_class(self, request: gr.Request, model, *values) -> list:
-        """Set the class of the current object. values: those of `look`, and the class index."""
-        return self.change(
-            request, model, values[:-1], lambda clicks: clicks.name_class(values[-1])
-        )
+    def name_class(self, request: gr.Request, *values) -> list:
+        """Set the class of the current object, the last of the values, to a class index."""
+        return self.change(request, values[:-1], lambda clicks: clicks.name_class(values[-1]))
 
-    def change(self, request: gr.Request, model, look: tuple, step: Callable) -> list:
+    def change(self, request: gr.Request, values: tuple, step: Callable) -> list:
         """Change the clicks by a step, Clicks -> Clicks, and answer them."""
         session = self.session(request)
         if session is None:
             return self.without_image()
-        return self.answer(session, model, look, step(self.clicks(session)))
+        return self.answer(session, *values, clicks=step(self.clicks(session)))
 
-    def refresh(self, request: gr.Request, model, *look) -> list:
-        """Answer the clicks again: the image or the model is another one."""
+    def refresh(self, request: gr.Request, *values) -> list:
+        """Answer the clicks again: the image or a model is another one."""
         session = self.session(request)
         if session is None:
-            return [gr.skip() for _ in range(4)]
-        return self.answer(session, model, look, self.clicks(session))
+            return self.no_change()
+        return self.answer(session, *values, clicks=self.clicks(session))
 
     def clicks(self, session: Session) -> Clicks:
         """Return the clicks into the image of a session."""
         if session.question is None:
             return Clicks(session.image.shape[:2])
-        return session.question.clicks
+        return session.question[0].clicks
 
     def change_model(self, index: int) -> gr.Dropdown:
         """Return the classes of another model."""
         choices = self.class_choices(index)
         return gr.Dropdown(choices=choices, value=1, visible=len(choices) > 1)
 
-    def answer(self, session: Session, model: int, look: tuple, clicks: Clicks) -> list:
-        """Segment the clicked objects and show them. model: its index."""
-        loaded = self.models[model]
-        highest = len(class_names(loaded)) - 1
-        if any(clicked.label > max(1, highest) for clicked in clicks.objects):
-            relabelled = [replace(clicked, label=1) for clicked in clicks.objects]
-            clicks = replace(clicks, objects=tuple(relabelled), before=None)
+    def answer(self, session: Session, first: int, second: int, *look, clicks: Clicks) -> list:
+        """Segment the clicked objects and show them. first, second: indices of the models."""
+        results = []
         try:
-            session.question = objects.segment(session, loaded, clicks)
+            for index in chosen_models(first, second):
+                loaded = self.models[index]
+                results.append(objects.segment(session, loaded, self.known_classes(clicks, loaded)))
+            session.question = results
             return self.show(session, look)
         except (ValueError, MemoryError, RuntimeError) as error:
             line = describe_failure(error, "image")
-            return [gr.skip(), "", drawing.status([line], is_error=True), gr.skip()]
+            skipped = [gr.skip()] * len(self.images)
+            status = drawing.status([line], is_error=True)
+            return [*skipped, "", "", gr.skip(), status, gr.skip()]
+
+    def known_classes(self, clicks: Clicks, loaded: LoadedModel) -> Clicks:
+        """Return the clicks, all of the first class if the model does not know the class of one."""
+        highest = max(1, len(class_names(loaded)) - 1)
+        if all(clicked.label <= highest for clicked in clicks.objects):
+            return clicks
+        relabelled = [replace(clicked, label=1) for clicked in clicks.objects]
+        return replace(clicks, objects=tuple(relabelled), before=None)
 
     # --- display ---
 
@@ -305,52 +328,72 @@ class BoxView:
         """Return threshold, opacity and pixel size; empty fields have the values of the start."""
         threshold, opacity, pixel = look
         usual = self.models[0].config.threshold
-        return number_or(threshold, usual), number_or(opacity, OPACITY), number_or(pixel, 0)
+        return number_or(threshold, usual), share_or(opacity, OPACITY), number_or(pixel, 0)
 
     def show(self, session: Session, look: tuple) -> list:
-        """Return the picture, the table of areas, the status, and the class of the object."""
+        """Return updates of the pictures, the tables, the status, and the class of the object."""
         threshold, opacity, pixel = self.read_look(look)
-        found = session.question
-        masks = found.masks(threshold)
-        image, small_masks, scale = objects.preview(session.image, masks)
-        picture = objects.picture(image, small_masks, found.clicks, opacity, scale)
-        rows = objects.areas(found, masks, self.pixel_size_of(session, pixel))
-        return [picture, self.table(found, rows), self.sentence(found), found.clicks.current.label]
+        results = session.question
+        clicks = results[0].clicks
+        shown_images = []
+        tables = []
+        for found in results:
+            masks = found.masks(threshold)
+            image, small_masks, scale = objects.preview(session.image, masks)
+            picture = objects.picture(image, small_masks, clicks, opacity, scale)
+            label = self.labels[self.models.index(found.loaded)]
+            shown_images.append(gr.Image(picture, label=label))
+            rows = objects.areas(found, masks, self.pixel_size_of(session, pixel))
+            tables.append(self.table(results[0], rows))
+
+        is_compared = len(results) > 1
+        if not is_compared:
+            shown_images.append(None)
+            tables.append("")
+        column = gr.Column(visible=is_compared)
+        return [*shown_images, *tables, column, self.sentence(results), clicks.current.label]
+
+    def no_change(self) -> list:
+        """Return updates of what `show` returns that change nothing."""
+        return [gr.skip()] * (2 * len(self.images) + 3)
 
     def redraw(self, request: gr.Request, *look) -> list:
         """Show the known result with other values of `look`."""
         session = self.session(request)
         if session is None or session.question is None:
-            return [gr.skip() for _ in range(4)]
+            return self.no_change()
         return self.show(session, look)
 
     def without_image(self) -> list:
         """Return updates that ask for an image."""
         status = drawing.status([NO_IMAGE], is_error=True)
-        return [None, "", status, gr.skip()]
+        return [*self.no_marks(None), status, gr.skip()]
 
-    def table(self, found: Objects, rows: list[dict]) -> str:
-        """Return the table of the objects' areas as HTML, "" without objects."""
+    def table(self, first: Objects, rows: list[dict]) -> str:
+        """Return the table of a model's areas as HTML, "" without objects.
+
+        first: of the first model. Its classes are those that the user has chosen from.
+        """
         if not rows:
             return ""
         names = []
-        for row in rows:
-            name = f"Object {row['object']}"
-            names.append(f"{name}: {row['class']}" if len(found.classes) > 1 else name)
+        for k in range(len(rows)):
+            name = f"Object {k + 1}"
+            names.append(f"{name}: {first.class_of(k)}" if len(first.classes) > 1 else name)
         colours = pictures.class_colours(len(rows))
         return drawing.area_table("Object", names, colours, rows)
 
-    def sentence(self, found: Objects) -> str:
+    def sentence(self, results: list[Objects]) -> str:
         """Return what to do next as HTML."""
-        clicks = found.clicks
+        clicks = results[0].clicks
         if clicks.message:
             return drawing.status([clicks.message])
         if not clicks.complete:
             return drawing.status([START])
         count = len(clicks.complete)
-        seconds = found.encoding_seconds + found.prompt_seconds
+        seconds = sum(found.encoding_seconds + found.prompt_seconds for found in results)
         noun = "object" if count == 1 else "objects"
-        device = found.loaded.device.type
+        device = results[0].loaded.device.type
         return drawing.status([f"{count} {noun} marked ({seconds:.2f} s on {device})."])
 
     def pixel_size_of(self, session: Session, pixel: float) -> tuple | None:
@@ -360,12 +403,12 @@ class BoxView:
     # --- files ---
 
     def found(self, request: gr.Request) -> tuple[Session, Objects, Path]:
-        """Return a browser's session, its objects, and a new folder for a file of them."""
+        """Return a session, the first model's objects, and a new folder for a file of them."""
         session = self.session(request)
-        if session is None or session.question is None or not session.question.clicks.complete:
+        if session is None or session.question is None or not self.clicks(session).complete:
             raise nothing_to_save()
         folder = self.settings.sessions.files_of(request.session_hash)
-        return session, session.question, folder
+        return session, session.question[0], folder
 
     def save_mask(self, request: gr.Request, *look) -> str:
         """Write the mask as predict.py does."""

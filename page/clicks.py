@@ -211,10 +211,11 @@ def draw_number(draw, clicked: ClickedObject, number: int, radius: int, colour, 
     else:
         x, y = to_preview_pixel(clicked.box[0], clicked.box[1], scale)
 
-    font = ImageFont.load_default(size=max(12, 2 * radius))
+    font = ImageFont.load_default(size=max(14, 3 * radius))
     text = f" {number} "
-    draw.rectangle(draw.textbbox((x, y), text, font), fill=colour)
-    draw.text((x, y), text, "black", font)
+    left, top, right, bottom = draw.textbbox((x, y), text, font)
+    draw.rectangle((left, y, right, bottom + top - y), fill=colour)
+    draw.text((x, y), text, "white", font, stroke_width=2, stroke_fill="black")
 
 
 def draw_point(draw, centre: tuple, radius: int, colour: tuple, is_inside: bool) -> None:

@@ -19,6 +19,7 @@ MODEL = dict(concurrency_id="model", concurrency_limit=1, **PRIVATE)
 # gradio refuses paths that were not uploaded.
 RAW = dict(preprocess=False)
 
+UPLOAD_HEIGHT = 108  # pixels: three lines of text
 # A click on the visible button makes the file; this then clicks the hidden link to it.
 CLICK = "() => {{ document.querySelector('#{id}').click() }}"
 
@@ -26,6 +27,14 @@ CLICK = "() => {{ document.querySelector('#{id}').click() }}"
 def number_or(value: float | None, default: float) -> float:
     """Return the value of a slider or a number, or the default if its field is empty."""
     return default if value is None else float(value)
+
+
+def share_or(value: float | None, default: float) -> float:
+    """Return the value of `share_slider`, or the default if its field is empty.
+
+    Its field can hold any number while it is typed; the result is between 0 and 1.
+    """
+    return min(max(number_or(value, default), 0.0), 1.0)
 
 
 def describe_failure(error: Exception, noun: str) -> str:
@@ -48,10 +57,27 @@ def list_files(files: FileList, noun: str, elem_id: str) -> gr.Dropdown:
     )
 
 
-def list_models(labels: list[str], elem_id: str) -> gr.Dropdown:
-    """Add the choice of a model, hidden if there is only one. Its value is an index."""
+def choose_models(labels: list[str], kind: str) -> tuple[gr.Dropdown, gr.Dropdown]:
+    """Add the choices of a model and of a second one, hidden if there is only one model.
+
+    Their values are indices, and -1 for no second model. Their ids are KIND-model and KIND-model-2.
+    """
     choices = [(label, index) for index, label in enumerate(labels)]
-    return gr.Dropdown(choices, value=0, label="Model", visible=len(labels) > 1, elem_id=elem_id)
+    with gr.Row(visible=len(labels) > 1):
+        first = gr.Dropdown(choices, value=0, label="Model", min_width=140, elem_id=f"{kind}-model")
+        second = gr.Dropdown(
+            [("none", -1), *choices],
+            value=-1,
+            label="Compare with",
+            min_width=140,
+            elem_id=f"{kind}-model-2",
+        )
+    return first, second
+
+
+def chosen_models(first: int, second: int) -> list[int]:
+    """Return the indices of the one or two models that `choose_models` names."""
+    return [first] if second in (-1, first) else [first, second]
 
 
 def share_slider(label: str, value: float, step: float, elem_id: str, visible=True) -> gr.Slider:
@@ -65,18 +91,25 @@ def share_slider(label: str, value: float, step: float, elem_id: str, visible=Tr
         label=label,
         elem_id=elem_id,
         visible=visible,
-        min_width=200,
+        min_width=240,  # label and number stand in one line
         buttons=[],
     )
+
+
+def pixel_size_field(kind: str) -> gr.Number:
+    """Add the field of the width and height of a pixel. Its id is KIND-pixel-size."""
+    return gr.Number(label="Pixel size in mm", value=0, min_width=140, elem_id=f"{kind}-pixel-size")
 
 
 class SaveButtons:
     """Buttons that make a file and let the browser save it."""
 
-    def __init__(self, kind: str, labels: dict[str, str]):
+    def __init__(self, kind: str, labels: dict[str, str], models: list):
         """Add a button for each {name: label}. Their ids are KIND-download-NAME."""
         self.buttons = {}
         self.links = {}
+        if len(models) > 1:
+            gr.HTML("<p>Saved files are those of the first model.</p>")
         with gr.Row():
             for name, label in labels.items():
                 elem_id = f"{kind}-download-{name}"

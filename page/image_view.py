@@ -21,26 +21,31 @@ from pathlib import Path
 import gradio as gr
 import numpy as np
 
-from engine import command_line
 from page import downloads, drawing, uploads
 from page.controls import (
     DISPLAY,
     MODEL,
     PRIVATE,
+    RAW,
+    UPLOAD_HEIGHT,
     SaveButtons,
+    choose_models,
+    chosen_models,
+    describe_failure,
     list_files,
     nothing_to_save,
+    number_or,
+    pixel_size_field,
+    share_or,
     share_slider,
 )
 from page.session import Answer, Session
 from page.settings import PageSettings, model_labels
 from prediction.models import LoadedModel
 
-LIMITS = (
-    "PNG, JPEG, TIFF and similar files, up to "
-    f"{uploads.MOST_BYTES / 2**20:.0f} MB and {uploads.MOST_PIXELS / 1e6:.0f} megapixels."
-)
+LIMITS = f"PNG, JPEG, TIFF and others, up to {uploads.MOST_PIXELS / 1e6:.0f} megapixels."
 NO_IMAGE = "Choose an image first (step 1)."
+SHORTEST_SECONDS = 0.005  # shorter times would be shown as 0.00 s
 
 
 class ImageView:
@@ -110,7 +115,7 @@ class ImageView:
                     self.run_label, variant="primary", elem_id=f"{self.kind}-run"
                 )
                 self.status = gr.HTML(elem_id=f"{self.kind}-status")
-            with gr.Column(scale=3, min_width=480):
+            with gr.Column(scale=4, min_width=480):
                 gr.HTML("<h3>3. Result</h3>")
                 self.build_results()
                 self.build_downloads()
@@ -122,7 +127,7 @@ class ImageView:
         self.upload = gr.File(
             label="Image file",
             show_label=False,
-            height=90,
+            height=UPLOAD_HEIGHT,
             elem_id=f"{self.kind}-upload",
             elem_classes="upload",
         )
@@ -140,23 +145,11 @@ class ImageView:
 
     def build_models(self) -> None:
         """Begin the second step with the choice of models, hidden if there is only one."""
-        choices = [(label, index) for index, label in enumerate(self.labels)]
-        has_choice = len(self.models) > 1
         heading = "<h3>2. What to find</h3>"
-        if not has_choice:
+        if len(self.models) == 1:
             heading += f"<p>Model: {html.escape(self.labels[0])}</p>"
         gr.HTML(heading)
-        with gr.Row(visible=has_choice):
-            self.first = gr.Dropdown(
-                choices, value=0, label="Model", min_width=150, elem_id=f"{self.kind}-model"
-            )
-            self.second = gr.Dropdown(
-                [("none", -1), *choices],
-                value=-1,
-                label="Compare with",
-                min_width=150,
-                elem_id=f"{self.kind}-model-2",
-            )
+        self.first, self.second = choose_models(self.labels, self.kind)
 
     def build_results(self) -> None:
         """Add the pictures, the tables of areas, and the controls of their display."""
@@ -169,7 +162,7 @@ class ImageView:
                         label="Result",
                         interactive=False,
                         format="png",
-                        height=400,
+                        height=360,
                         buttons=["fullscreen"],
                         elem_id=f"{self.kind}-result{ending}",
                     )
@@ -181,36 +174,26 @@ class ImageView:
         self.display = self.build_display()
         with gr.Row():
             self.threshold = share_slider(
-                "Mark pixels with a certainty above",
+                "Minimum certainty",
                 self.models[0].config.threshold,
                 0.01,
                 f"{self.kind}-threshold",
                 visible=self.has_threshold,
             )
-            self.opacity = share_slider(
-                "Strength of the colours", self.fill, 0.05, f"{self.kind}-opacity"
-            )
-        with gr.Row():
+            self.opacity = share_slider("Colour strength", self.fill, 0.05, f"{self.kind}-opacity")
             self.outline = gr.Checkbox(
-                self.has_outline, label="Draw outlines", elem_id=f"{self.kind}-outline"
+                self.has_outline,
+                label="Draw outlines",
+                min_width=140,
+                elem_id=f"{self.kind}-outline",
             )
-            self.pixel_size = gr.Number(
-                label="Size of a pixel in mm (0: unknown)",
-                value=0,
-                elem_id=f"{self.kind}-pixel-size",
-            )
+            self.pixel_size = pixel_size_field(self.kind)
         self.look = [self.threshold, self.opacity, self.outline, self.pixel_size]
 
     def build_downloads(self) -> None:
         """Add the buttons that save files."""
-        caption = "Files to save have the image's own size."
-        if len(self.models) > 1:
-            caption += " They are those of the first model."
-        gr.HTML(f"<p>{caption}</p>")
-        self.save_buttons = SaveButtons(
-            self.kind,
-            {"mask": "Save mask", "overlay": "Save picture", "table": "Save areas (CSV)"},
-        )
+        labels = {"mask": "Save mask", "overlay": "Save picture", "table": "Save areas"}
+        self.save_buttons = SaveButtons(self.kind, labels, self.models)
 
     # --- events ---
 
@@ -219,15 +202,15 @@ class ImageView:
         chosen = [self.upload, self.listing, self.image, self.note, self.pixel_size]
         shown = [*self.results, *self.tables, self.second_column, *self.display, self.status]
         self.upload.upload(self.open_upload, self.upload, [*chosen, *shown], **PRIVATE)
-        self.listing.input(self.open_listed, self.listing, [*chosen, *shown], **PRIVATE)
+        self.listing.input(self.open_listed, self.listing, [*chosen, *shown], **RAW, **PRIVATE)
 
         values = [self.first, self.second, *self.look, *self.questions]
-        self.run_button.click(self.run, values, shown, **MODEL)
-        self.first.input(self.default_threshold, self.first, self.threshold, **PRIVATE)
+        self.run_button.click(self.run, values, shown, **RAW, **MODEL)
+        self.first.input(self.default_threshold, self.first, self.threshold, **RAW, **PRIVATE)
 
         values = [*self.look, *self.display]
         changes = [control.change for control in values]
-        gr.on(changes, self.redraw, values, [*self.results, *self.tables], **DISPLAY)
+        gr.on(changes, self.redraw, values, [*self.results, *self.tables], **RAW, **DISPLAY)
         self.save_buttons.connect("mask", self.save_mask, values)
         self.save_buttons.connect("overlay", self.save_overlay, values)
         self.save_buttons.connect("table", self.save_table, values)
@@ -282,13 +265,13 @@ class ImageView:
 
         values: those of `look`, then those of the second step.
         """
-        look = values[: len(self.look)]
+        look = self.read_look(values)
         session = self.session(request)
         if session is None:
             return [*self.no_result(), drawing.status([NO_IMAGE], is_error=True)]
 
         session.question = None  # until it is answered
-        indices = [first] if second in (-1, first) else [first, second]
+        indices = chosen_models(first, second)
         sentences = []
         try:
             question = self.read_question(*values[len(self.look) :])
@@ -297,7 +280,7 @@ class ImageView:
                 sentences.append(self.duration(index, answers))
                 sentences += self.remarks(self.models[index], question)
         except (ValueError, MemoryError, RuntimeError) as error:
-            line = self.describe_error(error)
+            line = describe_failure(error, "image")
             return [*self.no_result(), drawing.status([line], is_error=True)]
 
         asked = (indices, question)
@@ -308,13 +291,14 @@ class ImageView:
         column = gr.Column(visible=len(indices) > 1)
         return [*updates, column, *display, drawing.status(sentences)]
 
-    def describe_error(self, error: Exception) -> str:
-        """Return a sentence about an error of a question or a model. Raises it if it is a bug."""
-        if command_line.is_out_of_memory(error):
-            return "This image does not fit into memory with this model; make it smaller."
-        if not isinstance(error, ValueError):
-            raise error
-        return str(error)
+    def read_look(self, values: tuple) -> tuple[float, float, bool, float]:
+        """Return threshold, opacity, outlines and pixel size, with which `values` begin.
+
+        Empty fields have the values of the start.
+        """
+        threshold, opacity, has_outline, pixel = values[: len(self.look)]
+        threshold = number_or(threshold, self.models[0].config.threshold)
+        return threshold, share_or(opacity, self.fill), has_outline, number_or(pixel, 0)
 
     def duration(self, index: int, answers: list[Answer]) -> str:
         """Return a sentence about the time that a model took, and where it ran."""
@@ -324,7 +308,7 @@ class ImageView:
         if not encoding and not prompts:
             return f"{label}: from memory."
         steps = []
-        if encoding:
+        if encoding >= SHORTEST_SECONDS:
             steps.append(f"image prepared in {encoding:.2f} s")
         steps.append(f"answered in {prompts:.2f} s")
         return f"{label}: {', '.join(steps)}."
@@ -336,7 +320,7 @@ class ImageView:
         threshold and pixel size.
         """
         threshold, _, _, pixel = look
-        pixel_size = (pixel, pixel) if pixel and pixel > 0 else session.pixel_size
+        pixel_size = (pixel, pixel) if pixel > 0 else session.pixel_size
         made_of = (asked, threshold, pixel_size)
         latest = session.latest
         if latest is not None and latest[0] == made_of:
@@ -382,7 +366,7 @@ class ImageView:
         if session is None or session.question is None:
             return [gr.skip() for _ in range(4)]
         asked = session.question
-        look = values[: len(self.look)]
+        look = self.read_look(values)
         results = self.results_of(session, asked, look)
         return self.show(session, asked[0], results, look, values[len(self.look) :])
 
@@ -402,14 +386,14 @@ class ImageView:
 
     def save_overlay(self, request: gr.Request, *values) -> str:
         """Write the picture of the result, at the size of the image."""
-        look = values[: len(self.look)]
+        _, opacity, has_outline, _ = self.read_look(values)
         display = values[len(self.look) :]
 
         def write(session: Session, result: downloads.Result, folder: Path) -> Path:
             is_shown = self.shown_masks(result, *display)
             colours = np.array(drawing.colours_of(len(result.names)))[is_shown]
             masks = result.masks[is_shown]
-            picture = drawing.draw(session.image, masks, colours, look[1], look[2])
+            picture = drawing.draw(session.image, masks, colours, opacity, has_outline)
             return downloads.write_overlay(session, picture, folder)
 
         return self.save(request, values, write)
@@ -419,6 +403,6 @@ class ImageView:
         session = self.session(request)
         if session is None or session.question is None:
             raise nothing_to_save()
-        result = self.results_of(session, session.question, values[: len(self.look)])[0]
+        result = self.results_of(session, session.question, self.read_look(values))[0]
         folder = self.settings.sessions.files_of(request.session_hash)
         return str(write(session, result, folder))

@@ -6,7 +6,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +18,22 @@ from prediction.models import LoadedModel
 
 MODELS = threading.Lock()  # held during a forward pass: one at a time uses all cores best
 MOST_SESSIONS = 16  # images in memory, over all browsers
+MOST_MEMORY = 4 * 2**30  # bytes of all sessions, beside the latest
 MOST_BYTES = 512 * 2**20  # of the probabilities of a session, beside the latest
 LARGEST_ANSWER = 2 * 2**30  # bytes of the probabilities of one image
+
+
+def bytes_of(value) -> int:
+    """Return the bytes of all arrays and tensors in nested dicts, sequences and dataclasses."""
+    if isinstance(value, np.ndarray | torch.Tensor):
+        return value.nbytes
+    if is_dataclass(value):
+        value = vars(value)
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        return sum(map(bytes_of, value))
+    return 0
 
 
 @dataclass(frozen=True)
@@ -51,6 +65,12 @@ class Session:
         self.lock = threading.Lock()  # guards the two caches
         self.items = {}  # id of a model -> item with the image and its features
         self.answers = OrderedDict()  # (id of a model, key of a prompt) -> Answer, the latest last
+
+    @property
+    def nbytes(self) -> int:
+        """Return the memory that the session takes."""
+        with self.lock:
+            return bytes_of([self.image, self.items, self.answers, self.latest])
 
     def predict(self, loaded: LoadedModel, key: Hashable, tensors: dict) -> Answer:
         """Return a model's answer to a prompt, from memory if it was computed before.
@@ -105,7 +125,8 @@ class Session:
         sample = image_sample(self.image, Path(self.name), (), colours=colours)
         item = loaded.recipe.inputs(sample, train=False, rng=None)
         item |= loaded.recipe.encode(loaded.model, item)
-        self.items[id(loaded)] = item
+        with self.lock:
+            self.items[id(loaded)] = item
         return item
 
     def drop_oldest_answers(self) -> None:
@@ -117,12 +138,20 @@ class Session:
 
 
 class Sessions:
-    """The sessions of all browsers, by browser and view. Those used longest ago are removed."""
+    """The sessions of all browsers, by browser and view. Those used longest ago are removed.
 
-    def __init__(self, folder: Path, limit: int = MOST_SESSIONS):
-        """Start without sessions. folder: for the files that are made for browsers."""
+    A session has `nbytes`, which grows with every result.
+    """
+
+    def __init__(self, folder: Path, limit: int = MOST_SESSIONS, most_memory: int = MOST_MEMORY):
+        """Start without sessions.
+
+        folder: for the files that are made for browsers. limit: of their number. most_memory: bytes
+        of all together.
+        """
         self.folder = folder
         self.limit = limit
+        self.most_memory = most_memory
         self.lock = threading.Lock()
         self.sessions = OrderedDict()  # (browser, view) -> session, the latest last
         self.folders = {}  # browser -> folder of its files
@@ -132,8 +161,7 @@ class Sessions:
         with self.lock:
             self.sessions[browser, view] = session
             self.sessions.move_to_end((browser, view))
-            while len(self.sessions) > self.limit:
-                self.sessions.popitem(last=False)
+            self.drop_oldest()
 
     def get(self, browser: str, view: str):
         """Return the session of a browser's view, None if there is none (any more)."""
@@ -141,7 +169,16 @@ class Sessions:
             session = self.sessions.get((browser, view))
             if session is not None:
                 self.sessions.move_to_end((browser, view))
+                self.drop_oldest()  # results have been added since the last time
         return session
+
+    def drop_oldest(self) -> None:
+        """Remove the sessions used longest ago until the others fit; the latest one stays."""
+        while len(self.sessions) > 1:
+            total = sum(session.nbytes for session in self.sessions.values())
+            if len(self.sessions) <= self.limit and total <= self.most_memory:
+                return
+            self.sessions.popitem(last=False)
 
     def drop(self, browser: str, view: str) -> None:
         """Remove the session of a browser's view, if there is one."""

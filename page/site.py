@@ -37,6 +37,7 @@ p.error { color: #b00020; font-weight: 600; }
 .prose table, .prose tbody, .prose tr, .prose td, .prose th { border: 0 !important; }
 .prose td, .prose th { text-align: left; padding: 0.1em 0.6em 0.1em 0 !important; }
 .upload svg { display: none; }
+input:checked:hover { background-color: var(--checkbox-background-color-selected) !important; }
 .slice .image-container { background: black; }
 """
 

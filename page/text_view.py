@@ -27,7 +27,7 @@ class TextView(ImageView):
     def build_question(self) -> list:
         """Add the box for phrases."""
         self.phrases = gr.Textbox(
-            label="Describe it in a few words. Several things: one per line",
+            label="Describe it in a few words, one thing per line",
             placeholder="for example: one small pink polyp",
             lines=3,
             max_lines=MOST_PHRASES,

@@ -1,4 +1,4 @@
-"""A volume that a browser has chosen: what is shown of it, its prediction, and the files of both.
+"""A volume that a browser has chosen: what is shown of it, its predictions, and their files.
 
 Memory holds what slices are drawn from: two bytes for each voxel of the volume, and one for each of
 its masks. Probabilities wait in a file. Saved files are those of predict.py: the same voxels,
@@ -7,6 +7,7 @@ columns and numbers.
 
 import contextlib
 import io
+import tempfile
 import time
 import zipfile
 from pathlib import Path
@@ -19,7 +20,7 @@ from PIL import Image
 from engine.measurement_table import MEASUREMENTS, MeasurementTable
 from imaging import measurements, nifti, pictures, volumes
 from page import slices, uploads
-from page.session import MODELS
+from page.session import MODELS, bytes_of
 from page.slices import PLANES, LabelMasks, ThresholdMasks
 from prediction.inputs import group_channels
 from prediction.volumes import VolumePredictor, class_endings
@@ -58,7 +59,13 @@ class Volume:
         else:
             self.values = slices.sixteen_bits(image[0])  # (X,Y,Z)
         self.windows = self.find_windows()
-        self.prediction = None  # VolumePrediction, once there is one
+        self.predictions = []  # of one or two models, once there are any
+
+    @property
+    def nbytes(self) -> int:
+        """Return the memory that the volume and its predictions take."""
+        masks = [vars(prediction.masks) for prediction in self.predictions]
+        return bytes_of([self.values, masks])
 
     def find_windows(self) -> dict[str, tuple[float, float]]:
         """Return the names of the windows to choose from, with the values of black and white."""
@@ -81,18 +88,18 @@ class Volume:
         return f"{text}."
 
     def best_voxel(self, threshold: float) -> tuple[int, ...]:
-        """Return the voxel whose planes show most of the prediction, else the middle."""
-        masks = () if self.prediction is None else self.prediction.masks.volumes(threshold)
+        """Return the voxel whose planes show most of the first prediction, else the middle."""
+        masks = self.predictions[0].masks.volumes(threshold) if self.predictions else ()
         return pictures.central_voxel(masks, self.grid.size)
 
     def picture(
-        self, name: str, index: int, limits: tuple, shown: list[int], opacity: float, threshold
+        self, name: str, index: int, limits: tuple, prediction, shown, opacity: float, threshold
     ) -> np.ndarray:
-        """Return a slice with the masks of the prediction drawn on, uint8 (h,w,3).
+        """Return a slice with the masks of a prediction drawn on, uint8 (h,w,3).
 
         name: of the plane. index: of the slice, from 0; beyond the last one, the last. limits:
-        values of black and white. shown: indices of the classes to draw, from 0. opacity,
-        threshold: 0..1.
+        values of black and white. prediction: VolumePrediction, or None. shown: names of the
+        classes to draw. opacity, threshold: 0..1.
         """
         plane = PLANES[name]
         index = min(max(index, 0), self.grid.size[plane.axis] - 1)
@@ -100,10 +107,10 @@ class Volume:
         grey = slices.grey_levels(values, limits)
         masks = np.zeros((0, *grey.shape), bool)
         colours = []
-        if self.prediction is not None:
-            shown = [k for k in shown if k < len(self.prediction.classes)]
-            masks = self.prediction.masks.slices(plane, index, threshold, shown)
-            colours = [self.prediction.colours[k] for k in shown]
+        if prediction is not None:
+            indices = [k for k, name in enumerate(prediction.classes) if name in shown]
+            masks = prediction.masks.slices(plane, index, threshold, indices)
+            colours = [prediction.colours[k] for k in indices]
 
         size = slices.picture_size(plane, self.grid.size, self.grid.spacing)
         drawn = slices.draw_slice(grey, masks, colours, opacity, size)
@@ -176,7 +183,9 @@ class VolumePrediction:
         del images, image
 
         self.predictor = predictor
-        self.volume = volume
+        self.name = volume.name
+        self.paths = volume.paths
+        self.grid = grid
         self.has_threshold = config.overlapping or config.num_classes == 1
         self.classes = predictor.classes[1:]
         self.colours = pictures.class_colours(len(self.classes))
@@ -190,13 +199,14 @@ class VolumePrediction:
             (labels,) = predictor.label_maps(probabilities, grid, config.threshold)
             self.masks = LabelMasks(labels, predictor.labels[1:])
             probabilities = probabilities.amax(0, keepdim=True)  # those of the classes in `labels`
-        self.file = volume.folder / "probabilities.npy"
-        np.save(self.file, probabilities.numpy())
+        self.shape = tuple(probabilities.shape)
+        self.file = tempfile.TemporaryFile(dir=volume.folder)  # noqa: SIM115 it lives as long
+        probabilities.numpy().tofile(self.file)
         self.seconds = time.perf_counter() - start
 
     def millilitres(self, threshold: float) -> list[float]:
         """Return the volume of each class in ml."""
-        voxel_ml = abs(np.linalg.det(self.volume.grid.affine[:3, :3])) / 1000
+        voxel_ml = abs(np.linalg.det(self.grid.affine[:3, :3])) / 1000
         return [count * voxel_ml for count in self.masks.counts(threshold)]
 
     def probabilities(self) -> torch.Tensor:
@@ -204,15 +214,15 @@ class VolumePrediction:
 
         Those of classes that do not overlap are right where the class is the most probable.
         """
-        stored = torch.from_numpy(np.load(self.file, mmap_mode="c"))
-        return stored.expand(len(self.classes), -1, -1, -1)
+        stored = np.memmap(self.file, np.float32, "c", shape=self.shape)
+        return torch.from_numpy(stored).expand(len(self.classes), -1, -1, -1)
 
     def label_maps(self, threshold: float) -> np.ndarray:
         """Return the label maps as predict.py writes them, uint8 (n,X,Y,Z)."""
         if not self.has_threshold:
             return self.masks.labels[None]
         exact = float(self.masks.steps[self.masks.step(threshold)])
-        return self.predictor.label_maps(self.probabilities(), self.volume.grid, exact)
+        return self.predictor.label_maps(self.probabilities(), self.grid, exact)
 
 
 # --- files ----------------------------------------------------------------------------------------
@@ -221,20 +231,19 @@ class VolumePrediction:
 def write_label_maps(prediction: VolumePrediction, threshold: float, folder: Path) -> Path:
     """Write the label map, or a ZIP file of one for each overlapping class. Return the file."""
     maps = prediction.label_maps(threshold)
-    volume = prediction.volume
     endings = [""]
     if prediction.predictor.config.overlapping:
         endings = class_endings(prediction.classes)
 
     paths = []
     for ending, label_map in zip(endings, maps, strict=True):
-        path = folder / f"{volume.name}{ending}.nii.gz"
-        nifti.write(path, volume=label_map, grid=volume.grid)
+        path = folder / f"{prediction.name}{ending}.nii.gz"
+        nifti.write(path, volume=label_map, grid=prediction.grid)
         paths.append(path)
     if len(paths) == 1:
         return paths[0]
 
-    archive_path = folder / f"{volume.name}_masks.zip"
+    archive_path = folder / f"{prediction.name}_masks.zip"
     with zipfile.ZipFile(archive_path, "w") as archive:  # the files are compressed already
         for path in paths:
             archive.write(path, path.name)
@@ -245,22 +254,21 @@ def write_label_maps(prediction: VolumePrediction, threshold: float, folder: Pat
 def write_measurements(prediction: VolumePrediction, threshold: float, folder: Path) -> Path:
     """Write measurements.csv. Return the file."""
     predictor = prediction.predictor
-    volume = prediction.volume
-    images, grid = read_silently(predictor, volume.paths)
+    images, grid = read_silently(predictor, prediction.paths)
     image = predictor.first_image(images)
     maps = prediction.label_maps(threshold)
     rows = predictor.measure(maps, prediction.probabilities(), image[0], grid)
 
     path = folder / MEASUREMENTS
     table = MeasurementTable(path, measurements.VOLUME_COLUMNS, tuple(prediction.classes))
-    table.add(volume.name, rows)
-    table.write([volume.name])
+    table.add(prediction.name, rows)
+    table.write([prediction.name])
     return path
 
 
-def write_picture(volume: Volume, planes: list[np.ndarray], folder: Path) -> Path:
-    """Write pictures of planes, uint8 (h,w,3), side by side into one file. Return it."""
+def write_picture(name: str, planes: list[np.ndarray], folder: Path) -> Path:
+    """Write pictures of planes, uint8 (h,w,3), side by side into NAME_overlay.png. Return it."""
     picture = Image.fromarray(slices.side_by_side(planes))
-    path = folder / f"{volume.name}_overlay.png"
+    path = folder / f"{name}_overlay.png"
     pictures.save_picture(path, picture)
     return path

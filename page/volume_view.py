@@ -3,13 +3,18 @@
 The elements have these ids; PLANE is axial, coronal or sagittal:
 
 volumes-upload        drop area for files         volumes-list      list of files, if there are any
-volumes-note          name and size, or an error  volumes-model     visible if there are several
+volumes-note          name and size, or an error
+volumes-model         first model                 volumes-model-2   second model, to compare with
 volumes-run           button that starts          volumes-status    progress, or an error
-volumes-PLANE         picture of a slice          volumes-slice-PLANE   slider of its number, from 1
+volumes-PLANE         picture of a slice          volumes-PLANE-2   the same with the second model
+volumes-slice-PLANE   slider of its number, from 1
 volumes-window        grey levels by name         volumes-level, volumes-width   sliders, for CT
-volumes-shown         structures that are drawn   volumes-table     colours and volumes in ml
+volumes-shown         structures that are drawn
+volumes-table         colours and volumes in ml   volumes-table-2   of the second model
 volumes-opacity       slider                      volumes-threshold     slider, if it has an effect
 volumes-download-mask, -overlay, -table   buttons
+
+All but the first two steps is hidden until a volume is chosen.
 """
 
 import html
@@ -24,12 +29,15 @@ from page.controls import (
     MODEL,
     PRIVATE,
     RAW,
+    UPLOAD_HEIGHT,
     SaveButtons,
+    choose_models,
+    chosen_models,
     describe_failure,
     list_files,
-    list_models,
     nothing_to_save,
     number_or,
+    share_or,
     share_slider,
 )
 from page.settings import PageSettings, model_labels
@@ -55,8 +63,6 @@ SLIDERS = {
 }
 OPACITY = 0.4  # of the masks, at the start
 FIRST_WINDOW = "Soft tissue"
-
-
 REDRAW = DISPLAY | RAW
 
 
@@ -78,12 +84,13 @@ class VolumeView:
                 self.build_volume()
             with gr.Column(min_width=320):
                 self.build_run()
-        self.build_planes()
-        with gr.Row():
-            with gr.Column(min_width=320):
-                self.build_display()
-            with gr.Column(min_width=320):
-                self.build_result()
+        with gr.Column(visible=False) as self.viewer:
+            self.build_viewer()
+            with gr.Row():
+                with gr.Column(min_width=320):
+                    self.build_display()
+                with gr.Column(min_width=320):
+                    self.build_result()
         self.connect()
 
     def build_volume(self) -> None:
@@ -94,7 +101,7 @@ class VolumeView:
                 label="Files of one volume",
                 show_label=False,
                 file_count="multiple",
-                height=90,
+                height=UPLOAD_HEIGHT,
                 min_width=200,
                 elem_id=f"{KIND}-upload",
                 elem_classes="upload",
@@ -105,42 +112,53 @@ class VolumeView:
     def build_run(self) -> None:
         """Add the second step: the model."""
         gr.HTML("<h3>2. What to find</h3>")
-        self.model = list_models(self.labels, f"{KIND}-model")
-        self.finds = gr.HTML(self.describe_model(0))
+        self.first, self.second = choose_models(self.labels, KIND)
+        self.finds = gr.HTML(self.describe_models(0, -1))
         self.run_button = gr.Button("Find the structures", variant="primary", elem_id=f"{KIND}-run")
         self.status = gr.HTML(elem_id=f"{KIND}-status")
 
-    def build_planes(self) -> None:
-        """Add the third step: the three planes."""
+    def build_viewer(self) -> None:
+        """Add the third step: the three planes, and those of a second model below them."""
         gr.HTML(
             "<h3>3. Look at it</h3><p>The patient's left (L) is on the right of the picture, as "
             "radiologists look at it. R right, A front, P back, S head, I feet. A click into a "
             "slice moves the other two to this place.</p>"
         )
-        self.planes = {}
         self.sliders = {}
         with gr.Row():
             for name in PLANES:
-                with gr.Column(min_width=260):
-                    self.planes[name] = gr.Image(
-                        show_label=False,
-                        interactive=False,
-                        format="jpeg",
-                        height=340,
-                        buttons=["fullscreen"],
-                        elem_id=f"{KIND}-{name}",
-                        elem_classes="slice",
-                    )
-                    self.sliders[name] = gr.Slider(
-                        1,
-                        2,
-                        value=1,
-                        step=1,
-                        label=SLIDERS[name],
-                        buttons=[],
-                        interactive=True,
-                        elem_id=f"{KIND}-slice-{name}",
-                    )
+                self.sliders[name] = gr.Slider(
+                    1,
+                    2,
+                    value=1,
+                    step=1,
+                    label=SLIDERS[name],
+                    buttons=[],
+                    min_width=260,
+                    interactive=True,
+                    elem_id=f"{KIND}-slice-{name}",
+                )
+        self.planes = self.build_planes("")
+        with gr.Column(visible=False) as self.second_row:
+            self.second_planes = self.build_planes("-2")
+
+    def build_planes(self, ending: str) -> dict[str, gr.Image]:
+        """Add a row of the three planes. ending: of their ids."""
+        planes = {}
+        with gr.Row():
+            for name in PLANES:
+                planes[name] = gr.Image(
+                    label=self.labels[0],
+                    show_label=len(self.models) > 1,
+                    interactive=False,
+                    format="jpeg",
+                    height=340,
+                    min_width=260,
+                    buttons=["fullscreen"],
+                    elem_id=f"{KIND}-{name}{ending}",
+                    elem_classes="slice",
+                )
+        return planes
 
     def build_display(self) -> None:
         """Add the controls of the display."""
@@ -161,9 +179,9 @@ class VolumeView:
                 min_width=140, elem_id=f"{KIND}-width",
             )  # fmt: skip
         with gr.Row():
-            self.opacity = share_slider("Strength of the colours", OPACITY, 0.05, f"{KIND}-opacity")
+            self.opacity = share_slider("Colour strength", OPACITY, 0.05, f"{KIND}-opacity")
             self.threshold = share_slider(
-                "Mark voxels with a certainty above",
+                "Minimum certainty",
                 self.models[0].config.threshold,
                 0.01,
                 f"{KIND}-threshold",
@@ -173,35 +191,40 @@ class VolumeView:
     def build_result(self) -> None:
         """Add the structures, and the buttons that save files."""
         self.shown = gr.CheckboxGroup([], label="Show", visible=False, elem_id=f"{KIND}-shown")
-        self.table = gr.HTML(elem_id=f"{KIND}-table")
-        self.save_buttons = SaveButtons(
-            KIND,
-            {"mask": "Save mask (NIfTI)", "overlay": "Save picture", "table": "Save volumes (CSV)"},
-        )
+        self.tables = [gr.HTML(elem_id=f"{KIND}-table"), gr.HTML(elem_id=f"{KIND}-table-2")]
+        labels = {"mask": "Save mask", "overlay": "Save picture", "table": "Save volumes"}
+        self.save_buttons = SaveButtons(KIND, labels, self.models)
 
-    def describe_model(self, index: int) -> str:
-        """Return what a model finds, as HTML."""
-        names = ", ".join(self.predictors[index].classes[1:])
-        return f"<p>{html.escape(self.labels[index])} finds: {html.escape(names)}.</p>"
+    def describe_models(self, first: int, second: int) -> str:
+        """Return what one or two models find, as HTML."""
+        lines = []
+        for index in chosen_models(first, second):
+            names = ", ".join(self.predictors[index].classes[1:])
+            lines.append(drawing.status([f"{self.labels[index]} finds: {names}."]))
+        return "".join(lines)
 
     # --- events ---
 
     def connect(self) -> None:
         """Connect the controls with the functions below."""
-        planes = [*self.planes.values()]
+        self.pictures = [*self.planes.values(), *self.second_planes.values()]
         sliders = [*self.sliders.values()]
         look = [self.window, self.level, self.width, self.shown, self.opacity, self.threshold]
-        result = [self.shown, self.threshold, self.table, self.status]
+        shown = [*sliders, *look]
         windows = [self.window, self.hounsfield, self.level, self.width]
-        chosen = [self.upload, self.listing, self.note, *sliders, *planes, *windows, *result]
-        self.upload.upload(self.open_upload, [self.upload, self.model], chosen, **PRIVATE)
-        self.listing.input(self.open_listed, [self.listing, self.model], chosen, **RAW, **PRIVATE)
+        result = [*sliders, *self.pictures, self.second_row, self.shown, self.threshold]
+        result += [*self.tables, self.status]
+        chosen = [self.upload, self.listing, self.note, self.viewer, *windows, *result]
+        self.upload.upload(self.open_upload, [self.upload, self.first], chosen, **PRIVATE)
+        self.listing.input(self.open_listed, [self.listing, self.first], chosen, **RAW, **PRIVATE)
 
-        self.model.input(self.describe_model, self.model, self.finds, **RAW, **PRIVATE)
+        models = [self.first, self.second]
+        for choice in models:
+            choice.input(self.describe_models, models, self.finds, **RAW, **PRIVATE)
         self.run_button.click(
             self.run,
-            [self.model, *look],
-            [*sliders, *planes, *result],
+            [*models, *shown],
+            result,
             show_progress_on=self.status,
             **RAW,
             **MODEL,
@@ -212,17 +235,18 @@ class VolumeView:
             "axial": self.move_axial, "coronal": self.move_coronal, "sagittal": self.move_sagittal,
         }  # fmt: skip
         for name, slider in self.sliders.items():
-            plane = self.planes[name]
-            slider.input(draw[name], [slider, *look], plane, **REDRAW)
-            plane.select(move[name], [*sliders, *look], [*sliders, *planes], **REDRAW)
+            planes = [self.planes[name], self.second_planes[name]]
+            slider.input(draw[name], [slider, *look], planes, **REDRAW)
+            for plane in planes:
+                plane.select(move[name], shown, [*sliders, *self.pictures], **REDRAW)
         self.window.input(
-            self.use_window, [*sliders, *look], [self.level, self.width, *planes], **REDRAW
+            self.use_window, shown, [self.level, self.width, *self.pictures], **REDRAW
         )
         for control in (self.level, self.width):
-            control.input(self.use_levels, [*sliders, *look], [self.window, *planes], **REDRAW)
+            control.input(self.use_levels, shown, [self.window, *self.pictures], **REDRAW)
         for control in (self.shown, self.opacity):
-            control.input(self.draw_all, [*sliders, *look], planes, **REDRAW)
-        self.threshold.input(self.use_threshold, [*sliders, *look], [self.table, *planes], **REDRAW)
+            control.input(self.draw_all, shown, self.pictures, **REDRAW)
+        self.threshold.input(self.use_threshold, shown, [*self.tables, *self.pictures], **REDRAW)
 
         self.save_buttons.connect("mask", self.save_mask, [self.threshold])
         self.save_buttons.connect("overlay", self.save_picture, [*sliders, *look])
@@ -273,13 +297,10 @@ class VolumeView:
 
         self.settings.sessions.put(request.session_hash, KIND, volume)
         voxel = volume.best_voxel(0.5)
+        numbers = [voxel[plane.axis] + 1 for plane in PLANES.values()]
         window = next(iter(volume.windows))
-        limits = volume.windows[window]
-        planes = []
-        for plane_name, plane in PLANES.items():
-            index = voxel[plane.axis]
-            planes.append(volume.picture(plane_name, index, limits, [], 0, 0.5))
         level, width = slices.CT_WINDOWS[FIRST_WINDOW]
+        drawn = self.draw_rows(volume, (*numbers, window, level, width, [], OPACITY, None))
         windows = [
             gr.Radio([*volume.windows], value=window),
             gr.Row(visible=volume.is_ct),
@@ -289,17 +310,18 @@ class VolumeView:
         note = drawing.status([volume.describe(), *notes])
         listing = gr.skip() if is_listed else None
         return [
-            None, listing, note, *self.slider_updates(volume, voxel), *planes, *windows,
+            None, listing, note, gr.Column(visible=True), *windows,
+            *self.slider_updates(volume, voxel), *self.labelled(drawn, [name]),
             *self.no_result(), "",
         ]  # fmt: skip
 
     def no_volume(self, error: ValueError) -> list:
         """Return updates that show why there is no volume."""
         note = drawing.status([str(error)], is_error=True)
-        nothing = [gr.skip()] * len(PLANES)
-        empty = [None] * len(PLANES)
-        windows = [gr.skip()] * 4
-        return [None, None, note, *nothing, *empty, *windows, *self.no_result(), ""]
+        unchanged = [gr.skip()] * (4 + len(PLANES))  # windows and sliders
+        pictures = [None] * len(self.pictures)
+        viewer = gr.Column(visible=False)
+        return [None, None, note, viewer, *unchanged, *pictures, *self.no_result(), ""]
 
     def slider_updates(self, volume: Volume, voxel: tuple[int, ...]) -> list:
         """Return updates of the sliders for the planes through a voxel."""
@@ -309,58 +331,113 @@ class VolumeView:
             updates.append(gr.Slider(1, max(2, count), value=voxel[plane.axis] + 1))
         return updates
 
+    def labelled(self, drawn: list, labels: list[str]) -> list:
+        """Return updates of the pictures with a label for each row; one label is for both."""
+        updates = []
+        for k, picture in enumerate(drawn):
+            label = labels[0] if k < len(PLANES) else labels[-1]
+            updates.append(gr.Image(picture, label=label))
+        return updates
+
     # --- predictions ---
 
     def run(
         self,
         request: gr.Request,
-        model: int,
-        *look,
+        first: int,
+        second: int,
+        *values,
         progress=gr.Progress(track_tqdm=True),  # noqa: B008
     ) -> list:
-        """Find the structures. Return updates of the sliders, the planes and the result."""
-        volume = self.volume(request)
-        if volume is None:
-            return self.without_prediction(NO_VOLUME)
-        try:
-            volume.prediction = VolumePrediction(self.predictors[model], volume)
-        except (ValueError, OSError, MemoryError, RuntimeError) as error:
-            line = describe_failure(error, "volume")
-            return self.without_prediction(uploads.sentence(ValueError(line), volume.paths[0]))
+        """Find the structures with one or two models. Return updates of all that is shown.
 
-        prediction = volume.prediction
-        threshold = self.models[model].config.threshold
+        values: of the sliders and of the display.
+        """
+        volume = self.volume(request)
+        indices = chosen_models(first, second)
+        if volume is None:
+            return self.without_prediction([gr.skip()] * len(self.pictures), NO_VOLUME)
+        try:
+            volume.predictions, sentences = self.predict(volume, indices)
+        except (ValueError, OSError, MemoryError, RuntimeError) as error:
+            volume.predictions = []
+            pictures = self.labelled(self.draw_rows(volume, values), [volume.name])
+            line = ValueError(describe_failure(error, "volume"))
+            return self.without_prediction(pictures, uploads.sentence(line, volume.paths[0]))
+
+        predictions = volume.predictions
+        threshold = self.models[first].config.threshold
+        names = {}  # a dict keeps the order
+        for prediction in predictions:
+            names |= dict.fromkeys(prediction.classes)
         voxel = volume.best_voxel(threshold)
-        choices = [(name, k) for k, name in enumerate(prediction.classes)]
-        shown = [*range(len(choices))]
-        window, level, width, _, opacity, _ = look
         numbers = [voxel[plane.axis] + 1 for plane in PLANES.values()]
-        values = (*numbers, window, level, width, shown, opacity, threshold)
-        sentences = [f"Done in {prediction.seconds:.1f} s on {self.models[model].device.type}."]
-        if not prediction.fits_model:
-            sentences.append(NOT_HU)
+        window, level, width, _, opacity, _ = values[len(PLANES) :]
+        look = (window, level, width, [*names], opacity, threshold)
+        drawn = self.draw_rows(volume, (*numbers, *look))
+        labels = [self.labels[index] for index in indices]
+        has_threshold = any(prediction.has_threshold for prediction in predictions)
+        fits = all(prediction.fits_model for prediction in predictions)
         return [
             *self.slider_updates(volume, voxel),
-            *self.draw_all(request, *values),
-            gr.CheckboxGroup(choices, value=shown, visible=len(choices) > 1),
-            gr.Slider(value=threshold, visible=prediction.has_threshold),
-            self.table_of(prediction, threshold),
-            drawing.status(sentences, is_error=not prediction.fits_model),
+            *self.labelled(drawn, labels),
+            gr.Column(visible=len(predictions) > 1),
+            gr.CheckboxGroup([*names], value=[*names], visible=len(names) > 1),
+            gr.Slider(value=threshold, visible=has_threshold),
+            *self.tables_of(predictions, threshold),
+            drawing.status(sentences, is_error=not fits),
         ]
 
-    def without_prediction(self, sentence: str) -> list:
-        """Return updates that show why there is no prediction."""
-        unchanged = [gr.skip()] * (2 * len(PLANES))
-        return [*unchanged, *self.no_result(), drawing.status([sentence], is_error=True)]
+    def predict(self, volume: Volume, indices: list[int]) -> tuple[list[VolumePrediction], list]:
+        """Return the predictions of models, and sentences about them. indices: of the models.
+
+        A prediction that is shown already is not computed again.
+        """
+        known = {prediction.predictor: prediction for prediction in volume.predictions}
+        predictions = []
+        sentences = []
+        for index in indices:
+            predictor = self.predictors[index]
+            if predictor in known:
+                prediction = known[predictor]
+                sentences.append(f"{self.labels[index]}: from memory.")
+            else:
+                prediction = VolumePrediction(predictor, volume)
+                device = self.models[index].device.type
+                sentences.append(
+                    f"{self.labels[index]}: done in {prediction.seconds:.1f} s on {device}."
+                )
+            if not prediction.fits_model:
+                sentences.append(NOT_HU)
+            predictions.append(prediction)
+        return predictions, sentences
+
+    def without_prediction(self, pictures: list, sentence: str) -> list:
+        """Return updates that show why there is no prediction. pictures: updates of theirs."""
+        unchanged = [gr.skip()] * len(PLANES)
+        status = drawing.status([sentence], is_error=True)
+        return [*unchanged, *pictures, *self.no_result(), status]
 
     def no_result(self) -> list:
         """Return updates that remove the structures."""
-        return [gr.CheckboxGroup([], value=[], visible=False), gr.Slider(visible=False), ""]
+        shown = gr.CheckboxGroup([], value=[], visible=False)
+        return [gr.Column(visible=False), shown, gr.Slider(visible=False), "", ""]
 
-    def table_of(self, prediction: VolumePrediction, threshold: float) -> str:
-        """Return the table of the structures as HTML."""
+    def tables_of(self, predictions: list[VolumePrediction], threshold: float) -> list[str]:
+        """Return the tables of one or two predictions as HTML; "" for a missing second."""
+        tables = []
+        for prediction in predictions:
+            title = "Structure"
+            if len(predictions) > 1:
+                title = self.labels[self.predictors.index(prediction.predictor)]
+            tables.append(self.table(prediction, threshold, title))
+        return tables if len(tables) > 1 else [*tables, ""]
+
+    def table(self, prediction: VolumePrediction, threshold: float, title: str) -> str:
+        """Return the table of the structures as HTML. title: of the column of names."""
         values = prediction.predictor.labels[1:]
-        lines = ["<table>", drawing.table_row("th", ["Structure", "Volume in ml", "Value in mask"])]
+        headings = [html.escape(title), "Volume in ml", "Value in mask"]
+        lines = ["<table>", drawing.table_row("th", headings)]
         rows = zip(
             prediction.classes,
             prediction.colours,
@@ -389,38 +466,51 @@ class VolumeView:
         first = next(iter(volume.windows))
         return volume.windows.get(window, volume.windows[first])
 
-    def draw(self, request: gr.Request, name: str, number: int | None, look: tuple):
-        """Return the picture of a slice, numbered from 1, or no update without a volume."""
-        volume = self.volume(request)
-        if volume is None:
-            return gr.skip()
+    def draw(self, volume: Volume, name: str, number: int | None, look: tuple) -> list:
+        """Return the pictures of a slice in both rows, uint8 (h,w,3); None for a missing second.
+
+        name: of the plane. number: of the slice, from 1. look: values of the display.
+        """
         window, level, width, shown, opacity, threshold = look
         index = int(number_or(number, 1)) - 1
         limits = self.limits(volume, window, level, width)
-        opacity = number_or(opacity, OPACITY)
-        return volume.picture(name, index, limits, shown, opacity, self.read_threshold(threshold))
+        opacity = share_or(opacity, OPACITY)
+        threshold = self.read_threshold(threshold)
+
+        drawn = []
+        for prediction in volume.predictions or [None]:
+            picture = volume.picture(name, index, limits, prediction, shown, opacity, threshold)
+            drawn.append(picture)
+        return drawn if len(drawn) > 1 else [*drawn, None]
+
+    def draw_plane(self, request: gr.Request, name: str, number: int | None, look: tuple) -> list:
+        """Return the pictures of a slice in both rows, or no updates without a volume."""
+        volume = self.volume(request)
+        if volume is None:
+            return [gr.skip(), gr.skip()]
+        return self.draw(volume, name, number, look)
 
     def read_threshold(self, threshold: float | None) -> float:
         """Return the threshold of the slider; that of the start if its field is empty."""
         return number_or(threshold, self.models[0].config.threshold)
 
     def axial(self, request: gr.Request, number, *look):
-        """Return the picture of an axial slice."""
-        return self.draw(request, "axial", number, look)
+        """Return the pictures of an axial slice."""
+        return self.draw_plane(request, "axial", number, look)
 
     def coronal(self, request: gr.Request, number, *look):
-        """Return the picture of a coronal slice."""
-        return self.draw(request, "coronal", number, look)
+        """Return the pictures of a coronal slice."""
+        return self.draw_plane(request, "coronal", number, look)
 
     def sagittal(self, request: gr.Request, number, *look):
-        """Return the picture of a sagittal slice."""
-        return self.draw(request, "sagittal", number, look)
+        """Return the pictures of a sagittal slice."""
+        return self.draw_plane(request, "sagittal", number, look)
 
     def move(self, request: gr.Request, event: gr.SelectData, name: str, values: tuple) -> list:
         """Return the sliders and the pictures for the voxel that was clicked in a plane."""
         volume = self.volume(request)
         if volume is None:
-            return [gr.skip()] * (2 * len(PLANES))
+            return [gr.skip()] * (len(PLANES) + len(self.pictures))
 
         size = volume.grid.size
         height, width = slices.picture_size(PLANES[name], size, volume.grid.spacing)
@@ -446,12 +536,27 @@ class VolumeView:
         return self.move(request, event, "sagittal", values)
 
     def draw_all(self, request: gr.Request, *values) -> list:
-        """Return the pictures of all planes. values: of the sliders and of the display."""
-        look = values[len(PLANES) :]
-        drawn = []
+        """Return the pictures of all planes in both rows, or no updates without a volume.
+
+        values: of the sliders and of the display.
+        """
+        volume = self.volume(request)
+        if volume is None:
+            return [gr.skip()] * len(self.pictures)
+        return self.draw_rows(volume, values)
+
+    def draw_rows(self, volume: Volume, values: tuple) -> list:
+        """Return the pictures of all planes, first the upper row; None for a missing second.
+
+        values: of the sliders and of the display.
+        """
+        above = []
+        below = []
         for name, number in zip(PLANES, values, strict=False):
-            drawn.append(self.draw(request, name, number, look))
-        return drawn
+            first, second = self.draw(volume, name, number, values[len(PLANES) :])
+            above.append(first)
+            below.append(second)
+        return [*above, *below]
 
     def use_window(self, request: gr.Request, *values) -> list:
         """Return level and width of a window that was chosen by name, and the pictures."""
@@ -466,21 +571,21 @@ class VolumeView:
         return [None, *self.draw_all(request, *values)]
 
     def use_threshold(self, request: gr.Request, *values) -> list:
-        """Return the table and the pictures at another threshold."""
+        """Return the tables and the pictures at another threshold."""
         volume = self.volume(request)
-        if volume is None or volume.prediction is None:
-            return [gr.skip()] * (1 + len(PLANES))
-        table = self.table_of(volume.prediction, self.read_threshold(values[-1]))
-        return [table, *self.draw_all(request, *values)]
+        if volume is None or not volume.predictions:
+            return [gr.skip()] * (len(self.tables) + len(self.pictures))
+        tables = self.tables_of(volume.predictions, self.read_threshold(values[-1]))
+        return [*tables, *self.draw_all(request, *values)]
 
     # --- files ---
 
     def found(self, request: gr.Request) -> tuple[VolumePrediction, Path]:
-        """Return a browser's prediction, and a new folder for a file of it."""
+        """Return the first model's prediction, and a new folder for a file of it."""
         volume = self.volume(request)
-        if volume is None or volume.prediction is None:
+        if volume is None or not volume.predictions:
             raise nothing_to_save()
-        return volume.prediction, self.settings.sessions.files_of(request.session_hash)
+        return volume.predictions[0], self.settings.sessions.files_of(request.session_hash)
 
     def save_mask(self, request: gr.Request, threshold: float | None) -> str:
         """Write the label map as predict.py does."""
@@ -498,8 +603,8 @@ class VolumeView:
     def save_picture(self, request: gr.Request, *values) -> str:
         """Write the planes as they are shown."""
         prediction, folder = self.found(request)
-        planes = self.draw_all(request, *values)
-        return str(volume_case.write_picture(prediction.volume, planes, folder))
+        planes = self.draw_all(request, *values)[: len(PLANES)]
+        return str(volume_case.write_picture(prediction.name, planes, folder))
 
 
 def build(models: list[LoadedModel], settings: PageSettings) -> None:

@@ -106,7 +106,7 @@ def png_without_pixels(width: int, height: int) -> bytes:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> dict[str, Path]:
-    """Run folders of a model of each kind, and of two that read text."""
+    """Run folders of models: two that read text, one with classes, two SAM, two for volumes."""
     folder = tmp_path_factory.mktemp("runs")
     words = randomised(cris.CRIS(cris.VARIANTS["mini"]))
     with torch.no_grad():  # the bias depends on the phrase alone: masks would be all or nothing
@@ -117,15 +117,22 @@ def runs(tmp_path_factory) -> dict[str, Path]:
         segformer.SegFormer(replace(segformer.VARIANTS["mini"], num_classes=3)),
     )
     boxes = randomised(sam_decoder.SAM(sam_decoder.VARIANTS["mini"]))
+    points = randomised(sam_decoder.SAM(sam_decoder.VARIANTS["mini"]))
+    with torch.no_grad():
+        for parameter in points.parameters():
+            parameter *= 1.1
     config = replace(
         swin_unetr3d.VARIANTS["mini"], image_size=(64, 32, 32), spacing=(4.0, 4.0, 4.0)
     )
-    volumes = randomised(swin_unetr3d.SwinUNETR(config))
+    organs = randomised(swin_unetr3d.SwinUNETR(config))
+    liver = randomised(swin_unetr3d.SwinUNETR(replace(config, num_classes=1)))
 
-    models = {"words": words, "other": other, "discs": classes, "boxes": boxes, "organs": volumes}
+    models = {"words": words, "other": other, "discs": classes}
+    models |= {"boxes": boxes, "points": points, "organs": organs, "liver": liver}
     more = {
         "discs": {"classes": ["background", "disc", "ring"]},
         "organs": {"classes": ["background", "liver", "spleen"], "options": {"overlap": 0.0}},
+        "liver": {"classes": ["liver"], "options": {"overlap": 0.0}},
     }
     paths = {}
     for name, model in models.items():
@@ -348,8 +355,14 @@ def has_colour(picture: np.ndarray, colour: tuple[int, int, int]) -> bool:
     return bool((picture == colour).all(-1).any())
 
 
-def set_number(page, element: str, value: float) -> None:
-    """Type the value of a slider."""
+def compare_with(page, kind: str, model: str) -> None:
+    """Choose the second model."""
+    page.locator(f"#{kind}-model-2 input").click()
+    page.get_by_role("option", name=model).click()
+
+
+def set_number(page, element: str, value: float | str) -> None:
+    """Type the value of a slider or a number; "" empties the field."""
     field = page.locator(f"#{element} input[type=number]")
     field.fill(str(value))
     field.press("Tab")
@@ -422,8 +435,7 @@ def test_phrases_have_colours_and_the_threshold_needs_no_model(page, tmp_path):
 def test_two_models_stand_side_by_side(page, runs, tmp_path, monkeypatch, capsys):
     photo = save_image(tmp_path / "photo.png", draw_discs())
     upload(page, "text", photo)
-    page.locator("#text-model-2 input").click()
-    page.get_by_role("option", name="other (CLIPSeg)").click()
+    compare_with(page, "text", "other (CLIPSeg)")
     find(page, DISC)
     expect(page.locator("#text-areas-2")).to_contain_text(DISC)
 
@@ -434,6 +446,25 @@ def test_two_models_stand_side_by_side(page, runs, tmp_path, monkeypatch, capsys
         count = np.count_nonzero(Image.open(out / "photo.png"))
         assert areas(page, f"text-areas{ending}") == [count]
         assert has_colour(pixels(page, f"text-result{ending}"), PREDICTION)
+
+
+def test_emptied_fields_have_the_values_of_the_start(page, tmp_path):
+    upload(page, "text", save_image(tmp_path / "photo.png", draw_discs()))
+    find(page, DISC)
+    (count,) = areas(page, "text-areas")
+    set_number(page, "text-threshold", 0.6)
+    expect(page.locator("#text-areas")).not_to_contain_text(f"{count:,}")
+    page.locator("#text-threshold input[type=number]").fill("")  # the slider fills it on leaving
+    expect(page.locator("#text-areas")).to_contain_text(f"{count:,}")
+
+    set_number(page, "text-pixel-size", 2)
+    expect(page.locator("#text-areas")).to_contain_text("mm²")
+    set_number(page, "text-pixel-size", "")
+    expect(page.locator("#text-areas")).not_to_contain_text("mm²")
+    page.locator("#text-run").click()
+    expect(page.locator("#text-status")).to_contain_text("from memory")
+    assert "area_mm2" in save(page, "text-download-table", tmp_path).read_text()
+    expect(page.get_by_test_id("toast-body")).to_have_count(0)
 
 
 # --- classes -------------------------------------------------------------------------------------
@@ -464,12 +495,12 @@ def test_classes_have_a_legend_and_the_map_of_predict(page, runs, tmp_path, monk
 # --- boxes and points ----------------------------------------------------------------------------
 
 
-def click_at(page, x: float, y: float) -> None:
-    """Click into the image of the boxes: shares of its width and height. Wait for the answer."""
+def click_at(page, x: float, y: float, element="boxes-image") -> None:
+    """Click into an image of the boxes: shares of its width and height. Wait for the answer."""
     before = source(page, "boxes-image")
-    box = page.locator("#boxes-image img").bounding_box()
+    box = page.locator(f"#{element} img").bounding_box()
     position = {"x": x * box["width"], "y": y * box["height"]}
-    page.locator("#boxes-image img").click(position=position)
+    page.locator(f"#{element} img").click(position=position)
     expect_other_picture(page, "boxes-image", before)
 
 
@@ -511,17 +542,51 @@ def test_boxes_and_points_mark_objects(page, runs, tmp_path, monkeypatch, capsys
     assert np.array_equal(np.asarray(Image.open(file)) > 0, numbered > 0)
 
 
+def test_two_models_mark_the_same_objects(page, runs, tmp_path, monkeypatch, capsys):
+    """A click into either picture counts for both; files are those of the first model."""
+    open_tab(page, "Mark by boxes and points")
+    photo = save_image(tmp_path / "photo.png", draw_discs())
+    upload(page, "boxes", photo)
+    expect(page.locator("#boxes-status")).to_contain_text("Click into the image")
+    click_at(page, 0.15, 0.2)
+    compare_with(page, "boxes", "points (SAM)")
+    expect(page.locator("#boxes-image-2")).to_be_visible()
+    click_at(page, 0.45, 0.6, "boxes-image-2")
+    expect(page.locator("#boxes-areas-2 td:first-child")).to_have_count(1)
+
+    clicks = save(page, "boxes-download-clicks", tmp_path)
+    for run, ending in (("boxes", ""), ("points", "-2")):
+        arguments = ["--boxes", clicks, photo]
+        out = predict_files(monkeypatch, capsys, runs[run], tmp_path / run, *arguments)
+        count = np.count_nonzero(Image.open(out / "photo.png"))
+        assert areas(page, f"boxes-areas{ending}") == [count]
+    file = save(page, "boxes-download-mask", tmp_path)
+    assert same_pixels(file, tmp_path / "boxes" / "photo.png")
+    assert not same_pixels(file, tmp_path / "points" / "photo.png")
+
+    compare_with(page, "boxes", "none")
+    expect(page.locator("#boxes-image-2")).to_be_hidden()
+    expect(page.locator("#boxes-areas td:first-child")).to_have_count(1)
+
+
 # --- volumes -------------------------------------------------------------------------------------
+
+
+def millilitres_of(file: Path) -> list[str]:
+    """Return the volume of each label of a mask on the grid of `save_ct`, as the page shows it."""
+    voxels = np.bincount(np.asarray(nibabel.load(file).dataobj).ravel().astype(int), minlength=2)
+    return [f"{count * 4 * 4 * 5 / 1000:,.1f}" for count in voxels[1:]]
 
 
 def test_a_volume_is_looked_at_and_saved(page, runs, tmp_path, monkeypatch, capsys):
     open_tab(page, "Volumes")
     volume = save_ct(tmp_path / "ct.nii.gz")
+    expect(page.locator("#volumes-axial")).to_be_hidden()
     upload(page, "volumes", volume)
     expect(page.locator("#volumes-note")).to_contain_text("40 x 30 x 24")
     before = source(page, "volumes-axial")
     page.locator("#volumes-run").click()
-    expect(page.locator("#volumes-status")).to_contain_text("Done in")
+    expect(page.locator("#volumes-status")).to_contain_text("done in")
     expect(page.locator("#volumes-table td:first-child")).to_have_count(2)
     expect_other_picture(page, "volumes-axial", before)
 
@@ -539,10 +604,37 @@ def test_a_volume_is_looked_at_and_saved(page, runs, tmp_path, monkeypatch, caps
     expected = nibabel.load(out / "ct.nii.gz")
     assert np.array_equal(saved.get_fdata(), expected.get_fdata())
     assert np.array_equal(saved.affine, nibabel.load(volume).affine)
-    voxels = np.bincount(np.asarray(saved.dataobj).ravel().astype(int), minlength=3)
     millilitres = page.locator("#volumes-table td:nth-child(2)").all_inner_texts()
-    assert millilitres == [f"{count * 4 * 4 * 5 / 1000:,.1f}" for count in voxels[1:]]
-    assert voxels.all()
+    assert millilitres == millilitres_of(out / "ct.nii.gz") and "0.0" not in millilitres
+
+
+def test_two_models_look_at_the_same_slices(page, runs, tmp_path, monkeypatch, capsys):
+    open_tab(page, "Volumes")
+    volume = save_ct(tmp_path / "ct.nii.gz")
+    upload(page, "volumes", volume)
+    status = page.locator("#volumes-status")
+    page.locator("#volumes-run").click()
+    expect(status).to_contain_text("organs (SwinUNETR): done in")
+    expect(page.locator("#volumes-axial-2")).to_be_hidden()
+    compare_with(page, "volumes", "liver (SwinUNETR)")
+    page.locator("#volumes-run").click()
+    expect(status).to_contain_text("organs (SwinUNETR): from memory. liver (SwinUNETR): done in")
+
+    for run, ending in (("organs", ""), ("liver", "-2")):
+        out = predict_files(monkeypatch, capsys, runs[run], tmp_path / run, volume)
+        shown = page.locator(f"#volumes-table{ending} td:nth-child(2)").all_inner_texts()
+        assert shown == millilitres_of(out / "ct.nii.gz")
+    saved = nibabel.load(save(page, "volumes-download-mask", tmp_path)).get_fdata()
+    assert np.array_equal(saved, nibabel.load(tmp_path / "organs" / "ct.nii.gz").get_fdata())
+
+    before = [source(page, f"volumes-coronal{ending}") for ending in ("", "-2")]
+    page.locator("#volumes-axial-2 img").click(position={"x": 100, "y": 60})  # moves both rows
+    expect_other_picture(page, "volumes-coronal", before[0])
+    expect_other_picture(page, "volumes-coronal-2", before[1])
+    first, second = [source(page, f"volumes-axial{ending}") for ending in ("", "-2")]
+    set_number(page, "volumes-threshold", 0.6)  # counts for the second alone
+    expect_other_picture(page, "volumes-axial-2", second)
+    assert source(page, "volumes-axial") == first
 
 
 # --- robustness ----------------------------------------------------------------------------------

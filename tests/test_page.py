@@ -11,7 +11,7 @@ import tempfile
 import threading
 import time
 import zipfile
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -217,39 +217,81 @@ def test_an_answer_that_would_fill_the_memory_is_refused(loaded, images, monkeyp
         opened(images / "deep.png").predict(loaded["classes"], "", {})
 
 
+@dataclass
+class Sized:
+    """A session of some bytes."""
+
+    nbytes: int
+
+
 def test_browsers_do_not_see_each_other(tmp_path):
     sessions = session.Sessions(tmp_path)
-    sessions.put("alice", "text", "her image")
-    sessions.put("bob", "text", "his image")
-    sessions.put("bob", "classes", "his other image")
-    assert sessions.get("alice", "text") == "her image"
+    sessions.put("alice", "text", Sized(1))
+    sessions.put("bob", "text", Sized(2))
+    sessions.put("bob", "classes", Sized(3))
+    assert sessions.get("alice", "text") == Sized(1)
     assert sessions.get("alice", "classes") is None
 
     sessions.drop("bob", "classes")
     assert sessions.get("bob", "classes") is None
-    assert sessions.get("bob", "text") == "his image"
+    assert sessions.get("bob", "text") == Sized(2)
 
 
 def test_the_sessions_used_longest_ago_are_removed(tmp_path):
     sessions = session.Sessions(tmp_path, limit=2)
-    sessions.put("a", "text", 1)
-    sessions.put("b", "text", 2)
-    assert sessions.get("a", "text") == 1
-    sessions.put("c", "text", 3)
+    sessions.put("a", "text", Sized(1))
+    sessions.put("b", "text", Sized(2))
+    assert sessions.get("a", "text") == Sized(1)
+    sessions.put("c", "text", Sized(3))
     assert sessions.get("b", "text") is None
-    assert sessions.get("a", "text") == 1
+    assert sessions.get("a", "text") == Sized(1)
+
+
+def test_sessions_that_fill_the_memory_are_removed(tmp_path):
+    sessions = session.Sessions(tmp_path, most_memory=100)
+    growing = Sized(40)
+    sessions.put("a", "text", Sized(30))
+    sessions.put("b", "text", Sized(30))
+    sessions.put("c", "text", growing)  # 100 fit
+    assert sessions.get("a", "text") is not None
+
+    growing.nbytes = 41
+    assert sessions.get("c", "text") is growing
+    assert sessions.get("b", "text") is None  # it was used longest ago
+    growing.nbytes = 1000  # the latest one stays
+    assert sessions.get("c", "text") is growing
+    assert sessions.get("a", "text") is None
+    sessions.put("d", "text", Sized(1))
+    assert sessions.get("c", "text") is None
+
+
+def test_a_session_counts_the_image_its_features_and_its_results(loaded, images):
+    model = loaded["clipseg"]
+    page_session = opened(images / "deep.png")
+    pixels = 50 * 40
+    assert page_session.nbytes == 3 * pixels
+    page_session.predict(model, "a", model.recipe.tokenize("a"))
+    with_features = page_session.nbytes - (3 + 4) * pixels
+    assert with_features >= page_session.item(model)["image"].nbytes
+    page_session.predict(model, "b", model.recipe.tokenize("b"))
+    assert page_session.nbytes == with_features + (3 + 4 + 4) * pixels
+
+    answer = page_session.known_answer(model, "a").probabilities
+    result = downloads.phrase_result({"a": answer}, "polyp", 0.5, None)
+    page_session.latest = (("a", 0.5), [result])
+    assert page_session.nbytes == with_features + (3 + 4 + 4 + 4 + 1) * pixels
 
 
 def test_a_closed_page_leaves_nothing(tmp_path):
     sessions = session.Sessions(tmp_path)
-    sessions.put("a", "text", 1)
-    sessions.put("b", "text", 2)
+    sessions.put("a", "text", Sized(1))
+    sessions.put("b", "text", Sized(2))
     kept = sessions.files_of("b")
     for browser in ("a", "../x"):  # a name chosen by the browser never becomes a path
         (sessions.files_of(browser) / "mask.png").write_text("x")
         sessions.forget(browser)
     assert sessions.get("a", "text") is None
-    assert sessions.get("b", "text") == 2
+    assert sessions.get("b", "text") == Sized(2)
     assert [file for file in tmp_path.rglob("*") if file.is_file()] == []
     assert kept.is_dir()
     assert kept.stat().st_mode & 0o077 == 0

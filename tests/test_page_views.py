@@ -232,7 +232,7 @@ def test_slices_show_the_masks_in_ras(scan, tmp_path):
     """The stored axes point to the left and back, so the picture must not be a stored slice."""
     volume = open_scan(scan, tmp_path / "files")
     assert volume.is_ct and volume.describe() == "scan: 20 x 18 x 9 voxels of 4 x 4.2 x 5 mm."
-    grey = volume.picture("axial", 4, (-1000, 60), [], 0, 0.5)[..., 0] > 128
+    grey = volume.picture("axial", 4, (-1000, 60), None, [], 0, 0.5)[..., 0] > 128
     h, w = grey.shape
     stored = nibabel.as_closest_canonical(nibabel.load(scan)).get_fdata()[:, :, 4]
     inside = np.argwhere(stored[::-1, ::-1].T > -500)  # rows from the front, columns from the right
@@ -241,19 +241,36 @@ def test_slices_show_the_masks_in_ras(scan, tmp_path):
         first = np.flatnonzero(grey[line])[0] / grey.shape[axis]
         assert first == pytest.approx(inside[:, axis].min() / (18, 20)[axis], abs=0.03)
 
-    volume.prediction = VolumePrediction(
-        volume_predictor(tmp_path / "run", KINDS["classes"]), volume
-    )
-    part = volume.prediction.masks.labels[::-1, ::-1, 4].T  # (rows,columns)
-    drawn = volume.picture("axial", 4, (-1000, 60), [0, 1], 1.0, 0.5)
+    found = VolumePrediction(volume_predictor(tmp_path / "run", KINDS["classes"]), volume)
+    part = found.masks.labels[::-1, ::-1, 4].T  # (rows,columns)
+    drawn = volume.picture("axial", 4, (-1000, 60), found, ["liver", "spleen"], 1.0, 0.5)
     y, x = np.argwhere(part == 2)[0]
     row, column = round((y + 0.5) * h / 18), round((x + 0.5) * w / 20)
-    assert tuple(drawn[row, column]) == volume.prediction.colours[1]
-    assert volume.prediction.fits_model
-    last = volume.picture("axial", 8, (-1000, 60), [], 0, 0.5)
-    assert np.array_equal(volume.picture("axial", 20, (-1000, 60), [], 0, 0.5), last)
-    hidden = volume.picture("axial", 4, (-1000, 60), [0], 1.0, 0.5)
-    assert tuple(hidden[row, column]) != volume.prediction.colours[1]
+    assert tuple(drawn[row, column]) == found.colours[1]
+    assert found.fits_model
+    last = volume.picture("axial", 8, (-1000, 60), None, [], 0, 0.5)
+    assert np.array_equal(volume.picture("axial", 20, (-1000, 60), None, [], 0, 0.5), last)
+    hidden = volume.picture("axial", 4, (-1000, 60), found, ["liver"], 1.0, 0.5)
+    assert tuple(hidden[row, column]) != found.colours[1]
+
+
+def test_two_predictions_of_a_volume_are_apart(scan, tmp_path):
+    """Each has probabilities of its own, whose file goes with it, and counts as memory."""
+    volume = open_scan(scan, tmp_path / "files")
+    voxels = 20 * 18 * 9
+    assert volume.nbytes == 2 * voxels
+    for kind in ("single", "overlapping"):
+        predictor = volume_predictor(tmp_path / kind, KINDS[kind])
+        volume.predictions.append(VolumePrediction(predictor, volume))
+    one, two = volume.predictions
+    assert one.probabilities().shape == (1, 20, 18, 9)
+    assert two.probabilities().shape == (2, 20, 18, 9)
+    for found in (one, two):
+        exact = found.predictor.predict_probabilities(*found.predictor.read([scan]))
+        assert torch.equal(found.probabilities(), exact)
+    tables = sum(found.masks.sums.nbytes + found.masks.steps.nbytes for found in (one, two))
+    assert volume.nbytes == (2 + 1 + 2) * voxels + tables
+    assert [*(tmp_path / "files").iterdir()] == []
 
 
 def test_files_of_several_volumes_are_refused(scan, tmp_path):
@@ -291,6 +308,6 @@ def test_grey_levels_of_other_modalities_are_percentiles(tmp_path):
     nibabel.save(nibabel.Nifti1Image(voxels, np.eye(4)), path)
     volume = open_scan(path, tmp_path / "files")
     assert not volume.is_ct and [*volume.windows] == ["Automatic", "Full range"]
-    automatic = volume.picture("axial", 20, volume.windows["Automatic"], [], 0, 0.5)
-    full = volume.picture("axial", 20, volume.windows["Full range"], [], 0, 0.5)
+    automatic = volume.picture("axial", 20, volume.windows["Automatic"], None, [], 0, 0.5)
+    full = volume.picture("axial", 20, volume.windows["Full range"], None, [], 0, 0.5)
     assert automatic[100:400, 100:400].std() > 40 and full[100:400, 100:400].std() < 2
