@@ -39,6 +39,7 @@ p.error { color: #b00020; font-weight: 600; }
 .upload svg { display: none; }
 input:checked:hover { background-color: var(--checkbox-background-color-selected) !important; }
 .slice .image-container { background: black; }
+.image-container img { width: 100%; height: 100%; object-fit: contain; }
 """
 
 
