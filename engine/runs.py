@@ -69,9 +69,10 @@ def read_run(weights: str | Path | None) -> dict:
     files. Raises ValueError, one line, if the file is damaged, was edited wrongly, or was written
     by a newer version, and OSError if the hub cannot be reached.
     """
-    if weights is not None:
-        refuse_exports(weights)
-    path = None if weights is None else config_file(weights)
+    if weights is None:
+        return {}
+    refuse_exports(weights)
+    path = config_file(weights)
     if path is None:
         return {}
 

@@ -42,29 +42,28 @@ def find_case(loaded: LoadedModel, parts: list[Part], file: str | None) -> Case:
 
     Raises OSError or ValueError, one line, if the file cannot be read.
     """
-    run = loaded.weights.run
+    options = loaded.weights.options
+    prompt = options.get("prompt") or PROMPT
     if file is not None:
-        return read_case(loaded, parts, [Path(file)], prompt_of(run))
+        text = PROMPT if layouts.is_prompt_type(prompt) else prompt
+        return read_case(loaded, parts, [Path(file)], text)
 
-    for data in run.get("options", {}).get("data", ()):
+    for data in options.get("data", ()):
         path = Path(layouts.path_and_split(data)[0])
         splits = layouts.find_splits(path)
         if splits:
             split = "test" if "test" in splits else next(iter(splits))
-            args = Namespace(inputs=[str(path)], split=split)
-            with redirect_stdout(io.StringIO()):  # the number of its cases does not matter here
-                entry = entries_of(path, args, run)[0]
-            prompt = entry.text(run["options"].get("prompt") or PROMPT)
-            return read_case(loaded, parts, [entry.image, *entry.more_channels], prompt)
+            entry = first_entry(path, split, loaded.weights.run)
+            files = [entry.image, *entry.more_channels]
+            return read_case(loaded, parts, files, entry.text(prompt))
     return Case("random numbers; --image FILE compares on an image or a volume", {})
 
 
-def prompt_of(run: dict) -> str:
-    """Return the text of a run's --prompt, or a common text if there is none, or a prompt type."""
-    prompt = run.get("options", {}).get("prompt")
-    if not prompt or layouts.is_prompt_type(prompt):
-        return PROMPT
-    return prompt
+def first_entry(path: Path, split: str, run: dict) -> layouts.Entry:
+    """Return the first entry of a data set's split, as a prediction with the run takes it."""
+    args = Namespace(inputs=[str(path)], split=split)
+    with redirect_stdout(io.StringIO()):  # the number of cases does not matter here
+        return entries_of(path, args, run)[0]
 
 
 def read_case(loaded: LoadedModel, parts: list[Part], files: list[Path], prompt: str) -> Case:
@@ -79,7 +78,7 @@ def read_case(loaded: LoadedModel, parts: list[Part], files: list[Path], prompt:
 
     image, _ = image_files.load_image(files[0])  # (H,W,3)
     classes = tuple(weights.run.get("classes", ()))
-    colours = weights.run.get("options", {}).get("pseudocolor")
+    colours = weights.options.get("pseudocolor")
     sample = image_sample(image, files[0], classes, prompt, colours)
     item = loaded.recipe.inputs(sample, train=False, rng=None)
 

@@ -75,7 +75,7 @@ class Card:
     @property
     def options(self) -> dict:
         """Return the options of the run."""
-        return self.weights.run.get("options", {})
+        return self.weights.options
 
     @property
     def family(self):

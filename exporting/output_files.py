@@ -108,7 +108,7 @@ def run_description(loaded: LoadedModel) -> dict:
     """
     run = loaded.weights.run
     options = {}
-    for name, value in run.get("options", {}).items():
+    for name, value in loaded.weights.options.items():
         if name in RUN_OPTIONS:  # those that predictions take over
             options[name] = value
     if "data" in options:

@@ -45,7 +45,7 @@ class ImageMember:
     @property
     def colours(self) -> str | None:
         """Return the colour map that the model's run gave grey images."""
-        return self.loaded.weights.run.get("options", {}).get("pseudocolor")
+        return self.loaded.weights.options.get("pseudocolor")
 
     def predict(self, sample: dict) -> Tensor:
         """Return the probabilities (K,H,W) of a sample at its own size, float32 on the CPU."""
