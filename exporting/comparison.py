@@ -2,13 +2,13 @@
 
 import io
 import math
-import statistics
-import time
 from argparse import Namespace
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
+from timeit import timeit
 
 import torch
 import torch.nn.functional as F
@@ -151,7 +151,7 @@ def compare(part: Part, run: Callable, tensors: dict[str, Tensor]) -> Comparison
     of earlier parts.
     """
     batches = make_batches(part, tensors)
-    expected = [run_module(part, inputs) for inputs in batches]
+    expected = [part.run(inputs) for inputs in batches]
     differences = []
     for inputs, outputs in zip(batches, expected, strict=True):
         actual = run(inputs)
@@ -159,9 +159,7 @@ def compare(part: Part, run: Callable, tensors: dict[str, Tensor]) -> Comparison
             differences.append(relative_difference(actual[name], outputs[name]))
 
     first = batches[0]
-    torch_seconds, file_seconds = time_in_turns(
-        lambda: run_module(part, first), lambda: run(first), ROUNDS
-    )
+    torch_seconds, file_seconds = time_in_turns(lambda: part.run(first), lambda: run(first))
     return Comparison(
         difference=max(differences),
         batches=[len(next(iter(inputs.values()))) for inputs in batches],
@@ -191,15 +189,6 @@ def make_batches(part: Part, tensors: dict[str, Tensor]) -> list[dict[str, Tenso
     return [single, several] if has_several else [single]
 
 
-@torch.no_grad()
-def run_module(part: Part, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return PyTorch's outputs by name."""
-    outputs = part.module(*inputs.values())
-    if isinstance(outputs, Tensor):
-        outputs = (outputs,)
-    return dict(zip(part.outputs, outputs, strict=True))
-
-
 def relative_difference(actual: Tensor, expected: Tensor) -> float:
     """Return the largest difference as a share of the largest absolute expected value.
 
@@ -212,12 +201,11 @@ def relative_difference(actual: Tensor, expected: Tensor) -> float:
     return float("inf") if math.isnan(difference) else difference
 
 
-def time_in_turns(first: Callable, second: Callable, rounds: int) -> tuple[float, float]:
+def time_in_turns(first: Callable, second: Callable) -> tuple[float, float]:
     """Return the median seconds of two functions that run in turns, so that load slows both."""
-    seconds = ([], [])
-    for _ in range(rounds):
-        for function, times in zip((first, second), seconds, strict=True):
-            start = time.perf_counter()
-            function()
-            times.append(time.perf_counter() - start)
-    return statistics.median(seconds[0]), statistics.median(seconds[1])
+    first_seconds = []
+    second_seconds = []
+    for _ in range(ROUNDS):
+        first_seconds.append(timeit(first, number=1))
+        second_seconds.append(timeit(second, number=1))
+    return median(first_seconds), median(second_seconds)
