@@ -140,13 +140,13 @@ def hub_config_file(repository: str, revision: str) -> Path | None:
     import huggingface_hub as hub
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    version = {"revision": revision or None}
-    cached = hub.try_to_load_from_cache(repository, "config.json", **version)
+    version = revision or None
+    cached = hub.try_to_load_from_cache(repository, "config.json", revision=version)
     if isinstance(cached, str):
         return Path(cached)
 
     try:
-        hub.snapshot_download(repository, local_files_only=True, **version)
+        hub.snapshot_download(repository, revision=version, local_files_only=True)
     except LocalEntryNotFoundError:
         return fetch(repository, "config.json", revision)
     # Other files are cached. `download` of the model files fetches config.json before the weights,

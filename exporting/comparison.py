@@ -172,8 +172,8 @@ def compare(part: Part, run: Callable, tensors: dict[str, Tensor]) -> Comparison
 def make_batches(part: Part, tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
     """Return inputs of a part: the real case alone, then three together with the examples.
 
-    Inputs that no tensor has the name and shape of are examples. A part with a fixed batch gets one
-    batch.
+    Inputs without a tensor of their name and shape stay examples. A part with a fixed batch gets
+    one batch.
     """
     single = {}
     several = {}

@@ -257,7 +257,7 @@ class Card:
         return "\n".join(lines)
 
     def limits_section(self) -> str:
-        """Return what is known against the model, from the facts of the run."""
+        """Return the known limits of the model, from the facts of the run."""
         lines = ["## Limits", "", "- For research only. This is not a medical device."]
         names = self.data_sets()
         if len(names) == 1:

@@ -107,7 +107,7 @@ def describe(loaded: LoadedModel, parts: list[Part], precision: str) -> dict[str
 def run_description(loaded: LoadedModel) -> dict:
     """Return what config.json of a run says about its model, without paths of this machine.
 
-    Weights that no run has made get the same keys.
+    Weights without a run get the same keys.
     """
     run = loaded.weights.run
     options = {}
