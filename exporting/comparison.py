@@ -11,7 +11,6 @@ from statistics import median
 from timeit import timeit
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from exporting.parts import Part
@@ -105,10 +104,11 @@ def read_window(loaded: LoadedModel, files: list[Path], size: tuple[int, int, in
     for axis, side in enumerate(size, start=2):
         start = max(0, (window.shape[axis] - side) // 2)
         window = window.narrow(axis, start, min(side, window.shape[axis]))
-    padding = []
-    for side, length in zip(size[::-1], window.shape[:1:-1], strict=True):  # the last axis first
-        padding += [0, side - length]
-    return F.pad(window, padding)
+
+    D, H, W = window.shape[2:]
+    padded = window.new_zeros(*window.shape[:2], *size)
+    padded[:, :, :D, :H, :W] = window
+    return padded
 
 
 # --- the comparison ------------------------------------------------------------------------------

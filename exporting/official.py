@@ -380,17 +380,17 @@ MERGING = {  # Config.merging -> which MONAI computes it
 
 def volume_notes(ours: swin_unetr3d.Config) -> list[str]:
     """Return the notes about merging and the input of a model for volumes."""
-    window = "z-scores of each channel's voxels other than 0"
+    intensities = "z-scores of each channel's voxels other than 0"
     if ours.intensity is not None:
         low, high = ours.intensity
-        window = f"{low:g} to {high:g} HU scaled to 0..1 and clipped"
+        intensities = f"{low:g} to {high:g} HU scaled to 0..1 and clipped"
     outputs = "softmax over the classes"
     if ours.overlapping or ours.num_classes == 1:
         outputs = f"sigmoids, above {ours.threshold:g} is foreground"
     spacing = " x ".join(f"{side:g}" for side in ours.spacing)
     return [
         MERGING[ours.merging],
-        f"input: axes in RAS, {spacing} mm, {window}; outputs: {outputs}",
+        f"input: axes in RAS, {spacing} mm, {intensities}; outputs: {outputs}",
     ]
 
 
