@@ -20,13 +20,12 @@ from collections.abc import Callable
 
 from engine import command_line
 from engine.runs import refuse_exports
-from exporting import hub, official
-from exporting.networks import write_networks
+from exporting import hub, networks, official
 from prediction.models import find_weights
 from recipes import FAMILIES, second_file
 
 USAGE = "python export.py --weights SOURCE (--to FORMAT | --push-to-hub OWNER/NAME) [options]"
-FORMATS = ("onnx", "torch-export", "official")
+FORMATS = (*networks.FORMATS, "official")
 
 
 def parse() -> argparse.Namespace:
@@ -47,7 +46,7 @@ def refuse_unused(args) -> None:
     """Raise ValueError, one line, for options that have no effect on what is chosen."""
     users = {
         "half": args.to == "onnx",
-        "image": args.to in ("onnx", "torch-export"),
+        "image": args.to in networks.FORMATS,
         "out": args.to is not None,
         "private": args.push_to_hub is not None,
     }
@@ -112,7 +111,7 @@ def main() -> int:
         return hub.push(weights, second, args)
     if args.to == "official":
         return official.write_official(weights, second, args)
-    return write_networks(weights, second, args)
+    return networks.write_networks(weights, second, args)
 
 
 if __name__ == "__main__":

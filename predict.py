@@ -30,13 +30,9 @@ from pathlib import Path
 from engine import command_line
 from engine.ranges import GREY_LEVEL, LENGTH, POSITIVE, Number
 from engine.runs import is_onnx, read_run
-from imaging import (
-    atomic_files,
-    layouts,
-    nifti,
-    pictures,
-)
+from imaging import atomic_files, layouts, nifti, pictures
 from prediction import contact_sheet, dicom, globs
+from prediction.combine import ImageMember
 from prediction.images import ImagePredictor, ground_truths, image_outputs
 from prediction.inputs import list_cases, list_volumes
 from prediction.members import check_prompts, find_members, load_members, second_files
@@ -332,18 +328,22 @@ def predict_images(weights: list[Weights], second: dict, args) -> int:
         shared[Path(args.out) / "legend.png"] = pictures.legend(predictor.classes[1:])
         shared[Path(args.out) / "classes.json"] = dict(enumerate(predictor.classes))
     batch = Batch(args, predictor, outputs, shared, pages)
-    prompts = {prompt for _, _, prompt in cases}
-    for member in predictor.members:
-        cut_prompts = describe_cuts(prompts, member.loaded.recipe.tokenizer)
-        if cut_prompts:
-            name = f" of {member.loaded.weights.source}" if len(weights) > 1 else ""
-            print(f"prompts{name}: {cut_prompts}")
+    say_cut_prompts(predictor.members, {prompt for _, _, prompt in cases})
 
     status = batch.run(predictor.predict)
     draw = partial(contact_sheet.draw_image, predictor=predictor)
     contact_sheet.write_pages(batch, pages, predictor, draw)
     predictor.say_how_images_were_read()
     return status
+
+
+def say_cut_prompts(members: list[ImageMember], prompts: set[str]) -> None:
+    """Print which prompts are longer than a model reads."""
+    for member in members:
+        cut_prompts = describe_cuts(prompts, member.loaded.recipe.tokenizer)
+        if cut_prompts:
+            name = f" of {member.loaded.weights.source}" if len(members) > 1 else ""
+            print(f"prompts{name}: {cut_prompts}")
 
 
 # --- volumes -------------------------------------------------------------------------------------

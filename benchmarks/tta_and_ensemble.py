@@ -75,7 +75,7 @@ class Comparison:
         prompt = entry.text(self.prompt) if self.prompt else ""
         for member in models:
             sample = image_sample(image, entry.image, self.classes, prompt, member.colours)
-            yield from combine.views_of_image(member, sample, views, None, combine.OVERLAP)
+            yield from member.views(sample, views)
 
     def timed_dice(self, key: tuple, predict: Callable, config, truth: np.ndarray) -> float:
         """Return the mean Dice of the classes of an image, and remember the time it took."""

@@ -69,9 +69,10 @@ def read_run(weights: str | Path | None) -> dict:
     files. Raises ValueError, one line, if the file is damaged, was edited wrongly, or was written
     by a newer version, and OSError if the hub cannot be reached.
     """
-    if weights is not None:
-        refuse_exports(weights)
-    path = None if weights is None else config_file(weights)
+    if weights is None:
+        return {}
+    refuse_exports(weights)
+    path = config_file(weights)
     if path is None:
         return {}
 
@@ -139,13 +140,13 @@ def hub_config_file(repository: str, revision: str) -> Path | None:
     import huggingface_hub as hub
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    version = {"revision": revision or None}
-    cached = hub.try_to_load_from_cache(repository, "config.json", **version)
+    version = revision or None
+    cached = hub.try_to_load_from_cache(repository, "config.json", revision=version)
     if isinstance(cached, str):
         return Path(cached)
 
     try:
-        hub.snapshot_download(repository, local_files_only=True, **version)
+        hub.snapshot_download(repository, revision=version, local_files_only=True)
     except LocalEntryNotFoundError:
         return fetch(repository, "config.json", revision)
     # Other files are cached. `download` of the model files fetches config.json before the weights,

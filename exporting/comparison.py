@@ -2,16 +2,15 @@
 
 import io
 import math
-import statistics
-import time
 from argparse import Namespace
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
+from timeit import timeit
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from exporting.parts import Part
@@ -42,29 +41,28 @@ def find_case(loaded: LoadedModel, parts: list[Part], file: str | None) -> Case:
 
     Raises OSError or ValueError, one line, if the file cannot be read.
     """
-    run = loaded.weights.run
+    options = loaded.weights.options
+    prompt = options.get("prompt") or PROMPT
     if file is not None:
-        return read_case(loaded, parts, [Path(file)], prompt_of(run))
+        text = PROMPT if layouts.is_prompt_type(prompt) else prompt
+        return read_case(loaded, parts, [Path(file)], text)
 
-    for data in run.get("options", {}).get("data", ()):
+    for data in options.get("data", ()):
         path = Path(layouts.path_and_split(data)[0])
         splits = layouts.find_splits(path)
         if splits:
             split = "test" if "test" in splits else next(iter(splits))
-            args = Namespace(inputs=[str(path)], split=split)
-            with redirect_stdout(io.StringIO()):  # the number of its cases does not matter here
-                entry = entries_of(path, args, run)[0]
-            prompt = entry.text(run["options"].get("prompt") or PROMPT)
-            return read_case(loaded, parts, [entry.image, *entry.more_channels], prompt)
+            entry = first_entry(path, split, loaded.weights.run)
+            files = [entry.image, *entry.more_channels]
+            return read_case(loaded, parts, files, entry.text(prompt))
     return Case("random numbers; --image FILE compares on an image or a volume", {})
 
 
-def prompt_of(run: dict) -> str:
-    """Return the text of a run's --prompt, or a common text if there is none, or a prompt type."""
-    prompt = run.get("options", {}).get("prompt")
-    if not prompt or layouts.is_prompt_type(prompt):
-        return PROMPT
-    return prompt
+def first_entry(path: Path, split: str, run: dict) -> layouts.Entry:
+    """Return the first entry of a data set's split, as a prediction with the run takes it."""
+    args = Namespace(inputs=[str(path)], split=split)
+    with redirect_stdout(io.StringIO()):  # the number of cases does not matter here
+        return entries_of(path, args, run)[0]
 
 
 def read_case(loaded: LoadedModel, parts: list[Part], files: list[Path], prompt: str) -> Case:
@@ -79,7 +77,7 @@ def read_case(loaded: LoadedModel, parts: list[Part], files: list[Path], prompt:
 
     image, _ = image_files.load_image(files[0])  # (H,W,3)
     classes = tuple(weights.run.get("classes", ()))
-    colours = weights.run.get("options", {}).get("pseudocolor")
+    colours = weights.options.get("pseudocolor")
     sample = image_sample(image, files[0], classes, prompt, colours)
     item = loaded.recipe.inputs(sample, train=False, rng=None)
 
@@ -106,10 +104,11 @@ def read_window(loaded: LoadedModel, files: list[Path], size: tuple[int, int, in
     for axis, side in enumerate(size, start=2):
         start = max(0, (window.shape[axis] - side) // 2)
         window = window.narrow(axis, start, min(side, window.shape[axis]))
-    padding = []
-    for side, length in zip(size[::-1], window.shape[:1:-1], strict=True):  # the last axis first
-        padding += [0, side - length]
-    return F.pad(window, padding)
+
+    D, H, W = window.shape[2:]
+    padded = window.new_zeros(*window.shape[:2], *size)
+    padded[:, :, :D, :H, :W] = window
+    return padded
 
 
 # --- the comparison ------------------------------------------------------------------------------
@@ -152,7 +151,7 @@ def compare(part: Part, run: Callable, tensors: dict[str, Tensor]) -> Comparison
     of earlier parts.
     """
     batches = make_batches(part, tensors)
-    expected = [run_module(part, inputs) for inputs in batches]
+    expected = [part.run(inputs) for inputs in batches]
     differences = []
     for inputs, outputs in zip(batches, expected, strict=True):
         actual = run(inputs)
@@ -160,9 +159,7 @@ def compare(part: Part, run: Callable, tensors: dict[str, Tensor]) -> Comparison
             differences.append(relative_difference(actual[name], outputs[name]))
 
     first = batches[0]
-    torch_seconds, file_seconds = time_in_turns(
-        lambda: run_module(part, first), lambda: run(first), ROUNDS
-    )
+    torch_seconds, file_seconds = time_in_turns(lambda: part.run(first), lambda: run(first))
     return Comparison(
         difference=max(differences),
         batches=[len(next(iter(inputs.values()))) for inputs in batches],
@@ -175,8 +172,8 @@ def compare(part: Part, run: Callable, tensors: dict[str, Tensor]) -> Comparison
 def make_batches(part: Part, tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
     """Return inputs of a part: the real case alone, then three together with the examples.
 
-    Inputs that no tensor has the name and shape of are examples. A part with a fixed batch gets one
-    batch.
+    Inputs without a tensor of their name and shape stay examples. A part with a fixed batch gets
+    one batch.
     """
     single = {}
     several = {}
@@ -192,15 +189,6 @@ def make_batches(part: Part, tensors: dict[str, Tensor]) -> list[dict[str, Tenso
     return [single, several] if has_several else [single]
 
 
-@torch.no_grad()
-def run_module(part: Part, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return PyTorch's outputs by name."""
-    outputs = part.module(*inputs.values())
-    if isinstance(outputs, Tensor):
-        outputs = (outputs,)
-    return dict(zip(part.outputs, outputs, strict=True))
-
-
 def relative_difference(actual: Tensor, expected: Tensor) -> float:
     """Return the largest difference as a share of the largest absolute expected value.
 
@@ -213,12 +201,11 @@ def relative_difference(actual: Tensor, expected: Tensor) -> float:
     return float("inf") if math.isnan(difference) else difference
 
 
-def time_in_turns(first: Callable, second: Callable, rounds: int) -> tuple[float, float]:
+def time_in_turns(first: Callable, second: Callable) -> tuple[float, float]:
     """Return the median seconds of two functions that run in turns, so that load slows both."""
-    seconds = ([], [])
-    for _ in range(rounds):
-        for function, times in zip((first, second), seconds, strict=True):
-            start = time.perf_counter()
-            function()
-            times.append(time.perf_counter() - start)
-    return statistics.median(seconds[0]), statistics.median(seconds[1])
+    first_seconds = []
+    second_seconds = []
+    for _ in range(ROUNDS):
+        first_seconds.append(timeit(first, number=1))
+        second_seconds.append(timeit(second, number=1))
+    return median(first_seconds), median(second_seconds)

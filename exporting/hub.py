@@ -1,18 +1,14 @@
 """Upload a run to the Hugging Face hub: weights, config.json and a model card, in one commit."""
 
-import copy
-import json
 from contextlib import contextmanager
 from pathlib import Path
 
 from engine.command_line import chain
 from engine.runs import HUB_ID
-from exporting.model_card import Card, folderless, without_folders
+from exporting.model_card import Card
+from exporting.paths import without_folders, without_paths
+from imaging import files
 from prediction.models import Weights, load_model
-
-# Options of a run that name files and folders of the machine that it was trained on.
-PATH_OPTIONS = ("data", "test", "out", "cache", "clip", "boxes", "points", "text_codes")
-SOURCE_OPTIONS = ("weights", "decoder")  # files, folders or hub ids
 
 
 def push(weights: Weights, second: dict, args) -> int:
@@ -32,7 +28,7 @@ def push(weights: Weights, second: dict, args) -> int:
     card = Card(weights, loaded.model, folder, repository)
     config = public_config(weights.run, repository)
     contents = {"model.safetensors": folder / "best.safetensors", **loaded.recipe.files}
-    contents["config.json"] = (json.dumps(config, indent=1) + "\n").encode()
+    contents["config.json"] = files.json_text(config).encode()
     contents["README.md"] = card_text(card).encode()
 
     upload(repository, contents, card, args.private)
@@ -40,7 +36,7 @@ def push(weights: Weights, second: dict, args) -> int:
 
 
 def run_folder(weights: Weights) -> Path:
-    """Return the folder of the run that is uploaded. Raises ValueError, one line, if it is none."""
+    """Return the folder of the run to upload. Raises ValueError, one line, if it is none."""
     path = Path(weights.source)
     folder = path.parent if path.is_file() else path
     if not weights.run or not folder.is_dir():
@@ -69,7 +65,7 @@ def card_text(card: Card) -> str:
 
 
 def check_access(repository: str) -> None:
-    """Raise ValueError, one line, for no name of a repository, and if there is no token."""
+    """Raise ValueError, one line, if a repository is not named OWNER/NAME or without a token."""
     from huggingface_hub import constants, get_token
 
     if not HUB_ID.fullmatch(repository):
@@ -84,22 +80,11 @@ def check_access(repository: str) -> None:
 
 def public_config(run: dict, repository: str) -> dict:
     """Return a run's config.json with names instead of paths, as it is uploaded."""
-    public = copy.deepcopy(run)
-    options = public.get("options", {})
-    for name in PATH_OPTIONS:
-        value = options.get(name)
-        if isinstance(value, list):
-            options[name] = [folderless(path) for path in value]
-        elif value:
-            options[name] = folderless(value)
-    for place in (options, public):  # the run itself names the source of its decoder
-        for name in SOURCE_OPTIONS:
-            if place.get(name):
-                place[name] = without_folders(place[name])
-
-    # vocab.txt of BiomedCLIPSeg lies in the repository.
-    if public.get("config", {}).get("vocabulary"):
-        public["config"]["vocabulary"] = repository
+    public = run | {"options": without_paths(run.get("options", {}))}
+    if run.get("decoder"):
+        public["decoder"] = without_folders(run["decoder"])
+    if run.get("config", {}).get("vocabulary"):  # vocab.txt of BiomedCLIPSeg, which is uploaded
+        public["config"] = run["config"] | {"vocabulary": repository}
     return public
 
 

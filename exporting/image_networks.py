@@ -13,36 +13,33 @@ ANY_SIZE = ("segformer",)
 PROMPTS = ("a polyp", "two")  # example texts; their token counts differ
 
 
-class VisionTower(nn.Module):
-    """The part of a CLIPSeg that encodes an image, once for all of its prompts."""
+class CLIPSegPart(nn.Module):
+    """A part of a CLIPSeg or BiomedCLIPSeg, as a network of its own."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
+        self.eval()
+
+
+class VisionTower(CLIPSegPart):
+    """The part that encodes an image, once for all of its prompts."""
 
     def forward(self, image: Tensor) -> Tensor:
         """image (B,3,S,S) -> features (B,L,1+S/16,S/16,C)."""
         return self.model.encode_image(image)
 
 
-class TextTower(nn.Module):
-    """The part of a CLIPSeg that encodes a prompt, once for all images."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
+class TextTower(CLIPSegPart):
+    """The part that encodes a prompt, once for all images."""
 
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens (B,T) int64 -> condition (B,embed_dim)."""
         return self.model.encode_text(tokens)
 
 
-class MaskDecoder(nn.Module):
-    """The part of a CLIPSeg that segments an encoded image by an encoded prompt."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
+class MaskDecoder(CLIPSegPart):
+    """The part that segments an encoded image by an encoded prompt."""
 
     def forward(self, features: Tensor, condition: Tensor) -> Tensor:
         """features (B,L,1+S/16,S/16,C), condition (B,embed_dim) -> logits (B,1,S,S)."""
@@ -69,8 +66,8 @@ def clipseg_parts(loaded: LoadedModel) -> list[Part]:
     """Return the vision tower, the text tower and the decoder of a CLIPSeg or BiomedCLIPSeg."""
     images = example_images(loaded)  # (2,3,S,S)
     tokens = example_tokens(loaded)  # (2,T)
-    vision = VisionTower(loaded.model).eval()
-    text = TextTower(loaded.model).eval()
+    vision = VisionTower(loaded.model)
+    text = TextTower(loaded.model)
     with torch.no_grad():
         features = vision(images)  # (2,L,1+S/16,S/16,C)
         condition = text(tokens)  # (2,embed_dim)
@@ -81,7 +78,7 @@ def clipseg_parts(loaded: LoadedModel) -> list[Part]:
         Part("text", text, {"tokens": tokens}, ("condition",), {"tokens": batch}),
         Part(
             "decoder",
-            MaskDecoder(loaded.model).eval(),
+            MaskDecoder(loaded.model),
             {"features": features, "condition": condition},
             ("logits",),
             {"features": batch, "condition": batch},

@@ -4,7 +4,6 @@ Every number comes from the files of the run: config.json, metrics.csv and test/
 """
 
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from torch import nn
 
 from engine.runs import is_hub_id
 from engine.tables import score_label
+from exporting.paths import folderless, without_folders
 from imaging import files, layouts
 from prediction.models import Weights
 from recipes.base import BOX_OPTIONS
@@ -75,7 +75,7 @@ class Card:
     @property
     def options(self) -> dict:
         """Return the options of the run."""
-        return self.weights.run.get("options", {})
+        return self.weights.options
 
     @property
     def family(self):
@@ -208,8 +208,8 @@ class Card:
 
     def recipe_section(self) -> str:
         """Return the options of the training and how long it was."""
-        values = {"recipe": self.weights.run.get("recipe")} | self.options
-        values["recipe"] = values["recipe"] or self.weights.run.get("recipe")
+        recipe = self.options.get("recipe") or self.weights.run.get("recipe")
+        values = self.options | {"recipe": recipe}
         rows = []
         for name in RECIPE:
             value = values.get(name)
@@ -257,7 +257,7 @@ class Card:
         return "\n".join(lines)
 
     def limits_section(self) -> str:
-        """Return what is known against the model, from the facts of the run."""
+        """Return the known limits of the model, from the facts of the run."""
         lines = ["## Limits", "", "- For research only. This is not a medical device."]
         names = self.data_sets()
         if len(names) == 1:
@@ -368,16 +368,6 @@ def licence_of(source: str) -> tuple[str, str]:
         if source.startswith(start):
             return licence
     return "other", "not checked"
-
-
-def folderless(path: str) -> str:
-    """Return the last part of a path, which is the name of a file or folder."""
-    return re.split(r"[/\\]", path.rstrip("/\\"))[-1]
-
-
-def without_folders(source: str) -> str:
-    """Return a hub id as it is, and the name of any other source of weights."""
-    return source if is_hub_id(source) else folderless(source)
 
 
 # --- Markdown and YAML ----------------------------------------------------------------------------

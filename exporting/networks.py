@@ -10,6 +10,7 @@ from exporting import (
     volume_networks,
 )
 from exporting.parts import Part
+from imaging.atomic_files import refuse_existing
 from prediction.models import LoadedModel, Weights, load_model
 
 FORMATS = {"onnx": onnx_files, "torch-export": programs}
@@ -33,7 +34,7 @@ def write_networks(weights: Weights, second: dict, args) -> int:
     file_format = FORMATS[args.to]
     output_files.check_packages(args.to, file_format.PACKAGES)
     out = output_files.output_path(weights, args.out, file_format.ENDING)
-    output_files.refuse_existing(out)  # again below, but loading takes seconds
+    refuse_existing(out)  # again below, but loading takes seconds
     loaded = load_model(weights, "cpu", second)
     loaded.model.requires_grad_(False)
     parts = parts_of(loaded)

@@ -4,7 +4,6 @@ Names and shapes are those of `to_official` of the model files. The weights of a
 LoRA was merged into them when they were saved.
 """
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,7 +22,8 @@ import segformer
 import swin_unetr3d
 import universal
 import upernet
-from exporting.output_files import source_name
+from engine.runs import num_classes
+from exporting.output_files import default_path
 from imaging import files
 from imaging.atomic_files import atomic_folder, atomic_write, refuse_existing
 from prediction.models import Weights, load_model
@@ -59,7 +59,7 @@ def write_official(weights: Weights, second: dict, args) -> int:
     if weights.name in WITHOUT_FORM:
         raise ValueError(f"--to official: {WITHOUT_FORM[weights.name]}")
     form = FORMS[weights.name]
-    out = Path(args.out or f"exports/{source_name(weights)}-official{form.ending}")
+    out = Path(args.out or default_path(weights, f"-official{form.ending}"))
     refuse_existing(out)
 
     model = load_model(weights, "cpu", second).model
@@ -88,13 +88,13 @@ def write_folder(out: Path, checkpoint: Checkpoint) -> None:
         save_file(tensors, part / "model.safetensors", {"format": "pt"})
         (part / "config.json").write_text(files.json_text(checkpoint.config), encoding="utf-8")
         if checkpoint.processor:
-            text = json.dumps(checkpoint.processor, indent=1) + "\n"
-            (part / "preprocessor_config.json").write_text(text)
+            text = files.json_text(checkpoint.processor)
+            (part / "preprocessor_config.json").write_text(text, encoding="utf-8")
 
 
 def class_names(model: nn.Module, run: dict) -> list[str]:
     """Return a name for each output channel of a model."""
-    count = getattr(model.config, "num_classes", 1)
+    count = num_classes(model)
     names = run.get("classes") or []
     return names if len(names) == count else [f"class {index}" for index in range(count)]
 
@@ -380,17 +380,17 @@ MERGING = {  # Config.merging -> which MONAI computes it
 
 def volume_notes(ours: swin_unetr3d.Config) -> list[str]:
     """Return the notes about merging and the input of a model for volumes."""
-    window = "z-scores of each channel's voxels other than 0"
+    intensities = "z-scores of each channel's voxels other than 0"
     if ours.intensity is not None:
         low, high = ours.intensity
-        window = f"{low:g} to {high:g} HU scaled to 0..1 and clipped"
+        intensities = f"{low:g} to {high:g} HU scaled to 0..1 and clipped"
     outputs = "softmax over the classes"
     if ours.overlapping or ours.num_classes == 1:
         outputs = f"sigmoids, above {ours.threshold:g} is foreground"
     spacing = " x ".join(f"{side:g}" for side in ours.spacing)
     return [
         MERGING[ours.merging],
-        f"input: axes in RAS, {spacing} mm, {window}; outputs: {outputs}",
+        f"input: axes in RAS, {spacing} mm, {intensities}; outputs: {outputs}",
     ]
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from exporting.output_files import DATA
 from exporting.parts import Part
+from prediction.onnx_networks import CPU, DATA, open_session
 
 ENDING = ".onnx"
 RUNTIME = "ONNX Runtime"
@@ -109,12 +109,7 @@ def store_in_half(model) -> None:
 
 def load(path: Path, part: Part) -> Callable:
     """Open a file with ONNX Runtime. Return a function: inputs by name -> outputs by name."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 4  # its errors are exceptions, too
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    session = open_session(path, [CPU])
 
     def run(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         arrays = {name: tensor.numpy() for name, tensor in inputs.items()}

@@ -15,12 +15,13 @@ import torch
 from engine.feature_cache import fingerprint
 from engine.runs import RUN_OPTIONS
 from exporting.parts import Part
+from exporting.paths import without_paths
 from imaging.atomic_files import full_disk_errors, locked, refuse_existing
 from prediction.models import LoadedModel, Weights
+from prediction.onnx_networks import DATA
 from recipes.clipseg import bert_vocabulary
 
 FOLDER = Path("exports")  # of --out
-DATA = ".data"  # added to the name of an ONNX file: its weights, if they are beside it
 
 
 def check_packages(format_name: str, names: tuple[str, ...]) -> None:
@@ -50,13 +51,15 @@ def source_name(weights: Weights) -> str:
     return re.sub(r"\.(pth|pt|bin|safetensors)$", "", name)
 
 
-def output_path(weights: Weights, out: str | None, ending: str) -> Path:
-    """Return the file of --out, by default exports/NAME and the format's ending.
+def default_path(weights: Weights, ending: str) -> Path:
+    """Return the file or folder of an export without --out: exports/NAME and an ending."""
+    return FOLDER / f"{source_name(weights)}{ending}"
 
-    Raises ValueError, one line, if --out has another ending.
-    """
+
+def output_path(weights: Weights, out: str | None, ending: str) -> Path:
+    """Return the file of --out. Raises ValueError, one line, if it has another ending."""
     if out is None:
-        return FOLDER / f"{source_name(weights)}{ending}"
+        return default_path(weights, ending)
     path = Path(out)
     if path.suffix != ending:
         raise ValueError(f"--out {out}: must end with {ending}")
@@ -104,15 +107,13 @@ def describe(loaded: LoadedModel, parts: list[Part], precision: str) -> dict[str
 def run_description(loaded: LoadedModel) -> dict:
     """Return what config.json of a run says about its model, without paths of this machine.
 
-    Weights that no run has made get the same keys.
+    Weights without a run get the same keys.
     """
     run = loaded.weights.run
     options = {}
-    for name, value in run.get("options", {}).items():
+    for name, value in without_paths(loaded.weights.options).items():
         if name in RUN_OPTIONS:  # those that predictions take over
             options[name] = value
-    if "data" in options:
-        options["data"] = [Path(path).name for path in options["data"]]
 
     config = asdict(loaded.config)
     if Path(config.get("vocabulary", "")).is_file():

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 
 
@@ -15,3 +16,11 @@ class Part:
     outputs: tuple[str, ...]  # names of the results
     # Name of an input -> {axis: name of its size}; all other sizes are fixed.
     dynamic: dict[str, dict[int, str]] = field(default_factory=dict)
+
+    @torch.no_grad()
+    def run(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the outputs by name. inputs: as `inputs`, in the same order."""
+        outputs = self.module(*inputs.values())
+        if isinstance(outputs, Tensor):
+            outputs = (outputs,)
+        return dict(zip(self.outputs, outputs, strict=True))

@@ -1,10 +1,10 @@
 """Write networks as programs of torch.export, and run such programs."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from exporting.parts import Part
 
@@ -47,13 +47,4 @@ def load(path: Path, part: Part) -> Callable:
 
     Return a function: inputs by name -> outputs by name.
     """
-    module = torch.export.load(path).module()
-
-    @torch.no_grad()
-    def run(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        outputs = module(*inputs.values())
-        if isinstance(outputs, Tensor):
-            outputs = (outputs,)
-        return dict(zip(part.outputs, outputs, strict=True))
-
-    return run
+    return replace(part, module=torch.export.load(path).module()).run

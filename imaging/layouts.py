@@ -329,6 +329,11 @@ def is_volume(path: Path) -> bool:
     return path.name.lower().endswith(NIFTI)
 
 
+def is_kind(path: Path, noun: str) -> bool:
+    """Return True for an image or a volume by its name. noun: "image" or "volume"."""
+    return is_image(path) if noun == "image" else is_volume(path)
+
+
 def is_hidden(path: Path) -> bool:
     """Return True for a hidden file (macOS writes ._a.png) and for the system files of Windows."""
     return path.name.startswith(".") or path.name.lower() in SYSTEM_FILES
@@ -450,13 +455,12 @@ def list_files(folder: Path, noun: str, without: Path | None = None) -> list[Pat
 
     noun: "image" or "volume". Raises ValueError if there is none.
     """
-    is_kind = {"image": is_image, "volume": is_volume}[noun]
     usable = []
     skipped = []
     for file in files_below(folder, without):
         # A broken link is kept as well: the error of reading it says what is wrong.
         is_special = file.exists() and not file.is_file()
-        if is_kind(file) and not is_special:
+        if is_kind(file, noun) and not is_special:
             usable.append(file)
         else:
             skipped.append(file)

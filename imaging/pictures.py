@@ -70,6 +70,7 @@ SLICES = 5  # of the main plane in an overlay of a volume
 COARSER = 1.2  # by this factor, slices are thicker than the pixels of their plane
 SLICE_SIDE = 360  # pixels, the longer side of a slice there
 COLUMNS = 4  # planes side by side
+GAP = 4  # pixels between planes
 PAGE_WIDTH = 960  # pixels, at least
 LONGEST_SIDE = 1600  # pixels of any plane
 CAPTION_WIDTH = 240  # pixels, enough for "sagittal 512 of 512, 300.0 mm"
@@ -139,15 +140,17 @@ def class_shares(masks: Iterable[np.ndarray], size) -> list[np.ndarray]:
     return shares
 
 
+def fullest_plane(shares: np.ndarray) -> int:
+    """Return the index of the largest share (n,), the middle one if all are 0."""
+    return int(shares.argmax()) if shares.any() else len(shares) // 2
+
+
 def central_voxel(masks: Iterable[np.ndarray], size) -> tuple[int, ...]:
     """Return the voxel whose three planes show most of masks, bool (X,Y,Z).
 
     All masks count the same. If all are empty, it is the middle of the volume's `size`.
     """
-    voxel = []
-    for shares, side in zip(class_shares(masks, size), size, strict=True):
-        voxel.append(int(shares.argmax()) if shares.any() else side // 2)
-    return tuple(voxel)
+    return tuple(map(fullest_plane, class_shares(masks, size)))
 
 
 def shown_masks(ground_truth: np.ndarray | None, prediction: np.ndarray) -> np.ndarray:
@@ -219,19 +222,16 @@ def volume_overlay(
     """
     shares = class_shares(shown_masks(ground_truth, prediction), image.shape)
     axis = main_axis(spacing)
-    slices = [(axis, index) for index in spread_slices(shares[axis])]
-    across = []
+    planes = [(axis, index) for index in spread_slices(shares[axis])]
     for other in (1, 0, 2):
         if other != axis:
-            middle = image.shape[other] // 2
-            index = int(shares[other].argmax()) if shares[other].any() else middle
-            across.append((other, index))
+            planes.append((other, fullest_plane(shares[other])))
 
     lengths = [side * size for side, size in zip(image.shape, spacing, strict=True)]  # mm
     scale = SLICE_SIDE / max(lengths[side] for side in PLANE_AXES[axis])  # pixels per mm
 
     cells = []
-    for where in [*slices, *across]:
+    for where in planes:
         plane_axis, index = where
         size = pixel_size(lengths, plane_axis, scale)
         drawn = draw_plane(image, ground_truth, prediction, where, size)
@@ -285,7 +285,7 @@ def labelled(picture: Image.Image, caption: str) -> Image.Image:
     return cell
 
 
-def in_rows(cells: list[Image.Image], gap: int = 4) -> Image.Image:
+def in_rows(cells: list[Image.Image]) -> Image.Image:
     """Put pictures of any size on black, COLUMNS in a row; at least PAGE_WIDTH pixels wide."""
     positions = []
     page_width = PAGE_WIDTH
@@ -295,11 +295,11 @@ def in_rows(cells: list[Image.Image], gap: int = 4) -> Image.Image:
         left = 0
         for cell in row:
             positions.append((left, top))
-            left += cell.width + gap
-        page_width = max(page_width, left - gap)
-        top += max(cell.height for cell in row) + gap
+            left += cell.width + GAP
+        page_width = max(page_width, left - GAP)
+        top += max(cell.height for cell in row) + GAP
 
-    page = Image.new("RGB", (page_width, top - gap))
+    page = Image.new("RGB", (page_width, top - GAP))
     for cell, position in zip(cells, positions, strict=True):
         page.paste(cell, position)
     return page

@@ -41,11 +41,13 @@ class ImageMember:
 
     loaded: LoadedModel
     make_prompts: Callable  # sample -> tensors that are added to those of the recipe's `inputs`
+    window_size: int | None = None  # pixels; None: no windows
+    overlap: float = OVERLAP  # of the windows
 
     @property
     def colours(self) -> str | None:
         """Return the colour map that the model's run gave grey images."""
-        return self.loaded.weights.run.get("options", {}).get("pseudocolor")
+        return self.loaded.weights.options.get("pseudocolor")
 
     def predict(self, sample: dict) -> Tensor:
         """Return the probabilities (K,H,W) of a sample at its own size, float32 on the CPU."""
@@ -54,6 +56,20 @@ class ImageMember:
         item |= self.make_prompts(sample)
         with torch.no_grad():
             return recipe.predict(self.loaded.model, item)[0].cpu()
+
+    def views(self, sample: dict, flips: list) -> Iterator[np.ndarray]:
+        """Yield the probabilities (K,H,W) of each flip of a sample, flipped back, and keep none.
+
+        flips: of `flips.image_flips`, [()] for the sample alone. Flips that would make the text of
+        the sample wrong are left out.
+        """
+        for flip in flips:
+            flipped = flip_sample(sample, flip)
+            if flipped is None:
+                continue
+            yield flip_back(
+                predict_in_windows(self.predict, flipped, self.window_size, self.overlap), flip
+            )
 
 
 def predict_in_windows(
@@ -76,20 +92,6 @@ def predict_in_windows(
     return volumes.sliding_window(
         predict_window, sample["image"], window, overlap, batch=1, progress=True
     )
-
-
-def views_of_image(
-    member: ImageMember, sample: dict, flips: list, side: int | None, overlap: float
-) -> Iterator[np.ndarray]:
-    """Yield the probabilities (K,H,W) of each flip of a sample, flipped back, and keep none.
-
-    flips: of `flips.image_flips`, [()] for the sample alone. side, overlap: of the windows, see
-    `predict_in_windows`. Flips that would make the text of the sample wrong are left out.
-    """
-    for flip in flips:
-        flipped = flip_sample(sample, flip)
-        if flipped is not None:
-            yield flip_back(predict_in_windows(member.predict, flipped, side, overlap), flip)
 
 
 # --- volumes -------------------------------------------------------------------------------------

@@ -31,9 +31,8 @@ def files_in(folder: Path, noun: str, out: Path) -> list[Path]:
 
     noun: "image" or "volume"; the usual kind is image files or NIfTI. The folder `out` is skipped.
     """
-    is_usual = {"image": layouts.is_image, "volume": layouts.is_volume}[noun]
     files = layouts.files_below(folder, out, with_masks=True)
-    if any(map(is_usual, files)):
+    if any(layouts.is_kind(file, noun) for file in files):
         return []
     return [file for file in files if is_dicom(file)]
 

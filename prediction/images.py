@@ -109,30 +109,18 @@ def load_image(file: Path) -> tuple[np.ndarray, bool]:
     return dicom.load_image(file) if is_dicom(file) else image_files.load_image(file)
 
 
-def draw_pictures(probabilities, masks, image, args, truth=None, prompts=()) -> dict:
-    """Return the pictures of an image by the kinds of `image_outputs`.
-
-    probabilities: float32 (K,H,W), background first if there are several classes. masks: of
-    `to_masks`. image: uint8 (H,W,3). For the overlay: truth, an item of `ground_truths`; prompts,
-    as for `pictures.draw_prompts`.
-    """
-    K = len(probabilities)
-    drawn = {}
+def mask_picture(masks: np.ndarray) -> Image.Image:
+    """Return masks, bool (K,H,W), as a picture: 0 and 255 for K = 1, else class indices."""
+    K = len(masks)
     if K == 1:
-        drawn["mask"] = Image.fromarray(masks[0].astype(np.uint8) * 255)
-    else:
-        drawn["mask"] = pictures.class_map(masks.argmax(0).astype(np.uint8), K)
+        return Image.fromarray(masks[0].astype(np.uint8) * 255)
+    return pictures.class_map(masks.argmax(0).astype(np.uint8), K)
 
-    first = 1 if K > 1 else 0  # without the background
-    if args.probabilities:
-        highest = probabilities[first:].max(0)  # (H,W)
-        sixteen_bits = (highest * 65535).round().astype(np.uint16)
-        drawn["probability"] = Image.fromarray(sixteen_bits)
-    if args.overlays:
-        foreground = masks[first:]
-        drawn["overlay"] = pictures.overlay(image, truth_of(truth, len(foreground)), foreground)
-        pictures.draw_prompts(drawn["overlay"], prompts)
-    return drawn
+
+def probability_picture(probabilities: np.ndarray) -> Image.Image:
+    """Return the highest probability of the foreground (n,H,W) as a picture of 16 bits."""
+    highest = probabilities.max(0)  # (H,W)
+    return Image.fromarray((highest * 65535).round().astype(np.uint16))
 
 
 def image_sample(
@@ -191,7 +179,7 @@ class ImagePredictor:
         )
         self.members = []
         for model in loaded:
-            classes = self.add_member(model, cases, named)
+            classes = self.add_member(model, cases, named)  # the same for all
         self.classes = tuple(classes or unnamed_classes(loaded[0].model))
         check_threshold(num_classes(loaded[0].model), args.threshold)
         self.config = members.shared_config(loaded)
@@ -215,22 +203,25 @@ class ImagePredictor:
             make_prompts, classes = loaded.weights.family.prompts_for_prediction(
                 loaded.recipe, cases, named, self.args
             )
-        self.members.append(combine.ImageMember(loaded, make_prompts))
+        overlap = combine.OVERLAP if self.args.overlap is None else self.args.overlap
+        member = combine.ImageMember(loaded, make_prompts, self.args.window_size, overlap)
+        self.members.append(member)
         return classes
 
     def views(self, image: np.ndarray, file: Path, prompt: str) -> Iterator[np.ndarray]:
         """Yield the probabilities (K,H,W) of every model and flip. image: uint8 (H,W,3)."""
-        overlap = combine.OVERLAP if self.args.overlap is None else self.args.overlap
         for member in self.members:
             sample = image_sample(image, file, self.classes, prompt, member.colours)
-            yield from combine.views_of_image(
-                member, sample, self.flips, self.args.window_size, overlap
-            )
+            yield from member.views(sample, self.flips)
 
-    def drawn_prompts(self, image: np.ndarray, file: Path) -> list:
-        """Return the boxes and points of an image for its overlay, see `pictures.draw_prompts`."""
-        sample = image_sample(image, file, self.classes)
-        return self.members[0].make_prompts(sample).get("shown", [])
+    def overlay(self, name: str, image: np.ndarray, masks: np.ndarray) -> Image.Image:
+        """Return an image with its ground truth, masks (n,H,W), boxes and points drawn on."""
+        file, _ = self.cases[name]
+        truth = truth_of(self.truths.get(name), len(masks))
+        overlay = pictures.overlay(image, truth, masks)
+        prompts = self.members[0].make_prompts(image_sample(image, file, self.classes))
+        pictures.draw_prompts(overlay, prompts.get("shown", []))
+        return overlay
 
     def predict(self, name: str) -> tuple[dict[str, Callable], list[dict]]:
         """Return functions that write the files of a case, and the rows of its measurements.
@@ -242,24 +233,23 @@ class ImagePredictor:
         image, has_non_finite = load_image(file)  # (H,W,3)
         probabilities = combine.mean(self.views(image, file, prompt))  # (K,H,W)
 
-        truth = self.truths.get(name)
-        prompts = self.drawn_prompts(image, file) if self.args.overlays else ()
         masks = to_masks(probabilities, self.config)  # (K,H,W)
-        drawn = draw_pictures(probabilities, masks, image, self.args, truth, prompts)
+        n = len(layouts.foreground(self.classes))
+        foreground = masks[-n:]  # (n,H,W)
+        probabilities = probabilities[-n:]  # (n,H,W)
+
+        drawn = {"mask": mask_picture(masks)}
+        if self.args.probabilities:
+            drawn["probability"] = probability_picture(probabilities)
+        if self.args.overlays:
+            drawn["overlay"] = self.overlay(name, image, foreground)
+        writers = {kind: partial(pictures.save_picture, picture=drawn[kind]) for kind in drawn}
+        rows = self.measure(name, image, foreground, probabilities)
+
         if has_non_finite:
             self.non_finite.append(file)
         if not is_dicom(file) and image_files.has_damaged_exif(file):
             self.damaged_exif.append(file)
-        writers = {kind: partial(pictures.save_picture, picture=drawn[kind]) for kind in drawn}
-        measure = partial(
-            measurements.measure_image,
-            grey=image_files.grey_levels(image),
-            pixel_size=self.pixel_size_of(name),
-        )
-        rows = []
-        for row in self.measure(masks, probabilities, measure):
-            first = {"class": row["class"], "mask": row["mask"]}
-            rows.append(first | self.prompt_cell(name) | row)
         return writers, rows
 
     def pixel_size_of(self, name: str) -> tuple | list | None:
@@ -285,11 +275,21 @@ class ImagePredictor:
         """Return the cell with the text of --prompts-csv, {} without this option."""
         return {} if self.args.prompts_csv is None else {"prompt": self.cases[name][1]}
 
-    def measure(self, masks: np.ndarray, probabilities: np.ndarray, measure: Callable) -> list:
-        """Return the rows of measurements of an image's masks (K,H,W), those of `measure`."""
+    def measure(
+        self, name: str, image: np.ndarray, masks: np.ndarray, probabilities: np.ndarray
+    ) -> list[dict]:
+        """Return the rows of measurements of an image's masks (n,H,W)."""
         classes = layouts.foreground(self.classes)
-        n = len(classes)
-        return measurements.measure_classes(classes, masks[-n:], probabilities[-n:], measure)
+        measure = partial(
+            measurements.measure_image,
+            grey=image_files.grey_levels(image),
+            pixel_size=self.pixel_size_of(name),
+        )
+        rows = []
+        for row in measurements.measure_classes(classes, masks, probabilities, measure):
+            first = {"class": row["class"], "mask": row["mask"]}
+            rows.append(first | self.prompt_cell(name) | row)
+        return rows
 
     def say_how_images_were_read(self) -> None:
         """Print which images hold NaN or infinite pixels, and which have damaged EXIF data."""

@@ -78,12 +78,11 @@ def relevant_inputs(args, noun: str) -> list[Path]:
     noun: "image" or "volume". How many such files were skipped is printed. Raises ValueError, one
     line, if nothing is left.
     """
-    is_usual = {"image": layouts.is_image, "volume": layouts.is_volume}[noun]
     inputs = []
     skipped = []
     for path in map(Path, args.inputs):
         is_match = path in args.roots and not path.is_dir()
-        if is_match and not is_usual(path) and not is_dicom(path):
+        if is_match and not layouts.is_kind(path, noun) and not is_dicom(path):
             skipped.append(path)
         else:
             inputs.append(path)

@@ -98,11 +98,11 @@ def check_prompts(members: list[Weights], prompt: str | None) -> None:
         return
     first = members[0]
     for other in members[1:]:
-        types = [run.get("options", {}).get("prompt") for run in (first.run, other.run)]
-        if types[0] != types[1]:
+        prompts = [weights.options.get("prompt") for weights in (first, other)]
+        if prompts[0] != prompts[1]:
             raise ValueError(
-                f"--prompt is missing: {first.source} was trained with {types[0]}, {other.source} "
-                f"with {types[1]}"
+                f"--prompt is missing: {first.source} was trained with {prompts[0]}, "
+                f"{other.source} with {prompts[1]}"
             )
 
 

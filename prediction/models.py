@@ -24,6 +24,11 @@ class Weights:
         """Return what the model's name means."""
         return FAMILIES[self.name]
 
+    @property
+    def options(self) -> dict:
+        """Return the options of the run, {} without a run."""
+        return self.run.get("options", {})
+
 
 @dataclass(frozen=True)
 class LoadedModel:
@@ -74,7 +79,7 @@ def protocol_of(
     """
     protocol = weights.family.protocols["default"]
     if overlap is None:
-        overlap = weights.run.get("options", {}).get("overlap")
+        overlap = weights.options.get("overlap")
     if overlap is not None:
         protocol = replace(protocol, overlap=overlap)
     if window_batch is not None:

@@ -25,6 +25,10 @@ from engine.runs import check_run, newer, pick_device
 from imaging import files
 from recipes import FAMILIES
 
+CPU = "CPUExecutionProvider"  # of ONNX Runtime
+CUDA = "CUDAExecutionProvider"
+DATA = ".data"  # added to the name of an ONNX file: its weights, if they are beside it
+
 # --- files ----------------------------------------------------------------------------------------
 
 
@@ -86,7 +90,7 @@ def read_metadata(path: Path) -> dict:
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
-    session = open_session(path, ["CPUExecutionProvider"], only_metadata=True)
+    session = open_session(path, [CPU], only_metadata=True)
     entries = session.get_modelmeta().custom_metadata_map
     if not {"run", "part", "parts"} <= entries.keys():
         raise ValueError(
@@ -125,7 +129,7 @@ def open_session(path: Path, providers: list, only_metadata: bool = False):
         return onnxruntime.InferenceSession(path, options, providers=providers)
     except Exception as error:  # its classes have no common base
         check_memory(error)
-        data = path.with_name(f"{path.name}.data")
+        data = path.with_name(path.name + DATA)
         if data.name in str(error) and not data.is_file():
             raise FileNotFoundError(
                 f"{path}: needs {data.name}, which is not beside it; keep both files together"
@@ -148,25 +152,19 @@ def providers_for(device: str) -> list:
 
     Raises ValueError, one line, if ONNX Runtime does not run on the device.
     """
-    place = pick_device(device)
-    if place.type == "cpu":
-        return ["CPUExecutionProvider"]
-    if place.type != "cuda":
-        if device == "auto":
-            return ["CPUExecutionProvider"]
-        raise ValueError(f"--device {device}: ONNX files run on cpu or cuda")
-
     import onnxruntime
 
-    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
-        gpu = ("CUDAExecutionProvider", {"device_id": place.index or 0})
-        return [gpu, "CPUExecutionProvider"]
-    if device == "auto":
-        return ["CPUExecutionProvider"]
-    raise ValueError(
-        f"--device {device}: this onnxruntime has no CUDA; install onnxruntime-gpu, or use "
-        "--device cpu"
-    )
+    place = pick_device(device)
+    if place.type == "cuda" and CUDA in onnxruntime.get_available_providers():
+        return [(CUDA, {"device_id": place.index or 0}), CPU]
+    if place.type == "cpu" or device == "auto":
+        return [CPU]
+    if place.type == "cuda":
+        raise ValueError(
+            f"--device {device}: this onnxruntime has no CUDA; install onnxruntime-gpu, or use "
+            "--device cpu"
+        )
+    raise ValueError(f"--device {device}: ONNX files run on cpu or cuda")
 
 
 class Session:
@@ -178,7 +176,7 @@ class Session:
         self.metadata = self.session.get_modelmeta().custom_metadata_map
         self.inputs = [node.name for node in self.session.get_inputs()]
         wants_gpu = len(providers) > 1
-        if wants_gpu and self.session.get_providers() == ["CPUExecutionProvider"]:
+        if wants_gpu and self.session.get_providers() == [CPU]:
             raise ValueError("--device: ONNX Runtime could not start CUDA; use --device cpu")
 
     def __call__(self, *tensors: Tensor) -> list[Tensor]:

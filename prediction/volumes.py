@@ -127,7 +127,7 @@ class VolumePredictor:
         self.args = args
 
         self.classes, self.labels = class_names(self.config, names, loaded[0].weights.run)
-        for member in loaded:
+        for member in loaded:  # the result is the same for all
             self.chosen = member.weights.family.chosen_classes(
                 member.model, self.classes, args.classes
             )

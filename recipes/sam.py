@@ -21,7 +21,7 @@ from engine import evaluate
 from engine.runs import DataSets
 from imaging import boxes_and_points, image_files, layouts
 from imaging.augment import MIRRORS, Augment
-from imaging.boxes_and_points import Prompt
+from imaging.boxes_and_points import Prompt, mirrored
 from losses import cldice_loss, dice_bce, oct_topological_loss, sam_loss, topological_loss
 from recipes.base import (
     BOX_OPTIONS,
@@ -56,8 +56,7 @@ def prompts_for(sample, source: str, settings, rng=None, from_files=None) -> lis
     if source.startswith("given"):
         prompts = from_files.get(sample["file"], [])
         for flip in sample.get("flips", ()):
-            mirror = partial(boxes_and_points.mirrored, size=sample["size"], axis=MIRRORS[flip])
-            prompts = [*map(mirror, prompts)]
+            prompts = [mirrored(prompt, sample["size"], MIRRORS[flip]) for prompt in prompts]
         return prompts
     if "mask" not in sample:
         return [Prompt(1, None, boxes_and_points.image_box(sample["size"]))]

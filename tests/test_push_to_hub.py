@@ -24,8 +24,7 @@ import predict
 import segformer
 import train
 from engine import runs
-from exporting import hub as hub_file
-from exporting import model_card
+from exporting import model_card, paths
 from prediction.models import find_weights, load_model
 
 REPOSITORY = "someone/polyps"
@@ -216,7 +215,7 @@ def test_every_option_that_names_a_path_is_known():
     for spec in fields(train.Options):
         if spec.metadata["argparse"].get("metavar") in ("DIR", "FILE", "SOURCE"):
             named.add(spec.name)
-    assert named == {*hub_file.PATH_OPTIONS, *hub_file.SOURCE_OPTIONS}
+    assert named == {*paths.PATH_OPTIONS, *paths.SOURCE_OPTIONS}
 
 
 @pytest.mark.parametrize(
@@ -233,7 +232,7 @@ def test_every_option_that_names_a_path_is_known():
 )
 def test_names_of_sources(source, name, monkeypatch):
     monkeypatch.chdir(ROOT)
-    assert model_card.without_folders(source) == name
+    assert paths.without_folders(source) == name
 
 
 def test_the_vocabulary_of_biomedclipseg_lies_in_the_repository(
