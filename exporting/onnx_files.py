@@ -5,13 +5,13 @@ import logging
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from exporting.parts import Part
-from prediction.onnx_networks import CPU, DATA, open_session
+from prediction.onnx_networks import CPU, DATA, Session
 
 ENDING = ".onnx"
 RUNTIME = "ONNX Runtime"
@@ -109,11 +109,4 @@ def store_in_half(model) -> None:
 
 def load(path: Path, part: Part) -> Callable:
     """Open a file with ONNX Runtime. Return a function: inputs by name -> outputs by name."""
-    session = open_session(path, [CPU])
-
-    def run(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        arrays = {name: tensor.numpy() for name, tensor in inputs.items()}
-        outputs = session.run(part.outputs, arrays)
-        return dict(zip(part.outputs, map(torch.from_numpy, outputs), strict=True))
-
-    return run
+    return replace(part, module=Session(path, [CPU])).run

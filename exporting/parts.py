@@ -1,5 +1,6 @@
 """The networks that an export consists of, each with example inputs and dynamic sizes."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -11,7 +12,8 @@ class Part:
     """A network that becomes a file of its own: most models have one, SAM and CLIPSeg have more."""
 
     name: str  # network; encoder, decoder of SAM; vision, text, decoder of CLIPSeg
-    module: nn.Module  # its forward takes tensors in the order of `inputs`
+    # A network, or a file of one that was opened. It takes tensors in the order of `inputs`.
+    module: nn.Module | Callable
     inputs: dict[str, Tensor]  # name -> example, with a batch of two
     outputs: tuple[str, ...]  # names of the results
     # Name of an input -> {axis: name of its size}; all other sizes are fixed.
