@@ -51,7 +51,7 @@ def show_volume(page) -> None:
     page.set_input_files("#volumes-upload input", case)
     expect(page.locator("#volumes-note")).to_contain_text("voxels", timeout=WAIT)
     page.click("#volumes-run")
-    expect(page.locator("#volumes-status")).to_contain_text("Done", timeout=WAIT)
+    expect(page.locator("#volumes-status")).to_contain_text("done in", timeout=WAIT)
 
 
 def take(run: Path, show, picture: Path) -> None:
