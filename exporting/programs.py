@@ -9,7 +9,7 @@ from torch import Tensor
 from exporting.parts import Part
 
 ENDING = ".pt2"
-RUNTIME = "the program"
+RUNTIME = "torch.export"
 PACKAGES = ()  # besides torch
 
 
