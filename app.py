@@ -43,13 +43,13 @@ def parse() -> argparse.Namespace:
         "--weights",
         metavar="SOURCE",
         nargs="+",
-        help=f"trained models: run folders, files, or hub ids [{DEMO}, if it exists]",
+        help=f"trained models: run folders, files, ONNX files, or hub ids [{DEMO}, if it exists]",
     )
     add(
         "--model",
         metavar="NAME",
         choices=sorted(FAMILIES),
-        help=f"model of --weights: {', '.join(sorted(FAMILIES))} [run]",
+        help=f"model of --weights that are not runs: {', '.join(sorted(FAMILIES))} [run]",
     )
     add("--clip", metavar="FILE", help="CLIP ViT-B/16 for CLIPSeg's --weights rd64-uni-refined.pth")
     add(
@@ -98,7 +98,7 @@ def sources_of(weights: list[str] | None) -> list[str]:
         return [str(DEMO)]
     raise ValueError(
         "--weights is missing: the folder of a training run, such as runs/NAME. To try the page, "
-        f"run make demo, which trains a small model in {DEMO}, and then python app.py"
+        f"run make demo, which trains a small model in {DEMO}, and then this command again"
     )
 
 

@@ -6,8 +6,9 @@
     python export.py --weights runs/segformer-mine --to official
     python export.py --weights runs/segformer-mine --push-to-hub OWNER/NAME --private
 
-An ONNX file is compared with PyTorch before the program ends, and both speeds are printed.
-predict.py --weights FILE.onnx uses it. docs/export.md has the details.
+Files of --to onnx and torch-export are compared with PyTorch before they appear, and both speeds
+are printed. predict.py --weights FILE.onnx predicts with ONNX Runtime. docs/export.md has the
+details.
 """
 
 if __name__ == "__main__":
@@ -64,13 +65,17 @@ def add_common_options(add: Callable) -> None:
         required=True,
         help="trained model: run folder, file, or hub id",
     )
-    add("--to", metavar="FORMAT", choices=FORMATS, help=f"what to write: {', '.join(FORMATS)}")
-    add("--out", metavar="PATH", help="file that is written [exports/NAME and the format's ending]")
+    add("--to", metavar="FORMAT", choices=FORMATS, help=f"format to write: {', '.join(FORMATS)}")
+    add(
+        "--out",
+        metavar="PATH",
+        help="file or folder to write [exports/NAME plus the ending]",
+    )
     add("--half", action="store_true", help="ONNX: store weights in 16 bits; results stay 32 bits")
     add(
         "--image",
         metavar="FILE",
-        help="image or volume that an ONNX file is checked with [one of the run's data]",
+        help="image or volume to compare the export with PyTorch on [first case of the run's data]",
     )
     add("-h", "--help", action="help", help="show this help and exit")
 
@@ -82,7 +87,7 @@ def add_hub_options(add: Callable) -> None:
         metavar="OWNER/NAME",
         help="upload weights, config.json and a model card to the Hugging Face hub",
     )
-    add("--private", action="store_true", help="create the repository as a private one")
+    add("--private", action="store_true", help="make a new repository private [public]")
 
 
 def add_model_options(add: Callable) -> None:

@@ -96,18 +96,18 @@ def add_common_options(add: Callable) -> None:
         metavar="SOURCE",
         nargs="+",
         required=True,
-        help="trained model: run folder, file, ONNX file, or hub id; of several the mean",
+        help="trained model: run folder, file, ONNX file, or hub id; several are averaged",
     )
     add("--out", metavar="DIR", required=True, help="folder that the masks are written to")
     add(
         "--prompt",
         metavar="TEXT",
-        help="text that describes the target; for data sets also p0 to p9 [run]",
+        help="text that describes the target; for data sets also a prompt type, p0 to p9 [run]",
     )
     add(
         "--prompts-csv",
         metavar="FILE",
-        help="CSV file with the columns image and prompt: a text for each image, or several",
+        help="CSV file with the columns image and prompt: one or more texts for each image",
     )
     add(
         "--threshold",
@@ -118,17 +118,17 @@ def add_common_options(add: Callable) -> None:
     add(
         "--split",
         metavar="NAME",
-        help="split of a data set to predict [test, or all images without splits]",
+        help="split of a data set to predict [test; all images if it has no splits]",
     )
     add(
         "--overlays",
         action="store_true",
-        help="also save images with the masks drawn on: NAME_overlay.png",
+        help="also save NAME_overlay.png: the input with its mask drawn on it",
     )
     add(
         "--skip-existing",
         action="store_true",
-        help="continue a stopped call: skip inputs with masks in --out",
+        help="continue a stopped call: skip inputs whose masks are already in --out",
     )
     add("-h", "--help", action="help", help="show this help and exit")
 
@@ -152,7 +152,7 @@ def add_model_options(add: Callable) -> None:
     add(
         "--tta",
         action="store_true",
-        help="average the probabilities of the input and of its flips",
+        help="test-time flips: average the probabilities of the input and its flips",
     )
     add(
         "--window-size",
@@ -164,7 +164,7 @@ def add_model_options(add: Callable) -> None:
         "--overlap",
         metavar="X",
         type=Number(at_least=0, below=1),
-        help="overlap of neighbouring windows, as a share [run, images: 0.25]",
+        help="overlap of neighbouring windows, as a share [volumes: run, images: 0.25]",
     )
     add(
         "--device",

@@ -129,7 +129,7 @@ class Comparison:
         if self.difference > limit:
             raise ValueError(
                 f"{path}: was not written: the exported network differs from PyTorch by "
-                f"{self.difference:.1e} of the output's scale, more than {limit:.0e}; "
+                f"{self.difference:.1e} of the largest output, more than {limit:.0e}; "
                 "please report this with the versions of torch, onnx and onnxruntime"
             )
 
@@ -138,9 +138,9 @@ class Comparison:
         sizes = " and ".join(map(str, self.batches))
         ratio = self.torch_seconds / self.file_seconds
         return (
-            f"differs from PyTorch by {self.difference:.1e} of the output's scale (batches of "
-            f"{sizes}); PyTorch {self.torch_seconds:.3g} s, {runtime} {self.file_seconds:.3g} s, "
-            f"{ratio:.2f} times as fast"
+            f"largest difference to PyTorch {self.difference:.1e} of the largest output (batches "
+            f"of {sizes}); PyTorch {self.torch_seconds:.3g} s, "
+            f"{runtime} {self.file_seconds:.3g} s, {ratio:.2f} times as fast"
         )
 
 

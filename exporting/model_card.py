@@ -110,7 +110,7 @@ class Card:
     def licence(self) -> tuple[str, str]:
         """Return the licence of the start weights, as the hub spells it and in words."""
         if self.start() == ["none"]:
-            return "other", "none were used, and no licence was chosen for the new ones"
+            return "other", "none; training started from random ones. No licence was chosen"
 
         names = set()
         texts = []
@@ -244,7 +244,7 @@ class Card:
             lines += prompt_rows(summary)
         lines += ["", "Intervals: 95 %, expanded percentile bootstrap over patients where they are"]
         lines.append(
-            "known, else over images. Failures that the test does not contain are in none."
+            "known, else over images. They do not cover kinds of failure that the test set lacks."
         )
 
         worst = self.worst_cases()
@@ -261,10 +261,13 @@ class Card:
         lines = ["## Limits", "", "- For research only. This is not a medical device."]
         names = self.data_sets()
         if len(names) == 1:
-            lines.append("- It has seen one data set; other scanners, clinics and patients differ.")
+            lines.append(
+                "- It was trained on a single data set. How well it does on images from other "
+                "scanners, clinics and patient groups is unknown."
+            )
         lines += [f"- {text}" for text in self.test_limits()]
         if self.options.get("max_steps"):
-            lines.append(f"- Training was cut at {self.options['max_steps']} steps.")
+            lines.append(f"- Training was limited to {self.options['max_steps']} steps.")
         if self.options.get("threshold") == "auto":
             lines.append("- The threshold was chosen on the validation data.")
         return "\n".join(lines)
@@ -273,7 +276,7 @@ class Card:
         """Return the limits of the tests."""
         tests = self.tests()
         if not tests:
-            return ["It was not tested: nothing is known about how well it does."]
+            return ["It was not tested: how well it does is unknown."]
         if self.options.get("overfit"):
             return ["It was tested on its training cases: the scores say nothing about new ones."]
 
@@ -284,7 +287,10 @@ class Card:
             misses += summary["misses"]
         texts = [f"It was tested on {self.count(sum(images.values()))}."]
         if misses:
-            texts.append(f"Misses and false alarms in the tests: {misses}.")
+            texts.append(
+                f"Misses and false alarms in the tests: {misses} (the prediction or the ground "
+                "truth is empty, the other is not)."
+            )
         foreign = [name for name in images if name.split(":")[0] not in self.data_sets()]
         if foreign:
             texts.append(f"Test data from outside its training data: {listed(foreign)}.")
@@ -292,11 +298,14 @@ class Card:
             texts.append("It was not tested on data from outside its training data sets.")
         if not any(row.get("group") for row in self.worst_cases()):
             texts.append(
-                "The patients of the test cases are not known, so that a patient may also be in "
-                "the training data."
+                "It is not recorded which patient a test case is from, so the training data may "
+                "contain the same patients."
             )
         if "prompts" in tests[0][2]:  # SAM
-            texts.append("Its prompts in the tests were made from the ground truth.")
+            texts.append(
+                "Its prompts in the tests were made from the ground truth; those of real users are "
+                "less exact."
+            )
         return texts
 
     def use_section(self) -> str:
@@ -316,7 +325,8 @@ class Card:
         if self.options.get("pseudocolor"):
             lines += [
                 "",
-                "Grey images need the colour map of the training; `predict.py` applies it.",
+                "Grey images need the colour map of the training: `predict.py` applies it, the "
+                "Python code above does not.",
             ]
         return "\n".join(lines)
 
@@ -331,7 +341,7 @@ class Card:
         if self.family.reads_text():
             argument = f", {json.dumps(self.example_prompt(), ensure_ascii=False)}"
         elif BOX_OPTIONS in self.family.options:
-            argument = ", boxes=[[10, 20, 110, 90]]"  # x1, y1, x2, y2
+            argument = ", boxes=[[10, 20, 110, 90]]"  # x0, y0, x1, y1
         return f'probabilities, mask = model.segment("photo.jpg"{argument})'
 
     def prompt_option(self) -> str:
@@ -353,9 +363,9 @@ class Card:
     def licence_section(self) -> str:
         """Return the licence of the start weights, and the papers."""
         lines = ["## Licence and credits", "", f"Start weights: {self.licence()[1]}."]
-        lines.append("The licences of the training data apply, too; they were not checked.")
+        lines.append("The licences of the training data may apply as well; they were not checked.")
         lines += ["", *(f"- {paper}" for paper in PAPERS[self.weights.name])]
-        lines.append(f"- code: *{CODE}*; its `docs/credits.md` lists all sources")
+        lines.append(f"- Code: *{CODE}*; its `docs/credits.md` lists all sources")
         return "\n".join(lines)
 
 

@@ -9,7 +9,7 @@ import torch
 from exporting.parts import Part
 
 ENDING = ".pt2"
-RUNTIME = "the program"
+RUNTIME = "torch.export"
 PACKAGES = ()  # besides torch
 
 

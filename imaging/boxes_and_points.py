@@ -512,7 +512,10 @@ def read_rows(path, kind: str, sizes: dict, classes, names: dict | None) -> dict
     if unknown_images:
         examples = first_three(dict.fromkeys(unknown_images))
         count = len(unknown_images)
-        print(f"{path}: {count} {kind} are for other images and are ignored ({examples})")
+        rows_text = "1 row for another image is"
+        if count > 1:
+            rows_text = f"{count} rows for other images are"
+        print(f"{path}: {rows_text} ignored ({examples})")
     return rows
 
 

@@ -79,7 +79,8 @@ def read_texts(path: Path, names: dict[Path, str]) -> dict[Path, list[str]]:
     if unknown_images:
         examples = first_three(dict.fromkeys(unknown_images))
         count = len(unknown_images)
-        print(f"{path}: {count} prompts are for other images and are ignored ({examples})")
+        rows = "1 row for another image is" if count == 1 else f"{count} rows for other images are"
+        print(f"{path}: {rows} ignored ({examples})")
     return texts
 
 

@@ -221,7 +221,7 @@ def test_every_image_has_its_text(separator, reader, photos, tmp_path, monkeypat
     file = table(tmp_path, *lines)
     out = tmp_path / "out"
     said, _ = called(monkeypatch, capsys, *given, "--out", out, "--prompts-csv", file)
-    assert "1 prompts are for other images and are ignored (other.png)" in said
+    assert "1 row for another image is ignored (other.png)" in said
     texts = {"a": "one polyp", "b": "a tumour on the left", "g/a": "one polyp"}
     assert {row["name"]: row["prompt"] for row in rows(out / "measurements.csv")} == texts
 
@@ -552,8 +552,16 @@ def test_without_pydicom_the_package_is_named(run, scans, tmp_path, monkeypatch,
 
 
 def test_weights_of_unknown_kind_with_dicom_need_a_model(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("engine.runs.hub_config_file", lambda *_: None)
     save(x_ray(), tmp_path / "x.dcm")
     weights = tmp_path / "model.pth"  # no hub id, so that nothing is looked up there
     given = ["--weights", weights, "--out", tmp_path / "out", tmp_path / "x.dcm"]
     _, error = called(monkeypatch, capsys, *given, status=2)
     assert "--model is missing" in error
+
+
+def test_a_mistyped_run_folder_is_named(tmp_path, monkeypatch, capsys):
+    given = ["--weights", "runs/no-such-run", "--out", tmp_path / "out", tmp_path]
+    _, error = called(monkeypatch, capsys, *given, status=2)
+    assert "runs/no-such-run: no such run folder or file of weights" in error
+    assert "--model" not in error

@@ -138,7 +138,7 @@ def test_boxes_of_other_images_are_counted(tmp_path, capsys):
     assert plain(boxes_and_points.read_boxes(path, SIZES)) == {
         "a.png": [(None, None, [1, 1, 2, 2])]
     }
-    line = "5 boxes are for other images and are ignored (z0.png, z1.png, z2.png, …)"
+    line = "5 rows for other images are ignored (z0.png, z1.png, z2.png, …)"
     assert capsys.readouterr().out == f"{path}: {line}\n"
 
 
@@ -473,7 +473,7 @@ def test_images_without_a_box_are_counted_and_empty(photos, run, tmp_path, monke
     said = predicted(monkeypatch, capsys, out, "--weights", run, "--boxes", sheet, photos)
     line = "4 of 5 images have no box, and their masks are empty (b.png, c.png, d.png, …)"
     assert f"{sheet}: {line}\n" in said
-    assert "1 boxes are for other images and are ignored (z.png)" in said
+    assert "1 row for another image is ignored (z.png)" in said
     assert probability(out, "a").max() > 0
     for name in "bcde":
         assert not probability(out, name).any()
