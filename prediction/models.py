@@ -1,11 +1,12 @@
 """Find and load the models of --weights: run folders, files, hub ids and ONNX files."""
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import nn
 
-from engine.runs import is_onnx, pick_device, read_run
+from engine.runs import is_hub_id, is_onnx, pick_device, read_run
 from prediction import onnx_networks
 from recipes import FAMILIES
 from recipes.base import Family, Protocol, Recipe
@@ -47,7 +48,8 @@ class LoadedModel:
 def find_weights(source: str, name: str | None = None) -> Weights:
     """Return what is known about --weights. name: of the model, if no run names it.
 
-    Raises ValueError, one line, if nothing names the model, or if this version does not have it.
+    Raises FileNotFoundError or ValueError, one line, if there are no such weights, if nothing names
+    the model, or if this version does not have it.
     For an ONNX file, raises as `onnx_networks.read_run` does.
     """
     if is_onnx(source):
@@ -58,6 +60,8 @@ def find_weights(source: str, name: str | None = None) -> Weights:
 
     run = read_run(source)
     name = name or run.get("model")
+    if name is None and not Path(source).exists() and not is_hub_id(source):
+        raise FileNotFoundError(f"{source}: no such run folder or file of weights")
     if name is None:
         raise ValueError(f"--model is missing: {source} is not a run folder that names it")
     if name not in FAMILIES:
