@@ -69,11 +69,11 @@ def separate_inputs(parser: command_line.Parser, args: argparse.Namespace) -> No
     """Take the words behind the first of --weights as inputs, if no other word is an input.
 
     As in `predict.py --out DIR --weights RUN a.jpg b.jpg`. Ends the program, one line, if there are
-    none, or if one of them is a run: then the inputs are missing.
+    none, or if one of them is a run or an ONNX file: then the inputs are missing.
     """
     first, *others = args.weights
-    is_run = any((Path(path) / "config.json").is_file() for path in others)
-    if not others or is_run:
+    has_model = any(is_onnx(path) or (Path(path) / "config.json").is_file() for path in others)
+    if not others or has_model:
         parser.error(
             "INPUT is missing: give images, volumes, folders or data sets before --weights or "
             "after another option"
@@ -95,6 +95,7 @@ def add_common_options(add: Callable) -> None:
         "--weights",
         metavar="SOURCE",
         nargs="+",
+        action="extend",
         required=True,
         help="trained model: run folder, file, ONNX file, or hub id; several are averaged",
     )
@@ -217,7 +218,13 @@ def add_volume_options(add: Callable) -> None:
         help="overlapping classes: keep what anatomy allows, such as one piece per organ and "
         "tumours only within organs",
     )
-    add("--classes", metavar="NAME", nargs="+", help="Universal Model: predict only these classes")
+    add(
+        "--classes",
+        metavar="NAME",
+        nargs="+",
+        action="extend",
+        help="Universal Model: predict only these classes",
+    )
     add(
         "--window-batch",
         metavar="N",

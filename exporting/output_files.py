@@ -157,9 +157,10 @@ def new_files(out: Path):
                 part.mkdir()
                 yield part
             # In reverse order, so that weights beside an ONNX file appear before the file itself.
-            for file in sorted(part.iterdir(), reverse=True):
-                target = out.with_name(file.name)
-                refuse_existing(target)  # written since the program checked
-                os.replace(file, target)
+            written = sorted(part.iterdir(), reverse=True)
+            for file in written:
+                refuse_existing(out.with_name(file.name))  # since the program checked
+            for file in written:
+                os.replace(file, out.with_name(file.name))
         finally:
             shutil.rmtree(part, ignore_errors=True)

@@ -1,5 +1,6 @@
 """Write networks as programs of torch.export, and run such programs."""
 
+import io
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +26,11 @@ def save(part: Part, path: Path, metadata: dict[str, str], half: bool) -> None:
     remove_unused(program)
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # lines of source and paths of this machine
-    torch.export.save(program, path, extra_files=metadata)
+
+    # Through memory: where torch cannot finish a file, such as on a full disk, it ends the process.
+    content = io.BytesIO()
+    torch.export.save(program, content, extra_files=metadata)
+    path.write_bytes(content.getbuffer())
 
 
 def remove_unused(program: torch.export.ExportedProgram) -> None:

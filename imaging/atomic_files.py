@@ -266,7 +266,7 @@ def locked(path: Path, folder: Path):
     The system releases the lock when the process ends, even after kill -9, so that a leftover file
     locks nothing. Missing folders around `path` are created, and removed again if they stay empty.
     Yields True; or, after printing a warning, False if the file system has no locks. Raises
-    ValueError if another process holds the lock.
+    ValueError if another process holds the lock, OSError, one line, if the folder is read-only.
     """
     missing = [parent for parent in path.parents if not parent.exists()]  # the innermost first
     try:
@@ -275,6 +275,12 @@ def locked(path: Path, folder: Path):
         raise ValueError(
             f"{folder}: another process is writing to this folder; wait until it ends, or choose "
             "another --out"
+        ) from None
+    except OSError as error:
+        if is_full_disk(error):
+            raise
+        raise OSError(
+            f"{folder}: cannot be written to ({error.strerror}); choose another --out"
         ) from None
 
     if descriptor is None:

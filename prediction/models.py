@@ -53,8 +53,8 @@ class LoadedModel:
 def find_weights(source: str, name: str | None = None) -> Weights:
     """Return what is known about --weights. name: of the model, if no run names it.
 
-    Raises ValueError, one line, if nothing names the model, or if this version does not have it,
-    and FileNotFoundError if no run names it because there is no such run.
+    Raises FileNotFoundError or ValueError, one line, if there are no such weights, if nothing names
+    the model, or if this version does not have it.
     For an ONNX file, raises as `onnx_networks.read_run` does.
     """
     if is_onnx(source):
@@ -65,9 +65,9 @@ def find_weights(source: str, name: str | None = None) -> Weights:
 
     run = read_run(source)
     name = name or run.get("model")
+    if name is None and not Path(source).exists() and not is_hub_id(source):
+        raise FileNotFoundError(f"{source}: no such run folder or file of weights")
     if name is None:
-        if not Path(source).exists() and not is_hub_id(source):
-            raise FileNotFoundError(f"{source}: no such run folder or file of weights")
         raise ValueError(f"--model is missing: {source} is not a run, which would name its model")
     if name not in FAMILIES:
         raise ValueError(f"{source}: is a run of {name}, no model that this version has")

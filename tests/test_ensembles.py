@@ -219,7 +219,14 @@ def test_words_behind_a_single_run_are_inputs(runs, tmp_path, monkeypatch, capsy
     assert "ensemble" not in said and "2 masks in" in said
 
 
-@pytest.mark.parametrize("words", [["three"], ["three", "unnamed"]])
+def test_weights_given_one_by_one_are_an_ensemble(runs, tmp_path, monkeypatch, capsys):
+    photo(tmp_path / "a.png")
+    given = ["--weights", runs / "unnamed", "--weights", runs / "three", "--out", tmp_path / "out"]
+    said, _ = called(monkeypatch, capsys, tmp_path / "a.png", *given)
+    assert "ensemble of 2" in said
+
+
+@pytest.mark.parametrize("words", [["three"], ["three", "unnamed"], ["three", "three.onnx"]])
 def test_without_an_input_nothing_is_taken_for_one(words, runs, tmp_path, monkeypatch, capsys):
     given = ["--out", tmp_path / "out", "--weights", *(runs / word for word in words)]
     assert "INPUT is missing: give images" in refused(monkeypatch, capsys, *given)

@@ -5,6 +5,7 @@ import importlib
 import json
 import re
 import shutil
+import subprocess
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -12,13 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import command, randomised, write_run
+from conftest import command, contents, randomised, write_run
 from PIL import Image
 from torch import nn
 
 import export
 from engine.runs import check_run, read_run
-from exporting import comparison, networks, onnx_files, output_files
+from exporting import comparison, networks, onnx_files, output_files, programs
 from exporting.parts import Part
 from prediction.models import Weights, find_weights, load_model
 
@@ -422,6 +423,57 @@ def test_mistakes_are_one_line(kind, tiny, tmp_path, monkeypatch, capsys):
     assert code == 2 and err.count("\n") == 1 and message in err, err
     assert names_in(new) == ["there.onnx", "x.onnx.data"]
     assert (new / "there.onnx").read_text() == (new / "x.onnx.data").read_text() == "mine"
+
+
+WRITE_PROGRAM = """
+import resource, sys
+from pathlib import Path
+
+import torch
+from exporting import programs
+from exporting.parts import Part
+from imaging.atomic_files import is_full_disk
+
+part = Part("network", torch.nn.Linear(100, 100), {"image": torch.ones(2, 100)}, ("logits",))
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+try:
+    programs.save(part, Path(sys.argv[1]), {}, half=False)
+except Exception as error:
+    assert is_full_disk(error), repr(error)
+    print("full")
+"""
+
+
+@pytest.mark.slow
+def test_a_program_that_does_not_fit_on_the_disk_is_an_error_and_no_abort(tmp_path):
+    command_line = [sys.executable, "-c", WRITE_PROGRAM, str(tmp_path / "x.pt2")]
+    done = subprocess.run(command_line, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "full\n"), done.stderr
+
+
+def test_torch_writes_no_program_to_a_file_itself(tmp_path, monkeypatch):
+    save = torch.export.save
+    targets = []
+
+    def note_target(program, target, **more):
+        targets.append(target)
+        save(program, target, **more)
+
+    monkeypatch.setattr(torch.export, "save", note_target)
+    part = Part("network", nn.Linear(3, 2), {"image": torch.ones(2, 3)}, ("logits",))
+    programs.save(part, tmp_path / "x.pt2", {"run": "{}"}, half=False)
+    assert not isinstance(targets[0], str | Path)  # it would abort where the disk is full
+    run = programs.load(tmp_path / "x.pt2", part)
+    torch.testing.assert_close(run(part.inputs)["logits"], part.module(torch.ones(2, 3)))
+
+
+def test_no_file_of_an_export_appears_if_one_was_written_meanwhile(tmp_path):
+    refused = pytest.raises(ValueError, match="exists already")
+    with refused, output_files.new_files(tmp_path / "x.onnx") as folder:
+        for name in ("x.decoder.onnx", "x.text.onnx"):
+            (folder / name).write_text("new")
+        (tmp_path / "x.decoder.onnx").write_text("old")
+    assert contents(tmp_path) == {"x.decoder.onnx": b"old"}
 
 
 @pytest.mark.parametrize("package", ["onnx", "onnxscript", "onnxruntime"])

@@ -285,6 +285,16 @@ def test_a_folder_that_takes_no_lock_file_is_an_error_and_no_endless_loop(tmp_pa
         atomic_files.open_locked(tmp_path / ".lock")
 
 
+def test_a_folder_that_cannot_be_made_is_one_line_without_a_number(tmp_path):
+    (tmp_path / "out").symlink_to("nowhere")
+    for folder in (tmp_path / "out", Path("/proc/out")):
+        with pytest.raises(OSError) as caught, atomic_files.claim_folder(folder):
+            pass
+        message = str(caught.value)
+        assert message.startswith(f"{folder}: cannot be written to (")
+        assert message.endswith("); choose another --out") and "Errno" not in message
+
+
 # --- before the first step -----------------------------------------------------------------------
 
 

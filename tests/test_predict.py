@@ -146,6 +146,11 @@ def test_weights_must_say_or_be_told_what_they_are(images, weights, tmp_path, mo
         tmp_path / "m",
     )
     assert code == 2 and "--model is missing" in err
+    missing = tmp_path / "mistyped"
+    code, _, err = command(
+        monkeypatch, capsys, predict, images, "--weights", missing, "--out", tmp_path / "m"
+    )
+    assert (code, err) == (2, f"error: {missing}: no such run folder or file of weights\n")
     code, _, err = command(
         monkeypatch, capsys, predict, images, "--model", "cris", "--weights", images,
         "--prompt", "a", "--out", tmp_path / "m",
