@@ -4,7 +4,7 @@
     python app.py --weights runs/cris-mine runs/segformer-mine --images folder/
     python app.py                       # the demo, once `make demo` has trained it
 
-The page needs gradio: `make app` installs it, then .venv-app/bin/python app.py starts the page.
+The page needs gradio: make app ARGS="--weights …" installs it in .venv-app and starts the page.
 Images stay on this machine: the page is reachable only from it, unless --host says otherwise, and
 what was uploaded is removed when the program ends. docs/page.md has the details.
 """
@@ -120,7 +120,10 @@ def main() -> int:
     access.check_host(args.host, login)
     args.port = access.free_port(args.host, args.port)
     if importlib.util.find_spec("gradio") is None:
-        raise ValueError("the page needs gradio: run make app, then .venv-app/bin/python app.py")
+        raise ValueError(
+            "the page needs gradio: make app installs it in .venv-app, then run "
+            ".venv-app/bin/python app.py"
+        )
 
     listed = None
     if args.images is not None:

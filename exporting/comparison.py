@@ -18,12 +18,8 @@ from imaging import image_files, layouts, nifti, volumes
 from prediction.images import image_sample
 from prediction.inputs import entries_of
 from prediction.models import LoadedModel
-from recipes.base import Family
 
 LIMIT = 1e-4  # largest difference, as a share of the largest absolute value of the output
-# ONNX Runtime sums the voxels of an instance norm one after another in float32, which differs from
-# float64 by 1e-5 for a window of 96^3 voxels, and the layers behind it amplify that.
-VOLUME_LIMIT = 1e-3
 HALF_LIMIT = 1e-2  # the same for weights stored in 16 bits
 ROUNDS = 5  # timed passes of each; their median is printed
 PROMPT = "the target"  # where neither the run nor a data set has a text
@@ -116,13 +112,6 @@ def read_window(loaded: LoadedModel, files: list[Path], size: tuple[int, int, in
 
 
 # --- the comparison ------------------------------------------------------------------------------
-
-
-def limit_for(family: Family, half: bool) -> float:
-    """Return the largest difference that an export of a model may have. half: --half."""
-    if half:
-        return HALF_LIMIT
-    return VOLUME_LIMIT if family.takes == "volumes" else LIMIT
 
 
 @dataclass(frozen=True)

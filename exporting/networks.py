@@ -44,7 +44,7 @@ def write_networks(weights: Weights, second: dict, args) -> int:
     print(f"comparing on {case.description}")
     precision = "float16 matrices" if args.half else "float32"
     metadata = output_files.describe(loaded, parts, precision)
-    limit = comparison.limit_for(weights.family, args.half)
+    limit = comparison.HALF_LIMIT if args.half else comparison.LIMIT
     tensors = dict(case.tensors)
     with output_files.new_files(out) as folder:
         for part in parts:

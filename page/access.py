@@ -73,7 +73,7 @@ def free_port(host: str, port: int | None) -> int:
         if failure is None:
             return candidate
         if failure not in (errno.EADDRINUSE, errno.EACCES):
-            raise ValueError(f"--host {host}: is no address of this machine")
+            raise ValueError(f"--host {host}: is not an address of this machine")
     if port is None:
         raise ValueError(f"all ports from {PORTS[0]} to {PORTS[-1]} are in use; choose a --port")
     raise ValueError(f"--port {port}: is in use or reserved; choose another one, or leave it out")

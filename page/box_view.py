@@ -98,11 +98,13 @@ class BoxView:
         """Add the second step: what clicks do."""
         gr.HTML("<h3>2. Click on what to mark</h3>")
         self.first, self.second = choose_models(self.labels, KIND)
-        self.mode = gr.Radio(MODES, value=BOX, label="A click sets a", elem_id=f"{KIND}-mode")
+        self.mode = gr.Radio(
+            MODES, value=BOX, label="The next click marks a", elem_id=f"{KIND}-mode"
+        )
         self.label = gr.Dropdown(
             self.class_choices(0),
             value=1,
-            label="What the current object is",
+            label="Class of the current object",
             visible=len(self.class_choices(0)) > 1,
             elem_id=f"{KIND}-class",
         )
@@ -226,7 +228,7 @@ class BoxView:
         height, width = session.image.shape[:2]
         sentences = [f"{path.name}: {width} x {height} pixels.", *notes]
         if session.pixel_size is not None:
-            sentences.append("A pixel has {:g} x {:g} mm.".format(*session.pixel_size))
+            sentences.append("A pixel measures {:g} x {:g} mm.".format(*session.pixel_size))
         clicks = Clicks(session.image.shape[:2])
         no_masks = objects.no_masks(clicks)
         image, masks, scale = objects.preview(session.image, no_masks)

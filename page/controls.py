@@ -40,7 +40,10 @@ def share_or(value: float | None, default: float) -> float:
 def describe_failure(error: Exception, noun: str) -> str:
     """Return a sentence about an error of a model. Raises it if it is a bug. noun: of the input."""
     if command_line.is_out_of_memory(error):
-        return f"This {noun} does not fit into memory with this model; make it smaller."
+        return (
+            f"This {noun} does not fit into memory with this model; crop it, or save it at a lower "
+            "resolution."
+        )
     if not isinstance(error, ValueError | OSError):
         raise error
     return str(error)

@@ -242,7 +242,7 @@ class ImageView:
         height, width = session.image.shape[:2]
         sentences = [f"{path.name}: {width} x {height} pixels."]
         if session.pixel_size is not None:
-            sentences.append("A pixel has {:g} x {:g} mm.".format(*session.pixel_size))
+            sentences.append("A pixel measures {:g} x {:g} mm.".format(*session.pixel_size))
         picture = gr.Image(drawing.preview(session.image), visible=True)
         listing = gr.skip() if is_listed else None
         note = drawing.status([*sentences, *notes])
@@ -306,7 +306,7 @@ class ImageView:
         prompts = sum(answer.prompt_seconds for answer in answers)
         label = f"{self.labels[index]} on {self.models[index].device.type}"
         if not encoding and not prompts:
-            return f"{label}: from memory."
+            return f"{label}: same answer as before, not computed again."
         steps = []
         if encoding >= SHORTEST_SECONDS:
             steps.append(f"image prepared in {encoding:.2f} s")

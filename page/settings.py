@@ -53,7 +53,7 @@ def list_folder(folder: Path) -> tuple[FileList, FileList]:
     exist or holds neither.
     """
     if not folder.is_dir():
-        raise ValueError(f"--images {folder}: is no folder")
+        raise ValueError(f"--images {folder}: is not a folder")
 
     root = folder.resolve()
     usable = []
@@ -63,7 +63,7 @@ def list_folder(folder: Path) -> tuple[FileList, FileList]:
     images = list(filter(layouts.is_image, usable))
     volumes = list(filter(layouts.is_volume, usable))
     if not images and not volumes:
-        raise ValueError(f"--images {folder}: holds no images or volumes")
+        raise ValueError(f"--images {folder}: contains no images or volumes")
     return in_folder(images, root), in_folder(volumes, root)
 
 

@@ -14,9 +14,9 @@ from prediction.models import LoadedModel
 
 # kind of model -> title of its tab, and the function that builds its view
 VIEWS: dict[str, tuple[str, Callable]] = {
-    "text": ("Find by words", text_view.build),
+    "text": ("Describe in words", text_view.build),
     "classes": ("Find known classes", class_view.build),
-    "boxes": ("Mark by boxes and points", box_view.build),
+    "boxes": ("Mark with boxes and points", box_view.build),
     "volumes": ("Volumes", volume_view.build),
 }
 

@@ -49,7 +49,7 @@ from prediction.volumes import VolumePredictor
 KIND = "volumes"
 NOT_HU = (
     "The model takes CT in Hounsfield units (air -1000, water 0), and the values of this volume "
-    "hardly are: do not rely on the result."
+    "do not look like it, so the result may be wrong."
 )
 NO_VOLUME = "Choose a volume first (step 1)."
 LIMITS = (
@@ -400,7 +400,9 @@ class VolumeView:
             predictor = self.predictors[index]
             if predictor in known:
                 prediction = known[predictor]
-                sentences.append(f"{self.labels[index]}: from memory.")
+                sentences.append(
+                    f"{self.labels[index]}: same answer as before, not computed again."
+                )
             else:
                 prediction = VolumePrediction(predictor, volume)
                 device = self.models[index].device.type
@@ -436,7 +438,7 @@ class VolumeView:
     def table(self, prediction: VolumePrediction, threshold: float, title: str) -> str:
         """Return the table of the structures as HTML. title: of the column of names."""
         values = prediction.predictor.labels[1:]
-        headings = [html.escape(title), "Volume in ml", "Value in mask"]
+        headings = [html.escape(title), "Volume in ml", "Number in mask"]
         lines = ["<table>", drawing.table_row("th", headings)]
         rows = zip(
             prediction.classes,

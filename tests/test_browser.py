@@ -428,7 +428,7 @@ def test_phrases_have_colours_and_the_threshold_needs_no_model(page, tmp_path):
     assert fewer[0] < first and fewer[1] < second
     assert page.locator("#text-status").inner_text() == status
     page.locator("#text-run").click()
-    expect(page.locator("#text-status")).to_contain_text("from memory")
+    expect(page.locator("#text-status")).to_contain_text("same answer as before")
     assert areas(page, "text-areas") == fewer
 
 
@@ -462,7 +462,7 @@ def test_emptied_fields_have_the_values_of_the_start(page, tmp_path):
     set_number(page, "text-pixel-size", "")
     expect(page.locator("#text-areas")).not_to_contain_text("mm²")
     page.locator("#text-run").click()
-    expect(page.locator("#text-status")).to_contain_text("from memory")
+    expect(page.locator("#text-status")).to_contain_text("same answer as before")
     assert "area_mm2" in save(page, "text-download-table", tmp_path).read_text()
     expect(page.get_by_test_id("toast-body")).to_have_count(0)
 
@@ -505,7 +505,7 @@ def click_at(page, x: float, y: float, element="boxes-image") -> None:
 
 
 def test_boxes_and_points_mark_objects(page, runs, tmp_path, monkeypatch, capsys):
-    open_tab(page, "Mark by boxes and points")
+    open_tab(page, "Mark with boxes and points")
     photo = save_image(tmp_path / "photo.png", draw_discs())
     upload(page, "boxes", photo)
     status = page.locator("#boxes-status")
@@ -544,7 +544,7 @@ def test_boxes_and_points_mark_objects(page, runs, tmp_path, monkeypatch, capsys
 
 def test_two_models_mark_the_same_objects(page, runs, tmp_path, monkeypatch, capsys):
     """A click into either picture counts for both; files are those of the first model."""
-    open_tab(page, "Mark by boxes and points")
+    open_tab(page, "Mark with boxes and points")
     photo = save_image(tmp_path / "photo.png", draw_discs())
     upload(page, "boxes", photo)
     expect(page.locator("#boxes-status")).to_contain_text("Click into the image")
@@ -618,7 +618,9 @@ def test_two_models_look_at_the_same_slices(page, runs, tmp_path, monkeypatch, c
     expect(page.locator("#volumes-axial-2")).to_be_hidden()
     compare_with(page, "volumes", "liver (SwinUNETR)")
     page.locator("#volumes-run").click()
-    expect(status).to_contain_text("organs (SwinUNETR): from memory. liver (SwinUNETR): done in")
+    expect(status).to_contain_text(
+        "organs (SwinUNETR): same answer as before, not computed again. liver (SwinUNETR): done in"
+    )
 
     for run, ending in (("organs", ""), ("liver", "-2")):
         out = predict_files(monkeypatch, capsys, runs[run], tmp_path / run, volume)
@@ -858,7 +860,7 @@ REFUSED = {
     "open to others": (["--host", "0.0.0.0"], "--host 0.0.0.0: other machines can reach this"),
     "a password": (["--auth", "reader:my-secret-word"], "--auth: takes USER:FILE"),
     "no weights": ([], "--weights is missing"),
-    "no folder": (["--images", "nowhere"], "--images nowhere: is no folder"),
+    "no folder": (["--images", "nowhere"], "--images nowhere: is not a folder"),
 }
 
 

@@ -436,9 +436,9 @@ def test_links_that_leave_the_folder_are_not_listed(tmp_path):
 
 
 def test_a_folder_without_images_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="holds no images or volumes"):
+    with pytest.raises(ValueError, match="contains no images or volumes"):
         settings.list_folder(tmp_path)
-    with pytest.raises(ValueError, match="is no folder"):
+    with pytest.raises(ValueError, match="is not a folder"):
         settings.list_folder(tmp_path / "missing")
 
 
@@ -602,7 +602,7 @@ def test_ports(monkeypatch):
         with pytest.raises(ValueError, match="are in use; choose a --port"):
             access.free_port("127.0.0.1", None)
     assert access.free_port("127.0.0.1", port) == port
-    with pytest.raises(ValueError, match="192.0.2.77: is no address of this machine"):
+    with pytest.raises(ValueError, match="192.0.2.77: is not an address of this machine"):
         access.free_port("192.0.2.77", None)
 
 
@@ -613,7 +613,10 @@ def test_without_gradio_one_line_says_what_to_do(sources, monkeypatch, capsys, n
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     code, _, err = command(monkeypatch, capsys, app, "--weights", sources["cris"])
     assert code == 2
-    assert err == "error: the page needs gradio: run make app, then .venv-app/bin/python app.py\n"
+    assert err == (
+        "error: the page needs gradio: make app installs it in .venv-app, then run "
+        ".venv-app/bin/python app.py\n"
+    )
 
 
 def test_the_demo_is_shown_without_weights(sources, monkeypatch, tmp_path, capsys):
