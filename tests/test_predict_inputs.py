@@ -552,9 +552,9 @@ def test_without_pydicom_the_package_is_named(run, scans, tmp_path, monkeypatch,
 
 
 def test_weights_of_unknown_kind_with_dicom_need_a_model(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("engine.runs.hub_config_file", lambda *_: None)
     save(x_ray(), tmp_path / "x.dcm")
-    weights = tmp_path / "model.pth"  # no hub id, so that nothing is looked up there
+    weights = tmp_path / "model.pth"
+    weights.touch()
     given = ["--weights", weights, "--out", tmp_path / "out", tmp_path / "x.dcm"]
     _, error = called(monkeypatch, capsys, *given, status=2)
     assert "--model is missing" in error

@@ -804,7 +804,7 @@ def test_a_file_in_a_run_folder_is_of_that_run(tmp_path, monkeypatch):
     (tmp_path / "None").mkdir()
     (tmp_path / "None/config.json").write_text(json.dumps(run))
     others = None, "none", "hub", "hub/best.safetensors", "list", "list/best.safetensors"
-    for weights in *others, "run/missing.pth", "owner/name@main", "nowhere":
+    for weights in *others, "run/missing.pth", "nowhere":
         assert runs.read_run(weights) == {}
     (tmp_path / "run/config.json").write_text("{")
     with pytest.raises(ValueError, match="run/config.json: is not valid JSON"):
