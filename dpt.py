@@ -783,6 +783,10 @@ def is_like(value, default) -> bool:
 
 
 # shared: read_checkpoint
+# The errors of torch for missing memory on a CPU are plain RuntimeErrors.
+FULL_MEMORY = re.compile("allocate memory|not enough memory")
+
+
 def read_checkpoint(source: str | Path, files: tuple[str, ...]) -> tuple[dict[str, Tensor], dict]:
     """Load weights and settings from a file, a folder or the hub (`owner/name`, or `…@revision`).
 
@@ -808,14 +812,19 @@ def read_checkpoint(source: str | Path, files: tuple[str, ...]) -> tuple[dict[st
 def read_file(path: Path) -> dict:
     """Return the content of a .json or .safetensors file, a TorchScript archive or a pickle.
 
-    No code in a file is run. Raise ValueError if it is damaged or holds something else.
+    No code in a file is run. Raise ValueError if it is damaged or holds something else. If memory
+    runs out, the MemoryError or RuntimeError is passed on.
     """
     resave = "where it was made, save it with torch.save(model.state_dict(), path)"
     try:
         content = parse_file(path)
     except CodeInFile as error:
         raise ValueError(f"{path}: cannot be read ({error}); {resave}") from None
+    except MemoryError:
+        raise
     except Exception as error:
+        if isinstance(error, RuntimeError | OSError) and FULL_MEMORY.search(str(error)):
+            raise
         if "unsupported global" in str(error).lower():  # of torch.load
             message = f"{path}: cannot be read (it contains code); {resave}"
         else:

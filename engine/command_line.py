@@ -128,7 +128,7 @@ DEAD_WORKER = re.compile(r"DataLoader worker \(pid.*?\) (?:is killed by signal: 
 # process, and from C++.
 FULL_MEMORY = re.compile(
     r"can't allocate memory|not enough memory|CUDA error: out of memory|CUBLAS_STATUS_ALLOC_FAILED"
-    r"|MemoryError|Unable to allocate|bad_alloc"
+    r"|Cannot allocate memory|MemoryError|Unable to allocate|bad_alloc"
 )
 SHARED_MEMORY = re.compile(r"shared memory object|shared memory\(shm\)|to file </torch_")
 SMALLER = (

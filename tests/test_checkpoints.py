@@ -1,6 +1,7 @@
 """Weights of all models: no code is run, no number is lost, errors are explained in one line."""
 
 import ast
+import errno
 import pickle
 import re
 import warnings
@@ -176,6 +177,45 @@ def test_damaged_and_foreign_archives_are_one_line(tmp_path):
                 file.read_file(path)
             message = str(caught.value)
             assert message.startswith(f"{path}: ") and "\n" not in message and said in message
+
+
+FULL_MEMORY = {
+    "python": MemoryError(),
+    "torch": RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8"),
+    "windows": RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8"),
+    "mmap": RuntimeError("unable to mmap 8 bytes from file <a>: Cannot allocate memory (12)"),
+    "system": OSError(errno.ENOMEM, "Cannot allocate memory"),
+}
+
+
+@pytest.mark.parametrize("error", FULL_MEMORY.values(), ids=FULL_MEMORY)
+def test_full_memory_is_not_blamed_on_the_file(error, tmp_path, monkeypatch, capsys):
+    def fail(_):
+        raise error
+
+    for file in FILES:
+        monkeypatch.setattr(file, "parse_file", fail)
+        with pytest.raises(type(error)) as caught:
+            file.read_file(tmp_path / "weights.pt")
+        assert caught.value is error
+
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    weights = save(tmp_path / "weights.pt", {})
+    arguments = ("--model", "segformer", "--weights", weights, "--out", tmp_path / "masks")
+    code, _, told = command(monkeypatch, capsys, predict, *arguments, tmp_path / "a.png")
+    assert code == 2 and told.count("\n") == 1
+    assert told.startswith("error: out of memory: ") and "weights.pt" not in told
+
+
+@pytest.mark.parametrize("error", [RuntimeError("PytorchStreamReader failed"), OSError("gone")])
+def test_other_errors_are_blamed_on_the_file(error, tmp_path, monkeypatch):
+    def fail(_):
+        raise error
+
+    for file in FILES:
+        monkeypatch.setattr(file, "parse_file", fail)
+        with pytest.raises(ValueError, match="weights.pt: cannot be read .*; get the whole file$"):
+            file.read_file(tmp_path / "weights.pt")
 
 
 # --- no code in a file is run ---------------------------------------------------------------------
