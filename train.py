@@ -376,6 +376,8 @@ class Run:
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # truncated, or a pickle that calls something
+            if command_line.is_out_of_memory(error):
+                raise
             raise unusable(path, "cannot be read", error) from None
         self.check_state(path, state)
 
@@ -386,6 +388,8 @@ class Run:
         try:
             self.load_parts(state)
         except Exception as error:  # optimizers and schedulers raise errors of many kinds
+            if command_line.is_out_of_memory(error):
+                raise
             raise unusable(path, "does not fit this run", error) from None
         self.saved_at = self.progress()
 

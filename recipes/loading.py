@@ -84,6 +84,8 @@ def last_weights(run: Path, family) -> dict[str, Tensor]:
         merged = merge_state_dict(state, family.lora.get("thirds", ()))
         step = saved["step"]
     except Exception as error:  # truncated, or not a file of train.py
+        if is_out_of_memory(error):
+            raise
         reason = " ".join(repr(error).split())
         raise ValueError(
             f"{path}: cannot be read ({reason:.150}); resume the run or start it again"

@@ -461,6 +461,23 @@ def test_a_lack_of_memory_is_no_fault_of_the_config(run_folder, monkeypatch):
         loading.load_model(family, run_folder, None, family.protocols["default"], {}, None)
 
 
+def test_a_lack_of_memory_is_no_fault_of_the_state_to_resume_from(trained, run_folder, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    run = trained[1]
+    monkeypatch.setattr(run, "out", run_folder)
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="allocate memory"):
+        patch.setattr(run, "load_parts", fail)
+        run.load()
+
+    monkeypatch.setattr(torch, "load", fail)
+    with pytest.raises(RuntimeError, match="allocate memory"):
+        run.load()
+    with pytest.raises(RuntimeError, match="allocate memory"):
+        loading.last_weights(run_folder, FAMILIES["cris"])
+
+
 def test_a_run_with_more_images_than_it_started_with_is_one_line(
     options, demo, tmp_path, monkeypatch, capsys
 ):
