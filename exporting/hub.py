@@ -117,7 +117,7 @@ def upload(repository: str, contents: dict[str, Path | bytes], card: Card, priva
         size = len(content) if isinstance(content, bytes) else content.stat().st_size
         print(f"  {name:20} {size:>13,} bytes")
         operations.append(CommitOperationAdd(name, content))
-    cases = dict.fromkeys(row["name"] for row in card.worst_cases())
+    cases = dict.fromkeys(row["name"] for row in card.worst_cases)
     if cases:
         print(f"  README.md names the worst test cases: {', '.join(cases)}", flush=True)
 

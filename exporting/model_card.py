@@ -5,6 +5,7 @@ Every number comes from the files of the run: config.json, metrics.csv and test/
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from torch import nn
@@ -120,6 +121,7 @@ class Card:
             texts.append(f"`{source}`: {text}")
         return names.pop() if len(names) == 1 else "other", "; ".join(texts)
 
+    @cached_property
     def tests(self) -> list[tuple[str, str, dict]]:
         """Return test set, type of prompt and summary of all tests, [] if it was not tested.
 
@@ -135,6 +137,7 @@ class Card:
                 tests.append((name, kind, scores))
         return tests
 
+    @cached_property
     def worst_cases(self) -> list[dict]:
         """Return the rows of per_image.csv with the lowest Dice, the lowest first."""
         path = self.folder / "test" / "per_image.csv"
@@ -201,7 +204,7 @@ class Card:
         lines = ["## Data", "", f"Trained on {listed(names)}." if names else "Not recorded."]
         rows = dict(self.weights.run.get("data", {}))
         remark = " (the training cases)" if self.options.get("overfit") else ""
-        for name, _, summary in self.tests():
+        for name, _, summary in self.tests:
             rows[f"test {name}"] = self.count(summary["images"]) + remark
         lines += table(("split", "cases"), [*rows.items()])
         return "\n".join(lines)
@@ -233,10 +236,10 @@ class Card:
     def scores_section(self) -> str:
         """Return the scores of all test sets, by class too, and the worst cases."""
         lines = ["## Scores"]
-        if not self.tests():
+        if not self.tests:
             return "\n".join([*lines, "", "**This model was not tested.**"])
 
-        for name, kind, summary in self.tests():
+        for name, kind, summary in self.tests:
             title = f"{name}, prompt {kind}" if kind else name
             lines += ["", f"### {title}, {self.count(summary['images'])}"]
             lines += score_rows(summary)
@@ -247,7 +250,7 @@ class Card:
             "known, else over images. They do not cover kinds of failure that the test set lacks."
         )
 
-        worst = self.worst_cases()
+        worst = self.worst_cases
         if worst:
             lines += ["", "Worst cases:"]
             rows = []
@@ -274,7 +277,7 @@ class Card:
 
     def test_limits(self) -> list[str]:
         """Return the limits of the tests."""
-        tests = self.tests()
+        tests = self.tests
         if not tests:
             return ["It was not tested: how well it does is unknown."]
         if self.options.get("overfit"):
@@ -296,7 +299,7 @@ class Card:
             texts.append(f"Test data from outside its training data: {listed(foreign)}.")
         else:
             texts.append("It was not tested on data from outside its training data sets.")
-        if not any(row.get("group") for row in self.worst_cases()):
+        if not any(row.get("group") for row in self.worst_cases):
             texts.append(
                 "It is not recorded which patient a test case is from, so the training data may "
                 "contain the same patients."
@@ -354,7 +357,7 @@ class Card:
 
     def example_prompt(self) -> str:
         """Return a text for the model: the one of its worst test case, else the run's."""
-        for row in self.worst_cases():
+        for row in self.worst_cases:
             if row.get("prompt"):
                 return row["prompt"]
         prompt = self.options.get("prompt") or ""

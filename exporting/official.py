@@ -101,14 +101,6 @@ def class_names(model: nn.Module, run: dict) -> list[str]:
 
 # --- transformers: class maps ---------------------------------------------------------------------
 
-
-def with_labels(config: dict, kind: str, classes: list[str]) -> dict:
-    """Return a config.json with the class that loads it and the names of its labels."""
-    labels = {str(index): name for index, name in enumerate(classes)}
-    config = {"architectures": [kind], "dtype": "float32"} | config
-    return config | {"id2label": labels, "label2id": {name: int(i) for i, name in labels.items()}}
-
-
 RESAMPLING = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}  # Pillow's numbers
 
 
@@ -129,9 +121,18 @@ def square_processor(config, kind: str, resample: str) -> dict:
     }
 
 
-def class_checkpoint(model: nn.Module, tensors: dict, config: dict) -> Checkpoint:
-    """Return the folder of a model that assigns a class to each pixel."""
+def class_checkpoint(
+    model: nn.Module, tensors: dict[str, Tensor], config: dict, classes: list[str]
+) -> Checkpoint:
+    """Return the folder of a model that assigns a class to each pixel.
+
+    config: config.json without the names of the classes.
+    """
     ours = model.config
+    id2label = {str(index): name for index, name in enumerate(classes)}
+    label2id = {name: index for index, name in enumerate(classes)}
+    config = config | {"id2label": id2label, "label2id": label2id}
+
     processor = square_processor(ours, "SegformerImageProcessor", ours.resample)
     notes = []
     if processor:
@@ -154,6 +155,8 @@ def segformer_form(model: segformer.SegFormer, classes: list[str]) -> Checkpoint
     """Return the folder of a SegFormer."""
     ours = model.config
     config = {
+        "architectures": ["SegformerForSemanticSegmentation"],
+        "dtype": "float32",
         "model_type": "segformer",
         "num_encoder_blocks": 4,
         "hidden_sizes": list(ours.widths),
@@ -167,8 +170,7 @@ def segformer_form(model: segformer.SegFormer, classes: list[str]) -> Checkpoint
         "drop_path_rate": ours.drop_path,
         "classifier_dropout_prob": ours.dropout,
     }
-    config = with_labels(config, "SegformerForSemanticSegmentation", classes)
-    return class_checkpoint(model, segformer.to_official(model.state_dict()), config)
+    return class_checkpoint(model, segformer.to_official(model.state_dict()), config, classes)
 
 
 def upernet_form(model: upernet.UPerNet, classes: list[str]) -> Checkpoint:
@@ -181,19 +183,22 @@ def upernet_form(model: upernet.UPerNet, classes: list[str]) -> Checkpoint:
         "out_features": ["stage1", "stage2", "stage3", "stage4"],
     }
     config = {
+        "architectures": ["UperNetForSemanticSegmentation"],
+        "dtype": "float32",
         "model_type": "upernet",
         "backbone_config": backbone,
         "hidden_size": ours.channels,
         "use_auxiliary_head": False,
     }
-    config = with_labels(config, "UperNetForSemanticSegmentation", classes)
-    return class_checkpoint(model, upernet.to_official(model.state_dict()), config)
+    return class_checkpoint(model, upernet.to_official(model.state_dict()), config, classes)
 
 
 def dpt_form(model: dpt.DPT, classes: list[str]) -> Checkpoint:
     """Return the folder of a DPT, with the tensors that transformers has and never uses."""
     ours = model.config
     config = {
+        "architectures": ["DPTForSemanticSegmentation"],
+        "dtype": "float32",
         "model_type": "dpt",
         "hidden_size": ours.dim,
         "num_hidden_layers": ours.layers,
@@ -216,8 +221,7 @@ def dpt_form(model: dpt.DPT, classes: list[str]) -> Checkpoint:
     for name, tensor in dict(tensors).items():
         if name.startswith(f"{deepest}2."):
             tensors[name.replace(f"{deepest}2.", f"{deepest}1.")] = tensor.clone()
-    config = with_labels(config, "DPTForSemanticSegmentation", classes)
-    return class_checkpoint(model, tensors, config)
+    return class_checkpoint(model, tensors, config, classes)
 
 
 def beit_form(model: beit.BEiT, classes: list[str]) -> Checkpoint:
@@ -232,6 +236,8 @@ def beit_form(model: beit.BEiT, classes: list[str]) -> Checkpoint:
             "transformers cannot read (see `taps` in Config of beit.py)"
         )
     config = {
+        "architectures": ["BeitForSemanticSegmentation"],
+        "dtype": "float32",
         "model_type": "beit",
         "hidden_size": ours.dim,
         "num_hidden_layers": ours.layers,
@@ -244,8 +250,7 @@ def beit_form(model: beit.BEiT, classes: list[str]) -> Checkpoint:
         "out_indices": [tap + 2 for tap in ours.taps],  # the quirk in Config of beit.py
         "use_auxiliary_head": False,
     }
-    config = with_labels(config, "BeitForSemanticSegmentation", classes)
-    return class_checkpoint(model, beit.to_official(model.state_dict()), config)
+    return class_checkpoint(model, beit.to_official(model.state_dict()), config, classes)
 
 
 # --- transformers: prompts ------------------------------------------------------------------------

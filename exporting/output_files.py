@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib import import_module
@@ -16,7 +15,7 @@ from engine.feature_cache import fingerprint
 from engine.runs import RUN_OPTIONS
 from exporting.parts import Part
 from exporting.paths import without_paths
-from imaging.atomic_files import full_disk_errors, locked, refuse_existing
+from imaging.atomic_files import full_disk_errors, refuse_existing, temporary_folder
 from prediction.models import LoadedModel, Weights
 from prediction.onnx_networks import DATA
 from recipes.clipseg import bert_vocabulary
@@ -149,18 +148,14 @@ def new_files(out: Path):
     After an error, or if the process is killed, none of them appears there. Raises OSError with
     errno ENOSPC if the disk is full, ValueError if another process is writing the same export.
     """
-    part = out.with_name(f".{out.name}.part")
-    with locked(out.with_name(f".{out.name}.lock"), out.parent):
-        shutil.rmtree(part, ignore_errors=True)  # left by a killed process
-        try:
-            with full_disk_errors(out):
-                part.mkdir()
-                yield part
-            # In reverse order, so that weights beside an ONNX file appear before the file itself.
-            written = sorted(part.iterdir(), reverse=True)
-            for file in written:
-                refuse_existing(out.with_name(file.name))  # since the program checked
-            for file in written:
-                os.replace(file, out.with_name(file.name))
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
+    with temporary_folder(out, out.parent) as part:
+        with full_disk_errors(out):
+            part.mkdir()
+            yield part
+
+        # In reverse order, so that weights beside an ONNX file appear before the file itself.
+        written = sorted(part.iterdir(), reverse=True)
+        for file in written:
+            refuse_existing(out.with_name(file.name))  # since the program checked
+        for file in written:
+            os.replace(file, out.with_name(file.name))

@@ -224,18 +224,28 @@ def atomic_folder(out: Path):
 
     Raises ValueError if `out` has content, or if another process is writing it.
     """
-    with locked(out.with_name(f".{out.name}.lock"), out) as is_locked:
+    with temporary_folder(out, out) as part:
         if out.exists() and any(out.iterdir()):  # written since the program checked
             refuse_existing(out)
+        with full_disk_errors(out):
+            yield part
+        os.replace(part, out)
 
+
+@contextmanager
+def temporary_folder(out: Path, folder: Path):
+    """Yield the name of a temporary folder next to `out`, which is removed at the end of the block.
+
+    Only one process at a time gets it. folder: the folder that an error names. Raises ValueError if
+    another process has it.
+    """
+    with locked(out.with_name(f".{out.name}.lock"), folder) as is_locked:
         # Without locks two processes may get this far, and each needs a name of its own.
         ending = "part" if is_locked else secrets.token_hex(4)
         part = out.with_name(f".{out.name}.{ending}")
         shutil.rmtree(part, ignore_errors=True)  # left by a killed process
         try:
-            with full_disk_errors(out):
-                yield part
-            os.replace(part, out)
+            yield part
         finally:
             shutil.rmtree(part, ignore_errors=True)
 

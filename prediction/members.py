@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
-from engine.runs import is_onnx, num_classes, read_run
+from engine.runs import is_onnx, num_classes
 from imaging.layouts import plain_name
 from prediction import onnx_networks
 from prediction.models import LoadedModel, Weights, find_weights, load_model
@@ -26,10 +26,10 @@ def find_members(sources: list[str], name_of: Callable) -> list[Weights]:
     name_of: source -> name of its model, None for the one that its run names. Raises ValueError,
     one line, if the same weights are given twice or if two models take different kinds of input.
     """
-    check_different(sources)
     members = []
     for source in sources:
         members.append(find_weights(source, name_of(source)))
+    check_different(members)
 
     first = members[0]
     for other in members[1:]:
@@ -43,31 +43,32 @@ def find_members(sources: list[str], name_of: Callable) -> list[Weights]:
     return members
 
 
-def file_of(source: str) -> str:
+def file_of(weights: Weights) -> str:
     """Return one spelling of --weights: a run folder and its best.safetensors are the same.
 
     So are all files of an ONNX model.
     """
-    path = Path(source)
-    if is_onnx(source):
-        path = onnx_networks.first_file(source)
+    path = Path(weights.source)
+    if is_onnx(weights.source):
+        path = onnx_networks.first_file(weights.source, weights.run)
     if not path.exists():  # a hub id
-        return source
-    if path.name == "best.safetensors" and read_run(source):
+        return weights.source
+    if path.name == "best.safetensors" and weights.run:
         path = path.parent
     return str(path.resolve())
 
 
-def check_different(sources: list[str]) -> None:
+def check_different(members: list[Weights]) -> None:
     """Raise ValueError, one line, if two of --weights are the same run, file or hub id."""
     known = {}
-    for source in sources:
-        file = file_of(source)
+    for weights in members:
+        file = file_of(weights)
         if file in known:
             raise ValueError(
-                f"--weights: {known[file]} and {source} are the same weights; give each once"
+                f"--weights: {known[file]} and {weights.source} are the same weights; give each "
+                "once"
             )
-        known[file] = source
+        known[file] = weights.source
 
 
 def kind_of_input(family: Family) -> str:

@@ -12,6 +12,7 @@ what it is:
 
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -60,14 +61,13 @@ def read_run(source: str) -> dict:
     return metadata["run"]
 
 
-def first_file(source: str) -> Path:
-    """Return the file of a model's first part. source: one of its files."""
-    path = Path(source)
-    paths = part_paths(path, read_metadata(path)["parts"])
+def first_file(source: str, run: dict) -> Path:
+    """Return the file of a model's first part. source: one of its files. run: of `read_run`."""
+    paths = part_paths(Path(source), model_class(run).PARTS)
     return next(iter(paths.values()))
 
 
-def part_paths(path: Path, parts: list[str]) -> dict[str, Path]:
+def part_paths(path: Path, parts: Sequence[str]) -> dict[str, Path]:
     """Return the file of each part of a model. path: one of them.
 
     Raises ValueError, one line, if its name does not say which of several parts it is.
