@@ -405,6 +405,17 @@ def sheet(cards: list[Image.Image], columns: int = 3, gap: int = 6) -> Image.Ima
     return page
 
 
+def sheet_with_legend(
+    cards: list[Image.Image], columns: int, names: tuple[str, ...]
+) -> Image.Image:
+    """Return a `sheet` of pictures with the legend of several classes below it.
+
+    names: of the classes without the background; a single one needs no legend.
+    """
+    page = sheet(cards, columns)
+    return sheet([page, legend(names)], 1) if len(names) > 1 else page
+
+
 def png(pixels: np.ndarray) -> bytes:
     """Return the PNG file of an image, uint8 (H,W) or (H,W,3)."""
     file = io.BytesIO()
