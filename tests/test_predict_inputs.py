@@ -118,9 +118,7 @@ def test_a_file_of_two_patterns_is_one_input(tree):
 def test_links_and_the_output_folder_are_not_entered(tree):
     (tree / "in/g/loop").symlink_to(tree / "in")
     (tree / "in/z.png").symlink_to(tree / "in/a.png")
-    args = (
-        expanded("in/**/a.png", "in/z*", "in/h*", out="in/i[1]") if 0 else expanded("in/**/?.png")
-    )
+    args = expanded("in/**/?.png")
     assert args.inputs == ["in/a.png", "in/g/a.png", "in/g/h/a.png", "in/i[1]/a.png"]
     assert "in/i[1]/a.png" not in expanded("in/**/?.png", out="in/i[1]").inputs
 
