@@ -10,6 +10,7 @@ import SimpleITK
 import torch
 from conftest import contents, rows, write_run
 from PIL import Image
+from small_runs import called
 from test_import_dicom import (
     ULTRASOUND,
     X_RAY,
@@ -20,7 +21,7 @@ from test_import_dicom import (
     slices_of,
     write_series,
 )
-from test_predict_batches import called, class_run, photo, volume, volume_run
+from test_predict_batches import class_run, photo, volume, volume_run
 
 import cris
 from imaging import nifti
