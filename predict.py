@@ -58,6 +58,8 @@ def parse() -> argparse.Namespace:
     add_volume_options(parser.add_argument_group("volume options").add_argument)
 
     args = parser.parse_intermixed_args()
+    if not args.out:  # Path("") would be the current folder
+        parser.error('--out is empty, perhaps from an unset variable; name a folder, or "."')
     if not args.inputs:
         separate_inputs(parser, args)
     if args.prompt is not None:

@@ -631,7 +631,5 @@ def draw(model, recipe, dataset, rows: list[dict], settings, folder: Path) -> No
         width = VOLUME_CARD if masks.ndim == 4 else IMAGE_CARD
         cards.append(pictures.captioned(picture, caption, width))
 
-    page = pictures.sheet(cards, len(cases) // 3)
-    if len(all_names) > 1:
-        page = pictures.sheet([page, pictures.legend(all_names)], 1)
+    page = pictures.sheet_with_legend(cards, len(cases) // 3, all_names)
     pictures.save_picture(folder / "sheet.png", page)

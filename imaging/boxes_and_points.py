@@ -505,18 +505,24 @@ def read_rows(path, kind: str, sizes: dict, classes, names: dict | None) -> dict
             message = " ".join(str(error).split())
             raise ValueError(f"{path}, {location}: {message}") from None
 
-    check_rows(path, kind, rows, unknown_images, names)
+    check_not_empty(path, kind, rows, unknown_images, names)
+    check_pixels(path, kind, rows)
     if ignored_columns:
         columns = " ".join(", ".join(sorted(ignored_columns)).split())
         print(f"{path}: ignored columns: {columns}")
-    if unknown_images:
-        examples = first_three(dict.fromkeys(unknown_images))
-        count = len(unknown_images)
-        rows_text = "1 row for another image is"
-        if count > 1:
-            rows_text = f"{count} rows for other images are"
-        print(f"{path}: {rows_text} ignored ({examples})")
+    print_ignored_rows(path, unknown_images)
     return rows
+
+
+def print_ignored_rows(path: Path, unknown_images: list[str]) -> None:
+    """Print how many rows are for other images. unknown_images: one name for each row."""
+    if not unknown_images:
+        return
+    count = len(unknown_images)
+    rows_text = "1 row for another image is"
+    if count > 1:
+        rows_text = f"{count} rows for other images are"
+    print(f"{path}: {rows_text} ignored ({first_three(dict.fromkeys(unknown_images))})")
 
 
 def first_three(names) -> str:
@@ -525,8 +531,13 @@ def first_three(names) -> str:
     return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
 
 
-def check_rows(path: Path, kind: str, rows: dict, unknown_images: list[str], names: ImageNames):
-    """Raise ValueError, one line, if a file has nothing for any image, or fractions for pixels."""
+def check_not_empty(
+    path: Path, kind: str, rows: dict, unknown_images: list[str], names: ImageNames
+) -> None:
+    """Raise ValueError, one line, if a file has no rows for any image.
+
+    kind: "boxes", "points" or "prompts". rows: {image: its rows}.
+    """
     if not rows and unknown_images:
         example = next(iter(names.paths.values()), "none")
         raise ValueError(
@@ -536,6 +547,9 @@ def check_rows(path: Path, kind: str, rows: dict, unknown_images: list[str], nam
     if not rows:
         raise ValueError(f"{path}: holds no {kind}")
 
+
+def check_pixels(path: Path, kind: str, rows: dict) -> None:
+    """Raise ValueError, one line, if the coordinates of a file are fractions of the image."""
     coordinates = []
     for image_rows in rows.values():
         coordinates += [row.xy for row in image_rows]

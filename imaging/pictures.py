@@ -67,13 +67,13 @@ def overlay(
 PLANES = ("sagittal", "coronal", "axial")  # name of the plane across axis X, Y, Z
 PLANE_AXES = ((1, 2), (0, 2), (0, 1))  # its horizontal and its vertical axis
 SLICES = 5  # of the main plane in an overlay of a volume
-COARSER = 1.2  # by this factor, slices are thicker than the pixels of their plane
+COARSER = 1.2  # slices this many times thicker than their pixels decide the main plane
 SLICE_SIDE = 360  # pixels, the longer side of a slice there
 COLUMNS = 4  # planes side by side
 GAP = 4  # pixels between planes
 PAGE_WIDTH = 960  # pixels, at least
 LONGEST_SIDE = 1600  # pixels of any plane
-CAPTION_WIDTH = 240  # pixels, enough for "sagittal 512 of 512, 300.0 mm"
+CAPTION_WIDTH = 240  # pixels, wide enough for "sagittal 512 of 512, 300.0 mm"
 CAPTION_HEIGHT = 20
 
 
@@ -88,10 +88,12 @@ def plane(x: np.ndarray, axis: int, index: int) -> np.ndarray:
     return flat[..., ::-1, ::-1]
 
 
-def resize_axis(x: np.ndarray, axis: int, size: int) -> np.ndarray:
-    """Bring one axis of an array to a size by nearest neighbour."""
-    indices = np.arange(size) * x.shape[axis] // size
-    return np.take(x, indices, axis)
+def resize_nearest(x: np.ndarray, width: int, height: int) -> np.ndarray:
+    """Resize planes by nearest neighbour: (…,H,W) -> (…,height,width)."""
+    H, W = x.shape[-2:]
+    rows = np.arange(height) * H // height
+    columns = np.arange(width) * W // width
+    return x.take(columns, -1).take(rows, -2)
 
 
 def three_planes(x: np.ndarray, voxel: tuple[int, ...], spacing) -> np.ndarray:
@@ -107,8 +109,7 @@ def three_planes(x: np.ndarray, voxel: tuple[int, ...], spacing) -> np.ndarray:
         flat = plane(x, axis, voxel[axis])  # (…,vertical,horizontal)
         width = round(flat.shape[-1] * spacing[horizontal] / finest)
         height = round(flat.shape[-2] * spacing[vertical] / finest)
-        flat = resize_axis(flat, -1, width)
-        planes.append(resize_axis(flat, -2, height))  # (…,height,width)
+        planes.append(resize_nearest(flat, width, height))  # (…,height,width)
 
     # Pad the planes at the bottom to the height of the tallest.
     tallest = max(flat.shape[-2] for flat in planes)
@@ -217,8 +218,8 @@ def volume_overlay(
     image: uint8 (X,Y,Z); masks: bool (K,X,Y,Z); spacing in mm. Up to SLICES slices go through the
     object, axial ones unless the voxels are longest along another axis. The other two planes follow
     where they show most of it. The object is the ground truth, or the prediction if there
-    is none. Below each plane stand its number, counted from 1 at the left, back and bottom, and its
-    distance from the first in mm. All planes have true proportions.
+    is none. The caption of a plane has its number, counted from 1 at the left, back or bottom, and
+    its distance from the first in mm. All planes have true proportions.
     """
     shares = class_shares(shown_masks(ground_truth, prediction), image.shape)
     axis = main_axis(spacing)
@@ -233,7 +234,7 @@ def volume_overlay(
     cells = []
     for where in planes:
         plane_axis, index = where
-        size = pixel_size(lengths, plane_axis, scale)
+        size = drawn_size(lengths, plane_axis, scale)
         drawn = draw_plane(image, ground_truth, prediction, where, size)
         number = f"{index + 1} of {image.shape[plane_axis]}"
         distance = f"{index * spacing[plane_axis]:.1f} mm"
@@ -241,7 +242,7 @@ def volume_overlay(
     return in_rows(cells)
 
 
-def pixel_size(lengths: list[float], axis: int, scale: float) -> tuple[int, int]:
+def drawn_size(lengths: list[float], axis: int, scale: float) -> tuple[int, int]:
     """Return width and height in pixels of the plane across an axis, in true proportions.
 
     lengths: of the volume in mm. scale: pixels per mm; a side longer than LONGEST_SIDE lowers it.
@@ -260,8 +261,6 @@ def draw_plane(image, ground_truth, prediction, where: tuple[int, int], size) ->
     where: the axis and the index of the plane. Grey levels are interpolated, masks are not.
     """
     axis, index = where
-    width, height = size
-
     grey = Image.fromarray(np.ascontiguousarray(plane(image, axis, index)))
     grey = np.asarray(grey.resize(size, Image.Resampling.BILINEAR))  # (H,W)
     rgb = np.repeat(grey[..., None], 3, 2)  # (H,W,3)
@@ -269,8 +268,7 @@ def draw_plane(image, ground_truth, prediction, where: tuple[int, int], size) ->
     resized = []
     for masks in (ground_truth, prediction):
         if masks is not None:
-            masks = resize_axis(plane(masks, axis, index), -1, width)
-            masks = resize_axis(masks, -2, height)  # (K,H,W)
+            masks = resize_nearest(plane(masks, axis, index), *size)  # (K,H,W)
         resized.append(masks)
     return overlay(rgb, *resized)
 
@@ -403,6 +401,17 @@ def sheet(cards: list[Image.Image], columns: int = 3, gap: int = 6) -> Image.Ima
             page.paste(card, (k * column, top))
         top += height
     return page
+
+
+def sheet_with_legend(
+    cards: list[Image.Image], columns: int, names: tuple[str, ...]
+) -> Image.Image:
+    """Return a `sheet` of pictures with the legend of several classes below it.
+
+    names: of the classes without the background; a single one needs no legend.
+    """
+    page = sheet(cards, columns)
+    return sheet([page, legend(names)], 1) if len(names) > 1 else page
 
 
 def png(pixels: np.ndarray) -> bytes:

@@ -71,10 +71,8 @@ def write_pages(batch: Batch, paths: list[Path], predictor, draw: Callable) -> N
 
 def write_page(batch: Batch, path: Path, cards: list[Image.Image], classes) -> None:
     """Write a page of thumbnails, with a legend if there are several classes."""
-    page = pictures.sheet(cards, COLUMNS[batch.unit])
     names = layouts.foreground(tuple(classes))
-    if len(names) > 1:
-        page = pictures.sheet([page, pictures.legend(names)], 1)
+    page = pictures.sheet_with_legend(cards, COLUMNS[batch.unit], names)
     batch.save(path, partial(pictures.save_picture, picture=page))
 
 

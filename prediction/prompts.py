@@ -68,19 +68,8 @@ def read_texts(path: Path, names: dict[Path, str]) -> dict[Path, list[str]]:
         else:
             texts.setdefault(image, []).append(text)
 
-    if not texts and not unknown_images:
-        raise ValueError(f"{path}: holds no prompts")
-    if not texts:
-        example = next(iter(images.paths.values()))
-        raise ValueError(
-            f"{path}: none of the {len(unknown_images)} prompts is for any of the images; the file "
-            f"names {unknown_images[0]}, the images are named like {example}"
-        )
-    if unknown_images:
-        examples = first_three(dict.fromkeys(unknown_images))
-        count = len(unknown_images)
-        rows = "1 row for another image is" if count == 1 else f"{count} rows for other images are"
-        print(f"{path}: {rows} ignored ({examples})")
+    boxes_and_points.check_not_empty(path, "prompts", texts, unknown_images, images)
+    boxes_and_points.print_ignored_rows(path, unknown_images)
     return texts
 
 

@@ -84,11 +84,8 @@ def contact_sheet(data_set: DataSet) -> Image.Image | None:
     cards = list(draw_cases(data_set))
     if not cards:
         return None
-    page = pictures.sheet(cards, 2 if data_set.has_volumes else 4)
-    names = layouts.foreground(data_set.classes())
-    if len(names) > 1:
-        page = pictures.sheet([page, pictures.legend(names)], 1)
-    return page
+    columns = 2 if data_set.has_volumes else 4
+    return pictures.sheet_with_legend(cards, columns, layouts.foreground(data_set.classes()))
 
 
 def histogram(data_set: DataSet) -> bytes | None:

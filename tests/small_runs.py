@@ -59,17 +59,19 @@ def scan(path: Path, voxels: np.ndarray) -> None:
 
 
 def called(monkeypatch, capsys, *arguments, status: int = 0) -> tuple[str, str]:
-    """Call predict.py on the CPU and return what it prints, to stdout and stderr."""
+    """Call predict.py on the CPU and return what it prints, to stdout and stderr.
+
+    Status 2, for a mistake of the user, comes with one line.
+    """
     code, said, error = command(monkeypatch, capsys, predict, *arguments, "--device", "cpu")
-    assert code == status, (said, error)
+    assert code == status, said + error
+    assert status != 2 or error.count("\n") == 1, error
     return said, error
 
 
 def refused(monkeypatch, capsys, *arguments) -> str:
     """Return the one line with which predict.py refuses its arguments."""
-    _, error = called(monkeypatch, capsys, *arguments, status=2)
-    assert error.count("\n") == 1, error
-    return error
+    return called(monkeypatch, capsys, *arguments, status=2)[1]
 
 
 def probability(folder: Path, name: str) -> np.ndarray:

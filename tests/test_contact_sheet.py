@@ -6,8 +6,9 @@ import pytest
 import torch
 from conftest import contents, write_run
 from PIL import Image, ImageFont
+from small_runs import called
 from test_import_dicom import scan, write_series
-from test_predict_batches import called, class_run, photo, volume, volume_run
+from test_predict_batches import class_run, photo, volume, volume_run
 
 import cris
 from imaging import nifti, pictures, volumes

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from conftest import command, contents, rows
 from PIL import Image
-from test_predict_batches import called, class_run, photo, volume_run
+from small_runs import called
+from test_predict_batches import class_run, photo, volume_run
 
 import predict
 import train

@@ -117,6 +117,15 @@ def test_what_the_user_did_wrong_is_one_line(kind, images, weights, tmp_path, mo
     assert not (tmp_path / "masks").exists()
 
 
+def test_an_empty_out_is_not_the_current_folder(images, weights, tmp_path, monkeypatch, capsys):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    given = ["--model", "cris", "--weights", weights, images, "--prompt", "a", "--out", ""]
+    code, _, err = command(monkeypatch, capsys, predict, *given)
+    assert code == 2 and "--out is empty" in err and err.count("\n") == 1, err
+    assert not any((tmp_path / "here").iterdir())
+
+
 def test_pixels_that_are_no_numbers_are_said_once(weights, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "images"
     folder.mkdir()

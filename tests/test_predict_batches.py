@@ -14,8 +14,9 @@ import nibabel
 import numpy as np
 import pytest
 import torch
-from conftest import assert_same_scores, command, contents, write_run
+from conftest import assert_same_scores, contents, write_run
 from PIL import Image
+from small_runs import called
 
 import predict
 import sam_decoder
@@ -57,14 +58,6 @@ def photos(tmp_path):
     for k, name in enumerate(("a.png", "b.jpg", "g/a.png", "g/h/c.bmp")):
         photo(folder / name, seed=k)
     return folder
-
-
-def called(monkeypatch, capsys, *arguments, status=0):
-    """Run predict.py on the CPU. Return what it printed, out and err."""
-    code, out, err = command(monkeypatch, capsys, predict, *arguments, "--device", "cpu")
-    assert code == status, out + err
-    assert status != 2 or err.count("\n") == 1, err
-    return out, err
 
 
 # --- bad inputs -----------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import SimpleITK
 import torch
 from conftest import contents, rows, write_run
 from PIL import Image
+from small_runs import called
 from test_import_dicom import (
     ULTRASOUND,
     X_RAY,
@@ -20,7 +21,7 @@ from test_import_dicom import (
     slices_of,
     write_series,
 )
-from test_predict_batches import called, class_run, photo, volume, volume_run
+from test_predict_batches import class_run, photo, volume, volume_run
 
 import cris
 from imaging import nifti
@@ -118,9 +119,7 @@ def test_a_file_of_two_patterns_is_one_input(tree):
 def test_links_and_the_output_folder_are_not_entered(tree):
     (tree / "in/g/loop").symlink_to(tree / "in")
     (tree / "in/z.png").symlink_to(tree / "in/a.png")
-    args = (
-        expanded("in/**/a.png", "in/z*", "in/h*", out="in/i[1]") if 0 else expanded("in/**/?.png")
-    )
+    args = expanded("in/**/?.png")
     assert args.inputs == ["in/a.png", "in/g/a.png", "in/g/h/a.png", "in/i[1]/a.png"]
     assert "in/i[1]/a.png" not in expanded("in/**/?.png", out="in/i[1]").inputs
 
