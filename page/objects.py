@@ -22,6 +22,7 @@ from page import drawing
 from page.clicks import Clicks, draw_clicks, prompt_files
 from page.session import MODELS, Session
 from page.settings import class_names
+from prediction.images import mask_picture
 from prediction.models import LoadedModel
 from recipes.sam import prompt_tensors
 
@@ -160,12 +161,8 @@ def write_mask(session: Session, objects: Objects, threshold: float, folder: Pat
     """Write the mask as predict.py does: 0 and 255, or class indices. Return the file."""
     config = replace(objects.loaded.config, threshold=threshold)
     masks = to_masks(objects.class_probabilities(threshold), config)  # (K,H,W)
-    if len(masks) == 1:
-        mask = Image.fromarray(masks[0].astype(np.uint8) * 255)
-    else:
-        mask = pictures.class_map(masks.argmax(0).astype(np.uint8), len(masks))
     path = folder / f"{session.name}.png"
-    pictures.save_picture(path, mask)
+    pictures.save_picture(path, mask_picture(masks))
     return path
 
 
