@@ -84,8 +84,10 @@ def plane(x: np.ndarray, axis: int, index: int) -> np.ndarray:
     planes are seen from the feet, coronal ones from the front, sagittal ones with the nose to the
     left.
     """
-    flat = np.take(x, index, axis - 3).swapaxes(-1, -2)  # (…,vertical,horizontal)
-    return flat[..., ::-1, ::-1]
+    position = [slice(None)] * 3
+    position[axis] = index
+    flat = x[(..., *position)]  # (…,horizontal,vertical)
+    return flat.swapaxes(-1, -2)[..., ::-1, ::-1]
 
 
 def resize_axis(x: np.ndarray, axis: int, size: int) -> np.ndarray:

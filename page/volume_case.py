@@ -17,7 +17,7 @@ from PIL import Image
 
 from engine.measurement_table import MEASUREMENTS, MeasurementTable
 from imaging import measurements, nifti, pictures, volumes
-from page import slices, uploads
+from page import drawing, slices, uploads
 from page.session import MODELS, bytes_of
 from page.slices import PLANES, LabelMasks, ThresholdMasks
 from prediction.inputs import group_channels
@@ -101,7 +101,7 @@ class Volume:
         """
         plane = PLANES[name]
         index = min(max(index, 0), self.grid.size[plane.axis] - 1)
-        values = slices.take_slice(self.values, plane, index)
+        values = pictures.plane(self.values, plane.axis, index)
         grey = slices.grey_levels(values, limits)
         masks = np.zeros((0, *grey.shape), bool)
         colours = []
@@ -182,9 +182,7 @@ class VolumePrediction:
         self.grid = grid
         self.has_threshold = config.overlapping or config.num_classes == 1
         self.classes = predictor.classes[1:]
-        self.colours = pictures.class_colours(len(self.classes))
-        if len(self.classes) == 1:
-            self.colours = [pictures.PREDICTION]
+        self.colours = drawing.colours_of(len(self.classes))
 
         if self.has_threshold:
             steps = slices.threshold_steps(config.threshold)
