@@ -21,6 +21,7 @@ from pathlib import Path
 import gradio as gr
 import numpy as np
 
+from imaging import pictures
 from page import downloads, drawing, uploads
 from page.controls import (
     DISPLAY,
@@ -55,7 +56,7 @@ class ImageView:
     run_label = "Find"
     table_title = "Found"  # heading of the names in the table of areas
     has_threshold = True  # shows the slider of the threshold
-    fill = drawing.opacity_of(1)  # opacity of the fill at the start
+    fill = pictures.mask_opacity(1)  # opacity of the fill at the start
     has_outline = True  # at the start
 
     def __init__(self, models: list[LoadedModel], settings: PageSettings):
@@ -341,23 +342,28 @@ class ImageView:
         """
         _, opacity, has_outline, _ = look
         image = drawing.preview(session.image)
-        pictures = []
+        shown_images = []
         tables = []
         for index, result in zip(indices, results, strict=True):
-            is_shown = self.shown_masks(result, *display)
-            colours = np.array(drawing.colours_of(len(result.names)))[is_shown]
-            masks = drawing.preview_masks(result.masks[is_shown], session.image)
-            picture = drawing.draw(image, masks, colours, opacity, has_outline)
-            pictures.append(gr.Image(picture, label=self.labels[index]))
+            masks, colours = self.drawn_masks(result, display)
+            masks = drawing.preview_masks(masks, session.image)
+            picture = pictures.draw_masks(image, masks, colours, opacity, has_outline)
+            shown_images.append(gr.Image(picture, label=self.labels[index]))
             tables.append(self.table(result))
         if len(results) == 1:
-            pictures.append(None)
+            shown_images.append(None)
             tables.append("")
-        return [*pictures, *tables]
+        return [*shown_images, *tables]
+
+    def drawn_masks(self, result: downloads.Result, display: tuple) -> tuple[np.ndarray, list]:
+        """Return the masks that are drawn, bool (n,H,W), and their colours."""
+        is_shown = self.shown_masks(result, *display)
+        colours = np.array(pictures.mask_colours(len(result.names)))
+        return result.masks[is_shown], [*colours[is_shown]]
 
     def table(self, result: downloads.Result) -> str:
         """Return the table of the areas of a result as HTML."""
-        colours = drawing.colours_of(len(result.names))
+        colours = pictures.mask_colours(len(result.names))
         return drawing.area_table(self.table_title, result.names, colours, result.areas)
 
     def redraw(self, request: gr.Request, *values) -> list:
@@ -390,10 +396,8 @@ class ImageView:
         display = values[len(self.look) :]
 
         def write(session: Session, result: downloads.Result, folder: Path) -> Path:
-            is_shown = self.shown_masks(result, *display)
-            colours = np.array(drawing.colours_of(len(result.names)))[is_shown]
-            masks = result.masks[is_shown]
-            picture = drawing.draw(session.image, masks, colours, opacity, has_outline)
+            masks, colours = self.drawn_masks(result, display)
+            picture = pictures.draw_masks(session.image, masks, colours, opacity, has_outline)
             return downloads.write_overlay(session, picture, folder)
 
         return self.save(request, values, write)

@@ -149,7 +149,7 @@ def picture(
     image: uint8 (h,w,3). masks: bool (Q,h,w). scale: of the preview to the image.
     """
     colours = pictures.class_colours(len(masks))
-    drawn = drawing.draw(image, masks, colours, opacity, has_outline=True)
+    drawn = pictures.draw_masks(image, masks, colours, opacity, has_outline=True)
     draw_clicks(drawn, clicks, scale)
     return drawn
 

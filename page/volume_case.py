@@ -17,7 +17,7 @@ from PIL import Image
 
 from engine.measurement_table import MEASUREMENTS, MeasurementTable
 from imaging import measurements, nifti, pictures, volumes
-from page import drawing, slices, uploads
+from page import slices, uploads
 from page.session import MODELS, bytes_of
 from page.slices import PLANES, LabelMasks, ThresholdMasks
 from prediction.inputs import group_channels
@@ -182,7 +182,7 @@ class VolumePrediction:
         self.grid = grid
         self.has_threshold = config.overlapping or config.num_classes == 1
         self.classes = predictor.classes[1:]
-        self.colours = drawing.colours_of(len(self.classes))
+        self.colours = pictures.mask_colours(len(self.classes))
 
         if self.has_threshold:
             steps = slices.threshold_steps(config.threshold)
