@@ -16,6 +16,7 @@ from PIL import Image
 from engine.evaluate import to_masks
 from engine.measurement_table import MEASUREMENTS, MeasurementTable
 from imaging import image_files, layouts, measurements, pictures
+from page import drawing
 from page.session import Session
 from prediction.images import mask_picture
 from prediction.volumes import class_endings
@@ -35,15 +36,7 @@ class Result:
     @cached_property
     def areas(self) -> list[dict]:
         """Return the area_px, share_of_image and area_mm2 of each mask."""
-        rows = []
-        for mask in self.masks:
-            pixels = int(np.count_nonzero(mask))
-            row = {"area_px": pixels, "share_of_image": pixels / mask.size, "area_mm2": None}
-            if self.pixel_size is not None:
-                width, height = self.pixel_size
-                row["area_mm2"] = pixels * width * height
-            rows.append(row)
-        return rows
+        return [drawing.area_cells(mask, self.pixel_size) for mask in self.masks]
 
 
 def phrase_result(

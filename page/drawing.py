@@ -36,11 +36,21 @@ def swatch(colour: tuple[int, int, int]) -> str:
     return f'<span class="swatch" style="background: rgb({red}, {green}, {blue})"></span>'
 
 
+def area_cells(mask: np.ndarray, pixel_size: tuple | None) -> dict:
+    """Return the area_px, share_of_image and area_mm2 of a mask, bool (H,W).
+
+    pixel_size: width and height of a pixel in mm, None if unknown; area_mm2 is None then.
+    """
+    count = int(np.count_nonzero(mask))
+    square_mm = None if pixel_size is None else count * pixel_size[0] * pixel_size[1]
+    return {"area_px": count, "share_of_image": count / mask.size, "area_mm2": square_mm}
+
+
 def area_table(title: str, names: list[str], colours: list, rows: list[dict]) -> str:
     """Return a table of the areas as HTML: colour, name, pixels, share, mm² where known.
 
-    title: of the column of names. names: of the masks, shown as typed. rows: measurements, with
-    the columns of `measurements.IMAGE_COLUMNS`.
+    title: of the column of names. names: of the masks, shown as typed. rows: `area_cells` of
+    the masks.
     """
     has_mm2 = any(row["area_mm2"] is not None for row in rows)
     headings = [title, "Pixels", "Share of image"]

@@ -18,7 +18,7 @@ from engine import tables
 from engine.evaluate import to_masks
 from engine.measurement_table import MEASUREMENTS
 from imaging import image_files, measurements, pictures
-from page import drawing
+from page import downloads, drawing
 from page.clicks import Clicks, draw_clicks, prompt_files
 from page.session import MODELS, Session
 from page.settings import class_names
@@ -106,10 +106,8 @@ def areas(objects: Objects, masks: np.ndarray, pixel_size) -> list[dict]:
     """
     rows = []
     for k, mask in enumerate(masks):
-        count = int(np.count_nonzero(mask))
-        square_mm = None if pixel_size is None else count * pixel_size[0] * pixel_size[1]
-        row = {"object": k + 1, "class": objects.class_of(k), "area_px": count}
-        rows.append(row | {"share_of_image": count / mask.size, "area_mm2": square_mm})
+        names = {"object": k + 1, "class": objects.class_of(k)}
+        rows.append(names | drawing.area_cells(mask, pixel_size))
     return rows
 
 
@@ -179,9 +177,7 @@ def write_picture(
 ) -> Path:
     """Write the image with masks and clicks drawn on, at its own size. Return the file."""
     drawn = picture(session.image, objects.masks(threshold), objects.clicks, opacity)
-    path = folder / f"{session.name}_overlay.png"
-    pictures.save_picture(path, drawn)
-    return path
+    return downloads.write_overlay(session, drawn, folder)
 
 
 def write_measurements(
