@@ -31,6 +31,38 @@ def class_colours(n: int) -> list[tuple[int, int, int]]:
     return colours
 
 
+def mask_colours(n: int) -> list[tuple[int, int, int]]:
+    """Return the colours of n predicted masks."""
+    return [PREDICTION] if n == 1 else class_colours(n)
+
+
+def mask_opacity(n: int) -> float:
+    """Return the opacity of the fill of n predicted masks; a single one has an outline too."""
+    return 0.15 if n == 1 else 0.45
+
+
+def outline_width(image: np.ndarray) -> int:
+    """Return the width in pixels of outlines in an image (H,W,3)."""
+    return max(1, min(image.shape[:2]) // 150)
+
+
+def draw_masks(
+    image: np.ndarray, masks: np.ndarray, colours: list, opacity: float, has_outline: bool
+) -> Image.Image:
+    """Draw masks over an image.
+
+    image: uint8 (H,W,3). masks: bool (n,H,W), with n colours; later masks lie on top. opacity: of
+    the fill, 0..1.
+    """
+    width = outline_width(image)
+    canvas = image.astype(np.float32)
+    for mask, colour in zip(masks, colours, strict=True):
+        canvas[mask] = (1 - opacity) * canvas[mask] + opacity * np.array(colour)
+        if has_outline:
+            canvas[outline(mask, width)] = colour
+    return Image.fromarray(canvas.astype(np.uint8))
+
+
 def overlay(
     image: np.ndarray, ground_truth: np.ndarray | None, prediction: np.ndarray
 ) -> Image.Image:
@@ -40,26 +72,18 @@ def overlay(
     prediction, with an outline too, and green in the ground truth. Several classes have the colours
     of `class_colours` in both.
     """
-    width = max(1, min(image.shape[:2]) // 150)  # of outlines, in pixels
-    is_multiclass = len(prediction) > 1
-    if is_multiclass:
-        prediction_colours = class_colours(len(prediction))
-        truth_colours = prediction_colours
-        opacity = 0.45
-    else:
-        prediction_colours = [PREDICTION]
-        truth_colours = [GROUND_TRUTH]
-        opacity = 0.15
+    K = len(prediction)
+    colours = mask_colours(K)
+    drawn = draw_masks(image, prediction, colours, mask_opacity(K), has_outline=K == 1)
+    if ground_truth is None:
+        return drawn
 
-    canvas = image.astype(np.float32)
-    for mask, colour in zip(prediction, prediction_colours, strict=True):
-        canvas[mask] = (1 - opacity) * canvas[mask] + opacity * np.array(colour)
-        if not is_multiclass:
-            canvas[outline(mask, width)] = colour
-    if ground_truth is not None:
-        for mask, colour in zip(ground_truth, truth_colours, strict=False):
-            canvas[outline(mask, width)] = colour
-    return Image.fromarray(canvas.astype(np.uint8))
+    width = outline_width(image)
+    truth_colours = [GROUND_TRUTH] if K == 1 else colours
+    canvas = np.array(drawn)
+    for mask, colour in zip(ground_truth, truth_colours, strict=False):
+        canvas[outline(mask, width)] = colour
+    return Image.fromarray(canvas)
 
 
 # --- volumes --------------------------------------------------------------------------------------
@@ -84,8 +108,10 @@ def plane(x: np.ndarray, axis: int, index: int) -> np.ndarray:
     planes are seen from the feet, coronal ones from the front, sagittal ones with the nose to the
     left.
     """
-    flat = np.take(x, index, axis - 3).swapaxes(-1, -2)  # (…,vertical,horizontal)
-    return flat[..., ::-1, ::-1]
+    position = [slice(None)] * 3
+    position[axis] = index
+    flat = x[(..., *position)]  # (…,horizontal,vertical)
+    return flat.swapaxes(-1, -2)[..., ::-1, ::-1]
 
 
 def resize_nearest(x: np.ndarray, width: int, height: int) -> np.ndarray:

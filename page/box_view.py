@@ -22,29 +22,27 @@ from pathlib import Path
 import gradio as gr
 
 from imaging import pictures
-from page import drawing, objects, uploads
+from page import drawing, objects
 from page.clicks import BOX, INSIDE, OUTSIDE, Clicks, to_image_pixel
 from page.controls import (
     DISPLAY,
     MODEL,
     PRIVATE,
     RAW,
-    UPLOAD_HEIGHT,
     SaveButtons,
     choose_models,
     chosen_models,
     describe_failure,
-    list_files,
     nothing_to_save,
     number_or,
     pixel_size_field,
     share_or,
     share_slider,
 )
-from page.image_view import LIMITS
+from page.image_view import NO_IMAGE, ChosenImage
 from page.objects import Objects
 from page.session import Session
-from page.settings import PageSettings, class_names, model_labels
+from page.settings import PageSettings, class_names
 from prediction.models import LoadedModel
 
 KIND = "boxes"
@@ -54,20 +52,16 @@ MODES = [
     ("point outside the object", OUTSIDE),
 ]
 OPACITY = 0.3  # of the masks, at the start
-NO_IMAGE = "Choose an image first (step 1)."
 START = "Click into the image: two opposite corners of a box around an object."
 # Clicks wait for each other, and none is dropped.
 CLICKS = MODEL | RAW | dict(show_progress="hidden", trigger_mode="multiple")
 REDRAW = DISPLAY | RAW
 
 
-class BoxView:
+class BoxView(ChosenImage):
     """Mark objects by boxes and points."""
 
-    def __init__(self, models: list[LoadedModel], settings: PageSettings):
-        self.models = models
-        self.settings = settings
-        self.labels = model_labels(models)
+    kind = KIND
 
     # --- layout ---
 
@@ -75,24 +69,12 @@ class BoxView:
         """Add the view to the page."""
         with gr.Row():
             with gr.Column(scale=2, min_width=320):
-                self.build_image()
+                self.build_choice()
+                self.note = gr.HTML(elem_id=f"{KIND}-note")
                 self.build_tools()
             with gr.Column(scale=4, min_width=480):
                 self.build_result()
         self.connect()
-
-    def build_image(self) -> None:
-        """Add the first step: an image from a file or from the list."""
-        gr.HTML(f"<h3>1. Image</h3><p>{LIMITS}</p>")
-        self.upload = gr.File(
-            label="Image file",
-            show_label=False,
-            height=UPLOAD_HEIGHT,
-            elem_id=f"{KIND}-upload",
-            elem_classes="upload",
-        )
-        self.listing = list_files(self.settings.images, "image", f"{KIND}-list")
-        self.note = gr.HTML(elem_id=f"{KIND}-note")
 
     def build_tools(self) -> None:
         """Add the second step: what clicks do."""
@@ -123,25 +105,9 @@ class BoxView:
         """Add the third step: the image with the marks of each model, areas, and files."""
         gr.HTML("<h3>3. Result</h3>")
         self.status = gr.HTML(elem_id=f"{KIND}-status")
-        self.images = []
-        self.tables = []
-        with gr.Row():
-            for ending in ("", "-2"):
-                with gr.Column(min_width=240, visible=not ending) as column:
-                    image = gr.Image(
-                        label=self.labels[0],
-                        show_label=len(self.models) > 1,
-                        interactive=False,
-                        format="png",
-                        height=420,
-                        buttons=["fullscreen"],
-                        elem_id=f"{KIND}-image{ending}",
-                    )
-                    table = gr.HTML(elem_id=f"{KIND}-areas{ending}")
-                self.images.append(image)
-                self.tables.append(table)
-        self.second_column = column
-
+        self.images = self.build_pictures(
+            "image", label=self.labels[0], show_label=len(self.models) > 1, height=420
+        )
         with gr.Row():
             self.threshold = share_slider(
                 "Minimum certainty", self.models[0].config.threshold, 0.01, f"{KIND}-threshold"
@@ -173,12 +139,8 @@ class BoxView:
     def connect(self) -> None:
         """Connect the controls with the functions below."""
         shown = [*self.images, *self.tables, self.second_column, self.status, self.label]
-        chosen = [self.upload, self.listing, self.note, self.pixel_size, *shown]
         inputs = [self.first, self.second, *self.look]
-        for opened in (
-            self.upload.upload(self.open_upload, self.upload, chosen, **PRIVATE),
-            self.listing.input(self.open_listed, self.listing, chosen, **RAW, **PRIVATE),
-        ):
+        for opened in self.connect_choice(shown):
             opened.success(self.refresh, inputs, shown, **CLICKS)
 
         for image in self.images:
@@ -199,51 +161,17 @@ class BoxView:
         self.save_buttons.connect("table", self.save_table, self.look)
         self.save_buttons.connect("clicks", self.save_clicks, self.look)
 
-    def session(self, request: gr.Request) -> Session | None:
-        """Return the session of the browser that sends a request."""
-        return self.settings.sessions.get(request.session_hash, KIND)
-
     # --- images ---
 
-    def open_upload(self, file: str, request: gr.Request) -> list:
-        """Read an upload. gradio removes its file, see `site.build`."""
-        return self.open_image(Path(file), request, is_listed=False)
-
-    def open_listed(self, index: int | None, request: gr.Request) -> list:
-        """Read an image of the list."""
-        try:
-            path = self.settings.images.path(index)
-        except ValueError as error:
-            return self.no_image(request, error)
-        return self.open_image(path, request, is_listed=True)
-
-    def open_image(self, path: Path, request: gr.Request, is_listed: bool) -> list:
-        """Start the session of an image. Return updates that show it."""
-        try:
-            session, notes = uploads.open_image(path, is_listed)
-        except ValueError as error:
-            return self.no_image(request, error)
-
-        self.settings.sessions.put(request.session_hash, KIND, session)
-        height, width = session.image.shape[:2]
-        sentences = [f"{path.name}: {width} x {height} pixels.", *notes]
-        if session.pixel_size is not None:
-            sentences.append("A pixel measures {:g} x {:g} mm.".format(*session.pixel_size))
+    def show_image(self, session: Session | None) -> list:
+        """Return updates for a chosen image without marks, or for none."""
+        if session is None:
+            return [*self.no_marks(None), "", gr.skip()]
         clicks = Clicks(session.image.shape[:2])
-        no_masks = objects.no_masks(clicks)
-        image, masks, scale = objects.preview(session.image, no_masks)
+        image, masks, scale = objects.preview(session.image, objects.no_masks(clicks))
         picture = objects.picture(image, masks, clicks, 0, scale)
-        listing = gr.skip() if is_listed else None
-        note = drawing.status(sentences)
         waiting = drawing.status(["Preparing the image, once …"])
-        no_size = 0  # the field had that of another image
-        return [None, listing, note, no_size, *self.no_marks(picture), waiting, gr.skip()]
-
-    def no_image(self, request: gr.Request, error: ValueError) -> list:
-        """Drop the earlier image. Return updates that show why there is no new one."""
-        self.settings.sessions.drop(request.session_hash, KIND)
-        note = drawing.status([str(error)], is_error=True)
-        return [None, None, note, 0, *self.no_marks(None), "", gr.skip()]
+        return [*self.no_marks(picture), waiting, gr.skip()]
 
     def no_marks(self, picture) -> list:
         """Return updates that show a picture without marks, and no tables."""
@@ -397,10 +325,6 @@ class BoxView:
         noun = "object" if count == 1 else "objects"
         device = results[0].loaded.device.type
         return drawing.status([f"{count} {noun} marked ({seconds:.2f} s on {device})."])
-
-    def pixel_size_of(self, session: Session, pixel: float) -> tuple | None:
-        """Return width and height of a pixel in mm, None if they are unknown."""
-        return (pixel, pixel) if pixel > 0 else session.pixel_size
 
     # --- files ---
 

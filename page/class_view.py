@@ -8,7 +8,7 @@ import gradio as gr
 import numpy as np
 
 from engine.runs import num_classes
-from imaging import layouts
+from imaging import layouts, pictures
 from page import downloads, drawing
 from page.image_view import ImageView
 from page.session import Answer, Session
@@ -29,8 +29,9 @@ class ClassView(ImageView):
         super().__init__(models, settings)
         largest = max(num_classes(loaded.model) for loaded in models)
         self.has_threshold = largest == 1
-        self.fill = 0.15 if largest <= 2 else 0.45
-        self.has_outline = largest <= 2
+        masks = max(1, largest - 1)  # without the background
+        self.fill = pictures.mask_opacity(masks)
+        self.has_outline = masks == 1
 
     def build_question(self) -> list:
         """Say which classes the models know; there is nothing to choose."""
@@ -90,7 +91,7 @@ class ClassView(ImageView):
         for index, row in enumerate(result.areas):
             if row["area_px"] or len(result.areas) <= MOST_NAMED:
                 indices.append(index)
-        colours = drawing.colours_of(len(result.names))
+        colours = pictures.mask_colours(len(result.names))
         return drawing.area_table(
             self.table_title,
             [result.names[index] for index in indices],

@@ -20,6 +20,7 @@ MODEL = dict(concurrency_id="model", concurrency_limit=1, **PRIVATE)
 RAW = dict(preprocess=False)
 
 UPLOAD_HEIGHT = 108  # pixels: three lines of text
+SAME_ANSWER = "same answer as before, not computed again."
 # A click on the visible button makes the file; this then clicks the hidden link to it.
 CLICK = "() => {{ document.querySelector('#{id}').click() }}"
 
@@ -49,14 +50,29 @@ def describe_failure(error: Exception, noun: str) -> str:
     return str(error)
 
 
-def list_files(files: FileList, noun: str, elem_id: str) -> gr.Dropdown:
-    """Add the list of the files that the page offers, hidden if there are none."""
+def upload_field(label: str, kind: str, **options) -> gr.File:
+    """Add the drop area for files. Its id is KIND-upload."""
+    return gr.File(
+        label=label,
+        show_label=False,
+        height=UPLOAD_HEIGHT,
+        elem_id=f"{kind}-upload",
+        elem_classes="upload",
+        **options,
+    )
+
+
+def list_files(files: FileList, noun: str, kind: str) -> gr.Dropdown:
+    """Add the list of the files that the page offers, hidden if there are none.
+
+    Its id is KIND-list.
+    """
     return gr.Dropdown(
         choices=[(name, index) for index, name in enumerate(files.names)],
         value=None,
         label=f"or choose one of these {noun}s",
         visible=bool(files.names),
-        elem_id=elem_id,
+        elem_id=f"{kind}-list",
     )
 
 

@@ -16,7 +16,9 @@ from PIL import Image
 from engine.evaluate import to_masks
 from engine.measurement_table import MEASUREMENTS, MeasurementTable
 from imaging import image_files, layouts, measurements, pictures
+from page import drawing
 from page.session import Session
+from prediction.images import mask_picture
 from prediction.volumes import class_endings
 
 
@@ -34,15 +36,7 @@ class Result:
     @cached_property
     def areas(self) -> list[dict]:
         """Return the area_px, share_of_image and area_mm2 of each mask."""
-        rows = []
-        for mask in self.masks:
-            pixels = int(np.count_nonzero(mask))
-            row = {"area_px": pixels, "share_of_image": pixels / mask.size, "area_mm2": None}
-            if self.pixel_size is not None:
-                width, height = self.pixel_size
-                row["area_mm2"] = pixels * width * height
-            rows.append(row)
-        return rows
+        return [drawing.area_cells(mask, self.pixel_size) for mask in self.masks]
 
 
 def phrase_result(
@@ -83,7 +77,7 @@ def write_masks(session: Session, result: Result, folder: Path) -> Path:
     n = len(result.masks)
     if n == 1 or result.is_class_map:
         path = folder / f"{session.name}.png"
-        mask = class_picture(result.masks) if result.is_class_map else picture(result.masks[0])
+        mask = class_picture(result.masks) if result.is_class_map else mask_picture(result.masks)
         pictures.save_picture(path, mask)
         return path
 
@@ -93,11 +87,6 @@ def write_masks(session: Session, result: Result, folder: Path) -> Path:
         for ending, mask in zip(endings, result.masks, strict=True):
             archive.writestr(f"{session.name}{ending}.png", pictures.png(mask.view(np.uint8) * 255))
     return path
-
-
-def picture(mask: np.ndarray) -> Image.Image:
-    """Return a mask, bool (H,W), as an image of 0 and 255."""
-    return Image.fromarray(mask.astype(np.uint8) * 255)
 
 
 def class_picture(masks: np.ndarray) -> Image.Image:

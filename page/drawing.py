@@ -1,4 +1,4 @@
-"""Draw results for the page: masks over an image, and the table of colours and areas as HTML."""
+"""Show results on the page: previews of images and masks, tables and lines of HTML."""
 
 import html
 import math
@@ -7,37 +7,7 @@ from textwrap import shorten
 import numpy as np
 from PIL import Image
 
-from imaging import pictures
-
 LARGEST_PREVIEW = 1200  # pixels of the longer side of a picture on the page
-
-
-def colours_of(n: int) -> list[tuple[int, int, int]]:
-    """Return the colours of n masks: those that predict.py draws overlays with."""
-    return [pictures.PREDICTION] if n == 1 else pictures.class_colours(n)
-
-
-def opacity_of(n: int) -> float:
-    """Return the opacity with which predict.py fills n masks."""
-    return 0.15 if n == 1 else 0.45
-
-
-def draw(
-    image: np.ndarray, masks: np.ndarray, colours: list, opacity: float, has_outline: bool
-) -> Image.Image:
-    """Draw masks over an image.
-
-    image: uint8 (H,W,3). masks: bool (n,H,W), the later above the earlier. opacity: of the fill, 0
-    to 1. With the colours and the opacity above, and outlines for one mask alone, this equals
-    `pictures.overlay`.
-    """
-    width = max(1, min(image.shape[:2]) // 150)  # of outlines, in pixels
-    canvas = image.astype(np.float32)
-    for mask, colour in zip(masks, colours, strict=True):
-        canvas[mask] = (1 - opacity) * canvas[mask] + opacity * np.array(colour)
-        if has_outline:
-            canvas[pictures.outline(mask, width)] = colour
-    return Image.fromarray(canvas.astype(np.uint8))
 
 
 def preview_step(image: np.ndarray) -> int:
@@ -66,11 +36,21 @@ def swatch(colour: tuple[int, int, int]) -> str:
     return f'<span class="swatch" style="background: rgb({red}, {green}, {blue})"></span>'
 
 
+def area_cells(mask: np.ndarray, pixel_size: tuple | None) -> dict:
+    """Return the area_px, share_of_image and area_mm2 of a mask, bool (H,W).
+
+    pixel_size: width and height of a pixel in mm, None if unknown; area_mm2 is None then.
+    """
+    count = int(np.count_nonzero(mask))
+    square_mm = None if pixel_size is None else count * pixel_size[0] * pixel_size[1]
+    return {"area_px": count, "share_of_image": count / mask.size, "area_mm2": square_mm}
+
+
 def area_table(title: str, names: list[str], colours: list, rows: list[dict]) -> str:
     """Return a table of the areas as HTML: colour, name, pixels, share, mm² where known.
 
-    title: of the column of names. names: of the masks, shown as typed. rows: measurements, with
-    the columns of `measurements.IMAGE_COLUMNS`.
+    title: of the column of names. names: of the masks, shown as typed. rows: `area_cells` of
+    the masks.
     """
     has_mm2 = any(row["area_mm2"] is not None for row in rows)
     headings = [title, "Pixels", "Share of image"]

@@ -21,13 +21,14 @@ from pathlib import Path
 import gradio as gr
 import numpy as np
 
+from imaging import pictures
 from page import downloads, drawing, uploads
 from page.controls import (
     DISPLAY,
     MODEL,
     PRIVATE,
     RAW,
-    UPLOAD_HEIGHT,
+    SAME_ANSWER,
     SaveButtons,
     choose_models,
     chosen_models,
@@ -38,6 +39,7 @@ from page.controls import (
     pixel_size_field,
     share_or,
     share_slider,
+    upload_field,
 )
 from page.session import Answer, Session
 from page.settings import PageSettings, model_labels
@@ -48,20 +50,116 @@ NO_IMAGE = "Choose an image first (step 1)."
 SHORTEST_SECONDS = 0.005  # shorter times would be shown as 0.00 s
 
 
-class ImageView:
-    """A view of models for images."""
+class ChosenImage:
+    """The first step of the views of images, and the results of one or two models in a row."""
 
     kind = ""  # prefix of the elements' ids, and name of the view in `Sessions`
-    run_label = "Find"
-    table_title = "Found"  # heading of the names in the table of areas
-    has_threshold = True  # shows the slider of the threshold
-    fill = drawing.opacity_of(1)  # opacity of the fill at the start
-    has_outline = True  # at the start
 
     def __init__(self, models: list[LoadedModel], settings: PageSettings):
         self.models = models
         self.settings = settings
         self.labels = model_labels(models)
+
+    def show_image(self, session: Session | None) -> list:
+        """Return updates of a view for a chosen image, or for none; defined by the view."""
+        raise NotImplementedError
+
+    # --- layout ---
+
+    def build_choice(self) -> None:
+        """Add the drop area for an image, and the list of images."""
+        gr.HTML(f"<h3>1. Image</h3><p>{LIMITS}</p>")
+        self.upload = upload_field("Image file", self.kind)
+        self.listing = list_files(self.settings.images, "image", self.kind)
+
+    def build_pictures(self, name: str, **options) -> list[gr.Image]:
+        """Add a picture and a table of areas for each of two models; the second is hidden.
+
+        name: of the pictures' ids, KIND-NAME and KIND-NAME-2.
+        """
+        images = []
+        self.tables = []
+        with gr.Row():
+            for ending in ("", "-2"):
+                with gr.Column(min_width=240, visible=not ending) as column:
+                    image = gr.Image(
+                        interactive=False,
+                        format="png",
+                        buttons=["fullscreen"],
+                        elem_id=f"{self.kind}-{name}{ending}",
+                        **options,
+                    )
+                    table = gr.HTML(elem_id=f"{self.kind}-areas{ending}")
+                images.append(image)
+                self.tables.append(table)
+        self.second_column = column
+        return images
+
+    # --- events ---
+
+    def connect_choice(self, shown: list) -> list:
+        """Connect the choice of an image. Return the two events. shown: those of `show_image`."""
+        chosen = [self.upload, self.listing, self.note, self.pixel_size, *shown]
+        return [
+            self.upload.upload(self.open_upload, self.upload, chosen, **PRIVATE),
+            self.listing.input(self.open_listed, self.listing, chosen, **RAW, **PRIVATE),
+        ]
+
+    def session(self, request: gr.Request) -> Session | None:
+        """Return the session of the browser that sends a request."""
+        return self.settings.sessions.get(request.session_hash, self.kind)
+
+    def pixel_size_of(self, session: Session, pixel: float) -> tuple | None:
+        """Return width and height of a pixel in mm, None if they are unknown.
+
+        pixel: of the field; at 0 they are those of the image.
+        """
+        return (pixel, pixel) if pixel > 0 else session.pixel_size
+
+    def open_upload(self, file: str, request: gr.Request) -> list:
+        """Read an upload. gradio removes its file, see `site.build`."""
+        return self.open_image(Path(file), request, is_listed=False)
+
+    def open_listed(self, index: int | None, request: gr.Request) -> list:
+        """Read an image of the list."""
+        try:
+            path = self.settings.images.path(index)
+        except ValueError as error:
+            return self.no_image(request, error)
+        return self.open_image(path, request, is_listed=True)
+
+    def open_image(self, path: Path, request: gr.Request, is_listed: bool) -> list:
+        """Start the session of an image. Return updates for the image and for no result yet."""
+        try:
+            session, notes = uploads.open_image(path, is_listed)
+        except ValueError as error:
+            return self.no_image(request, error)
+
+        self.settings.sessions.put(request.session_hash, self.kind, session)
+        height, width = session.image.shape[:2]
+        sentences = [f"{path.name}: {width} x {height} pixels."]
+        if session.pixel_size is not None:
+            sentences.append("A pixel measures {:g} x {:g} mm.".format(*session.pixel_size))
+        note = drawing.status([*sentences, *notes])
+        listing = gr.skip() if is_listed else None
+        no_size = 0  # the field had that of another image
+        return [None, listing, note, no_size, *self.show_image(session)]
+
+    def no_image(self, request: gr.Request, error: ValueError) -> list:
+        """Drop the earlier image. Return updates that show why there is no new one."""
+        self.settings.sessions.drop(request.session_hash, self.kind)
+        note = drawing.status([str(error)], is_error=True)
+        return [None, None, note, 0, *self.show_image(None)]
+
+
+class ImageView(ChosenImage):
+    """A view of models that answer a question about an image."""
+
+    run_label = "Find"
+    table_title = "Found"  # heading of the names in the table of areas
+    has_threshold = True  # shows the slider of the threshold
+    fill = pictures.mask_opacity(1)  # opacity of the fill at the start
+    has_outline = True  # at the start
 
     # --- what a view defines ---
 
@@ -123,15 +221,7 @@ class ImageView:
 
     def build_image(self) -> None:
         """Add the first step: an image from a file or from the list."""
-        gr.HTML(f"<h3>1. Image</h3><p>{LIMITS}</p>")
-        self.upload = gr.File(
-            label="Image file",
-            show_label=False,
-            height=UPLOAD_HEIGHT,
-            elem_id=f"{self.kind}-upload",
-            elem_classes="upload",
-        )
-        self.listing = list_files(self.settings.images, "image", f"{self.kind}-list")
+        self.build_choice()
         self.image = gr.Image(
             label="Chosen image",
             interactive=False,
@@ -153,24 +243,7 @@ class ImageView:
 
     def build_results(self) -> None:
         """Add the pictures, the tables of areas, and the controls of their display."""
-        self.results = []
-        self.tables = []
-        with gr.Row():
-            for ending in ("", "-2"):
-                with gr.Column(min_width=240, visible=not ending) as column:
-                    picture = gr.Image(
-                        label="Result",
-                        interactive=False,
-                        format="png",
-                        height=360,
-                        buttons=["fullscreen"],
-                        elem_id=f"{self.kind}-result{ending}",
-                    )
-                    table = gr.HTML(elem_id=f"{self.kind}-areas{ending}")
-                self.results.append(picture)
-                self.tables.append(table)
-        self.second_column = column
-
+        self.results = self.build_pictures("result", label="Result", height=360)
         self.display = self.build_display()
         with gr.Row():
             self.threshold = share_slider(
@@ -199,11 +272,8 @@ class ImageView:
 
     def connect(self) -> None:
         """Connect the controls with the functions below."""
-        chosen = [self.upload, self.listing, self.image, self.note, self.pixel_size]
         shown = [*self.results, *self.tables, self.second_column, *self.display, self.status]
-        self.upload.upload(self.open_upload, self.upload, [*chosen, *shown], **PRIVATE)
-        self.listing.input(self.open_listed, self.listing, [*chosen, *shown], **RAW, **PRIVATE)
-
+        self.connect_choice([self.image, *shown])
         values = [self.first, self.second, *self.look, *self.questions]
         self.run_button.click(self.run, values, shown, **RAW, **MODEL)
         self.first.input(self.default_threshold, self.first, self.threshold, **RAW, **PRIVATE)
@@ -215,44 +285,12 @@ class ImageView:
         self.save_buttons.connect("overlay", self.save_overlay, values)
         self.save_buttons.connect("table", self.save_table, values)
 
-    def session(self, request: gr.Request) -> Session | None:
-        """Return the session of the browser that sends a request."""
-        return self.settings.sessions.get(request.session_hash, self.kind)
-
-    def open_upload(self, file: str, request: gr.Request) -> list:
-        """Read an upload. gradio removes its file, see `site.build`."""
-        return self.open_image(Path(file), request, is_listed=False)
-
-    def open_listed(self, index: int | None, request: gr.Request) -> list:
-        """Read an image of the list."""
-        try:
-            path = self.settings.images.path(index)
-        except ValueError as error:
-            return self.no_image(request, error)
-        return self.open_image(path, request, is_listed=True)
-
-    def open_image(self, path: Path, request: gr.Request, is_listed: bool) -> list:
-        """Start the session of an image. Return updates for the image and for no result yet."""
-        try:
-            session, notes = uploads.open_image(path, is_listed)
-        except ValueError as error:
-            return self.no_image(request, error)
-
-        self.settings.sessions.put(request.session_hash, self.kind, session)
-        height, width = session.image.shape[:2]
-        sentences = [f"{path.name}: {width} x {height} pixels."]
-        if session.pixel_size is not None:
-            sentences.append("A pixel measures {:g} x {:g} mm.".format(*session.pixel_size))
-        picture = gr.Image(drawing.preview(session.image), visible=True)
-        listing = gr.skip() if is_listed else None
-        note = drawing.status([*sentences, *notes])
-        return [None, listing, picture, note, 0, *self.no_result(), ""]  # 0 mm: of another image
-
-    def no_image(self, request: gr.Request, error: ValueError) -> list:
-        """Drop the earlier image. Return updates that show why there is no new one."""
-        self.settings.sessions.drop(request.session_hash, self.kind)
-        note = drawing.status([str(error)], is_error=True)
-        return [None, None, gr.Image(None, visible=False), note, 0, *self.no_result(), ""]
+    def show_image(self, session: Session | None) -> list:
+        """Return updates for a chosen image, or for none, and for no result yet."""
+        picture = gr.Image(None, visible=False)
+        if session is not None:
+            picture = gr.Image(drawing.preview(session.image), visible=True)
+        return [picture, *self.no_result(), ""]
 
     def no_result(self) -> list:
         """Return updates that remove the result."""
@@ -306,7 +344,7 @@ class ImageView:
         prompts = sum(answer.prompt_seconds for answer in answers)
         label = f"{self.labels[index]} on {self.models[index].device.type}"
         if not encoding and not prompts:
-            return f"{label}: same answer as before, not computed again."
+            return f"{label}: {SAME_ANSWER}"
         steps = []
         if encoding >= SHORTEST_SECONDS:
             steps.append(f"image prepared in {encoding:.2f} s")
@@ -320,7 +358,7 @@ class ImageView:
         threshold and pixel size.
         """
         threshold, _, _, pixel = look
-        pixel_size = (pixel, pixel) if pixel > 0 else session.pixel_size
+        pixel_size = self.pixel_size_of(session, pixel)
         made_of = (asked, threshold, pixel_size)
         latest = session.latest
         if latest is not None and latest[0] == made_of:
@@ -341,23 +379,28 @@ class ImageView:
         """
         _, opacity, has_outline, _ = look
         image = drawing.preview(session.image)
-        pictures = []
+        shown_images = []
         tables = []
         for index, result in zip(indices, results, strict=True):
-            is_shown = self.shown_masks(result, *display)
-            colours = np.array(drawing.colours_of(len(result.names)))[is_shown]
-            masks = drawing.preview_masks(result.masks[is_shown], session.image)
-            picture = drawing.draw(image, masks, colours, opacity, has_outline)
-            pictures.append(gr.Image(picture, label=self.labels[index]))
+            masks, colours = self.drawn_masks(result, display)
+            masks = drawing.preview_masks(masks, session.image)
+            picture = pictures.draw_masks(image, masks, colours, opacity, has_outline)
+            shown_images.append(gr.Image(picture, label=self.labels[index]))
             tables.append(self.table(result))
         if len(results) == 1:
-            pictures.append(None)
+            shown_images.append(None)
             tables.append("")
-        return [*pictures, *tables]
+        return [*shown_images, *tables]
+
+    def drawn_masks(self, result: downloads.Result, display: tuple) -> tuple[np.ndarray, list]:
+        """Return the masks that are drawn, bool (n,H,W), and their colours."""
+        is_shown = self.shown_masks(result, *display)
+        colours = np.array(pictures.mask_colours(len(result.names)))
+        return result.masks[is_shown], [*colours[is_shown]]
 
     def table(self, result: downloads.Result) -> str:
         """Return the table of the areas of a result as HTML."""
-        colours = drawing.colours_of(len(result.names))
+        colours = pictures.mask_colours(len(result.names))
         return drawing.area_table(self.table_title, result.names, colours, result.areas)
 
     def redraw(self, request: gr.Request, *values) -> list:
@@ -390,10 +433,8 @@ class ImageView:
         display = values[len(self.look) :]
 
         def write(session: Session, result: downloads.Result, folder: Path) -> Path:
-            is_shown = self.shown_masks(result, *display)
-            colours = np.array(drawing.colours_of(len(result.names)))[is_shown]
-            masks = result.masks[is_shown]
-            picture = drawing.draw(session.image, masks, colours, opacity, has_outline)
+            masks, colours = self.drawn_masks(result, display)
+            picture = pictures.draw_masks(session.image, masks, colours, opacity, has_outline)
             return downloads.write_overlay(session, picture, folder)
 
         return self.save(request, values, write)

@@ -18,10 +18,11 @@ from engine import tables
 from engine.evaluate import to_masks
 from engine.measurement_table import MEASUREMENTS
 from imaging import image_files, measurements, pictures
-from page import drawing
+from page import downloads, drawing
 from page.clicks import Clicks, draw_clicks, prompt_files
 from page.session import MODELS, Session
 from page.settings import class_names
+from prediction.images import mask_picture
 from prediction.models import LoadedModel
 from recipes.sam import prompt_tensors
 
@@ -105,10 +106,8 @@ def areas(objects: Objects, masks: np.ndarray, pixel_size) -> list[dict]:
     """
     rows = []
     for k, mask in enumerate(masks):
-        count = int(np.count_nonzero(mask))
-        square_mm = None if pixel_size is None else count * pixel_size[0] * pixel_size[1]
-        row = {"object": k + 1, "class": objects.class_of(k), "area_px": count}
-        rows.append(row | {"share_of_image": count / mask.size, "area_mm2": square_mm})
+        names = {"object": k + 1, "class": objects.class_of(k)}
+        rows.append(names | drawing.area_cells(mask, pixel_size))
     return rows
 
 
@@ -148,7 +147,7 @@ def picture(
     image: uint8 (h,w,3). masks: bool (Q,h,w). scale: of the preview to the image.
     """
     colours = pictures.class_colours(len(masks))
-    drawn = drawing.draw(image, masks, colours, opacity, has_outline=True)
+    drawn = pictures.draw_masks(image, masks, colours, opacity, has_outline=True)
     draw_clicks(drawn, clicks, scale)
     return drawn
 
@@ -160,12 +159,8 @@ def write_mask(session: Session, objects: Objects, threshold: float, folder: Pat
     """Write the mask as predict.py does: 0 and 255, or class indices. Return the file."""
     config = replace(objects.loaded.config, threshold=threshold)
     masks = to_masks(objects.class_probabilities(threshold), config)  # (K,H,W)
-    if len(masks) == 1:
-        mask = Image.fromarray(masks[0].astype(np.uint8) * 255)
-    else:
-        mask = pictures.class_map(masks.argmax(0).astype(np.uint8), len(masks))
     path = folder / f"{session.name}.png"
-    pictures.save_picture(path, mask)
+    pictures.save_picture(path, mask_picture(masks))
     return path
 
 
@@ -182,9 +177,7 @@ def write_picture(
 ) -> Path:
     """Write the image with masks and clicks drawn on, at its own size. Return the file."""
     drawn = picture(session.image, objects.masks(threshold), objects.clicks, opacity)
-    path = folder / f"{session.name}_overlay.png"
-    pictures.save_picture(path, drawn)
-    return path
+    return downloads.write_overlay(session, drawn, folder)
 
 
 def write_measurements(

@@ -121,7 +121,7 @@ class Session:
         if id(loaded) in self.items:
             return self.items[id(loaded)]
 
-        colours = loaded.weights.run.get("options", {}).get("pseudocolor")
+        colours = loaded.weights.options.get("pseudocolor")
         sample = image_sample(self.image, Path(self.name), (), colours=colours)
         item = loaded.recipe.inputs(sample, train=False, rng=None)
         item |= loaded.recipe.encode(loaded.model, item)

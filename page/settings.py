@@ -83,7 +83,7 @@ def files_of_runs(models: list[LoadedModel], takes: str) -> FileList:
     for loaded in models:
         if loaded.weights.family.takes != takes:
             continue
-        for folder in loaded.weights.run.get("options", {}).get("data") or ():
+        for folder in loaded.weights.options.get("data") or ():
             for entry in entries_of_test(folder, loaded.weights.run):
                 if entry.image not in paths and entry.image.is_file():
                     names.append(entry.image.name)

@@ -1,8 +1,9 @@
 """Slices of a volume as radiologists look at them, with masks drawn on.
 
-Volumes are (X,Y,Z) in RAS: axes grow to the patient's right, front and top. A slice is turned so
-that the patient's left is on the right of the picture, the front at the top of an axial slice and
-at the left of a sagittal one, and the head at the top of the others. Letters at the edges say so.
+Volumes are (X,Y,Z) in RAS: axes grow to the patient's right, front and top. `pictures.plane` turns
+a slice: the patient's left is on the right of the picture, the front at the top of an axial slice
+and at the left of a sagittal one, and the head at the top of the others. Letters at the edges name
+the sides.
 """
 
 from dataclasses import dataclass
@@ -10,32 +11,24 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from imaging import pictures
+
 # --- planes ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Plane:
-    """How a slice lies in a volume and in its picture."""
+    """The plane across an axis of a volume, and the sides of the patient in its picture."""
 
     axis: int  # the one that the slider moves along
-    horizontal: int  # axis from right to left in the picture
-    vertical: int  # axis from bottom to top in the picture
     edges: str  # letters at the left, right, upper and lower edge
 
 
 PLANES = {
-    "axial": Plane(2, 0, 1, "RLAP"),
-    "coronal": Plane(1, 0, 2, "RLSI"),
-    "sagittal": Plane(0, 1, 2, "APSI"),
+    "axial": Plane(2, "RLAP"),
+    "coronal": Plane(1, "RLSI"),
+    "sagittal": Plane(0, "APSI"),
 }
-
-
-def take_slice(x: np.ndarray, plane: Plane, index: int) -> np.ndarray:
-    """Return a slice of x (…,X,Y,Z) as it is shown: (…,H,W), a view."""
-    position = [slice(None)] * 3
-    position[plane.axis] = index
-    part = x[(..., *position)]  # (…,horizontal,vertical)
-    return part.swapaxes(-1, -2)[..., ::-1, ::-1]
 
 
 def picture_size(plane: Plane, size, spacing, longest: int = 512) -> tuple[int, int]:
@@ -44,10 +37,8 @@ def picture_size(plane: Plane, size, spacing, longest: int = 512) -> tuple[int, 
     size: voxels (X,Y,Z); spacing: mm. All planes have the same scale, and the longest side of the
     volume has `longest` pixels.
     """
-    extent = np.multiply(size, spacing)  # mm
-    scale = longest / extent.max()
-    height = max(1, round(extent[plane.vertical] * scale))
-    width = max(1, round(extent[plane.horizontal] * scale))
+    lengths = np.multiply(size, spacing)  # mm
+    width, height = pictures.pixel_size(lengths, plane.axis, longest / lengths.max())
     return height, width
 
 
@@ -57,7 +48,7 @@ def voxel_at(plane: Plane, x: float, y: float, size) -> dict[int, int]:
     x, y: of the pixel, as shares of the picture's width and height. size: voxels (X,Y,Z).
     """
     indices = {}
-    for axis, share in ((plane.horizontal, x), (plane.vertical, y)):
+    for axis, share in zip(pictures.PLANE_AXES[plane.axis], (x, y), strict=True):
         n = size[axis]
         place = min(max(int(share * n), 0), n - 1)  # from the right or the top
         indices[axis] = n - 1 - place
@@ -138,7 +129,7 @@ class LabelMasks:
 
         threshold: has no effect. shown: indices of the n classes, from 0.
         """
-        part = take_slice(self.labels, plane, index)  # (H,W)
+        part = pictures.plane(self.labels, plane.axis, index)  # (H,W)
         values = np.uint8([self.values[k] for k in shown])
         return np.equal.outer(values, part)
 
@@ -188,10 +179,10 @@ class ThresholdMasks:
         shown: indices of the n classes, from 0.
         """
         step = self.step(threshold)
-        H, W = take_slice(self.levels[0], plane, index).shape
+        H, W = pictures.plane(self.levels[0], plane.axis, index).shape
         masks = np.zeros((len(shown), H, W), bool)
         for mask, k in zip(masks, shown, strict=True):
-            mask[:] = take_slice(self.levels[k], plane, index) > step
+            mask[:] = pictures.plane(self.levels[k], plane.axis, index) > step
         return masks
 
     def volumes(self, threshold: float):
@@ -215,10 +206,9 @@ def draw_slice(
     picture = Image.fromarray(np.ascontiguousarray(grey)).resize((width, height))
     canvas = np.repeat(np.asarray(picture, np.float32)[..., None], 3, 2)  # (h,w,3)
 
-    rows = np.arange(height) * grey.shape[0] // height
-    columns = np.arange(width) * grey.shape[1] // width
-    for mask, colour in zip(masks, colours, strict=True):
-        inside = mask[rows[:, None], columns]  # (h,w)
+    masks = pictures.resize_axis(masks, -2, height)
+    masks = pictures.resize_axis(masks, -1, width)  # (n,h,w)
+    for inside, colour in zip(masks, colours, strict=True):
         canvas[inside] = (1 - opacity) * canvas[inside] + opacity * np.float32(colour)
     return canvas.round().astype(np.uint8)
 

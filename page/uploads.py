@@ -6,6 +6,7 @@ Every error is one sentence for the page. It names the file as the user knows it
 import contextlib
 import io
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from PIL import Image, TiffImagePlugin
 from imaging import image_files, measurements, nifti
 from page.session import Session
 
-READING = threading.Lock()  # one image is decoded at a time; standard output is redirected then
+READING = threading.Lock()  # held while standard output is redirected, which all threads share
 MOST_BYTES = 200 * 2**20
 MOST_PIXELS = 50_000_000
 MOST_VOXELS = 500_000_000
@@ -35,6 +36,19 @@ def sentence(error: Exception, path: Path) -> str:
     """Return an error about a file as one sentence that names the file without its folders."""
     line = " ".join(str(error).split())
     return line.replace(str(path), path.name).replace(str(path.parent), "…")
+
+
+@contextlib.contextmanager
+def captured_output() -> Iterator[io.StringIO]:
+    """Collect what is printed, so that names of uploads are not logged; one thread at a time."""
+    printed = io.StringIO()
+    with READING, contextlib.redirect_stdout(printed):
+        yield printed
+
+
+def notes_of(printed: io.StringIO, path: Path) -> list[str]:
+    """Return the lines of `captured_output` about a file as sentences for the page."""
+    return [sentence(ValueError(line), path) for line in printed.getvalue().splitlines()]
 
 
 def check_bytes(path: Path) -> None:
@@ -101,18 +115,15 @@ def tiff_size(path: Path) -> tuple[int, int] | None:
 
 def read_image(path: Path) -> ReadImage:
     """Read an image exactly as predict.py does. Raises ValueError, one sentence."""
-    messages = io.StringIO()
     try:
         check_image(path)
-        with READING, contextlib.redirect_stdout(messages):  # names of uploads are not logged
+        with captured_output() as printed:
             pixels, has_non_finite = image_files.load_image(path)  # (H,W,3)
             has_damaged_exif = image_files.has_damaged_exif(path)
     except (ValueError, OSError) as error:
         raise ValueError(sentence(error, path)) from None
 
-    notes = []
-    for line in messages.getvalue().splitlines():
-        notes.append(sentence(ValueError(line), path))
+    notes = notes_of(printed, path)
     if has_non_finite:
         notes.append("Pixels without a finite value were set to black.")
     if has_damaged_exif:

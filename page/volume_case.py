@@ -5,8 +5,6 @@ its masks. Probabilities wait in a file. Saved files are those of predict.py: th
 columns and numbers.
 """
 
-import contextlib
-import io
 import tempfile
 import time
 import zipfile
@@ -103,12 +101,12 @@ class Volume:
         """
         plane = PLANES[name]
         index = min(max(index, 0), self.grid.size[plane.axis] - 1)
-        values = slices.take_slice(self.values, plane, index)
+        values = pictures.plane(self.values, plane.axis, index)
         grey = slices.grey_levels(values, limits)
         masks = np.zeros((0, *grey.shape), bool)
         colours = []
         if prediction is not None:
-            indices = [k for k, name in enumerate(prediction.classes) if name in shown]
+            indices = [k for k, class_name in enumerate(prediction.classes) if class_name in shown]
             masks = prediction.masks.slices(plane, index, threshold, indices)
             colours = [prediction.colours[k] for k in indices]
 
@@ -140,17 +138,13 @@ def open_volume(name: str, paths: list[Path], folder: Path) -> tuple[Volume, lis
 
     folder: for files that belong to it. Raises ValueError, one sentence.
     """
-    messages = io.StringIO()
     try:
-        with contextlib.redirect_stdout(messages):  # names of uploads are not logged
+        with uploads.captured_output() as printed:
             image, grid = nifti.read_volume(paths)
     except (ValueError, OSError) as error:
         raise ValueError(uploads.sentence(error, paths[0])) from None
 
-    notes = []
-    for line in messages.getvalue().splitlines():
-        notes.append(uploads.sentence(ValueError(line), paths[0]))
-    return Volume(name, paths, image, grid, folder), notes
+    return Volume(name, paths, image, grid, folder), uploads.notes_of(printed, paths[0])
 
 
 def read_silently(predictor: VolumePredictor, paths: list[Path]) -> tuple[dict, nifti.Grid]:
@@ -158,7 +152,7 @@ def read_silently(predictor: VolumePredictor, paths: list[Path]) -> tuple[dict, 
 
     Raises OSError or ValueError, one line, for a volume that does not fit the model.
     """
-    with contextlib.redirect_stdout(io.StringIO()):
+    with uploads.captured_output():
         return predictor.read(paths)
 
 
@@ -188,9 +182,7 @@ class VolumePrediction:
         self.grid = grid
         self.has_threshold = config.overlapping or config.num_classes == 1
         self.classes = predictor.classes[1:]
-        self.colours = pictures.class_colours(len(self.classes))
-        if len(self.classes) == 1:
-            self.colours = [pictures.PREDICTION]
+        self.colours = pictures.mask_colours(len(self.classes))
 
         if self.has_threshold:
             steps = slices.threshold_steps(config.threshold)

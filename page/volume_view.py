@@ -29,7 +29,7 @@ from page.controls import (
     MODEL,
     PRIVATE,
     RAW,
-    UPLOAD_HEIGHT,
+    SAME_ANSWER,
     SaveButtons,
     choose_models,
     chosen_models,
@@ -39,6 +39,7 @@ from page.controls import (
     number_or,
     share_or,
     share_slider,
+    upload_field,
 )
 from page.settings import PageSettings, model_labels
 from page.slices import PLANES
@@ -97,16 +98,10 @@ class VolumeView:
         """Add the first step: a volume from files or from the list."""
         gr.HTML(f"<h3>1. Volume</h3><p>{LIMITS}</p>")
         with gr.Row():
-            self.upload = gr.File(
-                label="Files of one volume",
-                show_label=False,
-                file_count="multiple",
-                height=UPLOAD_HEIGHT,
-                min_width=200,
-                elem_id=f"{KIND}-upload",
-                elem_classes="upload",
+            self.upload = upload_field(
+                "Files of one volume", KIND, file_count="multiple", min_width=200
             )
-            self.listing = list_files(self.settings.volumes, "volume", f"{KIND}-list")
+            self.listing = list_files(self.settings.volumes, "volume", KIND)
         self.note = gr.HTML(elem_id=f"{KIND}-note")
 
     def build_run(self) -> None:
@@ -400,9 +395,7 @@ class VolumeView:
             predictor = self.predictors[index]
             if predictor in known:
                 prediction = known[predictor]
-                sentences.append(
-                    f"{self.labels[index]}: same answer as before, not computed again."
-                )
+                sentences.append(f"{self.labels[index]}: {SAME_ANSWER}")
             else:
                 prediction = VolumePrediction(predictor, volume)
                 device = self.models[index].device.type

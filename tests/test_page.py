@@ -98,8 +98,9 @@ def page_files(image, model, threshold, pixel_size, folder):
         result = downloads.class_result(probabilities, classes, model.config, threshold, pixel_size)
 
     n = len(result.names)
-    overlay = drawing.draw(
-        page_session.image, result.masks, drawing.colours_of(n), drawing.opacity_of(n), n == 1
+    colours = pictures.mask_colours(n)
+    overlay = pictures.draw_masks(
+        page_session.image, result.masks, colours, pictures.mask_opacity(n), n == 1
     )
     return (
         downloads.write_masks(page_session, result, folder),
@@ -493,7 +494,9 @@ def test_the_usual_drawing_is_the_overlay_of_predict(n):
     rng = np.random.default_rng(0)
     image = rng.integers(0, 255, (40, 50, 3), dtype=np.uint8)
     masks = rng.random((n, 40, 50)) > 0.6
-    ours = drawing.draw(image, masks, drawing.colours_of(n), drawing.opacity_of(n), n == 1)
+    ours = pictures.draw_masks(
+        image, masks, pictures.mask_colours(n), pictures.mask_opacity(n), n == 1
+    )
     assert np.array_equal(ours, pictures.overlay(image, None, masks))
 
 
@@ -502,13 +505,13 @@ def test_opacity_and_outline():
     mask = np.zeros((1, 30, 30), bool)
     mask[0, 10:20, 10:20] = True
     red = [(255, 0, 0)]
-    assert np.array_equal(drawing.draw(image, mask, red, 0.0, False), image)
+    assert np.array_equal(pictures.draw_masks(image, mask, red, 0.0, False), image)
 
-    filled = np.asarray(drawing.draw(image, mask, red, 1.0, False))
+    filled = np.asarray(pictures.draw_masks(image, mask, red, 1.0, False))
     assert (filled[mask[0]] == (255, 0, 0)).all()
     assert (filled[~mask[0]] == 100).all()
 
-    outlined = np.asarray(drawing.draw(image, mask, red, 0.0, True))
+    outlined = np.asarray(pictures.draw_masks(image, mask, red, 0.0, True))
     assert (outlined == (255, 0, 0)).all(-1).sum() == 36  # the rim of 10 x 10 pixels
     assert (outlined[11:19, 11:19] == 100).all()
 

@@ -33,10 +33,10 @@ def test_planes_lie_as_radiologists_look(voxel, axial, coronal, sagittal):
     expected = {"axial": axial, "coronal": coronal, "sagittal": sagittal}
     x = marked(voxel)
     for name, plane in PLANES.items():
-        part = slices.take_slice(x, plane, voxel[plane.axis])
+        part = pictures.plane(x, plane.axis, voxel[plane.axis])
         assert [tuple(place) for place in np.argwhere(part)] == [expected[name]], name
     page = pictures.three_planes(x, voxel, (1, 1, 1))  # as predict.py draws them
-    assert np.array_equal(page[:, :5], slices.take_slice(x, PLANES["axial"], voxel[2]))
+    assert np.array_equal(page[:, :5], pictures.plane(x, PLANES["axial"].axis, voxel[2]))
 
 
 def test_pixels_lead_back_to_voxels():
@@ -44,7 +44,7 @@ def test_pixels_lead_back_to_voxels():
     for voxel in np.ndindex(size):
         x = marked(voxel)
         for plane in PLANES.values():
-            part = slices.take_slice(x, plane, voxel[plane.axis])
+            part = pictures.plane(x, plane.axis, voxel[plane.axis])
             ((row, column),) = np.argwhere(part)
             place = slices.voxel_at(
                 plane, (column + 0.5) / part.shape[1], (row + 0.5) / part.shape[0], size
@@ -122,14 +122,14 @@ def test_masks_at_every_threshold_are_those_of_the_probabilities():
         assert np.array_equal(np.stack([*masks.volumes(threshold)]), expected)
         assert masks.counts(threshold) == expected.sum((1, 2, 3)).tolist()
         part = masks.slices(PLANES["coronal"], 3, threshold, [1])
-        assert np.array_equal(part, slices.take_slice(expected, PLANES["coronal"], 3)[1:])
+        assert np.array_equal(part, pictures.plane(expected, PLANES["coronal"].axis, 3)[1:])
 
 
 def test_masks_of_labels():
     labels = RNG.integers(0, 4, (4, 5, 6)).astype(np.uint8)
     masks = LabelMasks(labels, [1, 3])
     assert masks.counts(0.5) == [(labels == 1).sum(), (labels == 3).sum()]
-    part = slices.take_slice(labels, PLANES["axial"], 2)
+    part = pictures.plane(labels, PLANES["axial"].axis, 2)
     assert np.array_equal(masks.slices(PLANES["axial"], 2, 0.5, [1]), [part == 3])
     assert masks.slices(PLANES["axial"], 2, 0.5, []).shape == (0, 5, 4)
     assert np.array_equal([*masks.volumes(0.5)], [labels == 1, labels == 3])
@@ -163,7 +163,7 @@ def test_a_slice_of_a_large_volume_is_drawn_in_a_third_of_a_second():
         seconds = []
         for index in range(100, 105):
             start = time.perf_counter()
-            grey = slices.grey_levels(slices.take_slice(values, plane, index), (-160, 240))
+            grey = slices.grey_levels(pictures.plane(values, plane.axis, index), (-160, 240))
             part = masks.slices(plane, index, 0.5, [*range(14)])
             size = slices.picture_size(plane, values.shape, (0.8, 0.8, 1))
             slices.draw_slice(grey, part, colours, 0.4, size)

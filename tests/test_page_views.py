@@ -13,8 +13,8 @@ from PIL import Image
 import predict
 import sam_decoder
 import swin_unetr3d
-from imaging import pictures
-from page import objects, volume_case
+from imaging import nifti, pictures
+from page import objects, uploads, volume_case
 from page.clicks import BOX, INSIDE, OUTSIDE, Clicks
 from page.session import Session
 from page.volume_case import VolumePrediction
@@ -271,6 +271,21 @@ def test_two_predictions_of_a_volume_are_apart(scan, tmp_path):
     tables = sum(found.masks.sums.nbytes + found.masks.steps.nbytes for found in (one, two))
     assert volume.nbytes == (2 + 1 + 2) * voxels + tables
     assert [*(tmp_path / "files").iterdir()] == []
+
+
+def test_volumes_are_read_while_no_other_thread_redirects_the_output(scan, tmp_path, monkeypatch):
+    read_volume = nifti.read_volume
+    is_locked = []
+
+    def read(*arguments):
+        is_locked.append(uploads.READING.locked())
+        return read_volume(*arguments)
+
+    monkeypatch.setattr("imaging.nifti.read_volume", read)
+    volume = open_scan(scan, tmp_path / "files")
+    predictor = volume_predictor(tmp_path / "run", KINDS["classes"])
+    VolumePrediction(predictor, volume)
+    assert is_locked == [True, True]
 
 
 def test_files_of_several_volumes_are_refused(scan, tmp_path):
