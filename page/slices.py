@@ -38,7 +38,7 @@ def picture_size(plane: Plane, size, spacing, longest: int = 512) -> tuple[int, 
     volume has `longest` pixels.
     """
     lengths = np.multiply(size, spacing)  # mm
-    width, height = pictures.pixel_size(lengths, plane.axis, longest / lengths.max())
+    width, height = pictures.drawn_size(lengths, plane.axis, longest / lengths.max())
     return height, width
 
 
@@ -206,8 +206,7 @@ def draw_slice(
     picture = Image.fromarray(np.ascontiguousarray(grey)).resize((width, height))
     canvas = np.repeat(np.asarray(picture, np.float32)[..., None], 3, 2)  # (h,w,3)
 
-    masks = pictures.resize_axis(masks, -2, height)
-    masks = pictures.resize_axis(masks, -1, width)  # (n,h,w)
+    masks = pictures.resize_nearest(masks, width, height)  # (n,h,w)
     for inside, colour in zip(masks, colours, strict=True):
         canvas[inside] = (1 - opacity) * canvas[inside] + opacity * np.float32(colour)
     return canvas.round().astype(np.uint8)
