@@ -68,10 +68,10 @@ def parse() -> argparse.Namespace:
 
 
 def separate_inputs(parser: command_line.Parser, args: argparse.Namespace) -> None:
-    """Take the words behind the first of --weights as inputs, if no other word is an input.
+    """Take the words after the first of --weights as the inputs, if there are no others.
 
-    As in `predict.py --out DIR --weights RUN a.jpg b.jpg`. Ends the program, one line, if there are
-    none, or if one of them is a run or an ONNX file: then the inputs are missing.
+    So `predict.py --out DIR --weights RUN a.jpg b.jpg` has two inputs. Exits with one line if no
+    words follow, or if one of them is a run or an ONNX file, as the inputs are missing then.
     """
     first, *others = args.weights
     has_model = any(is_onnx(path) or (Path(path) / "config.json").is_file() for path in others)
@@ -287,7 +287,7 @@ def check_windows(family: Family, args) -> None:
 
 
 def model_for(source: str, args) -> str | None:
-    """Return the first model for volumes, if no run names a model and all inputs are NIfTI files.
+    """Return the default model for volumes if the inputs are NIfTI files and no run names a model.
 
     source: one of --weights. Raises ValueError, one line, for volumes of other formats.
     """
@@ -317,8 +317,8 @@ def check_split(args) -> None:
 def predict_images(weights: list[Weights], second: dict, args) -> int:
     """Predict all images. Return the exit status.
 
-    With several classes their names and colours are written, too. Data sets are read as in the
-    first run. second: the argument of from_pretrained that --clip or --decoder is.
+    With several classes, their names and colours are written too. Data sets are read as the first
+    run read them. second: --clip or --decoder as an argument of from_pretrained.
     """
     run = weights[0].run
     cases = list_cases(args, run, weights[0].family.reads_text())

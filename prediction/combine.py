@@ -1,7 +1,7 @@
 """Probabilities of one image or volume: windows, test-time flips, and the mean of several models.
 
-The probabilities of every member and flip are averaged at the image's (volume's) own size. They are
-added up one after another, so that the memory does not grow with their number.
+The probabilities of all members and flips are averaged at the size of the image or volume. They are
+added up one at a time, so memory does not grow with their number.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -18,7 +18,7 @@ from prediction.models import LoadedModel
 
 
 def mean(parts: Iterable[np.ndarray]) -> np.ndarray:
-    """Return the mean of arrays of one shape, float32, which are added up in the first of them."""
+    """Return the mean of float32 arrays of the same shape. The sum overwrites the first array."""
     count = 0
     for part in parts:
         count += 1
@@ -58,10 +58,10 @@ class ImageMember:
             return recipe.predict(self.loaded.model, item)[0].cpu()
 
     def views(self, sample: dict, flips: list) -> Iterator[np.ndarray]:
-        """Yield the probabilities (K,H,W) of each flip of a sample, flipped back, and keep none.
+        """Yield the probabilities (K,H,W) of each flip of a sample, flipped back, one at a time.
 
-        flips: of `flips.image_flips`, [()] for the sample alone. Flips that would make the text of
-        the sample wrong are left out.
+        flips: from `flips.image_flips`, [()] for no flips. Flips that would make the text of the
+        sample wrong are left out.
         """
         for flip in flips:
             flipped = flip_sample(sample, flip)
@@ -106,9 +106,9 @@ def predict_volume(loaded: LoadedModel, item: dict) -> np.ndarray:
 def views_of_volume(
     loaded: LoadedModel, image: np.ndarray, grid: Grid, flips: list, chosen: list[int] | None
 ) -> Iterator[np.ndarray]:
-    """Yield the probabilities (K,X,Y,Z) of each flip of a volume, flipped back, and keep none.
+    """Yield the probabilities (K,X,Y,Z) of each flip of a volume, flipped back, one at a time.
 
-    image: float32 (C,X,Y,Z) in RAS. flips: of `flips.volume_flips`, [()] for the volume alone.
+    image: float32 (C,X,Y,Z) in RAS. flips: from `flips.volume_flips`, [()] for no flips.
     chosen: indices of the classes that a Universal Model predicts, None for all.
     """
     preprocess = loaded.model.preprocess

@@ -1,7 +1,7 @@
-"""Draw thumbnails of all cases of a prediction on pages that people look through.
+"""Draw thumbnails of all predicted cases on pages (--contact-sheet).
 
-The pages are drawn at the end, from the inputs and the masks that were written. So the cases of an
-earlier call, which --skip-existing skips, are on them too, and no more than one page is in memory.
+The pages are drawn at the end, from the inputs and the masks in --out. So they also show the cases
+that --skip-existing skipped, and only one page is in memory at a time.
 """
 
 from collections.abc import Callable
@@ -41,9 +41,9 @@ def page_paths(args, unit: str, count: int) -> list[Path]:
 def write_pages(batch: Batch, paths: list[Path], predictor, draw: Callable) -> None:
     """Write the pages with all cases whose files exist, in the order of the cases.
 
-    paths: of `page_paths`; [] writes nothing. draw: (name of a case, its files by kind) ->
-    picture. A case that cannot be drawn, such as an image that has changed since, is printed and
-    left out.
+    paths: from `page_paths`; [] writes nothing. draw: (name of a case, its files by kind) ->
+    picture. A case that cannot be drawn, for example because its image was replaced, is left out
+    with a message.
     """
     if not paths:
         return

@@ -144,7 +144,7 @@ def nifti_files(case: list[Path] | Series | DamagedFile) -> Iterator[list[Path]]
 def list_images(files: list[Path], folder: Path) -> list[Path]:
     """Return the DICOM files that hold an image or cannot be read; print how many do not.
 
-    folder: that the files were listed in, for messages. Raises ValueError, one line, if no file is
+    folder: where the files were listed, for messages. Raises ValueError, one line, if no file is
     left, or if pydicom is not installed.
     """
     headers, damaged = read_headers(files)

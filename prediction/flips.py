@@ -1,7 +1,8 @@
-"""Test-time flips (--tta): those that keep texts and classes true, and how to undo them.
+"""Test-time flips (--tta): which of them keep texts and class names true, and how to undo them.
 
-A prediction is made for each flip, flipped back and averaged. A flip that makes the name of a class
-wrong ("left lung") is left out for all inputs, one that makes a text wrong for its image.
+Each flip of the input is predicted; the predictions are flipped back and averaged. A flip that
+would make the name of a class wrong ("left lung") is left out for all inputs. One that would make a
+text wrong is left out for the image of this text.
 """
 
 import re
@@ -34,8 +35,8 @@ def image_flips(classes: tuple[str, ...]) -> list[tuple[str, ...]]:
 def flip_sample(sample: dict, flip: tuple[str, ...]) -> dict | None:
     """Return a sample with its image and its text flipped; None if the text cannot be mirrored.
 
-    flip: of IMAGE_FLIPS. It is also the sample's "flips", by which boxes and points from files are
-    mirrored.
+    flip: one of IMAGE_FLIPS. The sample keeps it as "flips", so that boxes and points from files
+    are mirrored too.
     """
     for name in flip:
         sample = view(sample, name)
@@ -45,7 +46,7 @@ def flip_sample(sample: dict, flip: tuple[str, ...]) -> dict | None:
 
 
 def flip_back(probabilities: Tensor, flip: tuple[str, ...]) -> np.ndarray:
-    """Return the probabilities (K,H,W) of a flipped image on the image itself, as a view."""
+    """Undo the flip of an image in its probabilities (K,H,W). Returns a view."""
     axes = [AXES[name] for name in flip]
     return np.flip(probabilities.numpy(), axes)
 
@@ -57,9 +58,9 @@ def count_views(prompt: str, flips: list[tuple[str, ...]]) -> int:
 
 
 def say_views(counts: list[int], unit: str) -> None:
-    """Print how many views are averaged. counts: of each image or volume.
+    """Print how many views are averaged. counts: the number of views of each image or volume.
 
-    Raises ValueError, one line, if all have a single one.
+    Raises ValueError, one line, if none has more than one view.
     """
     most = max(counts)
     if most == 1:
@@ -90,7 +91,7 @@ def volume_flips(classes: list[str]) -> list[tuple[int, ...]]:
 
     Each is a tuple of the axes 1 to 3 of an array (K,X,Y,Z); the first is (), the volume itself.
     """
-    choices = []  # of each axis: flipped or not
+    choices = []  # for each axis, whether it may be flipped
     for axis, words in VOLUME_AXES.items():
         pattern = rf"\b({'|'.join(words)})\b"
         sided = [text for text in classes if re.search(pattern, plain_name(text))]

@@ -62,8 +62,8 @@ def split_pattern(text: str) -> tuple[Path, str]:
 def find_matches(text: str, root: Path, pattern: str, out: Path) -> list[Path]:
     """Return the files and folders that a pattern below a folder matches, sorted.
 
-    What lies in the folder `out`, or in another match, is left out, and so are copies of a match
-    that a link leads to. Folders of masks next to those of their images are left out with a message
+    Matches inside the folder `out` or inside another match are left out, and so are links to
+    another match. Folders of masks next to their folder of images are left out with a message,
     unless the pattern names them. text: the whole pattern, for messages. Raises ValueError, one
     line, if nothing is left.
     """

@@ -44,9 +44,9 @@ def find_members(sources: list[str], name_of: Callable) -> list[Weights]:
 
 
 def file_of(weights: Weights) -> str:
-    """Return one spelling of --weights: a run folder and its best.safetensors are the same.
+    """Return a text that is the same for all spellings of the same weights.
 
-    So are all files of an ONNX model.
+    A run folder is the same as its best.safetensors. All files of an ONNX model are the same.
     """
     path = Path(weights.source)
     if is_onnx(weights.source):
@@ -165,10 +165,10 @@ def describe_classes(member: LoadedModel) -> str:
 
 
 def shared_config(members: list[LoadedModel]):
-    """Return the Config that makes masks of the members' mean; for an ensemble, print what it is.
+    """Return the Config that turns the members' mean into masks; describe an ensemble in a line.
 
-    It is the first member's. Its threshold, where masks need one, is the mean of all thresholds;
-    with --threshold all members have that one.
+    It is the first member's. Its threshold, where masks need one, is the mean of the members'
+    thresholds. With --threshold, all members have that threshold.
     """
     config = members[0].config
     if len(members) == 1:

@@ -66,7 +66,7 @@ def class_names(config, names: list[str] | None, run: dict) -> tuple[list[str], 
 
     labels = None if config.overlapping else run.get("labels")
     if labels and max(labels) > 255:  # label maps are uint8
-        print(f"numbers of the training data go up to {max(labels)}; written are 0, 1, 2, …")
+        print(f"the labels of the training data go up to {max(labels)}; masks have 0, 1, 2, …")
         labels = None
     return names, labels or list(range(len(names)))
 
@@ -95,8 +95,8 @@ def check_rules(config, classes: list[str], args) -> None:
     """
     if not config.overlapping:
         raise ValueError(
-            "--organ-rules: needs a model with overlapping classes, which this one has not; "
-            "use --largest-component"
+            "--organ-rules: needs a model with overlapping classes, and those of this model do not "
+            "overlap; use --largest-component"
         )
     if args.largest_component:
         raise ValueError("--organ-rules decides what is one piece; remove --largest-component")
