@@ -14,11 +14,12 @@ volumes-table         colours and volumes in ml   volumes-table-2   of the secon
 volumes-opacity       slider                      volumes-threshold     slider, if it has an effect
 volumes-download-mask, -overlay, -table   buttons
 
-All but the first two steps is hidden until a volume is chosen.
+Everything after the first two steps is hidden until a volume is chosen.
 """
 
 import html
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import gradio as gr
@@ -225,15 +226,11 @@ class VolumeView:
             **MODEL,
         )
 
-        draw = {"axial": self.axial, "coronal": self.coronal, "sagittal": self.sagittal}
-        move = {
-            "axial": self.move_axial, "coronal": self.move_coronal, "sagittal": self.move_sagittal,
-        }  # fmt: skip
         for name, slider in self.sliders.items():
             planes = [self.planes[name], self.second_planes[name]]
-            slider.input(draw[name], [slider, *look], planes, **REDRAW)
+            slider.input(self.drawing_of(name), [slider, *look], planes, **REDRAW)
             for plane in planes:
-                plane.select(move[name], shown, [*sliders, *self.pictures], **REDRAW)
+                plane.select(self.move_from(name), shown, [*sliders, *self.pictures], **REDRAW)
         self.window.input(
             self.use_window, shown, [self.level, self.width, *self.pictures], **REDRAW
         )
@@ -478,28 +475,28 @@ class VolumeView:
             drawn.append(picture)
         return drawn if len(drawn) > 1 else [*drawn, None]
 
-    def draw_plane(self, request: gr.Request, name: str, number: int | None, look: tuple) -> list:
-        """Return the pictures of a slice in both rows, or no updates without a volume."""
-        volume = self.volume(request)
-        if volume is None:
-            return [gr.skip(), gr.skip()]
-        return self.draw(volume, name, number, look)
+    def drawing_of(self, name: str) -> Callable:
+        """Return the function that draws a slice of a plane in both rows."""
+
+        def draw_plane(request: gr.Request, number: int | None, *look) -> list:
+            volume = self.volume(request)
+            if volume is None:
+                return [gr.skip(), gr.skip()]
+            return self.draw(volume, name, number, look)
+
+        return draw_plane
 
     def read_threshold(self, threshold: float | None) -> float:
         """Return the threshold of the slider; that of the start if its field is empty."""
         return number_or(threshold, self.models[0].config.threshold)
 
-    def axial(self, request: gr.Request, number, *look):
-        """Return the pictures of an axial slice."""
-        return self.draw_plane(request, "axial", number, look)
+    def move_from(self, name: str) -> Callable:
+        """Return the function that moves the other planes to a voxel clicked in a plane."""
 
-    def coronal(self, request: gr.Request, number, *look):
-        """Return the pictures of a coronal slice."""
-        return self.draw_plane(request, "coronal", number, look)
+        def move(request: gr.Request, event: gr.SelectData, *values) -> list:
+            return self.move(request, event, name, values)
 
-    def sagittal(self, request: gr.Request, number, *look):
-        """Return the pictures of a sagittal slice."""
-        return self.draw_plane(request, "sagittal", number, look)
+        return move
 
     def move(self, request: gr.Request, event: gr.SelectData, name: str, values: tuple) -> list:
         """Return the sliders and the pictures for the voxel that was clicked in a plane."""
@@ -517,18 +514,6 @@ class VolumeView:
             numbers.append(clicked.get(plane.axis, current - 1) + 1)
         pictures = self.draw_all(request, *numbers, *values[len(PLANES) :])
         return [*numbers, *pictures]
-
-    def move_axial(self, request: gr.Request, event: gr.SelectData, *values) -> list:
-        """Move the other planes to a voxel of the axial one."""
-        return self.move(request, event, "axial", values)
-
-    def move_coronal(self, request: gr.Request, event: gr.SelectData, *values) -> list:
-        """Move the other planes to a voxel of the coronal one."""
-        return self.move(request, event, "coronal", values)
-
-    def move_sagittal(self, request: gr.Request, event: gr.SelectData, *values) -> list:
-        """Move the other planes to a voxel of the sagittal one."""
-        return self.move(request, event, "sagittal", values)
 
     def draw_all(self, request: gr.Request, *values) -> list:
         """Return the pictures of all planes in both rows, or no updates without a volume.
