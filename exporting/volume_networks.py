@@ -31,9 +31,9 @@ def parts(loaded: LoadedModel) -> list[Part]:
 
     model = loaded.model
     for module in model.modules():
-        for kind, plain in PLAIN_LINES.items():
-            if isinstance(module, kind):
-                module.forward = partial(forward_of, module.forward, MethodType(plain, module))
+        plain = PLAIN_LINES.get(type(module))
+        if plain is not None:
+            module.forward = partial(forward_of, module.forward, MethodType(plain, module))
 
     network = WithText(model).eval() if isinstance(model, TextSwinUNETR) else model
     image = torch.randn(2, config.in_channels, *config.image_size, device=loaded.device)
