@@ -25,7 +25,7 @@ ROUNDS = 5  # timed passes of each; their median is printed
 PROMPT = "the target"  # where neither the run nor a data set has a text
 
 
-# --- what is compared on -------------------------------------------------------------------------
+# --- the case to compare on ----------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ class Comparison:
 
 
 def compare(part: Part, run: Callable, tensors: dict[str, Tensor]) -> Comparison:
-    """Compare an exported part with its module, on a real case alone and beside the examples.
+    """Compare an exported part with its module, on a case alone and in a batch with the examples.
 
     run: inputs by name -> outputs by name, of the exported file. tensors: of a Case, and outputs
     of earlier parts.

@@ -23,7 +23,7 @@ def push(weights: Weights, second: dict, args) -> int:
         raise ValueError(f"--{next(iter(second))}: a run is uploaded as it is; remove it")
     check_access(repository)
 
-    # A run that does not load here would load nowhere.
+    # Refuse a damaged run before anything is sent: nobody could load it.
     loaded = load_model(weights, "cpu")
     card = Card(weights, loaded.model, folder, repository)
     config = public_config(weights.run, repository)
@@ -112,11 +112,13 @@ def upload(repository: str, contents: dict[str, Path | bytes], card: Card, priva
     visibility = "private" if private or is_private else "public"
     kind = "new" if is_new else "exists; files of these names are replaced in a new commit"
     print(f"uploading to {address} ({visibility}, {kind}):")
+
     operations = []
     for name, content in contents.items():
         size = len(content) if isinstance(content, bytes) else content.stat().st_size
         print(f"  {name:20} {size:>13,} bytes")
         operations.append(CommitOperationAdd(name, content))
+
     cases = dict.fromkeys(row["name"] for row in card.worst_cases)
     if cases:
         print(f"  README.md names the worst test cases: {', '.join(cases)}", flush=True)

@@ -288,17 +288,20 @@ class Card:
         for name, _, summary in tests:
             images[name] = summary["images"]
             misses += summary["misses"]
+
         texts = [f"It was tested on {self.count(sum(images.values()))}."]
         if misses:
             texts.append(
                 f"Misses and false alarms in the tests: {misses} (the prediction or the ground "
                 "truth is empty, the other is not)."
             )
+
         foreign = [name for name in images if name.split(":")[0] not in self.data_sets()]
         if foreign:
             texts.append(f"Test data from outside its training data: {listed(foreign)}.")
         else:
             texts.append("It was not tested on data from outside its training data sets.")
+
         if not any(row.get("group") for row in self.worst_cases):
             texts.append(
                 "It is not recorded which patient a test case is from, so the training data may "
@@ -321,8 +324,10 @@ class Card:
         if self.family.takes == "volumes":
             code.insert(0, "from imaging import volumes")
         code += ["", f'model = {kind}.from_pretrained("{self.repository}")', self.segment_line()]
+
         command = f"python predict.py --weights {self.repository}{self.prompt_option()} --out masks"
         inputs = "ct.nii.gz" if self.family.takes == "volumes" else "photos/"
+
         lines = ["## Use", "", f"In a folder with the code of *{CODE}*:"]
         lines += ["", "```python", *code, "```", "", "```sh", f"{command} {inputs}", "```"]
         if self.options.get("pseudocolor"):

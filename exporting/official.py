@@ -194,7 +194,7 @@ def upernet_form(model: upernet.UPerNet, classes: list[str]) -> Checkpoint:
 
 
 def dpt_form(model: dpt.DPT, classes: list[str]) -> Checkpoint:
-    """Return the folder of a DPT, with the tensors that transformers has and never uses."""
+    """Return the folder of a DPT, including tensors that transformers expects but never uses."""
     ours = model.config
     config = {
         "architectures": ["DPTForSemanticSegmentation"],
@@ -422,7 +422,7 @@ def universal_form(model: universal.UniversalSwinUNETR, classes: list[str]) -> C
         raise ValueError(f"--to official: the Universal Model has no codes that are {ours.codes}")
     tensors = {}
     for name, tensor in universal.to_official(model.state_dict()).items():
-        tensors[f"module.{name.removeprefix('backbone.')}"] = tensor  # test.py puts it before them
+        tensors[f"module.{name.removeprefix('backbone.')}"] = tensor  # test.py adds `backbone.`
     notes = [
         f"create the authors' class with out_channels={ours.num_classes} and "
         f"encoding='{encodings[ours.codes]}'; their classes are these: "

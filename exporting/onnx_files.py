@@ -80,8 +80,8 @@ def store_in_half(model) -> None:
     """Store matrices and kernels as float16, each with a node that casts it back to float32.
 
     Vectors, such as biases and the parameters of norms, are small and stay float32, and so does a
-    tensor with a value that float16 does not reach. Programs compute in float32; ONNX Runtime casts
-    once, when it loads the file.
+    tensor with a value outside the range of float16. Programs compute in float32; ONNX Runtime
+    casts once, when it loads the file.
     """
     import onnx_ir
 

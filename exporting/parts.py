@@ -12,7 +12,7 @@ class Part:
     """A network that becomes a file of its own: most models have one, SAM and CLIPSeg have more."""
 
     name: str  # network; encoder, decoder of SAM; vision, text, decoder of CLIPSeg
-    # A network, or a file of one that was opened. It takes tensors in the order of `inputs`.
+    # The network, or its exported file once opened. Takes tensors in the order of `inputs`.
     module: nn.Module | Callable
     inputs: dict[str, Tensor]  # name -> example, with a batch of two
     outputs: tuple[str, ...]  # names of the results

@@ -27,7 +27,8 @@ def save(part: Part, path: Path, metadata: dict[str, str], half: bool) -> None:
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # lines of source and paths of this machine
 
-    # Through memory: where torch cannot finish a file, such as on a full disk, it ends the process.
+    # Write to memory first: if torch cannot finish a file, such as on a full disk, it aborts the
+    # process.
     content = io.BytesIO()
     torch.export.save(program, content, extra_files=metadata)
     path.write_bytes(content.getbuffer())
@@ -48,7 +49,7 @@ def remove_unused(program: torch.export.ExportedProgram) -> None:
 
 
 def load(path: Path, part: Part) -> Callable:
-    """Open a file that this process has written; others may run code of a stranger.
+    """Open a file that this process has written. Loading any other file may run foreign code.
 
     Return a function: inputs by name -> outputs by name.
     """

@@ -19,7 +19,7 @@ def parts(loaded: LoadedModel) -> list[Part]:
     """Return the network of a model of volumes: a window (B,C,D,H,W) -> logits (B,K,D,H,W).
 
     The sides of the window are those of the config, and a Universal Model computes all classes.
-    From now on, tracing the model gives the plain lines below. Raises ValueError, one line, for a
+    Afterwards, tracing the model uses the plain code below. Raises ValueError, one line, for a
     model whose results depend on the other windows of a batch.
     """
     config = loaded.config
@@ -31,9 +31,9 @@ def parts(loaded: LoadedModel) -> list[Part]:
 
     model = loaded.model
     for module in model.modules():
-        for kind, plain in PLAIN_LINES.items():
-            if isinstance(module, kind):
-                module.forward = partial(forward_of, module.forward, MethodType(plain, module))
+        plain = PLAIN_LINES.get(type(module))
+        if plain is not None:
+            module.forward = partial(forward_of, module.forward, MethodType(plain, module))
 
     network = WithText(model).eval() if isinstance(model, TextSwinUNETR) else model
     image = torch.randn(2, config.in_channels, *config.image_size, device=loaded.device)
@@ -43,8 +43,8 @@ def parts(loaded: LoadedModel) -> list[Part]:
 
 # --- plain lines in place of fast paths -----------------------------------------------------------
 
-# The model's fast paths have loops over the batch and operations without an ONNX form. The next
-# functions are the plain lines that they equal, as methods of the same modules.
+# The model's fast paths loop over the batch and use operations that ONNX lacks. The functions below
+# compute the same in plain PyTorch; they become methods of the same modules.
 
 
 def forward_of(fast: Callable, plain: Callable, *inputs) -> Tensor:

@@ -122,7 +122,7 @@ def open_session(path: Path, providers: list, only_metadata: bool = False):
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 4  # its errors are exceptions, too
+    options.log_severity_level = 4  # errors are raised as exceptions as well
     if only_metadata:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:
@@ -305,7 +305,7 @@ def as_points(
 
 
 class OnnxUniversal(OnnxModel):
-    """A Universal Model. The file computes all classes, of which some can be selected."""
+    """A Universal Model. The file computes all classes; `forward` can select some of them."""
 
     def forward(self, volume: Tensor, classes: list[int] | None = None) -> Tensor:
         """volume (B,C,D,H,W) -> logits (B,k,D,H,W) of these classes, None for all."""
@@ -350,12 +350,12 @@ def load(source: str, run: dict, device: str, overrides: dict) -> OnnxModel:
             raise ValueError(f"--{name}: an ONNX file holds all weights of its model; remove it")
 
     kind, config = kind_and_config(run, source)
-    kind_here = model_class(run)
+    onnx_class = model_class(run)
     providers = providers_for(device)
     sessions = {}
-    for part, path in part_paths(Path(source), kind_here.PARTS).items():
+    for part, path in part_paths(Path(source), onnx_class.PARTS).items():
         sessions[part] = Session(path, providers)
-    model = kind_here(kind, replace(config, **overrides), sessions)
+    model = onnx_class(kind, replace(config, **overrides), sessions)
 
     vocabulary = next(iter(sessions.values())).metadata.get("vocabulary")
     if vocabulary is not None:
