@@ -21,13 +21,13 @@ test: .venv/dev.done  ## every test that is quick and needs no connection
 test-slow: .venv/dev.done  ## minutes each
 	$(BIN)/python -m pytest tests -q -m slow
 
+test-browser: .venv-app/app.done  ## the page, driven in chromium
+	$(APP)/python -m pytest tests/test_browser.py -q -rs
+
 # Stand-ins for other processors: with everything at its lowest and one thread, and with AVX2 at most.
 LOWEST = MKL_CBWR=COMPATIBLE ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 OMP_NUM_THREADS=1
 AVX2 = ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2
 NUMERIC = $(BIN)/python -m pytest tests -q $(PARALLEL) -m "numeric and not slow and not online"
-
-test-browser: .venv-app/app.done  ## the page, driven in chromium
-	$(APP)/python -m pytest tests/test_browser.py -q -rs
 
 test-processors: .venv/dev.done  ## the tests that compare numbers, twice: see above
 	$(LOWEST) $(NUMERIC)

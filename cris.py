@@ -609,7 +609,7 @@ FILES = (
     "best.safetensors",
     "open_clip_model.safetensors",
     "open_clip_pytorch_model.bin",
-    "model.safetensors",  # the last: open_clip's repositories may have one of the image tower alone
+    "model.safetensors",  # last: in open_clip's repositories it may hold the image tower alone
 )
 # Scalars in OpenAI's archives; the shapes of the two embedding tables say the same.
 IGNORED = ("input_resolution", "context_length", "vocab_size")

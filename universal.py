@@ -138,7 +138,7 @@ def dynamic_head(x: Tensor, numbers: Tensor) -> Tensor:
     w3 = w3.reshape(B * k, 1, 8)
     b3 = b3.reshape(B * k, 1, 1)
 
-    # A traced graph repeats the layers for each chunk, so it has few.
+    # Tracing unrolls the loop over the chunks: larger ones keep the graph small.
     is_traced = torch.compiler.is_compiling()
     voxels = CHUNK if x.device.type == "cpu" and not is_traced else CHUNK_ON_GPU
     logits = []

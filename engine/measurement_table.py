@@ -67,14 +67,14 @@ class MeasurementTable:
             if row is None:
                 return False
             for column, value in cells.items():
-                if str(row[column]) == ("" if value is None else str(value)):
-                    continue
-                if column == "prompt":
+                is_equal = str(row[column]) == ("" if value is None else str(value))
+                if not is_equal and column == "prompt":
                     raise ValueError(
                         f"{self.path}: {name} was predicted with the prompt “{row[column]}”; "
                         "choose another --out"
                     )
-                return False
+                if not is_equal:
+                    return False
         return True
 
     def add(self, name: str, rows: list[dict]) -> None:

@@ -123,19 +123,19 @@ def config_file(weights: str | Path) -> Path | None:
 def is_hub_id(weights: str) -> bool:
     """Return True if weights are named like a repository of the hub: owner/name or owner/name@v1.
 
-    A path is none, even if it does not exist: runs/NAME, where train.py writes its runs, the name
-    of a file, and anything else whose parent folder exists.
+    Paths are not hub ids, even if nothing is there: anything in a folder that exists or in runs/,
+    where train.py writes its runs, and any name that ends like a file of weights.
     """
     source = Path(weights)
-    is_path = source.exists() or source.parent.exists() or source.parts[:1] == ("runs",)
-    is_path = is_path or source.suffix in WEIGHT_ENDINGS
-    return not is_path and HUB_ID.fullmatch(weights.partition("@")[0]) is not None
+    if source.parent.exists() or source.parts[:1] == ("runs",) or source.suffix in WEIGHT_ENDINGS:
+        return False
+    return HUB_ID.fullmatch(weights.partition("@")[0]) is not None
 
 
 def hub_config_file(repository: str, revision: str) -> Path | None:
-    """Return the config.json of a hub repository, which is downloaded if nothing is cached.
+    """Return the config.json of a hub repository, None if the repository does not have one.
 
-    None if the repository does not have one. revision: "" for the main branch.
+    It is downloaded if no file of the repository is cached. revision: "" for the main branch.
     """
     import huggingface_hub as hub
     from huggingface_hub.errors import LocalEntryNotFoundError
@@ -149,8 +149,8 @@ def hub_config_file(repository: str, revision: str) -> Path | None:
         hub.snapshot_download(repository, revision=version, local_files_only=True)
     except LocalEntryNotFoundError:
         return fetch(repository, "config.json", revision)
-    # Other files are cached. `download` of the model files fetches config.json before the weights,
-    # so the repository does not have it.
+    # Other files are cached. As `download` fetches config.json before the weights, the repository
+    # has none.
     return None
 
 
