@@ -114,7 +114,7 @@ class BoxView(ChosenImage):
             )
             self.opacity = share_slider("Colour strength", OPACITY, 0.05, f"{KIND}-opacity")
             self.pixel_size = pixel_size_field(KIND)
-        self.look = [self.threshold, self.opacity, self.pixel_size]
+        self.appearance = [self.threshold, self.opacity, self.pixel_size]
         self.save_buttons = SaveButtons(
             KIND,
             {
@@ -139,7 +139,7 @@ class BoxView(ChosenImage):
     def connect(self) -> None:
         """Connect the controls with the functions below."""
         shown = [*self.images, *self.tables, self.second_column, self.status, self.label]
-        inputs = [self.first, self.second, *self.look]
+        inputs = [self.first, self.second, *self.appearance]
         for opened in self.connect_choice(shown):
             opened.success(self.refresh, inputs, shown, **CLICKS)
 
@@ -152,14 +152,14 @@ class BoxView(ChosenImage):
         changed = self.first.input(self.change_model, self.first, self.label, **RAW, **PRIVATE)
         changed.success(self.refresh, inputs, shown, **CLICKS)
         self.second.input(self.refresh, inputs, shown, **CLICKS)
-        for control in self.look:
-            control.change(self.redraw, self.look, shown, **REDRAW)
+        for control in self.appearance:
+            control.change(self.redraw, self.appearance, shown, **REDRAW)
 
-        self.save_buttons.connect("mask", self.save_mask, self.look)
-        self.save_buttons.connect("objects", self.save_numbered, self.look)
-        self.save_buttons.connect("overlay", self.save_picture, self.look)
-        self.save_buttons.connect("table", self.save_table, self.look)
-        self.save_buttons.connect("clicks", self.save_clicks, self.look)
+        self.save_buttons.connect("mask", self.save_mask, self.appearance)
+        self.save_buttons.connect("objects", self.save_numbered, self.appearance)
+        self.save_buttons.connect("overlay", self.save_picture, self.appearance)
+        self.save_buttons.connect("table", self.save_table, self.appearance)
+        self.save_buttons.connect("clicks", self.save_clicks, self.appearance)
 
     # --- images ---
 
@@ -180,7 +180,7 @@ class BoxView(ChosenImage):
     # --- clicks ---
 
     def click(self, request: gr.Request, event: gr.SelectData, *values) -> list:
-        """Answer a click into an image. values: the models, those of `look`, and the mode."""
+        """Answer a click into an image. values: the models, those of `appearance`, and the mode."""
 
         def add(clicks: Clicks) -> Clicks:
             x, y = to_image_pixel(*event.index, objects.preview_scale(clicks.size))
@@ -189,7 +189,7 @@ class BoxView(ChosenImage):
         return self.change(request, values[:-1], add)
 
     def start_object(self, request: gr.Request, *values) -> list:
-        """Start the next object. values: the models, and those of `look`, as for the next ones."""
+        """Start the next object. values: of the models, then of `appearance`."""
         return self.change(request, values, Clicks.new_object)
 
     def take_back(self, request: gr.Request, *values) -> list:
@@ -229,7 +229,9 @@ class BoxView(ChosenImage):
         choices = self.class_choices(index)
         return gr.Dropdown(choices=choices, value=1, visible=len(choices) > 1)
 
-    def answer(self, session: Session, first: int, second: int, *look, clicks: Clicks) -> list:
+    def answer(
+        self, session: Session, first: int, second: int, *appearance, clicks: Clicks
+    ) -> list:
         """Segment the clicked objects and show them. first, second: indices of the models."""
         results = []
         try:
@@ -237,7 +239,7 @@ class BoxView(ChosenImage):
                 loaded = self.models[index]
                 results.append(objects.segment(session, loaded, self.known_classes(clicks, loaded)))
             session.question = results
-            return self.show(session, look)
+            return self.show(session, appearance)
         except (ValueError, MemoryError, RuntimeError) as error:
             line = describe_failure(error, "image")
             skipped = [gr.skip()] * len(self.images)
@@ -254,26 +256,26 @@ class BoxView(ChosenImage):
 
     # --- display ---
 
-    def read_look(self, look: tuple) -> tuple[float, float, float]:
+    def read_appearance(self, appearance: tuple) -> tuple[float, float, float]:
         """Return threshold, opacity and pixel size; empty fields have the values of the start."""
-        threshold, opacity, pixel = look
+        threshold, opacity, pixel = appearance
         usual = self.models[0].config.threshold
         return number_or(threshold, usual), share_or(opacity, OPACITY), number_or(pixel, 0)
 
-    def show(self, session: Session, look: tuple) -> list:
+    def show(self, session: Session, appearance: tuple) -> list:
         """Return updates of the pictures, the tables, the status, and the class of the object."""
-        threshold, opacity, pixel = self.read_look(look)
+        threshold, opacity, pixel = self.read_appearance(appearance)
         results = session.question
         clicks = results[0].clicks
         shown_images = []
         tables = []
-        for found in results:
-            masks = found.masks(threshold)
+        for marked_objects in results:
+            masks = marked_objects.masks(threshold)
             image, small_masks, scale = objects.preview(session.image, masks)
             picture = objects.picture(image, small_masks, clicks, opacity, scale)
-            label = self.labels[self.models.index(found.loaded)]
+            label = self.labels[self.models.index(marked_objects.loaded)]
             shown_images.append(gr.Image(picture, label=label))
-            rows = objects.areas(found, masks, self.pixel_size_of(session, pixel))
+            rows = objects.areas(marked_objects, masks, self.pixel_size_of(session, pixel))
             tables.append(self.table(results[0], rows))
 
         is_compared = len(results) > 1
@@ -287,12 +289,12 @@ class BoxView(ChosenImage):
         """Return updates of what `show` returns that change nothing."""
         return [gr.skip()] * (2 * len(self.images) + 3)
 
-    def redraw(self, request: gr.Request, *look) -> list:
-        """Show the known result with other values of `look`."""
+    def redraw(self, request: gr.Request, *appearance) -> list:
+        """Show the known result with other values of `appearance`."""
         session = self.session(request)
         if session is None or session.question is None:
             return self.no_change()
-        return self.show(session, look)
+        return self.show(session, appearance)
 
     def without_image(self) -> list:
         """Return updates that ask for an image."""
@@ -321,14 +323,17 @@ class BoxView(ChosenImage):
         if not clicks.complete:
             return drawing.status([START])
         count = len(clicks.complete)
-        seconds = sum(found.encoding_seconds + found.prompt_seconds for found in results)
+        seconds = sum(
+            marked_objects.encoding_seconds + marked_objects.prompt_seconds
+            for marked_objects in results
+        )
         noun = "object" if count == 1 else "objects"
         device = results[0].loaded.device.type
         return drawing.status([f"{count} {noun} marked ({seconds:.2f} s on {device})."])
 
     # --- files ---
 
-    def found(self, request: gr.Request) -> tuple[Session, Objects, Path]:
+    def marked_objects(self, request: gr.Request) -> tuple[Session, Objects, Path]:
         """Return a session, the first model's objects, and a new folder for a file of them."""
         session = self.session(request)
         if session is None or session.question is None or not self.clicks(session).complete:
@@ -336,35 +341,35 @@ class BoxView(ChosenImage):
         folder = self.settings.sessions.files_of(request.session_hash)
         return session, session.question[0], folder
 
-    def save_mask(self, request: gr.Request, *look) -> str:
+    def save_mask(self, request: gr.Request, *appearance) -> str:
         """Write the mask as predict.py does."""
-        session, found, folder = self.found(request)
-        threshold, _, _ = self.read_look(look)
-        return str(objects.write_mask(session, found, threshold, folder))
+        session, marked_objects, folder = self.marked_objects(request)
+        threshold, _, _ = self.read_appearance(appearance)
+        return str(objects.write_mask(session, marked_objects, threshold, folder))
 
-    def save_numbered(self, request: gr.Request, *look) -> str:
+    def save_numbered(self, request: gr.Request, *appearance) -> str:
         """Write the numbers of the objects."""
-        session, found, folder = self.found(request)
-        threshold, _, _ = self.read_look(look)
-        return str(objects.write_numbered(session, found, threshold, folder))
+        session, marked_objects, folder = self.marked_objects(request)
+        threshold, _, _ = self.read_appearance(appearance)
+        return str(objects.write_numbered(session, marked_objects, threshold, folder))
 
-    def save_picture(self, request: gr.Request, *look) -> str:
+    def save_picture(self, request: gr.Request, *appearance) -> str:
         """Write the image with the marks."""
-        session, found, folder = self.found(request)
-        threshold, opacity, _ = self.read_look(look)
-        return str(objects.write_picture(session, found, threshold, opacity, folder))
+        session, marked_objects, folder = self.marked_objects(request)
+        threshold, opacity, _ = self.read_appearance(appearance)
+        return str(objects.write_picture(session, marked_objects, threshold, opacity, folder))
 
-    def save_table(self, request: gr.Request, *look) -> str:
+    def save_table(self, request: gr.Request, *appearance) -> str:
         """Write the measurements."""
-        session, found, folder = self.found(request)
-        threshold, _, pixel = self.read_look(look)
+        session, marked_objects, folder = self.marked_objects(request)
+        threshold, _, pixel = self.read_appearance(appearance)
         size = self.pixel_size_of(session, pixel)
-        return str(objects.write_measurements(session, found, threshold, size, folder))
+        return str(objects.write_measurements(session, marked_objects, threshold, size, folder))
 
-    def save_clicks(self, request: gr.Request, *look) -> str:
+    def save_clicks(self, request: gr.Request, *appearance) -> str:
         """Write the boxes and points."""
-        session, found, folder = self.found(request)
-        return str(objects.write_clicks(session, found, folder))
+        session, marked_objects, folder = self.marked_objects(request)
+        return str(objects.write_clicks(session, marked_objects, folder))
 
 
 def build(models: list[LoadedModel], settings: PageSettings) -> None:

@@ -72,12 +72,12 @@ class ClassView(ImageView):
 
     def display_updates(self, results: list[downloads.Result]) -> list:
         """Return an update that offers the classes that were found; all are shown."""
-        found = {}  # a dict keeps the order
+        names = {}  # a dict keeps the order
         for result in results:
             for name, row in zip(result.names, result.areas, strict=True):
                 if row["area_px"]:
-                    found[name] = True
-        return [gr.CheckboxGroup([*found], value=[*found], visible=len(found) > 1)]
+                    names[name] = True
+        return [gr.CheckboxGroup([*names], value=[*names], visible=len(names) > 1)]
 
     def shown_masks(self, result: downloads.Result, *values) -> np.ndarray:
         """Return which masks are drawn, bool (n,): those that are ticked, or all."""

@@ -261,7 +261,7 @@ class ImageView(ChosenImage):
                 elem_id=f"{self.kind}-outline",
             )
             self.pixel_size = pixel_size_field(self.kind)
-        self.look = [self.threshold, self.opacity, self.outline, self.pixel_size]
+        self.appearance = [self.threshold, self.opacity, self.outline, self.pixel_size]
 
     def build_downloads(self) -> None:
         """Add the buttons that save files."""
@@ -274,11 +274,11 @@ class ImageView(ChosenImage):
         """Connect the controls with the functions below."""
         shown = [*self.results, *self.tables, self.second_column, *self.display, self.status]
         self.connect_choice([self.image, *shown])
-        values = [self.first, self.second, *self.look, *self.questions]
+        values = [self.first, self.second, *self.appearance, *self.questions]
         self.run_button.click(self.run, values, shown, **RAW, **MODEL)
         self.first.input(self.default_threshold, self.first, self.threshold, **RAW, **PRIVATE)
 
-        values = [*self.look, *self.display]
+        values = [*self.appearance, *self.display]
         changes = [control.change for control in values]
         gr.on(changes, self.redraw, values, [*self.results, *self.tables], **RAW, **DISPLAY)
         self.save_buttons.connect("mask", self.save_mask, values)
@@ -301,9 +301,9 @@ class ImageView(ChosenImage):
     def run(self, request: gr.Request, first, second, *values) -> list:
         """Answer the question of the controls with one or two models.
 
-        values: those of `look`, then those of the second step.
+        values: those of `appearance`, then those of the second step.
         """
-        look = self.read_look(values)
+        appearance = self.read_appearance(values)
         session = self.session(request)
         if session is None:
             return [*self.no_result(), drawing.status([NO_IMAGE], is_error=True)]
@@ -312,7 +312,7 @@ class ImageView(ChosenImage):
         indices = chosen_models(first, second)
         sentences = []
         try:
-            question = self.read_question(*values[len(self.look) :])
+            question = self.read_question(*values[len(self.appearance) :])
             for index in indices:
                 answers = self.answers(session, self.models[index], question)
                 sentences.append(self.duration(index, answers))
@@ -321,20 +321,20 @@ class ImageView(ChosenImage):
             line = describe_failure(error, "image")
             return [*self.no_result(), drawing.status([line], is_error=True)]
 
-        asked = (indices, question)
-        session.question = asked
-        results = self.results_of(session, asked, look)
-        updates = self.show(session, indices, results, look)
+        query = (indices, question)
+        session.question = query
+        results = self.results_of(session, query, appearance)
+        updates = self.show(session, indices, results, appearance)
         display = self.display_updates(results)
         column = gr.Column(visible=len(indices) > 1)
         return [*updates, column, *display, drawing.status(sentences)]
 
-    def read_look(self, values: tuple) -> tuple[float, float, bool, float]:
+    def read_appearance(self, values: tuple) -> tuple[float, float, bool, float]:
         """Return threshold, opacity, outlines and pixel size, with which `values` begin.
 
         Empty fields have the values of the start.
         """
-        threshold, opacity, has_outline, pixel = values[: len(self.look)]
+        threshold, opacity, has_outline, pixel = values[: len(self.appearance)]
         threshold = number_or(threshold, self.models[0].config.threshold)
         return threshold, share_or(opacity, self.fill), has_outline, number_or(pixel, 0)
 
@@ -351,20 +351,22 @@ class ImageView(ChosenImage):
         steps.append(f"answered in {prompts:.2f} s")
         return f"{label}: {', '.join(steps)}."
 
-    def results_of(self, session: Session, asked: tuple, look: tuple) -> list[downloads.Result]:
+    def results_of(
+        self, session: Session, query: tuple, appearance: tuple
+    ) -> list[downloads.Result]:
         """Return the results of the models that answered a question.
 
-        asked: the indices of the models, and the question. The results are computed once for each
+        query: the indices of the models, and the question. The results are computed once for each
         threshold and pixel size.
         """
-        threshold, _, _, pixel = look
+        threshold, _, _, pixel = appearance
         pixel_size = self.pixel_size_of(session, pixel)
-        made_of = (asked, threshold, pixel_size)
+        made_of = (query, threshold, pixel_size)
         latest = session.latest
         if latest is not None and latest[0] == made_of:
             return latest[1]
 
-        indices, question = asked
+        indices, question = query
         results = []
         for index in indices:
             loaded = self.models[index]
@@ -372,12 +374,14 @@ class ImageView(ChosenImage):
         session.latest = (made_of, results)
         return results
 
-    def show(self, session: Session, indices: list, results: list, look: tuple, display=()) -> list:
+    def show(
+        self, session: Session, indices: list, results: list, appearance: tuple, display=()
+    ) -> list:
         """Return the pictures and the tables of one or two results; None for a missing second.
 
         indices: of their models. display: values of `build_display`, if something was hidden.
         """
-        _, opacity, has_outline, _ = look
+        _, opacity, has_outline, _ = appearance
         image = drawing.preview(session.image)
         shown_images = []
         tables = []
@@ -404,14 +408,14 @@ class ImageView(ChosenImage):
         return drawing.area_table(self.table_title, result.names, colours, result.areas)
 
     def redraw(self, request: gr.Request, *values) -> list:
-        """Show the known result with other values of `look` and of `build_display`."""
+        """Show the known result with other values of `appearance` and of `build_display`."""
         session = self.session(request)
         if session is None or session.question is None:
             return [gr.skip() for _ in range(4)]
-        asked = session.question
-        look = self.read_look(values)
-        results = self.results_of(session, asked, look)
-        return self.show(session, asked[0], results, look, values[len(self.look) :])
+        query = session.question
+        appearance = self.read_appearance(values)
+        results = self.results_of(session, query, appearance)
+        return self.show(session, query[0], results, appearance, values[len(self.appearance) :])
 
     def default_threshold(self, first: int) -> float:
         """Return the threshold of the first model."""
@@ -429,8 +433,8 @@ class ImageView(ChosenImage):
 
     def save_overlay(self, request: gr.Request, *values) -> str:
         """Write the picture of the result, at the size of the image."""
-        _, opacity, has_outline, _ = self.read_look(values)
-        display = values[len(self.look) :]
+        _, opacity, has_outline, _ = self.read_appearance(values)
+        display = values[len(self.appearance) :]
 
         def write(session: Session, result: downloads.Result, folder: Path) -> Path:
             masks, colours = self.drawn_masks(result, display)
@@ -444,6 +448,6 @@ class ImageView(ChosenImage):
         session = self.session(request)
         if session is None or session.question is None:
             raise nothing_to_save()
-        result = self.results_of(session, session.question, self.read_look(values))[0]
+        result = self.results_of(session, session.question, self.read_appearance(values))[0]
         folder = self.settings.sessions.files_of(request.session_hash)
         return str(write(session, result, folder))

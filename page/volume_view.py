@@ -205,8 +205,8 @@ class VolumeView:
         """Connect the controls with the functions below."""
         self.pictures = [*self.planes.values(), *self.second_planes.values()]
         sliders = [*self.sliders.values()]
-        look = [self.window, self.level, self.width, self.shown, self.opacity, self.threshold]
-        shown = [*sliders, *look]
+        appearance = [self.window, self.level, self.width, self.shown, self.opacity, self.threshold]
+        shown = [*sliders, *appearance]
         windows = [self.window, self.hounsfield, self.level, self.width]
         result = [*sliders, *self.pictures, self.second_row, self.shown, self.threshold]
         result += [*self.tables, self.status]
@@ -228,7 +228,7 @@ class VolumeView:
 
         for name, slider in self.sliders.items():
             planes = [self.planes[name], self.second_planes[name]]
-            slider.input(self.drawing_of(name), [slider, *look], planes, **REDRAW)
+            slider.input(self.drawing_of(name), [slider, *appearance], planes, **REDRAW)
             for plane in planes:
                 plane.select(self.move_from(name), shown, [*sliders, *self.pictures], **REDRAW)
         self.window.input(
@@ -241,7 +241,7 @@ class VolumeView:
         self.threshold.input(self.use_threshold, shown, [*self.tables, *self.pictures], **REDRAW)
 
         self.save_buttons.connect("mask", self.save_mask, [self.threshold])
-        self.save_buttons.connect("overlay", self.save_picture, [*sliders, *look])
+        self.save_buttons.connect("overlay", self.save_picture, [*sliders, *appearance])
         self.save_buttons.connect("table", self.save_table, [self.threshold])
 
     def volume(self, request: gr.Request) -> Volume | None:
@@ -365,8 +365,8 @@ class VolumeView:
         voxel = volume.best_voxel(threshold)
         numbers = [voxel[plane.axis] + 1 for plane in PLANES.values()]
         window, level, width, _, opacity, _ = values[len(PLANES) :]
-        look = (window, level, width, [*names], opacity, threshold)
-        drawn = self.draw_rows(volume, (*numbers, *look))
+        appearance = (window, level, width, [*names], opacity, threshold)
+        drawn = self.draw_rows(volume, (*numbers, *appearance))
         labels = [self.labels[index] for index in indices]
         has_threshold = any(prediction.has_threshold for prediction in predictions)
         fits = all(prediction.fits_model for prediction in predictions)
@@ -458,12 +458,12 @@ class VolumeView:
         first = next(iter(volume.windows))
         return volume.windows.get(window, volume.windows[first])
 
-    def draw(self, volume: Volume, name: str, number: int | None, look: tuple) -> list:
+    def draw(self, volume: Volume, name: str, number: int | None, appearance: tuple) -> list:
         """Return the pictures of a slice in both rows, uint8 (h,w,3); None for a missing second.
 
-        name: of the plane. number: of the slice, from 1. look: values of the display.
+        name: of the plane. number: of the slice, from 1. appearance: values of its controls.
         """
-        window, level, width, shown, opacity, threshold = look
+        window, level, width, shown, opacity, threshold = appearance
         index = int(number_or(number, 1)) - 1
         limits = self.limits(volume, window, level, width)
         opacity = share_or(opacity, OPACITY)
@@ -478,11 +478,11 @@ class VolumeView:
     def drawing_of(self, name: str) -> Callable:
         """Return the function that draws a slice of a plane in both rows."""
 
-        def draw_plane(request: gr.Request, number: int | None, *look) -> list:
+        def draw_plane(request: gr.Request, number: int | None, *appearance) -> list:
             volume = self.volume(request)
             if volume is None:
                 return [gr.skip(), gr.skip()]
-            return self.draw(volume, name, number, look)
+            return self.draw(volume, name, number, appearance)
 
         return draw_plane
 
@@ -560,7 +560,7 @@ class VolumeView:
 
     # --- files ---
 
-    def found(self, request: gr.Request) -> tuple[VolumePrediction, Path]:
+    def latest_prediction(self, request: gr.Request) -> tuple[VolumePrediction, Path]:
         """Return the first model's prediction, and a new folder for a file of it."""
         volume = self.volume(request)
         if volume is None or not volume.predictions:
@@ -569,20 +569,20 @@ class VolumeView:
 
     def save_mask(self, request: gr.Request, threshold: float | None) -> str:
         """Write the label map as predict.py does."""
-        prediction, folder = self.found(request)
+        prediction, folder = self.latest_prediction(request)
         threshold = self.read_threshold(threshold)
         return str(volume_case.write_label_maps(prediction, threshold, folder))
 
     def save_table(self, request: gr.Request, threshold: float | None) -> str:
         """Write the measurements."""
-        prediction, folder = self.found(request)
+        prediction, folder = self.latest_prediction(request)
         return str(
             volume_case.write_measurements(prediction, self.read_threshold(threshold), folder)
         )
 
     def save_picture(self, request: gr.Request, *values) -> str:
         """Write the planes as they are shown."""
-        prediction, folder = self.found(request)
+        prediction, folder = self.latest_prediction(request)
         planes = self.draw_all(request, *values)[: len(PLANES)]
         return str(volume_case.write_picture(prediction.name, planes, folder))
 
